@@ -1,0 +1,26 @@
+"""Convert a Hugging Face checkpoint to a BF16 GGUF with its multi-token-prediction head.
+
+example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import errors, progress
+from mtpforge.convert import PARTS, convert
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="folder with config.json, the safetensors shards and the tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
+    parser.add_argument("--part", choices=PARTS, default="all", help="the whole model, its trunk, or its head alone (default: all)")
+    parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
+    args = parser.parse_args()
+    with progress.bar(args.out.name) as show:
+        convert(args.checkpoint, args.out, args.part, args.tokenizer_pre, show)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,1 @@
+"""What mtpforge's programs share: one module per idea, none of which needs torch or runs code from a checkpoint."""

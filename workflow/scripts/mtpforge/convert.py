@@ -1,0 +1,229 @@
+"""A checkpoint to a BF16 GGUF with its head as block N, without torch and without holding a tensor in memory.
+
+What the file must contain comes from the family's table; each row takes its values from the checkpoint through views, so
+that most bytes go from shard to GGUF inside the kernel. Tensors are stored in upstream's order, that of the shards.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+from gguf import GGUFWriter, Metadata, size_label
+from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from . import gguf_file, tokenizer
+from .checkpoint import Checkpoint, CheckpointTensor
+from .errors import CheckpointError
+from .families import Family, Hparams, Row, Source, family_of
+from .families.table import BF16, F32, identity
+from .gguf_file import TensorInfo, Value
+from .ranges import CHUNK, Payload
+
+PARTS = ("all", "trunk", "head")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row, the layout in which this checkpoint has it, and the checkpoint's tensors in that layout's order."""
+
+    row: Row
+    source: Source
+    tensors: tuple[CheckpointTensor, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        """The tensor's entry in the GGUF."""
+        return TensorInfo(self.row.name, self.row.shape, self.row.type)
+
+    @property
+    def dtype(self) -> str:
+        """The type in which the checkpoint has the row, the same for all its tensors."""
+        return self.tensors[0].dtype
+
+
+def convert(
+    directory: Path,
+    out: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the `part` (all, trunk or head) of a checkpoint as a BF16 GGUF. Raises CheckpointError.
+
+    A head alone carries no tokenizer: it is there to be quantized and injected.
+    """
+    checkpoint = Checkpoint(directory)
+    family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
+    planned = plan(checkpoint, family, hparams, part)
+    metadata = describe(checkpoint, family, hparams, part, [item.info for item in planned], tokenizer_pre)
+    gguf_file.write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned], progress)
+
+
+def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) -> list[Planned]:
+    """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
+    names = canonical_names(checkpoint, family)
+    check_head(names, family, hparams, part)
+    planned = [_locate(row, names) for row in family.rows(hparams, part)]
+    if part == "all":
+        _check_all_used(names, planned)
+    order = {tensor.name: i for i, tensor in enumerate(checkpoint.tensors.values())}
+    return sorted(planned, key=lambda item: max(order[tensor.name] for tensor in item.tensors))
+
+
+def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, CheckpointTensor]:
+    """The tensors of the text model by the names that the tables use, whatever wrapper class saved them."""
+    names: dict[str, CheckpointTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(family.ignored):
+            continue
+        canonical = name.replace("language_model.", "").replace(f"model.{family.head_prefix}", family.head_prefix)
+        if canonical in names:
+            raise CheckpointError(f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor")
+        names[canonical] = tensor
+    return names
+
+
+def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str) -> None:
+    """The tensors say whether there is a head; the configuration must not contradict them. Raises CheckpointError."""
+    present = any(name.startswith(family.head_prefix) for name in names)
+    declared = hparams.get("mtp_num_hidden_layers", 0)
+    if part != "trunk" and not present:
+        raise CheckpointError(
+            f"no {family.head_prefix}* tensors: this checkpoint has lost its head (config.json declares {declared} layers of it): "
+            "take the original checkpoint, or convert with --part trunk"
+        )
+    if present and declared != 1:
+        raise CheckpointError(f"config.json: mtp_num_hidden_layers is {declared!r}, but there are tensors of a one-layer head")
+
+
+def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:
+    for source in row.sources:
+        if source.names[0] in names:
+            break
+    else:
+        wanted = " or ".join(source.names[0] for source in row.sources)
+        raise CheckpointError(f"no tensor {wanted}, of which {row.name} is made: is the checkpoint complete?")
+    tensors = []
+    for name in source.names:
+        if name not in names:
+            raise CheckpointError(f"no tensor {name}, of which {row.name} is made: is the checkpoint complete?")
+        tensor = names[name]
+        if tensor.shape != source.shape:
+            raise CheckpointError(f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(source.shape)}")
+        if tensor.dtype not in ("BF16", "F16", "F32"):
+            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16 and F32 checkpoints can be converted")
+        if tensors and tensor.dtype != tensors[0].dtype:
+            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}")
+        tensors.append(tensor)
+    return Planned(row, source, tuple(tensors))
+
+
+def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned]) -> None:
+    used = {tensor.name for item in planned for tensor in item.tensors}
+    unused = [tensor.name for tensor in names.values() if tensor.name not in used]
+    if unused:
+        raise CheckpointError(
+            f"{len(unused)} tensors have no place in this architecture ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}): "
+            "refusing to drop them silently"
+        )
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def payload(checkpoint: Checkpoint, item: Planned) -> Payload:
+    """The row's bytes: ranges of the shards where nothing changes, computed slices where something does."""
+    copied = item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16"
+    for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
+        for block in blocks(view):
+            if copied:
+                yield checkpoint.locate(block) or memoryview(block)
+            else:
+                for piece in slices(block):
+                    yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
+
+
+def values(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
+    """The row's values as flat float32 slices, in the order and with the changes that the GGUF should have."""
+    for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
+        for block in blocks(view):
+            for piece in slices(block):
+                yield item.row.change(decode(piece, item.dtype))
+
+
+def slices(block: np.ndarray) -> Iterator[np.ndarray]:
+    """A contiguous block in flat slices of bounded size."""
+    flat, step = block.reshape(-1), CHUNK // 4
+    return (flat[start : start + step] for start in range(0, flat.size, step))
+
+
+def blocks(view: np.ndarray) -> Iterator[np.ndarray]:
+    """`view` cut along its leading axes into C-contiguous pieces, copied only where the view itself is not contiguous."""
+    if view.flags.c_contiguous:
+        yield view
+    elif view.nbytes <= CHUNK:
+        yield np.ascontiguousarray(view)
+    else:
+        for entry in view:
+            yield from blocks(entry)
+
+
+def decode(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Checkpoint values as float32, exactly."""
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def encode(array: np.ndarray, kind: GGMLQuantizationType) -> memoryview:
+    """float32 values as the bytes of F32, or of BF16 rounded to nearest even. Raises CheckpointError on NaN in BF16."""
+    if kind is F32:
+        return memoryview(np.ascontiguousarray(array, dtype="<f4"))
+    if np.isnan(array).any():
+        raise CheckpointError("a weight is not a number (NaN): the checkpoint is damaged")
+    bits = array.view(np.uint32)
+    return memoryview(((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2"))
+
+
+# ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(
+    checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str, infos: list[TensorInfo], tokenizer_pre: str | None
+) -> dict[str, Value]:
+    """All metadata in upstream's order."""
+    writer = GGUFWriter(path=None, arch=family.gguf_architecture)
+    for info in infos:
+        writer.add_tensor_info(info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.type)
+    writer.add_type(GGUFType.MODEL)
+    _model_metadata(checkpoint.directory, writer).set_gguf_meta_model(writer)
+    family.describe(writer, hparams, 0 if part == "trunk" else 1)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if part != "head":
+        tokenizer.describe(writer, checkpoint.directory, hparams.count("vocab_size"), tokenizer_pre)
+    return {key: _encoded(entry) for key, entry in writer.kv_data[0].items()}
+
+
+def _encoded(entry: GGUFValue) -> Value:
+    item = entry.sub_type
+    if entry.type is GGUFValueType.ARRAY and item is None:
+        item = GGUFValueType.get_type(entry.value[0])
+    return Value.of(entry.value, entry.type, item)
+
+
+def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
+    """Name, license, tags and sampling defaults from the model card and its neighbours, as gguf-py derives them."""
+    total, shared, experts, expert_count = writer.get_total_parameter_count()
+    try:
+        metadata = Metadata.load(None, directory, None, total)
+        # gguf 0.19.0 does not know the name under which generation_config.json has it; the pinned upstream does.
+        generation = Metadata.load_generation_config(directory)
+        metadata.sampling_penalty_repeat = generation.get("repetition_penalty", metadata.sampling_penalty_repeat)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{directory}: README.md or generation_config.json is malformed ({error})") from None
+    metadata.name = metadata.name or directory.name
+    metadata.size_label = metadata.size_label or size_label(total, shared, experts, expert_count)
+    return metadata

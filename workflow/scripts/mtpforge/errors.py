@@ -1,0 +1,43 @@
+"""Errors that a user can act on, and how a program ends with one.
+
+Everything that can go wrong with an input raises a `ForgeError`: one or two lines that say what is wrong, where, and
+what to do. `run` turns it into exit code 1 without a traceback; any other exception is a bug of ours and keeps its own.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class ForgeError(Exception):
+    """Something outside this program is wrong; the message says what, where, and what to do."""
+
+
+class ConfigError(ForgeError):
+    """`config.yaml` asks for something that cannot be."""
+
+
+class CheckpointError(ForgeError):
+    """A checkpoint is incomplete, malformed or contradicts itself."""
+
+
+class GgufError(ForgeError):
+    """A GGUF is malformed, or is not what it should be."""
+
+
+class ToolchainError(ForgeError):
+    """A program that we call is missing, too old, or failed."""
+
+
+class VerificationError(ForgeError):
+    """A finished file is not what was asked for, and must not be published."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a `ForgeError` becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130."""
+    try:
+        main()
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,23 @@
+"""The families of architectures that mtpforge converts itself, one module each; adding one touches its module and this list."""
+
+from ..errors import CheckpointError
+from . import qwen3_5
+from .table import Family, Hparams, Row, Source
+
+FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE)
+
+__all__ = ["FAMILIES", "Family", "Hparams", "Row", "Source", "family_of", "family_of_gguf"]
+
+
+def family_of(architecture: str) -> Family:
+    """The family that serves a `config.json` architecture. Raises CheckpointError with the list of known ones."""
+    for family in FAMILIES:
+        if architecture in family.huggingface_architectures:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.huggingface_architectures)
+    raise CheckpointError(f"unknown architecture {architecture}: mtpforge knows {known}")
+
+
+def family_of_gguf(architecture: str) -> Family | None:
+    """The family of a `general.architecture`, or None."""
+    return next((family for family in FAMILIES if family.gguf_architecture == architecture), None)

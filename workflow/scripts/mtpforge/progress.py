@@ -1,0 +1,30 @@
+"""Progress of long work on stderr: a line that is rewritten on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Show = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Show]:
+    """Yield a function that shows bytes, share and rate, at most twice a second (in a log, every ten seconds)."""
+    terminal = sys.stderr.isatty()
+    interval, start, shown = (0.5 if terminal else 10.0), time.monotonic(), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < interval and done < total:
+            return
+        shown = now
+        rate = done / max(now - start, 1e-3)
+        line = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({100 * done / max(total, 1):.0f}%), {rate / 1e6:.0f} MB/s"
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    yield show
+    if terminal and shown:
+        print(file=sys.stderr)

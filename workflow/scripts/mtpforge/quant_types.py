@@ -1,0 +1,53 @@
+"""The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from .errors import ConfigError
+
+# A file's type -> general.file_type, as `llama-quantize --help` of llama.cpp 0c1e57098 lists them.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18,
+    "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q5_1": 9,
+    "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q4_1": 3, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4_MOE": 38,
+    "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "IQ3_M": 27, "IQ3_S": 26, "IQ3_XS": 22, "IQ3_XXS": 23,
+    "Q2_K": 10, "Q2_K_S": 21, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19,
+    "IQ1_M": 31, "IQ1_S": 24, "TQ1_0": 36, "TQ2_0": 37,
+}  # fmt: skip
+
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+# What a tensor may be made into, finest first. Below 4 bits a head's agreement falls off a cliff (llama.cpp PR #28351).
+TENSOR_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+)  # fmt: skip
+
+# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights).
+RELATIVE_ERROR = {
+    "F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.007, "Q6_K": 0.023, "Q5_K": 0.043, "Q5_0": 0.058, "Q5_1": 0.058,
+    "Q4_K": 0.087, "IQ4_NL": 0.093, "IQ4_XS": 0.094, "Q4_0": 0.116, "Q4_1": 0.116, "Q3_K": 0.184, "IQ3_S": 0.198, "Q2_K": 0.343,
+}  # fmt: skip
+
+
+def bits(name: str) -> float:
+    """Bits per weight of a tensor type."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    return 8 * size / block
+
+
+def check_file_type(name: str) -> str:
+    """The name, if llama-quantize knows it. Raises ConfigError."""
+    if name not in FILE_TYPES:
+        raise ConfigError(f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}")
+    return name
+
+
+def check_tensor_type(name: str, low_bit: bool = True) -> GGMLQuantizationType:
+    """The type of that name; with `low_bit` false, one of at least 4 bits. Raises ConfigError."""
+    if name not in TENSOR_TYPES:
+        raise ConfigError(f"unknown tensor type {name!r}: llama.cpp has {', '.join(TENSOR_TYPES)}")
+    if not low_bit and bits(name) < 4:
+        raise ConfigError(
+            f"a head at {name} ({bits(name):.2f} bits) drafts badly: take Q4_K or better, or set allow_low_bit_head: true"
+        )
+    return GGMLQuantizationType[name]

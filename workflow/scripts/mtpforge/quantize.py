@@ -1,0 +1,106 @@
+"""Quantization of a GGUF with `llama-quantize`: the head at a type of its own, other tensors by recipe where one is given.
+
+llama.cpp has no rule for a NextN head, so the head's type is an override whose pattern comes from the file's own block
+count. The program writes its output in place, so it is given a temporary name.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from . import gguf_file, programs, quant_types
+from .atomic import replacing
+from .errors import ConfigError, GgufError
+from .gguf_file import Gguf
+
+Recipe = Sequence[tuple[str, str]]
+"""Ordered (pattern, tensor type); the first pattern that is found in a tensor's name decides."""
+
+
+def quantize(
+    source: Path, out: Path, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN,
+) -> None:  # fmt: skip
+    """Quantize `source` (BF16) to `out`; `head` is the head's tensor type (default Q8_0, for BF16 BF16).
+
+    Raises ConfigError for types that cannot be, ToolchainError where the program fails.
+    """
+    opened = gguf_file.read(source)
+    overrides = plan_overrides(opened, file_type, head, recipe)
+    if file_type == "BF16":
+        with replacing(out) as temporary:  # already so: llama-quantize would only copy it, more slowly
+            shutil.copyfile(source, temporary)
+        return
+    program = programs.find(bin_dir, "llama-quantize")
+    with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
+        command: list[str | Path] = [program]
+        if overrides:
+            types = Path(scratch) / "tensor-types.txt"
+            types.write_text("".join(f"{pattern}={kind.lower()}\n" for pattern, kind in overrides))
+            command += ["--tensor-type-file", types]
+        if imatrix is not None:
+            command += ["--imatrix", imatrix]
+        programs.call([*command, source, temporary, file_type, *([str(threads)] if threads else [])])
+        gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
+
+
+def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:
+    """The ordered overrides: the head's first, so that no pattern of a recipe reaches into it. Raises ConfigError."""
+    quant_types.check_file_type(file_type)
+    for pattern, kind in recipe:
+        quant_types.check_tensor_type(kind)
+        check_pattern(pattern)
+    block = head_block(source)
+    head = head or default_head(file_type)
+    quant_types.check_tensor_type(head)
+    if file_type in quant_types.UNQUANTIZED:
+        if recipe or (block is not None and head != file_type):
+            raise ConfigError(f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}")
+        return []
+    return ([(head_pattern(block), head)] if block is not None else []) + list(recipe)
+
+
+def head_block(source: Gguf) -> int | None:
+    """The number of the head's block, from the file's own metadata; None where it has no head. Raises GgufError."""
+    architecture = source.architecture
+    blocks, heads = source.need(f"{architecture}.block_count", int), source.get(f"{architecture}.nextn_predict_layers", 0)
+    if heads not in (0, 1) or blocks <= heads:
+        raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: one-block heads are supported")
+    return blocks - 1 if heads else None
+
+
+def head_pattern(block: int) -> str:
+    """The regular expression that matches the head's tensors and no other."""
+    return rf"^blk\.{block}\."
+
+
+def default_head(file_type: str) -> str:
+    """Q8_0 costs a head next to nothing of its agreement; an unquantized file keeps its head as it is."""
+    return file_type if file_type in quant_types.UNQUANTIZED else "Q8_0"
+
+
+def check_pattern(pattern: str) -> None:
+    """llama-quantize lower-cases patterns and splits its file on white space and `=`. Raises ConfigError."""
+    if not pattern or re.search(r"[\s=]", pattern) or pattern != pattern.lower():
+        raise ConfigError(f"tensor pattern {pattern!r}: must be lower case, without white space and '='")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"tensor pattern {pattern!r} is no regular expression ({error})") from None
+
+
+def read_recipe(path: Path | None) -> Recipe:
+    """A recipe from a YAML file that maps patterns to types, in order; none for None. Raises ConfigError."""
+    if path is None:
+        return ()
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(table, dict) or any(not isinstance(word, str) for entry in table.items() for word in entry):
+        raise ConfigError(f"{path}: must map tensor patterns to types, as in `attn_.*: Q6_K`")
+    return list(table.items())

@@ -1,0 +1,35 @@
+"""Builds llama.cpp's programs from the pinned source archive, or links ones that exist, and writes a stamp of them.
+
+The stamp is written last: where it is, the programs are. By hand, the first time in about 6 minutes:
+`python workflow/scripts/toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json`.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from mtpforge.atomic import write_json
+from mtpforge.errors import run
+from mtpforge.toolchain import adopt, built, install
+
+
+def main() -> None:
+    """Parse the arguments, and build or link."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requirement", type=Path, required=True, help="requirements file that pins the source archive")
+    parser.add_argument("--bin", type=Path, required=True, help="directory that receives the programs")
+    parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
+    parser.add_argument("--source", type=Path, help="directory that receives llama.cpp's own converter (only if built)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to compile on")
+    parser.add_argument("--bin-dir", default="", help="programs that exist already: link them, build nothing")
+    args = parser.parse_args()
+    args.out.unlink(missing_ok=True)
+    if args.bin_dir:
+        stamp = adopt(Path(args.bin_dir).expanduser(), args.bin)
+    else:
+        stamp = install(built(args.requirement, args.jobs), args.bin, args.source)
+    write_json(args.out, stamp)
+
+
+if __name__ == "__main__":
+    run(main)
