@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix; give a relative path, it is recorded")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-quantize (default: all)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="folder of llama-quantize (default: %(default)s)")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-quantize says")
     args = parser.parse_args()
-    quantize(args.source, args.out, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.threads, args.bin)
+    recipe = read_recipe(args.tensors)
+    quantize(args.source, args.out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
 
 
 if __name__ == "__main__":

@@ -142,21 +142,21 @@ def payload(checkpoint: Checkpoint, item: Planned) -> Payload:
             if copied:
                 yield checkpoint.locate(block) or memoryview(block)
             else:
-                for piece in slices(block):
+                for piece in slices(block, item.row.shape[-1]):
                     yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
 
 
 def values(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
-    """The row's values as flat float32 slices, in the order and with the changes that the GGUF should have."""
+    """The row's values as flat float32 slices of whole rows, in the order and with the changes that the GGUF should have."""
     for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
         for block in blocks(view):
-            for piece in slices(block):
+            for piece in slices(block, item.row.shape[-1]):
                 yield item.row.change(decode(piece, item.dtype))
 
 
-def slices(block: np.ndarray) -> Iterator[np.ndarray]:
-    """A contiguous block in flat slices of bounded size."""
-    flat, step = block.reshape(-1), CHUNK // 4
+def slices(block: np.ndarray, row: int) -> Iterator[np.ndarray]:
+    """A contiguous block in flat slices of whole rows and of bounded size."""
+    flat, step = block.reshape(-1), max(CHUNK // 4 // row, 1) * row
     return (flat[start : start + step] for start in range(0, flat.size, step))
 
 

@@ -28,6 +28,10 @@ class ToolchainError(ForgeError):
     """A program that we call is missing, too old, or failed."""
 
 
+class DownloadError(ForgeError):
+    """The Hub does not have something, does not give it, or gave something else."""
+
+
 class VerificationError(ForgeError):
     """A finished file is not what was asked for, and must not be published."""
 

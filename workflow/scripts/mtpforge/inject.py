@@ -13,7 +13,7 @@ from gguf.constants import GGUFValueType
 from . import convert, gguf_file, programs, quant_types
 from .errors import GgufError
 from .gguf_file import Gguf, TensorInfo, Value
-from .quantize import head_block, quantize
+from .quantize import head_block, quantizable, quantize
 from .ranges import Payload
 
 Progress = Callable[[int, int], None]
@@ -69,11 +69,6 @@ def types_of(head: Gguf) -> set[str]:
     return {info.type.name for name, info in head.tensors.items() if quantizable(info)}
 
 
-def quantizable(info: TensorInfo) -> bool:
-    """Whether llama-quantize would change this tensor of a head (norms and routers it leaves alone)."""
-    return sum(n > 1 for n in info.shape) > 1 and not info.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
-
-
 def assemble(base: Gguf, head: Gguf, out: Path, progress: Progress = lambda done, total: None) -> None:
     """Write base and head as one file. Raises GgufError."""
     metadata = merged_metadata(base, head)
@@ -94,19 +89,24 @@ def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
             metadata[key] = Value.of(count + 1, GGUFValueType.UINT32)
             metadata[heads] = Value.of(1, GGUFValueType.UINT32)
         elif key.startswith(f"{architecture}.") and value.type is GGUFValueType.ARRAY and len(value) == count:
-            metadata[key] = _extended(base, key, value, head)
+            metadata[key] = _per_layer(base, key, value, head)
         elif key != heads:
             metadata[key] = value
     return metadata
 
 
-def _extended(base: Gguf, key: str, value: Value, head: Gguf) -> Value:
-    """A per-layer array with the head's entry appended, which is the last of the same array in the head's file."""
-    entries = head.get(key)
-    if not isinstance(entries, list) or len(entries) != len(value) + 1:
+def _per_layer(base: Gguf, key: str, value: Value, head: Gguf) -> Value:
+    """An array that has as many entries as the base has blocks, with the head's appended if it is one entry a block.
+
+    The head's file tells: there a per-layer array has one entry more, and another (rope sections, say) is the same.
+    """
+    theirs = head.metadata.get(key)
+    if theirs == value:
+        return value
+    if theirs is None or theirs.item_type != value.item_type or len(theirs) != len(value) + 1:
         raise GgufError(f"{base.path}: {key} has an entry for each of {len(value)} blocks, and {head.path} does not say the head's")
     assert value.item_type is not None
-    return Value.of([*value.decode(), entries[-1]], GGUFValueType.ARRAY, value.item_type)
+    return Value.of([*value.decode(), theirs.decode()[-1]], GGUFValueType.ARRAY, value.item_type)
 
 
 # Keys that may differ between a base and the head's file without telling two models apart.

@@ -1,8 +1,10 @@
-"""Calls of the toolchain's programs: their output goes to a log and, as progress, to the terminal; a failure is an error."""
+"""Calls of the toolchain's programs: all they say goes to a log, where they are goes to the terminal, a failure is an error."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,30 +12,36 @@ from pathlib import Path
 from .errors import ToolchainError
 
 DEFAULT_BIN = Path("resources/toolchain/bin")
+_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+")  # "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts
+_INTERVAL = 10.0  # seconds between two lines of progress
 
 
 def find(bin_dir: Path, name: str) -> Path:
     """The program's path. Raises ToolchainError where it is missing."""
     path = Path(bin_dir) / name
     if not os.access(path, os.X_OK):
-        raise ToolchainError(f"{path}: missing or not executable: `snakemake --cores 1 toolchain` builds it, --bin names another folder")
+        raise ToolchainError(f"{path}: missing or not executable: `make toolchain` builds it, --bin names another folder")
     return path.resolve()
 
 
-def call(command: Sequence[str | Path], cwd: Path | None = None) -> None:
-    """Run a program to its end, passing its output on to stderr. Raises ToolchainError with its last lines."""
-    tail: deque[str] = deque(maxlen=8)
-    environment = {**os.environ, "LC_ALL": "C"}
-    with subprocess.Popen(
-        [str(word) for word in command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", cwd=cwd, env=environment,
-    ) as process:  # fmt: skip
+def call(command: Sequence[str | Path], log: Path | None = None) -> None:
+    """Run a program to its end, its output into `log`. Raises ToolchainError with the last that it said."""
+    words = [str(word) for word in command]
+    name, tail, shown = Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
+    with (
+        open(log or os.devnull, "w", encoding="utf-8") as kept,
+        subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
-            tail.append(line.rstrip())
-            sys.stderr.write(line)
+            kept.write(line)
+            tail.append(line.strip())
+            if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
+                shown = time.monotonic()
+                print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        said = next((line for line in reversed(tail) if line.strip()), "nothing")
-        raise ToolchainError(f"{Path(command[0]).name} failed with {how}; the last it said: {said}")
+        said = next((line for line in reversed(tail) if line), "nothing")
+        raise ToolchainError(f"{name} failed with {how}; the last it said: {said}")

@@ -13,12 +13,13 @@ Show = Callable[[int, int], None]
 def bar(label: str) -> Iterator[Show]:
     """Yield a function that shows bytes, share and rate, at most twice a second (in a log, every ten seconds)."""
     terminal = sys.stderr.isatty()
-    interval, start, shown = (0.5 if terminal else 10.0), time.monotonic(), 0.0
+    interval, start = (0.5 if terminal else 10.0), time.monotonic()
+    shown = start  # what is done before the first interval is over needs no line
 
     def show(done: int, total: int) -> None:
         nonlocal shown
         now = time.monotonic()
-        if now - shown < interval and done < total:
+        if now - shown < interval:
             return
         shown = now
         rate = done / max(now - start, 1e-3)
@@ -26,5 +27,5 @@ def bar(label: str) -> Iterator[Show]:
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     yield show
-    if terminal and shown:
+    if terminal and shown > start:
         print(file=sys.stderr)

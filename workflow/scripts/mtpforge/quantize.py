@@ -5,7 +5,6 @@ count. The program writes its output in place, so it is given a temporary name.
 """
 
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from . import gguf_file, programs, quant_types
 from .atomic import replacing
 from .errors import ConfigError, GgufError
-from .gguf_file import Gguf
+from .gguf_file import Gguf, TensorInfo
 
 Recipe = Sequence[tuple[str, str]]
 """Ordered (pattern, tensor type); the first pattern that is found in a tensor's name decides."""
@@ -23,28 +22,22 @@ Recipe = Sequence[tuple[str, str]]
 
 def quantize(
     source: Path, out: Path, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
-    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> None:  # fmt: skip
-    """Quantize `source` (BF16) to `out`; `head` is the head's tensor type (default Q8_0, for BF16 BF16).
+    """Quantize `source` (BF16) to `out`; `head` is the head's tensor type (default Q8_0, for an unquantized file its own).
 
     Raises ConfigError for types that cannot be, ToolchainError where the program fails.
     """
-    opened = gguf_file.read(source)
-    overrides = plan_overrides(opened, file_type, head, recipe)
-    if file_type == "BF16":
-        with replacing(out) as temporary:  # already so: llama-quantize would only copy it, more slowly
-            shutil.copyfile(source, temporary)
-        return
-    program = programs.find(bin_dir, "llama-quantize")
+    overrides = plan_overrides(gguf_file.read(source), file_type, head, recipe)
+    command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
-        command: list[str | Path] = [program]
         if overrides:
             types = Path(scratch) / "tensor-types.txt"
             types.write_text("".join(f"{pattern}={kind.lower()}\n" for pattern, kind in overrides))
             command += ["--tensor-type-file", types]
         if imatrix is not None:
             command += ["--imatrix", imatrix]
-        programs.call([*command, source, temporary, file_type, *([str(threads)] if threads else [])])
+        programs.call([*command, source, temporary, file_type, *([str(threads)] if threads else [])], log)
         gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
 
 
@@ -71,6 +64,12 @@ def head_block(source: Gguf) -> int | None:
     if heads not in (0, 1) or blocks <= heads:
         raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: one-block heads are supported")
     return blocks - 1 if heads else None
+
+
+def quantizable(info: TensorInfo) -> bool:
+    """Whether llama-quantize changes this tensor: a matrix that is no norm, router or convolution (`llama-quant.cpp`)."""
+    kept = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
+    return sum(n > 1 for n in info.shape) > 1 and info.name.endswith(".weight") and not info.name.endswith(kept)
 
 
 def head_pattern(block: int) -> str:

@@ -5,6 +5,7 @@ through a bounded buffer elsewhere. An I/O error is never taken for "not support
 """
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,3 +75,15 @@ def _kernel_copy(source: int, descriptor: int, piece: FileRange) -> int:
             break
         done += step
     return done
+
+
+def sha256(piece: FileRange) -> str:
+    """The digest of a range of a file, read once and not held."""
+    digest = hashlib.sha256()
+    with piece.path.open("rb") as file:
+        file.seek(piece.offset)
+        left = piece.size
+        while left and (block := file.read(min(left, CHUNK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+# mtpforge: GGUF quantizations whose multi-token-prediction head is there and works.
+# Each file of workflow/rules/ is one stage; config.yaml says what to build; `all` builds it.
+import sys
+
+sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
+
+from snakemake.exceptions import WorkflowError
+
+from mtpforge.build import Build
+from mtpforge.code import code
+from mtpforge.errors import ConfigError
+
+
+configfile: "config.yaml"
+
+
+try:
+    build = Build(config)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, build.names()["model"])),
+    base="|".join(map(re.escape, build.names()["base"])),
+    variant="|".join(map(re.escape, build.names()["variant"])),
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        build.files(),
+        "results/summary.md",
+
+
+include: "workflow/rules/toolchain.smk"
+include: "workflow/rules/fetch.smk"
+include: "workflow/rules/convert.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/inject.smk"
+include: "workflow/rules/verify.smk"

@@ -1,0 +1,141 @@
+"""The embedded checkpoints in the other layouts that real repositories have: same weights, other names, shards and fusions.
+
+Each layout is a function from tensors and configuration to both; `write_layout` writes one out as a checkpoint folder. Only
+numpy is used, so that the golden script can run it beside upstream's converter.
+"""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+Tensors = dict[str, tuple[str, np.ndarray]]
+"""Name -> (safetensors type, raw array), in the order in which they are stored."""
+
+_NUMPY = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of a checkpoint, in the order of its shards."""
+    tensors: Tensors = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        raw = shard.read_bytes()
+        (length,) = struct.unpack_from("<Q", raw)
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":
+                begin, end = (8 + length + offset for offset in entry["data_offsets"])
+                array = np.frombuffer(raw[begin:end], _NUMPY[entry["dtype"]]).reshape(entry["shape"])
+                tensors[name] = (entry["dtype"], array)
+    return tensors
+
+
+def write_shard(path: Path, tensors: Tensors) -> None:
+    """One safetensors file."""
+    header, offset = {}, 0
+    for name, (dtype, array) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(array.tobytes() for _, array in tensors.values()))
+
+
+def write_checkpoint(folder: Path, source: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1) -> Path:
+    """A checkpoint folder with `source`'s tokenizer and card; an index only where there is more than one shard."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith((".safetensors", "index.json", "reference.json")):
+            shutil.copy(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        part = names[len(names) * i // shards : len(names) * (i + 1) // shards]
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        write_shard(folder / shard, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, shard)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def fused_head(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """The head's experts fused as Qwen3.6 has them."""
+    experts = config["text_config"]["num_experts"]
+    result, stacked = {}, "mtp.layers.0.mlp.experts"
+
+    def stack(projection: str) -> np.ndarray:
+        return np.stack([tensors[f"{stacked}.{e}.{projection}_proj.weight"][1] for e in range(experts)])
+
+    for name, value in tensors.items():
+        if name == f"{stacked}.0.gate_proj.weight":
+            result[f"{stacked}.gate_up_proj"] = ("BF16", np.concatenate([stack("gate"), stack("up")], axis=1))
+            result[f"{stacked}.down_proj"] = ("BF16", stack("down"))
+        if not name.startswith(f"{stacked}."):
+            result[name] = value
+    return result
+
+
+def separate_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """The trunk's experts as a matrix each."""
+    result: Tensors = {}
+    for name, (dtype, array) in tensors.items():
+        if match := re.fullmatch(r"(model\..*\.experts)\.(gate_up|down)_proj", name):
+            for e, matrix in enumerate(array):
+                halves = np.split(matrix, 2) if match[2] == "gate_up" else [matrix]
+                for projection, half in zip(("gate", "up") if match[2] == "gate_up" else ("down",), halves, strict=True):
+                    result[f"{match[1]}.{e}.{projection}_proj.weight"] = (dtype, half)
+        else:
+            result[name] = (dtype, array)
+    return result
+
+
+def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """A `ForCausalLM` checkpoint: no vision tower, no wrapper in names or configuration, output untied."""
+    text = config.pop("text_config")
+    architecture = config["architectures"][0].replace("ForConditionalGeneration", "ForCausalLM")
+    config.clear()
+    config.update(text, architectures=[architecture], tie_word_embeddings=False)
+    result = {n.replace("language_model.", ""): t for n, t in tensors.items() if not n.startswith("model.visual.")}
+    return {**result, "lm_head.weight": result["model.embed_tokens.weight"]}
+
+
+def wide_types(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """F32 for the first half of the tensors, F16 for the matrices of the rest."""
+    result: Tensors = {}
+    for i, (name, (dtype, array)) in enumerate(tensors.items()):
+        values = (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
+        half = i > len(tensors) // 2 and array.ndim > 1
+        result[name] = ("F16", values.astype("<f2")) if half else ("F32", values.astype("<f4"))
+    return result
+
+
+Layout = Callable[[dict[str, Any], Tensors], Tensors]
+
+LAYOUTS: dict[str, tuple[str, Layout, int]] = {
+    "moe-fused-head": ("tiny-qwen3.5-moe", fused_head, 3),
+    "moe-separate-experts": ("tiny-qwen3.5-moe", separate_experts, 2),
+    "dense-text-only": ("tiny-qwen3.5", text_only, 1),
+    "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
+}
+"""Name of a derived checkpoint -> (embedded checkpoint, its layout, number of shards)."""
+
+
+def write_layout(name: str, parent: Path) -> Path:
+    """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
+    if name not in LAYOUTS:
+        return CHECKPOINTS / name
+    embedded, layout, shards = LAYOUTS[name]
+    config = json.loads((CHECKPOINTS / embedded / "config.json").read_text())
+    tensors = layout(config, read_tensors(CHECKPOINTS / embedded))
+    return write_checkpoint(parent / name, CHECKPOINTS / embedded, config, tensors, shards)
+
+
+ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS)

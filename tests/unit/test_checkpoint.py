@@ -1,0 +1,134 @@
+"""A checkpoint is refused, with a message that names the file, unless every byte of it is accounted for."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINTS
+from mtpforge.checkpoint import INDEX, Checkpoint, read_shard_header
+from mtpforge.errors import CheckpointError
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A private copy of the dense checkpoint."""
+    return Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "copy"))
+
+
+def shard(checkpoint: Path, number: int = -1) -> Path:
+    return sorted(checkpoint.glob("*.safetensors"))[number]
+
+
+def edit_index(checkpoint: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((checkpoint / INDEX).read_text())
+    change(index["weight_map"])
+    (checkpoint / INDEX).write_text(json.dumps(index))
+
+
+def write_header(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_it_reads_what_the_safetensors_library_wrote(checkpoint: Path) -> None:
+    from safetensors import safe_open
+
+    opened = Checkpoint(checkpoint)
+    names = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "np") as reference:
+            for name in reference.keys():
+                names.add(name)
+                assert list(opened.tensors[name].shape) == reference.get_slice(name).get_shape()
+                assert opened.tensors[name].dtype == reference.get_slice(name).get_dtype()
+    assert names == opened.tensors.keys()
+
+
+def test_a_missing_shard_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    gone = shard(checkpoint)
+    gone.unlink()
+    assert gone.name in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
+
+
+def test_a_tensor_absent_from_the_index_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    edit_index(checkpoint, lambda names: names.pop("mtp.fc.weight"))
+    message = fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
+    assert "mtp.fc.weight" in message and INDEX in message
+
+
+def test_a_tensor_that_only_the_index_has_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    edit_index(checkpoint, lambda names: names.update({"mtp.extra.weight": shard(checkpoint).name}))
+    assert "mtp.extra.weight" in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
+
+
+def test_a_truncated_shard_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    path = shard(checkpoint)
+    path.write_bytes(path.read_bytes()[:-1000])
+    message = fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
+    assert path.name in message and "truncated" in message
+
+
+def test_an_unknown_architecture_gets_the_list_of_known_ones(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    message = fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
+    assert "LlamaForCausalLM" in message and "Qwen3_5MoeForConditionalGeneration" in message
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "model.bin", 7])
+def test_a_shard_name_that_is_no_plain_file_name_is_refused(checkpoint: Path, name: object) -> None:
+    edit_index(checkpoint, lambda names: names.update({"mtp.fc.weight": name}))
+    with pytest.raises(CheckpointError, match="plain"):
+        Checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": NaN}', "\xff", '{"a":' * 5000])
+def test_a_malformed_config_is_refused(checkpoint: Path, text: str) -> None:
+    (checkpoint / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint(checkpoint)
+
+
+def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b"{" * 100,
+        b'{"a": 1, "a": 1}',
+        {"a": entry(dtype="F31")},
+        {"a": entry(shape=[-2])},
+        {"a": entry(shape=[2.0])},
+        {"a": entry(shape=[True, 2])},
+        {"a": entry(shape=[3])},
+        {"a": entry(offsets=[0, 4])},
+        {"a": entry(offsets=[8, 0])},
+        {"a": entry(offsets=[0])},
+        {"a": entry(offsets=[4, 12])},
+        {"a": entry(shape=[1 << 40, 1 << 40], offsets=[0, 1 << 82])},
+        {"a": entry(), "b": entry()},
+        {"a": "text"},
+        {},
+    ],
+    ids=repr,
+)
+def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
+    with pytest.raises(CheckpointError):
+        read_shard_header(write_header(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_shard_header(path)

@@ -1,0 +1,128 @@
+"""Conversion gives what llama.cpp's own converter gives, byte for byte, on every layout that we support.
+
+The digests under tests/golden were made by upstream's convert_hf_to_gguf.py; `make check-golden` proves that they still are
+what it makes.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS, ROOT
+from layouts import ALL, read_tensors, write_checkpoint, write_layout
+from mtpforge import convert, gguf_file, tokenizer
+from mtpforge.checkpoint import Checkpoint
+from mtpforge.errors import CheckpointError
+
+sys.path.append(str(ROOT / "tests" / "golden"))
+from digest import digest  # noqa: E402
+
+
+@pytest.mark.parametrize("part", ["all", "trunk"])
+@pytest.mark.parametrize("name", ALL)
+def test_conversion_equals_upstream(name: str, part: str, tmp_path: Path) -> None:
+    golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())[part]
+    convert.convert(write_layout(name, tmp_path), tmp_path / "out.gguf", part, "qwen35")
+    ours = digest(tmp_path / "out.gguf")
+    assert list(ours["metadata"].items()) == list(golden["metadata"].items())
+    assert list(ours["tensors"]) == list(golden["tensors"])
+    for tensor, (kind, shape, value) in golden["tensors"].items():
+        assert ours["tensors"][tensor][:2] == [kind, shape], tensor
+        assert_same_value(tensor, ours["tensors"][tensor][2], value)
+
+
+def assert_same_value(tensor: str, ours: Any, theirs: Any) -> None:
+    """Equal bytes; for A = -exp(A_log) equal within the last bit, where torch's exp differs between machines."""
+    if tensor.endswith("ssm_a"):
+        a, b = (np.array([float.fromhex(x) for x in values], np.float32) for values in (ours, theirs))
+        np.testing.assert_array_max_ulp(a, b, maxulp=1)
+    else:
+        assert ours == theirs, tensor
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3.5", "moe-fused-head"])
+def test_the_head_alone_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
+    checkpoint = write_layout(name, tmp_path)
+    for part in ("all", "head"):
+        convert.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
+    whole, head = (digest(tmp_path / f"{part}.gguf") for part in ("all", "head"))
+    block = gguf_file.read(tmp_path / "all.gguf").get(f"{'qwen35moe' if 'moe' in name else 'qwen35'}.block_count") - 1
+    assert head["tensors"] == {n: t for n, t in whole["tensors"].items() if n.startswith(f"blk.{block}.")}
+    assert not any(key.startswith("tokenizer.") for key in head["metadata"])
+
+
+def changed(tmp_path: Path, *, drop: str = "", config: dict[str, Any] | None = None, name: str = "copy") -> Path:
+    """The dense checkpoint without the tensors that begin with `drop`, and with other configuration."""
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    settings = json.loads((source / "config.json").read_text())
+    settings["text_config"] |= config or {}
+    tensors = {n: t for n, t in read_tensors(source).items() if not (drop and n.startswith(drop))}
+    return write_checkpoint(tmp_path / name, source, settings, tensors)
+
+
+def refusal(checkpoint: Path, part: str = "all", pre: str | None = "qwen35") -> str:
+    out = checkpoint.parent / "out.gguf"
+    with pytest.raises(CheckpointError) as caught:
+        convert.convert(checkpoint, out, part, pre)
+    assert not out.exists()
+    return str(caught.value)
+
+
+def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path, drop="mtp.")
+    assert "lost its head" in refusal(checkpoint) and "--part trunk" in refusal(checkpoint)
+    convert.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
+    assert gguf_file.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
+
+
+def test_a_head_that_the_configuration_denies_is_refused(tmp_path: Path) -> None:
+    assert "mtp_num_hidden_layers is 0" in refusal(changed(tmp_path, config={"mtp_num_hidden_layers": 0}))
+
+
+def test_a_head_with_a_tensor_missing_is_refused_by_name(tmp_path: Path) -> None:
+    assert "mtp.pre_fc_norm_hidden.weight" in refusal(changed(tmp_path, drop="mtp.pre_fc_norm_hidden"))
+
+
+def test_a_tensor_of_another_shape_is_refused_with_both(tmp_path: Path) -> None:
+    message = refusal(changed(tmp_path, config={"intermediate_size": 512}))
+    assert "mlp." in message and "512" in message
+
+
+def test_an_unknown_vocabulary_is_refused_unless_its_pre_tokenizer_is_named(tmp_path: Path) -> None:
+    assert "tokenizer_pre" in refusal(changed(tmp_path), pre=None)
+
+
+def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> None:
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    tensors = {**read_tensors(source), "model.language_model.layers.0.mlp.bias": ("F32", np.zeros(4, np.float32))}
+    checkpoint = write_checkpoint(tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors)
+    assert "mlp.bias" in refusal(checkpoint)
+
+
+def test_rounding_to_bf16_is_to_nearest_even_and_refuses_nan() -> None:
+    values = np.array([1.0, 1.00390625, 1.01171875, -3.4e38, np.inf, 1e-40], np.float32)
+    kind = gguf_file.GGMLQuantizationType.BF16
+    rounded = convert.decode(np.frombuffer(convert.encode(values, kind), np.uint16), "BF16")
+    np.testing.assert_array_equal(rounded[:3], np.array([1.0, 1.0, 1.015625], np.float32))
+    assert np.isinf(rounded[4]) and abs(rounded[5] - 1e-40) < 1e-41
+    with pytest.raises(CheckpointError, match="NaN"):
+        convert.encode(np.array([np.nan], np.float32), kind)
+
+
+def test_views_of_contiguous_bytes_are_copied_by_range_and_never_read() -> None:
+    checkpoint = Checkpoint(CHECKPOINTS / "tiny-qwen3.5")
+    tensor = checkpoint.tensors["model.language_model.embed_tokens.weight"]
+    array = checkpoint.array(tensor)
+    piece = checkpoint.locate(array[3:5])
+    assert piece is not None and piece.offset == tensor.offset + 3 * array.strides[0] and piece.size == 2 * array.strides[0]
+    assert checkpoint.locate(array[3:5].copy()) is None
+
+
+def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> None:
+    """The probe must be upstream's to the letter, or no checksum is ever found."""
+    from hashlib import sha256
+
+    assert sha256(tokenizer.PROBE.encode()).hexdigest() == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"

@@ -1,0 +1,66 @@
+"""The inventory of a GGUF follows from the configuration alone, and is that of the real models."""
+
+import pytest
+from mtpforge.errors import CheckpointError
+from mtpforge.families import Hparams, family_of
+
+DENSE = {
+    "num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 9216, "vocab_size": 248320, "head_dim": 256,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+EXPERTS = {
+    "num_hidden_layers": 40, "hidden_size": 2048, "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+
+# Real models: trunk tensors, all tensors, weights of the head (published tensor maps and configurations).
+REAL = {
+    "Qwen3.5-0.8B": ({"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8,
+                      "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 20_452_864),
+    "Qwen3.5-4B": ({}, 426, 441, 120_599_552),
+    "Qwen3.5-9B": ({"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}, 427, 442, 243_290_624),
+    "Qwen3.5-27B": ({"num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 24,
+                     "linear_num_value_heads": 48, "tie_word_embeddings": False}, 851, 866, 424_699_392),
+    "Qwen3.5-35B-A3B": (EXPERTS, 733, 753, 844_640_768),
+    "Qwen3.5-122B-A10B": ({**EXPERTS, "num_hidden_layers": 48, "hidden_size": 3072, "num_attention_heads": 32,
+                           "linear_num_value_heads": 64, "moe_intermediate_size": 1024,
+                           "shared_expert_intermediate_size": 1024}, 879, 899, 2_523_679_232),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_have_the_known_inventory(name: str) -> None:
+    changes, trunk, total, head_weights = REAL[name]
+    hparams = Hparams({**DENSE, **changes})
+    family = family_of("Qwen3_5MoeForConditionalGeneration" if "num_experts" in changes else "Qwen3_5ForConditionalGeneration")
+    assert len(family.rows(hparams, "trunk")) == trunk
+    assert len({row.name for row in family.rows(hparams, "all")}) == total
+    head = family.rows(hparams, "head")
+    assert sum(_elements(row.shape) for row in head) == head_weights
+    assert all(row.name.startswith(f"blk.{hparams.count('num_hidden_layers')}.") for row in head)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for n in shape:
+        product *= n
+    return product
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": "2560"}, "hidden_size"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"linear_num_value_heads": 17}, "linear_num_value_heads"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_by_key(change: dict[str, object], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        family_of("Qwen3_5ForCausalLM").rows(Hparams({**DENSE, **change}), "all")

@@ -1,0 +1,315 @@
+"""The toolchain: what a build is called, when it is made again, and what is refused.
+
+The builds are real, pip, CMake and Ninja included, of a stand-in for llama.cpp that compiles in a second.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from mtpforge.errors import ToolchainError
+from mtpforge.toolchain import PROGRAMS, Recipe, is_whole, read_pin
+
+PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"
+
+CMAKE_LISTS = """
+cmake_minimum_required(VERSION 3.15)
+project(stand-in C CXX)
+file(WRITE ${CMAKE_BINARY_DIR}/main.cpp "#include <cstdio>\\nint main() {"
+     "std::puts(\\"version: 9.9.9 (build ${LLAMA_BUILD_NUMBER}, commit ${LLAMA_BUILD_COMMIT})\\"); }")
+foreach(name llama-quantize llama-server llama-gguf-split llama-imatrix)
+    add_executable(${name} ${CMAKE_BINARY_DIR}/main.cpp)
+    set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
+endforeach()
+"""
+
+PYPROJECT = """
+[build-system]
+requires = ["scikit-build-core"]
+build-backend = "scikit_build_core.build"
+[project]
+name = "stand-in"
+version = "1.0"
+"""
+
+
+def pack(archive: Path, files: dict[str, str]) -> str:
+    """Write a source archive of `stand_in` and return its sha256."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"stand_in-1.0/{name}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def archive_files() -> dict[str, str]:
+    return {
+        "PKG-INFO": "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n",
+        "pyproject.toml": PYPROJECT,
+        "CHANGELOG.md": "## [1.0]\n\n- update llama.cpp to ggml-org/llama.cpp@abcdef123\n\n## [0.9]\n\n"
+        "- update llama.cpp to ggml-org/llama.cpp@000000000\n",
+        "vendor/llama.cpp/CMakeLists.txt": CMAKE_LISTS,
+        "vendor/llama.cpp/convert_hf_to_gguf.py": "",
+        "vendor/llama.cpp/conversion/__init__.py": "",
+        "vendor/llama.cpp/gguf-py/gguf/__init__.py": "",
+    }
+
+
+class Clone:
+    """A checkout with a cache of its own, in which the program runs as the rule runs it."""
+
+    def __init__(self, root: Path, files: dict[str, str] | None = None) -> None:
+        self.root = root
+        self.cache = root / "cache"
+        self.sha256 = pack(root / "index" / "stand_in-1.0.tar.gz", files or archive_files())
+        self.requirement = root / "llama.cpp.txt"
+        self.pin(self.sha256)
+
+    def pin(self, sha256: str) -> None:
+        self.requirement.write_text(f"# a comment\nstand-in==1.0 --hash=sha256:{sha256}\n")
+
+    def start(self, to: str = "out", *options: str, **environment: str) -> subprocess.Popen[str]:
+        out = self.root / to
+        command = [sys.executable, str(PROGRAM), "--requirement", str(self.requirement), "--jobs", "2"]
+        command += ["--bin", str(out / "bin"), "--out", str(out / "stamp.json"), "--source", str(out / "source")]
+        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (self.root / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+        return subprocess.Popen(
+            [*command, *options],
+            env={**os.environ, **pip, "MTPFORGE_CACHE": str(self.cache), **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *args: str, **environment: str) -> tuple[int, str]:
+        process = self.start(*args, **environment)
+        _, said = process.communicate(timeout=300)
+        return process.returncode, said
+
+    def stamp(self, of: str = "out") -> dict:
+        return json.loads((self.root / of / "stamp.json").read_text())
+
+    def entry(self) -> Path:
+        (stamp,) = self.cache.glob("llama.cpp/*/stamp.json")
+        return stamp.parent
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    clone = Clone(tmp_path_factory.mktemp("with space"))
+    code, said = clone.run()
+    assert code == 0, said
+    return clone
+
+
+def write_programs(directory: Path, **scripts: str) -> Path:
+    directory.mkdir()
+    for name in PROGRAMS:
+        says = "echo 'version: 0.5.0-dev (build 7, commit abc1234)' >&2; echo 'built with GNU 1 for Test'"
+        (directory / name).write_text("#!/bin/sh\n" + scripts.get(name.removeprefix("llama-"), says) + "\n")
+        (directory / name).chmod(0o755)
+    return directory
+
+
+RECIPE = Recipe("0" * 64, "GNU 12.2.0", "Linux x86_64", ("-DA=1", "-DB=2"), ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"archive_sha256": "1" * 64},
+        {"compiler": "GNU 13.0.0"},
+        {"machine": "Linux aarch64"},
+        {"flags": ("-DA=1",)},
+        {"flags": ("-DA=1-DB=2",)},
+        {"programs": ("x",)},
+    ],
+)
+def test_the_key_changes_with_each_ingredient(change: dict) -> None:
+    assert dataclasses.replace(RECIPE, **change).key() != RECIPE.key() == dataclasses.replace(RECIPE).key()
+
+
+@pytest.mark.parametrize("line", ["", "a==1", "a>=1 --hash=sha256:" + "0" * 64, "a==1 --hash=sha256:00", "a==1\nb==2"])
+def test_an_unpinned_requirement_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "r.txt").write_text(line)
+    with pytest.raises(ToolchainError, match=r"r\.txt: expected one line"):
+        read_pin(tmp_path / "r.txt")
+
+
+def test_the_pin_of_this_repository_is_read() -> None:
+    pin = read_pin(PROGRAM.parents[2] / "envs" / "llama.cpp.txt")
+    assert (pin.package, len(pin.sha256)) == ("llama-cpp-python", 64)
+
+
+def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
+    stamp = clone.stamp()
+    assert (stamp["llama.cpp"], stamp["commit"], stamp["archive_sha256"]) == ("9.9.9", "abcdef123", clone.sha256)
+    assert str(clone.root) not in json.dumps(stamp)
+    for name, digest in stamp["programs"].items():
+        assert hashlib.sha256((clone.root / "out/bin" / name).read_bytes()).hexdigest() == digest
+    said = subprocess.check_output([clone.root / "out/bin/llama-server"], text=True)
+    assert said == "version: 9.9.9 (build 0, commit abcdef123)\n"
+    assert sorted(p.name for p in (clone.root / "out/source").iterdir()) == sorted(
+        ["conversion", "convert_hf_to_gguf.py", "gguf-py"]
+    )
+    assert set(stamp["programs"]) == set(PROGRAMS)
+
+
+def test_a_second_clone_builds_nothing_and_gets_the_same_bytes(clone: Clone) -> None:
+    code, said = clone.run("second", CXX=os.environ.get("CXX", "c++"))
+    assert (code, said.count("\n")) == (0, 1)
+    assert "using the build in" in said
+    assert (clone.root / "second/stamp.json").read_bytes() == (clone.root / "out/stamp.json").read_bytes()
+
+
+def test_damage_in_one_clone_does_not_reach_the_cache(clone: Clone) -> None:
+    clone.run("victim")
+    with (clone.root / "victim/bin/llama-server").open("r+b") as file:
+        file.write(b"damage")
+    code, said = clone.run("victim")
+    assert (code, "using the build in" in said) == (0, True)
+    assert (clone.root / "victim/bin/llama-server").read_bytes() == (clone.root / "out/bin/llama-server").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "gone", ["stamp.json", "bin/llama-imatrix", "source/convert_hf_to_gguf.py", "source/conversion", "bin", "source"]
+)
+def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, gone: str) -> None:
+    entry = shutil.copytree(clone.entry(), tmp_path / "entry")
+    assert is_whole(entry)
+    (entry / gone).rename(tmp_path / "gone")
+    assert not is_whole(entry)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"programs": ', '{"programs": 1}', '{"programs": {}}', "{}", "\udcff"])
+def test_a_cache_entry_with_another_stamp_is_torn(clone: Clone, tmp_path: Path, text: str) -> None:
+    entry = shutil.copytree(clone.entry(), tmp_path / "entry")
+    (entry / "stamp.json").write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    assert not is_whole(entry)
+
+
+def test_a_torn_cache_entry_is_rebuilt(clone: Clone) -> None:
+    entry = clone.entry()
+    data = bytearray((entry / "bin/llama-imatrix").read_bytes())
+    data[len(data) // 2] ^= 1
+    (entry / "bin/llama-imatrix").write_bytes(data)
+    code, said = clone.run("again")
+    assert (code, "compiling" in said) == (0, True), said
+    assert clone.stamp("again") == clone.stamp() == json.loads((entry / "stamp.json").read_text())
+    assert is_whole(entry)
+    assert [p.name for p in entry.parent.iterdir() if p.suffix != ".lock"] == [entry.name]
+
+
+def test_two_builds_at_the_same_time_both_succeed(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    runs = [clone.start(f"out{i}") for i in range(2)]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert clone.stamp("out0") == clone.stamp("out1")
+    assert sum("compiling" in text for text in said) == 1
+
+
+def test_what_a_killed_build_left_is_swept(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    run = clone.start()
+    for line in run.stderr or ():
+        if "compiling" in line:
+            break
+    run.kill()
+    run.wait()
+    assert list(clone.cache.glob("llama.cpp/*.part"))
+    assert not (tmp_path / "out/stamp.json").exists()
+    code, said = clone.run()
+    assert code == 0, said
+    assert not list(clone.cache.glob("llama.cpp/*.part"))
+
+
+def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    clone.pin("0" * 64)
+    code, said = clone.run()
+    assert code == 1
+    assert "error: pip cannot download stand-in 1.0" in said
+    assert clone.sha256 in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out/stamp.json").exists()
+
+
+def test_an_archive_that_reaches_out_of_its_directory_is_refused(tmp_path: Path) -> None:
+    clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/../../../../evil": "x"})
+    code, _ = clone.run()
+    assert code == 1
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_whole(tmp_path: Path) -> None:
+    broken = CMAKE_LISTS.replace("int main() {", "int main() { syntax error")
+    clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/CMakeLists.txt": broken})
+    code, said = clone.run()
+    assert code == 1
+    log = re.search(r"error: ninja failed; the whole log is (.+):\n", said)
+    assert log, said
+    assert "FAILED" in said
+    assert "FAILED" in Path(log[1]).read_text()
+    assert not list(clone.cache.glob("llama.cpp/*.part"))
+
+
+def test_a_missing_compiler_is_one_line_that_names_the_package(tmp_path: Path) -> None:
+    code, said = Clone(tmp_path).run(CXX="no-such-compiler")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++" in said
+
+
+def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    existing = write_programs(tmp_path / "cuda", quantize="echo usage; exit 1")
+    for out in "one", "two":
+        code, said = clone.run(out, "--bin-dir", str(existing))
+        assert code == 0, said
+    stamp = clone.stamp("one")
+    assert (tmp_path / "one/stamp.json").read_bytes() == (tmp_path / "two/stamp.json").read_bytes()
+    assert (stamp["llama.cpp"], stamp["build"], stamp["commit"]) == ("0.5.0-dev", "7", "abc1234")
+    for name in PROGRAMS:
+        assert (tmp_path / "one/bin" / name).readlink() == existing / name
+        assert stamp["programs"][name] == hashlib.sha256((existing / name).read_bytes()).hexdigest()
+    assert not clone.cache.exists()
+
+
+def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
+    old = "echo 'version: 9789 (abc1234)'; echo 'built with Clang 17 for Linux'"
+    names = {name.removeprefix("llama-"): old for name in PROGRAMS}
+    code, said = Clone(tmp_path).run("out", "--bin-dir", str(write_programs(tmp_path / "old", **names)))
+    assert code == 0, said
+    stamp = json.loads((tmp_path / "out/stamp.json").read_text())
+    assert (stamp["llama.cpp"], stamp["commit"], stamp["compiler"]) == ("9789", "abc1234", "Clang 17 for Linux")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "complaint"),
+    [
+        (lambda program: program.unlink(), "no such program"),
+        (lambda program: program.chmod(0o644), "does not run"),
+        (lambda program: program.write_text("#!/bin/sh\nexit 127\n"), "does not run (exit code 127)"),
+        (lambda program: program.write_text("#!/bin/sh\nkill -9 $$\n"), "does not run (exit code -9)"),
+        (lambda program: program.write_text("#!/bin/sh\necho 'version: 1 (other)'\n"), "programs of different builds"),
+    ],
+)
+def test_an_existing_program_that_cannot_be_used_is_named(tmp_path: Path, break_it, complaint: str) -> None:
+    existing = write_programs(tmp_path / "cuda")
+    break_it(existing / "llama-gguf-split")
+    code, said = Clone(tmp_path).run("out", "--bin-dir", str(existing))
+    assert code == 1
+    assert complaint in said
+    assert "llama-gguf-split" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out/stamp.json").exists()

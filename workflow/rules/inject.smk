@@ -1,0 +1,24 @@
+# A head for a GGUF that lacks one.
+# Needs: the base, the head as a BF16 GGUF, and llama-quantize for the head's type.
+# Makes: results/<model>/work/injected/<variant>.gguf.
+
+
+rule inject:
+    input:
+        code=code("inject.py"),
+        toolchain="resources/toolchain/stamp.json",
+        base=build.base,
+        head="results/{model}/work/convert/head.gguf",
+    output:
+        temp("results/{model}/work/injected/{variant}.gguf"),
+    params:
+        head_type=build.head,
+    log:
+        "logs/{model}/inject-{variant}.log",
+    benchmark:
+        "benchmarks/{model}/inject-{variant}.jsonl"
+    message:
+        "{wildcards.model}: inject the head ({params.head_type}) into {input.base}"
+    shell:
+        "python {input.code[0]:q} {input.base:q} --head {input.head:q} --head-type {params.head_type}"
+        " --out {output:q} 2>&1 | tee {log:q}"

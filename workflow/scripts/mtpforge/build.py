@@ -1,0 +1,214 @@
+"""What `config.yaml` asks for: validated, with its defaults, and as the paths and parameters that the rules need.
+
+A rule's functions are methods of `Build` that take the rule's wildcards, so the rules stay plain declarations.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+from . import quant_types
+from .errors import ConfigError
+from .quantize import check_pattern, default_head
+
+SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
+WORK = "results/{model}/work"
+
+
+class Wildcards(Protocol):
+    """What Snakemake hands to a rule's functions."""
+
+    model: str
+    variant: str
+
+
+class Build:
+    """The configuration as a build. Raises ConfigError, naming the path of each key that is wrong."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = validated(config)
+        self.models: dict[str, Any] = self.config["models"]
+        for name, model in self.models.items():
+            for variant, entry in model["variants"].items():
+                _check_variant(f"models/{name}/variants/{variant}", variant, entry)
+        chosen = self.config["build"]
+        self.chosen = list(self.models) if chosen == "all" else list(chosen)
+        for name in self.chosen:
+            if name not in self.models:
+                raise ConfigError(f"config.yaml: build: there is no model {name!r}: models has {', '.join(self.models)}")
+            _check_folders(f"models/{name}", self.models[name])
+
+    # ── what to make ──
+
+    def variants(self) -> Iterator[tuple[str, str]]:
+        """(model, variant) of everything that `all` makes, in the order of the configuration."""
+        for model in self.chosen:
+            for variant in self.models[model]["variants"]:
+                yield model, variant
+
+    def files(self) -> list[str]:
+        """The GGUFs that `all` makes."""
+        return [f"results/{model}/{self.base_name(model)}-{variant}.gguf" for model, variant in self.variants()]
+
+    def reports(self) -> list[str]:
+        """Their verification reports, in the same order."""
+        return [f"results/{model}/reports/{self.base_name(model)}-{variant}.json" for model, variant in self.variants()]
+
+    def base_name(self, model: str) -> str:
+        """The first part of a model's file names: the name of its repository or folder."""
+        source = self.models[model]["source"]
+        return str(source["repo"].split("/")[1] if "repo" in source else Path(source["path"]).name)
+
+    def names(self) -> dict[str, list[str]]:
+        """All values that the wildcards `model`, `base` and `variant` can have."""
+        variants = {variant for model in self.models.values() for variant in model["variants"]}
+        return {
+            "model": list(self.models),
+            "base": sorted({self.base_name(model) for model in self.models}),
+            "variant": sorted(variants),
+        }
+
+    # ── where it comes from ──
+
+    def checkpoint(self, wildcards: Wildcards) -> str:
+        """The checkpoint's folder."""
+        source = self.models[wildcards.model]["source"]
+        if "path" in source:
+            return str(source["path"])
+        return f"resources/checkpoints/{wildcards.model}/{source['revision']}/{self.base_name(wildcards.model)}"
+
+    def checkpoint_inputs(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the checkpoint depends on: the files of a local one, the manifest of a fetched one."""
+        source = self.models[wildcards.model]["source"]
+        if "repo" in source:
+            return [f"resources/checkpoints/{wildcards.model}/{source['revision']}/manifest.json"]
+        folder = Path(source["path"])
+        kinds = (".json", ".safetensors", ".jinja", ".txt", ".md")
+        return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
+
+    def tokenizer_option(self, wildcards: Wildcards) -> str:
+        """The option that names a pre-tokenizer whose checksum is unknown."""
+        pre = self.models[wildcards.model].get("tokenizer_pre")
+        return f"--tokenizer-pre {pre}" if pre else ""
+
+    # ── variants ──
+
+    def entry(self, wildcards: Wildcards) -> dict[str, Any]:
+        """A variant's own part of the configuration."""
+        return dict(self.models[wildcards.model]["variants"][wildcards.variant])
+
+    def file_type(self, wildcards: Wildcards) -> str:
+        """The type that llama-quantize is asked for; of an injected file, that of the base where it is made here."""
+        return _file_type(wildcards.variant, self.entry(wildcards))
+
+    def head(self, wildcards: Wildcards) -> str:
+        """The head's tensor type."""
+        entry = self.entry(wildcards)
+        return str(entry.get("head") or default_head(self.file_type(wildcards)))
+
+    def recipe(self, wildcards: Wildcards) -> str:
+        """The recipe as JSON, which is YAML; empty where there is none."""
+        return json.dumps(self.entry(wildcards).get("tensors", {}))
+
+    def candidate(self, wildcards: Wildcards) -> str:
+        """The file that is verified and, if it passes, published."""
+        work = WORK.format(model=wildcards.model)
+        if "base" in self.entry(wildcards):
+            return f"{work}/injected/{wildcards.variant}.gguf"
+        if self.file_type(wildcards) == "BF16":
+            return f"{work}/convert/all.gguf"  # what conversion makes is this variant: no copy of 70 GB
+        return f"{work}/quantized/{wildcards.variant}.gguf"
+
+    def base(self, wildcards: Wildcards) -> str:
+        """The GGUF that a head is injected into."""
+        base = self.entry(wildcards)["base"]
+        return str(base["path"] if "path" in base else f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf")
+
+    def base_if_any(self, wildcards: Wildcards) -> list[str]:
+        """The base of an injected variant, nothing for another."""
+        return [self.base(wildcards)] if "base" in self.entry(wildcards) else []
+
+    def prompts(self, wildcards: Wildcards) -> str:
+        """The folder of prompts on which drafting is measured."""
+        return str(self.models[wildcards.model]["prompts"])
+
+    def prompt_files(self, wildcards: Wildcards) -> list[str]:
+        """The prompts in it."""
+        return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+
+    def verify_options(self, wildcards: Wildcards) -> str:
+        """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
+        entry, base = self.entry(wildcards), self.base_if_any(wildcards)
+        options = ["--head", self.head(wildcards), "--min-acceptance", str(self.models[wildcards.model]["min_acceptance"])]
+        if not base or "type" in entry["base"]:
+            options += ["--type", self.file_type(wildcards)]
+        return shlex.join(options + (["--base", base[0]] if base else []))
+
+
+def _file_type(variant: str, entry: Mapping[str, Any]) -> str:
+    return str(entry.get("type") or entry.get("base", {}).get("type") or variant)
+
+
+def _check_folders(path: str, model: Mapping[str, Any]) -> None:
+    source = model["source"].get("path")
+    if source is not None and not Path(source).is_dir():
+        raise ConfigError(f"config.yaml: {path}/source/path: no such folder: {source}")
+    if not any(Path(model["prompts"]).glob("*.txt")):
+        raise ConfigError(f"config.yaml: {path}/prompts: no *.txt files in {model['prompts']}")
+
+
+def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
+    """What the schema cannot say. Raises ConfigError with the key's path."""
+    try:
+        if "base" not in entry or "type" in entry["base"] or "type" in entry:
+            file_type = quant_types.check_file_type(_file_type(variant, entry))
+        else:
+            file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
+        if "base" in entry and "tensors" in entry:
+            raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
+        head = entry.get("head") or default_head(file_type)
+        quant_types.check_tensor_type(head, low_bit=entry.get("allow_low_bit_head", False))
+        if "base" not in entry and file_type in quant_types.UNQUANTIZED and (head != file_type or "tensors" in entry):
+            raise ConfigError(f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect")
+        for pattern, kind in entry.get("tensors", {}).items():
+            check_pattern(pattern)
+            quant_types.check_tensor_type(kind)
+    except ConfigError as error:
+        raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def validated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the schema's defaults. Raises ConfigError for the first thing that does not fit it."""
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda error: list(map(str, error.absolute_path)))
+    if errors:
+        raise ConfigError(f"config.yaml: {_explain(errors[0])}")
+    return dict(_with_defaults(config, schema))
+
+
+def _explain(error: ValidationError) -> str:
+    """The path of the offending key, and what is wrong with it."""
+    if error.validator == "oneOf" and error.context:
+        # The alternative that comes nearest is the one that fails deepest.
+        return _explain(max(error.context, key=lambda inner: (len(inner.absolute_path), inner.validator == "additionalProperties")))
+    path = "/".join(map(str, error.absolute_path)) or "(top)"
+    if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+        known = error.schema.get("properties", {})
+        unknown = [key for key in error.instance if key not in known]
+        return f"{path}/{unknown[0]}: unknown key: known are {', '.join(known)}"
+    return f"{path}: {error.message}"
+
+
+def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
+    """A copy of a valid `value` in which missing keys have the defaults of the schema."""
+    if not isinstance(value, Mapping):
+        return value
+    properties, other = schema.get("properties", {}), schema.get("additionalProperties")
+    defaults = {key: sub["default"] for key, sub in properties.items() if "default" in sub}
+    merged = {**defaults, **value}
+    return {key: _with_defaults(entry, properties.get(key, other if isinstance(other, dict) else {})) for key, entry in merged.items()}

@@ -1,0 +1,51 @@
+"""Which source files a program consists of, so that a rule can have them as inputs and rerun when one is edited.
+
+Snakemake compares small inputs by checksum: a touched or reverted module reruns nothing, an edited one reruns exactly the
+rules that import it, directly or not.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+
+
+def code(program: str) -> list[str]:
+    """The program (a file name in `workflow/scripts`) and, sorted, every local module that it imports.
+
+    Paths are relative to the repository, where Snakemake runs.
+    """
+    script = SCRIPTS / program
+    seen: set[Path] = set()
+    pending = [script]
+    while pending:
+        path = pending.pop()
+        if path not in seen:
+            seen.add(path)
+            pending += _imports(path)
+    root = SCRIPTS.parents[1]
+    return [str(path.relative_to(root)) for path in [script, *sorted(seen - {script})]]
+
+
+def _imports(path: Path) -> Iterator[Path]:
+    """Files of the local modules that a file imports, and of the packages that lie on the way to them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = path.relative_to(SCRIPTS).parts[: -node.level] if node.level else ()
+            prefix = ".".join([*parent, *([node.module] if node.module else [])])
+            names = [prefix, *(f"{prefix}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            yield from _files(name.split("."))
+
+
+def _files(parts: list[str]) -> Iterator[Path]:
+    for depth in range(1, len(parts) + 1):
+        module = SCRIPTS.joinpath(*parts[:depth])
+        for path in (module.with_suffix(".py"), module / "__init__.py"):
+            if path.is_file():
+                yield path

@@ -1,0 +1,212 @@
+"""Is a finished GGUF what was asked for, and does its head draft? One verdict per check, and no result without all of them.
+
+A file with a head that is there but wrong loads without a message. So its inventory, types and values are compared with the
+checkpoint, and a real llama-server must draft with it and have drafts accepted.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from . import convert, gguf_file, inject, programs, quant_types, server
+from .checkpoint import Checkpoint
+from .errors import ForgeError, VerificationError
+from .families import Family, Hparams, family_of
+from .gguf_file import Gguf
+from .quantize import Recipe, head_block, quantizable
+from .ranges import FileRange, sha256
+
+N_PREDICT = 200
+GATE = 1.5  # times the error that a type has on heavy-tailed weights
+ROW_GATE = 0.9  # a row in the wrong place differs from the right one by 1.41 of its size, a coarse quantization by half
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict, and in words what it rests on."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the file should be: None where nothing was said, and then the check that needs it is left out."""
+
+    checkpoint: Path | None = None
+    base: Path | None = None
+    file_type: str | None = None
+    head: str | None = None
+    recipe: Recipe = ()
+    prompts: tuple[str, ...] = ()
+    min_acceptance: float = 0.1
+    threads: int = 1
+
+
+def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
+    """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
+    opened = gguf_file.read(path)
+    block = head_block(opened)
+    if block is None:
+        raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
+    checks = [check_types(opened, request)]
+    if request.checkpoint:
+        checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint))
+    if request.base:
+        checks.append(check_base(opened, gguf_file.read(request.base)))
+    drafting, measured = check_drafting(path, request, bin_dir)
+    checks.append(drafting)
+    if failed := [check for check in checks if not check.passed]:
+        raise VerificationError(f"{path.name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
+    return {**summary(opened), **measured, "checks": [asdict(check) for check in checks]}
+
+
+def summary(opened: Gguf) -> dict[str, Any]:
+    """Name, size in bytes, bits per weight, sha256, types of the head and of all tensors, counted."""
+    infos = opened.tensors.values()
+    types = [info.type.name for info in infos]
+    size = opened.path.stat().st_size
+    return {
+        "file": opened.path.name,
+        "bytes": size,
+        "sha256": sha256(FileRange(opened.path, 0, size)),
+        "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
+        "head": "/".join(sorted(inject.types_of(inject.head_only(opened)))),
+        "types": {name: types.count(name) for name in sorted(set(types))},
+    }
+
+
+def check_types(opened: Gguf, request: Request) -> Check:
+    """File type, head type and recipe are what was asked for."""
+    wrong: list[str] = []
+    if request.file_type and opened.get("general.file_type") != quant_types.FILE_TYPES[request.file_type]:
+        wrong.append(f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}")
+    head = inject.head_only(opened).tensors
+    for name, info in opened.tensors.items():
+        if not quantizable(info):
+            continue
+        asked = request.head if name in head else _by_recipe(name, request.recipe)
+        if asked and info.type.name != asked:
+            wrong.append(f"{name} is {info.type.name}, not {asked}")
+    return Check("types", not wrong, _some(wrong) or f"{len(opened.tensors)} tensors, head {request.head or 'at any type'}")
+
+
+def _by_recipe(name: str, recipe: Recipe) -> str | None:
+    return next((kind for pattern, kind in recipe if re.search(pattern, name)), None)
+
+
+def _some(problems: list[str]) -> str:
+    return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check]:
+    """Inventory and head against the checkpoint that the file is made of."""
+    family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
+    inventory = check_inventory(opened, family, hparams)
+    if not inventory.passed:
+        return [inventory]
+    problems = []
+    for item in convert.plan(checkpoint, family, hparams, "head"):
+        problems += compare(opened, item.row.name, convert.values(checkpoint, item))
+    return [inventory, Check("head values", not problems, _some(problems) or "equal to the checkpoint's within the error of their types")]
+
+
+def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
+    """Names and shapes are exactly those that the architecture has."""
+    expected = {row.name: row.shape for row in family.rows(hparams, "all")}
+    found = {name: info.shape for name, info in opened.tensors.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {list(found[name])}, not {list(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if _squeezed(found[name]) != _squeezed(expected[name])
+    ]
+    if opened.architecture != family.gguf_architecture:
+        problems.append(f"architecture is {opened.architecture}, not {family.gguf_architecture}")
+    return Check("inventory", not problems, _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without leading ones, which a GGUF does not keep through llama-quantize."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
+    """What is wrong with a tensor's values, given the right ones as slices of whole rows; nothing if they are right."""
+    info = opened.tensors[name]
+    allowed, worst_row, noise, signal = GATE * quant_types.RELATIVE_ERROR.get(info.type.name, 0.343), 0.0, 0.0, 0.0
+    position = 0
+    with opened.path.open("rb") as file:
+        file.seek(opened.ranges[name].offset)
+        for expected in slices:
+            stored = _read_values(file.read, info.type, expected.size)
+            if info.type.name in ("BF16", "F32"):
+                if not np.array_equal(stored, _as_stored(expected, info.type)):
+                    return [f"{name} differs from the checkpoint near element {position:,}"]
+            else:
+                difference = (stored - expected).reshape(-1, info.shape[-1]).astype(np.float64)
+                rows = expected.reshape(-1, info.shape[-1]).astype(np.float64)
+                row_noise, row_signal = (difference**2).sum(1), (rows**2).sum(1)
+                worst_row = max(worst_row, float(np.sqrt(row_noise / np.maximum(row_signal, 1e-30)).max()))
+                noise, signal = noise + float(row_noise.sum()), signal + float(row_signal.sum())
+            position += expected.size
+    error = (noise / max(signal, 1e-30)) ** 0.5
+    if not error <= allowed:
+        return [f"{name} ({info.type.name}) has a relative error of {error:.3f}, allowed are {allowed:.3f}"]
+    if not worst_row <= max(ROW_GATE, allowed):
+        return [f"{name} ({info.type.name}) has a row with a relative error of {worst_row:.2f}: rows or experts are out of place"]
+    return []
+
+
+def _read_values(read: Callable[[int], bytes], kind: GGMLQuantizationType, count: int) -> np.ndarray:
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = np.frombuffer(read(count // block * size), np.uint8)
+    return dequantize(raw.view(np.float32) if kind.name == "F32" else raw, kind).reshape(-1)
+
+
+def _as_stored(expected: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Values rounded to the type, so that equal means equal bytes."""
+    if kind.name == "F32":
+        return expected
+    return convert.decode(np.frombuffer(convert.encode(expected, kind), np.uint16), "BF16")
+
+
+def check_base(opened: Gguf, base: Gguf) -> Check:
+    """Every tensor of the base is in the file, byte for byte."""
+    wrong = [
+        name
+        for name, info in base.tensors.items()
+        if opened.tensors.get(name) != info or sha256(base.ranges[name]) != sha256(opened.ranges[name])
+    ]
+    return Check("trunk", not wrong, _some([f"{name} differs from the base" for name in wrong]) or f"{len(base.tensors)} tensors equal the base's")
+
+
+def check_drafting(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
+    """A real llama-server loads the file, drafts one token ahead, greedily, and a share of the drafts is accepted."""
+    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", str(request.threads)]
+    drafts = accepted = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with server.serve(path, Path(scratch) / "server.log", options, bin_dir) as running:
+                for prompt in request.prompts:
+                    answer = running.completion(prompt, N_PREDICT)
+                    drafts, accepted = drafts + answer.drafts, accepted + answer.accepted
+        except ForgeError as error:
+            return Check("drafting", False, str(error)), {}
+    share = accepted / drafts if drafts else 0.0
+    detail = f"{accepted} of {drafts} drafts accepted"
+    if share < request.min_acceptance:
+        detail += f", at least {request.min_acceptance:.0%} must be: the head is dead or damaged"
+    measured = {"drafts": drafts, "accepted": accepted, "acceptance": round(share, 4)}
+    return Check("drafting", drafts > 0 and share >= request.min_acceptance, detail), measured

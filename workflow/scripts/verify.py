@@ -1,0 +1,63 @@
+"""Check that a GGUF is what was asked for and that its multi-token-prediction head drafts; exit code 1 where it is not.
+
+example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --head Q8_0 --out report.json
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from mtpforge import atomic, errors, programs
+from mtpforge.quantize import read_recipe
+from mtpforge.verify import Request, verify
+
+
+def main() -> None:
+    """Parse the command line, verify, and publish where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="F.gguf")
+    parser.add_argument("--checkpoint", type=Path, help="the folder that the file was made of: compare inventory and head")
+    parser.add_argument("--base", type=Path, help="the GGUF that the head was injected into: compare the trunk")
+    parser.add_argument("--type", metavar="T", help="the file type that was asked for")
+    parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for")
+    parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
+    parser.add_argument("--prompts", type=Path, metavar="DIR", required=True, help="folder of *.txt prompts to draft on")
+    parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts that must be accepted (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
+    parser.add_argument("--publish", type=Path, metavar="FILE", help="the file's final name, which it gets once it has passed")
+    parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
+    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="folder of llama-server (default: %(default)s)")
+    args = parser.parse_args()
+    processors = os.cpu_count() or 1
+    request = Request(
+        args.checkpoint, args.base, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
+        args.min_acceptance, min(args.threads or processors, processors),
+    )  # fmt: skip
+    report = verify(args.file, request, args.bin)
+    if args.publish:
+        report["file"] = args.publish.name
+        _link(args.file, args.publish)
+    atomic.write_json(args.out, report)
+    for check in report["checks"]:
+        print(f"{report['file']}: {check['name']}: {check['detail']}")
+
+
+def _prompts(folder: Path) -> tuple[str, ...]:
+    prompts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+    if not prompts:
+        raise errors.ConfigError(f"{folder}: no *.txt prompts there")
+    return prompts
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the verified bytes their final name without a second copy on the disk, where the file system can."""
+    with atomic.replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+if __name__ == "__main__":
+    errors.run(main)
