@@ -55,7 +55,16 @@ def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         checkpoint = write_layout(name, Path(scratch))
         for part, options in PARTS.items():
             out = Path(scratch) / f"{part}.gguf"
-            command = [sys.executable, __file__, "--as-upstream", str(source), str(checkpoint), "--outtype", "bf16", *options]
+            command = [
+                sys.executable,
+                __file__,
+                "--as-upstream",
+                str(source),
+                str(checkpoint),
+                "--outtype",
+                "bf16",
+                *options,
+            ]
             done = subprocess.run([*command, "--outfile", str(out)], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"error: upstream cannot convert {name} ({part}):\n{done.stderr[-2000:]}")

@@ -18,7 +18,7 @@ from mtpforge.checkpoint import Checkpoint
 from mtpforge.errors import CheckpointError
 
 sys.path.append(str(ROOT / "tests" / "golden"))
-from digest import digest  # noqa: E402
+from digest import digest
 
 
 @pytest.mark.parametrize("part", ["all", "trunk"])

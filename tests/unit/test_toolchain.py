@@ -1,6 +1,7 @@
 """The toolchain: what a build is called, when it is made again, and what is refused.
 
-The builds are real, pip, CMake and Ninja included, of a stand-in for llama.cpp that compiles in a second.
+The builds are real, pip, CMake and Ninja included, of a stand-in for llama.cpp that compiles in a second and, like
+llama.cpp, has the paths of its source files in its programs.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ CMAKE_LISTS = """
 cmake_minimum_required(VERSION 3.15)
 project(stand-in C CXX)
 file(WRITE ${CMAKE_BINARY_DIR}/main.cpp "#include <cstdio>\\nint main() {"
-     "std::puts(\\"version: 9.9.9 (build ${LLAMA_BUILD_NUMBER}, commit ${LLAMA_BUILD_COMMIT})\\"); }")
+     "std::puts(\\"version: 9.9.9 (build ${LLAMA_BUILD_NUMBER}, commit ${LLAMA_BUILD_COMMIT})\\");"
+     "std::puts(__FILE__); }")
 foreach(name llama-quantize llama-server llama-gguf-split llama-imatrix)
     add_executable(${name} ${CMAKE_BINARY_DIR}/main.cpp)
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
@@ -158,7 +160,7 @@ def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
     for name, digest in stamp["programs"].items():
         assert hashlib.sha256((clone.root / "out/bin" / name).read_bytes()).hexdigest() == digest
     said = subprocess.check_output([clone.root / "out/bin/llama-server"], text=True)
-    assert said == "version: 9.9.9 (build 0, commit abcdef123)\n"
+    assert said == "version: 9.9.9 (build 0, commit abcdef123)\n./build/main.cpp\n"
     assert sorted(p.name for p in (clone.root / "out/source").iterdir()) == sorted(
         ["conversion", "convert_hf_to_gguf.py", "gguf-py"]
     )

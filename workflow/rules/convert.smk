@@ -8,15 +8,17 @@ rule convert:
         checkpoint=build.checkpoint_inputs,
     output:
         temp("results/{model}/work/convert/{part}.gguf"),
-    wildcard_constraints:
-        part="all|trunk|head",
-    params:
-        checkpoint=build.checkpoint,
-        tokenizer=build.tokenizer_option,
     log:
         "logs/{model}/convert-{part}.log",
     benchmark:
         "benchmarks/{model}/convert-{part}.jsonl"
+    wildcard_constraints:
+        part="all|trunk|head",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        checkpoint=build.checkpoint,
+        tokenizer=build.tokenizer_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:

@@ -8,15 +8,17 @@ rule fetch:
         code=code("fetch.py"),
     output:
         manifest="resources/checkpoints/{model}/{revision}/manifest.json",
+    log:
+        "logs/fetch/{model}-{revision}.log",
     wildcard_constraints:
         revision="[0-9a-f]{40}",
+    conda:
+        "../../envs/run.yaml"
+    resources:
+        download=1,
     params:
         repo=lookup("models/{model}/source/repo", within=config),
         folder=build.checkpoint,
-    resources:
-        download=1,
-    log:
-        "logs/fetch/{model}-{revision}.log",
     message:
         "{wildcards.model}: fetch {params.repo} at {wildcards.revision}"
     shell:

@@ -11,12 +11,14 @@ rule inject:
         head="results/{model}/work/convert/head.gguf",
     output:
         temp("results/{model}/work/injected/{variant}.gguf"),
-    params:
-        head_type=build.head,
     log:
         "logs/{model}/inject-{variant}.log",
     benchmark:
         "benchmarks/{model}/inject-{variant}.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    params:
+        head_type=build.head,
     message:
         "{wildcards.model}: inject the head ({params.head_type}) into {input.base}"
     shell:

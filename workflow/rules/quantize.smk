@@ -6,10 +6,12 @@
 rule recipe:
     output:
         "results/{model}/work/recipes/{variant}.yaml",
-    params:
-        recipe=build.recipe,
     log:
         "logs/{model}/recipe-{variant}.log",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        recipe=build.recipe,
     message:
         "{wildcards.model}: recipe of {wildcards.variant}"
     shell:
@@ -24,14 +26,16 @@ rule quantize:
         recipe="results/{model}/work/recipes/{variant}.yaml",
     output:
         temp("results/{model}/work/quantized/{variant}.gguf"),
-    params:
-        type=build.file_type,
-        head=build.head,
-    threads: 64
     log:
         "logs/{model}/quantize-{variant}.log",
     benchmark:
         "benchmarks/{model}/quantize-{variant}.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    params:
+        type=build.file_type,
+        head=build.head,
     message:
         "{wildcards.model}: quantize {wildcards.variant} ({params.type}, head {params.head})"
     shell:
@@ -46,13 +50,15 @@ rule quantize_trunk:
         source="results/{model}/work/convert/trunk.gguf",
     output:
         temp("results/{model}/work/trunk/{type}.gguf"),
-    wildcard_constraints:
-        type="[A-Z0-9_]+",
-    threads: 64
     log:
         "logs/{model}/quantize-trunk-{type}.log",
     benchmark:
         "benchmarks/{model}/quantize-trunk-{type}.jsonl"
+    wildcard_constraints:
+        type="[A-Z0-9_]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
     message:
         "{wildcards.model}: quantize the trunk alone ({wildcards.type})"
     shell:

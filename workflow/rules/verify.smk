@@ -15,15 +15,17 @@ rule verify:
     output:
         file="results/{model}/{base}-{variant}.gguf",
         report="results/{model}/reports/{base}-{variant}.json",
-    params:
-        checkpoint=build.checkpoint,
-        prompts=build.prompts,
-        options=build.verify_options,
-    threads: 64
     log:
         "logs/{model}/verify-{base}-{variant}.log",
     benchmark:
         "benchmarks/{model}/verify-{base}-{variant}.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    params:
+        checkpoint=build.checkpoint,
+        prompts=build.prompts,
+        options=build.verify_options,
     message:
         "{wildcards.model}: verify {wildcards.variant}"
     shell:
@@ -40,6 +42,8 @@ rule summary:
         "results/summary.md",
     log:
         "logs/summary.log",
+    conda:
+        "../../envs/run.yaml"
     message:
         "write the summary of all verified files"
     shell:

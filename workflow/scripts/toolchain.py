@@ -1,6 +1,6 @@
 """Builds llama.cpp's programs from the pinned source archive, or links ones that exist, and writes a stamp of them.
 
-The stamp is written last: where it is, the programs are. By hand, the first time in about 6 minutes:
+The stamp is written last: where it is, the programs are. By hand, the first time in about 10 minutes on 2 cores:
 `python workflow/scripts/toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json`.
 """
 
@@ -16,7 +16,7 @@ from mtpforge.toolchain import adopt, built, install
 def main() -> None:
     """Parse the arguments, and build or link."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requirement", type=Path, required=True, help="requirements file that pins the source archive")
+    parser.add_argument("--requirement", type=Path, required=True, help="requirements file with the source archive")
     parser.add_argument("--bin", type=Path, required=True, help="directory that receives the programs")
     parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
     parser.add_argument("--source", type=Path, help="directory that receives llama.cpp's own converter (only if built)")

@@ -17,17 +17,17 @@ def main() -> None:
     """Parse the command line, verify, and publish where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="F.gguf")
-    parser.add_argument("--checkpoint", type=Path, help="the folder that the file was made of: compare inventory and head")
-    parser.add_argument("--base", type=Path, help="the GGUF that the head was injected into: compare the trunk")
+    parser.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
+    parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
     parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
     parser.add_argument("--prompts", type=Path, metavar="DIR", required=True, help="folder of *.txt prompts to draft on")
-    parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts that must be accepted (default: %(default)s)")
+    parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
-    parser.add_argument("--publish", type=Path, metavar="FILE", help="the file's final name, which it gets once it has passed")
+    parser.add_argument("--publish", type=Path, metavar="FILE", help="the final name, given once it has passed")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="folder of llama-server (default: %(default)s)")
+    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
     args = parser.parse_args()
     processors = os.cpu_count() or 1
     request = Request(

@@ -144,7 +144,12 @@ class Build:
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
         entry, base = self.entry(wildcards), self.base_if_any(wildcards)
-        options = ["--head", self.head(wildcards), "--min-acceptance", str(self.models[wildcards.model]["min_acceptance"])]
+        options = [
+            "--head",
+            self.head(wildcards),
+            "--min-acceptance",
+            str(self.models[wildcards.model]["min_acceptance"]),
+        ]
         if not base or "type" in entry["base"]:
             options += ["--type", self.file_type(wildcards)]
         return shlex.join(options + (["--base", base[0]] if base else []))
@@ -185,18 +190,19 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
 def validated(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with the schema's defaults. Raises ConfigError for the first thing that does not fit it."""
     schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    errors = sorted(Draft202012Validator(schema).iter_errors(config), key=lambda error: list(map(str, error.absolute_path)))
-    if errors:
-        raise ConfigError(f"config.yaml: {_explain(errors[0])}")
+    if errors := list(Draft202012Validator(schema).iter_errors(config)):
+        raise ConfigError(f"config.yaml: {_explain(errors)}")
     return dict(_with_defaults(config, schema))
 
 
-def _explain(error: ValidationError) -> str:
-    """The path of the offending key, and what is wrong with it."""
-    if error.validator == "oneOf" and error.context:
-        # The alternative that comes nearest is the one that fails deepest.
-        return _explain(max(error.context, key=lambda inner: (len(inner.absolute_path), inner.validator == "additionalProperties")))
+def _explain(errors: list[ValidationError]) -> str:
+    """The path of an offending key, and what is wrong with it; a misspelt key before what is missing for it."""
+    error = min(errors, key=lambda error: error.validator != "additionalProperties")
     path = "/".join(map(str, error.absolute_path)) or "(top)"
+    if error.validator == "oneOf" and error.context:
+        # Of the alternatives, the one with the fewest faults is what was meant.
+        by_alternative = [[e for e in error.context if e.schema_path[0] == i] for i in range(len(error.validator_value))]
+        return _explain(min(by_alternative, key=len))
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]
@@ -211,4 +217,6 @@ def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
     properties, other = schema.get("properties", {}), schema.get("additionalProperties")
     defaults = {key: sub["default"] for key, sub in properties.items() if "default" in sub}
     merged = {**defaults, **value}
-    return {key: _with_defaults(entry, properties.get(key, other if isinstance(other, dict) else {})) for key, entry in merged.items()}
+    return {
+        key: _with_defaults(entry, properties.get(key, other if isinstance(other, dict) else {})) for key, entry in merged.items()
+    }

@@ -24,7 +24,7 @@ _HEADER_LIMIT = 100 << 20  # as the safetensors library has it
 _JSON_LIMIT = 200 << 20
 
 # safetensors' name of a type -> numpy's. BF16 and FP8 have none: they travel as raw integers of their size.
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),

@@ -106,7 +106,7 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:
     else:
         wanted = " or ".join(source.names[0] for source in row.sources)
         raise CheckpointError(f"no tensor {wanted}, of which {row.name} is made: is the checkpoint complete?")
-    tensors = []
+    tensors: list[CheckpointTensor] = []
     for name in source.names:
         if name not in names:
             raise CheckpointError(f"no tensor {name}, of which {row.name} is made: is the checkpoint complete?")
@@ -140,7 +140,7 @@ def payload(checkpoint: Checkpoint, item: Planned) -> Payload:
     for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
         for block in blocks(view):
             if copied:
-                yield checkpoint.locate(block) or memoryview(block)
+                yield checkpoint.locate(block) or block.data
             else:
                 for piece in slices(block, item.row.shape[-1]):
                     yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
@@ -181,18 +181,24 @@ def decode(array: np.ndarray, dtype: str) -> np.ndarray:
 def encode(array: np.ndarray, kind: GGMLQuantizationType) -> memoryview:
     """float32 values as the bytes of F32, or of BF16 rounded to nearest even. Raises CheckpointError on NaN in BF16."""
     if kind is F32:
-        return memoryview(np.ascontiguousarray(array, dtype="<f4"))
+        return np.ascontiguousarray(array, dtype="<f4").data
     if np.isnan(array).any():
         raise CheckpointError("a weight is not a number (NaN): the checkpoint is damaged")
     bits = array.view(np.uint32)
-    return memoryview(((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2"))
+    rounded: np.ndarray = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return rounded.astype("<u2").data
 
 
 # ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def describe(
-    checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str, infos: list[TensorInfo], tokenizer_pre: str | None
+    checkpoint: Checkpoint,
+    family: Family,
+    hparams: Hparams,
+    part: str,
+    infos: list[TensorInfo],
+    tokenizer_pre: str | None,
 ) -> dict[str, Value]:
     """All metadata in upstream's order."""
     writer = GGUFWriter(path=None, arch=family.gguf_architecture)

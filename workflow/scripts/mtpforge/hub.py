@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
@@ -21,7 +21,14 @@ _WANTED = re.compile(
     r"\.json|chat_template\.(jinja|json)|merges\.txt|vocab\.json|README\.md"
 )
 
-_FAILURES = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError)
+_FAILURES = (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+    OSError,
+)
 
 
 def fetch(repo: str, revision: str, folder: Path) -> dict[str, Any]:

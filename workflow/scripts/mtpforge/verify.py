@@ -116,7 +116,7 @@ def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check
     problems = []
     for item in convert.plan(checkpoint, family, hparams, "head"):
         problems += compare(opened, item.row.name, convert.values(checkpoint, item))
-    return [inventory, Check("head values", not problems, _some(problems) or "equal to the checkpoint's within the error of their types")]
+    return [inventory, Check("head values", not problems, _some(problems) or "those of the checkpoint")]
 
 
 def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
@@ -132,7 +132,8 @@ def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
     ]
     if opened.architecture != family.gguf_architecture:
         problems.append(f"architecture is {opened.architecture}, not {family.gguf_architecture}")
-    return Check("inventory", not problems, _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them")
+    detail = _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them"
+    return Check("inventory", not problems, detail)
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -165,7 +166,7 @@ def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
     if not error <= allowed:
         return [f"{name} ({info.type.name}) has a relative error of {error:.3f}, allowed are {allowed:.3f}"]
     if not worst_row <= max(ROW_GATE, allowed):
-        return [f"{name} ({info.type.name}) has a row with a relative error of {worst_row:.2f}: rows or experts are out of place"]
+        return [f"{name} ({info.type.name}) has a row with an error of {worst_row:.2f}: rows or experts are out of place"]
     return []
 
 
@@ -189,12 +190,22 @@ def check_base(opened: Gguf, base: Gguf) -> Check:
         for name, info in base.tensors.items()
         if opened.tensors.get(name) != info or sha256(base.ranges[name]) != sha256(opened.ranges[name])
     ]
-    return Check("trunk", not wrong, _some([f"{name} differs from the base" for name in wrong]) or f"{len(base.tensors)} tensors equal the base's")
+    detail = _some([f"{name} differs from the base" for name in wrong]) or f"{len(base.tensors)} tensors equal the base's"
+    return Check("trunk", not wrong, detail)
 
 
 def check_drafting(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
     """A real llama-server loads the file, drafts one token ahead, greedily, and a share of the drafts is accepted."""
-    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", str(request.threads)]
+    options = [
+        "--ctx-size",
+        "4096",
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        "1",
+        "--threads",
+        str(request.threads),
+    ]
     drafts = accepted = 0
     with tempfile.TemporaryDirectory() as scratch:
         try:

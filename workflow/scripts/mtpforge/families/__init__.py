@@ -1,6 +1,7 @@
 """The families of architectures that mtpforge converts itself, one module each; adding one touches its module and this list."""
 
-from ..errors import CheckpointError
+from mtpforge.errors import CheckpointError
+
 from . import qwen3_5
 from .table import Family, Hparams, Row, Source
 

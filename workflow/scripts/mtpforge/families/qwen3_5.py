@@ -10,9 +10,11 @@ from functools import partial
 
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
+from gguf.constants import GGMLQuantizationType
 
-from ..errors import CheckpointError
-from .table import BF16, F32, Family, Hparams, Row, Source, View, identity, unchanged
+from mtpforge.errors import CheckpointError
+
+from .table import BF16, F32, Change, Family, Hparams, Row, Source, View, identity, unchanged
 
 DEFAULT_MROPE_SECTIONS = [11, 11, 10]  # what the architecture assumes where a config omits them
 
@@ -80,7 +82,7 @@ def half(which: int) -> View:
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def matrix(name: str, source: str, *shape: int, view: View = unchanged, type=BF16) -> Row:  # type: ignore[no-untyped-def]
+def matrix(name: str, source: str, *shape: int, view: View = unchanged, type: GGMLQuantizationType = BF16) -> Row:
     """A weight that keeps its shape."""
     return Row(name, shape, (Source((source,), shape, view),), type)
 
@@ -110,7 +112,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     of += "linear_attn."
     n, dim, channels, past_keys = heads.values, heads.value_dim, heads.channels, 2 * heads.key_rows
 
-    def vector(name: str, source: str, change=identity) -> Row:  # type: ignore[no-untyped-def]
+    def vector(name: str, source: str, change: Change = identity) -> Row:
         return Row(name, (n,), (Source((source,), (n,), heads.tiled(1)),), F32, change)
 
     convolution = Source((f"{of}conv1d.weight",), (channels, 1, kernel), squeezed(heads.tiled(dim, first=past_keys)))

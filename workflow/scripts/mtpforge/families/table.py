@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 
-from ..errors import CheckpointError
+from mtpforge.errors import CheckpointError
 
 F32, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16
 

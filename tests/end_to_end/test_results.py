@@ -1,0 +1,106 @@
+"""What `make` leaves behind: twelve files that are what config.yaml asks for, load in a real llama.cpp, and draft."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINTS, MODELS
+from mtpforge import gguf_file, inject, server, tokenizer
+from mtpforge.gguf_file import Gguf
+
+VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
+HEADS = {
+    "BF16": "BF16",
+    "Q8_0": "BF16",
+    "Q4_K_M": "Q8_0",
+    "IQ4_XS": "Q8_0",
+    "IQ3_S-mix": "BF16",
+    "Q4_K_M-injected": "Q8_0",
+}
+
+
+def result(built: Path, model: str, variant: str) -> Path:
+    return built / "results" / model / f"{model}-{variant}.gguf"
+
+
+def content(opened: Gguf, name: str) -> bytes:
+    piece = opened.ranges[name]
+    with piece.path.open("rb") as file:
+        file.seek(piece.offset)
+        return file.read(piece.size)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant: str) -> None:
+    path = result(built, model, variant)
+    opened = gguf_file.read(path)
+    report = json.loads((built / "results" / model / "reports" / f"{model}-{variant}.json").read_text())
+    assert all(check["passed"] for check in report["checks"]) and report["drafts"] > 0
+    assert report["file"] == path.name and report["bytes"] == path.stat().st_size
+    assert inject.types_of(inject.head_only(opened)) == {HEADS[variant]} == {report["head"]}
+    assert report["acceptance"] >= 0.6
+
+
+def test_the_summary_has_a_line_for_each(built: Path) -> None:
+    table = (built / "results" / "summary.md").read_text().splitlines()
+    assert [line.split()[1] for line in table[2:]] == [f"{model}-{variant}.gguf" for model in MODELS for variant in VARIANTS]
+    for column in ("file", "size", "bits/weight", "head", "acceptance"):
+        assert column in table[0]
+
+
+def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
+    tensors = gguf_file.read(result(built, "tiny-qwen3.5", "IQ3_S-mix")).tensors
+    assert tensors["blk.0.attn_qkv.weight"].type.name == "Q6_K"
+    assert tensors["blk.0.ssm_out.weight"].type.name == "Q8_0"
+    assert tensors["blk.0.ffn_up.weight"].type.name == "IQ3_S"
+    assert tensors["token_embd.weight"].type.name == "Q6_K"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_llama_cpp_accepts_what_the_torch_reference_accepts(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
+    reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
+    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1"]
+    with server.serve(result(built, model, "BF16"), tmp_path / "log", options, toolchain) as running:
+        for kind, expected in reference["prompts"].items():
+            assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
+            answer = running.completion(expected["prompt"], reference["n_predict"])
+            ours, theirs = answer.accepted / answer.drafts, expected["accepted"] / expected["drafts"]
+            assert theirs >= 0.7 and abs(ours - theirs) <= 0.01, (
+                kind,
+                answer.accepted,
+                answer.drafts,
+                expected["accepted"],
+            )
+
+
+MIXED_TEXT = """# Notes / Notizen (2026-11-21)
+The quick brown fox's 12 lazy dogs can't jump; they'll "rest" -- won't they?   Tabs\there,  double  spaces  there.
+def area(width: float, height: float = 3.5e-2) -> float:\n    return width * height  # m²
+{"id": 10423, "tags": ["a_b", "C++", "x-y"], "ok": true, "nil": null, "url": "https://example.org/?q=1&r=%20#frag"}
+Grüße aus Köln, à bientôt, ¿qué tal?, Привет, мир! Γειά σου. 你好，世界。こんにちは世界 안녕하세요 हिन्दी ภาษาไทย עברית العربية
+Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; arrows → ⇒; currency € £ ¥; quotes “ ” ‘ ’ « ».
+<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nHi.<|im_end|>\n
+\r\nWindows line\r\n\r\n\r\n   trailing   \n\n\n\n1234567890 3.14159 1,000,000 v2.0.1-rc3 0xFF\n"""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
+    expected = tokenizer.load(CHECKPOINTS / model).encode(MIXED_TEXT).ids
+    with server.serve(result(built, model, "Q8_0"), tmp_path / "log", [], toolchain) as running:
+        assert running.tokenize(MIXED_TEXT) == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_injecting_equals_quantizing_the_whole(built: Path, run, tmp_path: Path, model: str) -> None:
+    """A BF16 head in the head-less Q8_0 trunk, against the whole at Q8_0 with the head at BF16."""
+    work = built / "results" / model / "work" / "convert"
+    base, out = tmp_path / "trunk-Q8_0.gguf", tmp_path / "injected.gguf"
+    for done in (
+        run("quantize.py", work / "trunk.gguf", "--type", "Q8_0", "--out", base),
+        run("inject.py", base, "--head", work / "head.gguf", "--out", out),
+    ):
+        assert done.returncode == 0, done.stderr
+    injected, whole = gguf_file.read(out), gguf_file.read(result(built, model, "Q8_0"))
+    assert set(injected.tensors.values()) == set(whole.tensors.values())
+    assert all(content(injected, name) == content(whole, name) for name in whole.tensors)

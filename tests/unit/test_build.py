@@ -1,0 +1,94 @@
+"""config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from mtpforge.build import Build
+from mtpforge.errors import ConfigError
+
+REVISION = "0" * 40
+
+
+def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any]:
+    entry = {"source": {"repo": "Owner/Name", "revision": REVISION}, "variants": {"Q4_K_M": variant}, **(model or {})}
+    return {"models": {"m": entry}}
+
+
+def wildcards(variant: str = "Q4_K_M", model: str = "m") -> Any:
+    return SimpleNamespace(model=model, variant=variant)
+
+
+def test_the_configuration_of_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    assert len(build.files()) == 12 and "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf" in build.files()
+    assert {"qwen3.5-4b", "qwen3.5-35b-a3b"} <= build.models.keys() - set(build.chosen)
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config())
+    assert build.files() == ["results/m/Name-Q4_K_M.gguf"]
+    assert build.file_type(wildcards()) == "Q4_K_M" and build.head(wildcards()) == "Q8_0"
+    assert build.candidate(wildcards()) == "results/m/work/quantized/Q4_K_M.gguf"
+    assert build.checkpoint(wildcards()) == f"resources/checkpoints/m/{REVISION}/Name"
+    assert "--min-acceptance 0.1" in build.verify_options(wildcards())
+
+
+def test_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    variants = {"BF16": {}, "mine": {"base": {"type": "Q4_K_M"}}, "theirs": {"base": {"path": "x/base.gguf"}}}
+    build = Build(config({"variants": variants}))
+    assert build.candidate(wildcards("BF16")) == "results/m/work/convert/all.gguf"
+    assert build.head(wildcards("BF16")) == "BF16"
+    assert build.candidate(wildcards("mine")) == "results/m/work/injected/mine.gguf"
+    assert build.base(wildcards("mine")) == "results/m/work/trunk/Q4_K_M.gguf"
+    assert build.base(wildcards("theirs")) == "x/base.gguf"
+    assert "--type" not in build.verify_options(wildcards("theirs"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({}, "models"),
+        ({"modles": {}}, "modles: unknown key"),
+        (config({"sauce": 1}), "models/m/sauce: unknown key: known are source"),
+        (config(hed="Q8_0"), "models/m/variants/Q4_K_M/hed: unknown key: known are type, head"),
+        (config({"source": {"repo": "Owner/Name"}}), "models/m/source: 'revision' is a required"),
+        (
+            config({"source": {"repo": "Owner/Name", "revision": "main"}}),
+            "models/m/source/revision: 'main' does not match",
+        ),
+        (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo"),
+        (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
+        (config({"prompts": "workflow"}), r"models/m/prompts: no \*.txt files in workflow"),
+        (config({"min_acceptance": 0}), "models/m/min_acceptance: 0 is less than"),
+        (config({"variants": {}}), "models/m/variants"),
+        (config({"variants": {"a/b": {}}}), "models/m/variants: 'a/b' does not match"),
+        (config({"variants": {"Q9_X": {}}}), "models/m/variants/Q9_X: unknown quantization type 'Q9_X': llama.cpp has"),
+        (config(type="Q4KM"), "models/m/variants/Q4_K_M: unknown quantization type 'Q4KM'"),
+        (config(head="Q7"), "models/m/variants/Q4_K_M: unknown tensor type 'Q7'"),
+        (config(head="IQ3_S"), "drafts badly: take Q4_K or better"),
+        (config(tensors={"attn_.*": "Q4_K_M"}), "unknown tensor type 'Q4_K_M'"),
+        (config(tensors={"attn_(": "Q4_K"}), "is no regular expression"),
+        (config(tensors={"attn _q": "Q4_K"}), "without white space"),
+        (config(tensors={"ATTN": "Q4_K"}), "lower case"),
+        (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "tensors: a base is already quantized"),
+        (config(base={"type": "Q4"}), "unknown quantization type 'Q4'"),
+        (config({"variants": {"BF16": {"head": "Q8_0"}}}), "BF16 is not quantized"),
+        ({**config(), "build": ["n"]}, "build: there is no model 'n': models has m"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_path(bad: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=message) as caught:
+        Build(bad)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_low_bit_head_can_be_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert Build(config(head="IQ3_S", allow_low_bit_head=True)).head(wildcards()) == "IQ3_S"

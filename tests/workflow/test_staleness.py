@@ -1,0 +1,158 @@
+"""Only stale steps rerun, decided by real Snakemake in a private copy of the repository with the dense model in two variants."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+CONFIG = {
+    "models": {
+        "tiny-qwen3.5": {
+            "source": {"path": "tests/checkpoints/tiny-qwen3.5"},
+            "tokenizer_pre": "qwen35",
+            "prompts": "tests/checkpoints/tiny-qwen3.5/prompts",
+            "variants": {"BF16": {}, "Q8_0": {}},
+        }
+    }
+}
+
+
+class Repository:
+    """A copy of what git tracks, whose toolchain is the one that the real repository has built."""
+
+    def __init__(self, path: Path, programs: Path) -> None:
+        self.path = path
+        for name in ("Snakefile", "workflow", "profiles", "envs"):
+            source = ROOT / name
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, path / name)
+        shutil.copytree(ROOT / "tests/checkpoints/tiny-qwen3.5", path / "tests/checkpoints/tiny-qwen3.5")
+        self.config = {**CONFIG, "toolchain": {"llama_cpp": {"bin_dir": str(programs)}}}
+        self.write_config()
+
+    def write_config(self) -> None:
+        (self.path / "config.yaml").write_text(yaml.safe_dump(self.config))
+
+    def snakemake(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "all", *arguments]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, timeout=600, env=environment)
+
+    def pending(self) -> Counter[str]:
+        """How many jobs of each rule a run would have, `all` left out."""
+        done = self.snakemake("--dry-run")
+        assert done.returncode == 0, done.stderr
+        table = re.search(r"Job stats:\njob +count\n-+ +-+\n(.*?)\ntotal ", done.stdout + done.stderr, re.DOTALL)
+        rows = [line.split() for line in table[1].splitlines()] if table else []
+        return Counter({rule: int(count) for rule, count in rows if rule != "all"})
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+    copy = Repository(tmp_path_factory.mktemp("with space") / "repository", toolchain)
+    done = copy.snakemake()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return copy
+
+
+@pytest.fixture(autouse=True)
+def unchanged(repository: Repository) -> Iterator[None]:
+    """Each test starts from, and leaves, a repository in which nothing is to be done."""
+    before = {path: path.read_bytes() for path in (repository.path / "workflow").rglob("*") if path.is_file()}
+    yield
+    for path, data in before.items():
+        if path.read_bytes() != data:
+            path.write_bytes(data)
+    repository.config = {**CONFIG, "toolchain": repository.config["toolchain"]}
+    repository.write_config()
+    assert repository.pending() == {}
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text() + "\n# edited\n")
+
+
+def test_a_second_run_has_nothing_to_do(repository: Repository) -> None:
+    done = repository.snakemake()
+    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_a_touch_reruns_nothing(repository: Repository) -> None:
+    for path in (repository.path / "workflow").rglob("*"):
+        path.touch()
+    for name in ("Snakefile", "config.yaml", "tests/checkpoints/tiny-qwen3.5/config.json"):
+        (repository.path / name).touch()
+    assert repository.pending() == {}
+
+
+def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None:
+    library = repository.path / "workflow/scripts/mtpforge"
+    edit(library / "server.py")
+    assert repository.pending() == {"verify": 2, "summary": 1}
+    edit(library / "quantize.py")
+    assert repository.pending() == {"quantize": 1, "verify": 2, "summary": 1}
+    edit(library / "tokenizer.py")
+    assert repository.pending() == {"convert": 1, "quantize": 1, "verify": 2, "summary": 1}
+
+
+def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
+    edit(repository.path / "workflow/scripts/summary.py")
+    assert repository.pending() == {"summary": 1}
+
+
+def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    variants = {**model["variants"], "Q6_K": {}, "mine": {"base": {"type": "Q4_0"}}}
+    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": variants}}
+    repository.write_config()
+    assert repository.pending() == {
+        "recipe": 2,
+        "quantize": 1,
+        "quantize_trunk": 1,
+        "convert": 2,
+        "inject": 1,
+        "verify": 2,
+        "summary": 1,
+    }
+
+
+def test_a_changed_head_type_reruns_its_variant(repository: Repository) -> None:
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"BF16": {}, "Q8_0": {"head": "Q6_K"}}}}
+    repository.write_config()
+    assert repository.pending() == {"quantize": 1, "verify": 1, "summary": 1}
+
+
+def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
+    model = {**CONFIG["models"]["tiny-qwen3.5"], "variants": {"Q8_0": {}}}
+    repository.config["models"] = {**CONFIG["models"], "second": model}
+    repository.write_config()
+    assert repository.pending() == {"recipe": 1, "convert": 1, "quantize": 1, "verify": 1, "summary": 1}
+
+
+def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {"haed": "Q6_K"}}}}
+    repository.write_config()
+    done = repository.snakemake()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "models/tiny-qwen3.5/variants/Q8_0/haed: unknown key" in done.stderr
+
+
+def test_a_result_that_fails_its_proof_does_not_appear(repository: Repository) -> None:
+    """With a demand that no head can meet, the candidate stays in work/ and its final name does not exist."""
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    repository.config["models"] = {"second": {**model, "min_acceptance": 1.0, "variants": {"IQ4_XS": {}}}}
+    repository.write_config()
+    done = repository.snakemake()
+    results = repository.path / "results/second"
+    assert done.returncode == 1 and "at least 100% must be" in done.stdout + done.stderr
+    assert list(results.glob("*.gguf")) == [] and (results / "work/quantized/IQ4_XS.gguf").exists()
