@@ -12,14 +12,18 @@ rule toolchain:
     output:
         stamp="resources/toolchain/stamp.json",
         programs=multiext("resources/toolchain/bin/llama-", "quantize", "server", "gguf-split", "imatrix"),
-    params:
-        bin_dir=lookup("toolchain/llama_cpp/bin_dir", within=config, default=""),
     log:
         "logs/toolchain.log",
     benchmark:
         "benchmarks/toolchain.jsonl"
+    conda:
+        "../../envs/run.yaml"
     threads: 8
+    params:
+        bin_dir=lookup("toolchain/llama_cpp/bin_dir", within=config, default=""),
+    message:
+        "toolchain: llama.cpp, built (once per user) or linked"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --source resources/toolchain/source --out {output.stamp:q} --jobs {threads} --bin-dir {params.bin_dir:q}"
+        " --source resources/toolchain/source --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}"
         " 2>&1 | tee {log:q}"

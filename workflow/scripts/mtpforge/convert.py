@@ -1,7 +1,7 @@
 """A checkpoint to a BF16 GGUF with its head as block N, without torch and without holding a tensor in memory.
 
 What the file must contain comes from the family's table; each row takes its values from the checkpoint through views, so
-that most bytes go from shard to GGUF inside the kernel. Tensors are stored in upstream's order, that of the shards.
+that most bytes go from shard to GGUF inside the kernel. Tensors are stored in upstream's order.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -69,8 +69,9 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
     planned = [_locate(row, names) for row in family.rows(hparams, part)]
     if part == "all":
         _check_all_used(names, planned)
-    order = {tensor.name: i for i, tensor in enumerate(checkpoint.tensors.values())}
-    return sorted(planned, key=lambda item: max(order[tensor.name] for tensor in item.tensors))
+    # Upstream goes through the shards by name, and through the tensors of a shard by name; what it makes of several tensors
+    # comes with the last of them.
+    return sorted(planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors))
 
 
 def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, CheckpointTensor]:
@@ -125,10 +126,8 @@ def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned
     used = {tensor.name for item in planned for tensor in item.tensors}
     unused = [tensor.name for tensor in names.values() if tensor.name not in used]
     if unused:
-        raise CheckpointError(
-            f"{len(unused)} tensors have no place in this architecture ({', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}): "
-            "refusing to drop them silently"
-        )
+        named = ", ".join([*unused[:3], *(["..."] if len(unused) > 3 else [])])
+        raise CheckpointError(f"{len(unused)} tensors have no place in this architecture ({named}): refusing to drop them silently")
 
 
 # ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
