@@ -60,7 +60,7 @@ def swap_rows(info: TensorInfo, data: bytearray) -> None:
 
 
 def prompts(model: str) -> tuple[object, ...]:
-    return ("--prompts", CHECKPOINTS / model / "prompts")
+    return ("--prompts", CHECKPOINTS / model / "prompts", "--threads", 1)
 
 
 def test_a_head_without_the_shift_of_its_norms_is_refused_because_it_drafts_nothing(

@@ -60,7 +60,7 @@ def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_llama_cpp_accepts_what_the_torch_reference_accepts(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
     reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
-    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1"]
+    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
     with server.serve(result(built, model, "BF16"), tmp_path / "log", options, toolchain) as running:
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
@@ -87,7 +87,7 @@ Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; ar
 @pytest.mark.parametrize("model", MODELS)
 def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
     expected = tokenizer.load(CHECKPOINTS / model).encode(MIXED_TEXT).ids
-    with server.serve(result(built, model, "Q8_0"), tmp_path / "log", [], toolchain) as running:
+    with server.serve(result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain) as running:
         assert running.tokenize(MIXED_TEXT) == expected
 
 

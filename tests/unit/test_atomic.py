@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 from mtpforge.atomic import replacing, write_json
+from mtpforge.errors import ForgeError
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -29,6 +30,22 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     target.write_text("old")
     done = subprocess.run([sys.executable, "-c", program, str(target)], env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
     assert done.returncode == -signal.SIGKILL and target.read_text() == "old"
+
+
+def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+    test_a_kill_leaves_the_old_file(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the half-written file lies beside it
+    with replacing(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "x").read_text() == "new" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    with replacing(tmp_path / "x") as first:
+        first.write_text("first")
+        with pytest.raises(ForgeError, match="another process is writing it"), replacing(tmp_path / "x"):
+            pass
+    assert (tmp_path / "x").read_text() == "first"
 
 
 def test_json_is_stable_text(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def _link(source: Path, target: Path) -> None:
     """Give the verified bytes their final name without a second copy on the disk, where the file system can."""
     with atomic.replacing(target) as temporary:
         try:
+            temporary.unlink()  # a link cannot be made over a file
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)

@@ -4,6 +4,7 @@ A file is written under a hidden temporary name in its own directory, flushed to
 final name therefore sees the old file, or the whole new one; a killed run leaves only the temporary name behind.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,13 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import ForgeError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it."""
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
+
+    Raises ForgeError where another process is writing the same file. What a killed run left behind is written over.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.part")
+    lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it with the process, however that ends
+    except BlockingIOError:
+        os.close(lock)
+        raise ForgeError(f"{path}: another process is writing it: wait for that one, or end it") from None
     try:
         yield temporary
         sync(temporary)
@@ -25,6 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)  # the rename itself must survive a power cut
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:

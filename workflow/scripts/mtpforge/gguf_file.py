@@ -114,6 +114,13 @@ class TensorInfo:
         return self.elements // block * bytes_per_block
 
 
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without leading ones, which ggml does not tell apart and llama-quantize leaves out."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
 @dataclass(frozen=True)
 class Gguf:
     """A GGUF file: metadata and tensors in file order, and where each tensor's bytes lie."""

@@ -6,13 +6,14 @@ all others keep their bytes, their types and their order.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from gguf.constants import GGUFValueType
 
 from . import convert, gguf_file, programs, quant_types
 from .errors import GgufError
-from .gguf_file import Gguf, TensorInfo, Value
+from .gguf_file import Gguf, TensorInfo, Value, squeezed
 from .quantize import head_block, quantizable, quantize
 from .ranges import Payload
 
@@ -72,10 +73,19 @@ def types_of(head: Gguf) -> set[str]:
 def assemble(base: Gguf, head: Gguf, out: Path, progress: Progress = lambda done, total: None) -> None:
     """Write base and head as one file. Raises GgufError."""
     metadata = merged_metadata(base, head)
-    pieces: list[tuple[TensorInfo, Payload]] = []
-    for source in (base, head):
-        pieces += [(info, [source.ranges[name]]) for name, info in source.tensors.items()]
+    pieces: list[tuple[TensorInfo, Payload]] = [(info, [base.ranges[name]]) for name, info in base.tensors.items()]
+    written = {_in_block(name): info.shape for name, info in base.tensors.items()}
+    for name, info in head.tensors.items():
+        # A matrix of one row is written as a vector by some programs: the head's go as the base has them.
+        if written.get(_in_block(name)) == squeezed(info.shape):
+            info = replace(info, shape=squeezed(info.shape))
+        pieces.append((info, [head.ranges[name]]))
     gguf_file.write(out, metadata, pieces, progress)
+
+
+def _in_block(name: str) -> str:
+    """A tensor's name without its block: `blk.3.attn_q.weight` is `attn_q.weight`."""
+    return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 
 def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:

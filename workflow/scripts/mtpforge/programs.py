@@ -25,7 +25,7 @@ def find(bin_dir: Path, name: str) -> Path:
 
 
 def call(command: Sequence[str | Path], log: Path | None = None) -> None:
-    """Run a program to its end, its output into `log`. Raises ToolchainError with the last that it said."""
+    """Run a program to its end, its output into `log`. Raises ToolchainError with the reason that it gave."""
     words = [str(word) for word in command]
     name, tail, shown = Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
@@ -48,5 +48,5 @@ def call(command: Sequence[str | Path], log: Path | None = None) -> None:
                 print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        said = next((line for line in reversed(tail) if line), "nothing")
-        raise ToolchainError(f"{name} failed with {how}; the last it said: {said}")
+        reasons = [line for line in tail if re.search("error|fail", line, re.IGNORECASE)] or [line for line in tail if line]
+        raise ToolchainError(f"{name} failed with {how}: {reasons[0] if reasons else 'it said nothing'}")

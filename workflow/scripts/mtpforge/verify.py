@@ -19,7 +19,7 @@ from . import convert, gguf_file, inject, programs, quant_types, server
 from .checkpoint import Checkpoint
 from .errors import ForgeError, VerificationError
 from .families import Family, Hparams, family_of
-from .gguf_file import Gguf
+from .gguf_file import Gguf, squeezed
 from .quantize import Recipe, head_block, quantizable
 from .ranges import FileRange, sha256
 
@@ -128,19 +128,12 @@ def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
     problems += [
         f"{name} has shape {list(found[name])}, not {list(expected[name])}"
         for name in expected.keys() & found.keys()
-        if _squeezed(found[name]) != _squeezed(expected[name])
+        if squeezed(found[name]) != squeezed(expected[name])
     ]
     if opened.architecture != family.gguf_architecture:
         problems.append(f"architecture is {opened.architecture}, not {family.gguf_architecture}")
     detail = _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them"
     return Check("inventory", not problems, detail)
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without leading ones, which a GGUF does not keep through llama-quantize."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
 
 
 def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:

@@ -1,0 +1,88 @@
+# `make` sets up an environment of its own in .venv and builds what config.yaml asks for; `make help` lists the rest.
+
+PYTHON ?= python3
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+ACTIVE := PATH="$(CURDIR)/.venv/bin:$$PATH"
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
+COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+	--custom-compile-command "make lock"
+
+# PyTorch's own CPU build (Linux x86-64, Python 3.11) lies on PyTorch's index, not where `make lock` looks. The ordinary
+# Linux wheel would bring gigabytes of GPU libraries. Before `make golden`, make the CPU build known to pip: PIP_FIND_LINKS
+# or PIP_EXTRA_INDEX_URL.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+
+.DEFAULT_GOAL := all
+.PHONY: all setup setup-test setup-golden toolchain lint test golden check-golden lock clean help python compiler
+.SUFFIXES:
+
+# $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
+# the place, because an environment cannot be moved.
+define install
+	@{ pwd; cat envs/$(2).txt; } | cmp -s - $(1)/$(2).stamp && $(1)/bin/python -c '' || { \
+		echo "setting up $(1) from envs/$(2).txt (a minute or so)" && \
+		$(PYTHON) -m venv $(3) $(1) && \
+		$(1)/bin/python $(PIP_INSTALL) -r envs/$(2).txt && \
+		{ pwd; cat envs/$(2).txt; } > $(1)/$(2).stamp; \
+	}
+endef
+
+all: setup ## build everything that config.yaml asks for (the default); CORES=N limits the processors
+	@$(ACTIVE) snakemake --cores $(CORES) all
+
+setup: python compiler ## install the locked environment into .venv
+	$(call install,.venv,run,--clear)
+
+setup-test: setup ## the same, with what the tests need
+	$(call install,.venv,test)
+
+setup-golden: python
+	$(call install,.venv-golden,golden,--clear)
+
+toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpforge)
+	@$(ACTIVE) snakemake --cores $(CORES) toolchain
+
+lint: setup-test ## check style and types
+	@$(ACTIVE) ruff check .
+	@$(ACTIVE) ruff format --check .
+	@$(ACTIVE) mypy
+	@$(ACTIVE) snakefmt --check Snakefile workflow/rules
+	@$(ACTIVE) snakemake --lint
+
+test: lint ## lint, then run all tests
+	@$(ACTIVE) pytest
+
+golden: toolchain setup-golden ## make the golden digests anew with llama.cpp's own converter (installs torch)
+	@.venv-golden/bin/python tests/golden/make.py
+
+check-golden: toolchain setup-golden ## compare the golden digests with what llama.cpp's own converter makes
+	@.venv-golden/bin/python tests/golden/make.py --check
+
+lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
+	@for name in run test golden; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
+	@awk '/^torch==[0-9.]+ \\$$/ { \
+			print $$1 "+cpu ; sys_platform == \047linux\047 \\\n    --hash=sha256:$(TORCH_CPU)"; \
+			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \
+		{ print }' envs/golden.txt > envs/golden.txt.part
+	@mv envs/golden.txt.part envs/golden.txt
+
+clean: ## delete the results, but neither downloads nor the toolchain
+	rm -rf results
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+		echo "error: mtpforge needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo "error: $(PYTHON) cannot make environments: install its venv module (Debian/Ubuntu: apt install python3-venv)" >&2; \
+		exit 1; }
+
+# Said here as well as by the toolchain's own program, so that it comes before any download.
+compiler:
+	@$${CXX:-c++} --version > /dev/null 2>&1 || g++ --version > /dev/null 2>&1 || clang++ --version > /dev/null 2>&1 || { \
+		echo "error: no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++;" \
+			"macOS: xcode-select --install)" >&2; exit 1; }
