@@ -56,6 +56,10 @@ def save_checkpoint(
     })
     save_tokenizer(tokenizer, folder)
     _dump(folder / "reference.json", reference)
+    # The same prompts as plain files, for what measures a model without knowing of references.
+    (folder / "prompts").mkdir(exist_ok=True)
+    for kind, entry in reference["prompts"].items():
+        (folder / "prompts" / f"{kind}.txt").write_text(entry["prompt"], encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
