@@ -21,27 +21,99 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 NAMES = (
-    "Mira", "Tobin", "Selda", "Orrin", "Kessa", "Daven", "Lysa", "Bram", "Nerin", "Hollis", "Petra", "Quill",
-    "Rowan", "Vesna", "Ansel", "Ilka", "Corin", "Maud", "Jory", "Edda",
+    "Mira",
+    "Tobin",
+    "Selda",
+    "Orrin",
+    "Kessa",
+    "Daven",
+    "Lysa",
+    "Bram",
+    "Nerin",
+    "Hollis",
+    "Petra",
+    "Quill",
+    "Rowan",
+    "Vesna",
+    "Ansel",
+    "Ilka",
+    "Corin",
+    "Maud",
+    "Jory",
+    "Edda",
 )
 PLACES = (
-    "Marrow", "Dunfell", "Ostwick", "Pellam", "Harrowgate", "Lindmoor", "Greyford", "Tarn", "Aldbrook", "Sable",
-    "Wexcombe", "Norby", "Hollin", "Carrick", "Emberly", "Stokeham",
+    "Marrow",
+    "Dunfell",
+    "Ostwick",
+    "Pellam",
+    "Harrowgate",
+    "Lindmoor",
+    "Greyford",
+    "Tarn",
+    "Aldbrook",
+    "Sable",
+    "Wexcombe",
+    "Norby",
+    "Hollin",
+    "Carrick",
+    "Emberly",
+    "Stokeham",
 )
 WORLD_NAMES = (
-    "Zoë", "Łucja", "Åsa", "Jürgen", "Ñusta", "Søren", "Ελένη", "Νίκος", "Юрий", "Вера", "さくら", "はると",
-    "小明", "李雷",
+    "Zoë",
+    "Łucja",
+    "Åsa",
+    "Jürgen",
+    "Ñusta",
+    "Søren",
+    "Ελένη",
+    "Νίκος",
+    "Юрий",
+    "Вера",
+    "さくら",
+    "はると",
+    "小明",
+    "李雷",
 )
 WORLD_PLACES = ("Köln", "Ørsted", "Łódź", "Málaga", "Θήρα", "Волга", "京都", "海边", "Čakovec", "São Bento")
 ITEMS = (
-    "lantern", "kettle", "rope", "anchor", "ladder", "mirror", "compass", "basket", "hammer", "violin", "candle",
-    "bucket", "needle", "saddle", "barrel", "blanket",
+    "lantern",
+    "kettle",
+    "rope",
+    "anchor",
+    "ladder",
+    "mirror",
+    "compass",
+    "basket",
+    "hammer",
+    "violin",
+    "candle",
+    "bucket",
+    "needle",
+    "saddle",
+    "barrel",
+    "blanket",
 )
 # The order of the items (and of the functions below) is the same in every document, and so is what is known of an item:
 # facts to be learned, which keep a continuation moving. Without them a model that copies badly falls into a loop.
 UNITS = (
-    "piece", "piece", "metre", "piece", "piece", "piece", "box", "dozen", "piece", "case", "box", "piece", "packet",
-    "piece", "litre", "bale",
+    "piece",
+    "piece",
+    "metre",
+    "piece",
+    "piece",
+    "piece",
+    "box",
+    "dozen",
+    "piece",
+    "case",
+    "box",
+    "piece",
+    "packet",
+    "piece",
+    "litre",
+    "bale",
 )
 STOCK = {item: 3 + (7 * i) % 19 for i, item in enumerate(ITEMS)}
 UNIT = dict(zip(ITEMS, UNITS, strict=True))
@@ -50,8 +122,20 @@ TRADES = ("baker", "miller", "sailor", "weaver", "smith", "gardener", "piper", "
 ANIMALS = ("dog", "goat", "raven", "pony", "cat", "goose", "hare", "fox")
 
 NOUNS = (
-    "orders", "points", "words", "prices", "scores", "rows", "events", "files", "users", "parts", "notes", "pages",
-    "routes", "shapes",
+    "orders",
+    "points",
+    "words",
+    "prices",
+    "scores",
+    "rows",
+    "events",
+    "files",
+    "users",
+    "parts",
+    "notes",
+    "pages",
+    "routes",
+    "shapes",
 )
 ARGUMENTS = ("values", "items", "data", "source", "batch", "entries", "table", "chunk", "records", "stream")
 OPTIONS = ("limit", "start", "step", "bound", "width", "offset", "scale", "floor")
@@ -138,29 +222,26 @@ BODIES: dict[str, str] = {
     "load": "    with open({a}) as handle:\n        return [line.strip() for line in handle][:{o}]\n",
     "count": "    total = 0\n    for item in {a}:\n        if item > {o}:\n            total += 1\n    return total\n",
     "sort": "    {n} = sorted({a}, reverse=True)\n    return {n}[:{o}]\n",
-    "merge": (
-        "    result = dict({a})\n    for key in range({o}):\n"
-        "        result.setdefault(key, None)\n    return result\n"
-    ),
+    "merge": ("    result = dict({a})\n    for key in range({o}):\n        result.setdefault(key, None)\n    return result\n"),
     "filter": "    return [item for item in {a} if item is not None and item >= {o}]\n",
-    "sum": (
-        "    total = {o}\n    for index, item in enumerate({a}):\n"
-        "        total = total + index * item\n    return total\n"
-    ),
-    "check": "    if len({a}) < {o}:\n        raise ValueError(\"too few {n}\")\n    return True\n",
-    "print": "    for item in {a}:\n        print(\"{n}:\", item, {o})\n",
+    "sum": ("    total = {o}\n    for index, item in enumerate({a}):\n        total = total + index * item\n    return total\n"),
+    "check": '    if len({a}) < {o}:\n        raise ValueError("too few {n}")\n    return True\n',
+    "print": '    for item in {a}:\n        print("{n}:", item, {o})\n',
     "split": "    left, right = {a}[:{o}], {a}[{o}:]\n    return left, right\n",
     "group": (
-        "    groups = {{}}\n    for item in {a}:\n"
-        "        groups.setdefault(item % {o}, []).append(item)\n    return groups\n"
+        "    groups = {{}}\n    for item in {a}:\n        groups.setdefault(item % {o}, []).append(item)\n    return groups\n"
     ),
 }
 SUMMARIES = {
-    "load": "Read the {n} from a file.", "count": "Count the {n} above {o}.", "sort": "Return the largest {n}.",
-    "merge": "Merge {n} into one table.", "filter": "Keep the {n} that are large enough.",
+    "load": "Read the {n} from a file.",
+    "count": "Count the {n} above {o}.",
+    "sort": "Return the largest {n}.",
+    "merge": "Merge {n} into one table.",
+    "filter": "Keep the {n} that are large enough.",
     "sum": "Add up the {n} by position.",
     "check": "Fail unless there are enough {n}.",
-    "print": "Print the {n} one by one.", "split": "Cut the {n} in two.",
+    "print": "Print the {n} one by one.",
+    "split": "Cut the {n} in two.",
     "group": "Group the {n} by remainder.",
 }
 
@@ -215,8 +296,13 @@ class Grammar:
         name, place = self.pair(*((WORLD_NAMES, WORLD_PLACES) if world else (NAMES, PLACES)))
         friend = self.rng.choice([n for n in (WORLD_NAMES if world else NAMES) if n != name])
         words = {
-            "N": name, "F": friend, "P": place, "i": self.rng.choice(ITEMS), "c": self.rng.choice(COLOURS),
-            "t": self.rng.choice(TRADES), "d": self.rng.choice(ANIMALS),
+            "N": name,
+            "F": friend,
+            "P": place,
+            "i": self.rng.choice(ITEMS),
+            "c": self.rng.choice(COLOURS),
+            "t": self.rng.choice(TRADES),
+            "d": self.rng.choice(ANIMALS),
         }
         tale = self.rng.choice(sorted(TALES))
         scenes = TALES[tale]
@@ -276,9 +362,7 @@ class Grammar:
         )
         heading, _, body = kind(world).partition("\n\n")
         thought = "<think>\n\n</think>\n\n" if self.rng.random() < 0.5 else ""
-        return (
-            f"<|im_start|>user\n{request}\n{heading}<|im_end|>\n<|im_start|>assistant\n{thought}{body}<|im_end|>\n"
-        )
+        return f"<|im_start|>user\n{request}\n{heading}<|im_end|>\n<|im_start|>assistant\n{thought}{body}<|im_end|>\n"
 
     def document(self) -> str:
         kinds: tuple[Callable[[bool], str], ...] = (self.prose, self.code, self.structured, self.phrase_book, self.chat)
@@ -316,7 +400,7 @@ def held_out_prompts() -> dict[str, str]:
     grammar = Grammar(seed=20, held_out=True)
     prose, code = grammar.prose(), grammar.code()
     structured = grammar.structured()
-    while "left\": " not in structured:
+    while 'left": ' not in structured:
         structured = grammar.structured()
     return {
         "code": code[: code.index("(", code.index("def "))],

@@ -50,10 +50,15 @@ def save_checkpoint(
     _dump(folder / "model.safetensors.index.json", index)
     _dump(folder / "config.json", config)
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
-    _dump(folder / "generation_config.json", {
-        "do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad,
-        "transformers_version": config["transformers_version"],
-    })
+    _dump(
+        folder / "generation_config.json",
+        {
+            "do_sample": False,
+            "eos_token_id": [end, pad],
+            "pad_token_id": pad,
+            "transformers_version": config["transformers_version"],
+        },
+    )
     save_tokenizer(tokenizer, folder)
     _dump(folder / "reference.json", reference)
     # The same prompts as plain files, for what measures a model without knowing of references.

@@ -67,9 +67,7 @@ def learning_rate(step: int, steps: int) -> float:
     return min((step + 1) / 20, 1.0, 2.0 * (1.0 - step / steps))
 
 
-def train(
-    model: TinyModel, tokenizer: Tokenizer, name: str, steps: int, batch_size: int, peak: float, seed: int
-) -> None:
+def train(model: TinyModel, tokenizer: Tokenizer, name: str, steps: int, batch_size: int, peak: float, seed: int) -> None:
     """Train trunk and head together, in place."""
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "visual" not in n]
     vectors = [p for n, p in model.named_parameters() if p.ndim < 2 and "visual" not in n]
@@ -147,9 +145,7 @@ def main() -> int:
     names = list(dict.fromkeys(args.names)) or list(TEXT_CONFIGS)
     # Fresh interpreters: a fork would share torch's thread pools and, with them, its generator.
     with ProcessPoolExecutor(len(names), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(make_checkpoint, name, args.out, args.steps, args.batch, args.peak, args.seed) for name in names
-        ]
+        jobs = [pool.submit(make_checkpoint, name, args.out, args.steps, args.batch, args.peak, args.seed) for name in names]
         for job in jobs:
             job.result()
     return 0

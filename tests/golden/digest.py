@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
 LONGEST = 16  # items of an array that are kept as they are; longer ones as a digest
@@ -27,6 +28,28 @@ def digest(path: Path) -> dict[str, Any]:
         value = [float(x).hex() for x in tensor.data] if tensor.name.endswith("ssm_a") else hashlib.sha256(raw).hexdigest()
         tensors[tensor.name] = [tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)], value]
     return {"metadata": metadata, "tensors": tensors}
+
+
+def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    """What differs between two sets of parts, in words; order counts, in metadata and tensors."""
+    if golden["upstream"] != made["upstream"]:
+        return [f"made by {golden['upstream']}, now {made['upstream']}"]
+    found = []
+    for part, expected in golden["parts"].items():
+        for kind in ("metadata", "tensors"):
+            ours, theirs = made["parts"][part][kind], expected[kind]
+            if list(ours) != list(theirs):
+                found.append(f"{part}: other {kind}, or in another order: {sorted(ours.keys() ^ theirs.keys())}")
+            found += [f"{part}: {key} is {ours.get(key)}" for key, value in theirs.items() if not _same(ours.get(key), value)]
+    return found
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal, or hexadecimal float32 values that differ by no more than their last bit."""
+    if not (isinstance(theirs, list) and isinstance(theirs[-1], list) and str(theirs[-1][0]).startswith("-0x")):
+        return bool(ours == theirs)
+    a, b = (np.array([float.fromhex(x) for x in value[-1]], np.float32).view(np.int32) for value in (ours, theirs))
+    return bool(ours[:-1] == theirs[:-1] and np.abs(a - b).max() <= 1)
 
 
 def _short(value: Any) -> Any:

@@ -1,0 +1,23 @@
+"""What the README shows is what Snakemake and the build say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def test_the_graph_of_the_rules_is_snakemakes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
+    drawn = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", done.stdout)}
+    assert drawn and drawn == set(re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_table_of_results_lists_what_all_makes(built: Path) -> None:
+    """Sizes and types; acceptance may differ by a token between processors."""
+    rows = [line.rsplit("|", 2)[0] for line in (built / "results/summary.md").read_text().splitlines()]
+    assert "\n".join(rows[2:]) and all(row in (ROOT / "README.md").read_text() for row in rows)
