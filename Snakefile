@@ -1,8 +1,11 @@
 # mtpforge: GGUF quantizations whose multi-token-prediction head is there and works.
 # Each file of workflow/rules/ is one stage; config.yaml says what to build; `all` builds it.
+import os
 import sys
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
+# `python` in a rule is the one that runs Snakemake, also where nobody has activated its environment.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
 
 from snakemake.exceptions import WorkflowError
 

@@ -1,5 +1,7 @@
 # Checkpoint to BF16 GGUF.
-# Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk or head.
+# Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk or head, and beside it
+# the digests of its tensors. Who reads the GGUF has the digests as an input and the GGUF itself as `ancient`: small files are
+# compared by content, large ones by time, and the published BF16 file is the same bytes by another name.
 
 
 rule convert:
@@ -7,7 +9,8 @@ rule convert:
         code=code("convert.py"),
         checkpoint=build.checkpoint_inputs,
     output:
-        temp("results/{model}/work/convert/{part}.gguf"),
+        file=temp("results/{model}/work/convert/{part}.gguf"),
+        digests="results/{model}/work/convert/{part}.json",
     log:
         "logs/{model}/convert-{part}.log",
     benchmark:
@@ -23,4 +26,4 @@ rule convert:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part} {params.tokenizer}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --out {output.file:q} --digests {output.digests:q} 2>&1 | tee {log:q}"

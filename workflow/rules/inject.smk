@@ -8,7 +8,8 @@ rule inject:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
         base=build.base,
-        head="results/{model}/work/convert/head.gguf",
+        head=ancient("results/{model}/work/convert/head.gguf"),
+        digests="results/{model}/work/convert/head.json",
     output:
         temp("results/{model}/work/injected/{variant}.gguf"),
     log:

@@ -22,7 +22,8 @@ rule quantize:
     input:
         code=code("quantize.py"),
         toolchain="resources/toolchain/stamp.json",
-        source="results/{model}/work/convert/all.gguf",
+        source=ancient("results/{model}/work/convert/all.gguf"),
+        digests="results/{model}/work/convert/all.json",
         recipe="results/{model}/work/recipes/{variant}.yaml",
     output:
         temp("results/{model}/work/quantized/{variant}.gguf"),
@@ -47,7 +48,8 @@ rule quantize_trunk:
     input:
         code=code("quantize.py"),
         toolchain="resources/toolchain/stamp.json",
-        source="results/{model}/work/convert/trunk.gguf",
+        source=ancient("results/{model}/work/convert/trunk.gguf"),
+        digests="results/{model}/work/convert/trunk.json",
     output:
         temp("results/{model}/work/trunk/{type}.gguf"),
     log:

@@ -6,7 +6,7 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import atomic, errors, gguf_file, progress
 from mtpforge.convert import PARTS, convert
 
 
@@ -17,9 +17,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help="the whole model, its trunk, or its head alone (default: all)")
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of each tensor of the result, as JSON")
     args = parser.parse_args()
     with progress.bar(args.out.name) as show:
         convert(args.checkpoint, args.out, args.part, args.tokenizer_pre, show)
+    if args.digests:
+        atomic.write_json(args.digests, gguf_file.digests(args.out))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from .atomic import replacing
 from .errors import GgufError
-from .ranges import FileRange, Payload, append
+from .ranges import FileRange, Payload, append, sha256
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -282,6 +283,15 @@ class _Parser:
 
 def _align(position: int) -> int:
     return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def digests(path: Path) -> dict[str, str]:
+    """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
+    opened = read(path)
+    start = min((piece.offset for piece in opened.ranges.values()), default=path.stat().st_size)
+    pieces = {"header": FileRange(path, 0, start), **opened.ranges}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 
 
 def write(
