@@ -6,6 +6,7 @@ transformers, so nothing that a checkpoint brings is executed. The chat template
 
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import Tokenizer
@@ -20,6 +21,8 @@ PROBE = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
     "'D you like some tea? We'Ve a'lL"
 )
+
+_SPACE = chr(ord(" ") + 256)
 
 # sha256 of the probe's ids -> name of the pre-tokenizer in llama.cpp; the models that first had them.
 PRE_TOKENIZERS = {
@@ -55,14 +58,22 @@ def pre_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
 def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
     """Write all `tokenizer.*` keys; `vocab_size` rows of the embedding, `pre` overrides the checksum. CheckpointError."""
     tokenizer = load(directory)
-    if read_json(directory / "tokenizer.json").get("model", {}).get("type") != "BPE":
+    settings = read_json(directory / "tokenizer.json")
+    model = settings["model"]  # the tokenizers package has read it, so it is there
+    if model.get("type") != "BPE":
         raise CheckpointError(f"{directory / 'tokenizer.json'}: only byte-level BPE tokenizers are supported")
     tokens, types = vocabulary(tokenizer, vocab_size, directory)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre or pre_tokenizer(tokenizer, directory))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    _special(directory).add_to_gguf(writer, quiet=True)
+    writer.add_token_merges([merge if isinstance(merge, str) else _joined(*merge) for merge in model["merges"]])
+    _special(directory, settings).add_to_gguf(writer, quiet=True)
+
+
+def _joined(left: str, right: str) -> str:
+    """The two parts of a merge as GGUF has them: a space inside a part is written as byte-level BPE writes one."""
+    return f"{left.replace(' ', _SPACE)} {right.replace(' ', _SPACE)}"
 
 
 def vocabulary(tokenizer: Tokenizer, size: int, directory: Path) -> tuple[list[str], list[int]]:
@@ -100,18 +111,18 @@ def _looks_special(token: str) -> bool:
     )
 
 
-def _special(directory: Path) -> SpecialVocab:
-    """Merges, special ids and the template as gguf-py reads them, with what upstream's newer copy does better."""
+def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
+    """Special ids and the template as gguf-py reads them, with what upstream's newer copy does better."""
     for name in ("tokenizer_config.json", "config.json"):
         if (directory / name).exists():
             read_json(directory / name)  # ours names the file in its error
     try:
-        special = SpecialVocab(directory, load_merges=True)
+        special = SpecialVocab(directory)
+        post = settings.get("post_processor") or {}
+        steps = [step["type"] for step in post.get("processors", [post]) if step]
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{directory}: malformed tokenizer files ({error})") from None
-    post = read_json(directory / "tokenizer.json").get("post_processor") or {}
-    if any(step.get("type") == "ByteLevel" for step in post.get("processors", [post])):
+    if "ByteLevel" in steps:
         # A byte-level post-processor adds no token, whatever tokenizer_config.json says of bos and eos.
-        special.add_special_token = {**special.add_special_token, "bos": False, "eos": False}
-        special.add_special_token = {key: special.add_special_token[key] for key in ("bos", "eos", *special.add_special_token)}
+        special.add_special_token = {"bos": False, "eos": False, **special.add_special_token} | {"bos": False, "eos": False}
     return special

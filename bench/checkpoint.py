@@ -1,0 +1,121 @@
+"""Checkpoints of real size with random weights, in the layout of the real repositories, for measuring and nothing else.
+
+Names and shapes come from the family's own table, the vocabulary has the real 248,320 rows. A block of random BF16 values is
+repeated, because what is measured is moving bytes, not what they say.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mtpforge.families import Hparams, Source, family_of
+
+VOCABULARY = 248_320
+SHARD_BYTES = 4_000_000_000
+BLOCK = 1 << 25  # values
+
+# The real models' shapes (their config.json); the mixture of experts at two of its forty layers.
+QWEN3_5_2B = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "full_attention_interval": 4, "head_dim": 256,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True, "mtp_num_hidden_layers": 1, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
+    "partial_rotary_factor": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "mrope_section": [11, 11, 10]},
+}  # fmt: skip
+QWEN3_5_35B_A3B = {
+    **QWEN3_5_2B, "num_hidden_layers": 2, "full_attention_interval": 2, "num_attention_heads": 16, "linear_num_value_heads": 32,
+    "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+del QWEN3_5_35B_A3B["intermediate_size"]
+
+
+def write_checkpoint(folder: Path, settings: dict[str, Any]) -> Path:
+    """A checkpoint with these hyperparameters; one that is already there is kept."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = f"Qwen3_5{'Moe' if 'num_experts' in settings else ''}ForConditionalGeneration"
+    _write_tokenizer(folder)
+    _write_shards(folder, _sources(architecture, settings))
+    config = {"architectures": [architecture], "model_type": "qwen3_5", "text_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))  # last: it says that the rest is there
+    return folder
+
+
+def _sources(architecture: str, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape; the trunk's experts fused, the head's separate, as the real one has them."""
+    shapes = {}
+    for row in family_of(architecture).rows(Hparams(settings), "all"):
+        source: Source = row.sources[-1 if row.sources[0].names[0].startswith("mtp.") else 0]
+        for name in source.names:
+            shapes[name.replace("model.", "model.language_model.", 1)] = source.shape
+    return shapes
+
+
+def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if sum(2 * math.prod(s) for s in shards[-1].values()) + 2 * math.prod(shape) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    rng = np.random.default_rng(0)
+    block = (rng.standard_normal(BLOCK, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
+    raw, weight_map = block.astype("<u2").tobytes(), {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / name, shard, raw)
+        weight_map |= dict.fromkeys(shard, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], raw: bytes) -> None:
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        while offset:
+            offset -= file.write(raw[:offset])
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Byte-level BPE with as many tokens and merges as the real one has."""
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    vocabulary, merges = dict(zip(letters, range(256), strict=True)), []
+    level = letters
+    while len(vocabulary) < VOCABULARY - 276:
+        longer = []
+        for left in level:
+            for right in letters:
+                if len(vocabulary) == VOCABULARY - 276:
+                    break
+                vocabulary[left + right] = len(vocabulary)
+                merges.append([left, right])
+                longer.append(left + right)
+        level = longer
+    added = [
+        {"id": len(vocabulary) + i, "content": f"<|special_{i}|>", "special": True, "normalized": False, "lstrip": False,
+         "rstrip": False, "single_word": False}
+        for i in range(26)
+    ]  # fmt: skip
+    split = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    steps = [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": merges},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|special_0|>", "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

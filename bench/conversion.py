@@ -1,0 +1,145 @@
+"""How fast conversion is, beside `cp` of the same bytes and upstream's converter, in one run: a table and a JSON of ratios.
+
+Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where its environment
+(`make golden` sets it up) and its source (the toolchain's) are there.
+
+example: conversion.py --out results/bench/conversion.json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "workflow/scripts"))
+
+from checkpoint import QWEN3_5_2B, QWEN3_5_35B_A3B, write_checkpoint  # noqa: E402
+from mtpforge import gguf_file  # noqa: E402
+
+MODELS = {
+    "dense, 12 layers": {**QWEN3_5_2B, "num_hidden_layers": 12},
+    "dense, 24 layers": QWEN3_5_2B,
+    "experts, 2 layers": QWEN3_5_35B_A3B,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one program: seconds of wall clock and of processors, and the most memory it held, in bytes."""
+
+    wall: float
+    cpu: float
+    memory: int
+
+
+def cost_of(*command: object) -> Cost:
+    """Run a program to its end and measure it, until its output is on the disk."""
+    start = time.monotonic()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: {command[1]} failed: {said.decode(errors='replace')[-1500:]}")
+    os.sync()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+
+
+def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
+    """The run with the median wall clock."""
+    runs = sorted((measure() for _ in range(repeats)), key=lambda cost: cost.wall)
+    return runs[len(runs) // 2]
+
+
+def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool) -> dict[str, Any]:
+    """All figures of one checkpoint. Every program finds the checkpoint in the page cache as far as that holds it."""
+    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings)
+    shards, out = sorted(checkpoint.glob("*.safetensors")), scratch / "out"
+    size = sum(path.stat().st_size for path in shards)
+
+    def run(*command: object) -> Cost:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return cost_of(*command)
+
+    def ours() -> Cost:
+        program = ROOT / "workflow/scripts/convert.py"
+        return run(sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
+
+    def theirs() -> Cost:
+        python, script = ROOT / ".venv-golden/bin/python", ROOT / "tests/golden/upstream.py"
+        source = ROOT / "resources/toolchain/source"
+        return run(python, script, source, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
+
+    for path in shards:  # warm
+        subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
+    copy = typical(lambda: run("cp", *shards, out), repeats)
+    convert = typical(ours, repeats)
+    opening = open_seconds(out / "ours.gguf")
+    result = {"model": name, "bytes": size, "cp": vars(copy), "convert": vars(convert), "open": opening}
+    if upstream:
+        result["upstream"] = vars(theirs())
+    shutil.rmtree(out, ignore_errors=True)
+    return result
+
+
+def open_seconds(path: Path) -> float:
+    """Reading the tensor table and all metadata of a converted file, the median of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        gguf_file.read(path)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The ratios, as Markdown."""
+    lines = ["| checkpoint | GB | cp | convert | × cp | peak MB | upstream | × faster | open |", "| --- |" + " ---: |" * 8]
+    for entry in results:
+        copy, convert, theirs = entry["cp"]["wall"], entry["convert"]["wall"], entry.get("upstream", {}).get("wall")
+        faster = (f"{theirs:.1f} s", f"{theirs / convert:.1f}") if theirs else ("not run", "")
+        cells = [
+            entry["model"], f"{entry['bytes'] / 1e9:.1f}", f"{copy:.1f} s", f"{convert:.1f} s", f"{convert / copy:.2f}",
+            f"{entry['convert']['memory'] / 1e6:.0f}", *faster, f"{entry['open']:.3f} s",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    by_name = {entry["model"]: entry["convert"]["wall"] for entry in results}
+    if {"dense, 12 layers", "dense, 24 layers"} <= by_name.keys():
+        lines += ["", f"Twice the layers: {by_name['dense, 24 layers'] / by_name['dense, 12 layers']:.2f} times the time."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line, measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/bench/conversion.json")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    upstream = (ROOT / ".venv-golden/bin/python").exists() and (ROOT / "resources/toolchain/source").is_dir()
+    if not upstream:
+        print("upstream's converter is not measured: `make check-golden` sets up its environment", file=sys.stderr)
+    results = []
+    for name in args.models:
+        print(f"measuring: {name}", file=sys.stderr, flush=True)
+        results.append(measure_model(name, MODELS[name], args.scratch, args.repeats, upstream))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
