@@ -23,7 +23,7 @@ QWEN3_5_2B = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "vocab_size": VOCABULARY,
     "tie_word_embeddings": True, "mtp_num_hidden_layers": 1, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
-    "partial_rotary_factor": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "mrope_section": [11, 11, 10]},
+    "partial_rotary_factor": 0.25, "rope_parameters": {"rope_theta": 10000000, "mrope_section": [11, 11, 10]},
 }  # fmt: skip
 QWEN3_5_35B_A3B = {
     **QWEN3_5_2B, "num_hidden_layers": 2, "full_attention_interval": 2, "num_attention_heads": 16, "linear_num_value_heads": 32,

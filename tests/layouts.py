@@ -117,6 +117,44 @@ def wide_types(config: dict[str, Any], tensors: Tensors) -> Tensors:
     return result
 
 
+def qwen3_next() -> tuple[dict[str, Any], Tensors]:
+    """A tiny Qwen3-Next with random weights: fused linear attention, an expert a matrix, no word of the head in its config."""
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 128, "num_hidden_layers": 2,
+        "full_attention_interval": 2, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+        "intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64, "vocab_size": 1280, "rms_norm_eps": 1e-6, "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25, "rope_scaling": None, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (1280, 128), "model.norm.weight": (128,), "lm_head.weight": (1280, 128)}
+    linear = {
+        "in_proj_qkvz.weight": (384, 128), "in_proj_ba.weight": (8, 128), "conv1d.weight": (256, 1, 4), "A_log": (4,),
+        "dt_bias": (4,), "norm.weight": (32,), "out_proj.weight": (128, 128),
+    }  # fmt: skip
+    full = {
+        "q_proj.weight": (256, 128), "k_proj.weight": (64, 128), "v_proj.weight": (64, 128), "o_proj.weight": (128, 128),
+        "q_norm.weight": (64,), "k_norm.weight": (64,),
+    }  # fmt: skip
+    mlp = {"gate.weight": (4, 128), "shared_expert_gate.weight": (1, 128)}
+    for expert in ("shared_expert", *(f"experts.{e}" for e in range(4))):
+        mlp |= {
+            f"{expert}.gate_proj.weight": (64, 128),
+            f"{expert}.up_proj.weight": (64, 128),
+            f"{expert}.down_proj.weight": (128, 64),
+        }
+    for block, attention in (("model.layers.0", linear), ("model.layers.1", full), ("mtp.layers.0", full)):
+        name = "linear_attn" if attention is linear else "self_attn"
+        shapes |= {f"{block}.{norm}_layernorm.weight": (128,) for norm in ("input", "post_attention")}
+        shapes |= {f"{block}.{name}.{key}": shape for key, shape in attention.items()}
+        shapes |= {f"{block}.mlp.{key}": shape for key, shape in mlp.items()}
+    shapes |= {"mtp.fc.weight": (128, 256), "mtp.norm.weight": (128,)}
+    shapes |= {f"mtp.pre_fc_norm_{which}.weight": (128,) for which in ("embedding", "hidden")}
+    rng = np.random.default_rng(3)
+    bits = {name: rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16 for name, shape in shapes.items()}
+    return config, {name: ("BF16", array.astype("<u2")) for name, array in bits.items()}
+
+
 Layout = Callable[[dict[str, Any], Tensors], Tensors]
 
 LAYOUTS: dict[str, tuple[str, Layout, int]] = {
@@ -130,6 +168,8 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
 
 def write_layout(name: str, parent: Path) -> Path:
     """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
+    if name == "qwen3-next":
+        return write_checkpoint(parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2)
     if name not in LAYOUTS:
         return CHECKPOINTS / name
     embedded, layout, shards = LAYOUTS[name]
@@ -138,4 +178,4 @@ def write_layout(name: str, parent: Path) -> Path:
     return write_checkpoint(parent / name, CHECKPOINTS / embedded, config, tensors, shards)
 
 
-ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS)
+ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next")

@@ -96,7 +96,7 @@ def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: H
             f"no {family.head_prefix}* tensors: this checkpoint has lost its head (config.json declares {declared} layers of it): "
             "take the original checkpoint, or convert with --part trunk"
         )
-    if present and declared != 1:
+    if present and declared != 1 and (declared or family.declares_head):
         raise CheckpointError(f"config.json: mtp_num_hidden_layers is {declared!r}, but there are tensors of a one-layer head")
 
 

@@ -2,10 +2,10 @@
 
 from mtpforge.errors import CheckpointError
 
-from . import qwen3_5
+from . import qwen3_5, qwen3_next
 from .table import Family, Hparams, Row, Source
 
-FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE)
+FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE)
 
 __all__ = ["FAMILIES", "Family", "Hparams", "Row", "Source", "family_of", "family_of_gguf"]
 

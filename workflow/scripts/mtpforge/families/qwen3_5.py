@@ -5,7 +5,7 @@ attention. Names and transforms follow llama.cpp's `conversion/qwen.py` at 0c1e5
 them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -92,6 +92,10 @@ def norm(name: str, source: str, size: int) -> Row:
     return Row(name, (size,), (Source((source,), (size,)),), F32, plus_one)
 
 
+Part = Callable[[Hparams, str, str], list[Row]]
+"""Rows of a part of a block, from the hyperparameters and the prefixes in the GGUF and in the checkpoint."""
+
+
 def full_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     """Gated attention: `q_proj` holds queries and gates, so it has twice the rows."""
     hidden, dim = hp.count("hidden_size"), hp.count("head_dim")
@@ -171,26 +175,26 @@ def layer_types(hp: Hparams) -> list[str]:
     return types
 
 
-def block(hp: Hparams, to: str, of: str, attention: str) -> list[Row]:
-    """One block: two norms, attention of the given kind, and the MLP that the configuration has."""
+def block(hp: Hparams, to: str, of: str, attend: Part) -> list[Row]:
+    """One block: two norms, attention of some kind, and the MLP that the configuration has."""
     hidden = hp.count("hidden_size")
     norms = [
         norm(f"{to}attn_norm.weight", f"{of}input_layernorm.weight", hidden),
         norm(f"{to}post_attention_norm.weight", f"{of}post_attention_layernorm.weight", hidden),
     ]
-    attend = linear_attention if attention == "linear_attention" else full_attention
     mlp = expert_mlp if hp.get("num_experts") else dense_mlp
     return norms + attend(hp, to, of) + mlp(hp, to, of)
 
 
-def trunk(hp: Hparams) -> list[Row]:
+def trunk(hp: Hparams, linear: Part = linear_attention) -> list[Row]:
     """Embeddings, blocks 0 to N-1, output norm and, unless it is tied, the output matrix."""
     if hp.get("attention_bias"):
         raise CheckpointError("config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run")
     hidden, vocabulary = hp.count("hidden_size"), hp.count("vocab_size")
     rows = [matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, hidden)]
     for i, attention in enumerate(layer_types(hp)):
-        rows += block(hp, f"blk.{i}.", f"model.layers.{i}.", attention)
+        attend = linear if attention == "linear_attention" else full_attention
+        rows += block(hp, f"blk.{i}.", f"model.layers.{i}.", attend)
     rows.append(norm("output_norm.weight", "model.norm.weight", hidden))
     if not hp.get("tie_word_embeddings", False):
         rows.append(matrix("output.weight", "lm_head.weight", vocabulary, hidden))
@@ -203,7 +207,7 @@ def head(hp: Hparams) -> list[Row]:
         raise CheckpointError("config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them")
     hidden, to = hp.count("hidden_size"), f"blk.{hp.count('num_hidden_layers')}."
     return [
-        *block(hp, to, "mtp.layers.0.", "full_attention"),
+        *block(hp, to, "mtp.layers.0.", full_attention),
         matrix(f"{to}nextn.eh_proj.weight", "mtp.fc.weight", hidden, 2 * hidden),
         norm(f"{to}nextn.enorm.weight", "mtp.pre_fc_norm_embedding.weight", hidden),
         norm(f"{to}nextn.hnorm.weight", "mtp.pre_fc_norm_hidden.weight", hidden),
@@ -214,8 +218,11 @@ def head(hp: Hparams) -> list[Row]:
 # ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
-    """The architecture's keys in upstream's order; `hp` as in config.json, `head_blocks` 0 or 1."""
+def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool = True) -> None:
+    """The architecture's keys in upstream's order; `hp` as in config.json, `head_blocks` 0 or 1.
+
+    `sections`: whether the architecture always has rope sections, also where a configuration leaves them out.
+    """
     layers, dim = hp.count("num_hidden_layers"), hp.count("head_dim")
     writer.add_block_count(layers + head_blocks)
     writer.add_context_length(hp.count("max_position_embeddings"))
@@ -240,7 +247,7 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
         writer.add_nextn_predict_layers(head_blocks)
     describe_linear_attention(writer, hp, head_blocks)
     writer.add_rope_dimension_count(int(dim * rope.number("partial_rotary_factor", 0.25)))
-    if rope.get("mrope_section") is None:
+    if sections and rope.get("mrope_section") is None:
         writer.add_rope_dimension_sections([*DEFAULT_MROPE_SECTIONS, 0])
 
 

@@ -95,6 +95,8 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Prefixes of checkpoint tensors that a text model does not have (a vision tower)."""
     head_prefix: str = "mtp."
+    declares_head: bool = True
+    """Whether config.json says with `mtp_num_hidden_layers` that there is a head."""
     llama_cpp_minimum: str = "b9180"
 
     def layers(self, hparams: Hparams) -> int:
