@@ -155,12 +155,36 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
     return config, {name: ("BF16", array.astype("<u2")) for name, array in bits.items()}
 
 
+def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Block matrices in FP8 with a scale for each 128 x 128, as the FP8 releases have them, trunk and head."""
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    code = np.arange(127)  # the positive values of E4M3
+    steps = np.where(code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6)
+    result: Tensors = {}
+    for name, (dtype, array) in tensors.items():
+        if not name.endswith("_proj.weight") or "visual" in name:
+            result[name] = (dtype, array)
+            continue
+        values = (array.astype(np.uint32) << 16).view(np.float32)
+        scales = np.empty((-(-values.shape[0] // 128), -(-values.shape[1] // 128)), np.float32)
+        codes = np.empty(values.shape, np.uint8)
+        for i, j in np.ndindex(*scales.shape):
+            rows, columns = slice(i * 128, i * 128 + 128), slice(j * 128, j * 128 + 128)
+            scales[i, j] = np.abs(values[rows, columns]).max() / 448
+            part = values[rows, columns] / scales[i, j]
+            codes[rows, columns] = np.abs(np.abs(part)[..., None] - steps).argmin(-1) | (np.signbit(part) * np.uint8(128))
+        result[name], result[f"{name}_scale_inv"] = ("F8_E4M3", codes), ("F32", scales)
+    return result
+
+
 Layout = Callable[[dict[str, Any], Tensors], Tensors]
 
 LAYOUTS: dict[str, tuple[str, Layout, int]] = {
     "moe-fused-head": ("tiny-qwen3.5-moe", fused_head, 3),
     "moe-separate-experts": ("tiny-qwen3.5-moe", separate_experts, 2),
     "dense-text-only": ("tiny-qwen3.5", text_only, 1),
+    "dense-fp8": ("tiny-qwen3.5", eight_bit, 2),
+    "moe-fp8": ("tiny-qwen3.5-moe", lambda config, tensors: eight_bit(config, separate_experts(config, tensors)), 2),
     "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
 }
 """Name of a derived checkpoint -> (embedded checkpoint, its layout, number of shards)."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT
-from layouts import ALL, read_tensors, write_checkpoint, write_layout
+from layouts import ALL, eight_bit, read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge import convert, gguf_file, tokenizer
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.errors import CheckpointError
@@ -58,6 +58,39 @@ def refusal(checkpoint: Path, part: str = "all", pre: str | None = "qwen35") -> 
         convert.convert(checkpoint, out, part, pre)
     assert not out.exists()
     return str(caught.value)
+
+
+def test_a_head_in_a_file_of_its_own_is_found_beside_an_index_without_it(tmp_path: Path) -> None:
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    trunk = {name: tensor for name, tensor in tensors.items() if name not in head}
+    checkpoint = write_checkpoint(tmp_path / "tiny-qwen3.5", source, settings, trunk, shards=2)
+    write_shard(checkpoint / "mtp.safetensors", head)
+    for folder in (source, checkpoint):
+        convert.convert(folder, tmp_path / f"{folder.parent.name}.gguf", "all", "qwen35")
+    one, other = (digest(tmp_path / f"{name}.gguf") for name in (source.parent.name, tmp_path.name))
+    assert one["metadata"] == other["metadata"] and one["tensors"] == other["tensors"]
+
+
+def test_a_head_in_two_files_is_refused(tmp_path: Path) -> None:
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    tensors = read_tensors(source)
+    settings = json.loads((source / "config.json").read_text())
+    checkpoint = write_checkpoint(tmp_path / "copy", source, settings, tensors, shards=2)
+    write_shard(checkpoint / "mtp.safetensors", {"mtp.fc.weight": tensors["mtp.fc.weight"]})
+    assert "mtp.fc.weight is in model-" in refusal(checkpoint)
+
+
+def test_an_fp8_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
+    config, tensors = (
+        json.loads((CHECKPOINTS / "tiny-qwen3.5" / "config.json").read_text()),
+        read_tensors(CHECKPOINTS / "tiny-qwen3.5"),
+    )
+    quantized = eight_bit(config, tensors)
+    del quantized["mtp.layers.0.mlp.up_proj.weight_scale_inv"]
+    checkpoint = write_checkpoint(tmp_path / "copy", CHECKPOINTS / "tiny-qwen3.5", config, quantized)
+    assert "mtp.layers.0.mlp.up_proj.weight is FP8" in refusal(checkpoint)
 
 
 def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path: Path) -> None:

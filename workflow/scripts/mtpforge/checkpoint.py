@@ -19,6 +19,7 @@ from .errors import CheckpointError
 from .ranges import FileRange
 
 INDEX = "model.safetensors.index.json"
+HEAD_FILE = "mtp.safetensors"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _HEADER_LIMIT = 100 << 20  # as the safetensors library has it
 _JSON_LIMIT = 200 << 20
@@ -114,17 +115,30 @@ def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
     """All tensors by name, in the order of shard names and, within a shard, of its header."""
     index_path = directory / INDEX
     expected = _read_index(index_path) if index_path.exists() else None
-    shards = sorted(set(expected.values())) if expected is not None else sorted(p.name for p in directory.glob("*.safetensors"))
+    if expected is None:  # noqa: SIM108 (one line of it is longer than it is clear)
+        shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    else:
+        shards = sorted(set(expected.values()))
     if not shards:
         raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
+    tensors = _read_shards(directory, shards)
+    if expected is not None:
+        _check_index(index_path, expected, tensors)
+        if HEAD_FILE not in shards and (directory / HEAD_FILE).exists():  # a head published beside an index without it
+            head = _read_shards(directory, [HEAD_FILE])
+            if twice := sorted(head.keys() & tensors.keys()):
+                raise CheckpointError(f"{directory}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}")
+            tensors |= head
+    return tensors
+
+
+def _read_shards(directory: Path, shards: list[str]) -> dict[str, CheckpointTensor]:
     tensors: dict[str, CheckpointTensor] = {}
     for shard in shards:
         for tensor in read_shard_header(directory / shard):
             if tensor.name in tensors:
                 raise CheckpointError(f"{directory}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}")
             tensors[tensor.name] = tensor
-    if expected is not None:
-        _check_index(index_path, expected, tensors)
     return tensors
 
 

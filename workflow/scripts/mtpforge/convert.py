@@ -5,7 +5,7 @@ that most bytes go from shard to GGUF inside the kernel. Tensors are stored in u
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from gguf import GGUFWriter, Metadata, size_label
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from . import gguf_file, tokenizer
+from . import fp8, gguf_file, tokenizer
 from .checkpoint import Checkpoint, CheckpointTensor
 from .errors import CheckpointError
 from .families import Family, Hparams, Row, Source, family_of
@@ -32,6 +32,8 @@ class Planned:
     row: Row
     source: Source
     tensors: tuple[CheckpointTensor, ...]
+    scales: tuple[CheckpointTensor, ...] = ()
+    """Of an FP8 row, the scales of each of `tensors`."""
 
     @property
     def info(self) -> TensorInfo:
@@ -40,8 +42,8 @@ class Planned:
 
     @property
     def dtype(self) -> str:
-        """The type in which the checkpoint has the row, the same for all its tensors."""
-        return self.tensors[0].dtype
+        """The type in which `arrays` has the row, the same for all its tensors."""
+        return "F32" if self.scales else self.tensors[0].dtype
 
 
 def convert(
@@ -66,7 +68,7 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
     """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
-    planned = [_locate(row, names) for row in family.rows(hparams, part)]
+    planned = [_with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)]
     if part == "all":
         _check_all_used(names, planned)
     # Upstream goes through the shards by name, and through the tensors of a shard by name; what it makes of several tensors
@@ -114,16 +116,29 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:
         tensor = names[name]
         if tensor.shape != source.shape:
             raise CheckpointError(f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(source.shape)}")
-        if tensor.dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16 and F32 checkpoints can be converted")
+        if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
+            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16, F32 and FP8 checkpoints can be converted")
         if tensors and tensor.dtype != tensors[0].dtype:
             raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}")
         tensors.append(tensor)
     return Planned(row, source, tuple(tensors))
 
 
+def _with_scales(item: Planned, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint) -> Planned:
+    """The same with the scales of its tensors, if they are FP8. Raises CheckpointError where a scale is missing."""
+    if item.tensors[0].dtype != fp8.DTYPE:
+        return item
+    block, scales = fp8.block_size(checkpoint.config), []
+    for name, tensor in zip(item.source.names, item.tensors, strict=True):
+        scale = names.get(name + fp8.SUFFIX)
+        if scale is None or scale.shape != fp8.scale_shape(tensor.shape, block) or scale.dtype not in ("BF16", "F32"):
+            raise CheckpointError(f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing or of another shape")
+        scales.append(scale)
+    return replace(item, scales=tuple(scales))
+
+
 def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned]) -> None:
-    used = {tensor.name for item in planned for tensor in item.tensors}
+    used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales)}
     unused = [tensor.name for tensor in names.values() if tensor.name not in used]
     if unused:
         named = ", ".join([*unused[:3], *(["..."] if len(unused) > 3 else [])])
@@ -136,21 +151,33 @@ def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned
 def payload(checkpoint: Checkpoint, item: Planned) -> Payload:
     """The row's bytes: ranges of the shards where nothing changes, computed slices where something does."""
     copied = item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16"
-    for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
-        for block in blocks(view):
-            if copied:
-                yield checkpoint.locate(block) or block.data
-            else:
-                for piece in slices(block, item.row.shape[-1]):
-                    yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
+    for block in _blocks(checkpoint, item):
+        if copied:
+            yield checkpoint.locate(block) or block.data
+        else:
+            for piece in slices(block, item.row.shape[-1]):
+                yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
 
 
 def values(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
     """The row's values as flat float32 slices of whole rows, in the order and with the changes that the GGUF should have."""
-    for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
-        for block in blocks(view):
-            for piece in slices(block, item.row.shape[-1]):
-                yield item.row.change(decode(piece, item.dtype))
+    for block in _blocks(checkpoint, item):
+        for piece in slices(block, item.row.shape[-1]):
+            yield item.row.change(decode(piece, item.dtype))
+
+
+def _blocks(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
+    """The row's values in contiguous pieces, in order; FP8 dequantized, one tensor at a time."""
+    if not item.scales:
+        for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
+            yield from blocks(view)
+        return
+    size = fp8.block_size(checkpoint.config)
+    for tensor, scale in zip(item.tensors, item.scales, strict=True):
+        scales = decode(checkpoint.array(scale), scale.dtype)
+        # Rows that are made of several tensors are stacks of them, so a view of one tensor is a view of its part.
+        for view in item.source.view([fp8.dequantize(checkpoint.array(tensor), scales, size)]):
+            yield from blocks(view)
 
 
 def slices(block: np.ndarray, row: int) -> Iterator[np.ndarray]:

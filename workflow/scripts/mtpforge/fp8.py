@@ -1,0 +1,50 @@
+"""FP8 checkpoints: E4M3 weights with a scale for each block of rows and columns, as upstream dequantizes them.
+
+A checkpoint whose scales are dropped converts and loads, and its head drafts nothing; so a weight without its scale is refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError
+
+DTYPE = "F8_E4M3"
+SUFFIX = "_scale_inv"
+
+
+def _values() -> np.ndarray:
+    """The 256 values of E4M3 without infinities (`float8_e4m3fn`), as float32."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, (code & 7) / 8
+    magnitude = np.where(exponent, (1 + mantissa) * 2.0 ** (exponent - 7), mantissa * 2.0**-6)
+    magnitude[code & 127 == 127] = np.nan
+    return np.where(code >> 7, -magnitude, magnitude).astype(np.float32)
+
+
+VALUES = _values()
+
+
+def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale, from `quantization_config`. Raises CheckpointError."""
+    settings = config.get("quantization_config")
+    size = settings.get("weight_block_size") if isinstance(settings, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        raise CheckpointError("config.json: FP8 weights need quantization_config.weight_block_size, as in [128, 128]")
+    return size[0], size[1]
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the scales of a weight of `shape`: one for each block, those at the edges included."""
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """float32 values of E4M3 `codes` (uint8, [..., rows, columns]) times their float32 `scales`, the multiplication in float32."""
+    values: np.ndarray = VALUES[codes]
+    rows, columns = block
+    for i in range(scales.shape[-2]):
+        wide = np.repeat(scales[..., i : i + 1, :], columns, axis=-1)[..., : codes.shape[-1]]
+        values[..., i * rows : (i + 1) * rows, :] *= wide
+    return values
