@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,36 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.part")
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it with the process, however that ends
-    except BlockingIOError:
-        os.close(lock)
-        raise ForgeError(f"{path}: another process is writing it: wait for that one, or end it") from None
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        _hold(lock, temporary, path)
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync(path.parent)  # the rename itself must survive a power cut
     finally:
-        temporary.unlink(missing_ok=True)
         os.close(lock)
+
+
+def _hold(lock: int, temporary: Path, path: Path) -> None:
+    """Lock the temporary file; the kernel releases it with the process, however that ends. Raises ForgeError."""
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.fstat(lock).st_ino == temporary.stat().st_ino  # not one that its writer has just renamed
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ForgeError(f"{path}: another process is writing it: wait for that one, or end it")
+
+
+def refuse_overwriting(out: Path, *inputs: Path | None) -> None:
+    """Raise ForgeError where writing `out` would destroy an input, a file or anything in a folder."""
+    for given in inputs:
+        if given is not None and out.resolve().is_relative_to(given.resolve()):
+            raise ForgeError(f"{out}: is an input, or inside one: --out must name another file")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -95,6 +95,8 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError when it is missing, too large, or not an object."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
         if path.stat().st_size > _JSON_LIMIT:
             raise CheckpointError(f"{path}: larger than any real one ({_JSON_LIMIT >> 20} MB): not read")
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
@@ -166,6 +168,8 @@ def _check_index(path: Path, expected: Mapping[str, str], found: Mapping[str, Ch
 def read_shard_header(path: Path) -> list[CheckpointTensor]:
     """The tensors of one safetensors file in the order of its header. Raises CheckpointError."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(8)

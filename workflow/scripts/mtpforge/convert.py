@@ -16,13 +16,14 @@ from gguf.gguf_writer import GGUFValue
 
 from . import fp8, gguf_file, tokenizer
 from .checkpoint import Checkpoint, CheckpointTensor
-from .errors import CheckpointError
+from .errors import CheckpointError, GgufError
 from .families import Family, Hparams, Row, Source, family_of
 from .families.table import BF16, F32, identity
 from .gguf_file import TensorInfo, Value
 from .ranges import CHUNK, Payload
 
 PARTS = ("all", "trunk", "head")
+MOST_EXPERTS = 4096  # in one fused tensor: what no model has, and what no machine notices
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def convert(
 
 def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) -> list[Planned]:
     """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
+    if max(hparams.count("num_hidden_layers"), hparams.get("num_experts") or 0) > len(checkpoint.tensors) * MOST_EXPERTS:
+        raise CheckpointError(f"config.json: more layers or experts than {len(checkpoint.tensors)} tensors can hold")
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
     planned = [_with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)]
@@ -236,14 +239,17 @@ def describe(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if part != "head":
         tokenizer.describe(writer, checkpoint.directory, hparams.count("vocab_size"), tokenizer_pre)
-    return {key: _encoded(entry) for key, entry in writer.kv_data[0].items()}
+    return {key: _encoded(key, entry) for key, entry in writer.kv_data[0].items()}
 
 
-def _encoded(entry: GGUFValue) -> Value:
-    item = entry.sub_type
-    if entry.type is GGUFValueType.ARRAY and item is None:
-        item = GGUFValueType.get_type(entry.value[0])
-    return Value.of(entry.value, entry.type, item)
+def _encoded(key: str, entry: GGUFValue) -> Value:
+    try:
+        item = entry.sub_type
+        if entry.type is GGUFValueType.ARRAY and item is None:
+            item = GGUFValueType.get_type(entry.value[0])
+        return Value.of(entry.value, entry.type, item)
+    except (GgufError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{key}: the checkpoint gives a value that a GGUF cannot hold ({error})") from None
 
 
 def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
@@ -255,7 +261,8 @@ def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
         generation = Metadata.load_generation_config(directory)
         metadata.sampling_penalty_repeat = generation.get("repetition_penalty", metadata.sampling_penalty_repeat)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{directory}: README.md or generation_config.json is malformed ({error})") from None
+        what = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory}: README.md, generation_config.json or config.json is malformed ({what})") from None
     metadata.name = metadata.name or directory.name
     metadata.size_label = metadata.size_label or size_label(total, shared, experts, expert_count)
     return metadata

@@ -4,6 +4,7 @@ Everything that can go wrong with an input raises a `ForgeError`: one or two lin
 what to do. `run` turns it into exit code 1 without a traceback; any other exception is a bug of ours and keeps its own.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -37,11 +38,20 @@ class VerificationError(ForgeError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `ForgeError` becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130."""
+    """Call `main`; a `ForgeError` or an OSError becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130.
+
+    A termination unwinds like an interrupt, so that temporary files go and child processes end.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
+    except ToolchainError as error:
+        sys.exit(f"error: {error}")  # may end in the last lines of a build's log
     except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit("error: " + " ".join(str(error).split()))  # inputs can bring line breaks into a message
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+    except MemoryError:
+        sys.exit("error: out of memory")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -49,12 +49,14 @@ class Value:
 
     @classmethod
     def of(cls, value: Any, kind: GGUFValueType, item: GGUFValueType | None = None) -> "Value":
-        """Encode a Python value; `item` is the type of an array's items."""
-        if kind is not GGUFValueType.ARRAY:
-            return cls(kind, _encode(value, kind))
-        assert item is not None
-        head = _U32.pack(item) + _U64.pack(len(value))
-        return cls(kind, head + _encode_items(value, item))
+        """Encode a Python value; `item` is the type of an array's items. Raises GgufError where it does not fit."""
+        try:
+            if kind is not GGUFValueType.ARRAY:
+                return cls(kind, _encode(value, kind))
+            assert item is not None
+            return cls(kind, _U32.pack(item) + _U64.pack(len(value)) + _encode_items(value, item))
+        except (struct.error, OverflowError, TypeError, ValueError, AttributeError, KeyError):  # UnicodeError is a ValueError
+            raise GgufError(f"{str(value)[:40]!r} cannot be stored as {(item or kind).name.lower()}") from None
 
     @property
     def item_type(self) -> GGUFValueType | None:
@@ -169,6 +171,8 @@ def read(path: Path) -> Gguf:
             return _Parser(path, mapped, size).parse()
     except FileNotFoundError:
         raise GgufError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise GgufError(f"{path}: is a directory, not a GGUF file") from None
     except ValueError as error:  # an empty file cannot be mapped
         raise GgufError(f"{path}: not a GGUF file ({error})") from None
 
@@ -297,12 +301,12 @@ def _align(position: int) -> int:
     return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-def digests(path: Path) -> dict[str, str]:
+def digests(path: Path, threads: int | None = None) -> dict[str, str]:
     """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
     opened = read(path)
     start = min((piece.offset for piece in opened.ranges.values()), default=path.stat().st_size)
     pieces = {"header": FileRange(path, 0, start), **opened.ranges}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 
 

@@ -4,6 +4,7 @@ Follows llama.cpp's `conversion/base.py` (0c1e57098) for byte-level BPE, with th
 transformers, so nothing that a checkpoint brings is executed. The chat template is copied and never rendered.
 """
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,19 @@ PRE_TOKENIZERS = {
 
 def load(directory: Path) -> Tokenizer:
     """The checkpoint's `tokenizer.json`. Raises CheckpointError."""
-    path = directory / "tokenizer.json"
+    return _parse(read_json(directory / "tokenizer.json"), directory)
+
+
+def _parse(settings: dict[str, Any], directory: Path) -> Tokenizer:
+    # Padding and truncation change no token, and a hostile padding length aborts the process.
+    text = json.dumps({**settings, "padding": None, "truncation": None}, ensure_ascii=False)
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing: the tokenizer cannot be converted without it") from None
-    except Exception as error:  # the package raises bare Exception for whatever its parser dislikes
-        raise CheckpointError(f"{path}: not a tokenizer that the tokenizers package reads ({error})") from None
+        return Tokenizer.from_str(text)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the package raises bare Exception, and where its own parser panics a BaseException
+        what = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory / 'tokenizer.json'}: the tokenizers package cannot read it ({what})") from None
 
 
 def pre_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
@@ -57,8 +64,8 @@ def pre_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
 
 def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
     """Write all `tokenizer.*` keys; `vocab_size` rows of the embedding, `pre` overrides the checksum. CheckpointError."""
-    tokenizer = load(directory)
     settings = read_json(directory / "tokenizer.json")
+    tokenizer = _parse(settings, directory)
     model = settings["model"]  # the tokenizers package has read it, so it is there
     if model.get("type") != "BPE":
         raise CheckpointError(f"{directory / 'tokenizer.json'}: only byte-level BPE tokenizers are supported")
@@ -118,6 +125,8 @@ def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
             read_json(directory / name)  # ours names the file in its error
     try:
         special = SpecialVocab(directory)
+        if not isinstance(special.chat_template, str | None):
+            raise ValueError("a chat_template that is not one text")
         post = settings.get("post_processor") or {}
         steps = [step["type"] for step in post.get("processors", [post]) if step]
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:

@@ -7,7 +7,7 @@ from .table import Family, Hparams, Row, Source
 
 FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE)
 
-__all__ = ["FAMILIES", "Family", "Hparams", "Row", "Source", "family_of", "family_of_gguf"]
+__all__ = ["FAMILIES", "Family", "Hparams", "Row", "Source", "family_of"]
 
 
 def family_of(architecture: str) -> Family:
@@ -17,8 +17,3 @@ def family_of(architecture: str) -> Family:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.huggingface_architectures)
     raise CheckpointError(f"unknown architecture {architecture}: mtpforge knows {known}")
-
-
-def family_of_gguf(architecture: str) -> Family | None:
-    """The family of a `general.architecture`, or None."""
-    return next((family for family in FAMILIES if family.gguf_architecture == architecture), None)

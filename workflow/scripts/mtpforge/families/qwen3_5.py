@@ -135,6 +135,8 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 
 def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
     """Gate, up and down."""
+    if hp.get("num_experts"):
+        raise CheckpointError("config.json: num_experts in a dense architecture: `architectures` belongs to another model")
     hidden, ff = hp.count("hidden_size"), hp.count("intermediate_size")
     return [
         matrix(f"{to}ffn_gate.weight", f"{of}mlp.gate_proj.weight", ff, hidden),
@@ -170,44 +172,43 @@ def layer_types(hp: Hparams) -> list[str]:
     layers, interval = hp.count("num_hidden_layers"), hp.count("full_attention_interval", 4)
     periodic = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
     types = hp.get("layer_types", periodic)
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"linear_attention", "full_attention"}:
+    if not isinstance(types, list) or len(types) != layers or any(t not in ("linear_attention", "full_attention") for t in types):
         raise CheckpointError(f"config.json: layer_types must name linear_attention or full_attention for {layers} layers")
     return types
 
 
-def block(hp: Hparams, to: str, of: str, attend: Part) -> list[Row]:
-    """One block: two norms, attention of some kind, and the MLP that the configuration has."""
+def block(hp: Hparams, to: str, of: str, attend: Part, mlp: Part) -> list[Row]:
+    """One block: two norms, attention and MLP of some kind."""
     hidden = hp.count("hidden_size")
     norms = [
         norm(f"{to}attn_norm.weight", f"{of}input_layernorm.weight", hidden),
         norm(f"{to}post_attention_norm.weight", f"{of}post_attention_layernorm.weight", hidden),
     ]
-    mlp = expert_mlp if hp.get("num_experts") else dense_mlp
     return norms + attend(hp, to, of) + mlp(hp, to, of)
 
 
-def trunk(hp: Hparams, linear: Part = linear_attention) -> list[Row]:
+def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
     """Embeddings, blocks 0 to N-1, output norm and, unless it is tied, the output matrix."""
-    if hp.get("attention_bias"):
+    if hp.flag("attention_bias"):
         raise CheckpointError("config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run")
     hidden, vocabulary = hp.count("hidden_size"), hp.count("vocab_size")
     rows = [matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, hidden)]
     for i, attention in enumerate(layer_types(hp)):
         attend = linear if attention == "linear_attention" else full_attention
-        rows += block(hp, f"blk.{i}.", f"model.layers.{i}.", attend)
+        rows += block(hp, f"blk.{i}.", f"model.layers.{i}.", attend, mlp)
     rows.append(norm("output_norm.weight", "model.norm.weight", hidden))
-    if not hp.get("tie_word_embeddings", False):
+    if not hp.flag("tie_word_embeddings"):
         rows.append(matrix("output.weight", "lm_head.weight", vocabulary, hidden))
     return rows
 
 
-def head(hp: Hparams) -> list[Row]:
+def head(hp: Hparams, mlp: Part) -> list[Row]:
     """Block N. It shares the trunk's embeddings and output matrix, so it must not bring its own."""
-    if hp.get("mtp_use_dedicated_embeddings"):
+    if hp.flag("mtp_use_dedicated_embeddings"):
         raise CheckpointError("config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them")
     hidden, to = hp.count("hidden_size"), f"blk.{hp.count('num_hidden_layers')}."
     return [
-        *block(hp, to, "mtp.layers.0.", full_attention),
+        *block(hp, to, "mtp.layers.0.", full_attention, mlp),
         matrix(f"{to}nextn.eh_proj.weight", "mtp.fc.weight", hidden, 2 * hidden),
         norm(f"{to}nextn.enorm.weight", "mtp.pre_fc_norm_embedding.weight", hidden),
         norm(f"{to}nextn.hnorm.weight", "mtp.pre_fc_norm_hidden.weight", hidden),
@@ -246,7 +247,10 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool =
     if head_blocks:
         writer.add_nextn_predict_layers(head_blocks)
     describe_linear_attention(writer, hp, head_blocks)
-    writer.add_rope_dimension_count(int(dim * rope.number("partial_rotary_factor", 0.25)))
+    factor = rope.number("partial_rotary_factor", 0.25)
+    if not 0 < factor <= 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor}")
+    writer.add_rope_dimension_count(int(dim * factor))
     if sections and rope.get("mrope_section") is None:
         writer.add_rope_dimension_sections([*DEFAULT_MROPE_SECTIONS, 0])
 
@@ -302,17 +306,16 @@ VISION = ("model.visual.", "visual.")
 DENSE = Family(
     gguf_architecture="qwen35",
     huggingface_architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    trunk=trunk,
-    head=head,
+    trunk=partial(trunk, mlp=dense_mlp),
+    head=partial(head, mlp=dense_mlp),
     describe=describe,
     ignored=VISION,
 )
 MOE = Family(
     gguf_architecture="qwen35moe",
     huggingface_architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
-    trunk=trunk,
-    head=head,
+    trunk=partial(trunk, mlp=expert_mlp),
+    head=partial(head, mlp=expert_mlp),
     describe=describe,
     ignored=VISION,
-    llama_cpp_minimum="b9789",
 )

@@ -52,9 +52,8 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
 MOE = Family(
     gguf_architecture="qwen3next",
     huggingface_architectures=("Qwen3NextForCausalLM",),
-    trunk=partial(qwen3_5.trunk, linear=linear_attention),
-    head=qwen3_5.head,
+    trunk=partial(qwen3_5.trunk, mlp=qwen3_5.expert_mlp, linear=linear_attention),
+    head=partial(qwen3_5.head, mlp=qwen3_5.expert_mlp),
     describe=describe,
     declares_head=False,
-    llama_cpp_minimum="b9789",
 )

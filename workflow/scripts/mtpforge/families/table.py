@@ -44,9 +44,16 @@ class Hparams:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number. Raises CheckpointError."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not np.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) < 3e38:  # what a float32 holds
             raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
         return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false, false where it is missing. Raises CheckpointError."""
+        value = self.get(key, False)
+        if type(value) is not bool:
+            raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
+        return value
 
 
 def unchanged(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -97,11 +104,6 @@ class Family:
     head_prefix: str = "mtp."
     declares_head: bool = True
     """Whether config.json says with `mtp_num_hidden_layers` that there is a head."""
-    llama_cpp_minimum: str = "b9180"
-
-    def layers(self, hparams: Hparams) -> int:
-        """The number of trunk blocks N; the head is block N."""
-        return hparams.count("num_hidden_layers")
 
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
         """The rows of part `all`, `trunk` or `head`."""
