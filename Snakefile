@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
 # `python` in a rule is the one that runs Snakemake, also where nobody has activated its environment.
-os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]))
 
 from snakemake.exceptions import WorkflowError
 

@@ -18,7 +18,7 @@ def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any
 
 
 def wildcards(variant: str = "Q4_K_M", model: str = "m") -> Any:
-    return SimpleNamespace(model=model, variant=variant)
+    return SimpleNamespace(model=model, variant=variant, base="Name")
 
 
 def test_the_configuration_of_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ project(stand-in C CXX)
 file(WRITE ${CMAKE_BINARY_DIR}/main.cpp "#include <cstdio>\\nint main() {"
      "std::puts(\\"version: 9.9.9 (build ${LLAMA_BUILD_NUMBER}, commit ${LLAMA_BUILD_COMMIT})\\");"
      "std::puts(__FILE__); }")
-foreach(name llama-quantize llama-server llama-gguf-split llama-imatrix)
+foreach(name llama-quantize llama-server)
     add_executable(${name} ${CMAKE_BINARY_DIR}/main.cpp)
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 endforeach()
@@ -184,7 +184,7 @@ def test_damage_in_one_clone_does_not_reach_the_cache(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize(
-    "gone", ["stamp.json", "bin/llama-imatrix", "source/convert_hf_to_gguf.py", "source/conversion", "bin", "source"]
+    "gone", ["stamp.json", "bin/llama-server", "source/convert_hf_to_gguf.py", "source/conversion", "bin", "source"]
 )
 def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, gone: str) -> None:
     entry = shutil.copytree(clone.entry(), tmp_path / "entry")
@@ -202,9 +202,9 @@ def test_a_cache_entry_with_another_stamp_is_torn(clone: Clone, tmp_path: Path, 
 
 def test_a_torn_cache_entry_is_rebuilt(clone: Clone) -> None:
     entry = clone.entry()
-    data = bytearray((entry / "bin/llama-imatrix").read_bytes())
+    data = bytearray((entry / "bin/llama-server").read_bytes())
     data[len(data) // 2] ^= 1
-    (entry / "bin/llama-imatrix").write_bytes(data)
+    (entry / "bin/llama-server").write_bytes(data)
     code, said = clone.run("again")
     assert (code, "compiling" in said) == (0, True), said
     assert clone.stamp("again") == clone.stamp() == json.loads((entry / "stamp.json").read_text())
@@ -308,10 +308,10 @@ def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
 )
 def test_an_existing_program_that_cannot_be_used_is_named(tmp_path: Path, break_it, complaint: str) -> None:
     existing = write_programs(tmp_path / "cuda")
-    break_it(existing / "llama-gguf-split")
+    break_it(existing / "llama-server")
     code, said = Clone(tmp_path).run("out", "--bin-dir", str(existing))
     assert code == 1
     assert complaint in said
-    assert "llama-gguf-split" in said
+    assert "llama-server" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out/stamp.json").exists()

@@ -8,6 +8,7 @@ rule convert:
     input:
         code=code("convert.py"),
         checkpoint=build.checkpoint_inputs,
+        lock="envs/run.txt",  # gguf and tokenizers decide metadata
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
         digests="results/{model}/work/convert/{part}.json",

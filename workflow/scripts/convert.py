@@ -17,12 +17,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help="the whole model, its trunk, or its head alone (default: all)")
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
+    parser.add_argument("--threads", type=int, help="threads for the digests (default: one for each processor)")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of each tensor of the result, as JSON")
     args = parser.parse_args()
+    atomic.refuse_overwriting(args.out, args.checkpoint)
     with progress.bar(args.out.name) as show:
         convert(args.checkpoint, args.out, args.part, args.tokenizer_pre, show)
     if args.digests:
-        atomic.write_json(args.digests, gguf_file.digests(args.out))
+        atomic.write_json(args.digests, gguf_file.digests(args.out, args.threads))
 
 
 if __name__ == "__main__":

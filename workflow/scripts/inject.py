@@ -6,7 +6,7 @@ example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --o
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, programs, progress
+from mtpforge import atomic, errors, programs, progress
 from mtpforge.inject import inject
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-quantize is (default: %(default)s)")
     args = parser.parse_args()
+    atomic.refuse_overwriting(args.out, args.base, args.head)
     with progress.bar(args.out.name) as show:
         inject(args.base, args.head, args.out, args.head_type, args.bin, show)
 

@@ -6,7 +6,7 @@ example: quantize.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out Qwen3.
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, programs
+from mtpforge import atomic, errors, programs
 from mtpforge.quantize import quantize, read_recipe
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-quantize says")
     args = parser.parse_args()
+    atomic.refuse_overwriting(args.out, args.source)
     recipe = read_recipe(args.tensors)
     quantize(args.source, args.out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
 

@@ -12,6 +12,8 @@ from mtpforge import atomic, errors, programs
 from mtpforge.quantize import read_recipe
 from mtpforge.verify import Request, verify
 
+PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+
 
 def main() -> None:
     """Parse the command line, verify, and publish where that is asked for."""
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
     parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", required=True, help="folder of *.txt prompts to draft on")
+    parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
     parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="the final name, given once it has passed")
@@ -34,6 +36,7 @@ def main() -> None:
         args.checkpoint, args.base, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
         args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
+    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base)
     report = verify(args.file, request, args.bin)
     if args.publish:
         report["file"] = args.publish.name
@@ -44,7 +47,10 @@ def main() -> None:
 
 
 def _prompts(folder: Path) -> tuple[str, ...]:
-    prompts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+    try:
+        prompts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
+    except UnicodeDecodeError as error:
+        raise errors.ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
     if not prompts:
         raise errors.ConfigError(f"{folder}: no *.txt prompts there")
     return prompts

@@ -25,6 +25,7 @@ class Wildcards(Protocol):
 
     model: str
     variant: str
+    base: str
 
 
 class Build:
@@ -116,7 +117,9 @@ class Build:
         return json.dumps(self.entry(wildcards).get("tensors", {}))
 
     def candidate(self, wildcards: Wildcards) -> str:
-        """The file that is verified and, if it passes, published."""
+        """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""
+        if wildcards.base != self.base_name(wildcards.model):
+            raise ConfigError(f"files of {wildcards.model} are named {self.base_name(wildcards.model)}-*, not {wildcards.base}-*")
         work = WORK.format(model=wildcards.model)
         if "base" in self.entry(wildcards):
             return f"{work}/injected/{wildcards.variant}.gguf"

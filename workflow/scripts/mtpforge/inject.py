@@ -4,7 +4,7 @@ A GGUF is assembled from pieces under metadata that is made once. Only keys that
 all others keep their bytes, their types and their order.
 """
 
-import tempfile
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,13 @@ def inject(
     Raises GgufError where base and head do not belong together or the base has a head already.
     """
     opened = gguf_file.read(base)
-    with tempfile.TemporaryDirectory(dir=_folder(out), prefix=".head.") as scratch:
-        assemble(opened, _prepare(head, head_type, Path(scratch), bin_dir), out, progress)
-
-
-def _folder(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
+    scratch = out.with_name(f".{out.name}.head")
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left behind
+    scratch.mkdir(parents=True)
+    try:
+        assemble(opened, _prepare(head, head_type, scratch, bin_dir), out, progress)
+    finally:
+        shutil.rmtree(scratch)
 
 
 def _prepare(head: Path, head_type: str | None, scratch: Path, bin_dir: Path) -> Gguf:

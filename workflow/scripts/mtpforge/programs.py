@@ -40,12 +40,16 @@ def call(command: Sequence[str | Path], log: Path | None = None) -> None:
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            kept.write(line)
-            tail.append(line.strip())
-            if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
-                shown = time.monotonic()
-                print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
+        try:
+            for line in process.stdout:
+                kept.write(line)
+                tail.append(line.strip())
+                if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
+                    shown = time.monotonic()
+                    print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
+        except BaseException:  # whoever ends us must not leave it running
+            process.kill()
+            raise
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         reasons = [line for line in tail if re.search("error|fail", line, re.IGNORECASE)] or [line for line in tail if line]

@@ -44,9 +44,9 @@ def quantize(
 def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:
     """The ordered overrides: the head's first, so that no pattern of a recipe reaches into it. Raises ConfigError."""
     quant_types.check_file_type(file_type)
-    for pattern, kind in recipe:
-        quant_types.check_tensor_type(kind)
-        check_pattern(pattern)
+    for pattern, _ in recipe:
+        if not any(re.search(pattern, name) for name in source.tensors):
+            raise ConfigError(f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?")
     block = head_block(source)
     head = head or default_head(file_type)
     quant_types.check_tensor_type(head)
@@ -107,4 +107,7 @@ def read_recipe(path: Path | None) -> Recipe:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(table, dict) or any(not isinstance(word, str) for entry in table.items() for word in entry):
         raise ConfigError(f"{path}: must map tensor patterns to types, as in `attn_.*: Q6_K`")
+    for pattern, kind in table.items():
+        check_pattern(pattern)
+        quant_types.check_tensor_type(kind)
     return list(table.items())

@@ -26,7 +26,7 @@ from typing import Any
 from mtpforge.atomic import replacing, write_json
 from mtpforge.errors import ToolchainError
 
-PROGRAMS = ("llama-quantize", "llama-server", "llama-gguf-split", "llama-imatrix")
+PROGRAMS = ("llama-quantize", "llama-server")
 
 SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 """llama.cpp's own converter, against which ours is compared."""
@@ -75,11 +75,19 @@ def read_pin(requirement: Path) -> Pin:
 
 
 def compiler() -> str:
-    """The C++ compiler that CMake will find, as "GNU 12.2.0" or "Clang 14.0.6"."""
-    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
-    for command in candidates:
+    """The compilers that CMake will find, as "GNU 12.2.0"; where they differ, as "C Clang 14.0.6, C++ GNU 12.2.0".
+
+    The quantizations themselves are C, so both decide the bytes. Raises ToolchainError.
+    """
+    cxx = _compiler("c++", os.environ.get("CXX"), ("c++", "g++", "clang++"))
+    c = _compiler("c", os.environ.get("CC"), ("cc", "gcc", "clang"))
+    return cxx if c == cxx else f"C {c}, C++ {cxx}"
+
+
+def _compiler(language: str, chosen: str | None, usual: tuple[str, ...]) -> str:
+    for command in [shlex.split(chosen)] if chosen else [[name] for name in usual]:
         with suppress(OSError):
-            macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
+            macros = subprocess.run([*command, "-dM", "-E", "-x", language, os.devnull], capture_output=True, text=True)
             version = re.search(r'^#define __VERSION__ "(.+)"$', macros.stdout, re.MULTILINE)
             if macros.returncode == 0 and version:
                 return version[1] if "#define __clang__ " in macros.stdout else f"GNU {version[1]}"

@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from . import convert, gguf_file, inject, programs, quant_types, server
 from .checkpoint import Checkpoint
-from .errors import ForgeError, VerificationError
+from .errors import ForgeError, GgufError, VerificationError
 from .families import Family, Hparams, family_of
 from .gguf_file import Gguf, squeezed
 from .quantize import Recipe, head_block, quantizable
@@ -87,7 +87,8 @@ def summary(opened: Gguf) -> dict[str, Any]:
 def check_types(opened: Gguf, request: Request) -> Check:
     """File type, head type and recipe are what was asked for."""
     wrong: list[str] = []
-    if request.file_type and opened.get("general.file_type") != quant_types.FILE_TYPES[request.file_type]:
+    wanted = quant_types.FILE_TYPES[quant_types.check_file_type(request.file_type)] if request.file_type else None
+    if request.file_type and opened.get("general.file_type") != wanted:
         wrong.append(f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}")
     head = inject.head_only(opened).tensors
     for name, info in opened.tensors.items():
@@ -164,6 +165,8 @@ def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
 
 
 def _read_values(read: Callable[[int], bytes], kind: GGMLQuantizationType, count: int) -> np.ndarray:
+    if kind.name not in quant_types.TENSOR_TYPES:
+        raise GgufError(f"a head has a tensor of type {kind.name}, which no quantization makes")
     block, size = GGML_QUANT_SIZES[kind]
     raw = np.frombuffer(read(count // block * size), np.uint8)
     return dequantize(raw.view(np.float32) if kind.name == "F32" else raw, kind).reshape(-1)
