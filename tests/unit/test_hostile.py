@@ -38,7 +38,7 @@ def edit(path: Path, *keys: str, value: Any) -> None:
 CONFIG = [
     (("text_config", "layer_types"), [[], [], [], []], "layer_types"),
     (("text_config", "num_hidden_layers"), 2_000_000_000, "layers or experts"),
-    (("text_config", "partial_rotary_factor"), 1e300, "partial_rotary_factor"),
+    (("text_config", "rope_parameters"), {"partial_rotary_factor": 1e30}, "partial_rotary_factor"),
     (("text_config", "rope_parameters"), {"rope_theta": 10**400}, "rope_theta"),
     (("text_config", "rope_parameters"), {"mrope_section": [1 << 40, 1, 1]}, "rope.dimension_sections"),
     (("text_config", "rope_parameters"), {"rope_type": "yarn", "factor": 1e300}, "factor"),
