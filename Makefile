@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all setup setup-test setup-golden toolchain lint test golden check-golden lock clean help python compiler
+.PHONY: all setup setup-test setup-golden toolchain lint test golden check-golden bench lock clean help python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
@@ -57,6 +57,9 @@ golden: toolchain setup-golden ## make the golden digests anew with llama.cpp's 
 
 check-golden: toolchain setup-golden ## compare the golden digests with what llama.cpp's own converter makes
 	@.venv-golden/bin/python tests/golden/make.py --check
+
+bench: setup ## measure conversion beside cp and upstream's converter (25 GB under resources/bench, some minutes)
+	@$(ACTIVE) python bench/conversion.py
 
 lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock

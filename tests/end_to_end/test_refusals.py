@@ -117,7 +117,7 @@ def test_a_file_without_a_head_is_refused(built: Path, fails: Fails, tmp_path: P
     [
         (("--type", "Q4_K_X"), "unknown quantization type 'Q4_K_X'"),
         (("--type", "Q4_K_M", "--head", "Q9"), "unknown tensor type 'Q9'"),
-        (("--type", "IQ2_XXS"), "Missing importance matrix"),
+        (("--type", "IQ2_XXS"), "requires an importance matrix"),
         (("--type", "Q4_K_M", "--bin", "/nonexistent"), "missing or not executable"),
     ],
 )

@@ -65,13 +65,10 @@ def test_llama_cpp_accepts_what_the_torch_reference_accepts(built: Path, toolcha
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
-            ours, theirs = answer.accepted / answer.drafts, expected["accepted"] / expected["drafts"]
-            assert theirs >= 0.7 and abs(ours - theirs) <= 0.01, (
-                kind,
-                answer.accepted,
-                answer.drafts,
-                expected["accepted"],
-            )
+            assert expected["accepted"] / expected["drafts"] >= 0.7, kind
+            # Within one token in a hundred: a draft whose two best tokens are nearly equal can fall the other way in BF16.
+            difference = abs(answer.accepted - expected["accepted"])
+            assert difference <= expected["drafts"] / 100, (kind, answer.accepted, answer.drafts, expected["accepted"])
 
 
 MIXED_TEXT = """# Notes / Notizen (2026-11-21)
