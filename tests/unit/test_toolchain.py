@@ -28,11 +28,11 @@ project(stand-in C CXX)
 file(WRITE ${CMAKE_BINARY_DIR}/main.cpp "#include <cstdio>\\nint main() {"
      "std::puts(\\"version: 9.9.9 (build ${LLAMA_BUILD_NUMBER}, commit ${LLAMA_BUILD_COMMIT})\\");"
      "std::puts(__FILE__); }")
-foreach(name llama-quantize llama-server)
+foreach(name @PROGRAMS@)
     add_executable(${name} ${CMAKE_BINARY_DIR}/main.cpp)
     set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 endforeach()
-"""
+""".replace("@PROGRAMS@", " ".join(PROGRAMS))
 
 PYPROJECT = """
 [build-system]

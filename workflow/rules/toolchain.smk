@@ -11,7 +11,7 @@ rule toolchain:
         requirement="envs/llama.cpp.txt",
     output:
         stamp="resources/toolchain/stamp.json",
-        programs=multiext("resources/toolchain/bin/llama-", "quantize", "server"),
+        programs=multiext("resources/toolchain/bin/llama-", "quantize", "server", "gguf-split", "imatrix", "perplexity"),
     log:
         "logs/toolchain.log",
     benchmark:

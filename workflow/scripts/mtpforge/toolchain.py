@@ -26,7 +26,7 @@ from typing import Any
 from mtpforge.atomic import replacing, write_json
 from mtpforge.errors import ToolchainError
 
-PROGRAMS = ("llama-quantize", "llama-server")
+PROGRAMS = ("llama-quantize", "llama-server", "llama-gguf-split", "llama-imatrix", "llama-perplexity")
 
 SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 """llama.cpp's own converter, against which ours is compared."""
