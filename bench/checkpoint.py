@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mtpforge.checkpoint import DTYPES
 from mtpforge.families import Hparams, Source, family_of
+from mtpforge.fp8 import scale_shape
 
 VOCABULARY = 248_320
 SHARD_BYTES = 4_000_000_000
@@ -33,38 +35,53 @@ QWEN3_5_35B_A3B = {
 del QWEN3_5_35B_A3B["intermediate_size"]
 
 
-def write_checkpoint(folder: Path, settings: dict[str, Any]) -> Path:
-    """A checkpoint with these hyperparameters; one that is already there is kept."""
+def write_checkpoint(folder: Path, settings: dict[str, Any], eight_bit: bool = False) -> Path:
+    """A checkpoint with these hyperparameters, in FP8 where asked for; one that is already there is kept."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     architecture = f"Qwen3_5{'Moe' if 'num_experts' in settings else ''}ForConditionalGeneration"
     _write_tokenizer(folder)
-    _write_shards(folder, _sources(architecture, settings))
+    _write_shards(folder, _sources(architecture, settings, eight_bit))
     config = {"architectures": [architecture], "model_type": "qwen3_5", "text_config": settings}
+    if eight_bit:
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))  # last: it says that the rest is there
     return folder
 
 
-def _sources(architecture: str, settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape; the trunk's experts fused, the head's separate, as the real one has them."""
-    shapes = {}
+Stored = tuple[str, tuple[int, ...]]
+"""safetensors' name of a type, and the shape."""
+
+
+def _sources(architecture: str, settings: dict[str, Any], eight_bit: bool) -> dict[str, Stored]:
+    """Checkpoint name -> how it is stored; the trunk's experts fused, the head's separate, as the real one has them."""
+    stored: dict[str, Stored] = {}
     for row in family_of(architecture).rows(Hparams(settings), "all"):
         source: Source = row.sources[-1 if row.sources[0].names[0].startswith("mtp.") else 0]
         for name in source.names:
-            shapes[name.replace("model.", "model.language_model.", 1)] = source.shape
-    return shapes
+            name = name.replace("model.", "model.language_model.", 1)
+            if eight_bit and "_proj" in name:
+                stored[name] = "F8_E4M3", source.shape
+                stored[name + "_scale_inv"] = "BF16", scale_shape(source.shape, (128, 128))
+            else:
+                stored[name] = "BF16", source.shape
+    return stored
 
 
-def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in shapes.items():
-        if sum(2 * math.prod(s) for s in shards[-1].values()) + 2 * math.prod(shape) > SHARD_BYTES:
+def _size(stored: Stored) -> int:
+    return DTYPES[stored[0]].itemsize * math.prod(stored[1])
+
+
+def _write_shards(folder: Path, tensors: dict[str, Stored]) -> None:
+    shards: list[dict[str, Stored]] = [{}]
+    for name, stored in tensors.items():
+        if sum(map(_size, shards[-1].values())) + _size(stored) > SHARD_BYTES:
             shards.append({})
-        shards[-1][name] = shape
+        shards[-1][name] = stored
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(BLOCK, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
-    raw, weight_map = block.astype("<u2").tobytes(), {}
+    raw, weight_map = (block.astype("<u2") & np.uint16(0xF7F7)).tobytes(), {}  # as FP8, no byte is NaN
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard, raw)
@@ -72,11 +89,11 @@ def _write_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], raw: bytes) -> None:
+def _write_shard(path: Path, tensors: dict[str, Stored], raw: bytes) -> None:
     header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+    for name, stored in tensors.items():
+        end = offset + _size(stored)
+        header[name] = {"dtype": stored[0], "shape": stored[1], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     with path.open("wb") as file:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, MODELS
-from mtpforge import gguf_file, inject, server, tokenizer
+from mtpforge import gguf_file, inject, server
 from mtpforge.gguf_file import Gguf
+from tokenizers import Tokenizer
 
 VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
 HEADS = {
@@ -83,7 +84,7 @@ Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; ar
 
 @pytest.mark.parametrize("model", MODELS)
 def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
-    expected = tokenizer.load(CHECKPOINTS / model).encode(MIXED_TEXT).ids
+    expected = Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
     with server.serve(result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain) as running:
         assert running.tokenize(MIXED_TEXT) == expected
 

@@ -6,6 +6,7 @@ ranges must tile each shard exactly, and index and shards must name the same ten
 
 import json
 import math
+import mmap
 import re
 import struct
 from collections.abc import Mapping
@@ -86,27 +87,46 @@ class Checkpoint:
                 return FileRange(self.directory / shard, offset, view.nbytes)
         return None
 
+    def release(self) -> None:
+        """Give mapped pages back to the system, which would count what was read as ours; they are read again if need be."""
+        for mapped in self._maps.values():
+            if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.base.madvise(mmap.MADV_DONTNEED)
+
     def _map(self, shard: str) -> np.memmap[Any, np.dtype[np.uint8]]:
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="r")
         return self._maps[shard]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError when it is missing, too large, or not an object."""
+def read_text(path: Path) -> str:
+    """A text file of a checkpoint. Raises CheckpointError when it is missing, no regular file, too large, or not UTF-8."""
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file")
         if path.stat().st_size > _JSON_LIMIT:
             raise CheckpointError(f"{path}: larger than any real one ({_JSON_LIMIT >> 20} MB): not read")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing: is the checkpoint complete?") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error})") from None
+
+
+def parse_json(path: Path, text: str) -> dict[str, Any]:
+    """The object in the text of a JSON file. Raises CheckpointError when it is no object."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it is missing, too large, or not an object."""
+    return parse_json(path, read_text(path))
 
 
 def _no_constant(name: str) -> None:

@@ -4,7 +4,7 @@ What the file must contain comes from the family's table; each row takes its val
 that most bytes go from shard to GGUF inside the kernel. Tensors are stored in upstream's order.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .gguf_file import TensorInfo, Value
 from .ranges import CHUNK, Payload
 
 PARTS = ("all", "trunk", "head")
+SLICE = 1 << 21  # values that are in memory at a time
 MOST_EXPERTS = 4096  # in one fused tensor: what no model has, and what no machine notices
 
 
@@ -153,40 +154,50 @@ def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned
 
 def payload(checkpoint: Checkpoint, item: Planned) -> Payload:
     """The row's bytes: ranges of the shards where nothing changes, computed slices where something does."""
-    copied = item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16"
-    for block in _blocks(checkpoint, item):
-        if copied:
-            yield checkpoint.locate(block) or block.data
-        else:
-            for piece in slices(block, item.row.shape[-1]):
-                yield encode(item.row.change(decode(piece, item.dtype)), item.row.type)
+    if item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16":
+        for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
+            for block in blocks(view):
+                yield checkpoint.locate(block) or block.data
+    else:
+        for piece in values(checkpoint, item):
+            yield encode(piece, item.row.type)
+    checkpoint.release()
 
 
 def values(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
     """The row's values as flat float32 slices of whole rows, in the order and with the changes that the GGUF should have."""
-    for block in _blocks(checkpoint, item):
-        for piece in slices(block, item.row.shape[-1]):
-            yield item.row.change(decode(piece, item.dtype))
+    if item.scales:
+        pieces = _dequantized(checkpoint, item)
+    else:
+        views = item.source.view([checkpoint.array(tensor) for tensor in item.tensors])
+        pieces = (decode(piece, item.dtype) for view in views for (piece,) in cut([view]))
+    for piece in pieces:
+        yield item.row.change(piece.reshape(-1))
+        checkpoint.release()
 
 
-def _blocks(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
-    """The row's values in contiguous pieces, in order; FP8 dequantized, one tensor at a time."""
-    if not item.scales:
-        for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
-            yield from blocks(view)
-        return
-    size = fp8.block_size(checkpoint.config)
+def _dequantized(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
+    """The values of an FP8 row; each code finds its scale by where it came from, so a view may take it anywhere."""
+    block = fp8.block_size(checkpoint.config)
     for tensor, scale in zip(item.tensors, item.scales, strict=True):
         scales = decode(checkpoint.array(scale), scale.dtype)
         # Rows that are made of several tensors are stacks of them, so a view of one tensor is a view of its part.
-        for view in item.source.view([fp8.dequantize(checkpoint.array(tensor), scales, size)]):
-            yield from blocks(view)
+        sources = [checkpoint.array(tensor), *fp8.scale_index(tensor.shape, block)]
+        for views in zip(*(item.source.view([source]) for source in sources), strict=True):
+            for codes, rows, columns in cut(views):
+                yield fp8.VALUES[codes] * scales.reshape(-1)[rows + columns]
 
 
-def slices(block: np.ndarray, row: int) -> Iterator[np.ndarray]:
-    """A contiguous block in flat slices of whole rows and of bounded size."""
-    flat, step = block.reshape(-1), max(CHUNK // 4 // row, 1) * row
-    return (flat[start : start + step] for start in range(0, flat.size, step))
+def cut(views: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Views of one shape in slices along their leading axes, of bounded size: whole rows, many at a time."""
+    entries, size = len(views[0]), views[0].size // len(views[0])
+    if size > SLICE:
+        for i in range(entries):
+            yield from cut([view[i] for view in views])
+    else:
+        step = SLICE // size
+        for start in range(0, entries, step):
+            yield [view[start : start + step] for view in views]
 
 
 def blocks(view: np.ndarray) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 A checkpoint whose scales are dropped converts and loads, and its head drafts nothing; so a weight without its scale is refused.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,11 +41,10 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """float32 values of E4M3 `codes` (uint8, [..., rows, columns]) times their float32 `scales`, the multiplication in float32."""
-    values: np.ndarray = VALUES[codes]
-    rows, columns = block
-    for i in range(scales.shape[-2]):
-        wide = np.repeat(scales[..., i : i + 1, :], columns, axis=-1)[..., : codes.shape[-1]]
-        values[..., i * rows : (i + 1) * rows, :] *= wide
-    return values
+def scale_index(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of a weight's `shape`, by broadcasting without its size, whose sum is the place of each scale among all."""
+    *leading, per_row = scale_shape(shape, block)
+    per_matrix = leading[-1]
+    matrices = np.arange(math.prod(leading[:-1])).reshape(*leading[:-1], 1, 1) * per_matrix
+    rows = (matrices + (np.arange(shape[-2]) // block[0])[:, None]) * per_row
+    return np.broadcast_to(rows, shape), np.broadcast_to(np.arange(shape[-1]) // block[1], shape)

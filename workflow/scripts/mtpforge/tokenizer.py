@@ -5,14 +5,19 @@ transformers, so nothing that a checkpoint brings is executed. The chat template
 """
 
 import json
+import re
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from .checkpoint import read_json
+from .checkpoint import parse_json, read_json, read_text
 from .errors import CheckpointError
 
 # Upstream tells pre-tokenizers apart by the ids that this text gets: data of convert_hf_to_gguf_update.py.
@@ -34,26 +39,65 @@ PRE_TOKENIZERS = {
 }
 
 
-def load(directory: Path) -> Tokenizer:
-    """The checkpoint's `tokenizer.json`. Raises CheckpointError."""
-    return _parse(read_json(directory / "tokenizer.json"), directory)
+def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
+    """Write all `tokenizer.*` keys; `vocab_size` rows of the embedding, `pre` overrides the checksum. CheckpointError."""
+    path = directory / "tokenizer.json"
+    text = read_text(path)
+    # A process of its own: the package takes as long as all the rest, and a hostile file may end the process that reads it.
+    with ProcessPoolExecutor(1) as beside:
+        asked = beside.submit(ask_package, text)
+        settings = parse_json(path, text)
+        del text
+        try:
+            package = asked.result()
+        except (ValueError, BrokenProcessPool) as error:
+            raise CheckpointError(f"{path}: the tokenizers package cannot read it ({error})") from None
+    model = settings["model"]  # the package has read it, so it is there
+    if model.get("type") != "BPE":
+        raise CheckpointError(f"{path}: only byte-level BPE tokenizers are supported")
+    tokens, types = vocabulary(model["vocab"], package.added, vocab_size, directory)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre or pre_tokenizer(package.checksum, directory))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([_joined(merge) for merge in model["merges"]])
+    _special(directory, settings).add_to_gguf(writer, quiet=True)
 
 
-def _parse(settings: dict[str, Any], directory: Path) -> Tokenizer:
-    # Padding and truncation change no token, and a hostile padding length aborts the process.
-    text = json.dumps({**settings, "padding": None, "truncation": None}, ensure_ascii=False)
+@dataclass(frozen=True)
+class Package:
+    """What the `tokenizers` package says of a `tokenizer.json`."""
+
+    added: dict[int, tuple[str, bool]]
+    """Of the tokens beside the model's own: id -> text, normalized, and whether it is marked special."""
+    checksum: str
+    """sha256 of the probe's ids."""
+
+
+def ask_package(text: str) -> Package:
+    """Let the package load a `tokenizer.json`. Raises ValueError with what it says against it."""
+    if re.search(r'"(padding|truncation)"\s*:\s*{', text):
+        # They change no token, and a hostile padding length aborts the process.
+        text = json.dumps({**json.loads(text), "padding": None, "truncation": None}, ensure_ascii=False)
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
+        added = {i: (_normalized(tokenizer, token), token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+        return Package(added, sha256(str(tokenizer.encode(PROBE).ids).encode()).hexdigest())
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the package raises bare Exception, and where its own parser panics a BaseException
-        what = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory / 'tokenizer.json'}: the tokenizers package cannot read it ({what})") from None
+    except BaseException as error:  # it raises bare Exception, and where its own parser panics a BaseException
+        raise ValueError(str(error).partition("\n")[0]) from None
 
 
-def pre_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
+def _normalized(tokenizer: Tokenizer, token: AddedToken) -> str:
+    """llama.cpp takes control and user-defined tokens as already normalized, so normalize those that are not."""
+    if token.normalized:
+        return str(token.content)
+    return str(tokenizer.decode(tokenizer.encode(token.content, add_special_tokens=False).ids, skip_special_tokens=False))
+
+
+def pre_tokenizer(checksum: str, directory: Path) -> str:
     """llama.cpp's name of the pre-tokenizer, by checksum. Raises CheckpointError where it is unknown."""
-    checksum = sha256(str(tokenizer.encode(PROBE).ids).encode()).hexdigest()
     if checksum not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{directory}: unknown pre-tokenizer (checksum {checksum[:12]}...): if this is a fine-tune with a changed vocabulary, "
@@ -62,50 +106,27 @@ def pre_tokenizer(tokenizer: Tokenizer, directory: Path) -> str:
     return PRE_TOKENIZERS[checksum]
 
 
-def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
-    """Write all `tokenizer.*` keys; `vocab_size` rows of the embedding, `pre` overrides the checksum. CheckpointError."""
-    settings = read_json(directory / "tokenizer.json")
-    tokenizer = _parse(settings, directory)
-    model = settings["model"]  # the tokenizers package has read it, so it is there
-    if model.get("type") != "BPE":
-        raise CheckpointError(f"{directory / 'tokenizer.json'}: only byte-level BPE tokenizers are supported")
-    tokens, types = vocabulary(tokenizer, vocab_size, directory)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre or pre_tokenizer(tokenizer, directory))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else _joined(*merge) for merge in model["merges"]])
-    _special(directory, settings).add_to_gguf(writer, quiet=True)
+def _joined(merge: str | list[str]) -> str:
+    """A merge as GGUF has it: a space inside one of its two parts is written as byte-level BPE writes one."""
+    text = merge if isinstance(merge, str) else " ".join(merge)
+    return text if text.count(" ") == 1 or isinstance(merge, str) else " ".join(part.replace(" ", _SPACE) for part in merge)
 
 
-def _joined(left: str, right: str) -> str:
-    """The two parts of a merge as GGUF has them: a space inside a part is written as byte-level BPE writes one."""
-    return f"{left.replace(' ', _SPACE)} {right.replace(' ', _SPACE)}"
-
-
-def vocabulary(tokenizer: Tokenizer, size: int, directory: Path) -> tuple[list[str], list[int]]:
+def vocabulary(
+    model: dict[str, int], added: dict[int, tuple[str, bool]], size: int, directory: Path
+) -> tuple[list[str], list[TokenType]]:
     """Texts and types of ids 0 to size-1; ids that the tokenizer leaves out are padding that is never produced."""
-    by_id = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
-    if not by_id or max(by_id) >= size:
-        raise CheckpointError(f"{directory}: the tokenizer has ids up to {max(by_id, default=-1)}, the embedding {size} rows")
-    added = tokenizer.get_added_tokens_decoder()
-    tokens, types = [], []
-    for i in range(size):
-        token, kind = by_id.get(i, f"[PAD{i}]"), TokenType.NORMAL if i in by_id else TokenType.UNUSED
-        if i in added:
-            token, kind = _added_token(tokenizer, token, added[i].normalized, added[i].special)
-        tokens.append(token)
-        types.append(int(kind))
+    last = max([*model.values(), *added], default=-1)
+    if not 0 <= last < size:
+        raise CheckpointError(f"{directory}: the tokenizer has ids up to {last}, the embedding {size} rows")
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
+    for token, i in model.items():
+        tokens[i], types[i] = token, TokenType.NORMAL
+    for i, (token, special) in added.items():
+        control = special or _looks_special(token)
+        tokens[i] = token if control else token.replace("\u2581", " ")
+        types[i] = TokenType.CONTROL if control else TokenType.USER_DEFINED
     return tokens, types
-
-
-def _added_token(tokenizer: Tokenizer, token: str, normalized: bool, special: bool) -> tuple[str, TokenType]:
-    """llama.cpp takes control and user-defined tokens as already normalized, so normalize those that are not."""
-    if not normalized:
-        token = tokenizer.decode(tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False)
-    if special or _looks_special(token):
-        return token, TokenType.CONTROL
-    return token.replace("\u2581", " "), TokenType.USER_DEFINED
 
 
 def _looks_special(token: str) -> bool:
@@ -124,7 +145,7 @@ def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
         if (directory / name).exists():
             read_json(directory / name)  # ours names the file in its error
     try:
-        special = SpecialVocab(directory)
+        special = _read_special(directory, settings)
         if not isinstance(special.chat_template, str | None):
             raise ValueError("a chat_template that is not one text")
         post = settings.get("post_processor") or {}
@@ -135,3 +156,14 @@ def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
         # A byte-level post-processor adds no token, whatever tokenizer_config.json says of bos and eos.
         special.add_special_token = {"bos": False, "eos": False, **special.add_special_token} | {"bos": False, "eos": False}
     return special
+
+
+def _read_special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
+    """gguf-py reads all of `tokenizer.json` again, of which it needs everything but the model: so that is what it gets."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in directory.iterdir():
+            if path.name != "tokenizer.json":
+                (Path(scratch) / path.name).symlink_to(path)
+        rest = {key: value for key, value in settings.items() if key != "model"}
+        (Path(scratch) / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
+        return SpecialVocab(scratch)
