@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from digest import differences, digest  # noqa: E402
 from layouts import ALL, write_layout  # noqa: E402
 
-PARTS = {"all": [], "trunk": ["--no-mtp"]}
+PARTS = {"all": [], "trunk": ["--no-mtp"], "draft": ["--mtp"]}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def test_conversion_equals_upstream(name: str, tmp_path: Path) -> None:
     for part in golden["parts"]:
         convert.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
         parts[part] = digest(tmp_path / f"{part}.gguf")
-    assert parts.keys() == {"all", "trunk"}
+    assert parts.keys() == {"all", "trunk", "draft"}
     assert differences(golden, {"upstream": golden["upstream"], "parts": parts}) == []
 
 
@@ -95,13 +95,30 @@ def test_an_fp8_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path: Path) -> None:
     checkpoint = changed(tmp_path, drop="mtp.")
-    assert "lost its head" in refusal(checkpoint) and "--part trunk" in refusal(checkpoint)
+    assert "lost its head" in refusal(checkpoint) and "head: none" in refusal(checkpoint)
     convert.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
     assert gguf_file.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
 
 
-def test_a_head_that_the_configuration_denies_is_refused(tmp_path: Path) -> None:
-    assert "mtp_num_hidden_layers is 0" in refusal(changed(tmp_path, config={"mtp_num_hidden_layers": 0}))
+def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": 0})
+    assert "mtp_num_hidden_layers is 0" in refusal(checkpoint)
+    convert.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
+
+
+def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refused(tmp_path: Path) -> None:
+    """Upstream writes it a second time, which costs its size; where it differs, upstream's file is another model."""
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
+    assert settings["text_config"]["tie_word_embeddings"]
+    dtype, embeddings = tensors["model.language_model.embed_tokens.weight"]
+    copied, changed = (
+        write_checkpoint(tmp_path / name, source, settings, {**tensors, "lm_head.weight": (dtype, matrix)})
+        for name, matrix in (("copied", embeddings), ("changed", embeddings[::-1].copy()))
+    )
+    convert.convert(copied, tmp_path / "copied.gguf", "all", "qwen35")
+    assert "output.weight" not in gguf_file.read(tmp_path / "copied.gguf").tensors
+    assert "tie_word_embeddings" in refusal(changed)
 
 
 def test_a_head_with_a_tensor_missing_is_refused_by_name(tmp_path: Path) -> None:

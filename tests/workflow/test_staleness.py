@@ -68,7 +68,7 @@ def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
     assert repository.pending() == {
         "recipe": 2,
         "quantize": 1,
-        "quantize_trunk": 1,
+        "quantize_part": 1,
         "convert": 2,
         "inject": 1,
         "verify": 2,

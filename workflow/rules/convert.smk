@@ -1,6 +1,6 @@
 # Checkpoint to BF16 GGUF.
-# Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk or head, and beside it
-# the digests of its tensors. Who reads the GGUF has the digests as an input and the GGUF itself as `ancient`: small files are
+# Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk, head or draft, and
+# beside it the digests of its tensors. Who reads the GGUF has the digests as an input and the GGUF itself as `ancient`: small files are
 # compared by content, large ones by time, and the published BF16 file is the same bytes by another name.
 
 
@@ -17,7 +17,7 @@ rule convert:
     benchmark:
         "benchmarks/{model}/convert-{part}.jsonl"
     wildcard_constraints:
-        part="all|trunk|head",
+        part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
     params:

@@ -1,6 +1,7 @@
 # BF16 GGUF to a quantized one, the head at its own type.
 # Needs: what conversion made, and llama-quantize.
-# Makes: results/<model>/work/quantized/<variant>.gguf, and trunk/<type>.gguf, a head-less base to inject into.
+# Makes: results/<model>/work/quantized/<variant>.gguf; trunk/<type>.gguf, a head-less base to inject into; draft/<type>.gguf,
+# the head as a draft model of its own.
 
 
 rule recipe:
@@ -22,8 +23,8 @@ rule quantize:
     input:
         code=code("quantize.py"),
         toolchain="resources/toolchain/stamp.json",
-        source=ancient("results/{model}/work/convert/all.gguf"),
-        digests="results/{model}/work/convert/all.json",
+        source=ancient(build.source),
+        digests=build.source_digests,
         recipe="results/{model}/work/recipes/{variant}.yaml",
     output:
         temp("results/{model}/work/quantized/{variant}.gguf"),
@@ -36,33 +37,34 @@ rule quantize:
     threads: 64
     params:
         type=build.file_type,
-        head=build.head,
+        head=build.head_option,
     message:
-        "{wildcards.model}: quantize {wildcards.variant} ({params.type}, head {params.head})"
+        "{wildcards.model}: quantize {wildcards.variant} ({params.type} {params.head})"
     shell:
-        "python {input.code[0]:q} {input.source:q} --type {params.type} --head {params.head}"
+        "python {input.code[0]:q} {input.source:q} --type {params.type} {params.head}"
         " --tensors {input.recipe:q} --threads {threads} --log {log:q} --out {output:q}"
 
 
-rule quantize_trunk:
+rule quantize_part:
     input:
         code=code("quantize.py"),
         toolchain="resources/toolchain/stamp.json",
-        source=ancient("results/{model}/work/convert/trunk.gguf"),
-        digests="results/{model}/work/convert/trunk.json",
+        source=ancient("results/{model}/work/convert/{part}.gguf"),
+        digests="results/{model}/work/convert/{part}.json",
     output:
-        temp("results/{model}/work/trunk/{type}.gguf"),
+        temp("results/{model}/work/{part}/{type}.gguf"),
     log:
-        "logs/{model}/quantize-trunk-{type}.log",
+        "logs/{model}/quantize-{part}-{type}.log",
     benchmark:
-        "benchmarks/{model}/quantize-trunk-{type}.jsonl"
+        "benchmarks/{model}/quantize-{part}-{type}.jsonl"
     wildcard_constraints:
+        part="trunk|draft",
         type="[A-Z0-9_]+",
     conda:
         "../../envs/run.yaml"
     threads: 64
     message:
-        "{wildcards.model}: quantize the trunk alone ({wildcards.type})"
+        "{wildcards.model}: quantize the {wildcards.part} alone ({wildcards.type})"
     shell:
         "python {input.code[0]:q} {input.source:q} --type {wildcards.type}"
         " --threads {threads} --log {log:q} --out {output:q}"

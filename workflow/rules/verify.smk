@@ -1,6 +1,6 @@
 # Proof, and only then the final name.
 # Needs: a finished file, the checkpoint (and base) that it is made of, llama-server, prompts.
-# Makes: results/<model>/<name>-<variant>.gguf, its report beside it, and results/summary.md over all of them.
+# Makes: results/<model>/<name>-<variant>.gguf, mtp-<name>-<type>.gguf, a report on each, and results/summary.md over all of them.
 
 
 rule verify:
@@ -31,6 +31,40 @@ rule verify:
     shell:
         "python {input.code[0]:q} {input.file:q} --checkpoint {params.checkpoint:q} --tensors {input.recipe:q}"
         " --prompts {params.prompts:q} {params.options} --threads {threads}"
+        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+
+
+rule verify_sidecar:
+    input:
+        code=code("verify.py"),
+        toolchain="resources/toolchain/stamp.json",
+        file=build.sidecar,
+        target=ancient("results/{model}/work/convert/all.gguf"),
+        digests="results/{model}/work/convert/all.json",
+        checkpoint=build.checkpoint_inputs,
+        prompts=build.prompt_files,
+    output:
+        file="results/{model}/mtp-{base}-{type}.gguf",
+        report="results/{model}/reports/mtp-{base}-{type}.json",
+    log:
+        "logs/{model}/verify-mtp-{base}-{type}.log",
+    benchmark:
+        "benchmarks/{model}/verify-mtp-{base}-{type}.jsonl"
+    wildcard_constraints:
+        type="[A-Z0-9_]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    params:
+        checkpoint=build.checkpoint,
+        prompts=build.prompts,
+        min_acceptance=lookup("models/{model}/min_acceptance", within=build.config),
+    message:
+        "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
+    shell:
+        "python {input.code[0]:q} {input.file:q} --target {input.target:q} --checkpoint {params.checkpoint:q}"
+        " --type {wildcards.type} --head {wildcards.type} --min-acceptance {params.min_acceptance}"
+        " --prompts {params.prompts:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
 
 

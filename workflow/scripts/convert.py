@@ -9,13 +9,15 @@ from pathlib import Path
 from mtpforge import atomic, errors, gguf_file, progress
 from mtpforge.convert import PARTS, convert
 
+PART = "the whole model (default), its trunk, its head alone, or the head with the shared embeddings as a draft model"
+
 
 def main() -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, the safetensors shards and the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
-    parser.add_argument("--part", choices=PARTS, default="all", help="the whole model, its trunk, or its head alone (default: all)")
+    parser.add_argument("--part", choices=PARTS, default="all", help=PART)
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
     parser.add_argument("--threads", type=int, help="threads for the digests (default: one for each processor)")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of each tensor of the result, as JSON")

@@ -26,13 +26,13 @@ def main() -> None:
 def row(path: Path) -> tuple[str, ...]:
     """One file's cells."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    accepted, drafts = report["accepted"], report["drafts"]
+    drafts = report.get("drafts")  # none of a file without a head
     return (
         report["file"],
         size(report["bytes"]),
         f"{report['bits_per_weight']:.2f}",
         report["head"],
-        f"{accepted / drafts:.1%} ({accepted}/{drafts})",
+        f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})" if drafts else "-",
     )
 
 

@@ -21,8 +21,9 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="F.gguf")
     parser.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
     parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
+    parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
-    parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for")
+    parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for, none if no head was")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
     parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
     parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
@@ -33,10 +34,10 @@ def main() -> None:
     args = parser.parse_args()
     processors = os.cpu_count() or 1
     request = Request(
-        args.checkpoint, args.base, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
+        args.checkpoint, args.base, args.target, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
         args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
-    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base)
+    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base, args.target)
     report = verify(args.file, request, args.bin)
     if args.publish:
         report["file"] = args.publish.name

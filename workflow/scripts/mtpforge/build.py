@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from . import quant_types
 from .errors import ConfigError
-from .quantize import check_pattern, default_head
+from .quantize import NO_HEAD, check_pattern, default_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
@@ -26,6 +26,7 @@ class Wildcards(Protocol):
     model: str
     variant: str
     base: str
+    type: str
 
 
 class Build:
@@ -37,6 +38,8 @@ class Build:
         for name, model in self.models.items():
             for variant, entry in model["variants"].items():
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
+            if "sidecar" in model:
+                _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
         chosen = self.config["build"]
         self.chosen = list(self.models) if chosen == "all" else list(chosen)
         for name in self.chosen:
@@ -52,13 +55,21 @@ class Build:
             for variant in self.models[model]["variants"]:
                 yield model, variant
 
+    def stems(self) -> Iterator[tuple[str, str]]:
+        """(model, name without .gguf) of every file that `all` makes."""
+        for model, variant in self.variants():
+            yield model, f"{self.base_name(model)}-{variant}"
+        for model in self.chosen:
+            if "sidecar" in self.models[model]:
+                yield model, f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
+
     def files(self) -> list[str]:
         """The GGUFs that `all` makes."""
-        return [f"results/{model}/{self.base_name(model)}-{variant}.gguf" for model, variant in self.variants()]
+        return [f"results/{model}/{stem}.gguf" for model, stem in self.stems()]
 
     def reports(self) -> list[str]:
         """Their verification reports, in the same order."""
-        return [f"results/{model}/reports/{self.base_name(model)}-{variant}.json" for model, variant in self.variants()]
+        return [f"results/{model}/reports/{stem}.json" for model, stem in self.stems()]
 
     def base_name(self, model: str) -> str:
         """The first part of a model's file names: the name of its repository or folder."""
@@ -108,9 +119,27 @@ class Build:
         return _file_type(wildcards.variant, self.entry(wildcards))
 
     def head(self, wildcards: Wildcards) -> str:
-        """The head's tensor type."""
+        """The head's tensor type, or `none`."""
         entry = self.entry(wildcards)
         return str(entry.get("head") or default_head(self.file_type(wildcards)))
+
+    def head_option(self, wildcards: Wildcards) -> str:
+        """The option of quantize.py that says it; nothing where there is no head."""
+        head = self.head(wildcards)
+        return "" if head == NO_HEAD else f"--head {head}"
+
+    def converted(self, wildcards: Wildcards) -> str:
+        """What conversion makes for a variant: all, or the trunk where no head is wanted; without its ending."""
+        part = "trunk" if self.head(wildcards) == NO_HEAD else "all"
+        return f"{WORK.format(model=wildcards.model)}/convert/{part}"
+
+    def source(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF that a variant is quantized from."""
+        return f"{self.converted(wildcards)}.gguf"
+
+    def source_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return f"{self.converted(wildcards)}.json"
 
     def recipe(self, wildcards: Wildcards) -> str:
         """The recipe as JSON, which is YAML; empty where there is none."""
@@ -118,14 +147,23 @@ class Build:
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""
-        if wildcards.base != self.base_name(wildcards.model):
-            raise ConfigError(f"files of {wildcards.model} are named {self.base_name(wildcards.model)}-*, not {wildcards.base}-*")
+        self._check_base(wildcards)
         work = WORK.format(model=wildcards.model)
         if "base" in self.entry(wildcards):
             return f"{work}/injected/{wildcards.variant}.gguf"
         if self.file_type(wildcards) == "BF16":
-            return f"{work}/convert/all.gguf"  # what conversion makes is this variant: no copy of 70 GB
+            return self.source(wildcards)  # what conversion makes is this variant: no copy of 70 GB
         return f"{work}/quantized/{wildcards.variant}.gguf"
+
+    def sidecar(self, wildcards: Wildcards) -> str:
+        """The draft model that is verified and, if it passes, published. Raises ConfigError for another model's name."""
+        self._check_base(wildcards)
+        return f"{WORK.format(model=wildcards.model)}/draft/{wildcards.type}.gguf"
+
+    def _check_base(self, wildcards: Wildcards) -> None:
+        base = self.base_name(wildcards.model)
+        if wildcards.base != base:
+            raise ConfigError(f"files of {wildcards.model} are named {base}-*, not {wildcards.base}-*")
 
     def base(self, wildcards: Wildcards) -> str:
         """The GGUF that a head is injected into."""
@@ -180,12 +218,28 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
         if "base" in entry and "tensors" in entry:
             raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
         head = entry.get("head") or default_head(file_type)
-        quant_types.check_tensor_type(head, low_bit=entry.get("allow_low_bit_head", False))
-        if "base" not in entry and file_type in quant_types.UNQUANTIZED and (head != file_type or "tensors" in entry):
+        if head == NO_HEAD and "base" in entry:
+            raise ConfigError("head: none: a base is there to be given a head")
+        if head != NO_HEAD:
+            quant_types.check_tensor_type(head, low_bit=entry.get("allow_low_bit_head", False))
+        if (
+            "base" not in entry
+            and file_type in quant_types.UNQUANTIZED
+            and (head not in (file_type, NO_HEAD) or "tensors" in entry)
+        ):
             raise ConfigError(f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect")
         for pattern, kind in entry.get("tensors", {}).items():
             check_pattern(pattern)
             quant_types.check_tensor_type(kind)
+    except ConfigError as error:
+        raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def _check_sidecar(path: str, file_type: str) -> None:
+    """It is all head, so its type must be one for a head. Raises ConfigError with the key's path."""
+    try:
+        quant_types.check_file_type(file_type)
+        quant_types.check_tensor_type(file_type, low_bit=False)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
-from .ranges import FileRange
+from .ranges import FileRange, sha256
 
 INDEX = "model.safetensors.index.json"
 HEAD_FILE = "mtp.safetensors"
@@ -86,6 +86,10 @@ class Checkpoint:
             if 0 <= offset < mapped.size:
                 return FileRange(self.directory / shard, offset, view.nbytes)
         return None
+
+    def digest(self, tensor: CheckpointTensor) -> str:
+        """The sha256 of the tensor's bytes."""
+        return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
 
     def release(self) -> None:
         """Give mapped pages back to the system, which would count what was read as ours; they are read again if need be."""

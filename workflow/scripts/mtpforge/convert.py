@@ -22,8 +22,9 @@ from .families.table import BF16, F32, identity
 from .gguf_file import TensorInfo, Value
 from .ranges import CHUNK, Payload
 
-PARTS = ("all", "trunk", "head")
+PARTS = ("all", "trunk", "head", "draft")
 SLICE = 1 << 21  # values that are in memory at a time
+EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MOST_EXPERTS = 4096  # in one fused tensor: what no model has, and what no machine notices
 
 
@@ -55,9 +56,10 @@ def convert(
     tokenizer_pre: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the `part` (all, trunk or head) of a checkpoint as a BF16 GGUF. Raises CheckpointError.
+    """Write the `part` (all, trunk, head or draft) of a checkpoint as a BF16 GGUF. Raises CheckpointError.
 
-    A head alone carries no tokenizer: it is there to be quantized and injected.
+    A head alone carries no tokenizer: it is there to be quantized and injected. A draft is the head with what it shares with
+    the trunk (embeddings, output norm and matrix), which llama-server takes beside a trunk.
     """
     checkpoint = Checkpoint(directory)
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
@@ -72,6 +74,9 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
         raise CheckpointError(f"config.json: more layers or experts than {len(checkpoint.tensors)} tensors can hold")
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
+    if hparams.flag("tie_word_embeddings") and OUTPUT in names:
+        _check_tied(checkpoint, names)
+        del names[OUTPUT]
     planned = [_with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)]
     if part == "all":
         _check_all_used(names, planned)
@@ -97,13 +102,28 @@ def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: H
     """The tensors say whether there is a head; the configuration must not contradict them. Raises CheckpointError."""
     present = any(name.startswith(family.head_prefix) for name in names)
     declared = hparams.get("mtp_num_hidden_layers", 0)
-    if part != "trunk" and not present:
+    if part == "trunk":
+        return
+    if not present:
         raise CheckpointError(
             f"no {family.head_prefix}* tensors: this checkpoint has lost its head (config.json declares {declared} layers of it): "
-            "take the original checkpoint, or convert with --part trunk"
+            "take the original checkpoint, or build without a head (`head: none` in config.yaml, or --part trunk)"
         )
-    if present and declared != 1 and (declared or family.declares_head):
-        raise CheckpointError(f"config.json: mtp_num_hidden_layers is {declared!r}, but there are tensors of a one-layer head")
+    if declared != 1 and (declared or family.declares_head):
+        raise CheckpointError(
+            f"config.json: mtp_num_hidden_layers is {declared!r}, but there are tensors of a one-layer head: correct the one that "
+            "is wrong, or build without a head (`head: none` in config.yaml, or --part trunk)"
+        )
+
+
+def _check_tied(checkpoint: Checkpoint, names: Mapping[str, CheckpointTensor]) -> None:
+    """Some tools save tied embeddings twice. The second copy is left out, but only if it is one. Raises CheckpointError."""
+    output, embeddings = names[OUTPUT], names.get(EMBEDDINGS)
+    if embeddings is None or checkpoint.digest(output) != checkpoint.digest(embeddings):
+        raise CheckpointError(
+            f"{output.shard}: {output.name} is not equal to the embeddings, and config.json says that it is (tie_word_embeddings): "
+            "set tie_word_embeddings to false if it was trained by itself"
+        )
 
 
 def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:

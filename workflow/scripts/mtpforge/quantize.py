@@ -16,6 +16,9 @@ from .atomic import replacing
 from .errors import ConfigError, GgufError
 from .gguf_file import Gguf, TensorInfo
 
+NO_HEAD = "none"
+"""What stands for a head's type where no head is wanted."""
+
 Recipe = Sequence[tuple[str, str]]
 """Ordered (pattern, tensor type); the first pattern that is found in a tensor's name decides."""
 

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import ForgeError, GgufError, VerificationError
 from .families import Family, Hparams, family_of
 from .gguf_file import Gguf, squeezed
-from .quantize import Recipe, head_block, quantizable
+from .quantize import NO_HEAD, Recipe, head_block, quantizable
 from .ranges import FileRange, sha256
 
 N_PREDICT = 200
@@ -43,6 +43,8 @@ class Request:
 
     checkpoint: Path | None = None
     base: Path | None = None
+    target: Path | None = None
+    """Of a draft sidecar, the model that it drafts for."""
     file_type: str | None = None
     head: str | None = None
     recipe: Recipe = ()
@@ -50,20 +52,32 @@ class Request:
     min_acceptance: float = 0.1
     threads: int = 1
 
+    @property
+    def headless(self) -> bool:
+        """Whether the file should have no head."""
+        return self.head == NO_HEAD
+
+    @property
+    def part(self) -> str:
+        """What the file is of the checkpoint, as conversion names it."""
+        return "trunk" if self.headless else "draft" if self.target else "all"
+
 
 def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = gguf_file.read(path)
     block = head_block(opened)
-    if block is None:
+    if block is None and not request.headless:
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
+    if block is not None and request.headless:
+        raise VerificationError(f"{path}: has a head (block {block}), and none was asked for")
     checks = [check_types(opened, request)]
     if request.checkpoint:
-        checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint))
+        checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint), request.part)
     if request.base:
         checks.append(check_base(opened, gguf_file.read(request.base)))
-    drafting, measured = check_drafting(path, request, bin_dir)
-    checks.append(drafting)
+    running, measured = check_running(path, request, bin_dir)
+    checks.append(running)
     if failed := [check for check in checks if not check.passed]:
         raise VerificationError(f"{path.name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
     return {**summary(opened), **measured, "checks": [asdict(check) for check in checks]}
@@ -79,7 +93,7 @@ def summary(opened: Gguf) -> dict[str, Any]:
         "bytes": size,
         "sha256": sha256(FileRange(opened.path, 0, size)),
         "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
-        "head": "/".join(sorted(inject.types_of(inject.head_only(opened)))),
+        "head": NO_HEAD if head_block(opened) is None else "/".join(sorted(inject.types_of(inject.head_only(opened)))),
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
 
@@ -90,7 +104,7 @@ def check_types(opened: Gguf, request: Request) -> Check:
     wanted = quant_types.FILE_TYPES[quant_types.check_file_type(request.file_type)] if request.file_type else None
     if request.file_type and opened.get("general.file_type") != wanted:
         wrong.append(f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}")
-    head = inject.head_only(opened).tensors
+    head = {} if request.headless else inject.head_only(opened).tensors
     for name, info in opened.tensors.items():
         if not quantizable(info):
             continue
@@ -108,11 +122,11 @@ def _some(problems: list[str]) -> str:
     return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
-def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check]:
+def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, part: str) -> list[Check]:
     """Inventory and head against the checkpoint that the file is made of."""
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
-    inventory = check_inventory(opened, family, hparams)
-    if not inventory.passed:
+    inventory = check_inventory(opened, family, hparams, part)
+    if not inventory.passed or part == "trunk":
         return [inventory]
     problems = []
     for item in convert.plan(checkpoint, family, hparams, "head"):
@@ -120,9 +134,9 @@ def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check
     return [inventory, Check("head values", not problems, _some(problems) or "those of the checkpoint")]
 
 
-def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
-    """Names and shapes are exactly those that the architecture has."""
-    expected = {row.name: row.shape for row in family.rows(hparams, "all")}
+def check_inventory(opened: Gguf, family: Family, hparams: Hparams, part: str) -> Check:
+    """Names and shapes are exactly those that the architecture has in that part."""
+    expected = {row.name: row.shape for row in family.rows(hparams, part)}
     found = {name: info.shape for name, info in opened.tensors.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
@@ -190,27 +204,28 @@ def check_base(opened: Gguf, base: Gguf) -> Check:
     return Check("trunk", not wrong, detail)
 
 
-def check_drafting(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
-    """A real llama-server loads the file, drafts one token ahead, greedily, and a share of the drafts is accepted."""
-    options = [
-        "--ctx-size",
-        "4096",
-        "--spec-type",
-        "draft-mtp",
-        "--spec-draft-n-max",
-        "1",
-        "--threads",
-        str(request.threads),
-    ]
-    drafts = accepted = 0
+def check_running(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
+    """A real llama-server loads the file and continues every prompt; with a head it drafts, and a share is accepted.
+
+    One token ahead and greedily: what is accepted then depends on the head alone.
+    """
+    model, options = path, ["--ctx-size", "4096", "--threads", str(request.threads)]
+    if not request.headless:
+        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", "1"]
+    if request.target:
+        model = request.target
+        options += ["--model-draft", str(path)]
+    answers = []
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with server.serve(path, Path(scratch) / "server.log", options, bin_dir) as running:
-                for prompt in request.prompts:
-                    answer = running.completion(prompt, N_PREDICT)
-                    drafts, accepted = drafts + answer.drafts, accepted + answer.accepted
+            with server.serve(model, Path(scratch) / "server.log", options, bin_dir) as running:
+                answers = [running.completion(prompt, N_PREDICT) for prompt in request.prompts]
         except ForgeError as error:
-            return Check("drafting", False, str(error)), {}
+            return Check("loading" if request.headless else "drafting", False, str(error)), {}
+    if request.headless:
+        tokens = [len(answer.tokens) for answer in answers]
+        return Check("loading", all(tokens), f"{sum(tokens)} tokens generated from {len(tokens)} prompts"), {}
+    drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
     share = accepted / drafts if drafts else 0.0
     detail = f"{accepted} of {drafts} drafts accepted"
     if share < request.min_acceptance:

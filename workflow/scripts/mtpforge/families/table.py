@@ -106,6 +106,8 @@ class Family:
     """Whether config.json says with `mtp_num_hidden_layers` that there is a head."""
 
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
-        """The rows of part `all`, `trunk` or `head`."""
-        trunk = self.trunk(hparams) if part != "head" else []
-        return trunk + (self.head(hparams) if part != "trunk" else [])
+        """The rows of part `all`, `trunk`, `head`, or `draft`: the head with what it shares with the trunk."""
+        rows = self.trunk(hparams) if part != "head" else []
+        if part == "draft":
+            rows = [row for row in rows if not row.name.startswith("blk.")]
+        return rows + (self.head(hparams) if part != "trunk" else [])
