@@ -5,7 +5,6 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 from mtpforge import atomic, errors, programs
@@ -59,11 +58,8 @@ def _prompts(folder: Path) -> tuple[str, ...]:
 def _link(source: Path, target: Path) -> None:
     """Give the verified bytes their final name without a second copy on the disk, where the file system can."""
     with atomic.replacing(target) as temporary:
-        try:
-            temporary.unlink()  # a link cannot be made over a file
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        temporary.unlink()  # a link cannot be made over a file
+        atomic.link_or_copy(source, temporary)
 
 
 if __name__ == "__main__":
