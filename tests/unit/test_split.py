@@ -1,5 +1,6 @@
-"""A GGUF in several files is what llama-gguf-split makes of it, and appears whole or not at all."""
+"""A GGUF in several files is what llama-gguf-split makes of it, loads, drafts, and appears whole or not at all."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import BIN, CHECKPOINTS, MODELS, SCRIPTS, Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
-from mtpforge import convert, gguf_file, programs
-from mtpforge.errors import ConfigError, GgufError
+from mtpforge import convert, gguf_file, programs, verify
+from mtpforge.errors import ConfigError, GgufError, VerificationError
 from mtpforge.gguf_file import TensorInfo, Value
 from mtpforge.ranges import sha256
 from mtpforge.split import check, names, parse_size, plan, split
@@ -251,6 +252,41 @@ def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_p
     assert check(opened, [copy]) == []
     flip_a_bit(copy)
     assert len(check(opened, [copy])) == 1
+
+
+def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"x is not published: files load: .*llama-server: missing"):
+        verify.publish_split(source, tmp_path / "x", M, verify.Request(prompts=("x",)), bin_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verified_file_is_published_in_files_that_load_and_draft(source: Path, run: Run, tmp_path: Path) -> None:
+    folder, report = tmp_path / "tiny-BF16", tmp_path / "report.json"
+    options = ("--prompts", CHECKPOINTS / "tiny-qwen3.5" / "prompts", "--threads", 1, "--bin", BIN, "--out", report)
+    done = run("verify.py", source, *options, "--publish", folder, "--split", "2M")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    whole = {path.name: gguf_file.FileRange(path, 0, path.stat().st_size) for path in folder.iterdir()}
+    assert found["files"] == [{"name": name, "bytes": whole[name].size, "sha256": sha256(whole[name])} for name in sorted(whole)]
+    assert list(map(str, sorted(whole))) == names("tiny-BF16", 3) and found["file"] == "tiny-BF16"
+    accepted = {entry["name"]: entry["detail"] for entry in found["checks"]}["files load"].split()
+    assert int(accepted[0]) > 0 and "drafts accepted" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--split", "48G"), "--publish names the folder"),
+        (("--split", "48", "--publish", "x"), "'48' is no size"),
+        (("--split", "1M", "--publish", "."), "cannot begin"),
+        (("--split", "1M", "--publish", SCRIPTS), "name a folder of its own"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused_before_verification(
+    source: Path, fails: Callable[..., str], tmp_path: Path, options: tuple[object, ...], named: str
+) -> None:
+    message = fails("verify.py", source, "--bin", tmp_path, *options, out=tmp_path / "report.json")
+    assert named in message  # and not that llama-server is missing
 
 
 def test_the_program(source: Path, run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
