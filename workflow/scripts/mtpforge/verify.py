@@ -224,7 +224,7 @@ def publish_split(
 ) -> dict[str, Any]:  # fmt: skip
     """Give a verified file its final place as `folder`, in files of at most `limit` bytes that are verified in their turn.
 
-    The report's `files` (name, bytes, sha256) and `checks` on them. Raises VerificationError, and then there is no folder.
+    The report's `files` (name, bytes, sha256) and `checks` on them. Raises VerificationError, and then `folder` is as it was.
     """
     opened = gguf_file.read(path)
     with split.splitting(opened, folder, folder.name, limit, progress) as files:
