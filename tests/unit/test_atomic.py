@@ -1,4 +1,4 @@
-"""A file appears whole or not at all."""
+"""A file, or a folder of them, appears whole or not at all."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS
-from mtpforge.atomic import replacing, write_json
+from mtpforge.atomic import link_or_copy, replacing, replacing_folder, write_json
 from mtpforge.errors import ForgeError
 
 
@@ -46,6 +46,63 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(ForgeError, match="another process is writing it"), replacing(tmp_path / "x"):
             pass
     assert (tmp_path / "x").read_text() == "first"
+
+
+def test_a_folder_takes_the_place_of_another_with_all_that_it_holds(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with replacing_folder(tmp_path / "x") as temporary:
+            (temporary / name).mkdir()
+            (temporary / name / "file").write_text(name)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new"] and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "x") as temporary:
+        (temporary / "file").write_text("old")
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "x") as temporary:
+        (temporary / "file").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "x" / "file").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(NotADirectoryError), replacing_folder(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_text() == "precious" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_what_a_kill_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for left in (".x.part", ".x.old.part"):  # killed before, and between, the two renames
+        (tmp_path / left / "deep").mkdir(parents=True)
+        (tmp_path / left / "deep" / "file").write_text("half")
+        (tmp_path / left / "link").symlink_to(outside)
+    with replacing_folder(tmp_path / "x") as temporary:
+        assert list(temporary.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == [outside, tmp_path / "x"]
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "x") as first:
+        (first / "file").write_text("first")
+        with pytest.raises(ForgeError, match="another process is writing it"), replacing_folder(tmp_path / "x"):
+            pass
+    assert (tmp_path / "x" / "file").read_text() == "first"
+
+
+def test_a_second_name_is_a_link_where_it_can_be_and_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("content")
+    link_or_copy(tmp_path / "x", tmp_path / "link")
+    assert (tmp_path / "link").samefile(tmp_path / "x")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "x", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(tmp_path / "x")
 
 
 def test_json_is_stable_text(tmp_path: Path) -> None:

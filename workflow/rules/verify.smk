@@ -1,6 +1,7 @@
 # Proof, and only then the final name.
 # Needs: a finished file, the checkpoint (and base) that it is made of, llama-server, prompts.
-# Makes: results/<model>/<name>-<variant>.gguf, mtp-<name>-<type>.gguf, a report on each, and results/summary.md over all of them.
+# Makes: results/<model>/<name>-<variant>.gguf, or a folder of that name with the files of a split one; mtp-<name>-<type>.gguf;
+# a report on each; and results/summary.md over all of them.
 
 
 rule verify:
@@ -32,6 +33,22 @@ rule verify:
         "python {input.code[0]:q} {input.file:q} --checkpoint {params.checkpoint:q} --tensors {input.recipe:q}"
         " --prompts {params.prompts:q} {params.options} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+
+
+use rule verify as verify_split with:
+    output:
+        file=directory("results/{model}/{base}-{variant}"),
+        report="results/{model}/reports/{base}-{variant}.split.json",
+    log:
+        "logs/{model}/verify-split-{base}-{variant}.log",
+    benchmark:
+        "benchmarks/{model}/verify-split-{base}-{variant}.jsonl"
+    params:
+        checkpoint=build.checkpoint,
+        prompts=build.prompts,
+        options=build.split_options,
+    message:
+        "{wildcards.model}: verify {wildcards.variant} and split it"
 
 
 rule verify_sidecar:

@@ -5,12 +5,12 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
-from mtpforge import atomic, errors, programs
+from mtpforge import atomic, errors, gguf_file, programs, progress
 from mtpforge.quantize import read_recipe
-from mtpforge.verify import Request, verify
+from mtpforge.split import check_target, parse_size, plan
+from mtpforge.verify import Request, publish_split, verify
 
 PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
 
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="the final name, given once it has passed")
+    parser.add_argument("--split", metavar="SIZE", help="publish a folder, of files of at most this size: 500M, 48G")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
     args = parser.parse_args()
@@ -38,10 +39,16 @@ def main() -> None:
         args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
     atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base, args.target)
+    limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
     if args.publish:
         report["file"] = args.publish.name
-        _link(args.file, args.publish)
+        if limit:
+            with progress.bar(args.publish.name) as show:
+                split = publish_split(args.file, args.publish, limit, request, args.bin, show)
+            report = {**report, "files": split["files"], "checks": report["checks"] + split["checks"]}
+        else:
+            _link(args.file, args.publish)
     atomic.write_json(args.out, report)
     for check in report["checks"]:
         print(f"{report['file']}: {check['name']}: {check['detail']}")
@@ -57,14 +64,23 @@ def _prompts(folder: Path) -> tuple[str, ...]:
     return prompts
 
 
+def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
+    """The size of a split in bytes. What cannot be is refused here, before minutes of verification. Raises ForgeError."""
+    if size is None:
+        return None
+    if folder is None:
+        raise errors.ConfigError("--split: nothing is published: --publish names the folder")
+    limit = parse_size(size)
+    plan(gguf_file.read(file), limit)
+    check_target(file, folder, folder.name)
+    return limit
+
+
 def _link(source: Path, target: Path) -> None:
     """Give the verified bytes their final name without a second copy on the disk, where the file system can."""
     with atomic.replacing(target) as temporary:
-        try:
-            temporary.unlink()  # a link cannot be made over a file
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        temporary.unlink()  # a link cannot be made over a file
+        atomic.link_or_copy(source, temporary)
 
 
 if __name__ == "__main__":

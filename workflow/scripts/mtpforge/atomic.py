@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all.
+"""Files, and folders of them, that appear whole or not at all.
 
 A file is written under a hidden temporary name in its own directory, flushed to the disk, and renamed. A reader of the
 final name therefore sees the old file, or the whole new one; a killed run leaves only the temporary name behind.
@@ -7,6 +7,7 @@ final name therefore sees the old file, or the whole new one; a killed run leave
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,8 +40,49 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success fsync all in it and rename it to `path`, else remove it.
+
+    A folder of that name is replaced with all that it holds; a reader may find none for a moment, but never half of one.
+    Raises ForgeError where another process is writing the same folder. What a killed run left behind is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old.part")
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        _hold(lock, temporary, path)
+        try:
+            _empty(temporary)
+            yield temporary
+            for written in (*temporary.rglob("*"), temporary):
+                sync(written)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if path.is_dir():
+                os.replace(path, replaced)  # a folder cannot be renamed over one that holds something
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a folder holds, but not the folder, which is locked."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _hold(lock: int, temporary: Path, path: Path) -> None:
-    """Lock the temporary file; the kernel releases it with the process, however that ends. Raises ForgeError."""
+    """Lock what is temporary; the kernel releases it with the process, however that ends. Raises ForgeError."""
     with suppress(OSError):  # a file system without locks
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,6 +98,14 @@ def refuse_overwriting(out: Path, *inputs: Path | None) -> None:
     for given in inputs:
         if given is not None and out.resolve().is_relative_to(given.resolve()):
             raise ForgeError(f"{out}: is an input, or inside one: --out must name another file")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, without a second copy on the disk where the file system can. Raises OSError."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_text(path: Path, text: str) -> None:

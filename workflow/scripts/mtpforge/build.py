@@ -55,21 +55,31 @@ class Build:
             for variant in self.models[model]["variants"]:
                 yield model, variant
 
-    def stems(self) -> Iterator[tuple[str, str]]:
-        """(model, name without .gguf) of every file that `all` makes."""
+    def outputs(self) -> Iterator[tuple[str, str]]:
+        """(file or, of a split one, folder; its verification report) of everything that `all` makes."""
         for model, variant in self.variants():
-            yield model, f"{self.base_name(model)}-{variant}"
+            stem = f"{self.base_name(model)}-{variant}"
+            if self._split(model, variant):
+                yield f"results/{model}/{stem}", f"results/{model}/reports/{stem}.split.json"
+            else:
+                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
         for model in self.chosen:
             if "sidecar" in self.models[model]:
-                yield model, f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
+                stem = f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
+                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
 
     def files(self) -> list[str]:
-        """The GGUFs that `all` makes."""
-        return [f"results/{model}/{stem}.gguf" for model, stem in self.stems()]
+        """The GGUFs that `all` makes, folders of split ones among them."""
+        return [file for file, _ in self.outputs()]
 
     def reports(self) -> list[str]:
         """Their verification reports, in the same order."""
-        return [f"results/{model}/reports/{stem}.json" for model, stem in self.stems()]
+        return [report for _, report in self.outputs()]
+
+    def _split(self, model: str, variant: str) -> str | None:
+        """The size of a variant's files, its own or the model's; None for a single file."""
+        size = self.models[model]["variants"][variant].get("split", self.models[model].get("split"))
+        return None if size is None else str(size)
 
     def base_name(self, model: str) -> str:
         """The first part of a model's file names: the name of its repository or folder."""
@@ -194,6 +204,10 @@ class Build:
         if not base or "type" in entry["base"]:
             options += ["--type", self.file_type(wildcards)]
         return shlex.join(options + (["--base", base[0]] if base else []))
+
+    def split_options(self, wildcards: Wildcards) -> str:
+        """The same for a variant that is published in several files."""
+        return f"{self.verify_options(wildcards)} --split {self._split(wildcards.model, wildcards.variant)}"
 
 
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:

@@ -282,7 +282,7 @@ class _Parser:
 
     def place(self, metadata: dict[str, Value], entries: list[tuple[TensorInfo, int]]) -> Gguf:
         """Offsets must follow the order of the entries without a gap, and the data must be there."""
-        start, expected = _align(self.position), 0
+        start, expected = aligned(self.position), 0
         tensors, ranges = {}, {}
         for info, offset in entries:
             if info.name in tensors:
@@ -293,11 +293,12 @@ class _Parser:
                 raise GgufError(f"{self.path}: truncated: tensor {info.name} runs past the end of the file")
             tensors[info.name] = info
             ranges[info.name] = FileRange(self.path, start + offset, info.size)
-            expected = _align(offset + info.size)
+            expected = aligned(offset + info.size)
         return Gguf(self.path, metadata, tensors, ranges)
 
 
-def _align(position: int) -> int:
+def aligned(position: int) -> int:
+    """The first byte from `position` on at which a tensor may begin; of a size, what it takes with its padding."""
     return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
@@ -321,7 +322,7 @@ def write(
     `progress` gets bytes written and bytes in all. Raises GgufError when a payload has another size than its tensor.
     """
     infos = [info for info, _ in tensors]
-    total = sum(_align(info.size) for info in infos)
+    total = sum(aligned(info.size) for info in infos)
     with replacing(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -331,8 +332,8 @@ def write(
                 size = append(descriptor, payload)
                 if size != info.size:
                     raise GgufError(f"{path}: tensor {info.name} takes {info.size:,} bytes, its source gave {size:,}")
-                append(descriptor, [memoryview(bytes(_align(size) - size))])
-                done += _align(size)
+                append(descriptor, [memoryview(bytes(aligned(size) - size))])
+                done += aligned(size)
                 progress(done, total)
         finally:
             os.close(descriptor)
@@ -350,6 +351,6 @@ def header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo]) -> byte
             raise GgufError(f"tensor name {info.name} is longer than the {_NAME_LIMIT} bytes that ggml can hold")
         dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *reversed(info.shape))
         parts += [_encode(info.name, GGUFValueType.STRING), dimensions, _U32.pack(info.type), _U64.pack(offset)]
-        offset += _align(info.size)
+        offset += aligned(info.size)
     block = b"".join(parts)
-    return block + bytes(_align(len(block)) - len(block))
+    return block + bytes(aligned(len(block)) - len(block))

@@ -7,7 +7,7 @@ checkpoint, and a real llama-server must draft with it and have drafts accepted.
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from . import convert, gguf_file, inject, programs, quant_types, server
+from . import convert, gguf_file, inject, programs, quant_types, server, split
 from .checkpoint import Checkpoint
 from .errors import ForgeError, GgufError, VerificationError
 from .families import Family, Hparams, family_of
@@ -78,8 +78,7 @@ def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -
         checks.append(check_base(opened, gguf_file.read(request.base)))
     running, measured = check_running(path, request, bin_dir)
     checks.append(running)
-    if failed := [check for check in checks if not check.passed]:
-        raise VerificationError(f"{path.name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
+    _raise_failed(path.name, checks)
     return {**summary(opened), **measured, "checks": [asdict(check) for check in checks]}
 
 
@@ -232,3 +231,31 @@ def check_running(path: Path, request: Request, bin_dir: Path) -> tuple[Check, d
         detail += f", at least {request.min_acceptance:.0%} must be: the head is dead or damaged"
     measured = {"drafts": drafts, "accepted": accepted, "acceptance": round(share, 4)}
     return Check("drafting", drafts > 0 and share >= request.min_acceptance, detail), measured
+
+
+def publish_split(
+    path: Path, folder: Path, limit: int, request: Request, bin_dir: Path = programs.DEFAULT_BIN,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Give a verified file its final place as `folder`, in files of at most `limit` bytes that are verified in their turn.
+
+    The report's `files` (name, bytes, sha256) and `checks` on them. Raises VerificationError, and then `folder` is as it was.
+    """
+    opened = gguf_file.read(path)
+    with split.splitting(opened, folder, folder.name, limit, progress) as files:
+        problems = split.check(opened, files)
+        checks = [Check("files", not problems, _some(problems) or f"all {len(opened.tensors)} tensors, in {len(files)}")]
+        if len(files) > 1 and not problems:
+            # The head was measured in the whole file, and these are its bytes: what is left to see is that llama.cpp finds them.
+            found, _ = check_running(files[0], replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir)
+            checks.append(replace(found, name="files load"))
+        _raise_failed(folder.name, checks)
+        sizes = [(file, file.stat().st_size) for file in files]
+        listed = [{"name": file.name, "bytes": size, "sha256": sha256(FileRange(file, 0, size))} for file, size in sizes]
+    return {"files": listed, "checks": [asdict(check) for check in checks]}
+
+
+def _raise_failed(name: str, checks: list[Check]) -> None:
+    """Raise VerificationError, naming each failed check, where there is one."""
+    if failed := [check for check in checks if not check.passed]:
+        raise VerificationError(f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))

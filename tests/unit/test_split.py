@@ -1,0 +1,299 @@
+"""A GGUF in several files is what llama-gguf-split makes of it, loads, drafts, and appears whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import BIN, CHECKPOINTS, MODELS, SCRIPTS, Run
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from mtpforge import convert, gguf_file, programs, verify
+from mtpforge.errors import ConfigError, GgufError, VerificationError
+from mtpforge.gguf_file import TensorInfo, Value
+from mtpforge.ranges import sha256
+from mtpforge.split import check, names, parse_size, plan, split
+
+M = 10**6
+
+
+def edges(path: Path) -> Path:
+    """Two tensors that fill a megabyte exactly, the second with its padding; one row; values of odd types; merged once."""
+    metadata = {
+        "general.architecture": Value.of("qwen35", GGUFValueType.STRING),
+        "split.count": Value.of(0, GGUFValueType.UINT16),
+        "a.flags": Value.of([True, False], GGUFValueType.ARRAY, GGUFValueType.BOOL),
+        "a.texts": Value.of(["", "\u4f60\u597d"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "a.none": Value.of([], GGUFValueType.ARRAY, GGUFValueType.INT32),
+        "a.f64": Value.of(0.1, GGUFValueType.FLOAT64),
+        "split.no": Value.of(3, GGUFValueType.UINT16),
+        "a.last": Value.of(-1, GGUFValueType.INT8),
+    }
+    shapes = {"full": (125_000,), "padded": (124_993,), "row": (1, 4), "rows": (1, 2, 4)}
+    infos = [TensorInfo(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()]
+    data = bytes(range(250)) * 2000
+    gguf_file.write(path, metadata, [(info, [memoryview(data)[: info.size]]) for info in infos])
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both embedded checkpoints converted (5.6 and 11.6 MB), and a file of edge cases (1 MB)."""
+    folder = tmp_path_factory.mktemp("sources")
+    for model in MODELS:
+        convert.convert(CHECKPOINTS / model, folder / f"{model}.gguf", "all", "qwen35")
+    edges(folder / "edges.gguf")
+    return {path.stem: path for path in folder.glob("*.gguf")}
+
+
+@pytest.fixture
+def source(sources: dict[str, Path]) -> Path:
+    return sources["tiny-qwen3.5"]
+
+
+def gguf_split(*arguments: object) -> None:
+    """llama.cpp's own program; `make toolchain` builds it."""
+    programs.call([programs.find(BIN, "llama-gguf-split"), *map(str, arguments)])
+
+
+def test_sizes_are_those_of_llama_gguf_split() -> None:
+    assert (parse_size("1M"), parse_size("500M"), parse_size("48G")) == (M, 500 * M, 48_000 * M)
+
+
+GARBLED = ["", "48", "G", "1.5G", "48g", "48GB", "48GiB", "0G", "-1G", "+1G", " 48G", "48G\n", "\u0664G", "9" * 5000 + "G", "1e9G"]
+
+
+@pytest.mark.parametrize("text", GARBLED, ids=lambda text: ascii(text[:8]))
+def test_a_garbled_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [
+        ("tiny-qwen3.5", "1M", 6),
+        ("tiny-qwen3.5", "3M", 2),
+        ("tiny-qwen3.5-moe", "1M", 16),
+        ("tiny-qwen3.5-moe", "7M", 2),
+        ("edges", "1M", 2),
+    ],
+)
+def test_the_files_are_those_of_llama_gguf_split(
+    sources: dict[str, Path], tmp_path: Path, name: str, size: str, count: int
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    gguf_split("--split", "--split-max-size", size, sources[name], theirs / "Some-4B.Q8_0")
+    files = split(sources[name], ours, "Some-4B.Q8_0", parse_size(size))
+    assert files == [ours / name for name in names("Some-4B.Q8_0", count)] == sorted(ours.iterdir())
+    assert files[-1].name == f"Some-4B.Q8_0-{count:05d}-of-{count:05d}.gguf"
+    assert {file.name: file.read_bytes() for file in ours.iterdir()} == {file.name: file.read_bytes() for file in theirs.iterdir()}
+    assert check(gguf_file.read(sources[name]), files) == []
+
+
+def test_llama_gguf_split_merges_the_files_to_the_source(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = gguf_file.read(sources["tiny-qwen3.5-moe"])
+    files = split(source.path, tmp_path / "out", "x", 2 * M)
+    gguf_split("--merge", files[0], tmp_path / "merged.gguf")
+    merged = gguf_file.read(tmp_path / "merged.gguf")
+    assert list(merged.tensors) == list(source.tensors)
+    assert all(sha256(merged.ranges[name]) == sha256(source.ranges[name]) for name in source.tensors)
+    assert {key: value for key, value in merged.metadata.items() if not key.startswith("split.")} == source.metadata
+    again = split(merged.path, tmp_path / "again", "x", 2 * M)  # the 0 that merging leaves behind does no harm
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
+
+
+def test_a_file_that_fits_stays_whole_under_the_plain_name(source: Path, tmp_path: Path) -> None:
+    weights = sum(gguf_file.aligned(info.size) for info in gguf_file.read(source).tensors.values())
+    (file,) = split(source, tmp_path / "out", "x", weights)
+    assert file == tmp_path / "out" / "x.gguf" and file.read_bytes() == source.read_bytes()
+    assert file.samefile(source)  # no second copy of 40 GB on the disk
+    assert len(split(source, tmp_path / "out", "x", weights - 1)) == 2  # and takes the other's place
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_limit_below_a_tensor_and_a_shard_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"600,000 bytes are too small: tensor token_embd\.weight .* takes 655,360"):
+        plan(gguf_file.read(source), 600_000)
+    shard = split(source, tmp_path / "out", "x", M)[1]
+    with pytest.raises(GgufError, match="is one shard of a split GGUF"):
+        split(shard, tmp_path / "again", "x", M)
+    assert not (tmp_path / "again").exists()
+
+
+def test_progress_counts_the_bytes_of_all_files(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    split(source, tmp_path / "out", "x", M, lambda done, total: seen.append((done, total)))
+    done, total = seen[-1]
+    assert done == total and {all_of_it for _, all_of_it in seen} == {total}
+    assert sorted(seen) == seen and len(seen) == len(gguf_file.read(source).tensors)
+
+
+@pytest.mark.parametrize("stem", ["", ".", "..", ".hidden", "a/b", "../x", "nul\0"])
+def test_a_name_that_leaves_the_folder_or_hides_is_refused(source: Path, tmp_path: Path, stem: str) -> None:
+    with pytest.raises(ConfigError, match="cannot begin the names of files"):
+        split(source, tmp_path / "out", stem, M)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "precious.gguf").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds precious\.gguf, which is no part of x"):
+        split(source, folder, "x", M)
+    os.link(source, folder / "x.gguf")
+    with pytest.raises(ConfigError, match=r"holds the input x\.gguf"):
+        split(folder / "x.gguf", folder, "x", M)
+    with pytest.raises(ConfigError, match="is a file"):
+        split(source, folder / "precious.gguf", "x", M)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["precious.gguf", "x.gguf"]
+
+
+def test_a_failure_leaves_the_folder_that_was_there(source: Path, tmp_path: Path) -> None:
+    before = split(source, tmp_path / "out", "x", 3 * M)
+
+    def fail(done: int, total: int) -> None:
+        if done > 2 * M:  # in the third file
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        split(source, tmp_path / "out", "x", M, fail)
+    assert sorted((tmp_path / "out").iterdir()) == before and [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from mtpforge.split import split\n"
+        "split(Path(sys.argv[1]), Path(sys.argv[2]), 'x', 10**6, lambda d, t: d > 2e6 and os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    assert done.returncode == -signal.SIGKILL
+    assert [entry.name for entry in tmp_path.iterdir()] == [".out.part"]
+    files = split(source, tmp_path / "out", "x", 3 * M)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and sorted((tmp_path / "out").iterdir()) == files
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Value], dict[str, TensorInfo]], object]) -> None:
+    """The same file with other metadata or tensors."""
+    opened = gguf_file.read(path)
+    metadata, tensors = dict(opened.metadata), dict(opened.tensors)
+    change(metadata, tensors)
+    payload = [
+        (info, [opened.ranges.get(name) or memoryview(bytes(info.size))])
+        for name, info in tensors.items()
+    ]  # fmt: skip
+    gguf_file.write(path, metadata, payload)
+
+
+def number(key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT16) -> Callable[[Path], None]:
+    return lambda path: rewritten(path, lambda metadata, _: metadata.update({key: Value.of(value, kind)}))
+
+
+def flip_a_bit(path: Path) -> None:
+    piece = list(gguf_file.read(path).ranges.values())[3]
+    raw = bytearray(path.read_bytes())
+    raw[piece.offset + piece.size - 1] ^= 1
+    path.write_bytes(raw)
+
+
+def lose_a_tensor(path: Path) -> None:
+    rewritten(path, lambda _, tensors: tensors.popitem())
+
+
+def another_shape(path: Path) -> None:
+    name = "blk.0.ssm_out.weight"
+    rewritten(path, lambda _, tensors: tensors.update({name: replace(tensors[name], shape=(tensors[name].elements,))}))
+
+
+def tensor_of(name: str) -> Callable[[Path], None]:
+    info = TensorInfo(name, (256,), GGMLQuantizationType.F32)
+    return lambda path: rewritten(path, lambda _, tensors: tensors.update({name: info}))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "wrong number": (number("split.no", 2), "has a wrong split.no"),
+    "wrong count": (number("split.count", 7), "has a wrong split.count"),
+    "count of another type": (number("split.count", 6, GGUFValueType.UINT32), "has a wrong split.count"),
+    "wrong total": (number("split.tensors.count", 1, GGUFValueType.INT32), "has a wrong split.tensors.count"),
+    "foreign key": (number("qwen35.block_count", 4), "has a wrong qwen35.block_count"),
+    "flipped bit": (flip_a_bit, "blk.0.ffn_down.weight differs from the source"),
+    "lost tensor": (lose_a_tensor, "is missing"),
+    "another shape": (another_shape, "blk.0.ssm_out.weight has another type or shape"),
+    "tensor twice": (tensor_of("blk.0.attn_norm.weight"), "blk.0.attn_norm.weight stands in x-00001-of-00006.gguf and x-00002"),
+    "foreign tensor": (tensor_of("blk.9.attn_norm.weight"), "blk.9.attn_norm.weight does not belong there"),
+    "truncated": (lambda path: os.truncate(path, 100_000), "truncated"),
+    "gone": (lambda path: path.unlink(), "no such file"),
+}
+
+
+@pytest.mark.parametrize(("fault", "named"), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_file_is_seen(source: Path, tmp_path: Path, fault: Callable[[Path], object], named: str) -> None:
+    files = split(source, tmp_path / "out", "x", M)
+    fault(files[1])
+    assert named in ", ".join(check(gguf_file.read(source), files))
+
+
+def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_path: Path) -> None:
+    files, opened = split(source, tmp_path / "out", "x", M), gguf_file.read(source)
+    assert any("does not find" in problem for problem in check(opened, [files[1], files[0], *files[2:]]))
+    assert any("does not find" in problem for problem in check(opened, files[:-1]))
+    assert check(opened, []) == ["there are no files"]
+    number("qwen35.context_length", 1, GGUFValueType.UINT32)(files[0])
+    assert check(opened, files) == ["x-00001-of-00006.gguf has a wrong qwen35.context_length"]
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(source.read_bytes())
+    assert check(opened, [copy]) == []
+    flip_a_bit(copy)
+    assert len(check(opened, [copy])) == 1
+
+
+def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"x is not published: files load: .*llama-server: missing"):
+        verify.publish_split(source, tmp_path / "x", M, verify.Request(prompts=("x",)), bin_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verified_file_is_published_in_files_that_load_and_draft(source: Path, run: Run, tmp_path: Path) -> None:
+    folder, report = tmp_path / "tiny-BF16", tmp_path / "report.json"
+    options = ("--prompts", CHECKPOINTS / "tiny-qwen3.5" / "prompts", "--threads", 1, "--bin", BIN, "--out", report)
+    done = run("verify.py", source, *options, "--publish", folder, "--split", "2M")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    whole = {path.name: gguf_file.FileRange(path, 0, path.stat().st_size) for path in folder.iterdir()}
+    assert found["files"] == [{"name": name, "bytes": whole[name].size, "sha256": sha256(whole[name])} for name in sorted(whole)]
+    assert list(map(str, sorted(whole))) == names("tiny-BF16", 3) and found["file"] == "tiny-BF16"
+    accepted = {entry["name"]: entry["detail"] for entry in found["checks"]}["files load"].split()
+    assert int(accepted[0]) > 0 and "drafts accepted" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--split", "48G"), "--publish names the folder"),
+        (("--split", "48", "--publish", "x"), "'48' is no size"),
+        (("--split", "1M", "--publish", "."), "cannot begin"),
+        (("--split", "1M", "--publish", SCRIPTS), "name a folder of its own"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused_before_verification(
+    source: Path, fails: Callable[..., str], tmp_path: Path, options: tuple[object, ...], named: str
+) -> None:
+    message = fails("verify.py", source, "--bin", tmp_path, *options, out=tmp_path / "report.json")
+    assert named in message  # and not that llama-server is missing
+
+
+def test_the_program(source: Path, run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
+    done = run("split.py", source, "--max-size", "3M", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names("tiny-qwen3.5", 2)]
+    assert "is no size" in fails("split.py", source, "--max-size", "3 GB", out=tmp_path / "other")
+    assert "no such file" in fails("split.py", tmp_path / "gone.gguf", "--max-size", "3M", out=tmp_path / "other")
+    assert run("split.py", source, "--max-size", "9M", "--out", tmp_path / "one", "--name", "Named").returncode == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["Named.gguf"]
