@@ -50,6 +50,21 @@ def test_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--type" not in build.verify_options(wildcards("theirs"))
 
 
+def test_a_split_variant_is_a_folder_and_a_variant_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": {"BF16": {}, "Q8_0": {"split": "2G"}}}))
+    assert build.files() == ["results/m/Name-BF16", "results/m/Name-Q8_0", "results/m/mtp-Name-Q8_0.gguf"]
+    assert build.split_options(wildcards("BF16")).endswith(" --split 48G")
+    assert build.split_options(wildcards("Q8_0")).endswith(" --split 2G")
+
+
+def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config({"variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
+    assert build.candidate(wildcards("BF16")) == build.source(wildcards()) == "results/m/work/convert/trunk.gguf"
+    assert build.head_option(wildcards()) == "" and "--head none" in build.verify_options(wildcards())
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -79,6 +94,11 @@ def test_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
         (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "tensors: a base is already quantized"),
         (config(base={"type": "Q4"}), "unknown quantization type 'Q4'"),
         (config({"variants": {"BF16": {"head": "Q8_0"}}}), "BF16 is not quantized"),
+        (config(head="none", base={"type": "Q4_K_M"}), "head: none: a base is there to be given a head"),
+        (config({"sidecar": "Q4_K_M"}), "models/m/sidecar: 'Q4_K_M' is no type for a head alone: F32, F16, BF16, Q8_0"),
+        (config({"sidecar": "IQ3_S"}), "models/m/sidecar"),
+        (config({"split": "48"}), "models/m/split: '48' does not match"),
+        (config(split="1.5G"), "models/m/variants/Q4_K_M/split"),
         ({**config(), "build": ["n"]}, "build: there is no model 'n': models has m"),
     ],
 )

@@ -63,8 +63,10 @@ rule quantize_part:
     conda:
         "../../envs/run.yaml"
     threads: 64
+    params:
+        head=build.part_head_option,
     message:
         "{wildcards.model}: quantize the {wildcards.part} alone ({wildcards.type})"
     shell:
-        "python {input.code[0]:q} {input.source:q} --type {wildcards.type}"
+        "python {input.code[0]:q} {input.source:q} --type {wildcards.type} {params.head}"
         " --threads {threads} --log {log:q} --out {output:q}"

@@ -26,6 +26,7 @@ class Wildcards(Protocol):
     model: str
     variant: str
     base: str
+    part: str
     type: str
 
 
@@ -137,6 +138,10 @@ class Build:
         """The option of quantize.py that says it; nothing where there is no head."""
         head = self.head(wildcards)
         return "" if head == NO_HEAD else f"--head {head}"
+
+    def part_head_option(self, wildcards: Wildcards) -> str:
+        """The same for a part alone: a draft model is at one type."""
+        return f"--head {wildcards.type}" if wildcards.part == "draft" else ""
 
     def converted(self, wildcards: Wildcards) -> str:
         """What conversion makes for a variant: all, or the trunk where no head is wanted; without its ending."""
@@ -250,12 +255,10 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
 
 
 def _check_sidecar(path: str, file_type: str) -> None:
-    """It is all head, so its type must be one for a head. Raises ConfigError with the key's path."""
-    try:
-        quant_types.check_file_type(file_type)
-        quant_types.check_tensor_type(file_type, low_bit=False)
-    except ConfigError as error:
-        raise ConfigError(f"config.yaml: {path}: {error}") from None
+    """It is nearly all head, so its type must be one that a head may have. Raises ConfigError with the key's path."""
+    types = [name for name in quant_types.TENSOR_TYPES if name in quant_types.FILE_TYPES and quant_types.bits(name) >= 4]
+    if file_type not in types:
+        raise ConfigError(f"config.yaml: {path}: {file_type!r} is no type for a head alone: {', '.join(types)} are")
 
 
 def validated(config: Mapping[str, Any]) -> dict[str, Any]:
