@@ -7,10 +7,10 @@ transformers, so nothing that a checkpoint brings is executed. The chat template
 import json
 import re
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from hashlib import sha256
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,19 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     path = directory / "tokenizer.json"
     text = read_text(path)
     # A process of its own: the package takes as long as all the rest, and a hostile file may end the process that reads it.
-    with ProcessPoolExecutor(1) as beside:
-        asked = beside.submit(ask_package, text)
-        settings = parse_json(path, text)
-        del text
-        try:
-            package = asked.result()
-        except (ValueError, BrokenProcessPool) as error:
-            raise CheckpointError(f"{path}: the tokenizers package cannot read it ({error})") from None
+    answers, answer = Pipe(duplex=False)
+    beside = Process(target=_answer, args=(answer, text), daemon=True)
+    beside.start()
+    answer.close()
+    settings = parse_json(path, text)
+    del text
+    try:
+        package = answers.recv()
+    except EOFError:
+        package = "it crashed"
+    beside.join()
+    if not isinstance(package, Package):
+        raise CheckpointError(f"{path}: the tokenizers package cannot read it ({package})")
     model = settings["model"]  # the package has read it, so it is there
     if model.get("type") != "BPE":
         raise CheckpointError(f"{path}: only byte-level BPE tokenizers are supported")
@@ -72,6 +77,14 @@ class Package:
     """Of the tokens beside the model's own: id -> text, normalized, and whether it is marked special."""
     checksum: str
     """sha256 of the probe's ids."""
+
+
+def _answer(connection: Connection, text: str) -> None:
+    """In a process beside ours: send what the package says, or what it says against the file."""
+    try:
+        connection.send(ask_package(text))
+    except ValueError as error:
+        connection.send(str(error))
 
 
 def ask_package(text: str) -> Package:
