@@ -29,6 +29,7 @@ MODELS = {
     "dense, 12 layers": {**QWEN3_5_2B, "num_hidden_layers": 12},
     "dense, 24 layers": QWEN3_5_2B,
     "experts, 2 layers": QWEN3_5_35B_A3B,
+    "experts, 2 layers, FP8": QWEN3_5_35B_A3B,
 }
 
 
@@ -63,7 +64,7 @@ def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
 
 def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool) -> dict[str, Any]:
     """All figures of one checkpoint. Every program finds the checkpoint in the page cache as far as that holds it."""
-    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings)
+    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings, name.endswith("FP8"))
     shards, out = sorted(checkpoint.glob("*.safetensors")), scratch / "out"
     size = sum(path.stat().st_size for path in shards)
 
