@@ -1,7 +1,7 @@
 """How fast conversion is, beside `cp` of the same bytes and upstream's converter, in one run: a table and a JSON of ratios.
 
-Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where its environment
-(`make golden` sets it up) and its source (the toolchain's) are there.
+Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where it
+is there (`make converter`).
 
 example: conversion.py --out results/bench/conversion.json
 """
@@ -78,8 +78,8 @@ def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: i
         return run(sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
 
     def theirs() -> Cost:
-        python, script = ROOT / ".venv-golden/bin/python", ROOT / "tests/golden/upstream.py"
-        source = ROOT / "resources/toolchain/source"
+        python, script = ROOT / "resources/converter/environment/bin/python", ROOT / "tests/golden/upstream.py"
+        source = ROOT / "resources/converter/source"
         return run(python, script, source, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
 
     for path in shards:  # warm
@@ -130,9 +130,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
-    upstream = (ROOT / ".venv-golden/bin/python").exists() and (ROOT / "resources/toolchain/source").is_dir()
+    upstream = (ROOT / "resources/converter/stamp.json").exists()
     if not upstream:
-        print("upstream's converter is not measured: `make check-golden` sets up its environment", file=sys.stderr)
+        print("upstream's converter is not measured: `make converter` sets it up", file=sys.stderr)
     results = []
     for name in args.models:
         print(f"measuring: {name}", file=sys.stderr, flush=True)
