@@ -6,7 +6,7 @@ checkpoint, and a real llama-server must draft with it and have drafts accepted.
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from gguf.quants import dequantize
 from . import convert, gguf_file, inject, programs, quant_types, server
 from .checkpoint import Checkpoint
 from .errors import ForgeError, GgufError, VerificationError
-from .families import Family, Hparams, family_of
+from .families import Hparams, family_of
 from .gguf_file import Gguf, squeezed
-from .quantize import Recipe, head_block, quantizable
-from .ranges import FileRange, sha256
+from .quantize import Recipe, head_blocks, quantizable
+from .ranges import CHUNK, FileRange, sha256
 
 N_PREDICT = 200
 GATE = 1.5  # times the error that a type has on heavy-tailed weights
@@ -49,20 +49,25 @@ class Request:
     prompts: tuple[str, ...] = ()
     min_acceptance: float = 0.1
     threads: int = 1
+    reference: Path | None = None
+    """In place of a checkpoint whose architecture has no family: the BF16 GGUF that upstream made and that is proven."""
+    undrafted: str | None = None
+    """Why the runtime cannot draft with this architecture, where it cannot: then loading has to do."""
 
 
 def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = gguf_file.read(path)
-    block = head_block(opened)
-    if block is None:
+    if not head_blocks(opened):
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
     checks = [check_types(opened, request)]
     if request.checkpoint:
         checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint))
+    if request.reference:
+        checks += check_against_reference(opened, gguf_file.read(request.reference))
     if request.base:
         checks.append(check_base(opened, gguf_file.read(request.base)))
-    drafting, measured = check_drafting(path, request, bin_dir)
+    drafting, measured = check_drafting(opened, request, bin_dir)
     checks.append(drafting)
     if failed := [check for check in checks if not check.passed]:
         raise VerificationError(f"{path.name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
@@ -111,7 +116,8 @@ def _some(problems: list[str]) -> str:
 def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check]:
     """Inventory and head against the checkpoint that the file is made of."""
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
-    inventory = check_inventory(opened, family, hparams)
+    expected = {row.name: row.shape for row in family.rows(hparams, "all")}
+    inventory = check_inventory(opened, expected, family.gguf_architecture)
     if not inventory.passed:
         return [inventory]
     problems = []
@@ -120,9 +126,33 @@ def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint) -> list[Check
     return [inventory, Check("head values", not problems, _some(problems) or "those of the checkpoint")]
 
 
-def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
+def check_against_reference(opened: Gguf, reference: Gguf) -> list[Check]:
+    """Inventory and head against the unquantized GGUF that the file is made of."""
+    inventory = check_inventory(opened, {name: info.shape for name, info in reference.tensors.items()}, reference.architecture)
+    if head_blocks(opened) != head_blocks(reference):
+        what = f"its head is blocks {list(head_blocks(opened))}, not {list(head_blocks(reference))}"
+        inventory = Check("inventory", False, what if inventory.passed else f"{inventory.detail}, {what}")
+    if not inventory.passed:
+        return [inventory]
+    problems = []
+    for name in inject.head_only(reference).tensors:
+        problems += compare(opened, name, _slices(reference, name))
+    return [inventory, Check("head values", not problems, _some(problems) or f"those of {reference.path.name}")]
+
+
+def _slices(reference: Gguf, name: str) -> Iterator[np.ndarray]:
+    """A tensor's values as flat float32 slices of whole rows."""
+    info, piece = reference.tensors[name], reference.ranges[name]
+    row = info.shape[-1]
+    step = max(CHUNK // 4 // row, 1) * row
+    with reference.path.open("rb") as file:
+        file.seek(piece.offset)
+        for start in range(0, info.elements, step):
+            yield _read_values(file.read, info.type, min(step, info.elements - start))
+
+
+def check_inventory(opened: Gguf, expected: Mapping[str, tuple[int, ...]], architecture: str) -> Check:
     """Names and shapes are exactly those that the architecture has."""
-    expected = {row.name: row.shape for row in family.rows(hparams, "all")}
     found = {name: info.shape for name, info in opened.tensors.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
@@ -131,9 +161,9 @@ def check_inventory(opened: Gguf, family: Family, hparams: Hparams) -> Check:
         for name in expected.keys() & found.keys()
         if squeezed(found[name]) != squeezed(expected[name])
     ]
-    if opened.architecture != family.gguf_architecture:
-        problems.append(f"architecture is {opened.architecture}, not {family.gguf_architecture}")
-    detail = _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them"
+    if opened.architecture != architecture:
+        problems.append(f"architecture is {opened.architecture}, not {architecture}")
+    detail = _some(sorted(problems)) or f"{len(expected)} tensors as {architecture} has them"
     return Check("inventory", not problems, detail)
 
 
@@ -148,7 +178,7 @@ def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
             stored = _read_values(file.read, info.type, expected.size)
             if info.type.name in ("BF16", "F32"):
                 if not np.array_equal(stored, _as_stored(expected, info.type)):
-                    return [f"{name} differs from the checkpoint near element {position:,}"]
+                    return [f"{name} differs from its source near element {position:,}"]
             else:
                 difference = (stored - expected).reshape(-1, info.shape[-1]).astype(np.float64)
                 rows = expected.reshape(-1, info.shape[-1]).astype(np.float64)
@@ -190,27 +220,22 @@ def check_base(opened: Gguf, base: Gguf) -> Check:
     return Check("trunk", not wrong, detail)
 
 
-def check_drafting(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
-    """A real llama-server loads the file, drafts one token ahead, greedily, and a share of the drafts is accepted."""
-    options = [
-        "--ctx-size",
-        "4096",
-        "--spec-type",
-        "draft-mtp",
-        "--spec-draft-n-max",
-        "1",
-        "--threads",
-        str(request.threads),
-    ]
+def check_drafting(opened: Gguf, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
+    """A real llama-server loads the file, drafts with each block of the head, greedily, and a share of the drafts is accepted."""
+    options = ["--ctx-size", "4096", "--threads", str(request.threads)]
+    if request.undrafted is None:
+        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(head_blocks(opened)))]
     drafts = accepted = 0
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with server.serve(path, Path(scratch) / "server.log", options, bin_dir) as running:
+            with server.serve(opened.path, Path(scratch) / "server.log", options, bin_dir) as running:
                 for prompt in request.prompts:
                     answer = running.completion(prompt, N_PREDICT)
                     drafts, accepted = drafts + answer.drafts, accepted + answer.accepted
         except ForgeError as error:
             return Check("drafting", False, str(error)), {}
+    if request.undrafted is not None:
+        return Check("drafting", True, f"not possible: {request.undrafted}"), {"drafts": 0, "accepted": 0, "acceptance": None}
     share = accepted / drafts if drafts else 0.0
     detail = f"{accepted} of {drafts} drafts accepted"
     if share < request.min_acceptance:
