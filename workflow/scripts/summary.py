@@ -32,7 +32,7 @@ def row(path: Path) -> tuple[str, ...]:
         size(report["bytes"]),
         f"{report['bits_per_weight']:.2f}",
         report["head"],
-        f"{accepted / drafts:.1%} ({accepted}/{drafts})",
+        f"{accepted / drafts:.1%} ({accepted}/{drafts})" if drafts else "not possible",
     )
 
 

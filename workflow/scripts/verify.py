@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from mtpforge import atomic, errors, programs
+from mtpforge import atomic, errors, gguf_file, programs, upstream
 from mtpforge.quantize import read_recipe
 from mtpforge.verify import Request, verify
 
@@ -19,7 +19,9 @@ def main() -> None:
     """Parse the command line, verify, and publish where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="F.gguf")
-    parser.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
+    source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
     parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
     parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for")
@@ -34,9 +36,9 @@ def main() -> None:
     processors = os.cpu_count() or 1
     request = Request(
         args.checkpoint, args.base, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
-        args.min_acceptance, min(args.threads or processors, processors),
+        args.min_acceptance, min(args.threads or processors, processors), args.reference, _undrafted(args.file),
     )  # fmt: skip
-    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base)
+    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base, args.reference)
     report = verify(args.file, request, args.bin)
     if args.publish:
         report["file"] = args.publish.name
@@ -44,6 +46,13 @@ def main() -> None:
     atomic.write_json(args.out, report)
     for check in report["checks"]:
         print(f"{report['file']}: {check['name']}: {check['detail']}")
+
+
+def _undrafted(file: Path) -> str | None:
+    architecture = gguf_file.read(file).architecture
+    if upstream.can_draft(architecture):
+        return None
+    return f"llama.cpp {upstream.LLAMA_CPP} loads {architecture} but cannot draft with it"
 
 
 def _prompts(folder: Path) -> tuple[str, ...]:
