@@ -1,0 +1,129 @@
+"""What upstream's converter is not even started for, and what it gets to see."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS
+from layouts import read_tensors, write_checkpoint
+from mtpforge import upstream
+from mtpforge.checkpoint import Checkpoint
+from mtpforge.errors import CheckpointError
+from mtpforge.families import FAMILIES, Hparams
+from other_architectures import MODELS, write_model
+
+Fails = Callable[..., str]
+
+
+def refusal(checkpoint: Path, part: str = "all") -> str:
+    with pytest.raises(CheckpointError) as caught:
+        upstream.check(Checkpoint(checkpoint), part)
+    return str(caught.value)
+
+
+def test_no_architecture_of_ours_is_on_the_list() -> None:
+    ours = {name for family in FAMILIES for name in family.huggingface_architectures}
+    assert not ours & upstream.ARCHITECTURES.keys()
+
+
+def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(fails: Fails, tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm", architectures=["KimiLinearForCausalLM"])
+    message = fails("convert_upstream.py", checkpoint, "--python", "/nonexistent", out=tmp_path / "out.gguf")
+    assert "KimiLinearForCausalLM" in message and all(name in message for name in upstream.ARCHITECTURES)
+
+
+def test_a_missing_environment_is_an_error_that_says_what_makes_it(fails: Fails, tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    assert "make toolchain setup-golden" in fails(
+        "convert_upstream.py", checkpoint, "--python", "/nonexistent", out=tmp_path / "out.gguf"
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_that_is_as_declared_is_accepted(tmp_path: Path, name: str) -> None:
+    upstream.check(Checkpoint(write_model(name, tmp_path / name)), "all")
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("glm", {"num_nextn_predict_layers": 0}, "declares 0 blocks"),
+    ("glm", {"num_nextn_predict_layers": None}, "declares 0 blocks"),
+    ("glm", {"num_nextn_predict_layers": "1"}, "declares '1' blocks"),
+    ("glm", {"drop": "layers.2."}, "no tensors of a head (1 blocks are declared)"),
+    ("step", {"drop": "layers.3."}, "has tensors of 1 head layers, 1 a block, and num_nextn_predict_layers declares 2"),
+    ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 a block"),
+    ("mimo", {"drop": "mtp.layers.2."}, "declares 3 blocks"),
+    ("mimo", {"drop": "mtp."}, "no tensors of a head (3 blocks are declared)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "named"), CONTRADICTIONS)
+def test_tensors_and_configuration_must_agree(tmp_path: Path, name: str, change: dict[str, Any], named: str) -> None:
+    checkpoint = write_model(name, tmp_path / name, **change)
+    assert named in refusal(checkpoint)
+    upstream.check(Checkpoint(checkpoint), "trunk")  # which needs no head
+
+
+def test_parts_that_upstream_cannot_make_are_refused(tmp_path: Path) -> None:
+    bailing = write_model("bailing", tmp_path / "bailing")
+    assert "only the whole" in refusal(bailing, "trunk") and "only the whole" in refusal(bailing, "draft")
+    assert "a vision tower" in refusal(bailing, "mmproj")
+    assert "no preprocessor_config.json" in refusal(CHECKPOINTS / "tiny-qwen3.5", "mmproj")
+
+
+def test_a_head_whose_values_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    tensors, config = (read_tensors(write_model("glm", tmp_path / "glm")), json.loads((tmp_path / "glm/config.json").read_text()))
+    key = "model.layers.2.eh_proj.weight"
+    tensors[key] = ("U8", tensors[key][1].astype("u1"))
+    packed = write_checkpoint(tmp_path / "packed", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert f"{key} is U8" in refusal(packed)
+    tensors[key] = ("F8_E4M3", tensors[key][1])
+    config["quantization_config"] = {"weight_block_size": [128, 128]}
+    unscaled = write_checkpoint(tmp_path / "unscaled", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert f"{key} is FP8 and {key}_scale_inv is missing" in refusal(unscaled)
+
+
+def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    for name in ("modeling_glm.py", "pytorch_model.bin", "state.pt", "data.pkl", "model.safetensors.index.json.py"):
+        (checkpoint / name).write_text("raise SystemExit")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"a": "b.c"}, "x": [{"auto_map": 1, "kept": 2}]}))
+    folder = upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+    assert folder.name == "glm"
+    allowed = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")
+    assert all(path.suffix in allowed for path in folder.iterdir())
+    seen = json.loads((folder / "config.json").read_text())
+    assert seen == {**config, "x": [{"kept": 2}]}
+    for shard in folder.glob("*.safetensors"):
+        assert shard.is_symlink() and shard.samefile(checkpoint / shard.name)
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json"])
+def test_only_regular_files_are_copied(tmp_path: Path, name: str) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(CheckpointError, match="regular file"):
+        upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+
+
+def test_no_secret_reaches_upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH", "PYTHONSTARTUP", "https_proxy"):
+        monkeypatch.setenv(name, "secret")
+    environment = upstream._environment(tmp_path)
+    assert "secret" not in environment.values() and environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["HOME"] == str(tmp_path)
+
+
+def test_latent_attention_is_split_by_head() -> None:
+    hparams = Hparams({"num_attention_heads": 2, "qk_nope_head_dim": 3, "v_head_dim": 1})
+    values = np.arange(2 * 4 * 5, dtype=np.float32).reshape(8, 5)
+    k, v = upstream.split_kv_b(values, hparams)
+    assert k.shape == (2, 5, 3) and v.shape == (2, 1, 5)
+    assert k[1, 4].tolist() == values[4:7, 4].tolist() and v[1].tolist() == values[7:8].tolist()
+    with pytest.raises(CheckpointError, match="kv_b_proj has 7 rows"):
+        upstream.split_kv_b(values[:7], hparams)
