@@ -199,9 +199,80 @@ def bailing() -> tuple[dict[str, Any], Shapes]:
     return {**config, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid"}, shapes
 
 
+def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
+    """Latent attention with an indexer that chooses among keys: DeepSeek V3.2 and GLM-5."""
+    indexer: Shapes = {
+        "wq_b.weight": (4 * 64, 32), "wk.weight": (64, HIDDEN), "k_norm.weight": (64,), "k_norm.bias": (64,),
+        "weights_proj.weight": (4, HIDDEN),
+    }  # fmt: skip
+    config, shapes = glm_lite()
+    for layer in range(3):
+        shapes |= prefixed(f"model.layers.{layer}.self_attn.indexer.", indexer)
+    config |= {"architectures": [architecture], "model_type": model_type, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    return {**config, "index_n_heads": 4, "index_head_dim": 64, "index_topk": 256}, shapes
+
+
+def cohere() -> tuple[dict[str, Any], Shapes]:
+    """North-Mini: attention and experts side by side behind one norm."""
+    routed = experts("gate.weight", "none", "shared_experts")
+    del routed["none"]
+    feeds = (mlp(FEED), routed, routed)
+    shapes = dict(ENDS)
+    for layer, feed in enumerate(feeds):
+        shapes |= block(f"model.layers.{layer}.", attention(), feed)
+        del shapes[f"model.layers.{layer}.post_attention_layernorm.weight"]
+    shapes |= fusion("model.layers.2.", "shared_head.norm")
+    config = {
+        "architectures": ["Cohere2MoeForCausalLM"], "model_type": "cohere2_moe", "intermediate_size": FEED, "logit_scale": 1.0,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"], "num_experts": EXPERTS,
+        "num_shared_experts": 1, "expert_selection_fn": "sigmoid",
+    }  # fmt: skip
+    return config, shapes
+
+
+def exaone() -> tuple[dict[str, Any], Shapes]:
+    """K-EXAONE, whose head llama.cpp keeps and cannot use."""
+    attend = attention(norms=True)
+    routed = experts("gate.weight", "e_score_correction_bias", "shared_experts")
+    shapes = {**ENDS, **block("model.layers.0.", attend, mlp()), **block("model.layers.1.", attend, routed)}
+    shapes |= block("mtp.layers.0.", attend, mlp()) | {"mtp.fc.weight": (HIDDEN, 2 * HIDDEN)}
+    shapes |= {f"mtp.{name}.weight": (HIDDEN,) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    config = {
+        "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe", "num_experts": EXPERTS, "num_shared_experts": 1,
+        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "sliding_window": 128, "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    return config, shapes
+
+
+def ling() -> tuple[dict[str, Any], Shapes]:
+    """Ling 3.0: a layer of linear attention, one of gated latent attention, which the head has too."""
+    attend: Shapes = {**latent_attention(), "g_proj.weight": (HEADS, HIDDEN), "dense.weight": (HIDDEN, HEADS * 64)}
+    del attend["o_proj.weight"]
+    wide = HEADS * SIZE
+    linear: Shapes = {f"{name}_proj.weight": (wide, HIDDEN) for name in "qkvfg"} | {"o_proj.weight": (HIDDEN, wide)}
+    linear |= {f"{name}_conv1d.weight": (wide, 1, 4) for name in "qkv"}
+    linear |= {"b_proj.weight": (HEADS, HIDDEN), "A_log": (HEADS,), "dt_bias": (wide,), "o_norm.weight": (SIZE,)}
+    routed = experts("gate.weight", "gate.expert_bias", "shared_experts")
+    ends = {name.replace("embed_tokens", "word_embeddings"): shape for name, shape in ENDS.items()}
+    shapes = {**ends, **block("model.layers.0.", linear, mlp(), "attention")}
+    shapes |= block("model.layers.1.", attend, routed, "attention") | block("model.layers.2.", attend, routed, "attention")
+    shapes |= fusion("model.layers.2.", "final_layernorm")
+    latent = {key: value for key, value in glm_lite()[0].items() if key.endswith(("lora_rank", "head_dim"))}
+    config = {
+        "architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_moe_v3", "num_experts": EXPERTS,
+        "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid", "layer_group_size": 2,
+        "no_kda_lora": True, "kda_safe_gate": True, "kda_lower_bound": -5.0, "short_conv_kernel_size": 4,
+        "gated_attention_proj_granularity_type": "head_wise", "moe_shared_expert_intermediate_size": FEED,
+    }  # fmt: skip
+    return {**latent, **config, "head_dim": SIZE}, shapes
+
+
 MODELS: dict[str, Callable[[], tuple[dict[str, Any], Shapes]]] = {
     "glm": glm, "glm-fp8": glm, "glm-lite": glm_lite, "step": step, "nemotron": nemotron, "mimo": mimo, "hunyuan": hunyuan,
-    "bailing": bailing,
+    "mimo-fp8": mimo, "bailing": bailing, "cohere": cohere, "exaone": exaone, "ling": ling,
+    "glm-dsa": lambda: sparse("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
+    "deepseek": lambda: sparse("DeepseekV32ForCausalLM", "deepseek_v32"),
 }  # fmt: skip
 
 
@@ -219,11 +290,9 @@ def tensors_of(name: str, shapes: Shapes) -> Tensors:
     result: Tensors = {}
     for key, shape in shapes.items():
         values = rng.standard_normal(shape) * 0.05
-        if "embed" in key:
-            values = embedding
-        elif key.endswith(("lm_head.weight", "shared_head.head.weight", "shared_head.output.weight")):
-            values = output
-        elif key.endswith("eh_proj.weight"):
+        if shape[0] == VOCABULARY:
+            values = embedding if "embed" in key else output
+        elif key.endswith(("eh_proj.weight", "mtp.fc.weight")):
             values = np.hstack([np.eye(HIDDEN), np.zeros((HIDDEN, HIDDEN))])
         elif "norm" in key and name != "step":
             values += 1
@@ -233,12 +302,28 @@ def tensors_of(name: str, shapes: Shapes) -> Tensors:
     return result
 
 
+def by_rank(tensors: Tensors, ranks: int = 4) -> Tensors:
+    """Fused projections in FP8 as MiMo has them: the rows of each of `ranks` together, with scales of their own."""
+    result = dict(tensors)
+    for name, (dtype, codes) in tensors.items():
+        if name.endswith("qkv_proj.weight"):
+            parts = np.split(codes, [HEADS * SIZE, (HEADS + KEYS) * SIZE])
+            halves = [np.concatenate(rows) for rows in zip(*(np.split(part, ranks) for part in parts), strict=True)]
+            result[name] = (dtype, np.concatenate(halves))
+            scale = tensors[f"{name}_scale_inv"][1]  # one for the whole, which is smaller than a block
+            growing = 1 + np.arange(ranks, dtype=np.float32)[:, None] / 8
+            result[f"{name}_scale_inv"] = ("F32", scale * growing)
+    return result
+
+
 def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Path:
     """A checkpoint in two shards with the embedded tokenizer, without tensors whose name has `drop` in it."""
     settings, shapes = MODELS[name]()
     config = {**COMMON, **settings, **changes}
     tensors = {key: value for key, value in tensors_of(name, shapes).items() if drop not in key}
-    if name.endswith("fp8"):
+    if name == "mimo-fp8":
+        tensors = by_rank(eight_bit(config, tensors))
+    elif name.endswith("fp8"):
         tensors = eight_bit(config, tensors)
     write_checkpoint(folder, CHECKPOINTS / "tiny-qwen3.5", config, tensors, shards=2)
     path = folder / "tokenizer.json"
@@ -246,4 +331,9 @@ def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Pa
     fields = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"] += [{"id": 1268 + i, "content": text, **fields, "special": True} for i, text in enumerate(SPECIAL)]
     path.write_text(json.dumps(tokenizer))
+    if name == "deepseek":  # of which upstream demands a first token
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|endoftext|>"}
+        del settings["add_prefix_space"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

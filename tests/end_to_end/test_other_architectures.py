@@ -24,8 +24,8 @@ from other_architectures import HIDDEN, MODELS, write_model
 
 PYTHON = ROOT / ".venv-golden" / "bin" / "python"
 SOURCE = ROOT / "resources" / "toolchain" / "source"
-BLOCKS = {"step": 2, "mimo": 3}  # of the heads that have more than one
-UNDRAFTED = {"bailing"}
+BLOCKS = {"step": 2, "mimo": 3, "mimo-fp8": 3}  # of the heads that have more than one
+UNDRAFTED = {"bailing", "exaone"}
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="upstream's environment is missing: `make setup-golden`")
 
@@ -238,6 +238,7 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
         ("step", "ffn_up_exps.weight"),
         ("nemotron", "attn_k.weight"),
         ("mimo", "attn_sinks.weight"),
+        ("mimo-fp8", "attn_qkv.weight"),
         ("bailing", "exp_probs_b.bias"),
     ],
 )

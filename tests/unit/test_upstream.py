@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import summary
 from conftest import CHECKPOINTS
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from layouts import read_tensors, write_checkpoint
-from mtpforge import upstream
+from mtpforge import gguf_file, inject, quantize, upstream
 from mtpforge.checkpoint import Checkpoint
-from mtpforge.errors import CheckpointError
+from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.families import FAMILIES, Hparams
+from mtpforge.gguf_file import Gguf, TensorInfo, Value
 from other_architectures import MODELS, write_model
 
 Fails = Callable[..., str]
@@ -117,6 +120,60 @@ def test_no_secret_reaches_upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     environment = upstream._environment(tmp_path)
     assert "secret" not in environment.values() and environment["HF_HUB_OFFLINE"] == "1"
     assert environment["HOME"] == str(tmp_path)
+
+
+def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str) -> Gguf:
+    """A GGUF of that many blocks, the last `heads` of them with the tensors named."""
+    metadata = {
+        "general.architecture": Value.of(architecture, GGUFValueType.STRING),
+        f"{architecture}.block_count": Value.of(blocks, GGUFValueType.UINT32),
+        f"{architecture}.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
+    }
+    infos = [TensorInfo(f"blk.{i}.{name}", (1,), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names]
+    gguf_file.write(path, metadata, [(info, [memoryview(bytes(4))]) for info in infos])
+    return gguf_file.read(path)
+
+
+def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> None:
+    def reason(architecture: str, *names: str) -> str | None:
+        return upstream.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
+
+    assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
+    assert reason("exaone-moe", "attn_q.weight") == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
+    assert reason("mimo2", "attn_qkv.weight") is None
+    assert "a head that has no attn_qkv.weight" in str(reason("mimo2", "attn_q.weight"))
+
+
+def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
+    several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
+    assert quantize.plan_overrides(several, "Q4_0", None, ()) == [(r"^blk\.(9|10|11)\.", "Q8_0")]
+    assert inject.head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
+    one = head_of(tmp_path / "one.gguf", "mimo2", 12, 1, "attn_q.weight")
+    assert quantize.plan_overrides(one, "Q4_0", None, ()) == [(r"^blk\.11\.", "Q8_0")]
+
+
+def test_a_head_of_several_blocks_is_not_injected(tmp_path: Path) -> None:
+    base, head = head_of(tmp_path / "base.gguf", "mimo2", 2, 0), head_of(tmp_path / "head.gguf", "mimo2", 4, 2, "attn_q.weight")
+    with pytest.raises(GgufError, match="a head of 2 blocks: only a head of one block can be injected"):
+        inject.assemble(base, head, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("heads", [12, 4_000_000_000])
+def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: int) -> None:
+    with pytest.raises(GgufError, match="that cannot be"):
+        quantize.head_blocks(_declaring(tmp_path / "odd.gguf", heads))
+
+
+def _declaring(path: Path, heads: int) -> Gguf:
+    opened = head_of(path, "mimo2", 12, 1, "attn_q.weight")
+    metadata = {**opened.metadata, "mimo2.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32)}
+    return Gguf(opened.path, metadata, opened.tensors, opened.ranges)
+
+
+def test_the_summary_says_where_drafting_is_not_possible(tmp_path: Path) -> None:
+    report = {"file": "a.gguf", "bytes": 10, "bits_per_weight": 8.5, "head": "Q8_0", "drafts": 0, "accepted": 0}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert summary.row(tmp_path / "report.json")[-1] == "not possible"
 
 
 def test_latent_attention_is_split_by_head() -> None:

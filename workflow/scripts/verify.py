@@ -36,7 +36,8 @@ def main() -> None:
     processors = os.cpu_count() or 1
     request = Request(
         args.checkpoint, args.base, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
-        args.min_acceptance, min(args.threads or processors, processors), args.reference, _undrafted(args.file),
+        args.min_acceptance, min(args.threads or processors, processors), args.reference,
+        upstream.undrafted(gguf_file.read(args.file)),
     )  # fmt: skip
     atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base, args.reference)
     report = verify(args.file, request, args.bin)
@@ -46,13 +47,6 @@ def main() -> None:
     atomic.write_json(args.out, report)
     for check in report["checks"]:
         print(f"{report['file']}: {check['name']}: {check['detail']}")
-
-
-def _undrafted(file: Path) -> str | None:
-    architecture = gguf_file.read(file).architecture
-    if upstream.can_draft(architecture):
-        return None
-    return f"llama.cpp {upstream.LLAMA_CPP} loads {architecture} but cannot draft with it"
 
 
 def _prompts(folder: Path) -> tuple[str, ...]:

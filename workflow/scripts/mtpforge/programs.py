@@ -26,13 +26,18 @@ def find(bin_dir: Path, name: str) -> Path:
     return path.resolve()
 
 
-def call(command: Sequence[str | Path], log: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+def call(
+    command: Sequence[str | Path],
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> None:
     """Run a program to its end, its output into `log`. Raises ToolchainError with the reason that it gave.
 
-    `environment` is all that the program gets of one; None passes on our own.
+    `environment` is all that the program gets of one; None passes on our own. `name` is what messages call it.
     """
     words = [str(word) for word in command]
-    name, tail, shown = Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
+    name, tail, shown = name or Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
         (log or Path(os.devnull)).open("w", encoding="utf-8") as kept,
         subprocess.Popen(

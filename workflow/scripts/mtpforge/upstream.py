@@ -24,7 +24,7 @@ from gguf.constants import GGMLQuantizationType
 from . import convert, fp8, gguf_file, inject, programs
 from .atomic import replacing
 from .checkpoint import INDEX, Checkpoint, CheckpointTensor, read_json
-from .errors import CheckpointError, GgufError
+from .errors import CheckpointError, GgufError, ToolchainError
 from .families import Hparams
 from .families.table import BF16, F32
 from .gguf_file import Gguf
@@ -32,6 +32,7 @@ from .quantize import head_blocks
 from .ranges import FileRange, sha256
 
 LLAMA_CPP = "0c1e57098"
+PROGRAM = "convert_hf_to_gguf.py"
 RUNNER = Path(run_upstream.__file__)  # imported for this only: so it is among the code that a rule depends on
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -87,11 +88,16 @@ class Architecture:
     """Whether upstream can leave the head out (--no-mtp) or write it alone (--mtp)."""
     drafts: bool = True
     """Whether llama-server can draft with it."""
+    needs: str = ""
+    """A tensor without which, in each block of the head, it cannot."""
+    ranked: str = ""
+    """Ending of a fused projection of which, in FP8, each rank of a cluster quantized its own rows."""
     changes: Mapping[str, Change] = field(default_factory=dict)
     """Ending of a tensor's name -> what upstream does to its values."""
 
 
 _LATENT = {"kv_b_proj.weight": split_kv_b}
+_MIMO = Architecture("mimo2", prefix="model.mtp.", blocks=3, needs="attn_qkv.weight", ranked="qkv_proj.weight")
 _LLAMA = {"q_proj.weight": interleaved("num_attention_heads"), "k_proj.weight": interleaved("num_key_value_heads")}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -103,8 +109,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Step3p5ForCausalLM": Architecture("step35", changes={"norm.weight": plus_one}),
     "Step3p7ForConditionalGeneration": Architecture("step35", changes={"norm.weight": plus_one}),
     "NemotronHForCausalLM": Architecture("nemotron_h_moe", prefix="mtp.", layers=2, changes=_LLAMA),
-    "MiMoV2FlashForCausalLM": Architecture("mimo2", prefix="model.mtp.", blocks=3),
-    "MiMoV2ForCausalLM": Architecture("mimo2", prefix="model.mtp.", blocks=3),
+    "MiMoV2FlashForCausalLM": _MIMO,
+    "MiMoV2ForCausalLM": _MIMO,
     "HYV3ForCausalLM": Architecture("hy_v3"),
     "Cohere2MoeForCausalLM": Architecture("cohere2moe", splits=False),
     "BailingMoeV2ForCausalLM": Architecture("bailingmoe2", splits=False, drafts=False),
@@ -122,9 +128,15 @@ VISION = (
 """The architectures, ours among them, whose vision tower upstream can write."""
 
 
-def can_draft(gguf_architecture: str) -> bool:
-    """Whether the pinned llama-server can draft with a head of this `general.architecture`."""
-    return all(entry.drafts for entry in ARCHITECTURES.values() if entry.gguf == gguf_architecture)
+def undrafted(made: Gguf) -> str | None:
+    """Why the pinned llama-server cannot draft with the head of a file; None where it can."""
+    for entry in ARCHITECTURES.values():
+        if entry.gguf == made.architecture:
+            if not entry.drafts:
+                return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with it"
+            if entry.needs and any(f"blk.{block}.{entry.needs}" not in made.tensors for block in head_blocks(made)):
+                return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with a head that has no {entry.needs}"
+    return None
 
 
 def convert_upstream(
@@ -138,15 +150,15 @@ def convert_upstream(
     """
     checkpoint = Checkpoint(directory)
     check(checkpoint, part)
-    for path in (python, source / "convert_hf_to_gguf.py"):
+    for path in (python, source / PROGRAM):
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing: `make toolchain setup-golden` installs upstream's converter")
+            raise ToolchainError(f"{path}: missing: `make toolchain setup-golden` installs upstream's converter")
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python.absolute(), "-I", RUNNER, *options, source.resolve()]
         command += [folder, *PARTS[part], "--outfile", temporary]
-        programs.call(command, log, _environment(Path(scratch)))
+        programs.call(command, log, _environment(Path(scratch)), PROGRAM)
         prove(gguf_file.read(temporary), checkpoint, part)
 
 
@@ -163,6 +175,8 @@ def check(checkpoint: Checkpoint, part: str) -> None:
     if part == "mmproj":
         if not any("visual." in tensor or "vision_" in tensor for tensor in checkpoint.tensors):
             raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
+        if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
+            raise CheckpointError(f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, which a vision tower needs")
         return
     architecture = ARCHITECTURES[name]
     if part != "all" and not architecture.splits:
@@ -215,10 +229,10 @@ def _plain(name: str) -> str:
 
 # ── a folder without code ───────────────────────────────────────────────────────────────────────────────────────────
 
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _JSON = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template.json",
+    "added_tokens.json", "vocab.json", *_PREPROCESSORS, "video_preprocessor_config.json", "chat_template.json",
 )  # fmt: skip
 _COPIED = ("README.md", "chat_template.jinja", "merges.txt", "tokenizer.model")
 _COPIED_LIMIT = 100 << 20
@@ -349,7 +363,7 @@ def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[tupl
             continue
         array, dtype = checkpoint.array(tensor), tensor.dtype
         if dtype == fp8.DTYPE:
-            array, dtype = _dequantized(checkpoint, tensor), "F32"
+            array, dtype = _dequantized(checkpoint, tensor, architecture), "F32"
         change = next((change for ending, change in architecture.changes.items() if tensor.name.endswith(ending)), None)
         if change is not None:
             yield from ((tensor.name, 0, values, "F32") for values in change(convert.decode(array, dtype), hparams))
@@ -363,9 +377,35 @@ def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[tupl
 _CONSUMED = (fp8.SUFFIX, ".rotary_emb.inv_freq")  # endings of what becomes no tensor: scales, and what is computed anew
 
 
-def _dequantized(checkpoint: Checkpoint, tensor: CheckpointTensor) -> np.ndarray:
+def _dequantized(checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture) -> np.ndarray:
+    """An FP8 tensor's float32 values, as upstream computes them."""
     scale, block = checkpoint.tensors[tensor.name + fp8.SUFFIX], fp8.block_size(checkpoint.config)
-    return fp8.dequantize(checkpoint.array(tensor), convert.decode(checkpoint.array(scale), scale.dtype), block)
+    codes, scales = checkpoint.array(tensor), convert.decode(checkpoint.array(scale), scale.dtype)
+    if not _is_ranked(tensor, architecture):
+        return fp8.dequantize(codes, scales, block)
+    count, hparams = _ranks(tensor, scale, block), Hparams(checkpoint.config)
+    heads, keys = hparams.count("num_attention_heads"), hparams.count("swa_num_key_value_heads")
+    size, value = hparams.count("head_dim"), hparams.count("v_head_dim")
+    if tensor.shape[0] != (heads + keys) * size + keys * value:
+        raise CheckpointError(f"{tensor.shard}: {tensor.name} has {tensor.shape[0]} rows, which config.json contradicts")
+    cuts = [heads * size // count, (heads + keys) * size // count]
+    ranks = [fp8.dequantize(*pair, block) for pair in zip(np.split(codes, count), np.split(scales, count), strict=True)]
+    parts = [np.split(rank, cuts) for rank in ranks]
+    return np.concatenate([part[which] for which in range(3) for part in parts])
+
+
+def _is_ranked(tensor: CheckpointTensor, architecture: Architecture) -> bool:
+    return bool(architecture.ranked) and tensor.name.endswith(architecture.ranked)
+
+
+def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: tuple[int, int]) -> int:
+    """How many ranks a fused projection was quantized by; 0 where the scales' shape tells no such number."""
+    for count in (8, 4):  # as upstream tries them
+        each = (tensor.shape[0] // count, *tensor.shape[1:])
+        rows, *columns = fp8.scale_shape(each, block)
+        if tensor.shape[0] % count == 0 and scale.shape == (count * rows, *columns):
+            return count
+    return 0
 
 
 def check_types(checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -374,16 +414,20 @@ def check_types(checkpoint: Checkpoint, architecture: Architecture) -> None:
         if tensor.name.endswith(_CONSUMED):
             continue
         if tensor.dtype == fp8.DTYPE:
-            scale = checkpoint.tensors.get(tensor.name + fp8.SUFFIX)
-            block = fp8.block_size(checkpoint.config)
-            if scale is None or scale.shape != fp8.scale_shape(tensor.shape, block) or scale.dtype not in ("BF16", "F32"):
-                raise CheckpointError(
-                    f"{tensor.shard}: {tensor.name} is FP8 and {tensor.name}{fp8.SUFFIX} is missing or of another shape"
-                )
+            _check_scale(checkpoint, tensor, architecture)
         elif tensor.dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(f"{tensor.shard}: {tensor.name} is {tensor.dtype}: a head in BF16, F16, F32 or FP8 can be proven")
         if not tensor.size:
             raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty")
+
+
+def _check_scale(checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture) -> None:
+    scale, block = checkpoint.tensors.get(tensor.name + fp8.SUFFIX), fp8.block_size(checkpoint.config)
+    if scale is not None and scale.dtype in ("BF16", "F32") and len(tensor.shape) > 1:
+        ranked = _is_ranked(tensor, architecture)
+        if _ranks(tensor, scale, block) if ranked else scale.shape == fp8.scale_shape(tensor.shape, block):
+            return
+    raise CheckpointError(f"{tensor.shard}: {tensor.name} is FP8 and {tensor.name}{fp8.SUFFIX} is missing or of another shape")
 
 
 def _digest(values: np.ndarray, dtype: str, kind: GGMLQuantizationType) -> str:
