@@ -52,13 +52,13 @@ def test_a_head_that_is_as_declared_is_accepted(tmp_path: Path, name: str) -> No
 
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("glm", {"num_nextn_predict_layers": 0}, "declares 0 blocks"),
-    ("glm", {"num_nextn_predict_layers": None}, "declares 0 blocks"),
-    ("glm", {"num_nextn_predict_layers": "1"}, "declares '1' blocks"),
+    ("glm", {"num_nextn_predict_layers": 0}, "but 0 blocks are declared"),
+    ("glm", {"num_nextn_predict_layers": None}, "but 0 blocks are declared"),
+    ("glm", {"num_nextn_predict_layers": "1"}, "but '1' blocks are declared"),
     ("glm", {"drop": "layers.2."}, "no tensors of a head (1 blocks are declared)"),
-    ("step", {"drop": "layers.3."}, "has tensors of 1 head layers, 1 a block, and num_nextn_predict_layers declares 2"),
-    ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 a block"),
-    ("mimo", {"drop": "mtp.layers.2."}, "declares 3 blocks"),
+    ("step", {"drop": "layers.3."}, "has tensors of 1 head layers, 1 to a block, but 2 blocks are declared"),
+    ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 to a block"),
+    ("mimo", {"drop": "mtp.layers.2."}, "but 3 blocks are declared"),
     ("mimo", {"drop": "mtp."}, "no tensors of a head (3 blocks are declared)"),
 ]
 

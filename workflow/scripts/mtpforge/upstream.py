@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import run_upstream
+import run_upstream  # only for its place: so it is among the code that a rule depends on
 from gguf.constants import GGMLQuantizationType
 
 from . import convert, fp8, gguf_file, inject, programs
@@ -33,7 +33,7 @@ from .ranges import FileRange, sha256
 
 LLAMA_CPP = "0c1e57098"
 PROGRAM = "convert_hf_to_gguf.py"
-RUNNER = Path(run_upstream.__file__)  # imported for this only: so it is among the code that a rule depends on
+RUNNER = Path(run_upstream.__file__)
 
 PARTS: dict[str, tuple[str, ...]] = {
     "all": ("--outtype", "bf16"),
@@ -200,8 +200,8 @@ def count_blocks(checkpoint: Checkpoint, architecture: Architecture) -> int:
         )
     if found != declared or rest:
         raise CheckpointError(
-            f"{checkpoint.directory}: has tensors of {len(numbers)} head layers, {architecture.layers} a block, "
-            f"and num_nextn_predict_layers declares {declared!r} blocks"
+            f"{checkpoint.directory}: has tensors of {len(numbers)} head layers, {architecture.layers} to a block, "
+            f"but {declared!r} blocks are declared (num_nextn_predict_layers in config.json)"
         )
     return found
 
