@@ -78,9 +78,10 @@ def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: i
         return run(sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
 
     def theirs() -> Cost:
-        python, script = ROOT / "resources/converter/environment/bin/python", ROOT / "tests/golden/upstream.py"
+        python, script = ROOT / "resources/converter/environment/bin/python", ROOT / "workflow/scripts/run_upstream.py"
         source = ROOT / "resources/converter/source"
-        return run(python, script, source, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
+        upstream = [python, "-I", script, "--tokenizer-pre", "qwen35", source]
+        return run(*upstream, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
 
     for path in shards:  # warm
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)

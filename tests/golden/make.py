@@ -15,6 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+RUNNER = ROOT / "workflow" / "scripts" / "run_upstream.py"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from digest import differences, digest  # noqa: E402
@@ -49,7 +50,8 @@ def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         checkpoint = write_layout(name, Path(scratch))
         for part, options in PARTS.items():
             out = Path(scratch) / f"{part}.gguf"
-            command = [sys.executable, HERE / "upstream.py", source, checkpoint, "--outtype", "bf16", *options, "--outfile", out]
+            command = [sys.executable, "-I", RUNNER, "--tokenizer-pre", "qwen35", source, checkpoint, "--outtype", "bf16"]
+            command += [*options, "--outfile", out]
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"error: upstream cannot convert {name} ({part}):\n{done.stderr[-2000:]}")

@@ -17,8 +17,9 @@ from .ranges import FileRange, sha256
 
 # Never *.bin, *.pt or *.py: nothing that could be executed reaches the disk.
 _WANTED = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors|model\.safetensors\.index\.json|(config|generation_config|tokenizer|tokenizer_config)"
-    r"\.json|chat_template\.(jinja|json)|merges\.txt|vocab\.json|README\.md"
+    r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors|model\.safetensors\.index\.json|(config|generation_config|tokenizer|tokenizer_config"
+    r"|special_tokens_map|added_tokens|vocab|preprocessor_config|processor_config|video_preprocessor_config)\.json"
+    r"|chat_template\.(jinja|json)|merges\.txt|tokenizer\.model|README\.md"
 )
 
 _FAILURES = (
