@@ -102,7 +102,6 @@ _LLAMA = {"q_proj.weight": interleaved("num_attention_heads"), "k_proj.weight": 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "Glm4MoeForCausalLM": Architecture("glm4moe"),
-    "Glm4vMoeForConditionalGeneration": Architecture("glm4moe"),
     "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT),
     "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT),
     "DeepseekV32ForCausalLM": Architecture("deepseek32", changes=_LATENT),
@@ -119,11 +118,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ExaoneMoeForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
 }
 """Name in config.json -> what is known of it. Not here: heads that upstream drops (DeepSeek V3, ERNIE), tokenizers that need code
-of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), and architectures that we convert ourselves."""
+of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation llama-server
+aborts, and architectures that we convert ourselves."""
 
 VISION = (
-    "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Glm4vMoeForConditionalGeneration",
-    "Step3p7ForConditionalGeneration", "MiMoV2ForCausalLM",
+    "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Step3p7ForConditionalGeneration",
+    "MiMoV2ForCausalLM",
 )  # fmt: skip
 """The architectures, ours among them, whose vision tower upstream can write."""
 
@@ -158,7 +158,13 @@ def convert_upstream(
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python.absolute(), "-I", RUNNER, *options, source.resolve()]
         command += [folder, *PARTS[part], "--outfile", temporary]
-        programs.call(command, log, _environment(Path(scratch)), PROGRAM)
+        try:
+            programs.call(command, log, _environment(Path(scratch)), PROGRAM)
+        except ToolchainError as error:
+            hint = f"the whole log is {log}" if log else "--log FILE keeps all that it says"
+            if "pre-tokenizer" in str(error):
+                hint = "name that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
+            raise ToolchainError(f"{directory}: {error}: {hint}") from None
         prove(gguf_file.read(temporary), checkpoint, part)
 
 
