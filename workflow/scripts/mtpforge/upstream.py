@@ -257,8 +257,12 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         (folder / shard).symlink_to((checkpoint.directory / shard).resolve(strict=True))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     for name in _JSON:
-        if (checkpoint.directory / name).exists():
-            (folder / name).write_text(json.dumps(_without_auto_map(read_json(checkpoint.directory / name))))
+        path = checkpoint.directory / name
+        if path.exists():
+            try:
+                (folder / name).write_text(json.dumps(_without_auto_map(read_json(path))))
+            except RecursionError:
+                raise CheckpointError(f"{path}: is nested deeper than any real one: not read") from None
     for name in _COPIED:
         path = checkpoint.directory / name
         if path.exists():
@@ -269,8 +273,10 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
 
 
 def _without_auto_map(value: Any) -> Any:
+    """The same without that key at any depth; with a number it is a word of a vocabulary, and stays."""
     if isinstance(value, dict):
-        return {key: _without_auto_map(entry) for key, entry in value.items() if key != "auto_map"}
+        kept = {key: entry for key, entry in value.items() if key != "auto_map" or type(entry) is int}
+        return {key: _without_auto_map(entry) for key, entry in kept.items()}
     return [_without_auto_map(entry) for entry in value] if isinstance(value, list) else value
 
 
