@@ -269,8 +269,8 @@ def ling() -> tuple[dict[str, Any], Shapes]:
 
 
 MODELS: dict[str, Callable[[], tuple[dict[str, Any], Shapes]]] = {
-    "glm": glm, "glm-fp8": glm, "glm-lite": glm_lite, "step": step, "nemotron": nemotron, "mimo": mimo, "hunyuan": hunyuan,
-    "mimo-fp8": mimo, "bailing": bailing, "cohere": cohere, "exaone": exaone, "ling": ling,
+    "glm": glm, "glm-lite": glm_lite, "step": step, "step-wrapped": step, "nemotron": nemotron, "mimo": mimo, "mimo-fp8": mimo,
+    "hunyuan": hunyuan, "bailing": bailing, "cohere": cohere, "exaone": exaone, "ling": ling,
     "glm-dsa": lambda: sparse("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
     "deepseek": lambda: sparse("DeepseekV32ForCausalLM", "deepseek_v32"),
 }  # fmt: skip
@@ -294,7 +294,7 @@ def tensors_of(name: str, shapes: Shapes) -> Tensors:
             values = embedding if "embed" in key else output
         elif key.endswith(("eh_proj.weight", "mtp.fc.weight")):
             values = np.hstack([np.eye(HIDDEN), np.zeros((HIDDEN, HIDDEN))])
-        elif "norm" in key and name != "step":
+        elif "norm" in key and not name.startswith("step"):
             values += 1
         elif key.endswith(("o_proj.weight", "out_proj.weight", "dense.weight", "down_proj.weight")):
             values *= 0.02
@@ -323,8 +323,9 @@ def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Pa
     tensors = {key: value for key, value in tensors_of(name, shapes).items() if drop not in key}
     if name == "mimo-fp8":
         tensors = by_rank(eight_bit(config, tensors))
-    elif name.endswith("fp8"):
-        tensors = eight_bit(config, tensors)
+    if name == "step-wrapped":
+        tensors = {key.replace("model.", "model.language_model.", 1): value for key, value in tensors.items()}
+        config = {"architectures": ["Step3p7ForConditionalGeneration"], "vision_config": {}, "text_config": config}
     write_checkpoint(folder, CHECKPOINTS / "tiny-qwen3.5", config, tensors, shards=2)
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

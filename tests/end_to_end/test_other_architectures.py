@@ -5,20 +5,21 @@ Tiny models of each architecture, written here. Needs the toolchain and upstream
 
 import base64
 import json
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
-from mtpforge import gguf_file, server, upstream
+from layouts import read_tensors, write_checkpoint
+from mtpforge import gguf_file, quantize, server, upstream, verify
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.errors import GgufError
 from mtpforge.gguf_file import Gguf
@@ -27,7 +28,7 @@ from other_architectures import HIDDEN, MODELS, write_model
 
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON, SOURCE = CONVERTER / "environment" / "bin" / "python", CONVERTER / "source"
-BLOCKS = {"step": 2, "mimo": 3, "mimo-fp8": 3}  # of the heads that have more than one
+BLOCKS = {"step": 2, "step-wrapped": 2, "mimo": 3, "mimo-fp8": 3}  # of the heads that have more than one
 UNDRAFTED = {"bailing", "exaone"}
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="upstream's environment is missing: `make converter`")
@@ -101,6 +102,8 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         options = ("--converter", CONVERTER, "--tokenizer-pre", "qwen35", "--log", folder / f"{out}.log")
         files = (done.checkpoint(name), "--part", part, "--out", folder / f"{out}.gguf")
         jobs[out] = [sys.executable, SCRIPTS / "convert_upstream.py", *files, *options]
+    jobs["unnamed"] = [word for word in jobs["glm"] if word not in ("--tokenizer-pre", "qwen35")]
+    jobs["unnamed"][jobs["unnamed"].index(folder / "glm.gguf")] = folder / "unnamed.gguf"
     # Of these, Nemotron is the one with which upstream trusts the checkpoint's code.
     jobs["runner"] = [PYTHON, "-I", SCRIPTS / "run_upstream.py", "--tokenizer-pre", "qwen35", SOURCE, done.checkpoint("nemotron")]
     jobs["runner"] += ["--outfile", folder / "runner.gguf"]
@@ -136,6 +139,13 @@ def test_the_runner_refuses_code_that_the_folder_would_have_kept_out(made: Made)
     done = made.runs["runner"]
     assert done.returncode != 0 and "wants to run code of its own: refused" in done.stderr
     assert not (made.folder / "runner.gguf").exists()
+
+
+def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -> None:
+    done = made.runs["unnamed"]
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert "--tokenizer-pre" in done.stderr and str(made.checkpoint("glm")) in done.stderr
+    assert not list(made.folder.glob("*unnamed*"))
 
 
 def test_the_trunk_has_no_head(made: Made) -> None:
@@ -180,19 +190,13 @@ def test_a_model_sees_pictures_through_its_tower(made: Made, run, toolchain: Pat
 # ── drafting ──
 
 
-def verified(run: Callable[..., Any], file: Path, out: Path, *options: object) -> dict[str, Any]:
-    done = run("verify.py", file, "--min-acceptance", 0.9, "--threads", 1, "--out", out, *options)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(out.read_text()))
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, run, tmp_path: Path, name: str) -> None:
+def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolchain: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "quantized.gguf"
-    done = run("quantize.py", made.file(name), "--type", "Q4_0", "--head", "Q8_0", "--threads", 1, "--out", out)
-    assert done.returncode == 0, done.stderr
-    asked = ("--reference", made.file(name), "--type", "Q4_0", "--head", "Q8_0")
-    report = verified(run, out, tmp_path / "report.json", *asked)
+    quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
+    prompts = ("The quick brown fox", "def area(")
+    request = verify.Request(reference=made.file(name), file_type="Q4_0", head="Q8_0", prompts=prompts, min_acceptance=0.95)
+    report = verify.verify(out, request, toolchain)
     checks = {check["name"]: check["detail"] for check in report["checks"]}
     last = "loading" if name in UNDRAFTED else "drafting"
     assert list(checks) == ["types", "inventory", "head values", last] and report["head"] == "Q8_0"
@@ -200,6 +204,12 @@ def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, run, t
         assert "drafts" not in report and "cannot draft" in checks["loading"]
     else:
         assert report["drafts"] > 100 and report["acceptance"] > 0.95
+
+
+def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(made: Made, run, tmp_path: Path) -> None:
+    done = run("verify.py", made.file("exaone"), "--reference", made.file("exaone"), "--out", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "drafting: not possible: llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it" in done.stdout
 
 
 def swapped(source: Path, out: Path) -> Path:
@@ -262,13 +272,13 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
     ("name", "ending"),
     [
         ("glm", "nextn.hnorm.weight"),
-        ("glm-fp8", "attn_q.weight"),
         ("glm-lite", "attn_k_b.weight"),
         ("step", "nextn.enorm.weight"),
         ("step", "ffn_up_exps.weight"),
         ("nemotron", "attn_k.weight"),
         ("mimo", "attn_sinks.weight"),
         ("mimo-fp8", "attn_qkv.weight"),
+        ("mimo-fp8", "attn_output.weight"),
         ("bailing", "exp_probs_b.bias"),
     ],
 )
@@ -279,6 +289,21 @@ def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(made: Ma
         with pytest.raises(GgufError, match="did not keep the head") as caught:
             upstream.prove(rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all")
         assert ("none of what it wrote" in str(caught.value)) == ("drop" in fault)
+
+
+def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) -> None:
+    """Matrices in F32, a little off the BF16 values to which they round; then one that rounds to others."""
+    config, key = json.loads((made.checkpoint("glm") / "config.json").read_text()), "model.layers.2.self_attn.q_proj.weight"
+    tensors = read_tensors(made.checkpoint("glm"))
+    for name, (dtype, array) in tensors.items():
+        if dtype == "BF16" and array.ndim > 1 and ".mlp.gate." not in name:
+            tensors[name] = ("F32", ((array.astype(np.uint32) << 16) + 0x7000).view(np.float32))
+    wide = write_checkpoint(tmp_path / "wide", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(wide), "all")
+    tensors[key] = ("F32", (tensors[key][1].view(np.uint32) + 0x2000).view(np.float32))
+    other = write_checkpoint(tmp_path / "other", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    with pytest.raises(GgufError, match=re.escape(key)):
+        upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(other), "all")
 
 
 def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:

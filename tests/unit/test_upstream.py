@@ -92,13 +92,14 @@ def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path)
     for name in ("modeling_glm.py", "pytorch_model.bin", "state.pt", "data.pkl", "model.safetensors.index.json.py"):
         (checkpoint / name).write_text("raise SystemExit")
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "auto_map": {"a": "b.c"}, "x": [{"auto_map": 1, "kept": 2}]}))
+    added = {"auto_map": {"a": "b.c"}, "x": [{"auto_map": ["b.c", None], "kept": 2}], "vocabulary": {"auto_map": 7}}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **added}))
     folder = upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
     assert folder.name == "glm"
     allowed = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")
     assert all(path.suffix in allowed for path in folder.iterdir())
     seen = json.loads((folder / "config.json").read_text())
-    assert seen == {**config, "x": [{"kept": 2}]}
+    assert seen == {**config, "x": [{"kept": 2}], "vocabulary": {"auto_map": 7}}
     for shard in folder.glob("*.safetensors"):
         assert shard.is_symlink() and shard.samefile(checkpoint / shard.name)
 
@@ -109,6 +110,14 @@ def test_only_regular_files_are_copied(tmp_path: Path, name: str) -> None:
     (checkpoint / name).unlink()
     os.mkfifo(checkpoint / name)
     with pytest.raises(CheckpointError, match="regular file"):
+        upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("depth", [950, 100_000])
+def test_deep_nesting_is_refused(tmp_path: Path, depth: int) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    (checkpoint / "added_tokens.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: (is nested|not valid JSON)"):
         upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
 
 

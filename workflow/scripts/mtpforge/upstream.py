@@ -102,7 +102,6 @@ _LLAMA = {"q_proj.weight": interleaved("num_attention_heads"), "k_proj.weight": 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "Glm4MoeForCausalLM": Architecture("glm4moe"),
-    "Glm4vMoeForConditionalGeneration": Architecture("glm4moe"),
     "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT),
     "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT),
     "DeepseekV32ForCausalLM": Architecture("deepseek32", changes=_LATENT),
@@ -119,11 +118,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ExaoneMoeForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
 }
 """Name in config.json -> what is known of it. Not here: heads that upstream drops (DeepSeek V3, ERNIE), tokenizers that need code
-of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), and architectures that we convert ourselves."""
+of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation llama-server
+aborts, and architectures that we convert ourselves."""
 
 VISION = (
-    "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Glm4vMoeForConditionalGeneration",
-    "Step3p7ForConditionalGeneration", "MiMoV2ForCausalLM",
+    "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Step3p7ForConditionalGeneration",
+    "MiMoV2ForCausalLM",
 )  # fmt: skip
 """The architectures, ours among them, whose vision tower upstream can write."""
 
@@ -158,7 +158,13 @@ def convert_upstream(
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", RUNNER, *options, source]
         command += [folder, *PARTS[part], "--outfile", temporary]
-        programs.call(command, log, _environment(Path(scratch)), PROGRAM)
+        try:
+            programs.call(command, log, _environment(Path(scratch)), PROGRAM)
+        except ToolchainError as error:
+            hint = f"the whole log is {log}" if log else "--log FILE keeps all that it says"
+            if "pre-tokenizer" in str(error):
+                hint = "name that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
+            raise ToolchainError(f"{directory}: {error}: {hint}") from None
         prove(gguf_file.read(temporary), checkpoint, part)
 
 
@@ -251,8 +257,12 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         (folder / shard).symlink_to((checkpoint.directory / shard).resolve(strict=True))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     for name in _JSON:
-        if (checkpoint.directory / name).exists():
-            (folder / name).write_text(json.dumps(_without_auto_map(read_json(checkpoint.directory / name))))
+        path = checkpoint.directory / name
+        if path.exists():
+            try:
+                (folder / name).write_text(json.dumps(_without_auto_map(read_json(path))))
+            except RecursionError:
+                raise CheckpointError(f"{path}: is nested deeper than any real one: not read") from None
     for name in _COPIED:
         path = checkpoint.directory / name
         if path.exists():
@@ -263,8 +273,10 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
 
 
 def _without_auto_map(value: Any) -> Any:
+    """The same without that key at any depth; with a number it is a word of a vocabulary, and stays."""
     if isinstance(value, dict):
-        return {key: _without_auto_map(entry) for key, entry in value.items() if key != "auto_map"}
+        kept = {key: entry for key, entry in value.items() if key != "auto_map" or type(entry) is int}
+        return {key: _without_auto_map(entry) for key, entry in kept.items()}
     return [_without_auto_map(entry) for entry in value] if isinstance(value, list) else value
 
 
