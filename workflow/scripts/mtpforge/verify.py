@@ -17,12 +17,18 @@ from gguf.quants import dequantize
 
 from . import convert, gguf_file, inject, programs, quant_types, server, split, upstream
 from .checkpoint import Checkpoint
-from .errors import ForgeError, GgufError, VerificationError
+from .errors import ConfigError, ForgeError, GgufError, VerificationError
 from .families import Hparams, family_of
 from .gguf_file import Gguf, TensorInfo, squeezed
 from .quantize import NO_HEAD, Recipe, head_blocks, quantizable
 from .ranges import CHUNK, FileRange, sha256
 
+VISION = "clip"  # general.architecture of every vision tower
+# 64 x 64 pixels in one colour, as PNG.
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lEQVR42mNgGAWjgHwAAA"
+    "JAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 N_PREDICT = 200
 GATE = 1.5  # times the error that a type has on heavy-tailed weights
 ROW_GATE = 0.9  # a row in the wrong place differs from the right one by 1.41 of its size, a coarse quantization by half
@@ -68,6 +74,10 @@ class Request:
 def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = gguf_file.read(path)
+    if opened.architecture == VISION:
+        seeing = check_seeing(opened, request, bin_dir)
+        _raise_failed(path.name, [seeing])
+        return {**summary(opened), "checks": [asdict(seeing)]}
     blocks = head_blocks(opened)
     if not blocks and not request.headless:
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
@@ -91,12 +101,15 @@ def summary(opened: Gguf) -> dict[str, Any]:
     infos = opened.tensors.values()
     types = [info.type.name for info in infos]
     size = opened.path.stat().st_size
+    head = opened.architecture != VISION and head_blocks(opened)
     return {
         "file": opened.path.name,
         "bytes": size,
         "sha256": sha256(FileRange(opened.path, 0, size)),
         "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
-        "head": NO_HEAD if not head_blocks(opened) else "/".join(sorted(inject.types_of(inject.head_only(opened)))),
+        "head": NO_HEAD
+        if opened.architecture == VISION or not head_blocks(opened)
+        else "/".join(sorted(inject.types_of(inject.head_only(opened)))),
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
 
@@ -270,6 +283,26 @@ def check_running(opened: Gguf, request: Request, bin_dir: Path) -> tuple[Check,
         detail += f", at least {request.min_acceptance:.0%} must be: the head is dead or damaged"
     measured = {"drafts": drafts, "accepted": accepted, "acceptance": round(share, 4)}
     return Check("drafting", drafts > 0 and share >= request.min_acceptance, detail), measured
+
+
+def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
+    """Of a vision tower: a real llama-server loads the model with it, and a picture becomes tokens of the prompt."""
+    if request.target is None:
+        raise ConfigError(f"{opened.path}: a vision tower is verified with its model: name it with --target")
+    options = ["--ctx-size", "4096", "--threads", str(request.threads), "--mmproj", str(opened.path)]
+    text, picture = {"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": PICTURE}}
+
+    def length(running: server.Server, *content: object) -> int:
+        answer = running.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+        return int(answer["usage"]["prompt_tokens"])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with server.serve(request.target, Path(scratch) / "server.log", options, bin_dir) as running:
+                seen = length(running, text, picture) - length(running, text)
+        except ForgeError as error:
+            return Check("seeing", False, str(error))
+    return Check("seeing", seen > 1, f"a picture is {seen} tokens of the prompt")
 
 
 def publish_split(
