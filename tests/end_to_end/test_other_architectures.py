@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from layouts import read_tensors, write_checkpoint
-from mtpforge import gguf_file, quantize, server, upstream, verify
+from mtpforge import gguf_file, inject, quantize, server, upstream, verify
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.errors import GgufError
 from mtpforge.gguf_file import Gguf
@@ -246,6 +246,15 @@ def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(made: Made, toolch
     with server.serve(made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain) as running:
         answer = running.completion("The quick brown fox", 100)
     assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
+
+
+def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
+    quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
+    inject.inject(base, made.file("draft"), out, "Q8_0", toolchain)
+    request = verify.Request(head="Q8_0", base=base, reference=made.file("glm"), prompts=("def area(",), min_acceptance=0.95)
+    report = verify.verify(out, request, toolchain)
+    assert {check["name"] for check in report["checks"]} == {"types", "inventory", "head values", "trunk", "drafting"}
 
 
 # ── the proof ──
