@@ -107,9 +107,7 @@ def summary(opened: Gguf) -> dict[str, Any]:
         "bytes": size,
         "sha256": sha256(FileRange(opened.path, 0, size)),
         "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
-        "head": NO_HEAD
-        if opened.architecture == VISION or not head_blocks(opened)
-        else "/".join(sorted(inject.types_of(inject.head_only(opened)))),
+        "head": "/".join(sorted(inject.types_of(inject.head_only(opened)))) if head else NO_HEAD,
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
 
