@@ -274,6 +274,8 @@ def describe(
 
 
 def _encoded(key: str, entry: GGUFValue) -> Value:
+    if isinstance(entry.value, Value):  # made while something else was at work
+        return entry.value
     try:
         item = entry.sub_type
         if entry.type is GGUFValueType.ARRAY and item is None:
