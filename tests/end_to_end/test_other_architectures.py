@@ -3,14 +3,11 @@
 Tiny models of each architecture, written here. Needs the toolchain and upstream's environment (`make converter`).
 """
 
-import base64
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,30 +158,16 @@ def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
     assert not any(name.startswith(("blk.", "token_embd")) for name in opened.tensors)
 
 
-def png(width: int, height: int) -> bytes:
-    """A picture in one colour."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + bytes([200, 30, 90]) * width for _ in range(height))
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def test_a_model_sees_pictures_through_its_tower(made: Made, run, toolchain: Path, tmp_path: Path) -> None:
-    done = run("convert.py", made.checkpoint("vision"), "--tokenizer-pre", "qwen35", "--out", tmp_path / "model.gguf")
-    assert done.returncode == 0, done.stderr
-    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(64, 64)).decode()}"}}
-    options = ["--ctx-size", "2048", "--threads", "1", "--mmproj", str(made.file("mmproj"))]
-    with server.serve(tmp_path / "model.gguf", tmp_path / "log", options, toolchain) as running:
-
-        def length(*content: object) -> int:
-            request = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
-            return int(running.ask("/v1/chat/completions", request)["usage"]["prompt_tokens"])
-
-        text = {"type": "text", "text": "what"}
-        assert length(text, picture) >= length(text) + 4  # 64 x 64 pixels are four patches of 32
+def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_path: Path) -> None:
+    """llama-server sees a picture through a tower of zeros all the same: it only counts."""
+    good, checkpoint = gguf_file.read(made.file("mmproj")), Checkpoint(made.checkpoint("vision"))
+    upstream.prove(good, checkpoint, "mmproj")
+    for name, piece in good.ranges.items():
+        raw = bytearray(good.path.read_bytes())
+        raw[piece.offset] ^= 1
+        (tmp_path / "damaged.gguf").write_bytes(raw)
+        with pytest.raises(GgufError, match=f"and {re.escape(name)} "):
+            upstream.prove(gguf_file.read(tmp_path / "damaged.gguf"), checkpoint, "mmproj")
 
 
 # ── drafting ──

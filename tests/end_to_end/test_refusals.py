@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, Run
 from mtpforge import gguf_file
 from mtpforge.gguf_file import TensorInfo
 from mtpforge.quantize import head_blocks
@@ -110,6 +110,53 @@ def test_a_trunk_that_is_not_the_bases_is_refused(built: Path, fails: Fails, tmp
 def test_a_file_without_a_head_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
     trunk = built / "results/tiny-qwen3.5/work/convert/trunk.gguf"
     assert "has no head" in fails("verify.py", trunk, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
+
+
+def zero_end(source: Path, out: Path, name: str) -> Path:
+    """A copy of a GGUF with the last third of one tensor zeroed."""
+    piece, raw = gguf_file.read(source).ranges[name], bytearray(source.read_bytes())
+    raw[piece.offset + piece.size * 2 // 3 : piece.offset + piece.size] = bytes(piece.size - piece.size * 2 // 3)
+    out.write_bytes(raw)
+    return out
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "token_embd.weight"])
+def test_a_damaged_file_without_a_head_is_refused_by_its_values(
+    built: Path, run: Run, fails: Fails, tmp_path: Path, name: str
+) -> None:
+    trunk, checkpoint = built / "results/tiny-qwen3.5/work/convert/trunk.gguf", CHECKPOINTS / "tiny-qwen3.5"
+    asked = ("--checkpoint", checkpoint, "--type", "BF16", "--head", "none", *prompts("tiny-qwen3.5"))
+    assert run("verify.py", trunk, *asked, "--out", tmp_path / "good.json").returncode == 0
+    message = fails("verify.py", zero_end(trunk, tmp_path / "bad.gguf", name), *asked, out=tmp_path / "report.json")
+    assert f"values: {name} differs from its source" in message
+
+
+def test_a_damaged_draft_sidecar_is_refused_by_its_values(built: Path, run: Run, fails: Fails, tmp_path: Path) -> None:
+    """Most of its drafts are still accepted."""
+    checkpoint, draft = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "draft.gguf"
+    assert run("convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "draft", "--out", draft).returncode == 0
+    target = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
+    asked = ("--checkpoint", checkpoint, "--target", target, "--type", "BF16", "--head", "BF16", *prompts("tiny-qwen3.5"))
+    assert run("verify.py", draft, *asked, "--out", tmp_path / "good.json").returncode == 0
+    bad = zero_end(draft, tmp_path / "bad.gguf", "token_embd.weight")
+    message = fails("verify.py", bad, *asked, out=tmp_path / "report.json")
+    assert "head values: token_embd.weight differs" in message and "drafting" not in message
+
+
+def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(built: Path, fails: Fails, tmp_path: Path) -> None:
+    work = built / "results/tiny-qwen3.5/work/convert"
+    bad = zero_end(work / "all.gguf", tmp_path / "bad.gguf", "blk.0.ffn_up.weight")
+    asked = ("--digests", work / "all.json", *prompts("tiny-qwen3.5"))
+    assert "bytes: blk.0.ffn_up.weight differs" in fails("verify.py", bad, *asked, out=tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32"])
+def test_an_unquantized_file_of_another_type_can_be_published(built: Path, run: Run, tmp_path: Path, kind: str) -> None:
+    source, out = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf", tmp_path / f"{kind}.gguf"
+    assert run("quantize.py", source, "--type", kind, "--head", kind, "--out", out).returncode == 0
+    asked = ("--checkpoint", CHECKPOINTS / "tiny-qwen3.5", "--type", kind, "--head", kind, *prompts("tiny-qwen3.5"))
+    done = run("verify.py", out, *asked, "--out", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,28 @@ def test_a_split_variant_is_a_folder_and_a_variant_decides_for_itself(monkeypatc
     assert build.split_options(wildcards("Q8_0")).endswith(" --split 2G")
 
 
+def test_two_outputs_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"would both be results/m/Name-Q8_0\.gguf"):
+        Build(config({"variants": {"Q8_0": {}, "Q8_0.gguf": {"type": "Q8_0", "split": "2M"}}}))
+
+
+def test_what_llama_cpp_converted_is_compared_with_it_or_with_its_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config({"converter": "llama.cpp", "variants": {"BF16": {}, "Q8_0": {}, "Q4_0": {"head": "none"}}}))
+    work = "results/m/work/convert"
+    assert build.source_option(wildcards("Q8_0")) == f"--reference {work}/all.gguf"
+    assert build.source_option(wildcards("Q4_0")) == f"--reference {work}/trunk.gguf"
+    assert f"--digests {work}/all.json" in build.verify_options(wildcards("BF16"))
+    assert "--digests" not in build.verify_options(wildcards("Q8_0"))
+    assert build.models_of("llama.cpp") == "m" and build.models_of("mtpforge") == "(?!)"
+
+
 def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    build = Build(config({"variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
+    build = Build(config({"mmproj": True, "variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
     assert build.candidate(wildcards("BF16")) == build.source(wildcards()) == "results/m/work/convert/trunk.gguf"
+    assert build.mmproj_target_file(wildcards()) == "results/m/work/convert/trunk.gguf"
     assert build.head_option(wildcards()) == "" and "--head none" in build.verify_options(wildcards())
 
 

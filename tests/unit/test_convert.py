@@ -141,6 +141,49 @@ def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> N
     assert "mlp.bias" in refusal(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("trunk", "model.language_model.layers.0.mlp.bias"),
+        ("head", "mtp.layers.0.mlp.bias"),
+        ("draft", "mtp.layers.1.input_layernorm.weight"),
+    ],
+)
+def test_nor_does_any_part_drop_one_of_its_own(tmp_path: Path, part: str, name: str) -> None:
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    tensors = {**read_tensors(source), name: ("F32", np.zeros(4, np.float32))}
+    checkpoint = write_checkpoint(tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors)
+    assert name in refusal(checkpoint, part)
+
+
+BEGINS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1258], "tokens": ["<|im_start|>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+            "normalizer of type Lowercase",
+        ),
+        ("post_processor", BEGINS, "begins with <|im_start|>"),
+    ],
+)
+def test_a_tokenizer_that_would_not_be_written_as_upstream_does_is_refused(
+    tmp_path: Path, key: str, value: dict[str, Any], named: str
+) -> None:
+    checkpoint = changed(tmp_path)
+    settings = json.loads((checkpoint / "tokenizer.json").read_text())
+    (checkpoint / "tokenizer.json").write_text(json.dumps({**settings, key: value}))
+    assert named in refusal(checkpoint)
+
+
 def test_rounding_to_bf16_is_to_nearest_even_and_refuses_nan() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.4e38, np.inf, 1e-40], np.float32)
     kind = gguf_file.GGMLQuantizationType.BF16

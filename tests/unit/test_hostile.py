@@ -52,6 +52,12 @@ CONFIG = [
 ]
 
 
+def test_a_tokenizer_that_explodes_is_stopped(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+    bomb = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}] * 8
+    edit(checkpoint / "tokenizer.json", "normalizer", value={"type": "Sequence", "normalizers": bomb})
+    assert "too much memory or time" in fails("convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf")
+
+
 @pytest.mark.parametrize(("keys", "value", "named"), CONFIG, ids=lambda x: "/".join(x) if isinstance(x, tuple) else None)
 def test_config(checkpoint: Path, fails: Fails, tmp_path: Path, keys: tuple[str, ...], value: Any, named: str) -> None:
     edit(checkpoint / "config.json", *keys, value=value)

@@ -93,6 +93,7 @@ def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path)
         (checkpoint / name).write_text("raise SystemExit")
     config = json.loads((checkpoint / "config.json").read_text())
     added = {"auto_map": {"a": "b.c"}, "x": [{"auto_map": ["b.c", None], "kept": 2}], "vocabulary": {"auto_map": 7}}
+    added |= {"tokenizer_file": "/elsewhere/tokenizer.json", "vocab_file": "../vocab.json", "from_slow": True}
     (checkpoint / "config.json").write_text(json.dumps({**config, **added}))
     folder = upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
     assert folder.name == "glm"

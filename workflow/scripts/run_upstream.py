@@ -1,6 +1,6 @@
 """Run the convert_hf_to_gguf.py of a llama.cpp source tree in this process, and never a line of code of the checkpoint.
 
-For a Python that has torch and transformers (envs/golden.txt), in a process of its own because upstream must find its own
+For a Python that has torch and transformers (envs/converter.txt), in a process of its own because upstream must find its own
 gguf-py. `-I` keeps this folder and PYTHON* variables out of its imports.
 
 example: python -I run_upstream.py --tokenizer-pre qwen35 SOURCE CHECKPOINT --outtype bf16 --outfile F.gguf

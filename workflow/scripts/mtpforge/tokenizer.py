@@ -32,7 +32,7 @@ PROBE = (
     "'D you like some tea? We'Ve a'lL"
 )
 
-_MEMORY, _SECONDS = 8 << 30, 300  # more than ten times what the largest vocabulary takes
+_MEMORY, _SECONDS = 4 << 30, 300  # several times what the largest vocabulary takes
 
 _SPACE = chr(ord(" ") + 256)
 

@@ -26,12 +26,14 @@ from .atomic import replacing
 from .checkpoint import INDEX, Checkpoint, CheckpointTensor, read_json
 from .errors import CheckpointError, GgufError, ToolchainError
 from .families import Hparams
+from .families.qwen3_5 import VISION as VISION_PREFIXES
 from .families.table import BF16, F32
 from .gguf_file import Gguf
 from .quantize import head_blocks
 from .ranges import FileRange, sha256
 
 LLAMA_CPP = "0c1e57098"
+F16 = GGMLQuantizationType.F16
 PROGRAM = "convert_hf_to_gguf.py"
 RUNNER = Path(run_upstream.__file__)
 
@@ -121,11 +123,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation llama-server
 aborts, and architectures that we convert ourselves."""
 
-VISION = (
-    "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Step3p7ForConditionalGeneration",
-    "MiMoV2ForCausalLM",
-)  # fmt: skip
-"""The architectures, ours among them, whose vision tower upstream can write."""
+VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+"""The architectures, our own, whose vision tower upstream can write and we can prove."""
 
 
 def undrafted(made: Gguf) -> str | None:
@@ -152,7 +151,9 @@ def convert_upstream(
     python, source = converter.absolute() / "environment/bin/python", converter.resolve() / "source"
     for path in (python, source / PROGRAM):
         if not path.is_file():
-            raise ToolchainError(f"{path}: missing: `make converter` sets up llama.cpp's converter")
+            raise ToolchainError(
+                f"{path}: missing: `make converter` sets it up (delete {converter / 'stamp.json'} first if it is there)"
+            )
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
         folder = without_code(checkpoint, Path(scratch))
@@ -178,8 +179,9 @@ def check(checkpoint: Checkpoint, part: str) -> None:
     if name not in known:
         what = "a vision tower" if part == "mmproj" else "a head"
         raise CheckpointError(f"{checkpoint.directory}: converter llama.cpp gives {what} of {', '.join(known)}, not of {name}")
+    convert.check_sizes(checkpoint, Hparams(checkpoint.config))
     if part == "mmproj":
-        if not any("visual." in tensor or "vision_" in tensor for tensor in checkpoint.tensors):
+        if not list(_wanted_of_vision(checkpoint)):
             raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
         if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
             raise CheckpointError(f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, which a vision tower needs")
@@ -247,7 +249,7 @@ _COPIED_LIMIT = 100 << 20
 def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     """A folder below `parent`, of the checkpoint's name, that holds what upstream reads and nothing that could be run.
 
-    Weights are links. JSON is parsed and written anew without `auto_map`, which names classes in the checkpoint's own files.
+    Weights are links. JSON is parsed and written anew without what leads to code or out of the folder.
     Raises CheckpointError.
     """
     folder = parent / "checkpoint" / checkpoint.directory.name  # upstream makes general.name of it
@@ -260,7 +262,7 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         path = checkpoint.directory / name
         if path.exists():
             try:
-                (folder / name).write_text(json.dumps(_without_auto_map(read_json(path))))
+                (folder / name).write_text(json.dumps(_harmless(read_json(path))))
             except RecursionError:
                 raise CheckpointError(f"{path}: is nested deeper than any real one: not read") from None
     for name in _COPIED:
@@ -272,12 +274,16 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     return folder
 
 
-def _without_auto_map(value: Any) -> Any:
-    """The same without that key at any depth; with a number it is a word of a vocabulary, and stays."""
+def _harmless(value: Any) -> Any:
+    """The same without keys, at any depth, that name code or a file: what has a number is a word of a vocabulary, and stays."""
     if isinstance(value, dict):
-        kept = {key: entry for key, entry in value.items() if key != "auto_map" or type(entry) is int}
-        return {key: _without_auto_map(entry) for key, entry in kept.items()}
-    return [_without_auto_map(entry) for entry in value] if isinstance(value, list) else value
+        return {key: _harmless(entry) for key, entry in value.items() if type(entry) is int or not _leads_outside(key)}
+    return [_harmless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _leads_outside(key: str) -> bool:
+    """Whether transformers would take the value for a class of the checkpoint's own, or for a path anywhere on the machine."""
+    return key in ("auto_map", "init_inputs", "from_slow") or key.endswith("_file")
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -300,6 +306,7 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
     if part == "mmproj":
         if made.architecture != "clip" or not made.get("clip.has_vision_encoder") or not made.tensors:
             raise GgufError(f"{checkpoint.directory}: upstream wrote no vision tower, but a file of {made.architecture}")
+        pair(_stored(made), _wanted_of_vision(checkpoint), (F16, F32), checkpoint.directory)
         return
     architecture = ARCHITECTURES[checkpoint.architecture]
     if made.architecture != architecture.gguf:
@@ -312,23 +319,29 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
     expected = count_blocks(checkpoint, architecture)
     if len(blocks) != expected:
         raise GgufError(f"{checkpoint.directory}: its head has {expected} blocks, upstream declares {len(blocks)}")
-    compare_heads(made, checkpoint, architecture)
+    pair(_stored(inject.head_only(made)), _wanted(checkpoint, architecture), (BF16, F32), checkpoint.directory)
 
 
 Where = tuple[int, int, GGMLQuantizationType]
 """Number of the expert (0 for what is none), number of elements, type."""
 
 
-def compare_heads(made: Gguf, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Pair each tensor of the checkpoint's head with one of the file's by its bytes; both sides must be used up.
+Stored = dict[Where, dict[str, list[str]]]
+"""Of a file: where -> sha256 -> names of the tensors that have it."""
 
-    Names are upstream's affair. A tensor that the blocks share may be there once for each. Raises GgufError with the names of
+Wanted = Iterator[tuple[str, int, np.ndarray, str]]
+"""Name in the checkpoint, number of the expert, values and their type."""
+
+
+def pair(stored: Stored, wanted: Wanted, kinds: tuple[GGMLQuantizationType, ...], directory: Path) -> None:
+    """Pair each tensor of the checkpoint with one of the file's by its bytes as one of `kinds`; both sides must be used up.
+
+    Names are upstream's affair. A tensor that head blocks share may be there once for each. Raises GgufError with the names of
     what has no counterpart.
     """
-    stored, paired = _stored(made), Counter[tuple[Where, str]]()
-    lost: list[str] = []
-    for name, expert, values, dtype in _wanted(checkpoint, architecture):
-        for kind in (BF16, F32):
+    paired, lost = Counter[tuple[Where, str]](), list[str]()
+    for name, expert, values, dtype in wanted:
+        for kind in kinds:
             where = (expert, values.size, kind)
             if where not in stored:
                 continue
@@ -343,9 +356,18 @@ def compare_heads(made: Gguf, checkpoint: Checkpoint, architecture: Architecture
     ]
     if lost or foreign:
         raise GgufError(
-            f"{checkpoint.directory}: upstream did not keep the head as it is: without a counterpart are "
+            f"{directory}: upstream did not keep the tensors as they are: without a counterpart are "
             f"{_some(lost)} of the checkpoint and {_some(foreign)} of what it wrote"
         )
+
+
+def _wanted_of_vision(checkpoint: Checkpoint) -> Wanted:
+    """What a vision tower's file must hold: of the patch embedding, a tensor for each of the two frames of a patch."""
+    for tensor in checkpoint.tensors.values():
+        if tensor.name.startswith(VISION_PREFIXES):
+            array = checkpoint.array(tensor)
+            frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
+            yield from ((tensor.name, 0, frame, tensor.dtype) for frame in frames)
 
 
 def _some(names: list[str]) -> str:
@@ -354,21 +376,20 @@ def _some(names: list[str]) -> str:
     return f"{named} ({len(names)} in all)" if names else "none"
 
 
-def _stored(made: Gguf) -> dict[Where, dict[str, list[str]]]:
-    """The head of a file: sha256 -> names of the tensors that have it, stacked experts one by one."""
-    stored: dict[Where, dict[str, list[str]]] = {}
-    head = inject.head_only(made)
-    for name, info in head.tensors.items():
+def _stored(made: Gguf) -> Stored:
+    """The tensors of a file, stacked experts one by one."""
+    stored: Stored = {}
+    for name, info in made.tensors.items():
         count = info.shape[0] if name.endswith("_exps.weight") else 1
         size = info.size // count
         for expert in range(count):
-            digest = sha256(FileRange(made.path, head.ranges[name].offset + expert * size, size))
+            digest = sha256(FileRange(made.path, made.ranges[name].offset + expert * size, size))
             stored.setdefault((expert, info.elements // count, info.type), {}).setdefault(digest, []).append(name)
     return stored
 
 
-def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Iterator[tuple[str, int, np.ndarray, str]]:
-    """What the head of the file must hold: the checkpoint's name of it, number of the expert, values and their type."""
+def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Wanted:
+    """What the head of the file must hold."""
     hparams = Hparams(checkpoint.config)
     for tensor in head_tensors(checkpoint, architecture):
         if tensor.name.endswith(_CONSUMED):
@@ -449,5 +470,6 @@ def _digest(values: np.ndarray, dtype: str, kind: GGMLQuantizationType) -> str:
         return hashlib.sha256(values.data).hexdigest()
     digest = hashlib.sha256()
     for (piece,) in convert.cut([values]):
-        digest.update(convert.encode(convert.decode(piece, dtype), kind))
+        floats = convert.decode(piece, dtype)
+        digest.update(floats.astype("<f2").data if kind is F16 else convert.encode(floats, kind))
     return digest.hexdigest()
