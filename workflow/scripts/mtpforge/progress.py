@@ -10,8 +10,11 @@ Show = Callable[[int, int], None]
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Show]:
-    """Yield a function that shows bytes, share and rate, at most twice a second (in a log, every ten seconds)."""
+def bar(label: str, already: int = 0) -> Iterator[Show]:
+    """Yield a function that shows bytes, share and rate, at most twice a second (in a log, every ten seconds).
+
+    `already` bytes were done by an earlier run, and are no part of the rate.
+    """
     terminal = sys.stderr.isatty()
     interval, start = (0.5 if terminal else 10.0), time.monotonic()
     shown = start  # what is done before the first interval is over needs no line
@@ -22,7 +25,7 @@ def bar(label: str) -> Iterator[Show]:
         if now - shown < interval:
             return
         shown = now
-        rate = done / max(now - start, 1e-3)
+        rate = (done - already) / max(now - start, 1e-3)
         line = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({100 * done / max(total, 1):.0f}%), {rate / 1e6:.0f} MB/s"
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
