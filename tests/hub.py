@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +23,13 @@ BLOCK = 1 << 20
 
 @dataclass
 class Fault:
-    """How the next `times` answers with a file's content go wrong."""
+    """How the next `times` answers with a file's content go wrong, once `skip` have gone well; below 0 all of them."""
 
     kind: str
     times: int = 1
     after: int = 0
     """Bytes that are sent first, where it is the sending that fails (drop, stall)."""
+    skip: int = 0
 
 
 class Hub(ThreadingHTTPServer):
@@ -41,14 +42,14 @@ class Hub(ThreadingHTTPServer):
         self.repositories, self.requests = repositories, list[str]()
         self.sent: Counter[str] = Counter()
         """Bytes of each file that went out, from either server."""
-        self.faults: dict[str, Fault] = {}
+        self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
         """By file name; under `api` those of the answers about repositories."""
         self.gated: set[str] = set()
         """Repositories that need a token."""
         self.tokens: list[tuple[str, str]] = []
         """(`hub` or `cdn`, the Authorization header) of every request that had one."""
-        self.digests: dict[str, str] = {}
-        """sha256 by file name, where the file is too large to be hashed here."""
+        self.digests: dict[Path, str] = {}
+        """What is said of files; to be given for one that is too large to be hashed here."""
         self.names: dict[str, str] = {}
         """What a file is called in the listing, where that is another name."""
         self.branches = {"main": COMMIT}
@@ -64,11 +65,11 @@ class Hub(ThreadingHTTPServer):
 
     def digest(self, path: Path) -> str:
         """sha256 of a large file, the git id of a small one."""
-        if path.name not in self.digests:
+        if path not in self.digests:
             content = path.read_bytes()
             small = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            self.digests[path.name] = hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
-        return self.digests[path.name]
+            self.digests[path] = hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
+        return self.digests[path]
 
 
 class _Cdn(ThreadingHTTPServer):
@@ -130,13 +131,15 @@ class _Answering(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
 
-    def fails(self, name: str, *kinds: str) -> bool:
-        """Whether the answer on `name` is to go wrong in one of these ways, once more."""
-        fault = self.hub.faults.get(name)
-        if fault is None or fault.kind not in kinds or fault.times == 0:
-            return False
-        fault.times -= 1
-        return True
+    def fails(self, name: str, *kinds: str) -> Fault | None:
+        """In which of these ways the answer on `name` is to go wrong."""
+        for fault in self.hub.faults[name]:
+            if fault.kind in kinds and fault.skip > 0:
+                fault.skip -= 1
+            elif fault.kind in kinds and fault.times:
+                fault.times -= 1
+                return fault
+        return None
 
     def refused(self, name: str) -> bool:
         """Answer with an error, where one is due."""
@@ -172,10 +175,9 @@ class _Answering(BaseHTTPRequestHandler):
 
     def body(self, path: Path, begin: int, end: int) -> None:
         name, position, stop = path.name, begin, end
-        fault = self.hub.faults.get(name)
         breaks = self.fails(name, "drop", "stall")
-        if breaks and fault:
-            stop = min(end, begin + fault.after)
+        if breaks:
+            stop = min(end, begin + breaks.after)
         spoiled = self.fails(name, "content")
         with path.open("rb") as file:
             file.seek(begin)
@@ -189,8 +191,8 @@ class _Answering(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 self.hub.sent[name] += len(block)
-        if breaks and fault:
-            if fault.kind == "stall":
+        if breaks:
+            if breaks.kind == "stall":
                 self.hub.stopping.wait(30)
             self.close_connection = True
 
