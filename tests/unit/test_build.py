@@ -102,7 +102,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config({"source": {"repo": "Owner/Name"}}), "models/m/source: 'revision' is a required"),
         (
             config({"source": {"repo": "Owner/Name", "revision": "main"}}),
-            "models/m/source/revision: 'main' does not match",
+            "models/m/source/revision: 'main' is no full commit",
         ),
         (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo"),
         (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
@@ -121,7 +121,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "tensors: a base is already quantized"),
         (config(base={"type": "Q4_K_M"}, imatrix={"path": "x"}), "imatrix: nothing is quantized here"),
         (config({"variants": {"BF16": {"imatrix": {"path": "x"}}}}), "imatrix: nothing is quantized here"),
-        (config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}), "m/variants/Q4_K_M/base/revision: 'main' does not"),
+        (config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}), "m/variants/Q4_K_M/base/revision: 'main' is no full"),
         (config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}), "m/variants/Q4_K_M/base/file"),
         (config(imatrix={"repo": "A/b", "file": "c/d", "revision": REVISION}), "m/variants/Q4_K_M/imatrix/file"),
         (config(base={"type": "Q4"}), "unknown quantization type 'Q4'"),

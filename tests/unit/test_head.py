@@ -104,17 +104,19 @@ def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(layout: str, t
         assert (tmp_path / "small.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
-def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["mtp.", "model.mtp."])
+def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path, prefix: str) -> None:
     """As some publish it, beside an index that does not name it."""
     original = CHECKPOINTS / "tiny-qwen3.5"
     config, tensors = json.loads((original / "config.json").read_text()), read_tensors(original)
-    heads = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")}
+    heads = {name.replace("mtp.", prefix, 1): tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")}
     source = write_checkpoint(tmp_path / "whole" / "model", original, config, tensors, shards=2)
     write_shard(source / "mtp.safetensors", heads)
     with serving(source, tmp_path) as client:
         client.fetch_head()
         client.right()
         assert {tensor.shard for tensor in Checkpoint(client.folder).tensors.values()} == {"mtp.safetensors"}
+        client.run("convert.py", client.folder, "--part", "head", "--out", tmp_path / "head.gguf")
 
 
 def test_its_bytes_in_the_35b_are_1_69_gb(tmp_path: Path) -> None:

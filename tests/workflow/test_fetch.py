@@ -57,9 +57,9 @@ def test_a_repository_gives_the_same_file_as_the_folder(tmp_path: Path, remote: 
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        (partial,) = copy.path.rglob(f".{SHARD}.part")
-        there = partial.stat().st_size
-        assert there > 900_000 and not list(copy.path.rglob(f"{SHARD}*"))
+        fetched = copy.path / f"resources/hub/Owner/{MODEL}/{COMMIT}"
+        there = (fetched / MODEL / f".{SHARD}.part").stat().st_size
+        assert there > 900_000 and not list(fetched.rglob(f"{SHARD}*"))
         done = copy.snakemake("--unlock", **environment(hub, tmp_path))
         assert done.returncode == 0, done.stderr
         hub.sent.clear()
@@ -69,7 +69,7 @@ def test_a_repository_gives_the_same_file_as_the_folder(tmp_path: Path, remote: 
     name = f"{MODEL}-BF16.gguf"
     assert (copy.path / "results/fetched" / name).read_bytes() == (built / "results" / MODEL / name).read_bytes()
     assert copy.pending() == {}  # without the Hub: a commit does not change
-    for shard in copy.path.rglob("*.safetensors"):
+    for shard in fetched.rglob("*.safetensors"):
         shard.touch()
     assert copy.pending() == {}
 
@@ -114,13 +114,11 @@ def test_a_split_base_is_fetched_whole(tmp_path: Path, remote: Path, toolchain: 
     """That it cannot be injected into is said when all of it is there."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    first = f"{MODEL}-Q4_K_M-00001-of-00002.gguf"
     source = ROOT / "results" / MODEL / "work/trunk/Q4_K_M.gguf"
     command = [toolchain / "llama-gguf-split", "--split-max-size", "1M", source, theirs / f"{MODEL}-Q4_K_M"]
     subprocess.run(command, check=True, capture_output=True)
     files = sorted(path.name for path in theirs.iterdir())
-    first = files[0]
-    base = {"repo": "They/base", "file": first, "revision": COMMIT}
+    base = {"repo": "They/base", "file": files[0], "revision": COMMIT}
     copy = repository(tmp_path / "repository", toolchain, {"theirs": {"base": base}})
     with serve({SOURCE["repo"]: remote, "They/base": theirs}) as hub:
         done = copy.snakemake(**environment(hub, tmp_path))

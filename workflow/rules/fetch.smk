@@ -24,7 +24,7 @@ checkpoint resolve:
     message:
         "list {wildcards.repo} at {wildcards.revision}"
     shell:
-        "python {input.code[0]:q} {wildcards.repo} --revision {wildcards.revision} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule fetch:
@@ -35,6 +35,8 @@ rule fetch:
         "resources/hub/{repo}/{revision}/records/{file}.json",
     log:
         "logs/hub/{repo}/{revision}/{file}.log",
+    wildcard_constraints:
+        file="[^/]+",
     conda:
         "../../envs/run.yaml"
     resources:
@@ -45,7 +47,7 @@ rule fetch:
     message:
         "fetch {wildcards.file} of {wildcards.repo}"
     shell:
-        "python {input.code[0]:q} {input.listing:q} {wildcards.file} --folder {params.folder:q} --head {params.head:q}"
+        "python {input.code[0]:q} {input.listing:q} {wildcards.file:q} --folder {params.folder:q} --head {params.head:q}"
         " --out {output:q} 2>&1 | tee {log:q}"
 
 

@@ -22,6 +22,8 @@ def entry(repo: str) -> str:
     if not REPOSITORY.fullmatch(repo):
         raise errors.DownloadError(f"{repo!r}: name a repository as OWNER/NAME (snakemake --cores 1 add --config repo=OWNER/NAME)")
     listing = hub.resolve(repo, str(hub.model_info(repo).sha))
+    if not listing.tensors:
+        raise errors.DownloadError(f"{repo}: has no *.safetensors: only such checkpoints can be converted")
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     tensors = head.head_tensors(listing, head.family_in(listing))
     has_head = f"{sum(tensor.size for tensor in tensors) / 1e9:.2f} GB of it the head" if tensors else "which has lost its head"

@@ -256,10 +256,10 @@ class Build:
 
 
 def _place(file: Mapping[str, Any]) -> str:
-    """Where a file of the configuration lies: one of yours, or one from the Hub once it is fetched."""
+    """Where a file of the configuration lies, of a split one the first: one of yours, or one from the Hub once it is fetched."""
     if "path" in file:
         return str(file["path"])
-    return f"{HUB.format(**file)}/{file['repo'].split('/')[1]}/{file['file']}"
+    return f"{HUB.format(**file)}/{file['repo'].split('/')[1]}/{gguf_files(file['file'])[0]}"
 
 
 def _evidence(file: Mapping[str, Any]) -> list[str]:
@@ -335,6 +335,9 @@ def _explain(errors: list[ValidationError]) -> str:
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]
         return f"{path}/{unknown[0]}: unknown key: known are {', '.join(known)}"
+    if error.validator == "pattern" and path.endswith("/revision"):
+        ask = f"resolve.py OWNER/NAME --revision {error.instance} --out files.json"
+        return f"{path}: {error.instance!r} is no full commit (40 hex digits): `python workflow/scripts/{ask}` says which it names"
     return f"{path}: {error.message}"
 
 

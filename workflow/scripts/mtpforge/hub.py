@@ -140,7 +140,8 @@ def download(listing: Listing, name: str, folder: Path, together: Collection[str
     Raises DownloadError; what has come until then stays beside, under a hidden name, and a second call goes on from there.
     """
     if check_name(name) not in listing.files:
-        raise DownloadError(f"{listing.repo} at {listing.revision}: has no file {name} (of files in folders, none is taken)")
+        what = "has no *.safetensors" if name == "model.safetensors" else f"has no file {name} (none in a folder is taken)"
+        raise DownloadError(f"{listing.repo} at {listing.revision}: {what}: name another repository, or another of its files")
     final, file = folder / name, listing.files[name]
     digest = Digest(file)
     if not (final.is_file() and final.stat().st_size == file.bytes and digest.read(final) and digest.right):
@@ -153,7 +154,13 @@ def download(listing: Listing, name: str, folder: Path, together: Collection[str
 def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
     """Raise DownloadError where the file system of `folder` has no room for what is missing of all `names`."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [listing.files[name] for name in names if name in listing.files and not (folder / name).exists()]
+
+    def is_missing(name: str) -> bool:
+        blob = cached(listing, name)
+        linkable = blob.exists() and blob.stat().st_dev == folder.stat().st_dev
+        return not linkable and not (folder / name).exists()
+
+    missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
     partial = sum(path.stat().st_size for path in folder.glob(".*.part") if path.is_file())
     demand_space(sum(file.bytes for file in missing) - partial, folder)
 

@@ -72,15 +72,14 @@ class Listing:
         return [name for name in self.files if _SMALL.fullmatch(name)]
 
     def checkpoint_files(self) -> list[str]:
-        """All that conversion reads. Raises DownloadError where there are no safetensors."""
+        """All that conversion reads; with `model.safetensors` where there are no weights, whose fetching then says so."""
         shards = {tensor.shard for tensor in self.tensors.values()}
-        if not shards:
-            raise DownloadError(f"{self.repo} at {self.revision}: has no *.safetensors: only such checkpoints can be converted")
-        return [name for name in self.files if name in shards or name == INDEX or _SMALL.fullmatch(name)]
+        names = [name for name in self.files if name in shards or name == INDEX or _SMALL.fullmatch(name)]
+        return names if shards else [*names, "model.safetensors"]
 
     def companions(self, name: str) -> list[str]:
         """The files that are fetched together with `name`, itself among them: a whole checkpoint, or all shards of a GGUF."""
-        return self.checkpoint_files() if self.tensors and name in self.checkpoint_files() else gguf_files(name)
+        return self.checkpoint_files() if name in self.checkpoint_files() else gguf_files(name)
 
 
 def gguf_files(name: str) -> list[str]:
