@@ -8,10 +8,12 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -145,6 +147,8 @@ class _Answering(BaseHTTPRequestHandler):
         """Answer with an error, where one is due."""
         if self.fails(name, "busy"):
             self.answer(b"", "text/plain", 429, {"Retry-After": "1"})
+        elif self.fails(name, "busy until"):
+            self.answer(b"", "text/plain", 429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
         elif self.fails(name, "broken"):
             self.answer(b"", "text/plain", 500)
         else:

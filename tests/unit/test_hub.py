@@ -238,8 +238,9 @@ def test_a_small_file_is_compared_by_its_git_id(client: Client) -> None:
     client.right(client.fetch("tokenizer.json"), "tokenizer.json")
 
 
-def test_a_server_that_asks_for_time_gets_it(client: Client) -> None:
-    client.hub.faults[SHARD] = [Fault("busy")]
+@pytest.mark.parametrize("kind", ["busy", "busy until"])
+def test_a_server_that_asks_for_time_gets_it(client: Client, kind: str) -> None:
+    client.hub.faults[SHARD] = [Fault(kind)]
     start = time.monotonic()
     client.right(client.fetch())
     assert time.monotonic() - start >= 1

@@ -131,7 +131,8 @@ class Build:
     def _head_only(self, model: str) -> bool:
         """Whether all that is made of a model is somebody's quantization with its head."""
         variants = self.models[model]["variants"].values()
-        return "sidecar" not in self.models[model] and all("type" not in entry.get("base", {"type": ""}) for entry in variants)
+        theirs = all("base" in entry and "type" not in entry["base"] for entry in variants)
+        return theirs and "sidecar" not in self.models[model]
 
     def fetched(self, wildcards: Wildcards) -> str:
         """The folder of files from a repository, by the name that a checkpoint's must have."""

@@ -9,6 +9,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -189,6 +192,8 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", value):
         return float(value)
+    with suppress(ValueError, TypeError):  # no date either, or one without a time zone
+        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
     limit = parse_ratelimit_headers(headers)
     return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else 0.0
 
