@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
-from layouts import ALL, read_tensors, write_checkpoint, write_layout, write_shard
+from layouts import read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge import head
 from mtpforge.checkpoint import Checkpoint, CheckpointTensor
 from sparse import write_35b
@@ -92,7 +92,9 @@ def client(tmp_path: Path) -> Iterator[Client]:
         yield someone
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize(
+    "layout", ["tiny-qwen3.5-moe", "moe-fused-head", "dense-text-only", "dense-fp8", "dense-wide-types", "qwen3-next"]
+)
 def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(layout: str, tmp_path: Path) -> None:
     source = Path(shutil.copytree(write_layout(layout, tmp_path / "layouts"), tmp_path / "whole" / "model"))
     with serving(source, tmp_path) as client:

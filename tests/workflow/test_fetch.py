@@ -96,9 +96,9 @@ def test_an_importance_matrix_from_the_hub_is_used(tmp_path: Path, built: Path, 
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     model, text = built / "results" / MODEL / f"{MODEL}-BF16.gguf", CHECKPOINTS / MODEL / "prompts" / "prose.txt"
-    (tmp_path / "text.txt").write_text(text.read_text() * 200)
-    command = [toolchain / "llama-imatrix", "-m", model, "-f", tmp_path / "text.txt", "-o", theirs / "imatrix.gguf", "-c", "512"]
-    subprocess.run(command, check=True, capture_output=True)
+    (tmp_path / "text.txt").write_text(text.read_text() * 100)
+    command = [toolchain / "llama-imatrix", "-m", model, "-f", tmp_path / "text.txt", "-o", theirs / "imatrix.gguf"]
+    subprocess.run([*command, "-c", "512", "--chunks", "2"], check=True, capture_output=True)
     copy = Repository(tmp_path / "repository", toolchain)
     imatrix = {"repo": "They/matrices", "file": "imatrix.gguf", "revision": COMMIT}
     copy.config["models"] = {MODEL: {**CONFIG["models"][MODEL], "variants": {"IQ4_XS": {"imatrix": imatrix}}}}

@@ -200,7 +200,7 @@ def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
         os.truncate(partial, 0)
     digest = Digest(file)
     done = digest.read(partial)
-    with partial.open("r+b") as out, progress.bar(name, done) as show:
+    with partial.open("r+b") as out, progress.bar(name) as show:
         out.seek(done)
 
         def write(block: bytes) -> None:
