@@ -8,12 +8,12 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 	--custom-compile-command "make lock"
 
 # PyTorch's own CPU build (Linux x86-64, Python 3.11) lies on PyTorch's index, not where `make lock` looks. The ordinary
-# Linux wheel would bring gigabytes of GPU libraries. Before `make golden`, make the CPU build known to pip: PIP_FIND_LINKS
+# Linux wheel would bring gigabytes of GPU libraries. Before `make converter`, make the CPU build known to pip: PIP_FIND_LINKS
 # or PIP_EXTRA_INDEX_URL.
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all setup setup-test setup-golden toolchain lint test golden check-golden bench lock clean help python compiler
+.PHONY: all setup setup-test toolchain converter lint test golden check-golden bench lock clean help python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
@@ -36,11 +36,11 @@ setup: python compiler ## install the locked environment into .venv
 setup-test: setup ## the same, with what the tests need
 	$(call install,.venv,test)
 
-setup-golden: python
-	$(call install,.venv-golden,golden,--clear)
-
 toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain
+
+converter: setup ## set up llama.cpp's own converter in resources/converter (installs torch)
+	@$(ACTIVE) snakemake --cores $(CORES) converter
 
 lint: setup-test ## check style and types
 	@$(ACTIVE) ruff check .
@@ -52,11 +52,11 @@ lint: setup-test ## check style and types
 test: lint ## lint, then run all tests
 	@$(ACTIVE) pytest
 
-golden: toolchain setup-golden ## make the golden digests anew with llama.cpp's own converter (installs torch)
-	@.venv-golden/bin/python tests/golden/make.py
+golden: converter ## make the golden digests anew with llama.cpp's own converter
+	@resources/converter/environment/bin/python tests/golden/make.py
 
-check-golden: toolchain setup-golden ## compare the golden digests with what llama.cpp's own converter makes
-	@.venv-golden/bin/python tests/golden/make.py --check
+check-golden: converter ## compare the golden digests with what llama.cpp's own converter makes
+	@resources/converter/environment/bin/python tests/golden/make.py --check
 
 bench: setup ## measure conversion beside cp and upstream's converter (25 GB under resources/bench, some minutes)
 	@$(ACTIVE) python bench/conversion.py
@@ -64,12 +64,12 @@ bench: setup ## measure conversion beside cp and upstream's converter (25 GB und
 lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
-	@for name in run test golden; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
+	@for name in run test converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
 	@awk '/^torch==[0-9.]+ \\$$/ { \
 			print $$1 "+cpu ; sys_platform == \047linux\047 \\\n    --hash=sha256:$(TORCH_CPU)"; \
 			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \
-		{ print }' envs/golden.txt > envs/golden.txt.part
-	@mv envs/golden.txt.part envs/golden.txt
+		{ print }' envs/converter.txt > envs/converter.txt.part
+	@mv envs/converter.txt.part envs/converter.txt
 
 clean: ## delete the results, but neither downloads nor the toolchain
 	rm -rf results

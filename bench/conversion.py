@@ -1,7 +1,7 @@
 """How fast conversion is, beside `cp` of the same bytes and upstream's converter, in one run: a table and a JSON of ratios.
 
-Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where its environment
-(`make golden` sets it up) and its source (the toolchain's) are there.
+Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where it
+is there (`make converter`).
 
 example: conversion.py --out results/bench/conversion.json
 """
@@ -29,6 +29,7 @@ MODELS = {
     "dense, 12 layers": {**QWEN3_5_2B, "num_hidden_layers": 12},
     "dense, 24 layers": QWEN3_5_2B,
     "experts, 2 layers": QWEN3_5_35B_A3B,
+    "experts, 2 layers, FP8": QWEN3_5_35B_A3B,
 }
 
 
@@ -63,7 +64,7 @@ def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
 
 def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool) -> dict[str, Any]:
     """All figures of one checkpoint. Every program finds the checkpoint in the page cache as far as that holds it."""
-    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings)
+    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings, name.endswith("FP8"))
     shards, out = sorted(checkpoint.glob("*.safetensors")), scratch / "out"
     size = sum(path.stat().st_size for path in shards)
 
@@ -77,9 +78,10 @@ def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: i
         return run(sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
 
     def theirs() -> Cost:
-        python, script = ROOT / ".venv-golden/bin/python", ROOT / "tests/golden/upstream.py"
-        source = ROOT / "resources/toolchain/source"
-        return run(python, script, source, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
+        python, script = ROOT / "resources/converter/environment/bin/python", ROOT / "workflow/scripts/run_upstream.py"
+        source = ROOT / "resources/converter/source"
+        upstream = [python, "-I", script, "--tokenizer-pre", "qwen35", source]
+        return run(*upstream, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
 
     for path in shards:  # warm
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
@@ -129,9 +131,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
-    upstream = (ROOT / ".venv-golden/bin/python").exists() and (ROOT / "resources/toolchain/source").is_dir()
+    upstream = (ROOT / "resources/converter/stamp.json").exists()
     if not upstream:
-        print("upstream's converter is not measured: `make check-golden` sets up its environment", file=sys.stderr)
+        print("upstream's converter is not measured: `make converter` sets it up", file=sys.stderr)
     results = []
     for name in args.models:
         print(f"measuring: {name}", file=sys.stderr, flush=True)

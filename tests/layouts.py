@@ -97,6 +97,11 @@ def separate_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
     return result
 
 
+def mixed_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """A matrix each in the trunk, fused in the head."""
+    return separate_experts(config, fused_head(config, tensors))
+
+
 def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
     """A `ForCausalLM` checkpoint: no vision tower, no wrapper in names or configuration, output untied."""
     text = config.pop("text_config")
@@ -182,6 +187,7 @@ Layout = Callable[[dict[str, Any], Tensors], Tensors]
 LAYOUTS: dict[str, tuple[str, Layout, int]] = {
     "moe-fused-head": ("tiny-qwen3.5-moe", fused_head, 3),
     "moe-separate-experts": ("tiny-qwen3.5-moe", separate_experts, 2),
+    "moe-text-only": ("tiny-qwen3.5-moe", lambda config, tensors: text_only(config, mixed_experts(config, tensors)), 2),
     "dense-text-only": ("tiny-qwen3.5", text_only, 1),
     "dense-fp8": ("tiny-qwen3.5", eight_bit, 2),
     "moe-fp8": ("tiny-qwen3.5-moe", lambda config, tensors: eight_bit(config, separate_experts(config, tensors)), 2),

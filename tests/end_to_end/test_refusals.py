@@ -8,7 +8,7 @@ import pytest
 from conftest import CHECKPOINTS
 from mtpforge import gguf_file
 from mtpforge.gguf_file import TensorInfo
-from mtpforge.quantize import head_block
+from mtpforge.quantize import head_blocks
 
 Fails = Callable[..., str]
 Change = Callable[[TensorInfo, bytearray], None]
@@ -17,7 +17,7 @@ Change = Callable[[TensorInfo, bytearray], None]
 def damaged(source: Path, out: Path, change: Change) -> Path:
     """A copy of a GGUF whose head's tensors went through `change`, which works in place on their bytes."""
     opened = gguf_file.read(source)
-    raw, prefix = source.read_bytes(), f"blk.{head_block(opened)}."
+    raw, prefix = source.read_bytes(), f"blk.{head_blocks(opened)[0]}."
     tensors, touched = [], 0
     for name, info in opened.tensors.items():
         data = bytearray(raw[opened.ranges[name].offset :][: info.size])

@@ -1,6 +1,6 @@
 """Make the golden digests with llama.cpp's own convert_hf_to_gguf.py, or check that they are still what it makes.
 
-Runs in its own environment (envs/golden.txt, with torch), on the embedded checkpoints and the layouts derived from them.
+Runs in the converter's environment (envs/converter.txt, with torch), on the embedded checkpoints and the layouts derived from them.
 
 example: make.py --check
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+RUNNER = ROOT / "workflow" / "scripts" / "run_upstream.py"
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from digest import differences, digest  # noqa: E402
@@ -27,12 +28,12 @@ def main() -> None:
     """Parse the command line; convert everything; write or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed digests instead of writing them")
-    parser.add_argument("--toolchain", type=Path, default=ROOT / "resources/toolchain", help="where stamp.json and source/ are")
+    parser.add_argument("--converter", type=Path, default=ROOT / "resources/converter", help="where stamp.json and source/ are")
     args = parser.parse_args()
-    stamp = json.loads((args.toolchain / "stamp.json").read_text())
+    stamp = json.loads((args.converter / "stamp.json").read_text())
     stale = []
     for name in ALL:
-        made, path = golden(name, args.toolchain / "source", stamp), HERE / f"{name}.json"
+        made, path = golden(name, args.converter / "source", stamp), HERE / f"{name}.json"
         if not args.check:
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
         elif found := differences(json.loads(path.read_text()), made):
@@ -49,12 +50,13 @@ def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         checkpoint = write_layout(name, Path(scratch))
         for part, options in PARTS.items():
             out = Path(scratch) / f"{part}.gguf"
-            command = [sys.executable, HERE / "upstream.py", source, checkpoint, "--outtype", "bf16", *options, "--outfile", out]
+            command = [sys.executable, "-I", RUNNER, "--tokenizer-pre", "qwen35", source, checkpoint, "--outtype", "bf16"]
+            command += [*options, "--outfile", out]
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"error: upstream cannot convert {name} ({part}):\n{done.stderr[-2000:]}")
             parts[part] = digest(out)
-    return {"upstream": [stamp["llama.cpp"], stamp["commit"]], "parts": parts}
+    return {"upstream": stamp["commit"], "parts": parts}
 
 
 if __name__ == "__main__":

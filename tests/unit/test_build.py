@@ -60,7 +60,9 @@ def test_of_a_checkpoint_that_only_lends_its_head_only_the_head_is_fetched(monke
     place = f"resources/hub/They/Base/{'1' * 40}"
     assert build.base(wildcards("theirs")) == f"{place}/Base/Base-Q4_K_M-00001-of-00002.gguf"
     assert build.base_if_any(wildcards("theirs")) == [f"{place}/records/Base-Q4_K_M-0000{i}-of-00002.gguf.json" for i in (1, 2)]
-    for more in ({"variants": {**variants, "Q8_0": {}}}, {"variants": {"a": {"base": {"type": "Q4_0"}}}}, {"sidecar": "Q8_0"}):
+    more_variants = [{**variants, "Q8_0": {}}, {**variants, "a": {"base": {"type": "Q4_0"}}}]
+    keys: list[dict[str, Any]] = [{"sidecar": "Q8_0"}, {"mmproj": True}, {"converter": "llama.cpp"}]
+    for more in [*({"variants": more} for more in more_variants), *keys]:
         build = Build(config({"variants": variants, **more}))
         assert build.checkpoint(wildcards("theirs")) == f"resources/hub/Owner/Name/{REVISION}/Name"
 

@@ -14,6 +14,7 @@ def test_a_program_has_what_it_imports_and_nothing_else() -> None:
     assert files[0] == "workflow/scripts/convert.py"
     assert LIBRARY + "families/qwen3_5.py" in files and LIBRARY + "gguf_file.py" in files
     assert LIBRARY + "verify.py" not in files and LIBRARY + "server.py" not in files
+    assert "workflow/scripts/run_upstream.py" in code("convert_upstream.py")  # which another Python runs
 
 
 def test_it_finds_all_that_python_really_loads() -> None:

@@ -19,6 +19,8 @@ EXPERTS = {
 REAL = {
     "Qwen3.5-0.8B": ({"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8,
                       "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 20_452_864),
+    "Qwen3.5-2B": ({"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 8,
+                    "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 60_828_160),
     "Qwen3.5-4B": ({}, 426, 441, 120_599_552),
     "Qwen3.5-9B": ({"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}, 427, 442, 243_290_624),
     "Qwen3.5-27B": ({"num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 24,
@@ -27,6 +29,9 @@ REAL = {
     "Qwen3.5-122B-A10B": ({**EXPERTS, "num_hidden_layers": 48, "hidden_size": 3072, "num_attention_heads": 32,
                            "linear_num_value_heads": 64, "moe_intermediate_size": 1024,
                            "shared_expert_intermediate_size": 1024}, 879, 899, 2_523_679_232),
+    "Qwen3.5-397B-A17B": ({**EXPERTS, "num_hidden_layers": 60, "hidden_size": 4096, "num_attention_heads": 32,
+                           "linear_num_value_heads": 64, "num_experts": 512, "moe_intermediate_size": 1024,
+                           "shared_expert_intermediate_size": 1024}, 1098, 1118, 6_595_568_128),
 }  # fmt: skip
 
 
@@ -40,6 +45,13 @@ def test_real_models_have_the_known_inventory(name: str) -> None:
     head = family.rows(hparams, "head")
     assert sum(_elements(row.shape) for row in head) == head_weights
     assert all(row.name.startswith(f"blk.{hparams.count('num_hidden_layers')}.") for row in head)
+
+
+def test_the_head_of_qwen3_next_has_the_known_size() -> None:
+    """Its configuration does not mention it."""
+    changes = {**EXPERTS, "num_hidden_layers": 48, "num_experts": 512}
+    head = family_of("Qwen3NextForCausalLM").rows(Hparams({**DENSE, **changes}), "head")
+    assert len(head) == 20 and sum(_elements(row.shape) for row in head) == 1_650_471_424
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -169,6 +169,18 @@ def test_add_prints_an_entry_that_the_configuration_takes(client: Client, monkey
     assert Build(config).files() == [f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf" for variant in ("BF16", "Q4_K_M")]
 
 
+def test_add_names_the_converter_that_an_architecture_needs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = client.source / "config.json"
+    path.write_text(path.read_text().replace("Qwen3_5ForConditionalGeneration", "Glm4MoeForCausalLM"))
+    config = yaml.safe_load("models:\n" + client.run("add.py", REPO).stdout)
+    assert Build(config).models["tiny-qwen3.5"]["converter"] == "llama.cpp"
+    path.write_text(path.read_text().replace("Glm4MoeForCausalLM", "OtherForCausalLM"))
+    client.hub.digests.clear()
+    done = client.run("add.py", REPO)
+    assert done.returncode == 1 and "unknown architecture OtherForCausalLM" in done.stderr
+
+
 # ── fetching ──
 
 

@@ -84,7 +84,7 @@ class Clone:
     def start(self, to: str = "out", *options: str, **environment: str) -> subprocess.Popen[str]:
         out = self.root / to
         command = [sys.executable, str(PROGRAM), "--requirement", str(self.requirement), "--jobs", "2"]
-        command += ["--bin", str(out / "bin"), "--out", str(out / "stamp.json"), "--source", str(out / "source")]
+        command += ["--bin", str(out / "bin"), "--out", str(out / "stamp.json")]
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (self.root / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
         return subprocess.Popen(
             [*command, *options],
@@ -161,10 +161,24 @@ def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
         assert hashlib.sha256((clone.root / "out/bin" / name).read_bytes()).hexdigest() == digest
     said = subprocess.check_output([clone.root / "out/bin/llama-server"], text=True)
     assert said == "version: 9.9.9 (build 0, commit abcdef123)\n./build/main.cpp\n"
-    assert sorted(p.name for p in (clone.root / "out/source").iterdir()) == sorted(
-        ["conversion", "convert_hf_to_gguf.py", "gguf-py"]
-    )
     assert set(stamp["programs"]) == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_converter_comes_from_a_build_or_from_the_archive(clone: Clone, built: bool, tmp_path: Path) -> None:
+    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (clone.root / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+    cache = clone.cache if built else tmp_path / "empty"
+    empty_lock = tmp_path / "lock.txt"
+    empty_lock.touch()
+    command = [sys.executable, PROGRAM.with_name("converter.py"), "--requirement", clone.requirement, "--lock", empty_lock]
+    environment = {**os.environ, **pip, "MTPFORGE_CACHE": str(cache)}
+    done = subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("downloading" in done.stderr) is not built
+    assert sorted(p.name for p in (tmp_path / "source").iterdir()) == ["conversion", "convert_hf_to_gguf.py", "gguf-py"]
+    stamp = json.loads((tmp_path / "stamp.json").read_text())
+    assert (stamp["commit"], stamp["archive_sha256"]) == ("abcdef123", clone.sha256)
+    assert (tmp_path / "environment/bin/python").exists()
 
 
 def test_a_second_clone_builds_nothing_and_gets_the_same_bytes(clone: Clone) -> None:

@@ -1,28 +1,66 @@
-"""What else a model can be published as: without a head, with the head as a draft model of its own, in several files."""
+"""What else a model can be published as: without a head, with the head or the vision tower in a file of its own, in several files.
+
+And a model of an architecture that llama.cpp's own converter serves.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from other_architectures import write_model
 from repository import CONFIG, Repository
 
-FILES = ("tiny-qwen3.5-plain.gguf", "mtp-tiny-qwen3.5-Q6_K.gguf")
+CONVERTER = ROOT / "resources" / "converter"
+FILES = ("tiny-qwen3.5-plain.gguf", "mtp-tiny-qwen3.5-Q6_K.gguf", "mmproj-tiny-qwen3.5-F16.gguf")
+
+pytestmark = pytest.mark.skipif(
+    not (CONVERTER / "stamp.json").exists(), reason="llama.cpp's converter is missing: `make converter`"
+)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Path:
     copy = Repository(tmp_path_factory.mktemp("outputs") / "repository", toolchain)
+    share_converter(copy)
+    (copy.path / "tests/checkpoints/tiny-qwen3.5/preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
     model = {
         **CONFIG["models"]["tiny-qwen3.5"],
         "sidecar": "Q6_K",
+        "mmproj": True,
         "variants": {"plain": {"type": "IQ4_XS", "head": "none", "tensors": {"attn_.*": "Q8_0"}}, "BF16": {"split": "2M"}},
     }
-    copy.config["models"] = {"tiny-qwen3.5": model}
+    write_model("glm", copy.path / "glm")
+    other = {
+        "source": {"path": "glm"},
+        "converter": "llama.cpp",
+        "tokenizer_pre": "qwen35",
+        "sidecar": "Q8_0",
+        "min_acceptance": 0.9,
+        "variants": {
+            "BF16": {},
+            "Q4_0": {},
+            "Q5_0-injected": {"base": {"type": "Q5_0"}},
+            "Q8_0-plain": {"type": "Q8_0", "head": "none"},
+        },
+    }
+    copy.config["models"] = {"tiny-qwen3.5": model, "glm": other}
     copy.write_config()
     done = copy.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert copy.pending() == {}
     return copy.path / "results/tiny-qwen3.5"
+
+
+def share_converter(copy: Repository) -> None:
+    """The repository's own converter, because setting up another takes a minute and a gigabyte."""
+    shared = copy.path / "resources/converter"
+    shared.mkdir(parents=True)
+    for name in ("environment", "source"):
+        (shared / name).symlink_to(CONVERTER / name)
+    (shared / "stamp.json").write_bytes((CONVERTER / "stamp.json").read_bytes())
 
 
 def report(results: Path, name: str) -> dict[str, object]:
@@ -52,3 +90,16 @@ def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
     assert [entry["name"] for entry in found["files"]] == names
     assert sorted(path.name for path in (results / "tiny-qwen3.5-BF16").glob("*.gguf")) == names
     assert {"files", "files load"} <= {check["name"] for check in found["checks"]}
+
+
+def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
+    (check,) = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
+    assert check["name"] == "seeing" and check["passed"]
+
+
+@pytest.mark.parametrize("name", ["glm-BF16", "glm-Q4_0", "glm-Q5_0-injected", "mtp-glm-Q8_0"])
+def test_a_head_that_llama_cpp_converted_is_compared_and_drafts(results: Path, name: str) -> None:
+    found = report(results.parent / "glm", name)
+    names = [check["name"] for check in found["checks"]]
+    assert names == ["types", "inventory", "head values", *(["trunk"] if "injected" in name else []), "drafting"]
+    assert found["acceptance"] > 0.9 and (results.parent / "glm" / f"{name}.gguf").exists()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
+from mtpforge import upstream
 
 
 def test_the_graph_of_the_rules_is_snakemakes() -> None:
@@ -15,6 +16,14 @@ def test_the_graph_of_the_rules_is_snakemakes() -> None:
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
     drawn = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", done.stdout)}
     assert drawn and drawn == set(re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_table_of_other_architectures_is_the_list() -> None:
+    rows = re.findall(
+        r"^\| (\w+(?:, \w+)*)(?: \(.*\))? \| ([\w-]+) \| (yes|no|where)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    written = {name: (kind, drafts != "no") for names, kind, drafts in rows for name in names.split(", ")}
+    assert written == {name: (entry.gguf, entry.drafts) for name, entry in upstream.ARCHITECTURES.items()}
 
 
 def test_the_table_of_results_lists_what_all_makes(built: Path) -> None:

@@ -1,4 +1,4 @@
-# Checkpoint to BF16 GGUF.
+# Checkpoint to BF16 GGUF, by our converter or by llama.cpp's own.
 # Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk, head or draft, and
 # beside it the digests of its tensors. Who reads the GGUF has the digests as an input and the GGUF itself as `ancient`: small files are
 # compared by content, large ones by time, and the published BF16 file is the same bytes by another name.
@@ -17,6 +17,7 @@ rule convert:
     benchmark:
         "benchmarks/{model}/convert-{part}.jsonl"
     wildcard_constraints:
+        model=build.models_of("mtpforge"),
         part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
@@ -28,3 +29,51 @@ rule convert:
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part} {params.tokenizer}"
         " --out {output.file:q} --digests {output.digests:q} 2>&1 | tee {log:q}"
+
+
+rule convert_upstream:
+    input:
+        code=code("convert_upstream.py"),
+        checkpoint=build.checkpoint_inputs,
+        converter="resources/converter/stamp.json",
+    output:
+        file=temp("results/{model}/work/convert/{part}.gguf"),
+        digests="results/{model}/work/convert/{part}.json",
+    log:
+        "logs/{model}/convert-{part}.log",
+    benchmark:
+        "benchmarks/{model}/convert-{part}.jsonl"
+    wildcard_constraints:
+        model=build.models_of("llama.cpp"),
+        part="all|trunk|draft",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        checkpoint=build.checkpoint,
+        tokenizer=build.tokenizer_option,
+    message:
+        "{wildcards.model}: convert the checkpoint ({wildcards.part}) with llama.cpp's converter"
+    shell:
+        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part} {params.tokenizer}"
+        " --log {log:q} --out {output.file:q} --digests {output.digests:q}"
+
+
+rule mmproj:
+    input:
+        code=code("convert_upstream.py"),
+        checkpoint=build.checkpoint_inputs,
+        converter="resources/converter/stamp.json",
+    output:
+        temp("results/{model}/work/convert/mmproj.gguf"),
+    log:
+        "logs/{model}/convert-mmproj.log",
+    benchmark:
+        "benchmarks/{model}/convert-mmproj.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    params:
+        checkpoint=build.checkpoint,
+    message:
+        "{wildcards.model}: convert the vision tower with llama.cpp's converter"
+    shell:
+        "python {input.code[0]:q} {params.checkpoint:q} --part mmproj --log {log:q} --out {output:q}"

@@ -8,8 +8,8 @@ rule inject:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
         base=build.base_if_any,
-        head=ancient("results/{model}/work/convert/head.gguf"),
-        digests="results/{model}/work/convert/head.json",
+        head=ancient(build.head_file),
+        digests=build.head_digests,
     output:
         temp("results/{model}/work/injected/{variant}.gguf"),
     log:

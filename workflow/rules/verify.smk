@@ -10,6 +10,7 @@ rule verify:
         toolchain="resources/toolchain/stamp.json",
         file=build.candidate,
         base=build.base_if_any,
+        reference=ancient(build.reference),
         checkpoint=build.checkpoint_inputs,
         recipe="results/{model}/work/recipes/{variant}.yaml",
         prompts=build.prompt_files,
@@ -24,13 +25,13 @@ rule verify:
         "../../envs/run.yaml"
     threads: 64
     params:
-        checkpoint=build.checkpoint,
+        source=build.source_option,
         prompts=build.prompts,
         options=build.verify_options,
     message:
         "{wildcards.model}: verify {wildcards.variant}"
     shell:
-        "python {input.code[0]:q} {input.file:q} --checkpoint {params.checkpoint:q} --tensors {input.recipe:q}"
+        "python {input.code[0]:q} {input.file:q} {params.source} --tensors {input.recipe:q}"
         " --prompts {params.prompts:q} {params.options} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
 
@@ -44,7 +45,7 @@ use rule verify as verify_split with:
     benchmark:
         "benchmarks/{model}/verify-split-{base}-{variant}.jsonl"
     params:
-        checkpoint=build.checkpoint,
+        source=build.source_option,
         prompts=build.prompts,
         options=build.split_options,
     message:
@@ -58,6 +59,7 @@ rule verify_sidecar:
         file=build.sidecar,
         target=ancient("results/{model}/work/convert/all.gguf"),
         digests="results/{model}/work/convert/all.json",
+        reference=ancient(build.draft_reference),
         checkpoint=build.checkpoint_inputs,
         prompts=build.prompt_files,
     output:
@@ -73,15 +75,39 @@ rule verify_sidecar:
         "../../envs/run.yaml"
     threads: 64
     params:
-        checkpoint=build.checkpoint,
+        source=build.draft_source_option,
         prompts=build.prompts,
         min_acceptance=lookup("models/{model}/min_acceptance", within=build.config),
     message:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
-        "python {input.code[0]:q} {input.file:q} --target {input.target:q} --checkpoint {params.checkpoint:q}"
+        "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
         " --type {wildcards.type} --head {wildcards.type} --min-acceptance {params.min_acceptance}"
         " --prompts {params.prompts:q} --threads {threads}"
+        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+
+
+rule verify_mmproj:
+    input:
+        code=code("verify.py"),
+        toolchain="resources/toolchain/stamp.json",
+        file=build.mmproj,
+        target=ancient("results/{model}/work/convert/all.gguf"),
+        digests="results/{model}/work/convert/all.json",
+    output:
+        file="results/{model}/mmproj-{base}-F16.gguf",
+        report="results/{model}/reports/mmproj-{base}-F16.json",
+    log:
+        "logs/{model}/verify-mmproj-{base}.log",
+    benchmark:
+        "benchmarks/{model}/verify-mmproj-{base}.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    message:
+        "{wildcards.model}: verify the vision tower"
+    shell:
+        "python {input.code[0]:q} {input.file:q} --target {input.target:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
 
 

@@ -5,7 +5,8 @@ example: add.py Qwen/Qwen3.5-4B
 
 import argparse
 
-from mtpforge import errors, head, hub
+from mtpforge import errors, head, hub, upstream
+from mtpforge.families import family_of
 from mtpforge.listing import REPOSITORY
 
 
@@ -25,15 +26,22 @@ def entry(repo: str) -> str:
     if not listing.tensors:
         raise errors.DownloadError(f"{repo}: has no *.safetensors: only such checkpoints can be converted")
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
-    tensors = head.head_tensors(listing, head.family_in(listing))
-    has_head = f"{sum(tensor.size for tensor in tensors) / 1e9:.2f} GB of it the head" if tensors else "which has lost its head"
+    architecture, about, converter, variant = head.architecture_in(listing), "", [], "{}"
+    if architecture in upstream.ARCHITECTURES:
+        converter = ["    converter: llama.cpp"]
+    elif tensors := head.head_tensors(listing, family_of(architecture)):
+        about = f", {sum(tensor.size for tensor in tensors) / 1e9:.2f} GB of it the head"
+    else:
+        about, variant = ", which has lost its head", "{head: none}"
     return "\n".join(
         [
-            f"  # {size / 1e9:.1f} GB to fetch, {has_head}. Name it under `build` to make it.",
+            f"  # {size / 1e9:.1f} GB to fetch{about}. Name it under `build` to make it.",
             f"  {repo.partition('/')[2].lower()}:",
             f"    source: {{repo: {repo}, revision: {listing.revision}}}",
+            *converter,
             "    variants:",
-            *(f"      {variant}: {'{}' if tensors else '{head: none}'}" for variant in ("BF16", "Q4_K_M")),
+            f"      BF16: {variant}",
+            f"      Q4_K_M: {variant}",
         ]
     )
 

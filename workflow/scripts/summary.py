@@ -26,13 +26,16 @@ def main() -> None:
 def row(path: Path) -> tuple[str, ...]:
     """One file's cells."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    drafts = report.get("drafts")  # none of a file without a head
+    if drafts := report.get("drafts"):
+        acceptance = f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})"
+    else:
+        acceptance = "-" if report["head"] in ("none", "") else "not possible"  # its report says why
     return (
         report["file"],
         size(report["bytes"]),
         f"{report['bits_per_weight']:.2f}",
-        report["head"],
-        f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})" if drafts else "-",
+        report["head"] or "-",
+        acceptance,
     )
 
 

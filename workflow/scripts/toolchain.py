@@ -19,7 +19,6 @@ def main() -> None:
     parser.add_argument("--requirement", type=Path, required=True, help="requirements file with the source archive")
     parser.add_argument("--bin", type=Path, required=True, help="directory that receives the programs")
     parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
-    parser.add_argument("--source", type=Path, help="directory that receives llama.cpp's own converter (only if built)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to compile on")
     parser.add_argument("--bin-dir", default="", help="programs that exist already: link them, build nothing")
     args = parser.parse_args()
@@ -27,7 +26,7 @@ def main() -> None:
     if args.bin_dir:
         stamp = adopt(Path(args.bin_dir).expanduser(), args.bin)
     else:
-        stamp = install(built(args.requirement, args.jobs), args.bin, args.source)
+        stamp = install(built(args.requirement, args.jobs), args.bin)
     write_json(args.out, stamp)
 
 

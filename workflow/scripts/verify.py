@@ -19,7 +19,9 @@ def main() -> None:
     """Parse the command line, verify, and publish where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="F.gguf")
-    parser.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
+    source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
     parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
@@ -35,10 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     processors = os.cpu_count() or 1
     request = Request(
-        args.checkpoint, args.base, args.target, args.type, args.head, read_recipe(args.tensors), _prompts(args.prompts),
-        args.min_acceptance, min(args.threads or processors, processors),
+        args.checkpoint, args.reference, args.base, args.target, args.type, args.head, read_recipe(args.tensors),
+        _prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
-    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.base, args.target)
+    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.reference, args.base, args.target)
     limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
     if args.publish:

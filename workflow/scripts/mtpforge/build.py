@@ -4,6 +4,7 @@ A rule's functions are methods of `Build` that take the rule's wildcards, so the
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,9 @@ class Build:
             if "sidecar" in self.models[model]:
                 stem = f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
                 yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
+            if self.models[model]["mmproj"]:
+                stem = f"mmproj-{self.base_name(model)}-F16"
+                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
 
     def files(self) -> list[str]:
         """The GGUFs that `all` makes, folders of split ones among them."""
@@ -103,6 +107,11 @@ class Build:
             "variant": sorted(variants),
         }
 
+    def models_of(self, converter: str) -> str:
+        """A regular expression for the models that this converter makes; one that nothing matches if there are none."""
+        names = [re.escape(name) for name, model in self.models.items() if model["converter"] == converter]
+        return "|".join(names) or "(?!)"
+
     # ── where it comes from ──
 
     def checkpoint(self, wildcards: Wildcards) -> str:
@@ -129,10 +138,10 @@ class Build:
         return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
 
     def _head_only(self, model: str) -> bool:
-        """Whether all that is made of a model is somebody's quantization with its head."""
-        variants = self.models[model]["variants"].values()
-        theirs = all("base" in entry and "type" not in entry["base"] for entry in variants)
-        return theirs and "sidecar" not in self.models[model]
+        """Whether all that is made of a model is somebody's quantization with its head, and that head can be converted alone."""
+        entry = self.models[model]
+        theirs = all("base" in variant and "type" not in variant["base"] for variant in entry["variants"].values())
+        return theirs and entry["converter"] == "mtpforge" and not entry["mmproj"] and "sidecar" not in entry
 
     def fetched(self, wildcards: Wildcards) -> str:
         """The folder of files from a repository, by the name that a checkpoint's must have."""
@@ -205,6 +214,11 @@ class Build:
         self._check_base(wildcards)
         return f"{WORK.format(model=wildcards.model)}/draft/{wildcards.type}.gguf"
 
+    def mmproj(self, wildcards: Wildcards) -> str:
+        """The vision tower that is verified and, if it passes, published. Raises ConfigError for another model's name."""
+        self._check_base(wildcards)
+        return f"{WORK.format(model=wildcards.model)}/convert/mmproj.gguf"
+
     def _check_base(self, wildcards: Wildcards) -> None:
         base = self.base_name(wildcards.model)
         if wildcards.base != base:
@@ -237,6 +251,41 @@ class Build:
     def prompt_files(self, wildcards: Wildcards) -> list[str]:
         """The prompts in it."""
         return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+
+    def head_source(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF that has the head to be injected, without its ending; llama.cpp's converter never writes a head alone."""
+        part = "head" if self._is_ours(wildcards) else "all"
+        return f"{WORK.format(model=wildcards.model)}/convert/{part}"
+
+    def head_file(self, wildcards: Wildcards) -> str:
+        """The GGUF itself."""
+        return f"{self.head_source(wildcards)}.gguf"
+
+    def head_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return f"{self.head_source(wildcards)}.json"
+
+    def reference(self, wildcards: Wildcards) -> list[str]:
+        """What llama.cpp's converter made and a file is compared with; nothing where the checkpoint itself serves."""
+        return [] if self._is_ours(wildcards) else [self.source(wildcards)]
+
+    def draft_reference(self, wildcards: Wildcards) -> list[str]:
+        """The same for a draft sidecar."""
+        return [] if self._is_ours(wildcards) else [f"{WORK.format(model=wildcards.model)}/convert/draft.gguf"]
+
+    def _is_ours(self, wildcards: Wildcards) -> bool:
+        return bool(self.models[wildcards.model]["converter"] == "mtpforge")
+
+    def source_option(self, wildcards: Wildcards) -> str:
+        """What verify.py compares a file's inventory and head with."""
+        return self._against(wildcards, self.reference(wildcards))
+
+    def draft_source_option(self, wildcards: Wildcards) -> str:
+        """The same for a draft sidecar."""
+        return self._against(wildcards, self.draft_reference(wildcards))
+
+    def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
+        return shlex.join(["--reference", *reference] if reference else ["--checkpoint", self.checkpoint(wildcards)])
 
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""

@@ -23,7 +23,7 @@ from .gguf_file import TensorInfo, Value
 from .ranges import CHUNK, Payload
 
 PARTS = ("all", "trunk", "head", "draft")
-SLICE = 1 << 21  # values that are in memory at a time
+SLICE = 1 << 17  # values that are worked on at a time: what a processor's cache holds
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MOST_EXPERTS = 4096  # in one fused tensor: what no model has, and what no machine notices
 
@@ -274,6 +274,8 @@ def describe(
 
 
 def _encoded(key: str, entry: GGUFValue) -> Value:
+    if isinstance(entry.value, Value):  # made while something else was at work
+        return entry.value
     try:
         item = entry.sub_type
         if entry.type is GGUFValueType.ARRAY and item is None:

@@ -48,3 +48,9 @@ def scale_index(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[np.ndar
     matrices = np.arange(math.prod(leading[:-1])).reshape(*leading[:-1], 1, 1) * per_matrix
     rows = (matrices + (np.arange(shape[-2]) // block[0])[:, None]) * per_row
     return np.broadcast_to(rows, shape), np.broadcast_to(np.arange(shape[-1]) // block[1], shape)
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """float32 values of E4M3 `codes` (uint8, [..., rows, columns]) times their float32 `scales`, the multiplication in float32."""
+    rows, columns = scale_index(codes.shape, block)
+    return np.asarray(VALUES[codes] * scales.reshape(-1)[rows + columns])

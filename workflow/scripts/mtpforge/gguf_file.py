@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from .atomic import replacing
 from .errors import GgufError
-from .ranges import FileRange, Payload, append, sha256
+from .ranges import FileRange, Payload, Sink, sha256
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -326,13 +326,14 @@ def write(
     with replacing(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            append(descriptor, [memoryview(header(metadata, infos))])
+            sink = Sink(descriptor)
+            sink.append([memoryview(header(metadata, infos))])
             done = 0
             for info, payload in tensors:
-                size = append(descriptor, payload)
+                size = sink.append(payload)
                 if size != info.size:
                     raise GgufError(f"{path}: tensor {info.name} takes {info.size:,} bytes, its source gave {size:,}")
-                append(descriptor, [memoryview(bytes(aligned(size) - size))])
+                sink.append([memoryview(bytes(aligned(size) - size))])
                 done += aligned(size)
                 progress(done, total)
         finally:

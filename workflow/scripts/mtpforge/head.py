@@ -18,7 +18,7 @@ from .checkpoint import INDEX, Checkpoint, CheckpointTensor, architecture_of, pa
 from .errors import CheckpointError
 from .families import Family, family_of
 from .listing import Listing
-from .ranges import FileRange, append, sha256
+from .ranges import FileRange, Sink, sha256
 from .remote import RemoteFile
 
 PIECE = 64 << 20  # is fetched again after an interruption
@@ -31,10 +31,10 @@ def head_tensors(listing: Listing, family: Family) -> list[CheckpointTensor]:
     return sorted((listing.tensors[name] for name in names), key=lambda tensor: (tensor.shard, tensor.offset))
 
 
-def family_in(listing: Listing) -> Family:
-    """The family of the checkpoint, from its config.json. Raises DownloadError, CheckpointError."""
+def architecture_in(listing: Listing) -> str:
+    """The architecture of the checkpoint, from its config.json. Raises DownloadError, CheckpointError."""
     path = Path(listing.repo, "config.json")
-    return family_of(architecture_of(path, parse_json(path, hub.read_text(listing, path.name))))
+    return architecture_of(path, parse_json(path, hub.read_text(listing, path.name)))
 
 
 def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
     Shards that lie in `whole`, or in the local Hub cache, are read there. Raises DownloadError, CheckpointError; what has come
     until then stays, and a second call goes on from there.
     """
-    tensors = head_tensors(listing, family_in(listing))
+    tensors = head_tensors(listing, family_of(architecture_in(listing)))
     if not tensors:
         raise CheckpointError(f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,8 @@ def _header(tensors: list[CheckpointTensor]) -> bytes:
 
 def _copy(local: Path, out: Path, tensors: list[CheckpointTensor]) -> None:
     with out.open("wb") as file:
-        file.write(_header(tensors))
-        file.flush()
-        append(file.fileno(), [FileRange(local, tensor.offset, tensor.size) for tensor in tensors])
+        sink = Sink(file.fileno())
+        sink.append([memoryview(_header(tensors)), *(FileRange(local, tensor.offset, tensor.size) for tensor in tensors)])
 
 
 def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from gguf.constants import GGUFValueType
 from . import convert, gguf_file, programs, quant_types
 from .errors import GgufError
 from .gguf_file import Gguf, TensorInfo, Value, squeezed
-from .quantize import head_block, quantizable, quantize
+from .quantize import head_blocks, quantizable, quantize
 from .ranges import Payload
 
 Progress = Callable[[int, int], None]
@@ -58,8 +58,8 @@ def _prepare(head: Path, head_type: str | None, scratch: Path, bin_dir: Path) ->
 
 def head_only(source: Gguf) -> Gguf:
     """The same file with only its head's tensors in view. Raises GgufError where it has none."""
-    block = head_block(source)
-    names = [name for name in source.tensors if block is not None and name.startswith(f"blk.{block}.")]
+    prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
+    names = [name for name in source.tensors if name.startswith(prefixes)]
     if not names:
         raise GgufError(f"{source.path}: has no head (no nextn_predict_layers, or no tensors of its block)")
     return Gguf(source.path, source.metadata, {n: source.tensors[n] for n in names}, {n: source.ranges[n] for n in names})
@@ -130,9 +130,11 @@ def check_match(base: Gguf, head: Gguf) -> str:
         raise GgufError(f"{base.path}: is one shard of a split GGUF: merge it first with llama-gguf-split --merge")
     if head.architecture != architecture:
         raise GgufError(f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model")
-    if head_block(base) is not None:
-        raise GgufError(f"{base.path}: has a head already (block {head_block(base)})")
-    blocks, block = base.need(f"{architecture}.block_count", int), head_block(head)
+    if head_blocks(base):
+        raise GgufError(f"{base.path}: has a head already (block {head_blocks(base)[0]})")
+    if len(head_blocks(head)) != 1:
+        raise GgufError(f"{head.path}: a head of {len(head_blocks(head))} blocks: only a head of one block can be injected")
+    blocks, block = base.need(f"{architecture}.block_count", int), head_blocks(head)[0]
     if blocks != block:
         raise GgufError(f"{base.path} has {blocks} blocks, the head in {head.path} is block {block}: it belongs to another model")
     if surplus := [name for name in base.tensors if name.startswith(f"blk.{block}.")]:

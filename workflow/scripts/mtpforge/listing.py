@@ -19,8 +19,9 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 # What conversion reads beside the shards. Never *.bin, *.pt or *.py: nothing that could be executed reaches the disk.
 _SMALL = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|(video_)?preprocessor_config)\.json"
-    r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|README\.md"
+    r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|(video_)?preprocessor_config"
+    r"|processor_config)\.json"
+    r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|tokenizer\.model|README\.md"
 )
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

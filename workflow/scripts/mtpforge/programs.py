@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .errors import ToolchainError
 
 DEFAULT_BIN = Path("resources/toolchain/bin")
-_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+")  # "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts
+# "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts; "Writing:  45%", as upstream's converter does
+_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%")
+_EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")  # how the last line of a Python traceback begins
 _INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -24,10 +26,18 @@ def find(bin_dir: Path, name: str) -> Path:
     return path.resolve()
 
 
-def call(command: Sequence[str | Path], log: Path | None = None) -> None:
-    """Run a program to its end, its output into `log`. Raises ToolchainError with the reason that it gave."""
+def call(
+    command: Sequence[str | Path],
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> None:
+    """Run a program to its end, its output into `log`. Raises ToolchainError with the reason that it gave.
+
+    `environment` is all that the program gets of one; None passes on our own. `name` is what messages call it.
+    """
     words = [str(word) for word in command]
-    name, tail, shown = Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
+    name, tail, shown = name or Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
         (log or Path(os.devnull)).open("w", encoding="utf-8") as kept,
         subprocess.Popen(
@@ -37,6 +47,7 @@ def call(command: Sequence[str | Path], log: Path | None = None) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=environment,
         ) as process,
     ):
         assert process.stdout is not None
@@ -52,5 +63,12 @@ def call(command: Sequence[str | Path], log: Path | None = None) -> None:
             raise
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
-        reasons = [line for line in tail if re.search("error|fail", line, re.IGNORECASE)] or [line for line in tail if line]
-        raise ToolchainError(f"{name} failed with {how}: {reasons[0] if reasons else 'it said nothing'}")
+        raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")
+
+
+def _reason(tail: Iterable[str]) -> str:
+    """The most telling of a program's last lines."""
+    lines = [line for line in tail if line]
+    errors = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    return next(iter([*exceptions[-1:], *errors, *lines]), "it said nothing")

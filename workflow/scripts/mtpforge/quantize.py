@@ -50,28 +50,28 @@ def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recip
     for pattern, _ in recipe:
         if not any(re.search(pattern, name) for name in source.tensors):
             raise ConfigError(f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?")
-    block = head_block(source)
+    blocks = head_blocks(source)
     head = head or default_head(file_type)
     quant_types.check_tensor_type(head)
     if file_type in quant_types.UNQUANTIZED:
-        if recipe or (block is not None and head != file_type):
+        if recipe or (blocks and head != file_type):
             raise ConfigError(
                 f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}"
             )
         return []
-    return ([(head_pattern(block), head)] if block is not None else []) + list(recipe)
+    return ([(head_pattern(blocks), head)] if blocks else []) + list(recipe)
 
 
-def head_block(source: Gguf) -> int | None:
-    """The number of the head's block, from the file's own metadata; None where it has no head. Raises GgufError."""
+def head_blocks(source: Gguf) -> range:
+    """The numbers of the head's blocks, the last ones by the file's own metadata; empty without a head. Raises GgufError."""
     architecture = source.architecture
     blocks, heads = (
         source.need(f"{architecture}.block_count", int),
         source.get(f"{architecture}.nextn_predict_layers", 0),
     )
-    if heads not in (0, 1) or blocks <= heads:
-        raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: one-block heads are supported")
-    return blocks - 1 if heads else None
+    if type(heads) is not int or not 0 <= heads < blocks or heads > len(source.tensors):
+        raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: that cannot be")
+    return range(blocks - heads, blocks)
 
 
 def quantizable(info: TensorInfo) -> bool:
@@ -80,9 +80,10 @@ def quantizable(info: TensorInfo) -> bool:
     return sum(n > 1 for n in info.shape) > 1 and info.name.endswith(".weight") and not info.name.endswith(kept)
 
 
-def head_pattern(block: int) -> str:
-    """The regular expression that matches the head's tensors and no other."""
-    return rf"^blk\.{block}\."
+def head_pattern(blocks: range) -> str:
+    """The regular expression that matches the tensors of these blocks and no other."""
+    numbers = "|".join(map(str, blocks))
+    return rf"^blk\.({numbers})\." if len(blocks) > 1 else rf"^blk\.{numbers}\."
 
 
 def default_head(file_type: str) -> str:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
+from gguf.constants import GGUFValueType, Keys
 from tokenizers import AddedToken, Tokenizer
 
 from .checkpoint import parse_json, read_json, read_text
-from .errors import CheckpointError
+from .errors import CheckpointError, GgufError
+from .gguf_file import Value
 
 # Upstream tells pre-tokenizers apart by the ids that this text gets: data of convert_hf_to_gguf_update.py.
 PROBE = (
@@ -50,6 +52,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     answer.close()
     settings = parse_json(path, text)
     del text
+    merges = _merges(settings, path)
     try:
         package = answers.recv()
     except EOFError:
@@ -57,15 +60,13 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     beside.join()
     if not isinstance(package, Package):
         raise CheckpointError(f"{path}: the tokenizers package cannot read it ({package})")
-    model = settings["model"]  # the package has read it, so it is there
-    if model.get("type") != "BPE":
-        raise CheckpointError(f"{path}: only byte-level BPE tokenizers are supported")
-    tokens, types = vocabulary(model["vocab"], package.added, vocab_size, directory)
+    # The package has read the model, so it is there.
+    tokens, types = vocabulary(settings["model"]["vocab"], package.added, vocab_size, directory)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre or pre_tokenizer(package.checksum, directory))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([_joined(merge) for merge in model["merges"]])
+    writer.add_key_value(Keys.Tokenizer.MERGES, merges, GGUFValueType.ARRAY)
     _special(directory, settings).add_to_gguf(writer, quiet=True)
 
 
@@ -119,10 +120,23 @@ def pre_tokenizer(checksum: str, directory: Path) -> str:
     return PRE_TOKENIZERS[checksum]
 
 
+def _merges(settings: dict[str, Any], path: Path) -> Value:
+    """The merges as GGUF has them; encoded here, while the package is at work. Raises CheckpointError."""
+    model = settings.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        raise CheckpointError(f"{path}: only byte-level BPE tokenizers are supported")
+    try:
+        return Value.of([_joined(merge) for merge in model["merges"]], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    except (LookupError, TypeError, AttributeError, GgufError) as error:
+        raise CheckpointError(f"{path}: malformed merges ({error})") from None
+
+
 def _joined(merge: str | list[str]) -> str:
     """A merge as GGUF has it: a space inside one of its two parts is written as byte-level BPE writes one."""
-    text = merge if isinstance(merge, str) else " ".join(merge)
-    return text if text.count(" ") == 1 or isinstance(merge, str) else " ".join(part.replace(" ", _SPACE) for part in merge)
+    if isinstance(merge, str):
+        return merge
+    text = " ".join(merge)
+    return text if text.count(" ") == 1 else " ".join(part.replace(" ", _SPACE) for part in merge)
 
 
 def vocabulary(

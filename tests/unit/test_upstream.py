@@ -1,0 +1,193 @@
+"""What upstream's converter is not even started for, and what it gets to see."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import summary
+from conftest import CHECKPOINTS
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from layouts import read_tensors, write_checkpoint
+from mtpforge import gguf_file, inject, quantize, upstream
+from mtpforge.checkpoint import Checkpoint
+from mtpforge.errors import CheckpointError, GgufError
+from mtpforge.families import FAMILIES, Hparams
+from mtpforge.gguf_file import Gguf, TensorInfo, Value
+from other_architectures import MODELS, write_model
+
+Fails = Callable[..., str]
+
+
+def refusal(checkpoint: Path, part: str = "all") -> str:
+    with pytest.raises(CheckpointError) as caught:
+        upstream.check(Checkpoint(checkpoint), part)
+    return str(caught.value)
+
+
+def test_no_architecture_of_ours_is_on_the_list() -> None:
+    ours = {name for family in FAMILIES for name in family.huggingface_architectures}
+    assert not ours & upstream.ARCHITECTURES.keys()
+
+
+def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(fails: Fails, tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm", architectures=["KimiLinearForCausalLM"])
+    message = fails("convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf")
+    assert "KimiLinearForCausalLM" in message and all(name in message for name in upstream.ARCHITECTURES)
+
+
+def test_a_missing_environment_is_an_error_that_says_what_makes_it(fails: Fails, tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    assert "make converter" in fails("convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_that_is_as_declared_is_accepted(tmp_path: Path, name: str) -> None:
+    upstream.check(Checkpoint(write_model(name, tmp_path / name)), "all")
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("glm", {"num_nextn_predict_layers": 0}, "but 0 blocks are declared"),
+    ("glm", {"num_nextn_predict_layers": None}, "but 0 blocks are declared"),
+    ("glm", {"num_nextn_predict_layers": "1"}, "but '1' blocks are declared"),
+    ("glm", {"drop": "layers.2."}, "no tensors of a head (1 blocks are declared)"),
+    ("step", {"drop": "layers.3."}, "has tensors of 1 head layers, 1 to a block, but 2 blocks are declared"),
+    ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 to a block"),
+    ("mimo", {"drop": "mtp.layers.2."}, "but 3 blocks are declared"),
+    ("mimo", {"drop": "mtp."}, "no tensors of a head (3 blocks are declared)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "named"), CONTRADICTIONS)
+def test_tensors_and_configuration_must_agree(tmp_path: Path, name: str, change: dict[str, Any], named: str) -> None:
+    checkpoint = write_model(name, tmp_path / name, **change)
+    assert named in refusal(checkpoint)
+    upstream.check(Checkpoint(checkpoint), "trunk")  # which needs no head
+
+
+def test_parts_that_upstream_cannot_make_are_refused(tmp_path: Path) -> None:
+    bailing = write_model("bailing", tmp_path / "bailing")
+    assert "only the whole" in refusal(bailing, "trunk") and "only the whole" in refusal(bailing, "draft")
+    assert "a vision tower" in refusal(bailing, "mmproj")
+    assert "no preprocessor_config.json" in refusal(CHECKPOINTS / "tiny-qwen3.5", "mmproj")
+
+
+def test_a_head_whose_values_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    tensors, config = (read_tensors(write_model("glm", tmp_path / "glm")), json.loads((tmp_path / "glm/config.json").read_text()))
+    key = "model.layers.2.eh_proj.weight"
+    tensors[key] = ("U8", tensors[key][1].astype("u1"))
+    packed = write_checkpoint(tmp_path / "packed", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert f"{key} is U8" in refusal(packed)
+    tensors[key] = ("F8_E4M3", tensors[key][1])
+    config["quantization_config"] = {"weight_block_size": [128, 128]}
+    unscaled = write_checkpoint(tmp_path / "unscaled", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert f"{key} is FP8 and {key}_scale_inv is missing" in refusal(unscaled)
+
+
+def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    for name in ("modeling_glm.py", "pytorch_model.bin", "state.pt", "data.pkl", "model.safetensors.index.json.py"):
+        (checkpoint / name).write_text("raise SystemExit")
+    config = json.loads((checkpoint / "config.json").read_text())
+    added = {"auto_map": {"a": "b.c"}, "x": [{"auto_map": ["b.c", None], "kept": 2}], "vocabulary": {"auto_map": 7}}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **added}))
+    folder = upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+    assert folder.name == "glm"
+    allowed = (".json", ".safetensors", ".md", ".txt", ".jinja", ".model")
+    assert all(path.suffix in allowed for path in folder.iterdir())
+    seen = json.loads((folder / "config.json").read_text())
+    assert seen == {**config, "x": [{"kept": 2}], "vocabulary": {"auto_map": 7}}
+    for shard in folder.glob("*.safetensors"):
+        assert shard.is_symlink() and shard.samefile(checkpoint / shard.name)
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json"])
+def test_only_regular_files_are_copied(tmp_path: Path, name: str) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(CheckpointError, match="regular file"):
+        upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("depth", [950, 100_000])
+def test_deep_nesting_is_refused(tmp_path: Path, depth: int) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    (checkpoint / "added_tokens.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: (is nested|not valid JSON)"):
+        upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
+
+
+def test_no_secret_reaches_upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH", "PYTHONSTARTUP", "https_proxy"):
+        monkeypatch.setenv(name, "secret")
+    environment = upstream._environment(tmp_path)
+    assert "secret" not in environment.values() and environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["HOME"] == str(tmp_path)
+
+
+def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str) -> Gguf:
+    """A GGUF of that many blocks, the last `heads` of them with the tensors named."""
+    metadata = {
+        "general.architecture": Value.of(architecture, GGUFValueType.STRING),
+        f"{architecture}.block_count": Value.of(blocks, GGUFValueType.UINT32),
+        f"{architecture}.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
+    }
+    infos = [TensorInfo(f"blk.{i}.{name}", (1,), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names]
+    gguf_file.write(path, metadata, [(info, [memoryview(bytes(4))]) for info in infos])
+    return gguf_file.read(path)
+
+
+def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> None:
+    def reason(architecture: str, *names: str) -> str | None:
+        return upstream.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
+
+    assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
+    assert reason("exaone-moe", "attn_q.weight") == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
+    assert reason("mimo2", "attn_qkv.weight") is None
+    assert "a head that has no attn_qkv.weight" in str(reason("mimo2", "attn_q.weight"))
+
+
+def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
+    several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
+    assert quantize.plan_overrides(several, "Q4_0", None, ()) == [(r"^blk\.(9|10|11)\.", "Q8_0")]
+    assert inject.head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
+    one = head_of(tmp_path / "one.gguf", "mimo2", 12, 1, "attn_q.weight")
+    assert quantize.plan_overrides(one, "Q4_0", None, ()) == [(r"^blk\.11\.", "Q8_0")]
+
+
+def test_a_head_of_several_blocks_is_not_injected(tmp_path: Path) -> None:
+    base, head = head_of(tmp_path / "base.gguf", "mimo2", 2, 0), head_of(tmp_path / "head.gguf", "mimo2", 4, 2, "attn_q.weight")
+    with pytest.raises(GgufError, match="a head of 2 blocks: only a head of one block can be injected"):
+        inject.assemble(base, head, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("heads", [12, 4_000_000_000])
+def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: int) -> None:
+    with pytest.raises(GgufError, match="that cannot be"):
+        quantize.head_blocks(_declaring(tmp_path / "odd.gguf", heads))
+
+
+def _declaring(path: Path, heads: int) -> Gguf:
+    opened = head_of(path, "mimo2", 12, 1, "attn_q.weight")
+    metadata = {**opened.metadata, "mimo2.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32)}
+    return Gguf(opened.path, metadata, opened.tensors, opened.ranges)
+
+
+def test_the_summary_says_where_drafting_is_not_possible(tmp_path: Path) -> None:
+    report = {"file": "a.gguf", "bytes": 10, "bits_per_weight": 8.5, "head": "Q8_0"}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert summary.row(tmp_path / "report.json")[-1] == "not possible"
+
+
+def test_latent_attention_is_split_by_head() -> None:
+    hparams = Hparams({"num_attention_heads": 2, "qk_nope_head_dim": 3, "v_head_dim": 1})
+    values = np.arange(2 * 4 * 5, dtype=np.float32).reshape(8, 5)
+    k, v = upstream.split_kv_b(values, hparams)
+    assert k.shape == (2, 5, 3) and v.shape == (2, 1, 5)
+    assert k[1, 4].tolist() == values[4:7, 4].tolist() and v[1].tolist() == values[7:8].tolist()
+    with pytest.raises(CheckpointError, match="kv_b_proj has 7 rows"):
+        upstream.split_kv_b(values[:7], hparams)
