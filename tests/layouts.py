@@ -196,10 +196,28 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
 """Name of a derived checkpoint -> (embedded checkpoint, its layout, number of shards)."""
 
 
+def end_with_eos(folder: Path) -> None:
+    """A post-processor that adds the last token, and a configuration that denies it, as embedding models have."""
+    path = folder / "tokenizer.json"
+    tokenizer, eos = json.loads(path.read_text()), json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    (token,) = (token["id"] for token in tokenizer["added_tokens"] if token["content"] == eos)
+    first, last = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing", "single": [first, last], "pair": [first, last, {"Sequence": {"id": "B", "type_id": 1}}, last],
+        "special_tokens": {eos: {"id": eos, "ids": [token], "tokens": [eos]}},
+    }  # fmt: skip
+    tokenizer["post_processor"] = {"type": "Sequence", "processors": [tokenizer["post_processor"], template]}
+    path.write_text(json.dumps(tokenizer))
+
+
 def write_layout(name: str, parent: Path) -> Path:
     """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
     if name == "qwen3-next":
         return write_checkpoint(parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2)
+    if name == "dense-eos":
+        folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", parent / name))
+        end_with_eos(folder)
+        return folder
     if name not in LAYOUTS:
         return CHECKPOINTS / name
     embedded, layout, shards = LAYOUTS[name]
@@ -208,4 +226,4 @@ def write_layout(name: str, parent: Path) -> Path:
     return write_checkpoint(parent / name, CHECKPOINTS / embedded, config, tensors, shards)
 
 
-ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next")
+ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", "dense-eos")

@@ -64,7 +64,8 @@ rule mmproj:
         checkpoint=build.checkpoint_inputs,
         converter="resources/converter/stamp.json",
     output:
-        temp("results/{model}/work/convert/mmproj.gguf"),
+        file=temp("results/{model}/work/convert/mmproj.gguf"),
+        digests="results/{model}/work/convert/mmproj.json",
     log:
         "logs/{model}/convert-mmproj.log",
     benchmark:
@@ -76,4 +77,5 @@ rule mmproj:
     message:
         "{wildcards.model}: convert the vision tower with llama.cpp's converter"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} --part mmproj --log {log:q} --out {output:q}"
+        "python {input.code[0]:q} {params.checkpoint:q} --part mmproj"
+        " --log {log:q} --out {output.file:q} --digests {output.digests:q}"

@@ -92,8 +92,9 @@ rule verify_mmproj:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
         file=build.mmproj,
-        target=ancient("results/{model}/work/convert/all.gguf"),
-        digests="results/{model}/work/convert/all.json",
+        digests="results/{model}/work/convert/mmproj.json",
+        target=ancient(build.mmproj_target_file),
+        target_digests=build.mmproj_target_digests,
     output:
         file="results/{model}/mmproj-{base}-F16.gguf",
         report="results/{model}/reports/mmproj-{base}-F16.json",
@@ -107,7 +108,7 @@ rule verify_mmproj:
     message:
         "{wildcards.model}: verify the vision tower"
     shell:
-        "python {input.code[0]:q} {input.file:q} --target {input.target:q} --threads {threads}"
+        "python {input.code[0]:q} {input.file:q} --digests {input.digests:q} --target {input.target:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
 
 

@@ -22,6 +22,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
     source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="the file is what conversion made, and wrote these of it")
     parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
@@ -37,10 +38,11 @@ def main() -> None:
     args = parser.parse_args()
     processors = os.cpu_count() or 1
     request = Request(
-        args.checkpoint, args.reference, args.base, args.target, args.type, args.head, read_recipe(args.tensors),
+        args.checkpoint, args.reference, args.digests, args.base, args.target, args.type, args.head, read_recipe(args.tensors),
         _prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
-    atomic.refuse_overwriting(args.out, args.file, args.checkpoint, args.reference, args.base, args.target)
+    for out in filter(None, (args.out, args.publish)):
+        atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.target)
     limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
     if args.publish:

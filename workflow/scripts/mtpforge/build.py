@@ -55,6 +55,9 @@ class Build:
             if name not in self.models:
                 raise ConfigError(f"config.yaml: build: there is no model {name!r}: models has {', '.join(self.models)}")
             _check_folders(f"models/{name}", self.models[name])
+        paths = [path for output in self.outputs() for path in output]
+        if twice := [path for path in paths if paths.count(path) > 1]:
+            raise ConfigError(f"config.yaml: two variants, or a variant and a sidecar, would both be {twice[0]}: rename one")
 
     # ── what to make ──
 
@@ -134,7 +137,7 @@ class Build:
             listing = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0]))
             return [f"{HUB.format(**source)}/records/{name}.json" for name in listing.checkpoint_files()]
         folder = Path(source["path"])
-        kinds = (".json", ".safetensors", ".jinja", ".txt", ".md")
+        kinds = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
         return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
 
     def _head_only(self, model: str) -> bool:
@@ -219,6 +222,20 @@ class Build:
         self._check_base(wildcards)
         return f"{WORK.format(model=wildcards.model)}/convert/mmproj.gguf"
 
+    def mmproj_target(self, wildcards: Wildcards) -> str:
+        """The model that it is tried with; without its ending."""
+        variants = self.models[wildcards.model]["variants"].values()
+        part = "trunk" if all(entry.get("head") == NO_HEAD for entry in variants) else "all"
+        return f"{WORK.format(model=wildcards.model)}/convert/{part}"
+
+    def mmproj_target_file(self, wildcards: Wildcards) -> str:
+        """The GGUF itself."""
+        return f"{self.mmproj_target(wildcards)}.gguf"
+
+    def mmproj_target_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return f"{self.mmproj_target(wildcards)}.json"
+
     def _check_base(self, wildcards: Wildcards) -> None:
         base = self.base_name(wildcards.model)
         if wildcards.base != base:
@@ -267,7 +284,7 @@ class Build:
 
     def reference(self, wildcards: Wildcards) -> list[str]:
         """What llama.cpp's converter made and a file is compared with; nothing where the checkpoint itself serves."""
-        return [] if self._is_ours(wildcards) else [self.source(wildcards)]
+        return [] if self._is_ours(wildcards) else [self.source(wildcards), self.source_digests(wildcards)]
 
     def draft_reference(self, wildcards: Wildcards) -> list[str]:
         """The same for a draft sidecar."""
@@ -285,7 +302,7 @@ class Build:
         return self._against(wildcards, self.draft_reference(wildcards))
 
     def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
-        return shlex.join(["--reference", *reference] if reference else ["--checkpoint", self.checkpoint(wildcards)])
+        return shlex.join(["--reference", reference[0]] if reference else ["--checkpoint", self.checkpoint(wildcards)])
 
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
@@ -296,6 +313,8 @@ class Build:
             "--min-acceptance",
             str(self.models[wildcards.model]["min_acceptance"]),
         ]
+        if not self._is_ours(wildcards) and self.candidate(wildcards) == self.source(wildcards):
+            options += ["--digests", self.source_digests(wildcards)]  # a file cannot be compared with itself
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
         return shlex.join(options + ([] if base is None else ["--base", self.base(wildcards)]))

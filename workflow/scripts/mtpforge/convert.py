@@ -70,19 +70,29 @@ def convert(
 
 def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) -> list[Planned]:
     """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
-    if max(hparams.count("num_hidden_layers"), hparams.get("num_experts") or 0) > len(checkpoint.tensors) * MOST_EXPERTS:
-        raise CheckpointError(f"config.json: more layers or experts than {len(checkpoint.tensors)} tensors can hold")
+    check_sizes(checkpoint, hparams)
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
     if hparams.flag("tie_word_embeddings") and OUTPUT in names:
         _check_tied(checkpoint, names)
         del names[OUTPUT]
     planned = [_with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)]
-    if part == "all":
-        _check_all_used(names, planned)
+    _check_all_used({name: tensor for name, tensor in names.items() if _belongs(name, family, part)}, planned)
     # Upstream goes through the shards by name, and through the tensors of a shard by name; what it makes of several tensors
     # comes with the last of them.
     return sorted(planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors))
+
+
+def check_sizes(checkpoint: Checkpoint, hparams: Hparams) -> None:
+    """Refuse a configuration of which a table would outgrow the memory. Raises CheckpointError."""
+    count = len(checkpoint.tensors)
+    if hparams.count("num_hidden_layers") > count or (hparams.get("num_experts") or 0) > count * MOST_EXPERTS:
+        raise CheckpointError(f"config.json: more layers or experts than {count} tensors can hold")
+
+
+def _belongs(name: str, family: Family, part: str) -> bool:
+    """Whether a part must have a place for this tensor: a draft's other ones are the trunk's affair."""
+    return part == "all" or name.startswith(family.head_prefix) == (part != "trunk")
 
 
 def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, CheckpointTensor]:

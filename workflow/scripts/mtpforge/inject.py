@@ -126,7 +126,7 @@ _FREE = ("block_count", "nextn_predict_layers", "context_length")
 def check_match(base: Gguf, head: Gguf) -> str:
     """The architecture of both. Raises GgufError with both sides where a size, a rotation or a block count differs."""
     architecture = base.architecture
-    if "split.count" in base.metadata:
+    if base.get("split.count", 0) not in (0, 1):  # merging leaves a 0 behind
         raise GgufError(f"{base.path}: is one shard of a split GGUF: merge it first with llama-gguf-split --merge")
     if head.architecture != architecture:
         raise GgufError(f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model")

@@ -5,7 +5,9 @@ transformers, so nothing that a checkpoint brings is executed. The chat template
 """
 
 import json
+import os
 import re
+import resource
 import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
@@ -29,6 +31,8 @@ PROBE = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
     "'D you like some tea? We'Ve a'lL"
 )
+
+_MEMORY, _SECONDS = 8 << 30, 300  # more than ten times what the largest vocabulary takes
 
 _SPACE = chr(ord(" ") + 256)
 
@@ -56,7 +60,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     try:
         package = answers.recv()
     except EOFError:
-        package = "it crashed"
+        package = "it crashed, or needed too much memory or time"
     beside.join()
     if not isinstance(package, Package):
         raise CheckpointError(f"{path}: the tokenizers package cannot read it ({package})")
@@ -81,7 +85,10 @@ class Package:
 
 
 def _answer(connection: Connection, text: str) -> None:
-    """In a process beside ours: send what the package says, or what it says against the file."""
+    """In a process beside ours, which may not outgrow the machine: send what the package says, or says against the file."""
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the package's own words, where it panics
     try:
         connection.send(ask_package(text))
     except ValueError as error:
@@ -167,30 +174,64 @@ def _looks_special(token: str) -> bool:
 
 
 def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
-    """Special ids and the template as gguf-py reads them, with what upstream's newer copy does better."""
-    for name in ("tokenizer_config.json", "config.json"):
-        if (directory / name).exists():
-            read_json(directory / name)  # ours names the file in its error
+    """Special ids, flags and the template as the pinned upstream has them, with the help of an older gguf-py."""
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    read_json(directory / "config.json")  # ours names the file in its error
+    flagless = {key: value for key, value in config.items() if not (key.startswith("add_") and key.endswith("_token"))}
     try:
-        special = _read_special(directory, settings)
+        steps = _post_processors(settings, config, directory)
+        special, template = (_read_special(directory, settings, used) for used in (config, flagless))
         if not isinstance(special.chat_template, str | None):
             raise ValueError("a chat_template that is not one text")
-        post = settings.get("post_processor") or {}
-        steps = [step["type"] for step in post.get("processors", [post]) if step]
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{directory}: malformed tokenizer files ({error})") from None
-    if "ByteLevel" in steps:
-        # A byte-level post-processor adds no token, whatever tokenizer_config.json says of bos and eos.
-        special.add_special_token = {"bos": False, "eos": False, **special.add_special_token} | {"bos": False, "eos": False}
+    # What a post-processor adds goes before what tokenizer_config.json says; a byte-level one says that it adds nothing.
+    flags: dict[str, bool] = {}
+    for step in steps:
+        if step == "ByteLevel":
+            flags |= {key: False for key in ("bos", "eos") if key not in flags}
+        else:
+            flags |= template.add_special_token
+    special.add_special_token = flags | {key: value for key, value in special.add_special_token.items() if key not in flags}
     return special
 
 
-def _read_special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
+def _post_processors(settings: dict[str, Any], config: dict[str, Any], directory: Path) -> list[str]:
+    """The kinds of the post-processor's steps. Raises CheckpointError for what we do not write as upstream does."""
+    post = settings.get("post_processor") or {}
+    kinds = []
+    for step in post.get("processors", [post]):
+        if not step:
+            continue
+        kinds.append(step["type"])
+        single = step.get("single") or [{}]
+        first = single[0].get("SpecialToken", {}).get("id") if len(single) > 1 else None
+        known = [
+            entry.get("content") if isinstance(entry, dict) else entry for entry in map(config.get, ("bos_token", "cls_token"))
+        ]
+        if step["type"] not in ("ByteLevel", "TemplateProcessing") or (first and first not in known):
+            raise CheckpointError(
+                f"{directory / 'tokenizer.json'}: a post-processor of type {step['type']}"
+                + (f" that begins with {first}, which is no bos_token of tokenizer_config.json" if first else "")
+                + ", which no known model of these architectures has: restore the base model's post_processor"
+            )
+    text = json.dumps(settings.get("normalizer"))
+    if found := re.search(r'"type": "(Lowercase|StripAccents|BertNormalizer)"', text):
+        raise CheckpointError(
+            f"{directory / 'tokenizer.json'}: a normalizer of type {found[1]}, which no known model of these architectures has"
+        )
+    return kinds
+
+
+def _read_special(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> SpecialVocab:
     """gguf-py reads all of `tokenizer.json` again, of which it needs everything but the model: so that is what it gets."""
+    rest = {key: value for key, value in settings.items() if key != "model"}
     with tempfile.TemporaryDirectory() as scratch:
         for path in directory.iterdir():
-            if path.name != "tokenizer.json":
+            if path.name not in ("tokenizer.json", "tokenizer_config.json"):
                 (Path(scratch) / path.name).symlink_to(path)
-        rest = {key: value for key, value in settings.items() if key != "model"}
         (Path(scratch) / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
+        if config:
+            (Path(scratch) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         return SpecialVocab(scratch)

@@ -4,24 +4,25 @@ A file with a head that is there but wrong loads without a message. So its inven
 checkpoint, and a real llama-server must draft with it and have drafts accepted.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from . import convert, gguf_file, inject, programs, quant_types, server, split, upstream
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .errors import ConfigError, ForgeError, GgufError, VerificationError
 from .families import Hparams, family_of
 from .gguf_file import Gguf, TensorInfo, squeezed
 from .quantize import NO_HEAD, Recipe, head_blocks, quantizable
-from .ranges import CHUNK, FileRange, sha256
+from .ranges import FileRange, sha256
 
 VISION = "clip"  # general.architecture of every vision tower
 # 64 x 64 pixels in one colour, as PNG.
@@ -30,6 +31,8 @@ PICTURE = (
     "JAAAHgTR1EAAAAAElFTkSuQmCC"
 )
 N_PREDICT = 200
+SAMPLE = 8  # of a large tensor that is not the head's, one slice in so many is compared
+LARGE = 1 << 22  # weights
 GATE = 1.5  # times the error that a type has on heavy-tailed weights
 ROW_GATE = 0.9  # a row in the wrong place differs from the right one by 1.41 of its size, a coarse quantization by half
 
@@ -50,6 +53,8 @@ class Request:
     checkpoint: Path | None = None
     reference: Path | None = None
     """In place of a checkpoint whose architecture has no family: the BF16 GGUF that upstream made and that is proven."""
+    digests: Path | None = None
+    """Of a file that is what conversion made, the sha256 of its tensors, which it recorded."""
     base: Path | None = None
     target: Path | None = None
     """Of a draft sidecar, the model that it drafts for."""
@@ -70,20 +75,26 @@ class Request:
         """What the file is of the checkpoint, as conversion names it."""
         return "trunk" if self.headless else "draft" if self.target else "all"
 
+    @property
+    def values(self) -> str:
+        """What of a file is compared by value: the head whole, and of what has no other proof a sample."""
+        return "values" if self.headless else "head values"
+
 
 def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = gguf_file.read(path)
+    checks = [check_digests(opened, request.digests)] if request.digests else []
     if opened.architecture == VISION:
-        seeing = check_seeing(opened, request, bin_dir)
-        _raise_failed(path.name, [seeing])
-        return {**summary(opened), "checks": [asdict(seeing)]}
+        checks.append(check_seeing(opened, request, bin_dir))
+        _raise_failed(path.name, checks)
+        return {**summary(opened), "checks": [asdict(check) for check in checks]}
     blocks = head_blocks(opened)
     if not blocks and not request.headless:
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
     if blocks and request.headless:
         raise VerificationError(f"{path}: has a head (block {blocks[0]}), and none was asked for")
-    checks = [check_types(opened, request)]
+    checks.append(check_types(opened, request))
     if request.checkpoint:
         checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint), request)
     if request.reference:
@@ -137,37 +148,40 @@ def _some(problems: list[str]) -> str:
 
 
 def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, request: Request) -> list[Check]:
-    """Inventory and head against the checkpoint that the file is made of."""
+    """Inventory and values against the checkpoint that the file is made of."""
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
+    convert.check_sizes(checkpoint, hparams)
     expected = {row.name: TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, request.part)}
     inventory = check_inventory(opened, expected, family.gguf_architecture, request)
-    if not inventory.passed or request.headless:
+    if not inventory.passed:
         return [inventory]
     problems = []
-    for item in convert.plan(checkpoint, family, hparams, "head"):
-        problems += compare(opened, item.row.name, convert.values(checkpoint, item))
-    return [inventory, Check("head values", not problems, _some(problems) or "those of the checkpoint")]
+    head = {row.name for row in family.rows(hparams, "head")}
+    for item in convert.plan(checkpoint, family, hparams, request.part if request.part != "all" else "head"):
+        problems += compare(opened, item.row.name, convert.values(checkpoint, item), _every(item.info, item.row.name in head))
+    return [inventory, Check(request.values, not problems, _some(problems) or "those of the checkpoint")]
 
 
 def check_against_reference(opened: Gguf, reference: Gguf, request: Request) -> list[Check]:
-    """Inventory and head against the unquantized GGUF that the file is made of."""
+    """Inventory and values against the unquantized GGUF that the file is made of."""
     inventory = check_inventory(opened, reference.tensors, reference.architecture, request)
     if head_blocks(opened) != head_blocks(reference):
         what = f"its head is blocks {list(head_blocks(opened))}, not {list(head_blocks(reference))}"
         inventory = Check("inventory", False, what if inventory.passed else f"{inventory.detail}, {what}")
-    if not inventory.passed or request.headless:
+    if not inventory.passed:
         return [inventory]
     problems = []
-    for name in inject.head_only(reference).tensors:
-        problems += compare(opened, name, _slices(reference, name))
-    return [inventory, Check("head values", not problems, _some(problems) or f"those of {reference.path.name}")]
+    head = {} if request.headless else inject.head_only(reference).tensors
+    for name in head if request.part == "all" else reference.tensors:
+        problems += compare(opened, name, _slices(reference, name), _every(reference.tensors[name], name in head))
+    return [inventory, Check(request.values, not problems, _some(problems) or f"those of {reference.path.name}")]
 
 
 def _slices(reference: Gguf, name: str) -> Iterator[np.ndarray]:
     """A tensor's values as flat float32 slices of whole rows."""
     info, piece = reference.tensors[name], reference.ranges[name]
     row = info.shape[-1]
-    step = max(CHUNK // 4 // row, 1) * row
+    step = max(convert.SLICE // row, 1) * row
     with reference.path.open("rb") as file:
         file.seek(piece.offset)
         for start in range(0, info.elements, step):
@@ -184,27 +198,33 @@ def check_inventory(opened: Gguf, expected: Mapping[str, TensorInfo], architectu
         for name in expected.keys() & found.keys()
         if squeezed(found[name]) != squeezed(expected[name].shape)
     ]
-    unquantized = {name for name in expected if request.file_type in quant_types.UNQUANTIZED or not quantizable(expected[name])}
     if request.file_type:  # a base of somebody else's has what it has
-        problems += [
-            f"{name} is {opened.tensors[name].type.name}, not {expected[name].type.name}"
-            for name in unquantized & found.keys()
-            if opened.tensors[name].type != expected[name].type
-        ]
+        unquantized = request.file_type if request.file_type in quant_types.UNQUANTIZED else None
+        for name in expected.keys() & found.keys():
+            asked = unquantized if quantizable(expected[name]) else expected[name].type.name
+            if asked and opened.tensors[name].type.name != asked:
+                problems.append(f"{name} is {opened.tensors[name].type.name}, not {asked}")
     if opened.architecture != architecture:
         problems.append(f"architecture is {opened.architecture}, not {architecture}")
     detail = _some(sorted(problems)) or f"{len(expected)} tensors as {architecture} has them"
     return Check("inventory", not problems, detail)
 
 
-def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
-    """What is wrong with a tensor's values, given the right ones as slices of whole rows; nothing if they are right."""
+def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray], every: int = 1) -> list[str]:
+    """What is wrong with a tensor's values, given the right ones as slices of whole rows; nothing if they are right.
+
+    Of the slices, one in `every` is looked at, the first among them.
+    """
     info = opened.tensors[name]
     allowed, worst_row, noise, signal = GATE * quant_types.RELATIVE_ERROR.get(info.type.name, 0.343), 0.0, 0.0, 0.0
     position = 0
     with opened.path.open("rb") as file:
         file.seek(opened.ranges[name].offset)
-        for expected in slices:
+        for number, expected in enumerate(slices):
+            if number % every:
+                _skip(file, info.type, expected.size)
+                position += expected.size
+                continue
             stored = _read_values(file.read, info.type, expected.size)
             if info.type.name in ("BF16", "F32"):
                 if not np.array_equal(stored, _as_stored(expected, info.type)):
@@ -224,6 +244,15 @@ def compare(opened: Gguf, name: str, slices: Iterator[np.ndarray]) -> list[str]:
     return []
 
 
+def _every(info: TensorInfo, of_head: bool) -> int:
+    return SAMPLE if info.elements > LARGE and not of_head else 1
+
+
+def _skip(file: BinaryIO, kind: GGMLQuantizationType, count: int) -> None:
+    block, size = GGML_QUANT_SIZES[kind]
+    file.seek(count // block * size, os.SEEK_CUR)
+
+
 def _read_values(read: Callable[[int], bytes], kind: GGMLQuantizationType, count: int) -> np.ndarray:
     if kind.name not in quant_types.TENSOR_TYPES:
         raise GgufError(f"a head has a tensor of type {kind.name}, which no quantization makes")
@@ -237,6 +266,17 @@ def _as_stored(expected: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     if kind.name == "F32":
         return expected
     return convert.decode(np.frombuffer(convert.encode(expected, kind), np.uint16), "BF16")
+
+
+def check_digests(opened: Gguf, recorded: Path) -> Check:
+    """Every tensor has the bytes that conversion recorded, which proved them then."""
+    expected = {name: digest for name, digest in read_json(recorded).items() if name != "header"}
+    wrong = [f"{name} differs" for name in expected.keys() | opened.ranges.keys() if _digest(opened, name) != expected.get(name)]
+    return Check("bytes", not wrong, _some(sorted(wrong)) or f"{len(expected)} tensors as they were converted, and proven then")
+
+
+def _digest(opened: Gguf, name: str) -> str | None:
+    return sha256(opened.ranges[name]) if name in opened.ranges else None
 
 
 def check_base(opened: Gguf, base: Gguf) -> Check:
