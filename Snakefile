@@ -18,7 +18,7 @@ configfile: "config.yaml"
 
 
 try:
-    build = Build(config)
+    build = Build(config, checkpoints)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -31,6 +31,7 @@ wildcard_constraints:
 
 localrules:
     all,
+    add,
 
 
 rule all:

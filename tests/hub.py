@@ -1,15 +1,37 @@
-"""A Hugging Face Hub on loopback that serves folders as repositories, to the real huggingface_hub client over HTTP."""
+"""A Hugging Face Hub on loopback that serves folders as repositories, to the real huggingface_hub client over HTTP.
+
+As the real one does, it keeps large files elsewhere: a request for one is redirected to a signed address on a second server,
+which knows nothing of tokens and has its own ETags. It counts the bytes that it sends, and misbehaves on request.
+"""
 
 import hashlib
 import json
+import re
 import threading
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".safetensors", ".gguf", ".dat")
+BLOCK = 1 << 20
+
+
+@dataclass
+class Fault:
+    """How the next `times` answers with a file's content go wrong, once `skip` have gone well; below 0 all of them."""
+
+    kind: str
+    times: int = 1
+    after: int = 0
+    """Bytes that are sent first, where it is the sending that fails (drop, stall)."""
+    skip: int = 0
 
 
 class Hub(ThreadingHTTPServer):
@@ -20,31 +42,71 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.requests = repositories, list[str]()
-        self.corrupt: str | None = None
-        """Name of a file that is served with its last byte flipped."""
+        self.sent: Counter[str] = Counter()
+        """Bytes of each file that went out, from either server."""
+        self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
+        """By file name; under `api` those of the answers about repositories."""
+        self.gated: set[str] = set()
+        """Repositories that need a token."""
+        self.tokens: list[tuple[str, str]] = []
+        """(`hub` or `cdn`, the Authorization header) of every request that had one."""
+        self.digests: dict[Path, str] = {}
+        """What is said of files; to be given for one that is too large to be hashed here."""
+        self.names: dict[str, str] = {}
+        """What a file is called in the listing, where that is another name."""
+        self.branches = {"main": COMMIT}
+        self.signature = 0
+        """Of the addresses that are valid; a fault of kind `expired` moves on to the next."""
+        self.stopping = threading.Event()
+        self.cdn = _Cdn(self)
 
     @property
     def endpoint(self) -> str:
         """What HF_ENDPOINT must be."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    def digest(self, path: Path) -> str:
+        """sha256 of a large file, the git id of a small one."""
+        if path not in self.digests:
+            content = path.read_bytes()
+            small = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            self.digests[path] = hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
+        return self.digests[path]
+
+
+class _Cdn(ThreadingHTTPServer):
+    """Where the large files lie."""
+
+    daemon_threads = True
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.1", 0), _CdnHandler)
+        self.hub = hub
+
 
 @contextmanager
 def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
     """A running Hub, which stops with the block."""
-    with Hub(repositories) as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with Hub(repositories) as hub, hub.cdn as cdn:
+        threads = [threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}) for server in (hub, cdn)]
+        for thread in threads:
+            thread.start()
         try:
             yield hub
         finally:
+            hub.stopping.set()
             hub.shutdown()
-            thread.join()
+            cdn.shutdown()
+            for thread in threads:
+                thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Answering(BaseHTTPRequestHandler):
+    """What both servers do: answers, and files with their faults."""
+
     protocol_version = "HTTP/1.1"
-    server: Hub
+    hub: Hub
+    where: str
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -53,55 +115,162 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f"{self.command} {path}")
-        for name, folder in self.server.repositories.items():
-            if path == f"/api/models/{name}/revision/{COMMIT}":
-                return self.answer(json.dumps(self.model_info(name, folder)).encode(), "application/json")
-            prefix = f"/{name}/resolve/{COMMIT}/"
-            if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
-                return self.file(folder / path[len(prefix) :])
-        return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.append((self.where, token))
+        self.route(unquote(urlsplit(self.path).path))
 
-    def model_info(self, name: str, folder: Path) -> dict[str, object]:
-        siblings = []
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                entry: dict[str, object] = {"rfilename": path.name, "size": path.stat().st_size}
-                if path.suffix == ".safetensors":
-                    entry["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 130}
-                siblings.append(entry)
-        return {
-            "id": name,
-            "modelId": name,
-            "sha": COMMIT,
-            "private": False,
-            "downloads": 0,
-            "tags": [],
-            "siblings": siblings,
-        }
-
-    def file(self, path: Path) -> None:
-        data = path.read_bytes()
-        if path.name == self.server.corrupt:
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        headers = {"ETag": f'"{_sha256(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        begin, wanted = 0, self.headers.get("Range")
-        if wanted:
-            first, last = wanted.removeprefix("bytes=").split("-")
-            begin, end = int(first), int(last or len(data) - 1)
-            headers["Content-Range"] = f"bytes {begin}-{end}/{len(data)}"
-            data = data[begin : end + 1]
-        self.answer(data, "application/octet-stream", 206 if wanted else 200, headers)
+    def route(self, path: str) -> None:
+        raise NotImplementedError
 
     def answer(self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
+        self.head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})})
         if self.command == "GET":
             self.wfile.write(body)
 
+    def head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    def fails(self, name: str, *kinds: str) -> Fault | None:
+        """In which of these ways the answer on `name` is to go wrong."""
+        for fault in self.hub.faults[name]:
+            if fault.kind in kinds and fault.skip > 0:
+                fault.skip -= 1
+            elif fault.kind in kinds and fault.times:
+                fault.times -= 1
+                return fault
+        return None
+
+    def refused(self, name: str) -> bool:
+        """Answer with an error, where one is due."""
+        if self.fails(name, "busy"):
+            self.answer(b"", "text/plain", 429, {"Retry-After": "1"})
+        elif self.fails(name, "busy until"):
+            self.answer(b"", "text/plain", 429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+        elif self.fails(name, "broken"):
+            self.answer(b"", "text/plain", 500)
+        else:
+            return False
+        return True
+
+    def file(self, path: Path, etag: str) -> None:
+        """A file or, with a Range, a part of it, as well as the faults let it."""
+        name, size = path.name, path.stat().st_size
+        if self.command == "GET" and self.refused(name):
+            return
+        begin, end = 0, size
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted and not self.fails(name, "whole"):
+            begin, end = int(wanted[1]), int(wanted[2]) + 1
+        else:
+            wanted = None
+        if wanted and self.fails(name, "wrong range"):
+            begin, end = max(begin - 1, 0), max(begin - 1, 0) + end - begin
+        headers = {"ETag": '"other"' if self.fails(name, "etag") else etag, "Content-Type": "application/octet-stream"}
+        if wanted:
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+        if self.fails(name, "short"):
+            end -= (end - begin) // 2
+        self.head(206 if wanted else 200, {**headers, "Content-Length": str(end - begin), "Accept-Ranges": "bytes"})
+        if self.command == "GET":
+            self.body(path, begin, end)
+
+    def body(self, path: Path, begin: int, end: int) -> None:
+        name, position, stop = path.name, begin, end
+        breaks = self.fails(name, "drop", "stall")
+        if breaks:
+            stop = min(end, begin + breaks.after)
+        spoiled = self.fails(name, "content")
+        with path.open("rb") as file:
+            file.seek(begin)
+            while position < stop and (block := file.read(min(BLOCK, stop - position))):
+                position += len(block)
+                if spoiled and position == end:
+                    block = block[:-1] + bytes([block[-1] ^ 1])
+                try:
+                    self.wfile.write(block)
+                except OSError:
+                    self.close_connection = True
+                    return
+                self.hub.sent[name] += len(block)
+        if breaks:
+            if breaks.kind == "stall":
+                self.hub.stopping.wait(30)
+            self.close_connection = True
+
+
+class _Handler(_Answering):
+    server: Hub
+    where = "hub"
+
+    @property
+    def hub(self) -> Hub:  # type: ignore[override]
+        return self.server
+
+    def route(self, path: str) -> None:
+        self.hub.requests.append(f"{self.command} {path}")
+        for name, folder in self.hub.repositories.items():
+            for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
+                if path in (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}"):
+                    return self.refused("api") or self.gate(name) or self.model_info(name, folder, commit)
+            for prefix in (f"/{name}/resolve/{COMMIT}/", f"/api/resolve-cache/models/{name}/{COMMIT}/"):
+                if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
+                    return self.gate(name) or self.resolve(folder / path[len(prefix) :], name, path)
+            if path.startswith((f"/{name}/", f"/api/models/{name}/")):
+                return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RevisionNotFound"})
+        return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def gate(self, name: str) -> bool:
+        """Answer that a token is needed, where one is missing."""
+        closed = name in self.hub.gated and not self.headers.get("Authorization")
+        if closed:
+            self.answer(b"", "text/plain", 401, {"X-Error-Code": "GatedRepo"})
+        return closed
+
+    def model_info(self, name: str, folder: Path, commit: str) -> None:
+        siblings = []
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                listed = str(path.relative_to(folder))
+                entry: dict[str, object] = {"rfilename": self.hub.names.get(listed, listed), "size": path.stat().st_size}
+                if path.suffix in LARGE:
+                    entry["lfs"] = {"sha256": self.hub.digest(path), "size": path.stat().st_size, "pointerSize": 130}
+                entry["blobId"] = "0" * 40 if path.suffix in LARGE else self.hub.digest(path)
+                siblings.append(entry)
+        known = {"private": False, "downloads": 0, "tags": [], "siblings": siblings}
+        self.answer(json.dumps({"id": name, "modelId": name, "sha": commit, **known}).encode(), "application/json")
+
+    def resolve(self, path: Path, name: str, asked: str) -> None:
+        """A large file is elsewhere, for as long as the signature holds; a small one is in a cache on this host."""
+        headers = {"ETag": f'"{self.hub.digest(path)}"', "X-Repo-Commit": COMMIT}
+        if path.suffix in LARGE:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(path.stat().st_size)}
+            address = f"http://127.0.0.1:{self.hub.cdn.server_port}/{name}/{path.name}?signature={self.hub.signature}"
+            self.answer(b"", "text/plain", 302, {**headers, "Location": address})
+        elif asked.startswith("/api/"):
+            self.file(path, headers["ETag"])
+        else:
+            self.answer(b"", "text/plain", 307, {**headers, "Location": f"/api/resolve-cache/models/{name}/{COMMIT}/{path.name}"})
+
+    def head(self, status: int, headers: dict[str, str]) -> None:
+        super().head(status, {"X-Repo-Commit": COMMIT, **headers})
+
+
+class _CdnHandler(_Answering):
+    server: _Cdn
+    where = "cdn"
+
+    @property
+    def hub(self) -> Hub:  # type: ignore[override]
+        return self.server.hub
+
+    def route(self, path: str) -> None:
+        name = path.rpartition("/")[2]
+        if self.fails(name, "expired"):
+            self.hub.signature += 1
+        if parse_qs(urlsplit(self.path).query)["signature"] != [str(self.hub.signature)]:
+            return self.answer(b"", "text/plain", 403)
+        folder = self.hub.repositories[path.strip("/").rpartition("/")[0]]
+        return self.file(folder / name, f'"cdn-{self.hub.digest(folder / name)[:16]}"')

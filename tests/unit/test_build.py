@@ -34,7 +34,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.files() == ["results/m/Name-Q4_K_M.gguf"]
     assert build.file_type(wildcards()) == "Q4_K_M" and build.head(wildcards()) == "Q8_0"
     assert build.candidate(wildcards()) == "results/m/work/quantized/Q4_K_M.gguf"
-    assert build.checkpoint(wildcards()) == f"resources/checkpoints/m/{REVISION}/Name"
+    assert build.checkpoint(wildcards()) == f"resources/hub/Owner/Name/{REVISION}/Name"
     assert "--min-acceptance 0.1" in build.verify_options(wildcards())
 
 
@@ -48,6 +48,35 @@ def test_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.base(wildcards("mine")) == "results/m/work/trunk/Q4_K_M.gguf"
     assert build.base(wildcards("theirs")) == "x/base.gguf"
     assert "--type" not in build.verify_options(wildcards("theirs"))
+
+
+def test_of_a_checkpoint_that_only_lends_its_head_only_the_head_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    theirs = {"repo": "They/Base", "file": "Base-Q4_K_M-00001-of-00002.gguf", "revision": "1" * 40}
+    variants: dict[str, Any] = {"theirs": {"base": theirs}, "mine": {"base": {"path": "x/base.gguf"}}}
+    build = Build(config({"variants": variants}))
+    assert build.checkpoint(wildcards("theirs")) == f"resources/hub/Owner/Name/{REVISION}/head/Name"
+    assert build.checkpoint_inputs(wildcards("theirs")) == [f"resources/hub/Owner/Name/{REVISION}/head.json"]
+    place = f"resources/hub/They/Base/{'1' * 40}"
+    assert build.base(wildcards("theirs")) == f"{place}/Base/Base-Q4_K_M-00001-of-00002.gguf"
+    assert build.base_if_any(wildcards("theirs")) == [f"{place}/records/Base-Q4_K_M-0000{i}-of-00002.gguf.json" for i in (1, 2)]
+    more_variants = [{**variants, "Q8_0": {}}, {**variants, "a": {"base": {"type": "Q4_0"}}}]
+    keys: list[dict[str, Any]] = [{"sidecar": "Q8_0"}, {"mmproj": True}, {"converter": "llama.cpp"}]
+    for more in [*({"variants": more} for more in more_variants), *keys]:
+        build = Build(config({"variants": variants, **more}))
+        assert build.checkpoint(wildcards("theirs")) == f"resources/hub/Owner/Name/{REVISION}/Name"
+
+
+def test_an_importance_matrix_is_named_by_a_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config(imatrix={"repo": "They/Base", "file": "imatrix.dat", "revision": "1" * 40}))
+    place = f"resources/hub/They/Base/{'1' * 40}"
+    assert build.imatrix_option(wildcards()) == f"--imatrix {place}/Base/imatrix.dat"
+    assert build.imatrix_if_any(wildcards()) == [f"{place}/records/imatrix.dat.json"]
+    build = Build(config(imatrix={"path": "my imatrix.dat"}))
+    assert build.imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
+    assert build.imatrix_if_any(wildcards()) == ["my imatrix.dat"]
+    assert Build(config()).imatrix_option(wildcards()) == "" and Build(config()).imatrix_if_any(wildcards()) == []
 
 
 def test_a_split_variant_is_a_folder_and_a_variant_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +122,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config({"source": {"repo": "Owner/Name"}}), "models/m/source: 'revision' is a required"),
         (
             config({"source": {"repo": "Owner/Name", "revision": "main"}}),
-            "models/m/source/revision: 'main' does not match",
+            "models/m/source/revision: 'main' is no full commit",
         ),
         (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo"),
         (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
@@ -110,6 +139,11 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(tensors={"attn _q": "Q4_K"}), "without white space"),
         (config(tensors={"ATTN": "Q4_K"}), "lower case"),
         (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "tensors: a base is already quantized"),
+        (config(base={"type": "Q4_K_M"}, imatrix={"path": "x"}), "imatrix: nothing is quantized here"),
+        (config({"variants": {"BF16": {"imatrix": {"path": "x"}}}}), "imatrix: nothing is quantized here"),
+        (config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}), "m/variants/Q4_K_M/base/revision: 'main' is no full"),
+        (config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}), "m/variants/Q4_K_M/base/file"),
+        (config(imatrix={"repo": "A/b", "file": "c/d", "revision": REVISION}), "m/variants/Q4_K_M/imatrix/file"),
         (config(base={"type": "Q4"}), "unknown quantization type 'Q4'"),
         (config({"variants": {"BF16": {"head": "Q8_0"}}}), "BF16 is not quantized"),
         (config(head="none", base={"type": "Q4_K_M"}), "head: none: a base is there to be given a head"),

@@ -1,72 +1,344 @@
-"""A checkpoint is fetched by commit with the real huggingface_hub client, only what conversion needs, and hashed."""
+"""What the Hub has is listed by commit and fetched file by file with the real huggingface_hub client, over lines that break."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS, SCRIPTS
-from hub import COMMIT, Hub, serve
+import yaml
+from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from hub import COMMIT, Fault, Hub, serve
+from mtpforge.build import Build
+from mtpforge.checkpoint import Checkpoint
+from sparse import write_sparse_shard
 
+REPO = "Owner/tiny-qwen3.5"
+SHARD = "model-00001-of-00004.safetensors"
 TOKEN = "hf_thisIsASecretThatMustNotAppear"
 
 
+class Client:
+    """The programs, as somebody runs them whose Hub is on loopback: with a token, short of patience, and an empty cache."""
+
+    def __init__(self, hub: Hub, path: Path) -> None:
+        self.hub, self.path = hub, path
+        self.source, self.listing = hub.repositories[REPO], path / "files.json"
+        self.folder, self.home = path / "here" / "tiny-qwen3.5", path / "home"
+        self.environment = {
+            **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(self.home), "HF_TOKEN": TOKEN,
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "MTPFORGE_RETRY_WAIT": "0.02",
+        }  # fmt: skip
+
+    def command(self, program: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(SCRIPTS / program), *map(str, arguments)]
+
+    def run(self, program: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = self.command(program, *arguments)
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+        assert "Traceback" not in done.stderr and TOKEN not in done.stdout + done.stderr
+        return done
+
+    def resolve(self, repo: str = REPO, revision: str = COMMIT) -> "subprocess.CompletedProcess[str]":
+        return self.run("resolve.py", repo, "--revision", revision, "--out", self.listing)
+
+    def fetch_arguments(self, name: str = SHARD) -> tuple[object, ...]:
+        return "fetch.py", self.listing, name, "--folder", self.folder, "--out", self.path / f"{name}.json"
+
+    def fetch(self, name: str = SHARD) -> "subprocess.CompletedProcess[str]":
+        return self.run(*self.fetch_arguments(name))
+
+    def refused(self, done: "subprocess.CompletedProcess[str]", *words: str, name: str = SHARD) -> None:
+        """An error of one line that has these words, and nothing under the final name."""
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1 and len(errors) == 1, done.stderr
+        for word in words:
+            assert word in errors[0]
+        assert not (self.folder / name).exists() and not (self.path / f"{name}.json").exists()
+
+    def right(self, done: "subprocess.CompletedProcess[str]", name: str = SHARD) -> None:
+        """The file, its record, and nothing left beside it."""
+        assert done.returncode == 0, done.stderr
+        assert (self.folder / name).read_bytes() == (self.source / name).read_bytes()
+        record = json.loads((self.path / f"{name}.json").read_text())
+        assert record["name"] == name and record["bytes"] == (self.source / name).stat().st_size
+        assert [path.name for path in self.folder.glob(".*")] == []
+
+
+@pytest.fixture(scope="module")
+def listings() -> dict[str, bytes]:
+    """What the first test's `resolve` wrote, which is the same for all."""
+    return {}
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A Hub with the dense checkpoint as Owner/tiny-qwen3.5, and things in it that must not be fetched."""
+def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
+    """A Hub with the dense checkpoint and things in it that must not be fetched, and somebody who has its listing."""
     folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "repository", ignore=shutil.ignore_patterns("prompts")))
-    for name in ("modeling.py", "pytorch_model.bin", "weights.pt"):
+    for name in ("modeling.py", "pytorch_model.bin", "weights.pt", "images/a b.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("raise SystemExit('executed')")
-    with serve({"Owner/tiny-qwen3.5": folder}) as running:
-        yield running
+    with serve({REPO: folder}) as hub:
+        someone = Client(hub, tmp_path)
+        if not listings:
+            done = someone.resolve()
+            assert done.returncode == 0, done.stderr
+            listings[REPO] = someone.listing.read_bytes()
+        someone.listing.write_bytes(listings[REPO])
+        hub.sent.clear()
+        yield someone
 
 
-def fetch(hub: Hub, tmp_path: Path, repo: str = "Owner/tiny-qwen3.5", revision: str = COMMIT) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
-    command = [sys.executable, str(SCRIPTS / "fetch.py"), repo, "--revision", revision]
-    paths = ["--folder", str(tmp_path / "tiny-qwen3.5"), "--out", str(tmp_path / "manifest.json")]
-    return subprocess.run([*command, *paths], capture_output=True, text=True, env=environment, timeout=120)
+# ── listing ──
 
 
-def test_a_checkpoint_is_fetched_by_commit(hub: Hub, tmp_path: Path) -> None:
-    done = fetch(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    source = hub.repositories["Owner/tiny-qwen3.5"]
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert (manifest["repo"], manifest["revision"]) == ("Owner/tiny-qwen3.5", COMMIT)
-    for entry in manifest["files"]:
-        content = (tmp_path / "tiny-qwen3.5" / entry["name"]).read_bytes()
-        assert content == (source / entry["name"]).read_bytes() and len(content) == entry["bytes"]
-    names = {entry["name"] for entry in manifest["files"]}
-    assert {"config.json", "tokenizer.json", "README.md"} < names and sum(n.endswith(".safetensors") for n in names) == len(
-        list(source.glob("*.safetensors"))
+def test_a_commit_is_listed_with_files_and_tensors(client: Client) -> None:
+    listing = json.loads(client.listing.read_text())
+    assert (listing["repo"], listing["revision"]) == (REPO, COMMIT)
+    here = {path.name for path in client.source.iterdir() if path.is_file()}
+    assert listing["files"].keys() == here
+    for tensor in Checkpoint(client.source).tensors.values():
+        entry = listing["tensors"].pop(tensor.name)
+        assert entry == {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "shard": tensor.shard, "offset": tensor.offset, "size": tensor.size
+        }  # fmt: skip
+    assert listing["tensors"] == {}
+
+
+def test_a_listing_reads_headers_and_is_the_same_bytes_each_time(client: Client) -> None:
+    before = client.listing.read_bytes()
+    client.hub.sent.clear()
+    assert client.resolve().returncode == 0 and client.listing.read_bytes() == before
+    assert all(count <= 65536 for name, count in client.hub.sent.items() if name.endswith(".safetensors"))
+    assert not client.hub.sent.keys() & {"modeling.py", "pytorch_model.bin", "weights.pt"}
+
+
+def test_a_branch_is_refused_with_the_commit_that_it_names(client: Client) -> None:
+    client.listing.unlink()
+    done = client.resolve(revision="main")
+    assert done.returncode == 1 and f"write `revision: {COMMIT}`" in done.stderr and not client.listing.exists()
+
+
+@pytest.mark.parametrize(("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)])
+def test_what_the_hub_does_not_have_is_an_error_of_a_line(client: Client, repo: str, revision: str) -> None:
+    client.listing.unlink()
+    done = client.resolve(repo, revision)
+    assert done.returncode == 1 and repo in done.stderr and len(done.stderr.splitlines()) == 1 and not client.listing.exists()
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "a\\b.safetensors", "x\n.safetensors", "a//b"])
+def test_a_name_that_is_none_is_refused(client: Client, name: str) -> None:
+    client.hub.names[SHARD] = name
+    done = client.resolve()
+    assert done.returncode == 1 and "refused" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_index_that_leaves_the_repository_is_refused(client: Client) -> None:
+    path = client.source / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace(SHARD, "../../evil.safetensors"))
+    client.hub.digests.clear()
+    done = client.resolve()
+    assert done.returncode == 1 and "is not a plain *.safetensors file name" in done.stderr
+
+
+def test_an_index_that_names_a_missing_shard_is_refused(client: Client) -> None:
+    (client.source / SHARD).unlink()
+    done = client.resolve()
+    assert done.returncode == 1 and f"names {SHARD}, which the repository does not have" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["busy", "broken"])
+def test_a_busy_hub_is_asked_again(client: Client, kind: str) -> None:
+    client.hub.faults["api"] = [Fault(kind)]
+    assert client.resolve().returncode == 0
+    client.hub.faults["api"] = [Fault("broken", -1)]
+    done = client.resolve()
+    assert done.returncode == 1 and "status 500: given up after 6 tries" in done.stderr
+
+
+def test_add_prints_an_entry_that_the_configuration_takes(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = client.run("add.py", REPO)
+    config = yaml.safe_load("models:\n" + done.stdout)
+    assert config["models"]["tiny-qwen3.5"]["source"] == {"repo": REPO, "revision": COMMIT}
+    assert Build(config).files() == [f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf" for variant in ("BF16", "Q4_K_M")]
+
+
+def test_add_names_the_converter_that_an_architecture_needs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = client.source / "config.json"
+    path.write_text(path.read_text().replace("Qwen3_5ForConditionalGeneration", "Glm4MoeForCausalLM"))
+    config = yaml.safe_load("models:\n" + client.run("add.py", REPO).stdout)
+    assert Build(config).models["tiny-qwen3.5"]["converter"] == "llama.cpp"
+    path.write_text(path.read_text().replace("Glm4MoeForCausalLM", "OtherForCausalLM"))
+    client.hub.digests.clear()
+    done = client.run("add.py", REPO)
+    assert done.returncode == 1 and "unknown architecture OtherForCausalLM" in done.stderr
+
+
+# ── fetching ──
+
+
+def test_all_that_conversion_needs_is_fetched(client: Client) -> None:
+    names = sorted(
+        path.name for path in (CHECKPOINTS / "tiny-qwen3.5").iterdir() if path.is_file() and path.name != "reference.json"
     )
-    asked = " ".join(hub.requests)
-    assert ".py" not in asked and ".bin" not in asked and ".pt" not in asked
-    assert TOKEN not in done.stdout + done.stderr + (tmp_path / "manifest.json").read_text()
+    for name in names:
+        client.right(client.fetch(name), name)
+    copy, original = Checkpoint(client.folder), Checkpoint(client.source)
+    assert copy.tensors == original.tensors and copy.config == original.config
 
 
-def test_a_second_fetch_downloads_nothing(hub: Hub, tmp_path: Path) -> None:
-    assert fetch(hub, tmp_path).returncode == 0
-    hub.requests.clear()
-    assert fetch(hub, tmp_path).returncode == 0
-    assert not [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
+def test_what_is_there_is_hashed_and_not_fetched_again(client: Client) -> None:
+    client.right(client.fetch())
+    client.hub.sent.clear()
+    client.right(client.fetch())
+    assert client.hub.sent[SHARD] == 0
+    (client.folder / SHARD).write_bytes(bytes((client.source / SHARD).stat().st_size))  # damaged since
+    client.right(client.fetch())
 
 
-def test_wrong_content_of_the_right_size_is_refused_and_removed(hub: Hub, tmp_path: Path) -> None:
-    hub.corrupt = sorted(hub.repositories["Owner/tiny-qwen3.5"].glob("*.safetensors"))[0].name
-    done = fetch(hub, tmp_path)
-    assert done.returncode == 1 and "sha256" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "tiny-qwen3.5" / hub.corrupt).exists()
+PASSING = {
+    "drop": [Fault("drop", 3, after=5000)],
+    "stall": [Fault("stall", after=70000)],
+    "broken": [Fault("broken", 2)],
+    "expired": [Fault("expired")],
+    "short": [Fault("short")],
+    "part short": [Fault("drop", after=5000), Fault("short", skip=1)],
+    "wrong range": [Fault("drop", after=5000), Fault("wrong range")],
+    "whole for a part": [Fault("drop", after=5000), Fault("whole", 2)],
+    "whole for every part": [Fault("drop", after=5000), Fault("whole", -1)],
+    "expired in between": [Fault("drop", after=5000), Fault("expired", skip=1)],
+}
 
 
-@pytest.mark.parametrize(("repo", "revision"), [("Owner/other", COMMIT), ("Owner/tiny-qwen3.5", "f" * 40)])
-def test_what_the_hub_does_not_have_is_an_error_of_a_line(hub: Hub, tmp_path: Path, repo: str, revision: str) -> None:
-    done = fetch(hub, tmp_path, repo, revision)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and repo in errors[0] and "Traceback" not in done.stderr
-    assert not (tmp_path / "manifest.json").exists()
+@pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING.keys())
+def test_after_a_fault_the_bytes_are_right(client: Client, faults: list[Fault]) -> None:
+    client.hub.faults[SHARD] = faults
+    client.right(client.fetch())
+    assert all(fault.times <= 0 and fault.skip == 0 for fault in faults)  # each really happened
+
+
+LASTING = {
+    "drop": ([Fault("drop", -1)], "the connection failed"),
+    "stall": ([Fault("stall", -1)], "no answer in time"),
+    "broken": ([Fault("broken", -1)], "status 500"),
+    "expired": ([Fault("expired", -1)], "the address has expired"),
+    "short": ([Fault("short", -1)], "Content-Length is"),
+    "wrong range": ([Fault("drop", after=5000), Fault("wrong range", -1)], "Content-Range is"),
+    "another ETag": ([Fault("drop", after=5000), Fault("etag", -1, skip=1)], "changed while it was read"),
+    "wrong content": ([Fault("content", -1)], "sha256 is"),
+}
+
+
+@pytest.mark.parametrize(("faults", "message"), LASTING.values(), ids=LASTING.keys())
+def test_a_fault_that_stays_is_a_clear_error(client: Client, faults: list[Fault], message: str) -> None:
+    client.hub.faults[SHARD] = faults
+    client.refused(client.fetch(), REPO, SHARD, message)
+    client.hub.faults.clear()
+    client.right(client.fetch())
+
+
+def test_a_small_file_is_compared_by_its_git_id(client: Client) -> None:
+    client.hub.faults["tokenizer.json"] = [Fault("content")]
+    client.refused(client.fetch("tokenizer.json"), "tokenizer.json", "git id is", name="tokenizer.json")
+    client.right(client.fetch("tokenizer.json"), "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["busy", "busy until"])
+def test_a_server_that_asks_for_time_gets_it(client: Client, kind: str) -> None:
+    client.hub.faults[SHARD] = [Fault(kind)]
+    start = time.monotonic()
+    client.right(client.fetch())
+    assert time.monotonic() - start >= 1
+
+
+def test_after_a_kill_only_what_is_missing_is_fetched(client: Client) -> None:
+    client.hub.faults[SHARD] = [Fault("stall", after=1_500_000)]
+    client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
+    process = subprocess.Popen(client.command(*client.fetch_arguments()), env=client.environment)
+    partial = client.folder / f".{SHARD}.part"
+    while not (partial.exists() and partial.stat().st_size >= 1_400_000):  # the rest may be in its buffers
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there, size = partial.stat().st_size, (client.source / SHARD).stat().st_size
+    assert not (client.folder / SHARD).exists()
+    client.hub.sent.clear()
+    client.right(client.fetch())
+    assert client.hub.sent[SHARD] == size - there
+
+
+def test_two_do_not_fetch_the_same_file(client: Client) -> None:
+    client.hub.faults[SHARD] = [Fault("stall", after=5000)]
+    client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
+    with subprocess.Popen(client.command(*client.fetch_arguments()), env=client.environment) as process:
+        while client.hub.sent[SHARD] < 5000:
+            time.sleep(0.02)
+        client.refused(client.fetch(), "another process is writing it")
+        process.kill()
+
+
+def test_the_token_goes_to_the_hub_alone(client: Client) -> None:
+    client.hub.gated.add(REPO)
+    client.right(client.fetch())
+    assert set(client.hub.tokens) == {("hub", f"Bearer {TOKEN}")} and client.hub.sent[SHARD]
+    kept = [path for path in client.path.rglob("*") if path.is_file() and client.source not in path.parents]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in kept)
+    (client.folder / SHARD).unlink()
+    (client.path / f"{SHARD}.json").unlink()
+    del client.environment["HF_TOKEN"]
+    client.refused(client.fetch(), "is gated", "HF_TOKEN")
+    client.home.mkdir(exist_ok=True)
+    (client.home / "token").write_text(TOKEN)  # a stored login
+    client.right(client.fetch())
+
+
+def test_what_the_local_cache_has_is_linked(client: Client) -> None:
+    digest = json.loads(client.listing.read_text())["files"][SHARD]["digest"]
+    blob = client.home / "hub/models--Owner--tiny-qwen3.5/blobs" / digest
+    blob.parent.mkdir(parents=True)
+    shutil.copy(client.source / SHARD, blob)
+    client.hub.sent.clear()
+    client.environment["HF_HUB_OFFLINE"] = "1"
+    client.right(client.fetch())
+    assert client.hub.sent[SHARD] == 0 and (client.folder / SHARD).samefile(blob)
+    (client.folder / SHARD).unlink()
+    blob.write_bytes(bytes(blob.stat().st_size))  # damaged: not used, and not touched either
+    del client.environment["HF_HUB_OFFLINE"]
+    client.right(client.fetch())
+    assert client.hub.sent[SHARD] == (client.source / SHARD).stat().st_size and not any(blob.read_bytes())
+
+
+def test_offline_nothing_is_asked(client: Client) -> None:
+    client.hub.requests.clear()
+    client.environment["HF_HUB_OFFLINE"] = "1"
+    client.refused(client.fetch(), "HF_HUB_OFFLINE is set")
+    assert client.hub.requests == []
+
+
+def test_room_for_all_of_it_is_asked_for_before_a_byte_is_fetched(client: Client) -> None:
+    huge = 10**13
+    write_sparse_shard(client.source / SHARD, {"model.huge": (huge // 2,)})
+    index = client.source / "model.safetensors.index.json"
+    table = json.loads(index.read_text())["weight_map"]
+    kept = {name: shard for name, shard in table.items() if shard != SHARD}
+    index.write_text(json.dumps({"weight_map": {**kept, "model.huge": SHARD}}))
+    client.hub.digests = {client.source / SHARD: "0" * 64}
+    assert client.resolve().returncode == 0
+    client.hub.sent.clear()
+    client.refused(client.fetch("config.json"), "10000.0 GB are to be fetched", "make room", name="config.json")
+    assert not client.hub.sent
+
+
+def test_a_file_that_is_not_in_the_commit_is_refused(client: Client) -> None:
+    client.refused(client.fetch("model.gguf"), "has no file model.gguf", name="model.gguf")
+    client.refused(
+        client.run("fetch.py", client.listing, "../x", "--folder", client.folder, "--out", client.path / "x"), "plain file name"
+    )

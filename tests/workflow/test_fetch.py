@@ -1,22 +1,137 @@
-"""A model whose source is a repository of the Hub goes through the whole workflow, to the bytes that the folder gives."""
+"""Models, bases and importance matrices from repositories of the Hub go through the whole workflow, as local ones do."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-from conftest import CHECKPOINTS
-from hub import COMMIT, serve
+import pytest
+from conftest import CHECKPOINTS, ROOT
+from hub import COMMIT, Fault, Hub, serve
+from mtpforge import gguf_file
 from repository import CONFIG, Repository
 
+MODEL = "tiny-qwen3.5"
+SHARD = "model-00001-of-00004.safetensors"
+SOURCE = {"repo": f"Owner/{MODEL}", "revision": COMMIT}
 
-def test_a_repository_gives_the_same_file_as_the_folder(tmp_path: Path, built: Path, toolchain: Path) -> None:
-    remote = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "remote", ignore=shutil.ignore_patterns("prompts")))
-    copy = Repository(tmp_path / "repository", toolchain)
-    model = {**CONFIG["models"]["tiny-qwen3.5"], "source": {"repo": "Owner/tiny-qwen3.5", "revision": COMMIT}}
-    copy.config["models"] = {"fetched": {**model, "variants": {"BF16": {}}}}
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    """The dense checkpoint as a repository."""
+    return Path(shutil.copytree(CHECKPOINTS / MODEL, tmp_path / "remote", ignore=shutil.ignore_patterns("prompts")))
+
+
+def repository(path: Path, toolchain: Path, variants: dict[str, object]) -> Repository:
+    """One whose only model comes from the Hub."""
+    copy = Repository(path, toolchain)
+    copy.config["models"] = {"fetched": {**CONFIG["models"][MODEL], "source": SOURCE, "variants": variants}}
     copy.write_config()
-    with serve({"Owner/tiny-qwen3.5": remote}) as hub:
-        done = copy.snakemake(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    name = "tiny-qwen3.5-BF16.gguf"
-    assert (copy.path / "results/fetched" / name).read_bytes() == (built / "results/tiny-qwen3.5" / name).read_bytes()
+    return copy
+
+
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "MTPFORGE_RETRY_WAIT": "0.05"}
+
+
+def weights(hub: Hub) -> int:
+    return sum(count for name, count in hub.sent.items() if name.endswith(".safetensors"))
+
+
+def test_a_repository_gives_the_same_file_as_the_folder(tmp_path: Path, remote: Path, built: Path, toolchain: Path) -> None:
+    """Also over a bad line, and when the run is killed in the middle of a shard: then the rest of that is fetched."""
+    copy = repository(tmp_path / "repository", toolchain, {"BF16": {}})
+    size = sum(path.stat().st_size for path in remote.glob("*.safetensors"))
+    with serve({SOURCE["repo"]: remote}) as hub:
+        hub.faults["model-00002-of-00004.safetensors"] = [Fault("drop", after=5000), Fault("expired", skip=1)]
+        hub.faults[SHARD] = [Fault("stall", after=1_000_000, skip=1)]  # its header was well read
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", "all"]
+        variables = {**os.environ, **environment(hub, tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        with (tmp_path / "killed.log").open("w") as log:
+            process = subprocess.Popen(command, cwd=copy.path, env=variables, stdout=log, stderr=log, start_new_session=True)
+            while hub.sent[SHARD] < 1_000_000 or len(list(copy.path.rglob("records/*.json"))) < 10:
+                assert process.poll() is None, (tmp_path / "killed.log").read_text()
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        fetched = copy.path / f"resources/hub/Owner/{MODEL}/{COMMIT}"
+        there = (fetched / MODEL / f".{SHARD}.part").stat().st_size
+        assert there > 900_000 and not list(fetched.rglob(f"{SHARD}*"))
+        done = copy.snakemake("--unlock", **environment(hub, tmp_path))
+        assert done.returncode == 0, done.stderr
+        hub.sent.clear()
+        done = copy.snakemake(**environment(hub, tmp_path))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert weights(hub) == (remote / SHARD).stat().st_size - there < size / 2
+    name = f"{MODEL}-BF16.gguf"
+    assert (copy.path / "results/fetched" / name).read_bytes() == (built / "results" / MODEL / name).read_bytes()
     assert copy.pending() == {}  # without the Hub: a commit does not change
+    for shard in fetched.rglob("*.safetensors"):
+        shard.touch()
+    assert copy.pending() == {}
+
+
+def test_for_an_injection_only_the_head_is_fetched(tmp_path: Path, remote: Path, built: Path, toolchain: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    shutil.copy(built / "results" / MODEL / "work/trunk/Q4_K_M.gguf", theirs / "base-Q4_K_M.gguf")
+    base = {"repo": "They/base", "file": "base-Q4_K_M.gguf", "revision": COMMIT}
+    copy = repository(tmp_path / "repository", toolchain, {"Q4_K_M-injected": {"base": base, "head": "Q8_0"}})
+    with serve({SOURCE["repo"]: remote, "They/base": theirs}) as hub:
+        done = copy.snakemake(**environment(hub, tmp_path))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert hub.sent["base-Q4_K_M.gguf"] == (theirs / base["file"]).stat().st_size
+        headers = 4 * 65536
+        assert weights(hub) <= headers + 1.01 * sum(path.stat().st_size for path in copy.path.rglob("head/*/*.safetensors"))
+        assert weights(hub) < sum(path.stat().st_size for path in remote.glob("*.safetensors")) / 2
+    name = f"{MODEL}-Q4_K_M-injected.gguf"
+    assert (copy.path / "results/fetched" / name).read_bytes() == (built / "results" / MODEL / name).read_bytes()
+    assert copy.pending() == {}
+
+
+def test_an_importance_matrix_from_the_hub_is_used(tmp_path: Path, built: Path, toolchain: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    model, text = built / "results" / MODEL / f"{MODEL}-BF16.gguf", CHECKPOINTS / MODEL / "prompts" / "prose.txt"
+    (tmp_path / "text.txt").write_text(text.read_text() * 100)
+    command = [toolchain / "llama-imatrix", "-m", model, "-f", tmp_path / "text.txt", "-o", theirs / "imatrix.gguf"]
+    subprocess.run([*command, "-c", "512", "--chunks", "2"], check=True, capture_output=True)
+    copy = Repository(tmp_path / "repository", toolchain)
+    imatrix = {"repo": "They/matrices", "file": "imatrix.gguf", "revision": COMMIT}
+    copy.config["models"] = {MODEL: {**CONFIG["models"][MODEL], "variants": {"IQ4_XS": {"imatrix": imatrix}}}}
+    copy.write_config()
+    with serve({"They/matrices": theirs}) as hub:
+        done = copy.snakemake(**environment(hub, tmp_path))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    made = gguf_file.read(copy.path / "results" / MODEL / f"{MODEL}-IQ4_XS.gguf")
+    assert made.get("quantize.imatrix.file") == f"resources/hub/They/matrices/{COMMIT}/matrices/imatrix.gguf"
+
+
+def test_a_split_base_is_fetched_whole(tmp_path: Path, remote: Path, toolchain: Path) -> None:
+    """That it cannot be injected into is said when all of it is there."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    source = ROOT / "results" / MODEL / "work/trunk/Q4_K_M.gguf"
+    command = [toolchain / "llama-gguf-split", "--split-max-size", "1M", source, theirs / f"{MODEL}-Q4_K_M"]
+    subprocess.run(command, check=True, capture_output=True)
+    files = sorted(path.name for path in theirs.iterdir())
+    base = {"repo": "They/base", "file": files[0], "revision": COMMIT}
+    copy = repository(tmp_path / "repository", toolchain, {"theirs": {"base": base}})
+    with serve({SOURCE["repo"]: remote, "They/base": theirs}) as hub:
+        done = copy.snakemake(**environment(hub, tmp_path))
+    assert done.returncode == 1 and "is one shard of a split GGUF" in done.stdout + done.stderr
+    fetched = copy.path / f"resources/hub/They/base/{COMMIT}/base"
+    assert len(files) > 1 and sorted(path.name for path in fetched.iterdir()) == files
+    assert all((fetched / name).read_bytes() == (theirs / name).read_bytes() for name in files)
+
+
+def test_add_prints_an_entry(tmp_path: Path, remote: Path, toolchain: Path) -> None:
+    copy = Repository(tmp_path / "repository", toolchain)
+    with serve({SOURCE["repo"]: remote}) as hub:
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "add", "--config", f"repo={SOURCE['repo']}"]
+        variables = {**os.environ, **environment(hub, tmp_path)}
+        done = subprocess.run(command, cwd=copy.path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and f"    source: {{repo: {SOURCE['repo']}, revision: {COMMIT}}}\n" in done.stdout

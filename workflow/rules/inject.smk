@@ -7,7 +7,7 @@ rule inject:
     input:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
-        base=build.base,
+        base=build.base_if_any,
         head=ancient(build.head_file),
         digests=build.head_digests,
     output:
@@ -19,9 +19,10 @@ rule inject:
     conda:
         "../../envs/run.yaml"
     params:
+        base=build.base,
         head_type=build.head,
     message:
-        "{wildcards.model}: inject the head ({params.head_type}) into {input.base}"
+        "{wildcards.model}: inject the head ({params.head_type}) into {params.base}"
     shell:
-        "python {input.code[0]:q} {input.base:q} --head {input.head:q} --head-type {params.head_type}"
+        "python {input.code[0]:q} {params.base:q} --head {input.head:q} --head-type {params.head_type}"
         " --out {output:q} 2>&1 | tee {log:q}"

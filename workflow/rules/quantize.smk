@@ -26,6 +26,7 @@ rule quantize:
         source=ancient(build.source),
         digests=build.source_digests,
         recipe="results/{model}/work/recipes/{variant}.yaml",
+        imatrix=build.imatrix_if_any,
     output:
         temp("results/{model}/work/quantized/{variant}.gguf"),
     log:
@@ -38,11 +39,12 @@ rule quantize:
     params:
         type=build.file_type,
         head=build.head_option,
+        imatrix=build.imatrix_option,
     message:
         "{wildcards.model}: quantize {wildcards.variant} ({params.type} {params.head})"
     shell:
         "python {input.code[0]:q} {input.source:q} --type {params.type} {params.head}"
-        " --tensors {input.recipe:q} --threads {threads} --log {log:q} --out {output:q}"
+        " --tensors {input.recipe:q} {params.imatrix} --threads {threads} --log {log:q} --out {output:q}"
 
 
 rule quantize_part:

@@ -1,23 +1,29 @@
-"""Download a checkpoint from the Hugging Face Hub, pinned to a commit: only what conversion needs, and hashed.
+"""Download one file of a Hub repository, as a listing of resolve.py has it: gone on with where it stopped, and hashed.
 
-example: fetch.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --folder Qwen3.5-4B --out manifest.json
+example: fetch.py files.json model-00001-of-00002.safetensors --folder Qwen3.5-4B --out record.json
 """
 
 import argparse
 from pathlib import Path
 
 from mtpforge import atomic, errors, hub
+from mtpforge.listing import Listing
 
 
 def main() -> None:
     """Parse the command line and fetch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repo", help="repository, as OWNER/NAME")
-    parser.add_argument("--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits")
-    parser.add_argument("--folder", type=Path, required=True, help="where the files go; what is there already is kept")
-    parser.add_argument("--out", type=Path, required=True, help="the manifest, written when all files are there")
+    parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
+    parser.add_argument("name", help="which of its files")
+    parser.add_argument("--folder", type=Path, required=True, help="where it goes; what is there already is kept")
+    parser.add_argument("--head", type=Path, metavar="FILE", help="record of fetch_head.py, if it is there: to be confirmed")
+    parser.add_argument("--out", type=Path, required=True, help="the record: name, bytes and sha256, as JSON")
     args = parser.parse_args()
-    atomic.write_json(args.out, hub.fetch(args.repo, args.revision, args.folder))
+    listing = Listing.read(args.listing)
+    record = hub.download(listing, args.name, args.folder, listing.companions(args.name))
+    if args.head and args.head.exists():
+        record |= hub.confirm_head(args.head, args.folder / args.name)
+    atomic.write_json(args.out, record)
 
 
 if __name__ == "__main__":

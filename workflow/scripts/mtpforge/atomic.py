@@ -17,10 +17,11 @@ from .errors import ForgeError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
 
-    Raises ForgeError where another process is writing the same file. What a killed run left behind is written over.
+    Raises ForgeError where another process is writing the same file. What a killed run left behind is there to be written
+    over or, with `keep`, which also leaves it after an error, to be gone on from.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(temporary)
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            if not keep:
+                temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)  # the rename itself must survive a power cut
     finally:

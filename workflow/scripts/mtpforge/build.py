@@ -15,10 +15,12 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from . import quant_types
 from .errors import ConfigError
+from .listing import Listing, gguf_files
 from .quantize import NO_HEAD, check_pattern, default_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
+HUB = "resources/hub/{repo}/{revision}"
 
 
 class Wildcards(Protocol):
@@ -29,13 +31,18 @@ class Wildcards(Protocol):
     base: str
     part: str
     type: str
+    repo: str
+    revision: str
 
 
 class Build:
-    """The configuration as a build. Raises ConfigError, naming the path of each key that is wrong."""
+    """The configuration as a build. Raises ConfigError, naming the path of each key that is wrong.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = validated(config)
+    `checkpoints` are Snakemake's, by which the graph learns what a repository holds once it is listed.
+    """
+
+    def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
+        self.config, self._checkpoints = validated(config), checkpoints
         self.models: dict[str, Any] = self.config["models"]
         for name, model in self.models.items():
             for variant, entry in model["variants"].items():
@@ -111,20 +118,43 @@ class Build:
     # ── where it comes from ──
 
     def checkpoint(self, wildcards: Wildcards) -> str:
-        """The checkpoint's folder."""
+        """The checkpoint's folder; of one from the Hub, of which only the head is used, that of its head."""
         source = self.models[wildcards.model]["source"]
         if "path" in source:
             return str(source["path"])
-        return f"resources/checkpoints/{wildcards.model}/{source['revision']}/{self.base_name(wildcards.model)}"
+        part = "head/" if self._head_only(wildcards.model) else ""
+        return f"{HUB.format(**source)}/{part}{self.base_name(wildcards.model)}"
 
     def checkpoint_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the checkpoint depends on: the files of a local one, the manifest of a fetched one."""
+        """What a job that reads the checkpoint depends on: the files of a local one, the records of a fetched one.
+
+        A shard has no record before its content is right, and a touch of it changes no record.
+        """
         source = self.models[wildcards.model]["source"]
         if "repo" in source:
-            return [f"resources/checkpoints/{wildcards.model}/{source['revision']}/manifest.json"]
+            if self._head_only(wildcards.model):
+                return [f"{HUB.format(**source)}/head.json"]
+            listing = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0]))
+            return [f"{HUB.format(**source)}/records/{name}.json" for name in listing.checkpoint_files()]
         folder = Path(source["path"])
         kinds = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
         return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
+
+    def _head_only(self, model: str) -> bool:
+        """Whether all that is made of a model is somebody's quantization with its head, and that head can be converted alone."""
+        entry = self.models[model]
+        theirs = all("base" in variant and "type" not in variant["base"] for variant in entry["variants"].values())
+        return theirs and entry["converter"] == "mtpforge" and not entry["mmproj"] and "sidecar" not in entry
+
+    def fetched(self, wildcards: Wildcards) -> str:
+        """The folder of files from a repository, by the name that a checkpoint's must have."""
+        repo, revision = wildcards.repo, wildcards.revision
+        return f"{HUB.format(repo=repo, revision=revision)}/{repo.split('/')[1]}"
+
+    def fetched_head(self, wildcards: Wildcards) -> str:
+        """The folder of a checkpoint that is the head alone."""
+        repo, revision = wildcards.repo, wildcards.revision
+        return f"{HUB.format(repo=repo, revision=revision)}/head/{repo.split('/')[1]}"
 
     def tokenizer_option(self, wildcards: Wildcards) -> str:
         """The option that names a pre-tokenizer whose checksum is unknown."""
@@ -212,13 +242,24 @@ class Build:
             raise ConfigError(f"files of {wildcards.model} are named {base}-*, not {wildcards.base}-*")
 
     def base(self, wildcards: Wildcards) -> str:
-        """The GGUF that a head is injected into."""
+        """The GGUF that a head is injected into; of a split one, its first file."""
         base = self.entry(wildcards)["base"]
-        return str(base["path"] if "path" in base else f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf")
+        return f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf" if "type" in base else _place(base)
 
     def base_if_any(self, wildcards: Wildcards) -> list[str]:
-        """The base of an injected variant, nothing for another."""
-        return [self.base(wildcards)] if "base" in self.entry(wildcards) else []
+        """What a job that reads the base depends on; nothing for a variant without one."""
+        base = self.entry(wildcards).get("base")
+        return [] if base is None else [self.base(wildcards)] if "type" in base else _evidence(base)
+
+    def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the importance matrix depends on; nothing for a variant without one."""
+        imatrix = self.entry(wildcards).get("imatrix")
+        return [] if imatrix is None else _evidence(imatrix)
+
+    def imatrix_option(self, wildcards: Wildcards) -> str:
+        """The option of quantize.py that names it."""
+        imatrix = self.entry(wildcards).get("imatrix")
+        return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
 
     def prompts(self, wildcards: Wildcards) -> str:
         """The folder of prompts on which drafting is measured."""
@@ -265,7 +306,7 @@ class Build:
 
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
-        entry, base = self.entry(wildcards), self.base_if_any(wildcards)
+        base = self.entry(wildcards).get("base")
         options = [
             "--head",
             self.head(wildcards),
@@ -274,13 +315,25 @@ class Build:
         ]
         if not self._is_ours(wildcards) and self.candidate(wildcards) == self.source(wildcards):
             options += ["--digests", self.source_digests(wildcards)]  # a file cannot be compared with itself
-        if not base or "type" in entry["base"]:
+        if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
-        return shlex.join(options + (["--base", base[0]] if base else []))
+        return shlex.join(options + ([] if base is None else ["--base", self.base(wildcards)]))
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""
         return f"{self.verify_options(wildcards)} --split {self._split(wildcards.model, wildcards.variant)}"
+
+
+def _place(file: Mapping[str, Any]) -> str:
+    """Where a file of the configuration lies, of a split one the first: one of yours, or one from the Hub once it is fetched."""
+    if "path" in file:
+        return str(file["path"])
+    return f"{HUB.format(**file)}/{file['repo'].split('/')[1]}/{gguf_files(file['file'])[0]}"
+
+
+def _evidence(file: Mapping[str, Any]) -> list[str]:
+    """What a job that reads it depends on: your file itself, or the records of all files of a fetched one."""
+    return [file["path"]] if "path" in file else [f"{HUB.format(**file)}/records/{n}.json" for n in gguf_files(file["file"])]
 
 
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:
@@ -304,6 +357,8 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
         if "base" in entry and "tensors" in entry:
             raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
+        if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
+            raise ConfigError("imatrix: nothing is quantized here that it could help")
         head = entry.get("head") or default_head(file_type)
         if head == NO_HEAD and "base" in entry:
             raise ConfigError("head: none: a base is there to be given a head")
@@ -349,6 +404,9 @@ def _explain(errors: list[ValidationError]) -> str:
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]
         return f"{path}/{unknown[0]}: unknown key: known are {', '.join(known)}"
+    if error.validator == "pattern" and path.endswith("/revision"):
+        ask = f"resolve.py OWNER/NAME --revision {error.instance} --out files.json"
+        return f"{path}: {error.instance!r} is no full commit (40 hex digits): `python workflow/scripts/{ask}` says which it names"
     return f"{path}: {error.message}"
 
 

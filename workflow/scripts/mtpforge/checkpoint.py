@@ -9,7 +9,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 HEAD_FILE = "mtp.safetensors"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _HEADER_LIMIT = 100 << 20  # as the safetensors library has it
-_JSON_LIMIT = 200 << 20
+TEXT_LIMIT = 200 << 20
 
 # safetensors' name of a type -> numpy's. BF16 and FP8 have none: they travel as raw integers of their size.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -68,10 +68,7 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The first of `architectures` in config.json."""
-        names = self.config.get("architectures")
-        if not isinstance(names, list) or not names or not isinstance(names[0], str):
-            raise CheckpointError(f"{self.directory / 'config.json'}: 'architectures' must be a list of names")
-        return names[0]
+        return architecture_of(self.directory / "config.json", self.config)
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
         """A read-only view of the tensor's bytes in its shard, of `tensor.shape`; BF16 and FP8 as raw integers."""
@@ -103,13 +100,21 @@ class Checkpoint:
         return self._maps[shard]
 
 
+def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The first of `architectures` in the config.json at `path`. Raises CheckpointError."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{path}: 'architectures' must be a list of names")
+    return names[0]
+
+
 def read_text(path: Path) -> str:
     """A text file of a checkpoint. Raises CheckpointError when it is missing, no regular file, too large, or not UTF-8."""
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file")
-        if path.stat().st_size > _JSON_LIMIT:
-            raise CheckpointError(f"{path}: larger than any real one ({_JSON_LIMIT >> 20} MB): not read")
+        if path.stat().st_size > TEXT_LIMIT:
+            raise CheckpointError(f"{path}: larger than any real one ({TEXT_LIMIT >> 20} MB): not read")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing: is the checkpoint complete?") from None
@@ -139,37 +144,46 @@ def _no_constant(name: str) -> None:
 
 def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
     """All tensors by name, in the order of shard names and, within a shard, of its header."""
-    index_path = directory / INDEX
-    expected = _read_index(index_path) if index_path.exists() else None
-    if expected is None:  # noqa: SIM108 (one line of it is longer than it is clear)
-        shards = sorted(path.name for path in directory.glob("*.safetensors"))
-    else:
-        shards = sorted(set(expected.values()))
-    if not shards:
+    index = directory / INDEX
+    present = [path.name for path in directory.glob("*.safetensors")]
+    if not present and not index.exists():
         raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
-    tensors = _read_shards(directory, shards)
+    text = read_text(index) if index.exists() else None
+    return gather_tensors(directory, text, present, lambda shard: read_shard_header(directory / shard))
+
+
+def gather_tensors(
+    place: Path, index: str | None, present: Collection[str], read: Callable[[str], list[CheckpointTensor]]
+) -> dict[str, CheckpointTensor]:
+    """The tensors of a checkpoint whose shards' headers `read` gives, wherever it lies; `place` is named in messages.
+
+    `index` is the text of its index, if it has one; `present` are the names of all its safetensors files.
+    Raises CheckpointError where index and shards contradict each other.
+    """
+    expected = None if index is None else _parse_index(place / INDEX, index)
+    tensors = _read_shards(place, sorted(present if expected is None else set(expected.values())), read)
     if expected is not None:
-        _check_index(index_path, expected, tensors)
-        if HEAD_FILE not in shards and (directory / HEAD_FILE).exists():  # a head published beside an index without it
-            head = _read_shards(directory, [HEAD_FILE])
+        _check_index(place / INDEX, expected, tensors)
+        if HEAD_FILE not in expected.values() and HEAD_FILE in present:  # a head published beside an index without it
+            head = _read_shards(place, [HEAD_FILE], read)
             if twice := sorted(head.keys() & tensors.keys()):
-                raise CheckpointError(f"{directory}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}")
+                raise CheckpointError(f"{place}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}")
             tensors |= head
     return tensors
 
 
-def _read_shards(directory: Path, shards: list[str]) -> dict[str, CheckpointTensor]:
+def _read_shards(place: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]) -> dict[str, CheckpointTensor]:
     tensors: dict[str, CheckpointTensor] = {}
     for shard in shards:
-        for tensor in read_shard_header(directory / shard):
+        for tensor in read(shard):
             if tensor.name in tensors:
-                raise CheckpointError(f"{directory}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}")
+                raise CheckpointError(f"{place}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}")
             tensors[tensor.name] = tensor
     return tensors
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
+def _parse_index(path: Path, text: str) -> dict[str, str]:
+    weight_map = parse_json(path, text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: 'weight_map' must map tensor names to shards")
     for name, shard in weight_map.items():
@@ -196,20 +210,31 @@ def read_shard_header(path: Path) -> list[CheckpointTensor]:
             raise CheckpointError(f"{path}: is not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique_keys)
+            length = header_length(path, file.read(8), size)
+            return parse_shard_header(path, file.read(length), size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: shard is missing: download it again") from None
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """The length of a header whose shard of `size` bytes starts with the 8 bytes of `start`. Raises CheckpointError."""
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})")
+    return length
+
+
+def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:
+    """The tensors that a shard of `size` bytes has by its `header`, in its order. Raises CheckpointError."""
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
-    if not isinstance(header, dict):
+    if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
-    header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = [_parse_entry(path, name, entry, start) for name, entry in header.items()]
+    entries.pop("__metadata__", None)
+    start = 8 + len(header)
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
     _check_tiling(path, tensors, start, size)
     return tensors
 

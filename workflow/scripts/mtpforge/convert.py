@@ -101,7 +101,7 @@ def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, Checkpo
     for name, tensor in checkpoint.tensors.items():
         if name.startswith(family.ignored):
             continue
-        canonical = name.replace("language_model.", "").replace(f"model.{family.head_prefix}", family.head_prefix)
+        canonical = family.canonical(name)
         if canonical in names:
             raise CheckpointError(f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor")
         names[canonical] = tensor

@@ -1,68 +1,243 @@
-"""Checkpoints from the Hugging Face Hub, pinned to a commit and hashed: only the files that conversion reads.
+"""Files of the Hugging Face Hub, pinned to a commit: listed, fetched where an earlier run stopped, and hashed.
 
-The download itself is huggingface_hub's, which resumes what an earlier run left. It checks sizes, so contents are hashed here.
+huggingface_hub asks and says who we are; a file gets its name when its content is what the commit has.
 """
 
+import hashlib
+import json
+import os
 import re
+import shutil
+import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub import HfApi, constants
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+from . import atomic, checkpoint, progress
+from .checkpoint import INDEX, CheckpointTensor
 from .errors import DownloadError
-from .ranges import FileRange, sha256
+from .listing import COMMIT, FILE_NAME, File, Listing, check_name
+from .ranges import CHUNK, FileRange, sha256
+from .remote import Patience, RangesRefused, RemoteFile
 
-# Never *.bin, *.pt or *.py: nothing that could be executed reaches the disk.
-_WANTED = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors|model\.safetensors\.index\.json|(config|generation_config|tokenizer|tokenizer_config"
-    r"|special_tokens_map|added_tokens|vocab|preprocessor_config|processor_config|video_preprocessor_config)\.json"
-    r"|chat_template\.(jinja|json)|merges\.txt|tokenizer\.model|README\.md"
-)
-
-_FAILURES = (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    httpx2.HTTPError,
-    OSError,
-)
+_FIRST_READ = 64 << 10  # holds most headers of shards, so that they take one request
 
 
-def fetch(repo: str, revision: str, folder: Path) -> dict[str, Any]:
-    """Download a checkpoint into `folder`; its manifest: repository, commit, and name, size and sha256 of each file.
+def model_info(repo: str, revision: str | None = None) -> ModelInfo:
+    """What the Hub says about a commit, branch or tag (default: its main branch), file sizes included. Raises DownloadError."""
+    what = f"{repo} at {revision}" if revision else repo
 
-    Raises DownloadError; what was fetched until then stays, and a second call goes on from there.
+    def ask() -> ModelInfo:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+        if not COMMIT.fullmatch(str(info.sha)):
+            raise ValueError(f"its commit is {info.sha!r}")
+        return info
+
+    try:
+        return Patience(what).call(ask)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DownloadError(f"{what}: the Hub's answer is malformed ({type(error).__name__}: {error})") from None
+
+
+def resolve(repo: str, revision: str) -> Listing:
+    """All files and tensors of a commit; of the weights, only the headers are read. Raises DownloadError, CheckpointError."""
+    info = model_info(repo, revision)
+    if revision != info.sha:
+        raise DownloadError(f"{repo}: {revision} is no full commit, and what it names can change: write `revision: {info.sha}`")
+    files = dict(sorted(_files(info.siblings or [])))
+    present = [name for name in files if name.endswith(".safetensors")]
+    return Listing(repo, revision, files, _tensors(repo, revision, files, present) if present else {})
+
+
+def _files(siblings: Iterable[RepoSibling]) -> Iterable[tuple[str, File]]:
+    """The files at the top of a repository whose names are plain; the others cannot be asked for."""
+    for sibling in siblings:
+        name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
+        if not isinstance(name, str) or not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+            raise DownloadError(f"the Hub lists a file {name!r}, which can be none: refused")
+        if not FILE_NAME.fullmatch(name):
+            continue
+        digest = lfs.sha256 if lfs else sibling.blob_id
+        if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", str(digest)):
+            raise DownloadError(f"the Hub lists {name} with size {size!r} and digest {digest!r}: refused")
+        yield name, File(size, str(digest))
+
+
+def _tensors(repo: str, revision: str, files: dict[str, File], present: list[str]) -> dict[str, CheckpointTensor]:
+    def read_header(shard: str) -> list[CheckpointTensor]:
+        if shard not in files:
+            raise DownloadError(f"{repo} at {revision}: {INDEX} names {shard}, which the repository does not have")
+        remote, place = RemoteFile(repo, revision, shard, files[shard].bytes, files[shard].digest), Path(repo, shard)
+        start = remote.get(0, min(_FIRST_READ, remote.size))
+        end = 8 + checkpoint.header_length(place, start[:8], remote.size)
+        header = (start + remote.get(len(start), end))[8:end]
+        return checkpoint.parse_shard_header(place, header, remote.size)
+
+    index = read_text(Listing(repo, revision, files, {}), INDEX) if INDEX in files else None
+    return dict(sorted(checkpoint.gather_tensors(Path(repo), index, present, read_header).items()))
+
+
+def read_text(listing: Listing, name: str) -> str:
+    """The content of a small text file, which is not kept. Raises DownloadError."""
+    file = listing.files.get(name)
+    if file is None or file.bytes > checkpoint.TEXT_LIMIT:
+        raise DownloadError(f"{listing.repo} at {listing.revision}: has no {name}, or one larger than any real one")
+    content, digest = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(0, file.bytes), Digest(file)
+    digest.update(content)
+    if not digest.right:
+        raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: run again")
+    return content.decode("utf-8", "replace")
+
+
+class Digest:
+    """Of a file's content: its sha256, and whether it is what the commit has."""
+
+    def __init__(self, file: File) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+        self._git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+
+    def update(self, block: bytes) -> None:
+        """Go on with the next bytes."""
+        self._sha256.update(block)
+        if not self._file.lfs:
+            self._git.update(block)
+
+    @property
+    def sha256(self) -> str:
+        """As hex digits."""
+        return self._sha256.hexdigest()
+
+    @property
+    def right(self) -> bool:
+        """Whether the content so far is the file's."""
+        return self._found() == self._file.digest
+
+    def complaint(self) -> str:
+        """What is wrong, where something is."""
+        kind = "sha256" if self._file.lfs else "git id"
+        return f"its {kind} is {self._found()}, and the Hub says {self._file.digest}"
+
+    def _found(self) -> str:
+        return self.sha256 if self._file.lfs else self._git.hexdigest()
+
+    def read(self, path: Path) -> int:
+        """Go on with all bytes of a file on disk; their number."""
+        with path.open("rb") as file:
+            while block := file.read(CHUNK):
+                self.update(block)
+            return file.tell()
+
+
+def download(listing: Listing, name: str, folder: Path, together: Collection[str] = ()) -> dict[str, Any]:
+    """Fetch a file of the listing into `folder`; its record: name, bytes, sha256. What is there already is kept.
+
+    There must be room for it and for what is missing of `together`, the files that are of no use without each other.
+    Raises DownloadError; what has come until then stays beside, under a hidden name, and a second call goes on from there.
+    """
+    if check_name(name) not in listing.files:
+        what = "has no *.safetensors" if name == "model.safetensors" else f"has no file {name} (none in a folder is taken)"
+        raise DownloadError(f"{listing.repo} at {listing.revision}: {what}: name another repository, or another of its files")
+    final, file = folder / name, listing.files[name]
+    digest = Digest(file)
+    if not (final.is_file() and final.stat().st_size == file.bytes and digest.read(final) and digest.right):
+        check_space(listing, {name, *together}, folder)
+        with atomic.replacing(final, keep=True) as partial:
+            digest = _link_cached(listing, name, partial) or _fetch(listing, name, partial)
+    return {"name": name, "bytes": file.bytes, "sha256": digest.sha256}
+
+
+def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
+    """Raise DownloadError where the file system of `folder` has no room for what is missing of all `names`."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def is_missing(name: str) -> bool:
+        blob = cached(listing, name)
+        linkable = blob.exists() and blob.stat().st_dev == folder.stat().st_dev
+        return not linkable and not (folder / name).exists()
+
+    missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
+    partial = sum(path.stat().st_size for path in folder.glob(".*.part") if path.is_file())
+    demand_space(sum(file.bytes for file in missing) - partial, folder)
+
+
+def demand_space(needed: int, folder: Path) -> None:
+    """Raise DownloadError where the file system of `folder` has not that many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(
+            f"{folder}: {needed / 1e9:.1f} GB are to be fetched, and {free / 1e9:.1f} GB are free there: make room, or set up "
+            "this repository on a larger disk"
+        )
+
+
+def cached(listing: Listing, name: str) -> Path:
+    """Where the local cache of huggingface_hub has a file, if it has it."""
+    repository = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repo, repo_type="model"))
+    return repository / "blobs" / listing.files[name].digest
+
+
+def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
+    """Take a file from the local Hub cache, without a second copy where the file system can; None where it is not there."""
+    source, digest = cached(listing, name), Digest(listing.files[name])
+    if not source.is_file() or digest.read(source) != listing.files[name].bytes or not digest.right:
+        return None
+    partial.unlink()  # a link cannot be made over a file
+    atomic.link_or_copy(source.resolve(), partial)
+    print(f"{name}: taken from the local Hub cache", file=sys.stderr)
+    return digest
+
+
+def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
+    """Append to `partial` what it lacks. Raises DownloadError, and removes it where its content is wrong."""
+    file = listing.files[name]
+    remote = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest)
+    if partial.stat().st_size > file.bytes:
+        os.truncate(partial, 0)
+    digest = Digest(file)
+    done = digest.read(partial)
+    with partial.open("r+b") as out, progress.bar(name) as show:
+        out.seek(done)
+
+        def write(block: bytes) -> None:
+            out.write(block)
+            digest.update(block)
+            show(out.tell(), file.bytes)
+
+        try:
+            remote.read(done, file.bytes, write)
+        except RangesRefused as error:
+            print(f"{error}: from the beginning, then", file=sys.stderr)
+            digest = Digest(file)
+            out.seek(0)
+            out.truncate()
+            remote.read(0, file.bytes, write)
+    if not digest.right:
+        partial.unlink()
+        raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: removed it, run again")
+    return digest
+
+
+def confirm_head(record: Path, shard: Path) -> dict[str, Any]:
+    """Compare a whole, verified shard with a head that was fetched by itself; what a record says of it, if it has some.
+
+    Raises DownloadError where they differ.
     """
     try:
-        siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
-    except _FAILURES as error:
-        raise DownloadError(f"{repo} at {revision}: {_explain(error)}") from None
-    wanted = [sibling for sibling in siblings if _WANTED.fullmatch(sibling.rfilename)]
-    if not any(sibling.rfilename.endswith(".safetensors") for sibling in wanted):
-        raise DownloadError(f"{repo} at {revision}: has no *.safetensors files: only safetensors checkpoints can be converted")
-    files = [_fetch_file(repo, revision, sibling, folder) for sibling in sorted(wanted, key=lambda s: s.rfilename)]
-    return {"repo": repo, "revision": revision, "files": files}
-
-
-def _fetch_file(repo: str, revision: str, sibling: RepoSibling, folder: Path) -> dict[str, Any]:
-    name = sibling.rfilename
-    try:
-        path = Path(hf_hub_download(repo, name, revision=revision, local_dir=folder))
-    except _FAILURES as error:
-        raise DownloadError(f"{repo}: {name}: {_explain(error)}") from None
-    digest = sha256(FileRange(path, 0, path.stat().st_size))
-    if sibling.lfs is not None and digest != sibling.lfs.sha256:
-        path.unlink()
-        raise DownloadError(f"{repo}: {name}: sha256 is {digest}, the Hub says {sibling.lfs.sha256}: removed it, run again")
-    return {"name": name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _explain(error: Exception) -> str:
-    """The first line of what went wrong; huggingface_hub's messages carry no token."""
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and it is not on this machine"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        recorded = {name: t["sha256"] for name, t in json.loads(record.read_text())["tensors"].items() if t["shard"] == shard.name}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DownloadError(f"{record}: is not what fetch_head.py writes ({error}): delete it and run again") from None
+    if not recorded:
+        return {}
+    found = {t.name: sha256(FileRange(shard, t.offset, t.size)) for t in checkpoint.read_shard_header(shard) if t.name in recorded}
+    for name, digest in recorded.items():
+        if found.get(name) != digest:
+            raise DownloadError(
+                f"{shard}: {name} is not what was fetched by itself, and trusted, before: delete {record} and the folder of that "
+                "head, and whatever was made of it"
+            )
+    return {"head": f"{len(recorded)} tensors confirmed"}

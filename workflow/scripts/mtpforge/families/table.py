@@ -105,6 +105,10 @@ class Family:
     declares_head: bool = True
     """Whether config.json says with `mtp_num_hidden_layers` that there is a head."""
 
+    def canonical(self, name: str) -> str:
+        """A checkpoint tensor's name as the tables have it, whatever wrapper class saved it."""
+        return name.replace("language_model.", "").replace(f"model.{self.head_prefix}", self.head_prefix)
+
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
         """The rows of part `all`, `trunk`, `head`, or `draft`: the head with what it shares with the trunk."""
         rows = self.trunk(hparams) if part != "head" else []

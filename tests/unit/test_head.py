@@ -1,0 +1,271 @@
+"""Of a checkpoint on the Hub, the head alone is fetched: the same head, and hardly a byte more than it has."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINTS, SCRIPTS
+from hub import COMMIT, Fault, Hub, serve
+from layouts import read_tensors, write_checkpoint, write_layout, write_shard
+from mtpforge import head
+from mtpforge.checkpoint import Checkpoint, CheckpointTensor
+from sparse import write_35b
+
+REPO = "Owner/model"
+LAST = "model-00005-of-00005.safetensors"  # of the small mixture of experts, whose head is in the last two
+
+
+class Client:
+    """The programs, as somebody runs them whose Hub is on loopback."""
+
+    def __init__(self, hub: Hub, path: Path) -> None:
+        self.hub, self.path, self.source = hub, path, hub.repositories[REPO]
+        self.listing, self.record = path / "files.json", path / "head.json"
+        self.folder, self.whole = path / "head" / "model", path / "model"
+        self.environment = {
+            **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(path / "home"),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5", "MTPFORGE_RETRY_WAIT": "0.02",
+        }  # fmt: skip
+        self.run("resolve.py", REPO, "--revision", COMMIT, "--out", self.listing)
+        hub.sent.clear()
+
+    def command(self, program: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(SCRIPTS / program), *map(str, arguments)]
+
+    def run(self, program: str, *arguments: object, fails: bool = False) -> str:
+        command = self.command(program, *arguments)
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+        assert done.returncode == int(fails) and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    def fetch_head(self, fails: bool = False) -> str:
+        return self.run(*self.arguments(), fails=fails)
+
+    def arguments(self) -> tuple[object, ...]:
+        return "fetch_head.py", self.listing, "--folder", self.folder, "--whole", self.whole, "--out", self.record
+
+    def fetch(self, name: str, fails: bool = False) -> str:
+        paths = ("--folder", self.whole, "--head", self.record, "--out", self.path / f"{name}.json")
+        return self.run("fetch.py", self.listing, name, *paths, fails=fails)
+
+    def tensors(self) -> dict[str, CheckpointTensor]:
+        """The head in the whole checkpoint."""
+        return {name: t for name, t in Checkpoint(self.source).tensors.items() if name.startswith(("mtp.", "model.mtp."))}
+
+    def standings(self) -> set[str]:
+        return {entry["standing"] for entry in json.loads(self.record.read_text())["tensors"].values()}
+
+    def weights(self) -> int:
+        """Bytes of safetensors that the servers sent."""
+        return sum(count for name, count in self.hub.sent.items() if name.endswith(".safetensors"))
+
+    def right(self) -> None:
+        """The head's tensors, no others, with the bytes that they have in the whole checkpoint, and their digests."""
+        whole, small = Checkpoint(self.source), Checkpoint(self.folder)
+        recorded = json.loads(self.record.read_text())["tensors"]
+        assert small.tensors.keys() == self.tensors().keys() == recorded.keys() and small.config == whole.config
+        for name, tensor in self.tensors().items():
+            found = small.tensors[name]
+            assert (found.shard, found.dtype, found.shape) == (tensor.shard, tensor.dtype, tensor.shape)
+            assert small.digest(found) == whole.digest(tensor) == recorded[name]["sha256"]
+
+
+@contextmanager
+def serving(folder: Path, path: Path) -> Iterator[Client]:
+    with serve({REPO: folder}) as hub:
+        yield Client(hub, path)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    """Somebody, and a Hub with the small mixture of experts."""
+    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5-moe", tmp_path / "repository"))
+    with serving(folder, tmp_path) as someone:
+        yield someone
+
+
+@pytest.mark.parametrize(
+    "layout", ["tiny-qwen3.5-moe", "moe-fused-head", "dense-text-only", "dense-fp8", "dense-wide-types", "qwen3-next"]
+)
+def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(layout: str, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(write_layout(layout, tmp_path / "layouts"), tmp_path / "whole" / "model"))
+    with serving(source, tmp_path) as client:
+        client.fetch_head()
+        client.right()
+        assert client.weights() == sum(tensor.size for tensor in client.tensors().values())  # not a byte more
+        for folder, out in ((source, "whole.gguf"), (client.folder, "small.gguf")):
+            client.run("convert.py", folder, "--part", "head", "--out", tmp_path / out)
+        assert (tmp_path / "small.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["mtp.", "model.mtp."])
+def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path, prefix: str) -> None:
+    """As some publish it, beside an index that does not name it."""
+    original = CHECKPOINTS / "tiny-qwen3.5"
+    config, tensors = json.loads((original / "config.json").read_text()), read_tensors(original)
+    heads = {name.replace("mtp.", prefix, 1): tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")}
+    source = write_checkpoint(tmp_path / "whole" / "model", original, config, tensors, shards=2)
+    write_shard(source / "mtp.safetensors", heads)
+    with serving(source, tmp_path) as client:
+        client.fetch_head()
+        client.right()
+        assert {tensor.shard for tensor in Checkpoint(client.folder).tensors.values()} == {"mtp.safetensors"}
+        client.run("convert.py", client.folder, "--part", "head", "--out", tmp_path / "head.gguf")
+
+
+def test_its_bytes_in_the_35b_are_1_69_gb(tmp_path: Path) -> None:
+    size = write_35b(tmp_path / "35b")
+    assert abs(size / 1.69e9 - 1) < 0.01
+    with serve({REPO: tmp_path / "35b"}) as hub:
+        hub.digests = dict.fromkeys((tmp_path / "35b").glob("*.safetensors"), "0" * 64)  # nobody hashes 70 GB of zeros
+        client = Client(hub, tmp_path)
+        tensors = json.loads(client.listing.read_text())["tensors"]
+        assert {t["shard"][:11] for name, t in tensors.items() if name.startswith("mtp.")} == {"model-00013", "model-00014"}
+        client.fetch_head()
+        assert size <= sum(hub.sent.values()) <= 1.01 * size
+        assert len(Checkpoint(client.folder).tensors) == 785
+        shutil.rmtree(client.folder)
+
+
+def test_neighbours_are_joined_and_long_ranges_cut() -> None:
+    def tensor(offset: int, size: int) -> CheckpointTensor:
+        return CheckpointTensor(f"t{offset}", "U8", (size,), "s.safetensors", offset, size)
+
+    assert head.pieces([tensor(100, 50), tensor(150, 1), tensor(160, 5)]) == [(100, 151), (160, 165)]
+    assert head.pieces([tensor(8, head.PIECE), tensor(8 + head.PIECE, 1)]) == [
+        (8, 8 + head.PIECE),
+        (8 + head.PIECE, 9 + head.PIECE),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("drop", 2, after=5000), Fault("stall", after=5000), Fault("broken"), Fault("busy"), Fault("expired"), Fault("short"),
+        Fault("whole"), Fault("wrong range"),
+    ],
+    ids=lambda fault: fault.kind,
+)  # fmt: skip
+def test_after_a_fault_the_head_is_right(client: Client, fault: Fault) -> None:
+    client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
+    client.hub.faults[LAST] = [fault]
+    client.fetch_head()
+    client.right()
+    assert fault.times == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("drop", -1), "the connection failed"),
+        (Fault("broken", -1), "status 500"),
+        (Fault("expired", -1), "the address has expired"),
+        (Fault("short", -1), "Content-Length is"),
+        (Fault("whole", -1), "the whole file was sent for a part of it"),
+        (Fault("wrong range", -1), "Content-Range is"),
+        (Fault("etag", -1, skip=1), "changed while it was read"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_a_fault_that_stays_is_a_clear_error(client: Client, fault: Fault, message: str) -> None:
+    client.hub.faults[LAST] = [Fault("drop", after=5000), fault]
+    error = client.fetch_head(fails=True)
+    assert message in error and LAST in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert not (client.folder / LAST).exists() and not client.record.exists()
+    client.hub.faults.clear()
+    client.fetch_head()
+    client.right()
+
+
+def test_a_shard_that_is_another_now_is_refused(client: Client) -> None:
+    client.hub.digests[client.source / LAST] = "0" * 64
+    error = client.fetch_head(fails=True)
+    assert "a commit does not change" in error and not client.record.exists()
+
+
+SMALL_PIECES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from mtpforge import errors, head
+import fetch_head
+head.PIECE = 500_000
+del sys.argv[1]
+errors.run(fetch_head.main)
+"""
+
+
+def test_after_a_kill_whole_pieces_are_kept_if_they_are_right(client: Client) -> None:
+    command = [sys.executable, "-c", SMALL_PIECES, str(SCRIPTS), *map(str, client.arguments()[1:])]
+    size = sum(tensor.size for tensor in client.tensors().values() if tensor.shard == LAST)
+    partial = client.folder / f".{LAST}.part"
+
+    def interrupted() -> None:
+        """The third piece of the last shard stalls, and the run is killed."""
+        client.hub.faults[LAST] = [Fault("stall", after=100_000, skip=2)]
+        with subprocess.Popen(command, env={**client.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}) as process:
+            while client.hub.sent[LAST] < 1_100_000:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+
+    def resumed() -> int:
+        client.hub.sent.clear()
+        subprocess.run(command, env=client.environment, check=True)
+        client.right()
+        return client.weights()
+
+    interrupted()
+    assert resumed() == size - 1_000_000
+    assert resumed() == 0
+    (client.folder / LAST).unlink()
+    (client.folder / f".{LAST}.sums").unlink()
+    interrupted()
+    torn = bytearray(partial.read_bytes())
+    torn[900_000] ^= 1  # as a power cut may leave it
+    partial.write_bytes(torn)
+    assert resumed() == size - 500_000
+
+
+def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client) -> None:
+    client.fetch_head()
+    assert client.standings() == {head.FIRST_USE}
+    client.fetch(LAST)
+    count = sum(tensor.shard == LAST for tensor in client.tensors().values())
+    assert json.loads((client.path / f"{LAST}.json").read_text())["head"] == f"{count} tensors confirmed"
+    client.fetch("model-00001-of-00005.safetensors")
+    assert "head" not in json.loads((client.path / "model-00001-of-00005.safetensors.json").read_text())
+
+
+def test_wrong_content_of_a_part_comes_out_with_the_whole_shard(client: Client) -> None:
+    """Nothing on the Hub has the digest of a part: until then it is only called trusted."""
+    client.hub.faults[LAST] = [Fault("content")]
+    client.fetch_head()
+    assert client.standings() == {head.FIRST_USE}
+    error = client.fetch(LAST, fails=True)
+    assert "is not what was fetched by itself" in error and f"delete {client.record}" in error
+
+
+def test_from_whole_shards_on_this_machine_it_is_verified(client: Client) -> None:
+    for shard in {tensor.shard for tensor in client.tensors().values()}:
+        client.fetch(shard)
+    client.hub.sent.clear()
+    client.fetch_head()
+    client.right()
+    assert client.standings() == {head.VERIFIED} and client.weights() == 0
+
+
+def test_a_checkpoint_that_has_lost_its_head_is_refused(tmp_path: Path) -> None:
+    with serve({REPO: write_layout("tiny-qwen3.5", tmp_path)}) as hub:
+        client = Client(hub, tmp_path)
+        listing = json.loads(client.listing.read_text())
+        listing["tensors"] = {name: t for name, t in listing["tensors"].items() if not name.startswith("mtp.")}
+        client.listing.write_text(json.dumps(listing))
+        assert "has lost its head" in client.fetch_head(fails=True)

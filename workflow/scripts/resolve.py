@@ -1,0 +1,23 @@
+"""List what one commit of a Hub repository holds: files with sizes and digests, tensors with their byte ranges.
+
+example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --out files.json
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import errors, hub
+
+
+def main() -> None:
+    """Parse the command line and list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo", help="repository, as OWNER/NAME")
+    parser.add_argument("--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits")
+    parser.add_argument("--out", type=Path, required=True, help="the listing, as JSON")
+    args = parser.parse_args()
+    hub.resolve(args.repo, args.revision).write(args.out)
+
+
+if __name__ == "__main__":
+    errors.run(main)
