@@ -25,7 +25,7 @@ from .ranges import CHUNK, Payload
 PARTS = ("all", "trunk", "head", "draft")
 SLICE = 1 << 17  # values that are worked on at a time: what a processor's cache holds
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-MOST_EXPERTS = 4096  # in one fused tensor: what no model has, and what no machine notices
+MOST_LAYERS, MOST_EXPERTS = 1000, 200_000  # experts in all layers together; Qwen3.5-397B-A17B has 60 layers and 30,720
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def convert(
 
 def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) -> list[Planned]:
     """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
-    check_sizes(checkpoint, hparams)
+    check_sizes(hparams)
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
     if hparams.flag("tie_word_embeddings") and OUTPUT in names:
@@ -83,11 +83,11 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
     return sorted(planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors))
 
 
-def check_sizes(checkpoint: Checkpoint, hparams: Hparams) -> None:
+def check_sizes(hparams: Hparams) -> None:
     """Refuse a configuration of which a table would outgrow the memory. Raises CheckpointError."""
-    count = len(checkpoint.tensors)
-    if hparams.count("num_hidden_layers") > count or (hparams.get("num_experts") or 0) > count * MOST_EXPERTS:
-        raise CheckpointError(f"config.json: more layers or experts than {count} tensors can hold")
+    layers, experts = hparams.count("num_hidden_layers"), hparams.count("num_experts", 1) if hparams.get("num_experts") else 1
+    if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
+        raise CheckpointError(f"config.json: {layers} layers or experts ({experts} a layer): more than any real model has")
 
 
 def _belongs(name: str, family: Family, part: str) -> bool:

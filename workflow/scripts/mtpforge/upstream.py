@@ -179,7 +179,7 @@ def check(checkpoint: Checkpoint, part: str) -> None:
     if name not in known:
         what = "a vision tower" if part == "mmproj" else "a head"
         raise CheckpointError(f"{checkpoint.directory}: converter llama.cpp gives {what} of {', '.join(known)}, not of {name}")
-    convert.check_sizes(checkpoint, Hparams(checkpoint.config))
+    convert.check_sizes(Hparams(checkpoint.config))
     if part == "mmproj":
         if not list(_wanted_of_vision(checkpoint)):
             raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")

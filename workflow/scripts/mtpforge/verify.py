@@ -150,7 +150,7 @@ def _some(problems: list[str]) -> str:
 def check_against_checkpoint(opened: Gguf, checkpoint: Checkpoint, request: Request) -> list[Check]:
     """Inventory and values against the checkpoint that the file is made of."""
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
-    convert.check_sizes(checkpoint, hparams)
+    convert.check_sizes(hparams)
     expected = {row.name: TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, request.part)}
     inventory = check_inventory(opened, expected, family.gguf_architecture, request)
     if not inventory.passed:
