@@ -1,5 +1,6 @@
 """Models, bases and importance matrices from repositories of the Hub go through the whole workflow, as local ones do."""
 
+import json
 import os
 import shutil
 import signal
@@ -74,6 +75,20 @@ def test_a_repository_gives_the_same_file_as_the_folder(tmp_path: Path, remote: 
     assert copy.pending() == {}
 
 
+def test_so_does_that_of_a_mixture_of_experts(tmp_path: Path, built: Path, toolchain: Path) -> None:
+    name = "tiny-qwen3.5-moe"
+    remote = Path(shutil.copytree(CHECKPOINTS / name, tmp_path / "remote", ignore=shutil.ignore_patterns("prompts")))
+    copy = repository(tmp_path / "repository", toolchain, {"BF16": {}})
+    copy.config["models"]["fetched"]["source"] = {"repo": f"Owner/{name}", "revision": COMMIT}
+    copy.write_config()
+    with serve({f"Owner/{name}": remote}) as hub:
+        done = copy.snakemake(**environment(hub, tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert (copy.path / f"results/fetched/{name}-BF16.gguf").read_bytes() == (
+        built / f"results/{name}/{name}-BF16.gguf"
+    ).read_bytes()
+
+
 def test_for_an_injection_only_the_head_is_fetched(tmp_path: Path, remote: Path, built: Path, toolchain: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
@@ -88,6 +103,8 @@ def test_for_an_injection_only_the_head_is_fetched(tmp_path: Path, remote: Path,
         assert weights(hub) <= headers + 1.01 * sum(path.stat().st_size for path in copy.path.rglob("head/*/*.safetensors"))
         assert weights(hub) < sum(path.stat().st_size for path in remote.glob("*.safetensors")) / 2
     name = f"{MODEL}-Q4_K_M-injected.gguf"
+    report = json.loads((copy.path / f"results/fetched/reports/{MODEL}-Q4_K_M-injected.json").read_text())
+    assert report["head_source"] == {"trusted on first use": 15}
     assert (copy.path / "results/fetched" / name).read_bytes() == (built / "results" / MODEL / name).read_bytes()
     assert copy.pending() == {}
 

@@ -5,9 +5,11 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 
 import argparse
 import os
+from collections import Counter
 from pathlib import Path
 
 from mtpforge import atomic, errors, gguf_file, programs, progress
+from mtpforge.checkpoint import read_json
 from mtpforge.quantize import read_recipe
 from mtpforge.split import check_target, parse_size, plan
 from mtpforge.verify import Request, publish_split, verify
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--digests", type=Path, metavar="FILE", help="the file is what conversion made, and wrote these of it")
     parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
+    parser.add_argument("--head-record", type=Path, metavar="FILE", help="of fetch_head.py: how far the head is to be trusted")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
     parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for, none if no head was")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
@@ -45,6 +48,9 @@ def main() -> None:
         atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.target)
     limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
+    if args.head_record:
+        tensors = read_json(args.head_record)["tensors"].values()
+        report["head_source"] = dict(Counter(tensor["standing"] for tensor in tensors))
     if args.publish:
         report["file"] = args.publish.name
         if limit:

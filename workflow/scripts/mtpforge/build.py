@@ -315,6 +315,9 @@ class Build:
         ]
         if not self._is_ours(wildcards) and self.candidate(wildcards) == self.source(wildcards):
             options += ["--digests", self.source_digests(wildcards)]  # a file cannot be compared with itself
+        source = self.models[wildcards.model]["source"]
+        if "repo" in source and self._head_only(wildcards.model):
+            options += ["--head-record", f"{HUB.format(**source)}/head.json"]
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
         return shlex.join(options + ([] if base is None else ["--base", self.base(wildcards)]))
