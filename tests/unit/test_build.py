@@ -1,12 +1,13 @@
 """config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT
-from mtpforge.build import Build
+from mtpforge.build import Build, _record
 from mtpforge.errors import ConfigError
 
 REVISION = "0" * 40
@@ -164,3 +165,21 @@ def test_a_mistake_is_refused_with_its_path(bad: dict[str, Any], message: str, m
 def test_a_low_bit_head_can_be_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert Build(config(head="IQ3_S", allow_low_bit_head=True)).head(wildcards()) == "IQ3_S"
+
+
+def test_a_fetched_file_that_is_gone_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake sees the records alone, and a conversion without its tokenizer_config.json would be another one."""
+    monkeypatch.chdir(tmp_path)
+    source, folder = {"repo": "Owner/Name", "revision": REVISION}, Path(f"resources/hub/Owner/Name/{REVISION}")
+    record, file = folder / "records/config.json.json", folder / "Name/config.json"
+    assert _record(source, "config.json") == str(record)  # not fetched yet
+    for path, text in ((record, '{"bytes": 2}'), (file, "{}")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert _record(source, "config.json") == str(record)
+    file.write_text("{ }")
+    with pytest.raises(ConfigError, match="of another size, though it was fetched: delete .*config.json.json and run again"):
+        _record(source, "config.json")
+    file.unlink()
+    with pytest.raises(ConfigError, match="is gone"):
+        _record(source, "config.json")

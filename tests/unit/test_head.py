@@ -15,7 +15,7 @@ import pytest
 from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
-from mtpforge import head
+from mtpforge import head, verify
 from mtpforge.checkpoint import Checkpoint, CheckpointTensor
 from sparse import write_35b
 
@@ -238,10 +238,25 @@ def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client
     client.fetch_head()
     assert client.standings() == {head.FIRST_USE}
     client.fetch(LAST)
-    count = sum(tensor.shard == LAST for tensor in client.tensors().values())
-    assert json.loads((client.path / f"{LAST}.json").read_text())["head"] == f"{count} tensors confirmed"
-    client.fetch("model-00001-of-00005.safetensors")
-    assert "head" not in json.loads((client.path / "model-00001-of-00005.safetensors.json").read_text())
+    assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {"name", "bytes", "sha256"}
+    tensors = client.tensors()
+    confirmed = sum(tensor.shard == LAST for tensor in tensors.values())
+    assert verify.head_source(client.record) == {head.FIRST_USE: len(tensors)}
+    (client.path / "records").mkdir()
+    (client.path / f"{LAST}.json").rename(client.path / "records" / f"{LAST}.json")
+    assert verify.head_source(client.record) == {head.FIRST_USE: len(tensors) - confirmed, head.VERIFIED: confirmed}
+
+
+def test_a_listing_that_lies_is_found_out_by_a_whole_shard(client: Client) -> None:
+    """The places of the tensors were read by range, and no digest covers that."""
+    client.fetch(LAST)
+    listing = json.loads(client.listing.read_text())
+    entries = [entry for name, entry in listing["tensors"].items() if entry["shard"] == LAST and name.startswith("mtp.")]
+    one, other = next((a, b) for a in entries for b in entries if a is not b and a["size"] == b["size"])
+    one["offset"], other["offset"] = other["offset"], one["offset"]
+    client.listing.write_text(json.dumps(listing))
+    for said in (client.fetch_head(fails=True), client.fetch(LAST, fails=True)):
+        assert "has other tensors than the Hub's answers said" in said
 
 
 def test_wrong_content_of_a_part_comes_out_with_the_whole_shard(client: Client) -> None:

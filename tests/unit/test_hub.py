@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
+from mtpforge import remote
 from mtpforge.build import Build
 from mtpforge.checkpoint import Checkpoint
+from mtpforge.errors import DownloadError
 from sparse import write_sparse_shard
 
 REPO = "Owner/tiny-qwen3.5"
@@ -158,7 +161,31 @@ def test_a_busy_hub_is_asked_again(client: Client, kind: str) -> None:
     assert client.resolve().returncode == 0
     client.hub.faults["api"] = [Fault("broken", -1)]
     done = client.resolve()
+    assert done.returncode == 0 and "an earlier listing of the same commit serves" in done.stderr
+    client.listing.with_name(f".{client.listing.name}").unlink()
+    done = client.resolve()
     assert done.returncode == 1 and "status 500: given up after 6 tries" in done.stderr
+
+
+def test_a_mirror_that_leads_elsewhere_takes_no_token_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[httpx2.Request] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        return httpx2.Response(302, headers={"Location": "https://huggingface.co/Owner/x", "ETag": '"1"'}, request=request)
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(remote.constants, "ENDPOINT", "https://mirror.example")
+    monkeypatch.setattr(remote, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
+    assert remote._metadata("https://mirror.example/Owner/x") == ("https://huggingface.co/Owner/x", "1", None)
+    assert [(request.url.host, "authorization" in request.headers) for request in asked] == [("mirror.example", True)]
+    assert "authorization" not in remote._headers("https://huggingface.co/Owner/x")
+
+
+def test_a_token_that_can_be_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\u00fc")
+    with pytest.raises(DownloadError, match="characters that no token has"):
+        remote._headers(f"{remote.constants.ENDPOINT}/x")
 
 
 def test_add_prints_an_entry_that_the_configuration_takes(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ def main() -> None:
     args = parser.parse_args()
     listing = Listing.read(args.listing)
     record = hub.download(listing, args.name, args.folder, listing.companions(args.name))
-    if args.head and args.head.exists():
-        record |= hub.confirm_head(args.head, args.folder / args.name)
+    if args.head and args.head.exists() and args.name.endswith(".safetensors"):
+        count = hub.confirm_head(args.head, args.folder / args.name)
+        print(f"{args.name}: {count} tensors of the head that was fetched by itself are confirmed")
     atomic.write_json(args.out, record)
 
 

@@ -5,14 +5,12 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 
 import argparse
 import os
-from collections import Counter
 from pathlib import Path
 
 from mtpforge import atomic, errors, gguf_file, programs, progress
-from mtpforge.checkpoint import read_json
 from mtpforge.quantize import read_recipe
 from mtpforge.split import check_target, parse_size, plan
-from mtpforge.verify import Request, publish_split, verify
+from mtpforge.verify import Request, head_source, publish_split, verify
 
 PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
 
@@ -49,8 +47,7 @@ def main() -> None:
     limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
     if args.head_record:
-        tensors = read_json(args.head_record)["tensors"].values()
-        report["head_source"] = dict(Counter(tensor["standing"] for tensor in tensors))
+        report["head_source"] = head_source(args.head_record)
     if args.publish:
         report["file"] = args.publish.name
         if limit:

@@ -135,7 +135,7 @@ class Build:
             if self._head_only(wildcards.model):
                 return [f"{HUB.format(**source)}/head.json"]
             listing = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0]))
-            return [f"{HUB.format(**source)}/records/{name}.json" for name in listing.checkpoint_files()]
+            return [_record(source, name) for name in listing.checkpoint_files()]
         folder = Path(source["path"])
         kinds = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
         return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
@@ -336,7 +336,18 @@ def _place(file: Mapping[str, Any]) -> str:
 
 def _evidence(file: Mapping[str, Any]) -> list[str]:
     """What a job that reads it depends on: your file itself, or the records of all files of a fetched one."""
-    return [file["path"]] if "path" in file else [f"{HUB.format(**file)}/records/{n}.json" for n in gguf_files(file["file"])]
+    return [file["path"]] if "path" in file else [_record(file, name) for name in gguf_files(file["file"])]
+
+
+def _record(source: Mapping[str, Any], name: str) -> str:
+    """The record of a fetched file. Raises ConfigError where the record is there and the file is not as it says any more."""
+    folder = Path(HUB.format(**source))
+    record, file = folder / "records" / f"{name}.json", folder / source["repo"].split("/")[1] / name
+    if record.exists():
+        size = json.loads(record.read_text(encoding="utf-8"))["bytes"]
+        if not file.is_file() or file.stat().st_size != size:
+            raise ConfigError(f"{file}: is gone or of another size, though it was fetched: delete {record} and run again")
+    return str(record)
 
 
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, hub, progress
-from .checkpoint import INDEX, Checkpoint, CheckpointTensor, architecture_of, parse_json
-from .errors import CheckpointError
+from .checkpoint import INDEX, Checkpoint, CheckpointTensor, architecture_of, parse_json, read_json
+from .errors import CheckpointError, DownloadError
 from .families import Family, family_of
 from .listing import Listing
 from .ranges import FileRange, Sink, sha256
 from .remote import RemoteFile
 
 PIECE = 64 << 20  # is fetched again after an interruption
+SHARDS = (".safetensors", ".part")
 VERIFIED, FIRST_USE = "verified", "trusted on first use"
 
 
@@ -43,15 +44,14 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
     Shards that lie in `whole`, or in the local Hub cache, are read there. Raises DownloadError, CheckpointError; what has come
     until then stays, and a second call goes on from there.
     """
-    tensors = head_tensors(listing, family_of(architecture_in(listing)))
-    if not tensors:
-        raise CheckpointError(f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one")
-    folder.mkdir(parents=True, exist_ok=True)
-    total = sum(tensor.size for tensor in tensors)
-    written = sum(path.stat().st_size for path in folder.iterdir())
-    hub.demand_space(total + sum(listing.files[name].bytes for name in listing.small_files()) - written, folder)
     for name in listing.small_files():
         hub.download(listing, name, folder)
+    config = folder / "config.json"
+    tensors = head_tensors(listing, family_of(architecture_of(config, read_json(config))))
+    if not tensors:
+        raise CheckpointError(f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one")
+    total = sum(tensor.size for tensor in tensors)
+    hub.demand_space(total - sum(path.stat().st_size for path in folder.iterdir() if path.suffix in SHARDS), folder)
     atomic.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {t.name: t.shard for t in tensors}})
     standings, done = {}, 0
     with progress.bar(f"head of {listing.repo}") as show:
@@ -60,6 +60,7 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
             local = _local(listing, shard, whole)
             standings[shard] = VERIFIED if local else FIRST_USE
             if local:
+                hub.check_listing(listing, local, shard)
                 with atomic.replacing(folder / shard) as temporary:
                     _copy(local, temporary, mine)
             else:
@@ -70,6 +71,10 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
                 _fetch_shard(listing, folder / shard, mine, step)
             done += sum(tensor.size for tensor in mine)
     made = Checkpoint(folder)
+    for shard in [shard for shard, standing in standings.items() if standing == FIRST_USE]:
+        if (local := _local(listing, shard, whole)) is not None:  # it has come while we were fetching
+            _confirm(listing, local, [tensor for tensor in tensors if tensor.shard == shard], made)
+            standings[shard] = VERIFIED
     entries = {
         name: {"shard": t.shard, "bytes": t.size, "sha256": made.digest(t), "standing": standings[t.shard]}
         for name, t in sorted(made.tensors.items())
@@ -84,6 +89,16 @@ def _local(listing: Listing, shard: str, whole: Path | None) -> Path | None:
         if path.is_file() and digest.read(path) and digest.right:
             return path
     return None
+
+
+def _confirm(listing: Listing, local: Path, tensors: list[CheckpointTensor], made: Checkpoint) -> None:
+    """Compare tensors that were trusted with those of a whole shard. Raises DownloadError."""
+    hub.check_listing(listing, local, tensors[0].shard)
+    for tensor in tensors:
+        if sha256(FileRange(local, tensor.offset, tensor.size)) != made.digest(made.tensors[tensor.name]):
+            raise DownloadError(
+                f"{made.directory}: {tensor.name} is not that of the whole shard: delete this folder, and run again"
+            )
 
 
 def _header(tensors: list[CheckpointTensor]) -> bytes:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,11 @@ def read_text(listing: Listing, name: str) -> str:
     file = listing.files.get(name)
     if file is None or file.bytes > checkpoint.TEXT_LIMIT:
         raise DownloadError(f"{listing.repo} at {listing.revision}: has no {name}, or one larger than any real one")
-    content, digest = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(0, file.bytes), Digest(file)
+    blob, digest = cached(listing, name), Digest(file)
+    if blob.is_file() and blob.stat().st_size == file.bytes:
+        content = blob.read_bytes()
+    else:
+        content = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(0, file.bytes)
     digest.update(content)
     if not digest.right:
         raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: run again")
@@ -148,6 +153,8 @@ def download(listing: Listing, name: str, folder: Path, together: Collection[str
         check_space(listing, {name, *together}, folder)
         with atomic.replacing(final, keep=True) as partial:
             digest = _link_cached(listing, name, partial) or _fetch(listing, name, partial)
+    if name.endswith(".safetensors"):
+        check_listing(listing, final, name)
     return {"name": name, "bytes": file.bytes, "sha256": digest.sha256}
 
 
@@ -222,8 +229,19 @@ def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
     return digest
 
 
-def confirm_head(record: Path, shard: Path) -> dict[str, Any]:
-    """Compare a whole, verified shard with a head that was fetched by itself; what a record says of it, if it has some.
+def check_listing(listing: Listing, shard: Path, name: str) -> None:
+    """Compare what a whole, verified shard has with the listing, which was read by ranges. Raises DownloadError."""
+    found = [replace(tensor, shard=name) for tensor in checkpoint.read_shard_header(shard)]
+    listed = [tensor for tensor in listing.tensors.values() if tensor.shard == name]
+    if sorted(found, key=lambda t: t.name) != listed:
+        raise DownloadError(
+            f"{listing.repo} at {listing.revision}: {name} has other tensors than the Hub's answers said when it was "
+            "listed: delete files.json, and all that was made of it, and run again"
+        )
+
+
+def confirm_head(record: Path, shard: Path) -> int:
+    """Compare a whole, verified shard with a head that was fetched by itself; how many tensors of the head it has.
 
     Raises DownloadError where they differ.
     """
@@ -231,8 +249,6 @@ def confirm_head(record: Path, shard: Path) -> dict[str, Any]:
         recorded = {name: t["sha256"] for name, t in json.loads(record.read_text())["tensors"].items() if t["shard"] == shard.name}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DownloadError(f"{record}: is not what fetch_head.py writes ({error}): delete it and run again") from None
-    if not recorded:
-        return {}
     found = {t.name: sha256(FileRange(shard, t.offset, t.size)) for t in checkpoint.read_shard_header(shard) if t.name in recorded}
     for name, digest in recorded.items():
         if found.get(name) != digest:
@@ -240,4 +256,4 @@ def confirm_head(record: Path, shard: Path) -> dict[str, Any]:
                 f"{shard}: {name} is not what was fetched by itself, and trusted, before: delete {record} and the folder of that "
                 "head, and whatever was made of it"
             )
-    return {"head": f"{len(recorded)} tensors confirmed"}
+    return len(recorded)

@@ -23,6 +23,7 @@ _SMALL = re.compile(
     r"|processor_config)\.json"
     r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|tokenizer\.model|README\.md"
 )
+MOST_SHARDS = 999
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -86,7 +87,7 @@ class Listing:
 def gguf_files(name: str) -> list[str]:
     """The files of a GGUF by the name of its first: all shards of a split one, in order."""
     match = _SPLIT.fullmatch(name)
-    if match is None:
+    if match is None or not 1 <= int(match[3]) <= MOST_SHARDS:
         return [name]
     return [f"{match[1]}-{i:05}-of-{match[3]}.gguf" for i in range(1, int(match[3]) + 1)]
 

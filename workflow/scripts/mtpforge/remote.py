@@ -13,18 +13,19 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not typed
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not typed
 
 from .errors import DownloadError
 
 TRIES = 6  # in a row without a byte between them
 FIRST_WAIT = float(os.environ.get("MTPFORGE_RETRY_WAIT", "1"))
 """Seconds before the second try; each further wait is twice as long."""
+REDIRECTS = 5
 LONGEST_WAIT = 600.0
 """Seconds that a server may ask us to wait."""
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
@@ -135,16 +136,16 @@ class RemoteFile:
     def _locate(self) -> tuple[str, dict[str, str]]:
         """Where the file lies now, and the headers of a request for it: the token only for the Hub itself."""
         if self._address is None:
-            url = hf_hub_url(self.repo, self.name, revision=self.revision)
-            found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            if found.etag != self.digest or found.size not in (None, self.size):
+            address, etag, size = _metadata(hf_hub_url(self.repo, self.name, revision=self.revision))
+            if etag != self.digest or size not in (None, str(self.size)):
                 raise DownloadError(
-                    f"{self.repo}: {self.name}: is {found.etag} of {found.size} bytes now, and was {self.digest} of {self.size} "
+                    f"{self.repo}: {self.name}: is {etag} of {size} bytes now, and was {self.digest} of {self.size} "
                     "when it was listed: a commit does not change, so this server is not to be trusted"
                 )
-            self._address = found.location
-        ours = _origin(self._address) == _origin(constants.ENDPOINT)
-        return self._address, {**build_hf_headers(token=None if ours else False), "Accept-Encoding": "identity"}
+            if urlsplit(constants.ENDPOINT).scheme == "https" != urlsplit(address).scheme:
+                raise DownloadError(f"{self.repo}: {self.name}: the Hub leads to an address without encryption: refused")
+            self._address = address
+        return self._address, _headers(self._address)
 
     def _check(self, response: httpx2.Response, begin: int, end: int, partial: bool) -> None:
         """Raises UnusableAnswer where the answer's head does not promise exactly what was asked for."""
@@ -164,9 +165,41 @@ class RemoteFile:
         if not encoded and length != str(end - begin):
             raise UnusableAnswer(f"Content-Length is {length}, expected {end - begin}")
         etag = headers.get("ETag", "")
+        if partial and not etag:
+            raise UnusableAnswer("a part of the file came without an ETag")
         if self._etag not in (None, etag):
             raise DownloadError(f"{self.repo}: {self.name}: changed while it was read (ETag {self._etag}, then {etag}): run again")
         self._etag = etag
+
+
+def _metadata(url: str) -> tuple[str, str, str | None]:
+    """Address, ETag and size of a file, as the Hub's first answer says that leads elsewhere.
+
+    huggingface_hub would follow it, with the token, to huggingface.co also where the Hub is a mirror.
+    """
+    for _ in range(REDIRECTS):
+        headers = _headers(url)
+        response = get_session().request(
+            "HEAD", url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False
+        )
+        hf_raise_for_status(response)
+        found, leads = response.headers, response.headers.get("Location")
+        target = urljoin(url, leads) if leads else url
+        if leads and _origin(target) == _origin(constants.ENDPOINT) and "X-Linked-ETag" not in found:
+            url = target
+            continue
+        etag = found.get("X-Linked-ETag") or found.get("ETag") or ""
+        size = found.get("X-Linked-Size") or (None if leads else found.get("Content-Length"))
+        return target, etag.removeprefix("W/").strip('"'), size
+    raise UnusableAnswer(f"more than {REDIRECTS} redirects")
+
+
+def _headers(url: str) -> dict[str, str]:
+    """Of a request, with the token where it goes to the Hub itself. Raises DownloadError for a token that can be none."""
+    token = get_token() if _origin(url) == _origin(constants.ENDPOINT) else None
+    if token and not (token.isascii() and token.isprintable()):
+        raise DownloadError("the token has characters that no token has: check HF_TOKEN, or log in again with `hf auth login`")
+    return {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -201,7 +234,7 @@ def _asked_to_wait(headers: Mapping[str, str]) -> float:
 def explain(error: Exception) -> str:
     """What went wrong, in a line; no message of huggingface_hub carries the token."""
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and it is not on this machine"
+        return "HF_HUB_OFFLINE is set, so the Hub is not asked"
     if isinstance(error, GatedRepoError):
         return "is gated: accept its terms on its page, then set HF_TOKEN or log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):

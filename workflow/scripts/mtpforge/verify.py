@@ -7,6 +7,7 @@ checkpoint, and a real llama-server must draft with it and have drafts accepted.
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -341,6 +342,16 @@ def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
         except ForgeError as error:
             return Check("seeing", False, str(error))
     return Check("seeing", seen > 1, f"a picture is {seen} tokens of the prompt")
+
+
+def head_source(record: Path) -> dict[str, int]:
+    """How many tensors of a head that was fetched by itself are verified, and how many trusted on first use, to this day.
+
+    A whole shard has a record beside this one only if it has confirmed them.
+    """
+    tensors = read_json(record)["tensors"].values()
+    confirmed = {tensor["shard"] for tensor in tensors if (record.parent / "records" / f"{tensor['shard']}.json").exists()}
+    return dict(Counter("verified" if tensor["shard"] in confirmed else tensor["standing"] for tensor in tensors))
 
 
 def publish_split(
