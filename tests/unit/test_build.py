@@ -178,7 +178,7 @@ def test_a_fetched_file_that_is_gone_is_said_with_what_to_do(tmp_path: Path, mon
         path.write_text(text)
     assert _record(source, "config.json") == str(record)
     file.write_text("{ }")
-    with pytest.raises(ConfigError, match="of another size, though it was fetched: delete .*config.json.json and run again"):
+    with pytest.raises(ConfigError, match=r"of another size, though it was fetched: delete .*config\.json\.json and run again"):
         _record(source, "config.json")
     file.unlink()
     with pytest.raises(ConfigError, match="is gone"):
