@@ -74,7 +74,7 @@ def test_nothing_else_is_published(results: Path) -> None:
 def test_a_file_without_a_head_has_been_loaded_and_has_no_acceptance(results: Path) -> None:
     found = report(results, "tiny-qwen3.5-plain")
     assert found["head"] == "none" and "drafts" not in found
-    assert [check["name"] for check in found["checks"]] == ["types", "inventory", "loading"]
+    assert [check["name"] for check in found["checks"]] == ["types", "inventory", "values", "loading"]
     assert any("plain.gguf" in line and line.rstrip(" |\n").endswith("-") for line in (results.parent / "summary.md").open())
 
 
@@ -93,13 +93,14 @@ def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
 
 
 def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
-    (check,) = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
-    assert check["name"] == "seeing" and check["passed"]
+    checks = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
+    assert [(check["name"], check["passed"]) for check in checks] == [("bytes", True), ("seeing", True)]
 
 
 @pytest.mark.parametrize("name", ["glm-BF16", "glm-Q4_0", "glm-Q5_0-injected", "mtp-glm-Q8_0"])
 def test_a_head_that_llama_cpp_converted_is_compared_and_drafts(results: Path, name: str) -> None:
     found = report(results.parent / "glm", name)
     names = [check["name"] for check in found["checks"]]
-    assert names == ["types", "inventory", "head values", *(["trunk"] if "injected" in name else []), "drafting"]
+    first, last = (["bytes"] if "BF16" in name else []), (["trunk"] if "injected" in name else [])
+    assert names == [*first, "types", "inventory", "head values", *last, "drafting"]
     assert found["acceptance"] > 0.9 and (results.parent / "glm" / f"{name}.gguf").exists()
