@@ -22,7 +22,6 @@ from .ranges import FileRange, Sink, sha256
 from .remote import RemoteFile
 
 PIECE = 64 << 20  # is fetched again after an interruption
-SHARDS = (".safetensors", ".part")
 VERIFIED, FIRST_USE = "verified", "trusted on first use"
 
 
@@ -44,14 +43,16 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
     Shards that lie in `whole`, or in the local Hub cache, are read there. Raises DownloadError, CheckpointError; what has come
     until then stays, and a second call goes on from there.
     """
-    for name in listing.small_files():
-        hub.download(listing, name, folder)
     config = folder / "config.json"
+    hub.download(listing, config.name, folder)  # says which tensors are the head's, and so how much room it needs
     tensors = head_tensors(listing, family_of(architecture_of(config, read_json(config))))
     if not tensors:
         raise CheckpointError(f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one")
     total = sum(tensor.size for tensor in tensors)
-    hub.demand_space(total - sum(path.stat().st_size for path in folder.iterdir() if path.suffix in SHARDS), folder)
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    hub.demand_space(total + sum(listing.files[name].bytes for name in listing.small_files()) - written, folder)
+    for name in listing.small_files():
+        hub.download(listing, name, folder)
     atomic.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {t.name: t.shard for t in tensors}})
     standings, done = {}, 0
     with progress.bar(f"head of {listing.repo}") as show:
