@@ -167,7 +167,7 @@ def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None
         inject(parts["trunk"], parts["draft"], tmp_path / "out.gguf", "Q8_0,eh_porj=Q4_K", say=said.append)
     assert said == []
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", say=said.append)
-    assert said == ["the head at BF16: 15 tensors, 1,187,328 bytes, 16.05 bits per weight; 26.8% on top of trunk.gguf"]
+    assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 26.9% on top of trunk.gguf"]
     head = gguf_file.read(parts["head"])
     assert "at Q4_K/Q8_0" in cost(gguf_file.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
 

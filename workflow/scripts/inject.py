@@ -11,7 +11,10 @@ from pathlib import Path
 from mtpforge import atomic, errors, inject, programs, progress
 
 HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
-IN_PLACE = "change BASE.gguf itself: its data is moved up within the file where the file system can (ext4, XFS)"
+IN_PLACE = (
+    "change BASE.gguf itself: its data is moved up within the file where the file system can (ext4, XFS); "
+    "--out, if given, is then a second name of it (a hard link)"
+)
 
 
 def main() -> None:
@@ -23,16 +26,20 @@ def main() -> None:
     )
     parser.add_argument("--head-type", metavar="T", help=HEAD_TYPE)
     parser.add_argument("--replace-head", action="store_true", help="of a base that has another head, take it away")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, help="the GGUF to write")
-    where.add_argument("--in-place", action="store_true", help=IN_PLACE)
+    parser.add_argument("--out", type=Path, help="the GGUF to write")
+    parser.add_argument("--in-place", action="store_true", help=IN_PLACE)
     parser.add_argument("--digests", type=Path, metavar="FILE", help="first write the sha256 of each tensor of the base's trunk")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-quantize is (default: %(default)s)")
     args = parser.parse_args()
+    if not (args.out or args.in_place):
+        parser.error("--out or --in-place is needed")
     for out in filter(None, (args.out, args.digests)):
         atomic.refuse_overwriting(out, args.base, args.head)
-    with progress.bar((args.out or args.base).name) as show:
-        inject.inject(args.base, args.head, args.out, args.head_type, args.bin, show, args.replace_head, say, args.digests)
+    out = None if args.in_place else args.out
+    with progress.bar((out or args.base).name) as show:
+        inject.inject(args.base, args.head, out, args.head_type, args.bin, show, args.replace_head, say, args.digests)
+    if args.in_place and args.out:
+        atomic.give_name(args.base, args.out)
 
 
 def say(line: str) -> None:

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from . import quant_types
 from .errors import ConfigError
 from .listing import Listing, gguf_files
-from .quantize import NO_HEAD, check_pattern, default_head
+from .quantize import NO_HEAD, check_pattern, default_head, read_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
@@ -172,14 +172,13 @@ class Build:
         return _file_type(wildcards.variant, self.entry(wildcards))
 
     def head(self, wildcards: Wildcards) -> str:
-        """The head's tensor type, or `none`."""
-        entry = self.entry(wildcards)
-        return str(entry.get("head") or default_head(self.file_type(wildcards)))
+        """The head's types as `quantize.read_head` takes them, or `none`."""
+        return _head(self.entry(wildcards), self.file_type(wildcards))
 
     def head_option(self, wildcards: Wildcards) -> str:
         """The option of quantize.py that says it; nothing where there is no head."""
         head = self.head(wildcards)
-        return "" if head == NO_HEAD else f"--head {head}"
+        return "" if head == NO_HEAD else shlex.join(["--head", head])
 
     def part_head_option(self, wildcards: Wildcards) -> str:
         """The same for a part alone: a draft model is at one type."""
@@ -251,6 +250,20 @@ class Build:
         base = self.entry(wildcards).get("base")
         return [] if base is None else [self.base(wildcards)] if "type" in base else _evidence(base)
 
+    def inject_options(self, wildcards: Wildcards) -> str:
+        """What else may be done to the base, as options of inject.py."""
+        entry = self.entry(wildcards)
+        options = {"--replace-head": entry["replace_head"], "--in-place": entry["base"].get("in_place")}
+        return " ".join(option for option, wanted in options.items() if wanted)
+
+    def trunk_digests(self, wildcards: Wildcards) -> str:
+        """The digests of the base's trunk, as it was before."""
+        return f"{WORK.format(model=wildcards.model)}/injected/{wildcards.variant}.json"
+
+    def trunk_if_any(self, wildcards: Wildcards) -> list[str]:
+        """The same as the input of a job; nothing for a variant without a base."""
+        return [self.trunk_digests(wildcards)] if "base" in self.entry(wildcards) else []
+
     def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
         """What a job that reads the importance matrix depends on; nothing for a variant without one."""
         imatrix = self.entry(wildcards).get("imatrix")
@@ -320,7 +333,7 @@ class Build:
             options += ["--head-record", f"{HUB.format(**source)}/head.json"]
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
-        return shlex.join(options + ([] if base is None else ["--base", self.base(wildcards)]))
+        return shlex.join(options + ([] if base is None else ["--trunk", self.trunk_digests(wildcards)]))
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""
@@ -350,6 +363,13 @@ def _record(source: Mapping[str, Any], name: str) -> str:
     return str(record)
 
 
+def _head(entry: Mapping[str, Any], file_type: str) -> str:
+    head = entry.get("head") or default_head(file_type)
+    if isinstance(head, str):
+        return head
+    return ",".join([head["type"], *(f"{pattern}={kind}" for pattern, kind in head.get("tensors", {}).items())])
+
+
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:
     return str(entry.get("type") or entry.get("base", {}).get("type") or variant)
 
@@ -373,11 +393,12 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
         if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
             raise ConfigError("imatrix: nothing is quantized here that it could help")
-        head = entry.get("head") or default_head(file_type)
+        head = _head(entry, file_type)
         if head == NO_HEAD and "base" in entry:
             raise ConfigError("head: none: a base is there to be given a head")
         if head != NO_HEAD:
-            quant_types.check_tensor_type(head, low_bit=entry.get("allow_low_bit_head", False))
+            for _, kind in read_head(head):
+                quant_types.check_tensor_type(kind, low_bit=entry.get("allow_low_bit_head", False))
         if (
             "base" not in entry
             and file_type in quant_types.UNQUANTIZED

@@ -58,8 +58,13 @@ def insert(
 
 
 def repair(path: Path) -> None:
-    """Finish, or take back, what an interrupted run has left. Raises GgufError where a power cut has torn the file."""
+    """Finish, or take back, what an interrupted run has left. Raises GgufError where a power cut has torn the file.
+
+    Raises ForgeError for a link, behind which another file would change.
+    """
     journal = _journal(path)
+    if path.is_symlink():
+        raise ForgeError(f"{path}: is a link: name the file itself")
     if not journal.exists():
         return
     text, _, header = journal.read_bytes().partition(b"\n")
@@ -88,8 +93,8 @@ def _journal(path: Path) -> Path:
 @contextmanager
 def _held(path: Path) -> Iterator[int]:
     """The file open for writing, and locked. Raises ForgeError where it has other names, under which it must not change."""
-    if path.is_symlink() or path.stat().st_nlink != 1:
-        raise ForgeError(f"{path}: is a link, or has other names that would change with it: write to a new file instead (--out)")
+    if path.stat().st_nlink != 1:
+        raise ForgeError(f"{path}: has other names (hard links), which would change with it: write to a new file instead (--out)")
     descriptor = os.open(path, os.O_RDWR)
     try:
         try:
