@@ -1,4 +1,4 @@
-# A head for a GGUF that lacks one.
+# A head for a GGUF that lacks one, or that is to have another.
 # Needs: the base, the head as a BF16 GGUF, and llama-quantize for the head's type.
 # Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of the trunk's tensors as they were before.
 
@@ -8,6 +8,7 @@ rule inject:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
         base=build.base_if_any,
+        own=ancient(build.own_base_if_any),  # is changed in place, and its time with every name that it gets
         head=ancient(build.head_file),
         digests=build.head_digests,
     output:

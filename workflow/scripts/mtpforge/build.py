@@ -246,9 +246,14 @@ class Build:
         return f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf" if "type" in base else _place(base)
 
     def base_if_any(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the base depends on; nothing for a variant without one."""
-        base = self.entry(wildcards).get("base")
-        return [] if base is None else [self.base(wildcards)] if "type" in base else _evidence(base)
+        """What a job that reads the base depends on; nothing for a base that is to be changed in place."""
+        base = self.entry(wildcards)["base"]
+        return [] if base.get("in_place") else [self.base(wildcards)] if "type" in base else _evidence(base)
+
+    def own_base_if_any(self, wildcards: Wildcards) -> list[str]:
+        """A base that is to be changed in place."""
+        base = self.entry(wildcards)["base"]
+        return [base["path"]] if base.get("in_place") else []
 
     def inject_options(self, wildcards: Wildcards) -> str:
         """What else may be done to the base, as options of inject.py."""
@@ -348,8 +353,11 @@ def _place(file: Mapping[str, Any]) -> str:
 
 
 def _evidence(file: Mapping[str, Any]) -> list[str]:
-    """What a job that reads it depends on: your file itself, or the records of all files of a fetched one."""
-    return [file["path"]] if "path" in file else [_record(file, name) for name in gguf_files(file["file"])]
+    """What a job that reads it depends on: your file itself, or the records of a fetched one; of a split one all files."""
+    if "path" in file:
+        path = Path(file["path"])
+        return [str(path.with_name(name)) for name in gguf_files(path.name)]
+    return [_record(file, name) for name in gguf_files(file["file"])]
 
 
 def _record(source: Mapping[str, Any], name: str) -> str:
