@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all setup setup-test toolchain converter lint test golden check-golden bench lock clean help python compiler
+.PHONY: all setup setup-test toolchain converter older lint test golden check-golden bench lock clean help python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
@@ -41,6 +41,9 @@ toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpfo
 
 converter: setup ## set up llama.cpp's own converter in resources/converter (installs torch)
 	@$(ACTIVE) snakemake --cores $(CORES) converter
+
+older: setup ## build the older llama.cpp whose files the tests use (once per user, about 8 minutes on 2 cores)
+	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/older.py
 
 lint: setup-test ## check style and types
 	@$(ACTIVE) ruff check .
