@@ -61,8 +61,9 @@ golden: converter ## make the golden digests anew with llama.cpp's own converter
 check-golden: converter ## compare the golden digests with what llama.cpp's own converter makes
 	@resources/converter/environment/bin/python tests/golden/make.py --check
 
-bench: setup ## measure conversion beside cp and upstream's converter (25 GB under resources/bench, some minutes)
+bench: setup ## measure conversion and injection beside cp and others' tools (25 GB under resources/bench, some minutes)
 	@$(ACTIVE) python bench/conversion.py
+	@$(ACTIVE) python bench/injection.py
 
 lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
