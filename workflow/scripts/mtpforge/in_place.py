@@ -16,7 +16,7 @@ from pathlib import Path
 from . import atomic, gguf_file
 from .errors import ForgeError, GgufError
 from .gguf_file import Gguf, TensorInfo, Value, aligned
-from .ranges import BLOCK, Payload, Sink
+from .ranges import BLOCK, FileRange, Payload, Sink, sha256
 
 _INSERT_RANGE = 0x20  # FALLOC_FL_INSERT_RANGE of linux/falloc.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # EINVAL: the file system's blocks are larger than ours
@@ -38,10 +38,9 @@ def insert(
         return False
     with _held(base.path) as descriptor:
         tail = sum(aligned(info.size) for info, _ in head)
-        trunk = {name: digest for name, digest in gguf_file.digests(base.path).items() if name != "header"}
         journal = _journal(base.path)
         with atomic.replacing(journal) as temporary:
-            plan = {"size": size, "shifted": aligned(end) + tail + shift, "trunk": trunk}
+            plan = {"size": size, "shifted": aligned(end) + tail + shift, "edges": _edges(base)}
             temporary.write_bytes(json.dumps(plan).encode() + b"\n" + header)
         os.lseek(descriptor, 0, os.SEEK_END)
         sink = Sink(descriptor, lambda written: progress(written, tail))
@@ -74,8 +73,7 @@ def repair(path: Path) -> None:
             _write_header(descriptor, header)
         else:
             os.ftruncate(descriptor, plan["size"])  # nothing before its old end has been touched
-        found = gguf_file.digests(path)
-        if any(found.get(name) != digest for name, digest in plan["trunk"].items()):
+        if not plan["edges"].items() <= _edges(gguf_file.read(path)).items():
             raise GgufError(f"{path}: was torn while a head was put into it: get it again from where it came, and delete {journal}")
         journal.unlink()
 
@@ -104,6 +102,16 @@ def _held(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _edges(opened: Gguf) -> dict[str, str]:
+    """Of each tensor, the sha256 of where it begins and where it ends: its bytes are moved, never written, and so this tells."""
+    edges = {}
+    for name, piece in opened.ranges.items():
+        size = min(BLOCK, piece.size)
+        ends = (FileRange(piece.path, offset, size) for offset in (piece.offset, piece.offset + piece.size - size))
+        edges[name] = " ".join(map(sha256, ends))
+    return edges
 
 
 def _make_room(descriptor: int, count: int) -> bool:

@@ -44,7 +44,8 @@ def inject(
         in_place.repair(base)
     else:
         in_place.refuse_unfinished(base)
-    files, opened = split.shards(base), split.read(base)
+    files = split.shards(base)
+    opened = split.joined(files)
     with _scratch(out or base) as scratch:
         given = _open_head(head, scratch)
         check_match(opened, given)

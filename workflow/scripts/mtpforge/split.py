@@ -64,8 +64,12 @@ def shards(path: Path) -> list[Gguf]:
 
 
 def read(path: Path) -> Gguf:
-    """A GGUF as a whole: in a single file or, given the first, in several; then without the keys that say so. Raises GgufError."""
-    files = shards(path)
+    """A GGUF as a whole, in a single file or, given the first, in several. Raises GgufError."""
+    return joined(shards(path))
+
+
+def joined(files: Sequence[Gguf]) -> Gguf:
+    """What all files of a GGUF have, without the keys that say that there are several. Raises GgufError."""
     if len(files) == 1:
         return files[0]
     tensors: dict[str, TensorInfo] = {}
