@@ -161,6 +161,16 @@ def test_the_trunk_is_recorded_as_it_was_before(parts: dict[str, Path], tmp_path
     assert (tmp_path / "trunk.json").read_text().count('": "') == 55
 
 
+def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
+    """ik_llama.cpp has the same names; it knows no recurrent_layers, and Lemonade only a UINT32 (their sources, 2026)."""
+    inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
+    made = gguf_file.read(tmp_path / "out.gguf")
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head_norm"):
+        assert f"blk.4.nextn.{name}.weight" in made.tensors
+    assert made.metadata["qwen35.nextn_predict_layers"] == Value.of(1, GGUFValueType.UINT32)
+    assert made.get("qwen35.block_count") == 5 and made.get("qwen35.full_attention_interval") == 4
+
+
 def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(ConfigError, match="'eh_porj' matches no matrix of the head: blk"):

@@ -49,6 +49,7 @@ class Build:
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
             if "sidecar" in model:
                 _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
+        _check_own_bases(self.models)
         chosen = self.config["build"]
         self.chosen = list(self.models) if chosen == "all" else list(chosen)
         for name in self.chosen:
@@ -399,6 +400,8 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
         if "base" in entry and "tensors" in entry:
             raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
+        if "base" not in entry and entry["replace_head"]:
+            raise ConfigError("replace_head: there is no base whose head could be replaced")
         if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
             raise ConfigError("imatrix: nothing is quantized here that it could help")
         head = _head(entry, file_type)
@@ -418,6 +421,20 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             quant_types.check_tensor_type(kind)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def _check_own_bases(models: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a file that is to be changed in place is the base of another variant too."""
+    seen: dict[str, str] = {}
+    variants = ((f"models/{m}/variants/{v}", entry) for m, model in models.items() for v, entry in model["variants"].items())
+    bases = [(name, entry["base"]) for name, entry in variants if "path" in entry.get("base", {})]
+    for name, base in sorted(bases, key=lambda item: not item[1].get("in_place")):
+        if base["path"] in seen:
+            raise ConfigError(
+                f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[base['path']]}: copy it first"
+            )
+        if base.get("in_place"):
+            seen[base["path"]] = name
 
 
 def _check_sidecar(path: str, file_type: str) -> None:
