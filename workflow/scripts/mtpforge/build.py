@@ -398,15 +398,10 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             file_type = quant_types.check_file_type(_file_type(variant, entry))
         else:
             file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
-        if "base" in entry and "tensors" in entry:
-            raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
-        if "base" not in entry and entry["replace_head"]:
-            raise ConfigError("replace_head: there is no base whose head could be replaced")
+        _check_base(entry)
         if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
             raise ConfigError("imatrix: nothing is quantized here that it could help")
         head = _head(entry, file_type)
-        if head == NO_HEAD and "base" in entry:
-            raise ConfigError("head: none: a base is there to be given a head")
         if head != NO_HEAD:
             for _, kind in read_head(head):
                 quant_types.check_tensor_type(kind, low_bit=entry.get("allow_low_bit_head", False))
@@ -421,6 +416,15 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             quant_types.check_tensor_type(kind)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def _check_base(entry: Mapping[str, Any]) -> None:
+    if "base" in entry and "tensors" in entry:
+        raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
+    if "base" in entry and entry.get("head") == NO_HEAD:
+        raise ConfigError("head: none: a base is there to be given a head")
+    if "base" not in entry and entry["replace_head"]:
+        raise ConfigError("replace_head: there is no base whose head could be replaced")
 
 
 def _check_own_bases(models: Mapping[str, Any]) -> None:
@@ -457,9 +461,9 @@ def _explain(errors: list[ValidationError]) -> str:
     error = min(errors, key=lambda error: error.validator != "additionalProperties")
     path = "/".join(map(str, error.absolute_path)) or "(top)"
     if error.validator == "oneOf" and error.context:
-        # Of the alternatives, the one with the fewest faults is what was meant.
+        # Of the alternatives, one of the kind that is there, and of these the one with the fewest faults, is what was meant.
         by_alternative = [[e for e in error.context if e.schema_path[0] == i] for i in range(len(error.validator_value))]
-        return _explain(min(by_alternative, key=len))
+        return _explain(min(by_alternative, key=lambda e: (e[0].validator == "type" and not e[0].relative_path, len(e))))
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]
