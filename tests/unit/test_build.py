@@ -156,7 +156,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(head="Q7"), "models/m/variants/Q4_K_M: unknown tensor type 'Q7'"),
         (config(head="IQ3_S"), "drafts badly: take Q4_K or better"),
         (config(head={"type": "Q8_0", "tensors": {"ffn": "IQ3_S"}}), "drafts badly: take Q4_K or better"),
-        (config(head={"type": "Q8_0", "tensors": {"a,b": "Q4_K"}}), "variants/Q4_K_M/head: 'a,b' does not match"),
+        (config(head={"type": "Q8_0", "tensors": {"a,b": "Q4_K"}}), "variants/Q4_K_M/head/tensors: 'a,b' does not match"),
         (config(head={"tensors": {"ffn": "Q4_K"}}), "variants/Q4_K_M/head: 'type' is a required property"),
         (config(replace_head=True), "replace_head: there is no base"),
         (config(tensors={"attn_.*": "Q4_K_M"}), "unknown tensor type 'Q4_K_M'"),
