@@ -20,6 +20,7 @@ TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 # the place, because an environment cannot be moved.
 define install
 	@{ pwd; cat envs/$(2).txt; } | cmp -s - $(1)/$(2).stamp && $(1)/bin/python -c '' || { \
+		{ [ ! -L $(1) ] || { echo "error: $(1) is a link, behind which all would be deleted: remove it" >&2; exit 1; }; } && \
 		echo "setting up $(1) from envs/$(2).txt (a minute or so)" && \
 		$(PYTHON) -m venv $(3) $(1) && \
 		$(1)/bin/python $(PIP_INSTALL) -r envs/$(2).txt && \
