@@ -353,6 +353,25 @@ def test_what_a_power_cut_tears_is_seen(parts: dict[str, Path], own: Path, tmp_p
         inject(own, parts["head"], None)
 
 
+def test_a_full_disk_leaves_the_file_as_it_was(
+    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(gguf_file, "append_run", full)
+        inject(own, parts["head"], None)
+    assert own.read_bytes() == parts["trunk"].read_bytes() and names_in(tmp_path) == {"own.gguf"}
+
+
+def test_a_file_that_has_come_in_place_of_a_torn_one_is_not_repaired(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+    (tmp_path / ".own.gguf.journal").write_text('{"inode": 1, "size": 1, "shifted": 10000000000, "edges": {}}\n')
+    with pytest.raises(GgufError, match="is not the file that an interrupted run has left: if it is a new one, delete"):
+        inject(own, parts["head"], None)
+    assert own.read_bytes() == parts["trunk"].read_bytes()
+
+
 def test_a_file_with_other_names_is_not_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(own)
     with pytest.raises(ForgeError, match="is a link"):

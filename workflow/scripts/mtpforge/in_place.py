@@ -36,23 +36,28 @@ def insert(
     size, shift = base.path.stat().st_size, len(header) - start
     if size not in (end, aligned(end)) or shift % BLOCK:
         return False
+    tail, journal = sum(aligned(info.size) for info, _ in head), _journal(base.path)
     with _held(base.path) as descriptor:
-        tail = sum(aligned(info.size) for info, _ in head)
-        journal = _journal(base.path)
         with atomic.replacing(journal) as temporary:
-            plan = {"size": size, "shifted": aligned(end) + tail + shift, "edges": _edges(base)}
+            shifted = aligned(end) + tail + shift
+            plan = {"inode": os.fstat(descriptor).st_ino, "size": size, "shifted": shifted, "edges": _edges(base)}
             temporary.write_bytes(json.dumps(plan).encode() + b"\n" + header)
-        os.lseek(descriptor, 0, os.SEEK_END)
-        sink = Sink(descriptor, lambda written: progress(written, tail))
-        sink.append([memoryview(bytes(aligned(end) - size))])
-        for info, payload in head:
-            gguf_file.append_run(sink, [info], payload)
-        os.fsync(descriptor)
-        if moved := _make_room(descriptor, shift):
+        moved = False
+        try:
+            os.lseek(descriptor, 0, os.SEEK_END)
+            sink = Sink(descriptor, lambda written: progress(written, tail))
+            sink.append([memoryview(bytes(aligned(end) - size))])
+            for info, payload in head:
+                gguf_file.append_run(sink, [info], payload)
+            os.fsync(descriptor)
+            moved = _make_room(descriptor, shift)
+        finally:
+            if not moved and os.fstat(descriptor).st_size != shifted:
+                os.ftruncate(descriptor, size)
+                journal.unlink()
+        if moved:
             _write_header(descriptor, header)
-        else:
-            os.ftruncate(descriptor, size)
-        journal.unlink()
+            journal.unlink()
     return moved
 
 
@@ -69,7 +74,10 @@ def repair(path: Path) -> None:
     text, _, header = journal.read_bytes().partition(b"\n")
     plan = json.loads(text)
     with _held(path) as descriptor:
-        if os.fstat(descriptor).st_size == plan["shifted"]:
+        found = os.fstat(descriptor)
+        if found.st_ino != plan["inode"] or not plan["size"] <= found.st_size <= plan["shifted"]:
+            raise GgufError(f"{path}: is not the file that an interrupted run has left: if it is a new one, delete {journal}")
+        if found.st_size == plan["shifted"]:
             _write_header(descriptor, header)
         else:
             os.ftruncate(descriptor, plan["size"])  # nothing before its old end has been touched

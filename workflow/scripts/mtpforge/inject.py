@@ -45,7 +45,9 @@ def inject(
     else:
         in_place.refuse_unfinished(base)
     files = split.shards(base)
-    opened = split.joined(files)
+    opened, single = split.joined(files), len(files) == 1
+    if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
+        raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
     with _scratch(out or base) as scratch:
         given = _open_head(head, scratch)
         check_match(opened, given)
@@ -61,12 +63,10 @@ def inject(
         same = bool(_head_names(opened)) and not differences
         if same:
             say(f"{base} has this head already, byte for byte")
-        if out is None and len(files) == 1:
+        if out is None:
             if not same:
                 _change(opened, new, progress)
-        elif out is None or (out.suffix != ".gguf" and len(files) == 1):
-            raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
-        elif same and len(files) == 1:
+        elif same and single:
             _copy(opened.path, out, progress)
         elif out.suffix == ".gguf":
             assemble(opened, new, out, progress)
