@@ -60,8 +60,8 @@ def test_a_base_on_the_disk_brings_all_its_files_and_may_be_changed_in_place(mon
     assert (build.base_if_any(wildcards("own")), build.own_base_if_any(wildcards("own"))) == ([], ["x/own.gguf"])
     assert build.inject_options(wildcards("own")) == "--in-place"
     assert "--trunk results/m/work/injected/own.json" in build.verify_options(wildcards("own"))
-    with pytest.raises(ConfigError, match=r"variants/b/base: x/own\.gguf is changed in place for models/m/variants/a"):
-        Build(config({"variants": {"b": {"base": {"path": "x/own.gguf"}}, "a": {"base": own}}}))
+    with pytest.raises(ConfigError, match=r"variants/b/base: \./x/own\.gguf is changed in place for models/m/variants/a"):
+        Build(config({"variants": {"b": {"base": {"path": "./x/own.gguf"}}, "a": {"base": own}}}))
 
 
 def test_a_head_has_types_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +158,8 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(head={"type": "Q8_0", "tensors": {"ffn": "IQ3_S"}}), "drafts badly: take Q4_K or better"),
         (config(head={"type": "Q8_0", "tensors": {"a,b": "Q4_K"}}), "variants/Q4_K_M/head/tensors: 'a,b' does not match"),
         (config(head={"tensors": {"ffn": "Q4_K"}}), "variants/Q4_K_M/head: 'type' is a required property"),
+        (config(base={"path": "a-00001-of-00002.gguf", "in_place": True}), "none can be changed in place"),
+        (config(base={"type": "Q4_0"}, head={"type": "none"}), "head: none: a base is there"),
         (config(replace_head=True), "replace_head: there is no base"),
         (config(tensors={"attn_.*": "Q4_K_M"}), "unknown tensor type 'Q4_K_M'"),
         (config(tensors={"attn_(": "Q4_K"}), "is no regular expression"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS, SCRIPTS
+from conftest import CHECKPOINTS, SCRIPTS, Run
 from gguf.constants import GGUFValueType
 from mtpforge import convert, gguf_file, in_place, split
 from mtpforge.errors import ConfigError, ForgeError, GgufError
@@ -109,7 +109,7 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[st
         "is 512 in" in (message := refusal(base("qwen35.embedding_length", 512), parts["head"], tmp_path)) and "256 in" in message
     )
     assert "has 3 blocks, the head" in refusal(base("qwen35.block_count", 3), parts["head"], tmp_path)
-    assert "vocabulary is 1280 in" in refusal(
+    assert "the number of tokens is 1280 in" in refusal(
         parts["trunk"], rewrite(parts["head"], tmp_path / "v.gguf", set_u32("qwen35.vocab_size", 99)), tmp_path
     )
     sections = Value.of([3, 3, 1, 1], GGUFValueType.ARRAY, GGUFValueType.INT32)
@@ -129,6 +129,22 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[st
     assert "has blk.4.nextn.eh_proj.weight, a tensor of a block that its metadata does not declare" in refusal(
         torn, parts["head"], tmp_path
     )
+
+
+def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    def base(change: Callable[[dict[str, Value]], object], drop: str = "\0", head: str = "head") -> str:
+        return refusal(rewrite(parts["trunk"], tmp_path / "base.gguf", change, drop), parts[head], tmp_path)
+
+    assert "has no tensor of block 2, though it declares 4" in base(lambda m: None, "blk.2.")
+    assert "the number of tokens is None in" in base(lambda m: None, "token_embd")
+    assert "qwen35.rope.freq_base is None in" in base(lambda m: m.pop("qwen35.rope.freq_base"))
+    tokens = Value.of(gguf_file.read(parts["trunk"]).get("tokenizer.ggml.tokens")[::-1], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    assert "token 0 is" in base(lambda m: m.update({"tokenizer.ggml.tokens": tokens}), head="all")
+    many = Value.of([1] * 100_000, GGUFValueType.ARRAY, GGUFValueType.UINT32)
+    for key in ("qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.embedding_length", "split.count"):
+        assert len(base(lambda m, key=key: m.update({key: many}))) < 1000
+    odd = rewrite(parts["trunk"], tmp_path / "odd.gguf", lambda m: m.update({"split.tensors.count": many}))
+    inject(odd, parts["head"], tmp_path / "out.gguf")  # means nothing in a single file
 
 
 def test_a_per_layer_array_that_the_head_does_not_know_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -177,7 +193,7 @@ def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None
         inject(parts["trunk"], parts["draft"], tmp_path / "out.gguf", "Q8_0,eh_porj=Q4_K", say=said.append)
     assert said == []
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", say=said.append)
-    assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 26.9% on top of trunk.gguf"]
+    assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 27.1% on top of trunk.gguf"]
     head = gguf_file.read(parts["head"])
     assert "at Q4_K/Q8_0" in cost(gguf_file.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
 
@@ -241,7 +257,7 @@ def test_a_base_in_several_files_keeps_them(parts: dict[str, Path], shards: list
     assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get("qwen35.block_count") == 5
     for before, after in zip(map(gguf_file.read, shards), made, strict=True):
         assert set(before.tensors) <= set(after.tensors) and (start_of_data(after) - start_of_data(before)) % BLOCK == 0
-        assert [key for key in before.metadata if before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key]
+        assert all(before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key for key in before.metadata)
 
 
 def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
@@ -267,6 +283,20 @@ def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], s
         assert "by the name that tells the others'" in refusal(renamed, parts["head"], tmp_path)
     finally:
         renamed.rename(shards[0])
+
+
+def test_files_that_have_this_head_stay_as_they_are(parts: dict[str, Path], tmp_path: Path) -> None:
+    whole = split.split(parts["all"], tmp_path / "whole", "whole", 2_000_000)
+    inject(whole[0], parts["head"], tmp_path / "out")
+    assert [(tmp_path / "out" / path.name).read_bytes() for path in whole] == [path.read_bytes() for path in whole]
+
+
+def test_a_file_of_the_base_is_not_overwritten(parts: dict[str, Path], shards: list[Path], run: Run) -> None:
+    before = [path.read_bytes() for path in shards]
+    for options in (("--out", shards[1]), ("--out", shards[0].with_name("x.gguf"), "--digests", shards[2])):
+        done = run("inject.py", shards[0], "--head", parts["head"], *options)
+        assert done.returncode == 1 and "is an input" in done.stderr
+    assert [path.read_bytes() for path in shards] == before
 
 
 def test_the_kind_of_output_must_fit_the_base(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
@@ -349,8 +379,10 @@ def test_what_a_power_cut_tears_is_seen(parts: dict[str, Path], own: Path, tmp_p
     data = own.read_bytes()
     middle = len(data) // 2
     own.write_bytes(data[:middle] + bytes(BLOCK) + data[middle:-BLOCK])  # what lies behind the middle has not arrived yet
-    with pytest.raises(GgufError, match="was torn while a head was put into it: get it again from where it came"):
+    torn = own.read_bytes()
+    with pytest.raises(GgufError, match=r"cannot be repaired .*: get it again from where it came, and delete"):
         inject(own, parts["head"], None)
+    assert own.read_bytes() == torn
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(
@@ -365,16 +397,66 @@ def test_a_full_disk_leaves_the_file_as_it_was(
     assert own.read_bytes() == parts["trunk"].read_bytes() and names_in(tmp_path) == {"own.gguf"}
 
 
-def test_a_file_that_has_come_in_place_of_a_torn_one_is_not_repaired(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
-    (tmp_path / ".own.gguf.journal").write_text('{"inode": 1, "size": 1, "shifted": 10000000000, "edges": {}}\n')
-    with pytest.raises(GgufError, match="is not the file that an interrupted run has left: if it is a new one, delete"):
+@pytest.fixture
+def interrupted(parts: dict[str, Path], own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base in which room has been made, and no more, and beside it its journal."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(in_place, "_write_header", killed)
+        inject(own, parts["head"], None)
+    return own
+
+
+def test_a_file_that_has_come_since_is_not_touched(parts: dict[str, Path], interrupted: Path) -> None:
+    """Even if it has a size that an interrupted run leaves, and the same tensors under another header."""
+    note = Value.of("x" * 5000, GGUFValueType.STRING)
+    rewrite(parts["trunk"], interrupted, lambda m: m.update({"a.note": note}))
+    came = interrupted.read_bytes()
+    with pytest.raises(GgufError, match="neither as it was nor as it would have been"):
+        inject(interrupted, parts["head"], None)
+    assert interrupted.read_bytes() == came
+
+
+def test_a_file_that_has_grown_but_was_not_moved_is_as_before(parts: dict[str, Path], interrupted: Path, tmp_path: Path) -> None:
+    """A file system can raise the size before it moves the data."""
+    size = interrupted.stat().st_size
+    interrupted.write_bytes(parts["trunk"].read_bytes().ljust(size, b"\0"))
+    inject(interrupted, parts["head"], None)
+    assert interrupted.read_bytes() == expected_of(parts, tmp_path)
+
+
+@pytest.mark.parametrize("journal", [b"", b"[]", b"\xff", b'{"size": 1}\n', b'{"size": "1"}'])
+def test_a_garbled_journal_is_an_error(parts: dict[str, Path], own: Path, tmp_path: Path, journal: bytes) -> None:
+    (tmp_path / ".own.gguf.journal").write_bytes(journal)
+    with pytest.raises(GgufError, match="cannot be repaired"):
         inject(own, parts["head"], None)
     assert own.read_bytes() == parts["trunk"].read_bytes()
 
 
+def test_nobody_reads_what_is_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+    with in_place.held(own, change=True):
+        for out in (None, tmp_path / "out.gguf"):
+            with pytest.raises(ForgeError, match="another process is using it"):
+                inject(own, parts["head"], out)
+    with in_place.held(own, change=False):
+        inject(own, parts["head"], tmp_path / "out.gguf")  # reading is for many
+        with pytest.raises(ForgeError, match="another process is using it"):
+            inject(own, parts["head"], None)
+
+
+def test_room_that_is_there_already_needs_no_moving(parts: dict[str, Path], tmp_path: Path) -> None:
+    padding = Value.of(" " * 3000, GGUFValueType.STRING)
+    own = rewrite(parts["trunk"], tmp_path / "own.gguf", lambda m: m.update({PADDING: padding}))
+    inject(own, parts["head"], None)
+    assert contents(gguf_file.read(own)) == contents(gguf_file.read(parts["all"])) and names_in(tmp_path) == {"own.gguf"}
+
+
 def test_a_file_with_other_names_is_not_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(own)
-    with pytest.raises(ForgeError, match="is a link"):
+    with pytest.raises(ForgeError, match="is a link: name the file itself"):
         inject(tmp_path / "link.gguf", parts["head"], None)
     os.link(own, tmp_path / "other.gguf")
     with pytest.raises(ForgeError, match="has other names"):

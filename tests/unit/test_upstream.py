@@ -17,6 +17,7 @@ from mtpforge.checkpoint import Checkpoint
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.families import FAMILIES, Hparams
 from mtpforge.gguf_file import Gguf, TensorInfo, Value
+from mtpforge.ranges import Payload
 from other_architectures import MODELS, write_model
 
 Fails = Callable[..., str]
@@ -163,18 +164,19 @@ def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) 
 
 
 def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path: Path) -> None:
-    def with_windows(path: Path, blocks: int, heads: int) -> Path:
+    def with_windows(path: Path, blocks: int, heads: int, more: tuple[str, ...] = ()) -> Path:
         opened = head_of(path, "mimo2", blocks, heads, "attn_q.weight")
         windows = Value.of(list(range(blocks)), GGUFValueType.ARRAY, GGUFValueType.UINT32)
-        tensors = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
+        tensors: list[tuple[TensorInfo, Payload]] = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
+        tensors += [(TensorInfo(name, (1,), GGMLQuantizationType.F32), [memoryview(bytes(4))]) for name in more]
         gguf_file.write(path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors)
         return path.with_suffix(".gguf")
 
-    base, head = with_windows(tmp_path / "base", 2, 0), with_windows(tmp_path / "head", 4, 2)
+    base, head = with_windows(tmp_path / "base", 2, 0, ("blk.0.x", "blk.1.x")), with_windows(tmp_path / "head", 4, 2)
     inject.inject(base, head, tmp_path / "out.gguf")
     made = gguf_file.read(tmp_path / "out.gguf")
     assert (made.get("mimo2.block_count"), made.get("mimo2.nextn_predict_layers")) == (4, 2)
-    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors) == ["blk.2.attn_q.weight", "blk.3.attn_q.weight"]
+    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[2:] == ["blk.2.attn_q.weight", "blk.3.attn_q.weight"]
 
 
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])

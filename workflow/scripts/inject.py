@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from mtpforge import atomic, errors, inject, programs, progress
+from mtpforge.listing import gguf_files
 
 HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
 IN_PLACE = (
@@ -33,8 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.out or args.in_place):
         parser.error("--out or --in-place is needed")
+    inputs = [given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)]
     for out in filter(None, (args.out, args.digests)):
-        atomic.refuse_overwriting(out, args.base, args.head)
+        atomic.refuse_overwriting(out, *inputs)
     out = None if args.in_place else args.out
     with progress.bar((out or args.base).name) as show:
         inject.inject(args.base, args.head, out, args.head_type, args.bin, show, args.replace_head, say, args.digests)

@@ -74,6 +74,26 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside the file that is to be made, on the disk that has the room; removed in the end.
+
+    Raises ForgeError where another process is making the same file. What a killed run left behind is removed.
+    """
+    folder = beside.with_name(f".{beside.name}.scratch")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _hold(lock, folder, beside)
+        try:
+            _empty(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
 def _empty(folder: Path) -> None:
     """Remove what a folder holds, but not the folder, which is locked."""
     for entry in folder.iterdir():

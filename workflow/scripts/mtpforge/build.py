@@ -4,6 +4,7 @@ A rule's functions are methods of `Build` that take the rule's wildcards, so the
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -421,7 +422,7 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
 def _check_base(entry: Mapping[str, Any]) -> None:
     if "base" in entry and "tensors" in entry:
         raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
-    if "base" in entry and entry.get("head") == NO_HEAD:
+    if "base" in entry and _head(entry, "Q8_0") == NO_HEAD:
         raise ConfigError("head: none: a base is there to be given a head")
     if "base" not in entry and entry["replace_head"]:
         raise ConfigError("replace_head: there is no base whose head could be replaced")
@@ -433,12 +434,13 @@ def _check_own_bases(models: Mapping[str, Any]) -> None:
     variants = ((f"models/{m}/variants/{v}", entry) for m, model in models.items() for v, entry in model["variants"].items())
     bases = [(name, entry["base"]) for name, entry in variants if "path" in entry.get("base", {})]
     for name, base in sorted(bases, key=lambda item: not item[1].get("in_place")):
-        if base["path"] in seen:
-            raise ConfigError(
-                f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[base['path']]}: copy it first"
-            )
+        path = os.path.realpath(base["path"])
+        if path in seen:
+            raise ConfigError(f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[path]}: copy it first")
         if base.get("in_place"):
-            seen[base["path"]] = name
+            seen[path] = name
+            if len(gguf_files(base["path"])) > 1:
+                raise ConfigError(f"config.yaml: {name}/base: of a base in several files, none can be changed in place")
 
 
 def _check_sidecar(path: str, file_type: str) -> None:

@@ -48,7 +48,8 @@ def run(main: Callable[[], None]) -> None:
     except ToolchainError as error:
         sys.exit(f"error: {error}")  # may end in the last lines of a build's log
     except ForgeError as error:
-        sys.exit("error: " + " ".join(str(error).split()))  # inputs can bring line breaks into a message
+        text = " ".join(str(error).split())  # inputs can bring line breaks into a message, and megabytes
+        sys.exit(f"error: {text if len(text) < 2000 else text[:2000] + ' ...'}")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
     except MemoryError:

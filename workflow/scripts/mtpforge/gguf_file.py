@@ -147,12 +147,17 @@ class Gguf:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The decoded metadata value of `key`, or `default` where the file has none."""
-        return self.metadata[key].decode() if key in self.metadata else default
+        if key not in self.metadata:
+            return default
+        try:
+            return self.metadata[key].decode()
+        except GgufError as error:
+            raise GgufError(f"{self.path}: {key}: {error}") from None
 
     def need(self, key: str, kind: type) -> Any:
         """The value of a key that must be there and of a Python type. Raises GgufError."""
         value = self.get(key)
-        if not isinstance(value, kind):
+        if type(value) is not kind:
             raise GgufError(f"{self.path}: metadata key {key} is {'missing' if value is None else 'of the wrong type'}")
         return value
 
@@ -177,10 +182,15 @@ def read(path: Path) -> Gguf:
         raise GgufError(f"{path}: not a GGUF file ({error})") from None
 
 
+def parse(path: Path, header: bytes, size: int) -> Gguf:
+    """What the file at `path`, of `size` bytes, is under this header. Raises GgufError."""
+    return _Parser(path, header, size).parse()
+
+
 class _Parser:
     """A cursor over the mapped header; every length is checked against the file before it is used."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, buffer: mmap.mmap | bytes, size: int) -> None:
         self.path, self.buffer, self.size, self.position = path, buffer, size, 0
 
     def fail(self, what: str) -> GgufError:

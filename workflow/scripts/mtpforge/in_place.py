@@ -22,94 +22,119 @@ _INSERT_RANGE = 0x20  # FALLOC_FL_INSERT_RANGE of linux/falloc.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # EINVAL: the file system's blocks are larger than ours
 
 
+@contextmanager
+def held(path: Path, change: bool) -> Iterator[int]:
+    """The base open and locked, so that nobody changes it in place; with `change` for writing, whole, and by nobody else.
+
+    Raises GgufError where an interrupted run has left it torn or, without `change`, unfinished; ForgeError where another process
+    has it, and for what must not be changed: a link.
+    """
+    if change and path.is_symlink():
+        raise ForgeError(f"{path}: is a link: name the file itself")
+    if not path.is_file():
+        raise GgufError(f"{path}: no such file")
+    descriptor = os.open(path, os.O_RDWR if change else os.O_RDONLY)
+    try:
+        # Locked, and not one that somebody has just replaced.
+        if not _lock(descriptor, change) or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise ForgeError(f"{path}: another process is using it: wait for that one, or end it")
+        if _journal(path).exists():
+            if not change:
+                raise GgufError(
+                    f"{path}: a run that was putting a head into it was interrupted: run inject.py --in-place on it again"
+                )
+            _repair(path, descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def insert(
-    base: Gguf, metadata: Mapping[str, Value], head: Sequence[tuple[TensorInfo, Payload]],
+    base: Gguf, descriptor: int, metadata: Mapping[str, Value], head: Sequence[tuple[TensorInfo, Payload]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:  # fmt: skip
-    """Append the tensors of `head` to the base's own file, under `metadata`; False where the file system cannot.
+    """Append the tensors of `head` to the base's own file, held by `descriptor`, under `metadata`; False where that cannot be.
 
-    `metadata` must make the header larger by whole blocks. `progress` gets bytes of the head written, and in all. Raises GgufError,
-    OSError; the file is then as it was, or `repair` makes it whole.
+    `metadata` must make the header larger by whole blocks. `progress` gets bytes of the head written, and in all. Raises ForgeError
+    for a file with other names, OSError; the file is then as it was, or the next `held` repairs it.
     """
+    if os.fstat(descriptor).st_nlink != 1:
+        raise ForgeError(
+            f"{base.path}: has other names (hard links), which would change with it: write to a new file instead (--out)"
+        )
+    if not base.ranges:
+        return False
     header = gguf_file.header(metadata, [*base.tensors.values(), *(info for info, _ in head)])
     start, end = (pick(piece.offset + at * piece.size for piece in base.ranges.values()) for pick, at in ((min, 0), (max, 1)))
-    size, shift = base.path.stat().st_size, len(header) - start
-    if size not in (end, aligned(end)) or shift % BLOCK:
+    size, shift = os.fstat(descriptor).st_size, len(header) - start
+    if size not in (end, aligned(end)) or shift <= 0 or shift % BLOCK:
         return False
     tail, journal = sum(aligned(info.size) for info, _ in head), _journal(base.path)
-    with _held(base.path) as descriptor:
-        with atomic.replacing(journal) as temporary:
-            shifted = aligned(end) + tail + shift
-            plan = {"inode": os.fstat(descriptor).st_ino, "size": size, "shifted": shifted, "edges": _edges(base)}
-            temporary.write_bytes(json.dumps(plan).encode() + b"\n" + header)
-        moved = False
-        try:
-            os.lseek(descriptor, 0, os.SEEK_END)
-            sink = Sink(descriptor, lambda written: progress(written, tail))
-            sink.append([memoryview(bytes(aligned(end) - size))])
-            for info, payload in head:
-                gguf_file.append_run(sink, [info], payload)
-            os.fsync(descriptor)
-            moved = _make_room(descriptor, shift)
-        finally:
-            if not moved and os.fstat(descriptor).st_size != shifted:
-                os.ftruncate(descriptor, size)
-                journal.unlink()
-        if moved:
-            _write_header(descriptor, header)
+    plan = {
+        "size": size,
+        "shifted": aligned(end) + tail + shift,
+        "start": start,
+        "header": sha256(FileRange(base.path, 0, start)),
+        "edges": _edges(base),
+    }
+    with atomic.replacing(journal) as temporary:
+        temporary.write_bytes(json.dumps(plan).encode() + b"\n" + header)
+    moved = False
+    try:
+        os.lseek(descriptor, 0, os.SEEK_END)
+        sink = Sink(descriptor, lambda written: progress(written - size, tail), size)
+        sink.append([memoryview(bytes(aligned(end) - size))])
+        for info, payload in head:
+            gguf_file.append_run(sink, [info], payload)
+        os.fsync(descriptor)
+        moved = _make_room(descriptor, shift)
+    finally:
+        if not moved and os.fstat(descriptor).st_size != plan["shifted"]:
+            os.ftruncate(descriptor, size)
             journal.unlink()
+    if moved:
+        _write_header(descriptor, header)
+        journal.unlink()
     return moved
 
 
-def repair(path: Path) -> None:
-    """Finish, or take back, what an interrupted run has left. Raises GgufError where a power cut has torn the file.
+def _repair(path: Path, descriptor: int) -> None:
+    """Finish, or take back, what an interrupted run has left; what is there is recognized before anything is written.
 
-    Raises ForgeError for a link, behind which another file would change.
+    Raises GgufError where a power cut has torn the file, or another has come in its place.
     """
     journal = _journal(path)
-    if path.is_symlink():
-        raise ForgeError(f"{path}: is a link: name the file itself")
-    if not journal.exists():
-        return
-    text, _, header = journal.read_bytes().partition(b"\n")
-    plan = json.loads(text)
-    with _held(path) as descriptor:
-        found = os.fstat(descriptor)
-        if found.st_ino != plan["inode"] or not plan["size"] <= found.st_size <= plan["shifted"]:
-            raise GgufError(f"{path}: is not the file that an interrupted run has left: if it is a new one, delete {journal}")
-        if found.st_size == plan["shifted"]:
+    try:
+        text, _, header = journal.read_bytes().partition(b"\n")
+        plan = json.loads(text)
+        size, shifted, start, digest, edges = (plan[key] for key in ("size", "shifted", "start", "header", "edges"))
+        there = os.fstat(descriptor).st_size
+        if size <= there <= shifted and sha256(FileRange(path, 0, start)) == digest and _edges(gguf_file.read(path)) == edges:
+            os.ftruncate(descriptor, size)  # nothing has been moved
+        elif there == shifted and edges.items() <= _edges(gguf_file.parse(path, header, there)).items():
             _write_header(descriptor, header)
         else:
-            os.ftruncate(descriptor, plan["size"])  # nothing before its old end has been touched
-        if not plan["edges"].items() <= _edges(gguf_file.read(path)).items():
-            raise GgufError(f"{path}: was torn while a head was put into it: get it again from where it came, and delete {journal}")
-        journal.unlink()
+            raise GgufError("neither as it was nor as it would have been")
+    except (GgufError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GgufError(
+            f"{path}: a run that was putting a head into it was interrupted, and it cannot be repaired ({error}): "
+            f"get it again from where it came, and delete {journal}"
+        ) from None
+    journal.unlink()
 
 
-def refuse_unfinished(path: Path) -> None:
-    """Raise GgufError where an in-place run on this file was interrupted."""
-    if _journal(path).exists():
-        raise GgufError(f"{path}: a run that was putting a head into it was interrupted: run inject.py --in-place on it again")
+def _lock(descriptor: int, alone: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _journal(path: Path) -> Path:
     return path.with_name(f".{path.name}.journal")
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[int]:
-    """The file open for writing, and locked. Raises ForgeError where it has other names, under which it must not change."""
-    if path.stat().st_nlink != 1:
-        raise ForgeError(f"{path}: has other names (hard links), which would change with it: write to a new file instead (--out)")
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ForgeError(f"{path}: another process is changing it: wait for that one, or end it") from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _edges(opened: Gguf) -> dict[str, str]:

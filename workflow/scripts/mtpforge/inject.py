@@ -5,14 +5,13 @@ all others keep their bytes, their types and their order. One is added, whose le
 the file system as it has in the base, so that both files can share it (see `ranges`).
 """
 
+import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
@@ -40,15 +39,11 @@ def inject(
     another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
     the sha256 of each tensor of the trunk. Raises GgufError where base and head do not belong together.
     """
-    if out is None:
-        in_place.repair(base)
-    else:
-        in_place.refuse_unfinished(base)
-    files = split.shards(base)
-    opened, single = split.joined(files), len(files) == 1
-    if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
-        raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
-    with _scratch(out or base) as scratch:
+    with in_place.held(base, change=out is None) as descriptor, atomic.scratch_folder(out or base) as scratch:
+        files = split.shards(base)
+        opened, single = split.joined(files), len(files) == 1
+        if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
+            raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
         given = _open_head(head, scratch)
         check_match(opened, given)
         say(cost(opened, given, read_head(head_type) if head_type else ()))
@@ -65,32 +60,20 @@ def inject(
             say(f"{base} has this head already, byte for byte")
         if out is None:
             if not same:
-                _change(opened, new, progress)
+                _change(opened, descriptor, new, progress)
         elif same and single:
             _copy(opened.path, out, progress)
         elif out.suffix == ".gguf":
             assemble(opened, new, out, progress)
         else:
-            _assemble_files(files, opened, new, out, progress)
+            _assemble_files(files, opened, new, out, same, progress)
 
 
 def trunk_digests(base: Gguf) -> dict[str, str]:
     """The sha256 of each tensor that is not the head's."""
     trunk = trunk_only(base)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(trunk.ranges, pool.map(sha256, trunk.ranges.values()), strict=True))
-
-
-@contextmanager
-def _scratch(beside: Path) -> Iterator[Path]:
-    """A hidden folder for what the head passes through, on the disk that has the room."""
-    scratch = beside.with_name(f".{beside.name}.head")
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left behind
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch)
 
 
 # ── the head ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +129,7 @@ def cost(base: Gguf, head: Gguf, recipe: Recipe = ()) -> str:
     """What the head adds to the base, in bytes and bits. Raises ConfigError."""
     infos = _planned(head, recipe)
     size, weights = sum(info.size for info in infos), sum(info.elements for info in infos)
-    before = base.path.stat().st_size
+    before = sum(info.size for info in base.tensors.values())
     types = "/".join(dict.fromkeys(info.type.name for info in infos if quantizable(info)))
     return (
         f"the head at {types}: {len(infos)} tensors, {size:,} bytes, {8 * size / weights:.2f} bits per weight; "
@@ -192,18 +175,21 @@ def assemble(base: Gguf, head: Gguf, out: Path, progress: Progress = lambda done
     gguf_file.write(out, _padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
 
 
-def _change(base: Gguf, head: Gguf, progress: Progress) -> None:
+def _change(base: Gguf, descriptor: int, head: Gguf, progress: Progress) -> None:
     """Put the head into the base's own file; a new file in its place where that cannot be. Raises GgufError, OSError."""
     if not _head_names(base):
         tensors = _fitted(head, base)
         metadata = _padded(merged_metadata(base, head), _pieces(base) + tensors, base)
-        if in_place.insert(base, metadata, tensors, progress):
+        if in_place.insert(base, descriptor, metadata, tensors, progress):
             return
     assemble(base, head, base.path, progress)
 
 
-def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, progress: Progress) -> None:
-    """Write base and head in files as the base has them, the head in the last. Raises ConfigError, GgufError."""
+def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, same: bool, progress: Progress) -> None:
+    """Write base and head in files as the base has them, the head in the last; as they are if they have this head already.
+
+    Raises ConfigError, GgufError.
+    """
     split.check_target(base.path, folder, files[0].path.name.removesuffix(f"-00001-of-{len(files):05}.gguf"))
     trunk = trunk_only(base)
     first = merged_metadata(replace(base, metadata=files[0].metadata), head)
@@ -211,6 +197,9 @@ def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, pro
     done = 0
     with atomic.replacing_folder(folder.resolve()) as temporary:
         for file in files:
+            if same:
+                _copy(file.path, temporary / file.path.name, progress)
+                continue
             kept = _view(file, [name for name in file.tensors if name in trunk.tensors])
             tensors = _pieces(kept) + (_fitted(head, trunk) if file is files[-1] else [])
             metadata = first if file is files[0] else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
@@ -260,7 +249,7 @@ def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
             metadata[key] = Value.of(head_blocks(base).start + added, value.type)
             # llama.cpp takes any number there, other programs only this type.
             metadata[heads] = Value.of(added, GGUFValueType.UINT32)
-        elif key == "split.tensors.count":
+        elif key == "split.tensors.count" and value.type is not GGUFValueType.ARRAY:
             metadata[key] = Value.of(len(trunk_only(base).tensors) + len(head.tensors), value.type)
         elif key.startswith(f"{architecture}.") and value.type is GGUFValueType.ARRAY and len(value) == count:
             metadata[key] = _per_layer(base, key, head)
@@ -286,7 +275,7 @@ def _per_layer(base: Gguf, key: str, head: Gguf) -> Value:
 
 def _belong(base: Gguf, key: str, head: Gguf) -> bool:
     """Whether both say the same under a key; of an array with an entry for each block, as far as the trunk goes."""
-    ours, theirs = base.metadata[key].decode(), head.metadata[key].decode()
+    ours, theirs = base.get(key), head.get(key)
     if ours == theirs or not (isinstance(ours, list) and isinstance(theirs, list)):
         return bool(ours == theirs)
     trunk, blocks = head_blocks(base).start, (len(head_blocks(base)), len(head_blocks(head)))
@@ -305,8 +294,9 @@ def _padded(metadata: dict[str, Value], tensors: list[Piece], trunk: Gguf) -> di
     return with_padding((min(piece.offset for piece in trunk.ranges.values()) - size) % BLOCK)
 
 
-# Keys that may differ between a base and the head's file without telling two models apart.
+# Keys that may differ between a base and the head's file without telling two models apart, and those that a base must have.
 _FREE = ("block_count", "nextn_predict_layers", "context_length")
+_NEEDED = ("embedding_length", "attention.head_count", "rope.freq_base", "rope.dimension_count", "rope.dimension_sections")
 
 
 def check_match(base: Gguf, head: Gguf) -> None:
@@ -320,20 +310,29 @@ def check_match(base: Gguf, head: Gguf) -> None:
     numbers = {name: int(name.split(".")[1]) for name in base.tensors if re.match(r"blk\.[0-9]+\.", name)}
     if surplus := [name for name, number in numbers.items() if number >= head_blocks(base).stop]:
         raise GgufError(f"{base.path}: has {surplus[0]}, a tensor of a block that its metadata does not declare")
-    sides = [
-        (key, base.metadata[key].decode(), value.decode())
-        for key, value in head.metadata.items()
-        if key in base.metadata
-        and key.startswith(f"{architecture}.")
-        and key.removeprefix(f"{architecture}.") not in _FREE
-        and not _belong(base, key, head)
-    ]
-    ours, theirs = _vocabulary(base), _vocabulary(head)
-    if ours and theirs and ours != theirs:
-        sides.append(("the vocabulary", ours, theirs))
+    if missing := set(range(blocks)) - set(numbers.values()):
+        raise GgufError(f"{base.path}: has no tensor of block {min(missing)}, though it declares {blocks}: it is incomplete")
+    sides = _differing_keys(base, head)
+    if (ours := _vocabulary(base)) != (theirs := _vocabulary(head)) and theirs is not None:
+        sides.append(("the number of tokens", ours, theirs))
+    if differing := _differing_tokens(base, head):
+        sides.append((f"token {differing[0]}", *differing[1:]))
     if sides:
         key, our, their = sides[0]
-        raise GgufError(f"{key} is {our} in {base.path} and {their} in {head.path}: the head belongs to another model")
+        raise GgufError(
+            f"{key} is {str(our)[:200]} in {base.path} and {str(their)[:200]} in {head.path}: the head belongs to another model"
+        )
+
+
+def _differing_keys(base: Gguf, head: Gguf) -> list[tuple[str, Any, Any]]:
+    prefix = f"{base.architecture}."
+    return [
+        (key, base.get(key), head.get(key))
+        for key in head.metadata
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _FREE
+        if not _belong(base, key, head)
+        if key in base.metadata or key.removeprefix(prefix) in _NEEDED
+    ]
 
 
 def _vocabulary(opened: Gguf) -> int | None:
@@ -342,3 +341,14 @@ def _vocabulary(opened: Gguf) -> int | None:
         return embeddings.shape[0]
     stated = opened.get(f"{opened.architecture}.vocab_size")
     return stated if isinstance(stated, int) else None
+
+
+def _differing_tokens(base: Gguf, head: Gguf) -> tuple[int, str, str] | None:
+    """The first token that is not the same, where more than one in a hundred are not: publishers rename some that are reserved."""
+    key = "tokenizer.ggml.tokens"
+    ours, theirs = base.metadata.get(key), head.metadata.get(key)
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    pairs = enumerate(zip(base.get(key), head.get(key), strict=False))
+    differing = [(number, str(our), str(their)) for number, (our, their) in pairs if our != their]
+    return differing[0] if 100 * len(differing) > len(theirs) else None

@@ -95,7 +95,7 @@ def head_blocks(source: Gguf) -> range:
         source.get(f"{architecture}.nextn_predict_layers", 0),
     )
     if type(heads) is not int or not 0 <= heads < blocks or heads > len(source.tensors):
-        raise GgufError(f"{source.path}: {heads} head blocks of {blocks}: that cannot be")
+        raise GgufError(f"{source.path}: {str(heads)[:40]} head blocks of {blocks}: that cannot be")
     return range(blocks - heads, blocks)
 
 

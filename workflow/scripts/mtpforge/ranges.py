@@ -36,9 +36,9 @@ class Sink:
     Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
     """
 
-    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None) -> None:
-        """`grown` gets the size after each step."""
-        self.descriptor, self.size, self._started, self._grown = descriptor, 0, 0, grown
+    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0) -> None:
+        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step."""
+        self.descriptor, self.size, self._started, self._grown = descriptor, size, size, grown
 
     def append(self, payload: Payload) -> int:
         """Write all of `payload` at the end; the number of bytes written. Raises OSError."""

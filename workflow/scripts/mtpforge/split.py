@@ -46,6 +46,8 @@ def shards(path: Path) -> list[Gguf]:
     path = Path(path)
     first = gguf_file.read(path)
     count = first.get("split.count", 0)
+    if type(count) is not int:
+        raise GgufError(f"{path}: split.count is no number")
     if count in (0, 1):  # merging leaves a 0 behind
         return [first]
     match = re.fullmatch(r"(.+)-00001-of-([0-9]{5})\.gguf", path.name)
@@ -56,10 +58,11 @@ def shards(path: Path) -> list[Gguf]:
     files = [first, *(gguf_file.read(path.with_name(name)) for name in names(match[1], count)[1:])]
     for number, file in enumerate(files):
         if (file.get("split.no"), file.get("split.count")) != (number, count):
-            raise GgufError(f"{file.path}: says that it is file {file.get('split.no')} of {file.get('split.count')} (from 0 on)")
+            said = [str(file.get(key))[:40] for key in ("split.no", "split.count")]
+            raise GgufError(f"{file.path}: says that it is file {said[0]} of {said[1]} (from 0 on)")
     tensors = sum(len(file.tensors) for file in files)
-    if first.get("split.tensors.count") != tensors:
-        raise GgufError(f"{path}: {first.get('split.tensors.count')} tensors are in these files, it says, and {tensors} are there")
+    if (stated := first.get("split.tensors.count")) != tensors:
+        raise GgufError(f"{path}: {str(stated)[:40]} tensors are in these files, it says, and {tensors} are there")
     return files
 
 

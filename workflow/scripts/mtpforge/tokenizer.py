@@ -54,9 +54,13 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     beside = Process(target=_answer, args=(answer, text), daemon=True)
     beside.start()
     answer.close()
-    settings = parse_json(path, text)
+    try:
+        settings = parse_json(path, text)
+        merges = _merges(settings, path)
+    except BaseException:
+        beside.kill()  # before multiprocessing ends it in a way that it could answer with a traceback
+        raise
     del text
-    merges = _merges(settings, path)
     try:
         package = answers.recv()
     except EOFError:
