@@ -22,6 +22,16 @@ TENSOR_TYPES = (
     "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 
+# Types, of a file (whose mixture has some of them) or of a tensor, that llama-quantize refuses without an importance matrix:
+# `tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp. A Q2_K tensor needs one in a Q2_K_S file.
+NEED_IMATRIX = (
+    "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+
+# Of embeddings and output, which llama-imatrix does not cover, it asks nothing, and ends in a failed assertion for these.
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
+
 # Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights).
 RELATIVE_ERROR = {
     "F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.007, "Q6_K": 0.023, "Q5_K": 0.043, "Q5_0": 0.058, "Q5_1": 0.058,
@@ -33,6 +43,13 @@ def bits(name: str) -> float:
     """Bits per weight of a tensor type."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     return 8 * size / block
+
+
+def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
+    """Whether llama-quantize can make the tensor of this name into this type only with a row for it in an importance matrix."""
+    if tensor in EMBEDDINGS:
+        return kind in _NEED_IMATRIX_EVEN_THERE
+    return kind in NEED_IMATRIX or (kind, file_type) == ("Q2_K", "Q2_K_S")
 
 
 def check_file_type(name: str) -> str:
