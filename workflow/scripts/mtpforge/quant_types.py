@@ -32,10 +32,13 @@ NEED_IMATRIX = (
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 _NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
 
-# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights).
+# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights); of types that
+# need an importance matrix, with an uneven one.
 RELATIVE_ERROR = {
     "F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.007, "Q6_K": 0.023, "Q5_K": 0.043, "Q5_0": 0.058, "Q5_1": 0.058,
     "Q4_K": 0.087, "IQ4_NL": 0.093, "IQ4_XS": 0.094, "Q4_0": 0.116, "Q4_1": 0.116, "Q3_K": 0.184, "IQ3_S": 0.198, "Q2_K": 0.343,
+    "IQ3_XXS": 0.217, "IQ2_S": 0.316, "IQ2_XS": 0.355, "IQ2_XXS": 0.419, "IQ1_M": 0.524, "IQ1_S": 0.596,
+    "TQ1_0": 0.851, "TQ2_0": 0.851,
 }  # fmt: skip
 
 
