@@ -13,13 +13,14 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all setup setup-test toolchain converter lint test golden check-golden bench lock clean help python compiler
+.PHONY: all setup setup-test toolchain converter older lint test golden check-golden bench lock clean help python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
 # the place, because an environment cannot be moved.
 define install
 	@{ pwd; cat envs/$(2).txt; } | cmp -s - $(1)/$(2).stamp && $(1)/bin/python -c '' || { \
+		{ [ ! -L $(1) ] || { echo "error: $(1) is a link, behind which all would be deleted: remove it" >&2; exit 1; }; } && \
 		echo "setting up $(1) from envs/$(2).txt (a minute or so)" && \
 		$(PYTHON) -m venv $(3) $(1) && \
 		$(1)/bin/python $(PIP_INSTALL) -r envs/$(2).txt && \
@@ -42,6 +43,9 @@ toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpfo
 converter: setup ## set up llama.cpp's own converter in resources/converter (installs torch)
 	@$(ACTIVE) snakemake --cores $(CORES) converter
 
+older: setup ## build the older llama.cpp whose files the tests use (once per user, about 8 minutes on 2 cores)
+	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/older.py
+
 lint: setup-test ## check style and types
 	@$(ACTIVE) ruff check .
 	@$(ACTIVE) ruff format --check .
@@ -58,8 +62,9 @@ golden: converter ## make the golden digests anew with llama.cpp's own converter
 check-golden: converter ## compare the golden digests with what llama.cpp's own converter makes
 	@resources/converter/environment/bin/python tests/golden/make.py --check
 
-bench: setup ## measure conversion beside cp and upstream's converter (25 GB under resources/bench, some minutes)
+bench: setup ## measure conversion and injection beside cp and others' tools (25 GB under resources/bench, some minutes)
 	@$(ACTIVE) python bench/conversion.py
+	@$(ACTIVE) python bench/injection.py
 
 lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock

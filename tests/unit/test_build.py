@@ -52,6 +52,26 @@ def test_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--type" not in build.verify_options(wildcards("theirs"))
 
 
+def test_a_base_on_the_disk_brings_all_its_files_and_may_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    several, own = {"path": "x/base-00001-of-00002.gguf"}, {"path": "x/own.gguf", "in_place": True}
+    build = Build(config({"variants": {"several": {"base": several, "replace_head": True}, "own": {"base": own}}}))
+    assert build.base_if_any(wildcards("several")) == ["x/base-00001-of-00002.gguf", "x/base-00002-of-00002.gguf"]
+    assert build.inject_options(wildcards("several")) == "--replace-head"
+    assert (build.base_if_any(wildcards("own")), build.own_base_if_any(wildcards("own"))) == ([], ["x/own.gguf"])
+    assert build.inject_options(wildcards("own")) == "--in-place"
+    assert "--trunk results/m/work/injected/own.json" in build.verify_options(wildcards("own"))
+    with pytest.raises(ConfigError, match=r"variants/b/base: x/own\.gguf is changed in place for models/m/variants/a"):
+        Build(config({"variants": {"b": {"base": {"path": "x/own.gguf"}}, "a": {"base": own}}}))
+
+
+def test_a_head_has_types_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config(head={"type": "Q4_K", "tensors": {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}}))
+    assert build.head(wildcards()) == "Q4_K,eh_proj=Q8_0,attn_.*=Q6_K"
+    assert build.head_option(wildcards()) == "--head 'Q4_K,eh_proj=Q8_0,attn_.*=Q6_K'"
+
+
 def test_of_a_checkpoint_that_only_lends_its_head_only_the_head_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     theirs = {"repo": "They/Base", "file": "Base-Q4_K_M-00001-of-00002.gguf", "revision": "1" * 40}
@@ -164,6 +184,10 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(type="Q4KM"), "models/m/variants/Q4_K_M: unknown quantization type 'Q4KM'"),
         (config(head="Q7"), "models/m/variants/Q4_K_M: unknown tensor type 'Q7'"),
         (config(head="IQ3_S"), "drafts badly: take Q4_K or better"),
+        (config(head={"type": "Q8_0", "tensors": {"ffn": "IQ3_S"}}), "drafts badly: take Q4_K or better"),
+        (config(head={"type": "Q8_0", "tensors": {"a,b": "Q4_K"}}), "variants/Q4_K_M/head/tensors: 'a,b' does not match"),
+        (config(head={"tensors": {"ffn": "Q4_K"}}), "variants/Q4_K_M/head: 'type' is a required property"),
+        (config(replace_head=True), "replace_head: there is no base"),
         (config(tensors={"attn_.*": "Q4_K_M"}), "unknown tensor type 'Q4_K_M'"),
         (config(tensors={"attn_(": "Q4_K"}), "is no regular expression"),
         (config(tensors={"attn _q": "Q4_K"}), "without white space"),

@@ -1,15 +1,20 @@
 """A head is appended to a base that lacks one: every other byte stays, every key that counts blocks is right."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, SCRIPTS
 from gguf.constants import GGUFValueType
-from mtpforge import convert, gguf_file
-from mtpforge.errors import GgufError
+from mtpforge import convert, gguf_file, in_place, split
+from mtpforge.errors import ConfigError, ForgeError, GgufError
 from mtpforge.gguf_file import Gguf, Value
-from mtpforge.inject import inject
+from mtpforge.inject import PADDING, cost, inject, trunk_digests
+from mtpforge.ranges import BLOCK
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 
@@ -28,6 +33,10 @@ def content(opened: Gguf, name: str) -> bytes:
     return piece.path.read_bytes()[piece.offset : piece.offset + piece.size]
 
 
+def contents(opened: Gguf) -> dict[str, bytes]:
+    return {name: content(opened, name) for name in opened.tensors}
+
+
 def rewrite(source: Path, out: Path, change: Callable[[dict[str, Value]], object], drop: str = "\0") -> Path:
     """A copy with other metadata, without the tensors that begin with `drop`."""
     opened = gguf_file.read(source)
@@ -42,13 +51,20 @@ def set_u32(key: str, value: int) -> Callable[[dict[str, Value]], object]:
     return lambda metadata: metadata.update({key: Value.of(value, GGUFValueType.UINT32)})
 
 
+def start_of_data(opened: Gguf) -> int:
+    return min(piece.offset for piece in opened.ranges.values())
+
+
+# ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 @pytest.mark.parametrize("head", ["head", "all", "checkpoint"])
 def test_trunk_and_head_make_the_whole(parts: dict[str, Path], head: str, tmp_path: Path) -> None:
     inject(parts["trunk"], CHECKPOINT if head == "checkpoint" else parts[head], tmp_path / "out.gguf")
     whole, injected, base = (gguf_file.read(path) for path in (parts["all"], tmp_path / "out.gguf", parts["trunk"]))
     assert injected.tensors == whole.tensors  # names, shapes and types
     assert all(content(injected, name) == content(whole, name) for name in whole.tensors)
-    assert {k: v for k, v in injected.metadata.items() if k != "general.size_label"} == {
+    assert {k: v for k, v in injected.metadata.items() if k not in ("general.size_label", PADDING)} == {
         k: v for k, v in whole.metadata.items() if k != "general.size_label"
     }
     assert injected.metadata["general.size_label"] == base.metadata["general.size_label"]  # the base's own word stays
@@ -64,8 +80,8 @@ def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Pa
     inject(odd, parts["head"], tmp_path / "out.gguf")
     base, out = gguf_file.read(odd), gguf_file.read(tmp_path / "out.gguf")
     changed = {key for key, value in out.metadata.items() if base.metadata.get(key) != value}
-    assert changed == {"qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.attention.recurrent_layers"}
-    assert [key for key in out.metadata if key != "qwen35.nextn_predict_layers"] == list(base.metadata)
+    assert changed == {"qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.attention.recurrent_layers", PADDING}
+    assert [key for key in out.metadata if key != "qwen35.nextn_predict_layers"] == [*base.metadata, PADDING]
     blocks = base.get("qwen35.block_count")
     assert len(base.get("qwen35.rope.dimension_sections")) == blocks  # the trap
     assert out.get("qwen35.attention.recurrent_layers") == [*base.get("qwen35.attention.recurrent_layers"), False]
@@ -88,13 +104,17 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[st
     def base(key: str, value: int) -> Path:
         return rewrite(parts["trunk"], tmp_path / f"{key}.gguf", set_u32(key, value))
 
-    assert "has a head already (block 4)" in refusal(parts["all"], parts["head"], tmp_path)
     assert "has no head" in refusal(parts["trunk"], parts["trunk"], tmp_path)
     assert (
         "is 512 in" in (message := refusal(base("qwen35.embedding_length", 512), parts["head"], tmp_path)) and "256 in" in message
     )
     assert "has 3 blocks, the head" in refusal(base("qwen35.block_count", 3), parts["head"], tmp_path)
-    assert "split GGUF" in refusal(base("split.count", 2), parts["head"], tmp_path)
+    assert "vocabulary is 1280 in" in refusal(
+        parts["trunk"], rewrite(parts["head"], tmp_path / "v.gguf", set_u32("qwen35.vocab_size", 99)), tmp_path
+    )
+    sections = Value.of([3, 3, 1, 1], GGUFValueType.ARRAY, GGUFValueType.INT32)
+    turned = rewrite(parts["trunk"], tmp_path / "r.gguf", lambda m: m.update({"qwen35.rope.dimension_sections": sections}))
+    assert "is [3, 3, 1, 1] in" in (message := refusal(turned, parts["head"], tmp_path)) and "[3, 3, 2, 0] in" in message
     other = rewrite(
         parts["trunk"],
         tmp_path / "x.gguf",
@@ -106,10 +126,257 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[st
         tmp_path / "torn.gguf",
         lambda m: (set_u32("qwen35.block_count", 4)(m), m.pop("qwen35.nextn_predict_layers")),
     )
-    assert "tensors of block 4" in refusal(torn, parts["head"], tmp_path)
+    assert "has blk.4.nextn.eh_proj.weight, a tensor of a block that its metadata does not declare" in refusal(
+        torn, parts["head"], tmp_path
+    )
 
 
 def test_a_per_layer_array_that_the_head_does_not_know_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     widths = Value.of([1, 2, 3, 4], GGUFValueType.ARRAY, GGUFValueType.UINT32)
     base = rewrite(parts["trunk"], tmp_path / "base.gguf", lambda m: m.update({"qwen35.widths": widths}))
     assert "qwen35.widths has an entry for each of 4 blocks" in refusal(base, parts["head"], tmp_path)
+
+
+def test_the_data_keeps_its_place_in_a_block_of_the_file_system(parts: dict[str, Path], tmp_path: Path) -> None:
+    for extra in (0, 100, 5000):
+        note = Value.of("x" * extra, GGUFValueType.STRING)
+        base = rewrite(parts["trunk"], tmp_path / "base.gguf", lambda m, note=note: m.update({"a.note": note}))
+        inject(base, parts["head"], tmp_path / "out.gguf")
+        assert (start_of_data(gguf_file.read(tmp_path / "out.gguf")) - start_of_data(gguf_file.read(base))) % BLOCK == 0
+
+
+def test_a_head_that_is_declared_but_lost_is_put_back(parts: dict[str, Path], tmp_path: Path) -> None:
+    """A checkpoint without its head that is converted by upstream makes such a file, which does not load."""
+    base = rewrite(parts["all"], tmp_path / "base.gguf", lambda m: None, drop="blk.4.")
+    inject(base, parts["head"], tmp_path / "out.gguf")
+    whole, made = gguf_file.read(parts["all"]), gguf_file.read(tmp_path / "out.gguf")
+    assert contents(made) == contents(whole)
+    assert {key: value for key, value in made.metadata.items() if key != PADDING} == whole.metadata
+
+
+def test_the_trunk_is_recorded_as_it_was_before(parts: dict[str, Path], tmp_path: Path) -> None:
+    inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
+    before = trunk_digests(gguf_file.read(parts["trunk"]))
+    assert len(before) == 55 and before == trunk_digests(gguf_file.read(tmp_path / "out.gguf"))
+    assert (tmp_path / "trunk.json").read_text().count('": "') == 55
+
+
+def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
+    """ik_llama.cpp has the same names; it knows no recurrent_layers, and Lemonade only a UINT32 (their sources, 2026)."""
+    inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
+    made = gguf_file.read(tmp_path / "out.gguf")
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head_norm"):
+        assert f"blk.4.nextn.{name}.weight" in made.tensors
+    assert made.metadata["qwen35.nextn_predict_layers"] == Value.of(1, GGUFValueType.UINT32)
+    assert made.get("qwen35.block_count") == 5 and made.get("qwen35.full_attention_interval") == 4
+
+
+def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="'eh_porj' matches no matrix of the head: blk"):
+        inject(parts["trunk"], parts["draft"], tmp_path / "out.gguf", "Q8_0,eh_porj=Q4_K", say=said.append)
+    assert said == []
+    inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", say=said.append)
+    assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 26.9% on top of trunk.gguf"]
+    head = gguf_file.read(parts["head"])
+    assert "at Q4_K/Q8_0" in cost(gguf_file.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
+
+
+# ── a base that has a head ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_head_again_changes_nothing(parts: dict[str, Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    inject(parts["all"], parts["head"], tmp_path / "out.gguf", say=said.append)
+    assert (tmp_path / "out.gguf").read_bytes() == parts["all"].read_bytes() and "has this head already" in said[-1]
+
+
+def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
+    opened = gguf_file.read(parts["head"])
+    dead = tmp_path / "dead.gguf"
+    zeros = [(info, [memoryview(bytes(info.size))]) for info in opened.tensors.values()]
+    gguf_file.write(dead, opened.metadata, zeros)
+    inject(parts["trunk"], dead, tmp_path / "base.gguf")
+    message = refusal(tmp_path / "base.gguf", parts["head"], tmp_path)
+    assert "has another head (blk.4.attn_k.weight has other values)" in message and "--replace-head" in message
+    inject(tmp_path / "base.gguf", parts["head"], tmp_path / "out.gguf", replace_head=True)
+    inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
+def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
+    opened = gguf_file.read(parts["all"])
+    order = sorted(opened.tensors, key=lambda name: (not name.startswith("blk.4."), name))
+    gguf_file.write(tmp_path / "base.gguf", opened.metadata, [(opened.tensors[name], [opened.ranges[name]]) for name in order])
+    inject(tmp_path / "base.gguf", parts["head"], tmp_path / "same.gguf", replace_head=True)
+    assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
+    short = rewrite(tmp_path / "base.gguf", tmp_path / "short.gguf", lambda m: None, drop="blk.4.attn_k.")
+    inject(short, parts["head"], tmp_path / "out.gguf", replace_head=True)
+    assert contents(gguf_file.read(tmp_path / "out.gguf")) == contents(opened)
+
+
+# ── a base in several files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def shards(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return split.split(parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000)
+
+
+def test_a_base_in_several_files_becomes_one(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+    assert len(shards) == 3
+    inject(shards[0], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
+    inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf", digests=tmp_path / "expected.json")
+    made, expected = gguf_file.read(tmp_path / "out.gguf"), gguf_file.read(tmp_path / "expected.gguf")
+    assert contents(made) == contents(expected)
+    assert {**made.metadata, PADDING: None} == {**expected.metadata, PADDING: None}  # no split.* among them
+    assert (tmp_path / "trunk.json").read_text() == (tmp_path / "expected.json").read_text()
+
+
+def test_a_base_in_several_files_keeps_them(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+    inject(shards[0], parts["head"], tmp_path / "out")
+    made = [gguf_file.read(tmp_path / "out" / path.name) for path in shards]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in shards]
+    assert contents(split.read(made[0].path)) == contents(gguf_file.read(parts["all"]))
+    assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get("qwen35.block_count") == 5
+    for before, after in zip(map(gguf_file.read, shards), made, strict=True):
+        assert set(before.tensors) <= set(after.tensors) and (start_of_data(after) - start_of_data(before)) % BLOCK == 0
+        assert [key for key in before.metadata if before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key]
+
+
+def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+    def copied(name: str) -> list[Path]:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in shards:
+            (folder / path.name).write_bytes(path.read_bytes())
+        return [folder / path.name for path in shards]
+
+    assert "give the first" in refusal(shards[1], parts["head"], tmp_path)
+    missing = copied("missing")
+    missing[1].unlink()
+    assert f"{missing[1]}: no such file" in refusal(missing[0], parts["head"], tmp_path)
+    swapped = copied("swapped")
+    swapped[1].write_bytes(shards[2].read_bytes())
+    assert "says that it is file 2 of 3" in refusal(swapped[0], parts["head"], tmp_path)
+    fewer = copied("fewer")
+    rewrite(shards[2], fewer[2], lambda m: None, drop=list(gguf_file.read(shards[2]).tensors)[-1])
+    assert "55 tensors are in these files, it says, and 54 are there" in refusal(fewer[0], parts["head"], tmp_path)
+    renamed = shards[0].rename(shards[0].with_name("renamed.gguf"))
+    try:
+        assert "by the name that tells the others'" in refusal(renamed, parts["head"], tmp_path)
+    finally:
+        renamed.rename(shards[0])
+
+
+def test_the_kind_of_output_must_fit_the_base(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(GgufError, match="for a base in several files, a folder"):
+        inject(parts["trunk"], parts["head"], tmp_path / "folder")
+    with pytest.raises(GgufError, match="for a base in several files, a folder"):
+        inject(shards[0], parts["head"], None)
+
+
+# ── in place ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own(parts: dict[str, Path], tmp_path: Path) -> Path:
+    """A base that may be changed."""
+    path = tmp_path / "own.gguf"
+    path.write_bytes(parts["trunk"].read_bytes())
+    return path
+
+
+def expected_of(parts: dict[str, Path], tmp_path: Path) -> bytes:
+    inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf")
+    return (tmp_path / "expected.gguf").read_bytes()
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_the_file_itself_becomes_what_a_copy_would(
+    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, possible: bool
+) -> None:
+    """Also where the file system cannot make room at the beginning: then a new file takes its place."""
+    inode = own.stat().st_ino
+    if not possible:
+        monkeypatch.setattr(in_place, "_make_room", lambda descriptor, count: False)
+    inject(own, parts["head"], None)
+    assert own.read_bytes() == expected_of(parts, tmp_path)
+    assert names_in(tmp_path) == {"own.gguf", "expected.gguf"}
+    assert (own.stat().st_ino == inode) is (possible and sys.platform == "linux")
+
+
+@pytest.mark.parametrize("step", ["append_run", "_make_room", "_write_header"])
+def test_a_killed_run_is_repaired_by_the_next(parts: dict[str, Path], own: Path, tmp_path: Path, step: str) -> None:
+    """SIGKILL as a step begins: the file is then as it was, grown at its end, or without its header."""
+    module = "gguf_file" if step == "append_run" else "in_place"
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from pathlib import Path
+from mtpforge import gguf_file, in_place
+from mtpforge.inject import inject
+{module}.{step} = lambda *_: os.kill(os.getpid(), 9)
+inject(Path({str(own)!r}), Path({str(parts["head"])!r}), None)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert ".own.gguf.journal" in names_in(tmp_path)
+    with pytest.raises(GgufError, match=r"was interrupted: run inject\.py --in-place on it again"):
+        inject(own, parts["head"], tmp_path / "out.gguf")
+    said: list[str] = []
+    inject(own, parts["head"], None, say=said.append)
+    assert own.read_bytes() == expected_of(parts, tmp_path)
+    assert ("has this head already" in said[-1]) is (
+        step == "_write_header"
+    )  # finished; in the other cases taken back, and done again
+    assert names_in(tmp_path) == {"own.gguf", "expected.gguf"}
+
+
+def test_what_a_power_cut_tears_is_seen(parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    def cut(*_: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patched, pytest.raises(PowerCut):
+        patched.setattr(in_place, "_write_header", cut)
+        inject(own, parts["head"], None)
+    data = own.read_bytes()
+    middle = len(data) // 2
+    own.write_bytes(data[:middle] + bytes(BLOCK) + data[middle:-BLOCK])  # what lies behind the middle has not arrived yet
+    with pytest.raises(GgufError, match="was torn while a head was put into it: get it again from where it came"):
+        inject(own, parts["head"], None)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(gguf_file, "append_run", full)
+        inject(own, parts["head"], None)
+    assert own.read_bytes() == parts["trunk"].read_bytes() and names_in(tmp_path) == {"own.gguf"}
+
+
+def test_a_file_that_has_come_in_place_of_a_torn_one_is_not_repaired(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+    (tmp_path / ".own.gguf.journal").write_text('{"inode": 1, "size": 1, "shifted": 10000000000, "edges": {}}\n')
+    with pytest.raises(GgufError, match="is not the file that an interrupted run has left: if it is a new one, delete"):
+        inject(own, parts["head"], None)
+    assert own.read_bytes() == parts["trunk"].read_bytes()
+
+
+def test_a_file_with_other_names_is_not_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(own)
+    with pytest.raises(ForgeError, match="is a link"):
+        inject(tmp_path / "link.gguf", parts["head"], None)
+    os.link(own, tmp_path / "other.gguf")
+    with pytest.raises(ForgeError, match="has other names"):
+        inject(own, parts["head"], None)
+    assert own.read_bytes() == parts["trunk"].read_bytes()

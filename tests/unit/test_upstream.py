@@ -137,8 +137,10 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
         f"{architecture}.block_count": Value.of(blocks, GGUFValueType.UINT32),
         f"{architecture}.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
     }
-    infos = [TensorInfo(f"blk.{i}.{name}", (1,), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names]
-    gguf_file.write(path, metadata, [(info, [memoryview(bytes(4))]) for info in infos])
+    infos = [
+        TensorInfo(f"blk.{i}.{name}", (2, 2), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names
+    ]
+    gguf_file.write(path, metadata, [(info, [memoryview(bytes(16))]) for info in infos])
     return gguf_file.read(path)
 
 
@@ -154,16 +156,25 @@ def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> Non
 
 def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
     several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
-    assert quantize.plan_overrides(several, "Q4_0", None, ()) == [(r"^blk\.(9|10|11)\.", "Q8_0")]
+    assert quantize.plan_overrides(several, "Q4_0", None, ()) == [
+        (rf"^blk\.{block}\.attn_q\.weight$", "Q8_0") for block in (9, 10, 11)
+    ]
     assert inject.head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
-    one = head_of(tmp_path / "one.gguf", "mimo2", 12, 1, "attn_q.weight")
-    assert quantize.plan_overrides(one, "Q4_0", None, ()) == [(r"^blk\.11\.", "Q8_0")]
 
 
-def test_a_head_of_several_blocks_is_not_injected(tmp_path: Path) -> None:
-    base, head = head_of(tmp_path / "base.gguf", "mimo2", 2, 0), head_of(tmp_path / "head.gguf", "mimo2", 4, 2, "attn_q.weight")
-    with pytest.raises(GgufError, match="a head of 2 blocks: only a head of one block can be injected"):
-        inject.assemble(base, head, tmp_path / "out.gguf")
+def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path: Path) -> None:
+    def with_windows(path: Path, blocks: int, heads: int) -> Path:
+        opened = head_of(path, "mimo2", blocks, heads, "attn_q.weight")
+        windows = Value.of(list(range(blocks)), GGUFValueType.ARRAY, GGUFValueType.UINT32)
+        tensors = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
+        gguf_file.write(path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors)
+        return path.with_suffix(".gguf")
+
+    base, head = with_windows(tmp_path / "base", 2, 0), with_windows(tmp_path / "head", 4, 2)
+    inject.inject(base, head, tmp_path / "out.gguf")
+    made = gguf_file.read(tmp_path / "out.gguf")
+    assert (made.get("mimo2.block_count"), made.get("mimo2.nextn_predict_layers")) == (4, 2)
+    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors) == ["blk.2.attn_q.weight", "blk.3.attn_q.weight"]
 
 
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])

@@ -1,6 +1,6 @@
-# A head for a GGUF that lacks one.
+# A head for a GGUF that lacks one, or that is to have another.
 # Needs: the base, the head as a BF16 GGUF, and llama-quantize for the head's type.
-# Makes: results/<model>/work/injected/<variant>.gguf.
+# Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of the trunk's tensors as they were before.
 
 
 rule inject:
@@ -8,10 +8,12 @@ rule inject:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
         base=build.base_if_any,
+        own=ancient(build.own_base_if_any),  # is changed in place, and its time with every name that it gets
         head=ancient(build.head_file),
         digests=build.head_digests,
     output:
-        temp("results/{model}/work/injected/{variant}.gguf"),
+        file=temp("results/{model}/work/injected/{variant}.gguf"),
+        trunk="results/{model}/work/injected/{variant}.json",
     log:
         "logs/{model}/inject-{variant}.log",
     benchmark:
@@ -21,8 +23,9 @@ rule inject:
     params:
         base=build.base,
         head_type=build.head,
+        options=build.inject_options,
     message:
         "{wildcards.model}: inject the head ({params.head_type}) into {params.base}"
     shell:
-        "python {input.code[0]:q} {params.base:q} --head {input.head:q} --head-type {params.head_type}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {params.base:q} --head {input.head:q} --head-type {params.head_type:q} {params.options}"
+        " --digests {output.trunk:q} --out {output.file:q} 2>&1 | tee {log:q}"

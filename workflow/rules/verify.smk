@@ -9,7 +9,7 @@ rule verify:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
         file=build.candidate,
-        base=build.base_if_any,
+        trunk=build.trunk_if_any,
         reference=ancient(build.reference),
         checkpoint=build.checkpoint_inputs,
         recipe="results/{model}/work/recipes/{variant}.yaml",

@@ -1,13 +1,20 @@
 """Give a GGUF that lacks one a multi-token-prediction head; all its other tensors stay byte for byte.
 
 example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --out with-head.gguf
+A base in several files is named by its first, X-00001-of-0000N.gguf; --out is then one F.gguf, or a folder for as many files.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from mtpforge import atomic, errors, programs, progress
-from mtpforge.inject import inject
+from mtpforge import atomic, errors, inject, programs, progress
+
+HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
+IN_PLACE = (
+    "change BASE.gguf itself: its data is moved up within the file where the file system can (ext4, XFS); "
+    "--out, if given, is then a second name of it (a hard link)"
+)
 
 
 def main() -> None:
@@ -17,13 +24,27 @@ def main() -> None:
     parser.add_argument(
         "--head", type=Path, required=True, metavar="HEAD", help="a GGUF that has the head, or the checkpoint's folder"
     )
-    parser.add_argument("--head-type", metavar="T", help="tensor type of the head, such as Q8_0 (default: as it is in HEAD)")
-    parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
+    parser.add_argument("--head-type", metavar="T", help=HEAD_TYPE)
+    parser.add_argument("--replace-head", action="store_true", help="of a base that has another head, take it away")
+    parser.add_argument("--out", type=Path, help="the GGUF to write")
+    parser.add_argument("--in-place", action="store_true", help=IN_PLACE)
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="first write the sha256 of each tensor of the base's trunk")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-quantize is (default: %(default)s)")
     args = parser.parse_args()
-    atomic.refuse_overwriting(args.out, args.base, args.head)
-    with progress.bar(args.out.name) as show:
-        inject(args.base, args.head, args.out, args.head_type, args.bin, show)
+    if not (args.out or args.in_place):
+        parser.error("--out or --in-place is needed")
+    for out in filter(None, (args.out, args.digests)):
+        atomic.refuse_overwriting(out, args.base, args.head)
+    out = None if args.in_place else args.out
+    with progress.bar((out or args.base).name) as show:
+        inject.inject(args.base, args.head, out, args.head_type, args.bin, show, args.replace_head, say, args.digests)
+    if args.in_place and args.out:
+        atomic.give_name(args.base, args.out)
+
+
+def say(line: str) -> None:
+    """One line about what is going to be done."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

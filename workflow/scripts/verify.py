@@ -23,11 +23,13 @@ def main() -> None:
     source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
     source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="the file is what conversion made, and wrote these of it")
-    parser.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
+    trunk = parser.add_mutually_exclusive_group()
+    trunk.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
+    trunk.add_argument("--trunk", type=Path, metavar="FILE", help="the same, as inject.py --digests recorded it")
     parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
     parser.add_argument("--head-record", type=Path, metavar="FILE", help="of fetch_head.py: how far the head is to be trusted")
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
-    parser.add_argument("--head", metavar="T", help="the head's tensor type that was asked for, none if no head was")
+    parser.add_argument("--head", metavar="T", help="the head's type that was asked for, none if no head was")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
     parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
     parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
@@ -39,11 +41,11 @@ def main() -> None:
     args = parser.parse_args()
     processors = os.cpu_count() or 1
     request = Request(
-        args.checkpoint, args.reference, args.digests, args.base, args.target, args.type, args.head, read_recipe(args.tensors),
-        _prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
+        args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target, args.type, args.head,
+        read_recipe(args.tensors), _prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
     for out in filter(None, (args.out, args.publish)):
-        atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.target)
+        atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target)
     limit = _limit(args.split, args.file, args.publish)
     report = verify(args.file, request, args.bin)
     if args.head_record:
@@ -55,7 +57,7 @@ def main() -> None:
                 split = publish_split(args.file, args.publish, limit, request, args.bin, show)
             report = {**report, "files": split["files"], "checks": report["checks"] + split["checks"]}
         else:
-            _link(args.file, args.publish)
+            atomic.give_name(args.file, args.publish)  # no second copy on the disk
     atomic.write_json(args.out, report)
     for check in report["checks"]:
         print(f"{report['file']}: {check['name']}: {check['detail']}")
@@ -81,13 +83,6 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
     plan(gguf_file.read(file), limit)
     check_target(file, folder, folder.name)
     return limit
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give the verified bytes their final name without a second copy on the disk, where the file system can."""
-    with atomic.replacing(target) as temporary:
-        temporary.unlink()  # a link cannot be made over a file
-        atomic.link_or_copy(source, temporary)
 
 
 if __name__ == "__main__":

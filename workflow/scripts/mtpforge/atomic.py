@@ -102,6 +102,13 @@ def refuse_overwriting(out: Path, *inputs: Path | None) -> None:
             raise ForgeError(f"{out}: is an input, or inside one: --out must name another file")
 
 
+def give_name(source: Path, target: Path) -> None:
+    """Let `target` be the same bytes as `source`, as a second name of the file where the file system can."""
+    with replacing(target) as temporary:
+        temporary.unlink()  # a link cannot be made over a file
+        link_or_copy(source, temporary)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, without a second copy on the disk where the file system can. Raises OSError."""
     try:

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from . import quant_types
 from .errors import ConfigError
 from .listing import Listing, gguf_files
-from .quantize import NO_HEAD, check_pattern, default_head
+from .quantize import NO_HEAD, check_pattern, default_head, read_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
@@ -54,6 +54,7 @@ class Build:
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
             if "sidecar" in model:
                 _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
+        _check_own_bases(self.models)
         chosen = self.config["build"]
         self.chosen = list(self.models) if chosen == "all" else list(chosen)
         for name in self.chosen:
@@ -188,14 +189,13 @@ class Build:
         return _file_type(wildcards.variant, self.entry(wildcards))
 
     def head(self, wildcards: Wildcards) -> str:
-        """The head's tensor type, or `none`."""
-        entry = self.entry(wildcards)
-        return str(entry.get("head") or default_head(self.file_type(wildcards)))
+        """The head's types as `quantize.read_head` takes them, or `none`."""
+        return _head(self.entry(wildcards), self.file_type(wildcards))
 
     def head_option(self, wildcards: Wildcards) -> str:
         """The option of quantize.py that says it; nothing where there is no head."""
         head = self.head(wildcards)
-        return "" if head == NO_HEAD else f"--head {head}"
+        return "" if head == NO_HEAD else shlex.join(["--head", head])
 
     def part_head_option(self, wildcards: Wildcards) -> str:
         """The same for a part alone: a draft model is at one type."""
@@ -263,9 +263,28 @@ class Build:
         return f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf" if "type" in base else _place(base)
 
     def base_if_any(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the base depends on; nothing for a variant without one."""
-        base = self.entry(wildcards).get("base")
-        return [] if base is None else [self.base(wildcards)] if "type" in base else _evidence(base)
+        """What a job that reads the base depends on; nothing for a base that is to be changed in place."""
+        base = self.entry(wildcards)["base"]
+        return [] if base.get("in_place") else [self.base(wildcards)] if "type" in base else _evidence(base)
+
+    def own_base_if_any(self, wildcards: Wildcards) -> list[str]:
+        """A base that is to be changed in place."""
+        base = self.entry(wildcards)["base"]
+        return [base["path"]] if base.get("in_place") else []
+
+    def inject_options(self, wildcards: Wildcards) -> str:
+        """What else may be done to the base, as options of inject.py."""
+        entry = self.entry(wildcards)
+        options = {"--replace-head": entry["replace_head"], "--in-place": entry["base"].get("in_place")}
+        return " ".join(option for option, wanted in options.items() if wanted)
+
+    def trunk_digests(self, wildcards: Wildcards) -> str:
+        """The digests of the base's trunk, as it was before."""
+        return f"{WORK.format(model=wildcards.model)}/injected/{wildcards.variant}.json"
+
+    def trunk_if_any(self, wildcards: Wildcards) -> list[str]:
+        """The same as the input of a job; nothing for a variant without a base."""
+        return [self.trunk_digests(wildcards)] if "base" in self.entry(wildcards) else []
 
     def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
         """What a job that reads the importance matrix depends on; nothing for a variant without one."""
@@ -340,7 +359,7 @@ class Build:
             options += ["--head-record", f"{HUB.format(**source)}/head.json"]
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
-        return shlex.join(options + ([] if base is None else ["--base", self.base(wildcards)]))
+        return shlex.join(options + ([] if base is None else ["--trunk", self.trunk_digests(wildcards)]))
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""
@@ -355,8 +374,11 @@ def _place(file: Mapping[str, Any]) -> str:
 
 
 def _evidence(file: Mapping[str, Any]) -> list[str]:
-    """What a job that reads it depends on: your file itself, or the records of all files of a fetched one."""
-    return [file["path"]] if "path" in file else [_record(file, name) for name in gguf_files(file["file"])]
+    """What a job that reads it depends on: your file itself, or the records of a fetched one; of a split one all files."""
+    if "path" in file:
+        path = Path(file["path"])
+        return [str(path.with_name(name)) for name in gguf_files(path.name)]
+    return [_record(file, name) for name in gguf_files(file["file"])]
 
 
 def _record(source: Mapping[str, Any], name: str) -> str:
@@ -368,6 +390,13 @@ def _record(source: Mapping[str, Any], name: str) -> str:
         if not file.is_file() or file.stat().st_size != size:
             raise ConfigError(f"{file}: is gone or of another size, though it was fetched: delete {record} and run again")
     return str(record)
+
+
+def _head(entry: Mapping[str, Any], file_type: str) -> str:
+    head = entry.get("head") or default_head(file_type)
+    if isinstance(head, str):
+        return head
+    return ",".join([head["type"], *(f"{pattern}={kind}" for pattern, kind in head.get("tensors", {}).items())])
 
 
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:
@@ -390,25 +419,18 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             file_type = quant_types.check_file_type(_file_type(variant, entry))
         else:
             file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
-        if "base" in entry and "tensors" in entry:
-            raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
-        if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
-            raise ConfigError("imatrix: nothing is quantized here that it could help")
-        head = entry.get("head") or default_head(file_type)
-        if head == NO_HEAD and "base" in entry:
-            raise ConfigError("head: none: a base is there to be given a head")
+        _check_base(entry)
+        head = _head(entry, file_type)
         if head != NO_HEAD:
-            quant_types.check_tensor_type(head, low_bit=entry.get("allow_low_bit_head", False))
+            for _, kind in read_head(head):
+                quant_types.check_tensor_type(kind, low_bit=entry.get("allow_low_bit_head", False))
         if (
             "base" not in entry
             and file_type in quant_types.UNQUANTIZED
             and (head not in (file_type, NO_HEAD) or "tensors" in entry)
         ):
             raise ConfigError(f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect")
-        kinds = (file_type, head, *entry.get("tensors", {}).values())
-        if needing := [kind for kind in kinds if kind in quant_types.NEED_IMATRIX and "imatrix" not in entry]:
-            other = "" if "base" in entry else "name one, or "
-            raise ConfigError(f"imatrix: {needing[0]} cannot be quantized without an importance matrix: {other}take another type")
+        _check_imatrix(entry, file_type, head)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
 
@@ -421,6 +443,41 @@ def _check_recipe(path: str, recipe: Mapping[str, str]) -> None:
             quant_types.check_tensor_type(kind)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def _check_base(entry: Mapping[str, Any]) -> None:
+    if "base" in entry and "tensors" in entry:
+        raise ConfigError("tensors: a base is already quantized, a recipe cannot change it")
+    if "base" in entry and entry.get("head") == NO_HEAD:
+        raise ConfigError("head: none: a base is there to be given a head")
+    if "base" not in entry and entry["replace_head"]:
+        raise ConfigError("replace_head: there is no base whose head could be replaced")
+
+
+def _check_imatrix(entry: Mapping[str, Any], file_type: str, head: str) -> None:
+    if "imatrix" in entry:
+        if "base" in entry or file_type in quant_types.UNQUANTIZED:
+            raise ConfigError("imatrix: nothing is quantized here that it could help")
+        return
+    heads = [] if head == NO_HEAD else [kind for _, kind in read_head(head)]
+    for kind in (file_type, *heads, *entry.get("tensors", {}).values()):
+        if kind in quant_types.NEED_IMATRIX:
+            way = "take another type" if "base" in entry else "name one, or take another type"
+            raise ConfigError(f"imatrix: {kind} cannot be quantized without an importance matrix: {way}")
+
+
+def _check_own_bases(models: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a file that is to be changed in place is the base of another variant too."""
+    seen: dict[str, str] = {}
+    variants = ((f"models/{m}/variants/{v}", entry) for m, model in models.items() for v, entry in model["variants"].items())
+    bases = [(name, entry["base"]) for name, entry in variants if "path" in entry.get("base", {})]
+    for name, base in sorted(bases, key=lambda item: not item[1].get("in_place")):
+        if base["path"] in seen:
+            raise ConfigError(
+                f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[base['path']]}: copy it first"
+            )
+        if base.get("in_place"):
+            seen[base["path"]] = name
 
 
 def _check_sidecar(path: str, file_type: str) -> None:
@@ -443,9 +500,9 @@ def _explain(errors: list[ValidationError]) -> str:
     error = min(errors, key=lambda error: error.validator != "additionalProperties")
     path = "/".join(map(str, error.absolute_path)) or "(top)"
     if error.validator == "oneOf" and error.context:
-        # Of the alternatives, the one with the fewest faults is what was meant.
+        # Of the alternatives, one of the kind that is there, and of these the one with the fewest faults, is what was meant.
         by_alternative = [[e for e in error.context if e.schema_path[0] == i] for i in range(len(error.validator_value))]
-        return _explain(min(by_alternative, key=len))
+        return _explain(min(by_alternative, key=lambda e: (e[0].validator == "type" and not e[0].relative_path, len(e))))
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]

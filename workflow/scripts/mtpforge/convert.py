@@ -278,7 +278,9 @@ def describe(
     _model_metadata(checkpoint.directory, writer).set_gguf_meta_model(writer)
     family.describe(writer, hparams, 0 if part == "trunk" else 1)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    if part != "head":
+    if part == "head":
+        writer.add_vocab_size(hparams.count("vocab_size"))  # has no embeddings that would tell which model it belongs to
+    else:
         tokenizer.describe(writer, checkpoint.directory, hparams.count("vocab_size"), tokenizer_pre)
     return {key: _encoded(key, entry) for key, entry in writer.kv_data[0].items()}
 

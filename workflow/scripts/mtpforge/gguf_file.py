@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,25 +319,53 @@ def write(
 ) -> None:
     """Write a GGUF, whole or not at all; each tensor's payload is consumed in turn and never held.
 
-    `progress` gets bytes written and bytes in all. Raises GgufError when a payload has another size than its tensor.
+    `progress` gets bytes of tensors written, and in all. Raises GgufError when a payload has another size than its tensor.
     """
-    infos = [info for info, _ in tensors]
-    total = sum(aligned(info.size) for info in infos)
+    first = header(metadata, [info for info, _ in tensors])
+    total = sum(aligned(info.size) for info, _ in tensors)
     with replacing(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            sink = Sink(descriptor)
-            sink.append([memoryview(header(metadata, infos))])
-            done = 0
-            for info, payload in tensors:
-                size = sink.append(payload)
-                if size != info.size:
-                    raise GgufError(f"{path}: tensor {info.name} takes {info.size:,} bytes, its source gave {size:,}")
-                sink.append([memoryview(bytes(aligned(size) - size))])
-                done += aligned(size)
-                progress(done, total)
+            sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total))
+            sink.append([memoryview(first)])
+            for infos, payload in _runs(tensors):
+                append_run(sink, infos, payload)
         finally:
             os.close(descriptor)
+
+
+def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> None:
+    """Write neighbouring tensors and their padding. Raises GgufError where the payload has another size."""
+    expected = sum(aligned(info.size) for info in infos[:-1]) + infos[-1].size
+    size = sink.append(payload)
+    if size != expected:
+        names = " to ".join(dict.fromkeys((infos[0].name, infos[-1].name)))
+        raise GgufError(f"tensor {names}: {expected:,} bytes are to be written, the source gave {size:,}")
+    sink.append([memoryview(bytes(aligned(size) - size))])
+
+
+def _runs(tensors: Iterable[tuple[TensorInfo, Payload]]) -> Iterator[tuple[list[TensorInfo], Payload]]:
+    """Tensors that lie one after the other in a file as one range of it, padding included: the kernel can share its blocks."""
+    infos: list[TensorInfo] = []
+    run: Payload = ()
+    for info, payload in tensors:
+        if infos and (joined := _joined(run, payload)):
+            infos.append(info)
+            run = joined
+        else:
+            if infos:
+                yield infos, run
+            infos, run = [info], payload
+    if infos:
+        yield infos, run
+
+
+def _joined(run: Payload, payload: Payload) -> Payload | None:
+    """Both as one range of a file, where the second lies behind the first as it will in the GGUF."""
+    match run, payload:
+        case [FileRange() as a], [FileRange() as b] if a.path == b.path and a.offset + aligned(a.size) == b.offset:
+            return [FileRange(a.path, a.offset, aligned(a.size) + b.size)]
+    return None
 
 
 def header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo]) -> bytes:

@@ -1,68 +1,131 @@
 """A head for a GGUF that lacks one: the base's tensors copied unseen, the head's appended, the metadata made to agree.
 
 A GGUF is assembled from pieces under metadata that is made once. Only keys that depend on the number of blocks change;
-all others keep their bytes, their types and their order.
+all others keep their bytes, their types and their order. One is added, whose length puts the trunk at the same place in a block of
+the file system as it has in the base, so that both files can share it (see `ranges`).
 """
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
-from gguf.constants import GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from . import convert, gguf_file, programs, quant_types
+from . import atomic, convert, gguf_file, in_place, programs, quant_types, split
 from .errors import GgufError
-from .gguf_file import Gguf, TensorInfo, Value, squeezed
-from .quantize import head_blocks, quantizable, quantize
-from .ranges import Payload
+from .gguf_file import Gguf, TensorInfo, Value, aligned, squeezed
+from .quantize import Recipe, head_blocks, head_types, quantizable, quantize, read_head
+from .ranges import BLOCK, FileRange, Payload, Sink, sha256
+
+PADDING = "mtpforge.padding"
 
 Progress = Callable[[int, int], None]
+Piece: TypeAlias = tuple[TensorInfo, Payload]
 
 
 def inject(
-    base: Path, head: Path, out: Path, head_type: str | None = None, bin_dir: Path = programs.DEFAULT_BIN,
-    progress: Progress = lambda done, total: None,
+    base: Path, head: Path, out: Path | None, head_type: str | None = None, bin_dir: Path = programs.DEFAULT_BIN,
+    progress: Progress = lambda done, total: None, replace_head: bool = False, say: Callable[[str], None] = lambda line: None,
+    digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Give `base` the head of `head`, a GGUF or a checkpoint folder, at `head_type` (default: as it is there).
 
-    Raises GgufError where base and head do not belong together or the base has a head already.
+    `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files; None
+    changes the base itself. `head_type` is as `quantize.read_head` takes it. A base that has this very head is copied as it is;
+    another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
+    the sha256 of each tensor of the trunk. Raises GgufError where base and head do not belong together.
     """
-    opened = gguf_file.read(base)
-    scratch = out.with_name(f".{out.name}.head")
+    if out is None:
+        in_place.repair(base)
+    else:
+        in_place.refuse_unfinished(base)
+    files = split.shards(base)
+    opened, single = split.joined(files), len(files) == 1
+    if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
+        raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
+    with _scratch(out or base) as scratch:
+        given = _open_head(head, scratch)
+        check_match(opened, given)
+        say(cost(opened, given, read_head(head_type) if head_type else ()))
+        if digests:
+            atomic.write_json(digests, trunk_digests(opened))
+        new = _at_types(given, head_type, scratch, bin_dir)
+        differences = _differences(opened, new) if _head_names(opened) else []
+        if differences and not replace_head:
+            raise GgufError(
+                f"{base}: has another head ({differences[0]}): --replace-head, replace_head: true, puts this in its place"
+            )
+        same = bool(_head_names(opened)) and not differences
+        if same:
+            say(f"{base} has this head already, byte for byte")
+        if out is None:
+            if not same:
+                _change(opened, new, progress)
+        elif same and single:
+            _copy(opened.path, out, progress)
+        elif out.suffix == ".gguf":
+            assemble(opened, new, out, progress)
+        else:
+            _assemble_files(files, opened, new, out, progress)
+
+
+def trunk_digests(base: Gguf) -> dict[str, str]:
+    """The sha256 of each tensor that is not the head's."""
+    trunk = trunk_only(base)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(trunk.ranges, pool.map(sha256, trunk.ranges.values()), strict=True))
+
+
+@contextmanager
+def _scratch(beside: Path) -> Iterator[Path]:
+    """A hidden folder for what the head passes through, on the disk that has the room."""
+    scratch = beside.with_name(f".{beside.name}.head")
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left behind
     scratch.mkdir(parents=True)
     try:
-        assemble(opened, _prepare(head, head_type, scratch, bin_dir), out, progress)
+        yield scratch
     finally:
         shutil.rmtree(scratch)
 
 
-def _prepare(head: Path, head_type: str | None, scratch: Path, bin_dir: Path) -> Gguf:
-    """The head as a GGUF at the type asked for."""
+# ── the head ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _open_head(head: Path, scratch: Path) -> Gguf:
+    """What has the head, as a GGUF. Raises GgufError, CheckpointError."""
     if head.is_dir():
         convert.convert(head, scratch / "head-BF16.gguf", "head")
         head = scratch / "head-BF16.gguf"
-    opened = head_only(gguf_file.read(head))
-    if head_type is None or types_of(opened) <= {head_type}:
-        return opened
-    quant_types.check_tensor_type(head_type)
-    if types_of(opened) != {"BF16"}:
-        raise GgufError(f"{head}: a head of {', '.join(sorted(types_of(opened)))} cannot become {head_type}: give the BF16 head")
-    alone = scratch / "head.gguf"
-    gguf_file.write(alone, opened.metadata, [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()])
-    # Any quantized type of file serves: the override decides for every tensor of a head.
-    quantize(alone, scratch / "quantized.gguf", "F16" if head_type == "F16" else "Q8_0", head_type, bin_dir=bin_dir)
-    return gguf_file.read(scratch / "quantized.gguf")
+    opened = split.read(head)
+    if not _head_names(opened):
+        raise GgufError(f"{head}: has no head (no nextn_predict_layers, or no tensors of its block)")
+    return opened
+
+
+def _head_names(source: Gguf) -> list[str]:
+    """The tensors of the head's blocks; none where the file has no head, or declares one that it has lost."""
+    prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
+    return [name for name in source.tensors if name.startswith(prefixes)] if prefixes else []
 
 
 def head_only(source: Gguf) -> Gguf:
-    """The same file with only its head's tensors in view. Raises GgufError where it has none."""
-    prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
-    names = [name for name in source.tensors if name.startswith(prefixes)]
-    if not names:
-        raise GgufError(f"{source.path}: has no head (no nextn_predict_layers, or no tensors of its block)")
-    return Gguf(source.path, source.metadata, {n: source.tensors[n] for n in names}, {n: source.ranges[n] for n in names})
+    """The same file with only its head's tensors in view."""
+    return _view(source, _head_names(source))
+
+
+def trunk_only(source: Gguf) -> Gguf:
+    """The same file without its head's tensors in view."""
+    head = set(_head_names(source))
+    return _view(source, [name for name in source.tensors if name not in head])
+
+
+def _view(source: Gguf, names: list[str]) -> Gguf:
+    return replace(source, tensors={n: source.tensors[n] for n in names}, ranges={n: source.ranges[n] for n in names})
 
 
 def types_of(head: Gguf) -> set[str]:
@@ -70,17 +133,112 @@ def types_of(head: Gguf) -> set[str]:
     return {info.type.name for name, info in head.tensors.items() if quantizable(info)}
 
 
+def _planned(head: Gguf, recipe: Recipe) -> list[TensorInfo]:
+    """The head's tensors at the types that they will have."""
+    types = head_types(head, recipe) if recipe else {}
+    return [
+        replace(info, type=GGMLQuantizationType[quant_types.fitting(types.get(name, info.type.name), info.shape[-1])])
+        for name, info in head_only(head).tensors.items()
+    ]
+
+
+def cost(base: Gguf, head: Gguf, recipe: Recipe = ()) -> str:
+    """What the head adds to the base, in bytes and bits. Raises ConfigError."""
+    infos = _planned(head, recipe)
+    size, weights = sum(info.size for info in infos), sum(info.elements for info in infos)
+    before = base.path.stat().st_size
+    types = "/".join(dict.fromkeys(info.type.name for info in infos if quantizable(info)))
+    return (
+        f"the head at {types}: {len(infos)} tensors, {size:,} bytes, {8 * size / weights:.2f} bits per weight; "
+        f"{100 * size / before:.1f}% on top of {base.path.name}"
+    )
+
+
+def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -> Gguf:
+    """The head alone, at the types asked for. Raises GgufError, ConfigError, ToolchainError."""
+    alone = head_only(head)
+    if head_type is None or _planned(head, read_head(head_type)) == list(alone.tensors.values()):
+        return alone
+    if types_of(alone) != {"BF16"}:
+        raise GgufError(f"{head.path}: a head of {'/'.join(sorted(types_of(alone)))} cannot become {head_type}: give the BF16 head")
+    tensors = [(info, [alone.ranges[name]]) for name, info in alone.tensors.items()]
+    gguf_file.write(scratch / "head.gguf", head.metadata, tensors)
+    # Any quantized type of file serves: for every matrix of a head there is an override.
+    quantize(scratch / "head.gguf", scratch / "quantized.gguf", "Q8_0", head_type, bin_dir=bin_dir)
+    return gguf_file.read(scratch / "quantized.gguf")
+
+
+def _differences(base: Gguf, head: Gguf) -> list[str]:
+    """In what the base's own head differs from this one."""
+    own = head_only(base)
+    problems = [f"{name} is not there" for name in head.tensors.keys() - own.tensors.keys()]
+    problems += [f"{name} is more" for name in own.tensors.keys() - head.tensors.keys()]
+    for name in head.tensors.keys() & own.tensors.keys():
+        ours, theirs = own.tensors[name], head.tensors[name]
+        if (ours.type, squeezed(ours.shape)) != (theirs.type, squeezed(theirs.shape)):
+            problems.append(f"{name} is {ours.type.name} {list(ours.shape)}, not {theirs.type.name} {list(theirs.shape)}")
+        elif sha256(own.ranges[name]) != sha256(head.ranges[name]):
+            problems.append(f"{name} has other values")
+    return sorted(problems)
+
+
+# ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def assemble(base: Gguf, head: Gguf, out: Path, progress: Progress = lambda done, total: None) -> None:
     """Write base and head as one file. Raises GgufError."""
-    metadata = merged_metadata(base, head)
-    pieces: list[tuple[TensorInfo, Payload]] = [(info, [base.ranges[name]]) for name, info in base.tensors.items()]
-    written = {_in_block(name): info.shape for name, info in base.tensors.items()}
-    for name, info in head.tensors.items():
-        # A matrix of one row is written as a vector by some programs: the head's go as the base has them.
-        if written.get(_in_block(name)) == squeezed(info.shape):
-            info = replace(info, shape=squeezed(info.shape))
-        pieces.append((info, [head.ranges[name]]))
-    gguf_file.write(out, metadata, pieces, progress)
+    trunk = trunk_only(base)
+    tensors = _pieces(trunk) + _fitted(head, trunk)
+    gguf_file.write(out, _padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
+
+
+def _change(base: Gguf, head: Gguf, progress: Progress) -> None:
+    """Put the head into the base's own file; a new file in its place where that cannot be. Raises GgufError, OSError."""
+    if not _head_names(base):
+        tensors = _fitted(head, base)
+        metadata = _padded(merged_metadata(base, head), _pieces(base) + tensors, base)
+        if in_place.insert(base, metadata, tensors, progress):
+            return
+    assemble(base, head, base.path, progress)
+
+
+def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, progress: Progress) -> None:
+    """Write base and head in files as the base has them, the head in the last. Raises ConfigError, GgufError."""
+    split.check_target(base.path, folder, files[0].path.name.removesuffix(f"-00001-of-{len(files):05}.gguf"))
+    trunk = trunk_only(base)
+    first = merged_metadata(replace(base, metadata=files[0].metadata), head)
+    total = sum(aligned(info.size) for opened in (trunk, head) for info in opened.tensors.values())
+    done = 0
+    with atomic.replacing_folder(folder.resolve()) as temporary:
+        for file in files:
+            kept = _view(file, [name for name in file.tensors if name in trunk.tensors])
+            tensors = _pieces(kept) + (_fitted(head, trunk) if file is files[-1] else [])
+            metadata = first if file is files[0] else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
+
+            def show(written: int, _: int, before: int = done) -> None:
+                progress(before + written, total)
+
+            gguf_file.write(temporary / file.path.name, _padded(metadata, tensors, kept), tensors, show)
+            done += sum(aligned(info.size) for info, _ in tensors)
+
+
+def _copy(source: Path, out: Path, progress: Progress) -> None:
+    size = source.stat().st_size
+    with atomic.replacing(out) as temporary, temporary.open("wb") as file:
+        Sink(file.fileno(), lambda written: progress(written, size)).append([FileRange(source, 0, size)])
+
+
+def _pieces(source: Gguf) -> list[Piece]:
+    return [(info, [source.ranges[name]]) for name, info in source.tensors.items()]
+
+
+def _fitted(head: Gguf, trunk: Gguf) -> list[Piece]:
+    """The head's tensors; a matrix of one row, which some programs write as a vector, as the trunk has it."""
+    written = {_in_block(name): info.shape for name, info in trunk.tensors.items()}
+    return [
+        (replace(info, shape=squeezed(info.shape)) if written.get(_in_block(info.name)) == squeezed(info.shape) else info, payload)
+        for info, payload in _pieces(head)
+    ]
 
 
 def _in_block(name: str) -> str:
@@ -88,64 +246,99 @@ def _in_block(name: str) -> str:
     return name.split(".", 2)[-1] if name.startswith("blk.") else name
 
 
+# ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
-    """The base's metadata with every key that depends on the number of blocks corrected. Raises GgufError."""
-    architecture = check_match(base, head)
+    """The base's metadata with every key that depends on the number of blocks or tensors corrected. Raises GgufError."""
+    architecture = base.architecture
     blocks, heads = f"{architecture}.block_count", f"{architecture}.nextn_predict_layers"
-    count = base.need(blocks, int)
+    count, added = base.need(blocks, int), len(head_blocks(head))
     metadata: dict[str, Value] = {}
     for key, value in base.metadata.items():
         if key == blocks:
-            metadata[key] = Value.of(count + 1, GGUFValueType.UINT32)
-            metadata[heads] = Value.of(1, GGUFValueType.UINT32)
+            metadata[key] = Value.of(head_blocks(base).start + added, value.type)
+            # llama.cpp takes any number there, other programs only this type.
+            metadata[heads] = Value.of(added, GGUFValueType.UINT32)
+        elif key == "split.tensors.count":
+            metadata[key] = Value.of(len(trunk_only(base).tensors) + len(head.tensors), value.type)
         elif key.startswith(f"{architecture}.") and value.type is GGUFValueType.ARRAY and len(value) == count:
-            metadata[key] = _per_layer(base, key, value, head)
-        elif key != heads:
+            metadata[key] = _per_layer(base, key, head)
+        elif key not in (heads, PADDING):
             metadata[key] = value
     return metadata
 
 
-def _per_layer(base: Gguf, key: str, value: Value, head: Gguf) -> Value:
-    """An array that has as many entries as the base has blocks, with the head's appended if it is one entry a block.
+def _per_layer(base: Gguf, key: str, head: Gguf) -> Value:
+    """An array that has as many entries as the base has blocks, with the head's if it is one entry a block.
 
-    The head's file tells: there a per-layer array has one entry more, and another (rope sections, say) is the same.
+    The head's file tells: there a per-layer array has the head's entries too, and another (rope sections, say) is the same.
     """
-    theirs = head.metadata.get(key)
+    value, theirs = base.metadata[key], head.metadata.get(key)
     if theirs == value:
         return value
-    if theirs is None or theirs.item_type != value.item_type or len(theirs) != len(value) + 1:
+    if theirs is None or theirs.item_type != value.item_type or not _belong(base, key, head):
         raise GgufError(f"{base.path}: {key} has an entry for each of {len(value)} blocks, and {head.path} does not say the head's")
+    trunk = head_blocks(base).start
     assert value.item_type is not None
-    return Value.of([*value.decode(), theirs.decode()[-1]], GGUFValueType.ARRAY, value.item_type)
+    return Value.of([*value.decode()[:trunk], *theirs.decode()[trunk:]], GGUFValueType.ARRAY, value.item_type)
+
+
+def _belong(base: Gguf, key: str, head: Gguf) -> bool:
+    """Whether both say the same under a key; of an array with an entry for each block, as far as the trunk goes."""
+    ours, theirs = base.metadata[key].decode(), head.metadata[key].decode()
+    if ours == theirs or not (isinstance(ours, list) and isinstance(theirs, list)):
+        return bool(ours == theirs)
+    trunk, blocks = head_blocks(base).start, (len(head_blocks(base)), len(head_blocks(head)))
+    return (len(ours) - trunk, len(theirs) - trunk) == blocks and bool(ours[:trunk] == theirs[:trunk])
+
+
+def _padded(metadata: dict[str, Value], tensors: list[Piece], trunk: Gguf) -> dict[str, Value]:
+    """The same with a key at the end that makes the data begin at the place in a block that `trunk` has it at."""
+
+    def with_padding(count: int) -> dict[str, Value]:
+        return {**metadata, PADDING: Value.of(" " * count, GGUFValueType.STRING)}
+
+    if not trunk.ranges:
+        return metadata
+    size = len(gguf_file.header(with_padding(0), [info for info, _ in tensors]))
+    return with_padding((min(piece.offset for piece in trunk.ranges.values()) - size) % BLOCK)
 
 
 # Keys that may differ between a base and the head's file without telling two models apart.
 _FREE = ("block_count", "nextn_predict_layers", "context_length")
 
 
-def check_match(base: Gguf, head: Gguf) -> str:
-    """The architecture of both. Raises GgufError with both sides where a size, a rotation or a block count differs."""
+def check_match(base: Gguf, head: Gguf) -> None:
+    """Raise GgufError with both sides where architecture, a size, the vocabulary, a rotation or the number of blocks differs."""
     architecture = base.architecture
-    if base.get("split.count", 0) not in (0, 1):  # merging leaves a 0 behind
-        raise GgufError(f"{base.path}: is one shard of a split GGUF: merge it first with llama-gguf-split --merge")
     if head.architecture != architecture:
         raise GgufError(f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model")
-    if head_blocks(base):
-        raise GgufError(f"{base.path}: has a head already (block {head_blocks(base)[0]})")
-    if len(head_blocks(head)) != 1:
-        raise GgufError(f"{head.path}: a head of {len(head_blocks(head))} blocks: only a head of one block can be injected")
-    blocks, block = base.need(f"{architecture}.block_count", int), head_blocks(head)[0]
+    blocks, block = head_blocks(base).start, head_blocks(head).start
     if blocks != block:
         raise GgufError(f"{base.path} has {blocks} blocks, the head in {head.path} is block {block}: it belongs to another model")
-    if surplus := [name for name in base.tensors if name.startswith(f"blk.{block}.")]:
-        raise GgufError(f"{base.path}: has tensors of block {block} ({surplus[0]}, ...) that its metadata does not declare")
-    for key, value in head.metadata.items():
-        field = key.removeprefix(f"{architecture}.")
-        if field == key or field in _FREE or value.type is GGUFValueType.ARRAY or key not in base.metadata:
-            continue
-        if base.metadata[key].decode() != value.decode():
-            raise GgufError(
-                f"{key} is {base.metadata[key].decode()} in {base.path} and {value.decode()} in {head.path}: "
-                "the head belongs to another model"
-            )
-    return architecture
+    numbers = {name: int(name.split(".")[1]) for name in base.tensors if re.match(r"blk\.[0-9]+\.", name)}
+    if surplus := [name for name, number in numbers.items() if number >= head_blocks(base).stop]:
+        raise GgufError(f"{base.path}: has {surplus[0]}, a tensor of a block that its metadata does not declare")
+    sides = [
+        (key, base.metadata[key].decode(), value.decode())
+        for key, value in head.metadata.items()
+        if key in base.metadata
+        and key.startswith(f"{architecture}.")
+        and key.removeprefix(f"{architecture}.") not in _FREE
+        and not _belong(base, key, head)
+    ]
+    ours, theirs = _vocabulary(base), _vocabulary(head)
+    if ours and theirs and ours != theirs:
+        sides.append(("the vocabulary", ours, theirs))
+    if sides:
+        key, our, their = sides[0]
+        raise GgufError(f"{key} is {our} in {base.path} and {their} in {head.path}: the head belongs to another model")
+
+
+def _vocabulary(opened: Gguf) -> int | None:
+    """The number of tokens that a file has embeddings of, or that it states."""
+    if embeddings := opened.tensors.get("token_embd.weight"):
+        return embeddings.shape[0]
+    stated = opened.get(f"{opened.architecture}.vocab_size")
+    return stated if isinstance(stated, int) else None

@@ -18,7 +18,7 @@ UNQUANTIZED = ("F32", "F16", "BF16")
 
 # What a tensor may be made into, finest first. Below 4 bits a head's agreement falls off a cliff (llama.cpp PR #28351).
 TENSOR_TYPES = (
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "NVFP4", "IQ4_XS", "MXFP4",
     "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 
@@ -35,10 +35,38 @@ _NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
 # Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights); of types that
 # need an importance matrix, with an uneven one.
 RELATIVE_ERROR = {
-    "F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 0.007, "Q6_K": 0.023, "Q5_K": 0.043, "Q5_0": 0.058, "Q5_1": 0.058,
-    "Q4_K": 0.087, "IQ4_NL": 0.093, "IQ4_XS": 0.094, "Q4_0": 0.116, "Q4_1": 0.116, "Q3_K": 0.184, "IQ3_S": 0.198, "Q2_K": 0.343,
-    "IQ3_XXS": 0.217, "IQ2_S": 0.316, "IQ2_XS": 0.355, "IQ2_XXS": 0.419, "IQ1_M": 0.524, "IQ1_S": 0.596,
-    "TQ1_0": 0.851, "TQ2_0": 0.851,
+    "F32": 0.0,
+    "F16": 2.0**-11,
+    "BF16": 2.0**-8,
+    "Q8_0": 0.007,
+    "Q6_K": 0.023,
+    "Q5_K": 0.043,
+    "Q5_0": 0.058,
+    "Q5_1": 0.058,
+    "Q4_K": 0.087,
+    "IQ4_NL": 0.093,
+    "IQ4_XS": 0.094,
+    "NVFP4": 0.103,
+    "Q4_0": 0.116,
+    "Q4_1": 0.116,
+    "MXFP4": 0.133,
+    "Q3_K": 0.184,
+    "IQ3_S": 0.198,
+    "Q2_K": 0.343,
+    "IQ3_XXS": 0.217,
+    "IQ2_S": 0.316,
+    "IQ2_XS": 0.355,
+    "IQ2_XXS": 0.419,
+    "IQ1_M": 0.524,
+    "IQ1_S": 0.596,
+    "TQ1_0": 0.851,
+    "TQ2_0": 0.851,
+}
+
+# What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
+_FALLBACK = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }  # fmt: skip
 
 
@@ -46,6 +74,14 @@ def bits(name: str) -> float:
     """Bits per weight of a tensor type."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     return 8 * size / block
+
+
+def fitting(name: str, row: int) -> str:
+    """The type that a tensor gets that is asked for at type `name`, where its rows have `row` values."""
+    for kind in (name, _FALLBACK.get(name, name)):
+        if row % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0:
+            return kind
+    return "F16"
 
 
 def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:

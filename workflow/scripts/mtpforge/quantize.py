@@ -28,7 +28,7 @@ def quantize(
     source: Path, out: Path | None, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
     threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> None:  # fmt: skip
-    """Quantize `source` (BF16) to `out`; `head` is the head's tensor type (default Q8_0, for an unquantized file its own).
+    """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
 
     The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
     ToolchainError where the program fails.
@@ -72,16 +72,41 @@ def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recip
     for pattern, _ in recipe:
         if not any(re.search(pattern, name) for name in source.tensors):
             raise ConfigError(f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?")
-    blocks = head_blocks(source)
-    head = head or default_head(file_type)
-    quant_types.check_tensor_type(head)
+    types = head_types(source, read_head(head or default_head(file_type)))
     if file_type in quant_types.UNQUANTIZED:
-        if recipe or (blocks and head != file_type):
+        if recipe or set(types.values()) - {file_type}:
             raise ConfigError(
                 f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}"
             )
         return []
-    return ([(head_pattern(blocks), head)] if blocks else []) + list(recipe)
+    return [(rf"^{re.escape(name)}$", kind) for name, kind in types.items()] + list(recipe)
+
+
+def read_head(text: str) -> Recipe:
+    """The types of a head as a recipe, of `Q8_0` or, with patterns that go first, `Q4_K,eh_proj=Q8_0`. Raises ConfigError."""
+    kind, *exceptions = text.split(",")
+    recipe = [(pattern, name) for pattern, _, name in (entry.partition("=") for entry in exceptions)]
+    for pattern, _ in recipe:
+        check_pattern(pattern)
+    recipe.append(("", kind))  # is found in every name
+    for _, name in recipe:
+        quant_types.check_tensor_type(name)
+    return recipe
+
+
+def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
+    """The type that each matrix of the head is to have. Raises ConfigError for a pattern that none of them matches."""
+    prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
+    names = [name for name, info in source.tensors.items() if name.startswith(prefixes) and quantizable(info)]
+    for pattern, _ in recipe[:-1]:
+        if names and not any(re.search(pattern, name) for name in names):
+            raise ConfigError(f"tensor pattern {pattern!r} matches no matrix of the head: {', '.join(names)}")
+    return {name: kind for name in names if (kind := by_recipe(name, recipe))}
+
+
+def by_recipe(name: str, recipe: Recipe) -> str | None:
+    """The type of the first pattern that is found in a tensor's name; None where there is none."""
+    return next((kind for pattern, kind in recipe if re.search(pattern, name)), None)
 
 
 def head_blocks(source: Gguf) -> range:
@@ -100,12 +125,6 @@ def quantizable(info: TensorInfo) -> bool:
     """Whether llama-quantize changes this tensor: a matrix that is no norm, router or convolution (`llama-quant.cpp`)."""
     kept = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
     return sum(n > 1 for n in info.shape) > 1 and info.name.endswith(".weight") and not info.name.endswith(kept)
-
-
-def head_pattern(blocks: range) -> str:
-    """The regular expression that matches the tensors of these blocks and no other."""
-    numbers = "|".join(map(str, blocks))
-    return rf"^blk\.({numbers})\." if len(blocks) > 1 else rf"^blk\.{numbers}\."
 
 
 def default_head(file_type: str) -> str:

@@ -1,18 +1,20 @@
 """Bytes on their way into a file: ranges of other files, or buffers, copied without holding them in memory.
 
-Ranges go through the kernel where it can (`copy_file_range`, which shares extents on file systems that know how) and
-through a bounded buffer elsewhere. An I/O error is never taken for "not supported".
+Ranges go through the kernel where it can (`copy_file_range`) and through a bounded buffer elsewhere. File systems that can
+share what two files have in common (Btrfs, XFS) do so in that call for whole blocks, if a range goes to the place in a block
+that it comes from; then nothing is copied. An I/O error is never taken for "not supported".
 """
 
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 CHUNK = 16 << 20
+BLOCK = 4096  # bytes that a file system shares or moves as one, or a multiple of that
 _UNSUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -34,8 +36,9 @@ class Sink:
     Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.size, self._started = descriptor, 0, 0
+    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None) -> None:
+        """`grown` gets the size after each step."""
+        self.descriptor, self.size, self._started, self._grown = descriptor, 0, 0, grown
 
     def append(self, payload: Payload) -> int:
         """Write all of `payload` at the end; the number of bytes written. Raises OSError."""
@@ -49,6 +52,7 @@ class Sink:
 
     def _grow(self, count: int) -> None:
         self.size += count
+        self._grown(self.size)
         if self.size - self._started >= CHUNK and hasattr(os, "posix_fadvise"):
             # Pages that are still to be written stay in memory; Linux only begins to write them.
             os.posix_fadvise(self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED)
@@ -78,10 +82,12 @@ class Sink:
         """Copy as much as the kernel will; the bytes copied, which is 0 where it does not support the pair of files."""
         if not hasattr(os, "copy_file_range"):
             return 0
-        done = 0
+        done, limit = 0, CHUNK
+        if (piece.offset - self.size) % BLOCK == 0:
+            limit = -piece.offset % BLOCK or CHUNK  # from the next block on, it can be shared
         while done < piece.size:
             try:
-                step = os.copy_file_range(source, self.descriptor, min(CHUNK, piece.size - done), piece.offset + done)
+                step = os.copy_file_range(source, self.descriptor, min(limit, piece.size - done), piece.offset + done)
             except OSError as error:
                 if error.errno in _UNSUPPORTED and done == 0:
                     return 0
@@ -89,6 +95,7 @@ class Sink:
             if step == 0:
                 break
             done += step
+            limit = CHUNK
             self._grow(step)
         return done
 

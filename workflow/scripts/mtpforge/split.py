@@ -19,7 +19,7 @@ from . import gguf_file
 from .atomic import link_or_copy, replacing_folder
 from .errors import ConfigError, GgufError
 from .gguf_file import Gguf, TensorInfo, Value, aligned, squeezed
-from .ranges import sha256
+from .ranges import FileRange, sha256
 
 Progress = Callable[[int, int], None]
 
@@ -39,6 +39,48 @@ def parse_size(text: str) -> int:
 def names(stem: str, count: int) -> list[str]:
     """The files' names; llama.cpp finds the others by that of the first (`llama_split_path`)."""
     return [f"{stem}.gguf"] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
+def shards(path: Path) -> list[Gguf]:
+    """All files of a GGUF, given the first; of one in a single file, that. Raises GgufError."""
+    path = Path(path)
+    first = gguf_file.read(path)
+    count = first.get("split.count", 0)
+    if count in (0, 1):  # merging leaves a 0 behind
+        return [first]
+    match = re.fullmatch(r"(.+)-00001-of-([0-9]{5})\.gguf", path.name)
+    if match is None or int(match[2]) != count:
+        raise GgufError(
+            f"{path}: is one of {count} files: give the first, by the name that tells the others', NAME-00001-of-0000N.gguf"
+        )
+    files = [first, *(gguf_file.read(path.with_name(name)) for name in names(match[1], count)[1:])]
+    for number, file in enumerate(files):
+        if (file.get("split.no"), file.get("split.count")) != (number, count):
+            raise GgufError(f"{file.path}: says that it is file {file.get('split.no')} of {file.get('split.count')} (from 0 on)")
+    tensors = sum(len(file.tensors) for file in files)
+    if first.get("split.tensors.count") != tensors:
+        raise GgufError(f"{path}: {first.get('split.tensors.count')} tensors are in these files, it says, and {tensors} are there")
+    return files
+
+
+def read(path: Path) -> Gguf:
+    """A GGUF as a whole, in a single file or, given the first, in several. Raises GgufError."""
+    return joined(shards(path))
+
+
+def joined(files: Sequence[Gguf]) -> Gguf:
+    """What all files of a GGUF have, without the keys that say that there are several. Raises GgufError."""
+    if len(files) == 1:
+        return files[0]
+    tensors: dict[str, TensorInfo] = {}
+    ranges: dict[str, FileRange] = {}
+    for file in files:
+        if twice := tensors.keys() & file.tensors.keys():
+            raise GgufError(f"{file.path}: tensor {min(twice)} stands in another file too")
+        tensors |= file.tensors
+        ranges |= file.ranges
+    metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith("split.")}
+    return Gguf(files[0].path, metadata, tensors, ranges)
 
 
 def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:

@@ -4,8 +4,8 @@ A file with a head that is there but wrong loads without a message. So its inven
 checkpoint, and a real llama-server must draft with it and have drafts accepted.
 """
 
+import hashlib
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint, read_json
 from .errors import ConfigError, ForgeError, GgufError, VerificationError
 from .families import Hparams, family_of
 from .gguf_file import Gguf, TensorInfo, squeezed
-from .quantize import NO_HEAD, Recipe, head_blocks, quantizable
+from .quantize import NO_HEAD, Recipe, by_recipe, head_blocks, quantizable, read_head
 from .ranges import FileRange, sha256
 
 VISION = "clip"  # general.architecture of every vision tower
@@ -57,6 +57,9 @@ class Request:
     digests: Path | None = None
     """Of a file that is what conversion made, the sha256 of its tensors, which it recorded."""
     base: Path | None = None
+    """What the head was injected into."""
+    trunk: Path | None = None
+    """In place of it, the sha256 of its tensors, recorded before."""
     target: Path | None = None
     """Of a draft sidecar, the model that it drafts for."""
     file_type: str | None = None
@@ -100,12 +103,15 @@ def verify(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -
         checks += check_against_checkpoint(opened, Checkpoint(request.checkpoint), request)
     if request.reference:
         checks += check_against_reference(opened, gguf_file.read(request.reference), request)
-    if request.base:
-        checks.append(check_base(opened, gguf_file.read(request.base)))
+    proof: dict[str, Any] = {}
+    if request.base or request.trunk:
+        before = read_json(request.trunk) if request.trunk else inject.trunk_digests(split.read(request.base or path))
+        check, proof = check_trunk(opened, before)
+        checks.append(check)
     running, measured = check_running(opened, request, bin_dir)
     checks.append(running)
     _raise_failed(path.name, checks)
-    return {**summary(opened), **measured, "checks": [asdict(check) for check in checks]}
+    return {**summary(opened), **proof, **measured, "checks": [asdict(check) for check in checks]}
 
 
 def summary(opened: Gguf) -> dict[str, Any]:
@@ -131,17 +137,14 @@ def check_types(opened: Gguf, request: Request) -> Check:
     if request.file_type and opened.get("general.file_type") != wanted:
         wrong.append(f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}")
     head = {} if request.headless else inject.head_only(opened).tensors
+    head_recipe = read_head(request.head) if request.head and not request.headless else ()
     for name, info in opened.tensors.items():
         if not quantizable(info):
             continue
-        asked = request.head if name in head else _by_recipe(name, request.recipe)
-        if asked and info.type.name != asked:
+        asked = by_recipe(name, head_recipe if name in head else request.recipe)
+        if asked and info.type.name != quant_types.fitting(asked, info.shape[-1]):
             wrong.append(f"{name} is {info.type.name}, not {asked}")
     return Check("types", not wrong, _some(wrong) or f"{len(opened.tensors)} tensors, head {request.head or 'at any type'}")
-
-
-def _by_recipe(name: str, recipe: Recipe) -> str | None:
-    return next((kind for pattern, kind in recipe if re.search(pattern, name)), None)
 
 
 def _some(problems: list[str]) -> str:
@@ -280,15 +283,17 @@ def _digest(opened: Gguf, name: str) -> str | None:
     return sha256(opened.ranges[name]) if name in opened.ranges else None
 
 
-def check_base(opened: Gguf, base: Gguf) -> Check:
-    """Every tensor of the base is in the file, byte for byte."""
-    wrong = [
-        name
-        for name, info in base.tensors.items()
-        if opened.tensors.get(name) != info or sha256(base.ranges[name]) != sha256(opened.ranges[name])
-    ]
-    detail = _some([f"{name} differs from the base" for name in wrong]) or f"{len(base.tensors)} tensors equal the base's"
-    return Check("trunk", not wrong, detail)
+def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, dict[str, Any]]:
+    """The trunk is the base's, byte for byte; for the report, the sha256 of all tensors' sha256, before and after."""
+    after = inject.trunk_digests(opened)
+    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    detail = _some([f"{name} differs from the base" for name in wrong]) or f"{len(before)} tensors equal the base's"
+    proof = {"tensors": len(before), "sha256_before": _digest_of(before), "sha256_after": _digest_of(after)}
+    return Check("trunk", not wrong, detail), {"trunk": proof}
+
+
+def _digest_of(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
 
 
 def check_running(opened: Gguf, request: Request, bin_dir: Path) -> tuple[Check, dict[str, Any]]:

@@ -1,0 +1,147 @@
+"""How fast injection is, beside `cp` of the base and beside gguf-py's writer, in one run: a table and a JSON.
+
+On the file system of --scratch and, for root, on XFS and Btrfs, in files there that are mounted for the time being. The base is
+the trunk of a checkpoint of Qwen3.5-2B's shapes as a BF16 GGUF: what is measured is moving bytes, whatever they say.
+
+example: injection.py --out results/bench/injection.json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conversion import QWEN3_5_2B, ROOT, Cost, cost_of, typical, write_checkpoint
+
+FILE_SYSTEMS = {"xfs": ("mkfs.xfs", "-q", "-f"), "btrfs": ("mkfs.btrfs", "-q", "-f")}
+
+# What the scripts that people pass around do.
+GGUF_PY = """
+import sys
+from gguf import GGUFReader, GGUFWriter
+base, head = GGUFReader(sys.argv[1]), GGUFReader(sys.argv[2])
+writer = GGUFWriter(sys.argv[3], arch="qwen35")
+for field in base.fields.values():
+    if not field.name.startswith(("GGUF.", "general.architecture")):
+        kind, *item = field.types
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=item[-1] if item else None)
+tensors = [*base.tensors, *head.tensors]
+for tensor in tensors:
+    writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_ti_data_to_file()
+for tensor in tensors:
+    writer.write_tensor_data(tensor.data)
+writer.close()
+"""
+
+
+def make_parts(scratch: Path) -> tuple[Path, Path]:
+    """The base and the head, made once."""
+    checkpoint = write_checkpoint(scratch / "dense-24-layers", QWEN3_5_2B)
+    parts = [scratch / f"{part}.gguf" for part in ("trunk", "head")]
+    for path in parts:
+        if not path.exists():
+            convert = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint, "--tokenizer-pre", "qwen35"]
+            subprocess.run([*map(str, convert), "--part", path.stem, "--out", str(path)], check=True, stderr=subprocess.DEVNULL)
+    return parts[0], parts[1]
+
+
+def measure(label: str, base: Path, head: Path, repeats: int, slow: bool) -> dict[str, Any]:
+    """All figures in the folder of `base`, which is in the page cache as far as that holds it."""
+    out, own = base.with_name("out.gguf"), base.with_name("own.gguf")
+    program = [sys.executable, ROOT / "workflow/scripts/inject.py"]
+
+    def fresh(*command: object) -> Cost:
+        out.unlink(missing_ok=True)
+        return cost_of(*command)
+
+    def in_place() -> Cost:
+        subprocess.run(["cp", "--reflink=never", str(base), str(own)], check=True)
+        os.sync()
+        return cost_of(*program, own, "--head", head, "--in-place")
+
+    subprocess.run(["cat", str(base), str(head)], stdout=subprocess.DEVNULL, check=True)
+    costs = {
+        "cp": typical(lambda: fresh("cp", "--reflink=never", base, out), repeats),
+        "inject": typical(lambda: fresh(*program, base, "--head", head, "--out", out), repeats),
+        "in place": typical(in_place, repeats),
+    }
+    own.unlink()
+    if slow:
+        costs["gguf-py"] = fresh(sys.executable, "-c", GGUF_PY, base, head, out)
+    out.unlink()
+    sizes = {"base": base.stat().st_size, "head": head.stat().st_size}
+    return {"on": label, **sizes, **{name: vars(cost) for name, cost in costs.items()}}
+
+
+@contextmanager
+def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
+    """A file system of that kind of `size` bytes; None, and the reason on the terminal, where this machine allows none."""
+    make, *options = FILE_SYSTEMS[kind]
+    missing = next((f"{name} is not installed" for name in (make, "mount") if shutil.which(name) is None), None)
+    if reason := "only root can mount" if os.geteuid() else missing:
+        print(f"{kind} is not measured: {reason}", file=sys.stderr)
+        yield None
+        return
+    image, point = scratch / f"{kind}.img", scratch / kind
+    point.mkdir(exist_ok=True)
+    with image.open("wb") as file:
+        file.truncate(size)
+    try:
+        subprocess.run([make, *options, str(image)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["mount", "-o", "loop", str(image), str(point)], check=True)
+        try:
+            yield point
+        finally:
+            subprocess.run(["umount", str(point)], check=True)
+    finally:
+        image.unlink()
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The ratios, as Markdown."""
+    lines = ["| on | base GB | head GB | cp | inject | × cp | in place | × cp | gguf-py | × faster |", "| --- |" + " ---: |" * 9]
+    for entry in results:
+        copy, inject, in_place = (entry[name]["wall"] for name in ("cp", "inject", "in place"))
+        slow = entry["gguf-py"]["wall"] if "gguf-py" in entry else None
+        cells = [
+            entry["on"], f"{entry['base'] / 1e9:.2f}", f"{entry['head'] / 1e9:.2f}", f"{copy:.2f} s", f"{inject:.2f} s",
+            f"{inject / copy:.2f}", f"{in_place:.2f} s", f"{in_place / copy:.2f}",
+            *((f"{slow:.1f} s", f"{slow / inject:.1f}") if slow else ("", "")),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line, measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/bench/injection.json")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    base, head = make_parts(args.scratch)
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(args.scratch)], capture_output=True, text=True).stdout.strip()
+    results = [measure(kind or "here", base, head, args.repeats, slow=True)]
+    for kind in FILE_SYSTEMS:
+        with mounted(kind, args.scratch, 4 * base.stat().st_size) as point:
+            if point:
+                shutil.copy(base, point)
+                shutil.copy(head, point)
+                results.append(measure(kind, point / base.name, point / head.name, args.repeats, slow=False))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Every kind of base with every kind of head: it loads in a real llama.cpp, drafts, and accepts as the file that kept its head."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINTS, MODELS
+from mtpforge import gguf_file, inject, quant_types, server, split
+from mtpforge.gguf_file import Gguf
+from mtpforge.quantize import quantize
+
+BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
+HEADS = ("BF16", "Q8_0", "Q4_K")
+LIMIT = 1_000_000
+FINE = [name for name in quant_types.TENSOR_TYPES if quant_types.bits(name) >= 4]
+
+
+class Bench:
+    """The parts of both embedded models, and what is made of them, each once."""
+
+    def __init__(self, folder: Path, built: Path, programs: Path) -> None:
+        self.folder, self.built, self.programs = folder, built, programs
+        self.base, self.shards, self.preserved = cache(self._base), cache(self._shards), cache(self._preserved)
+
+    def part(self, model: str, name: str) -> Path:
+        return self.built / "results" / model / "work/convert" / f"{name}.gguf"
+
+    def _base(self, model: str, file_type: str) -> Path:
+        path = self.folder / f"{model}-{file_type}.gguf"
+        quantize(self.part(model, "trunk"), path, file_type, bin_dir=self.programs)
+        return path
+
+    def _shards(self, model: str, file_type: str) -> Path:
+        base = self.base(model, file_type)
+        return split.split(base, self.folder / base.stem, base.stem, LIMIT)[0]
+
+    def _preserved(self, model: str, file_type: str, head: str) -> tuple[Gguf, float]:
+        path = self.folder / f"{model}-{file_type}-with-{head}.gguf"
+        quantize(self.part(model, "all"), path, file_type, head, bin_dir=self.programs)
+        return gguf_file.read(path), self.acceptance(model, path)
+
+    def acceptance(self, model: str, path: Path) -> float:
+        """The share of drafts that is accepted; fails where none is made."""
+        prompt = sorted((CHECKPOINTS / model / "prompts").glob("*.txt"))[0].read_text()
+        options = ["--ctx-size", "1024", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
+        with server.serve(path, self.folder / "server.log", options, self.programs) as running:
+            answer = running.completion(prompt, 64)
+        assert answer.drafts > 0
+        return answer.accepted / answer.drafts
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path) -> Bench:
+    return Bench(tmp_path_factory.mktemp("injection"), built, toolchain)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("file_type", BASES)
+@pytest.mark.parametrize("files", ["single", "split"])
+@pytest.mark.parametrize("model", MODELS)
+def test_it_accepts_as_the_file_that_kept_its_head(
+    bench: Bench, tmp_path: Path, model: str, files: str, file_type: str, head: str
+) -> None:
+    base = bench.base(model, file_type) if files == "single" else bench.shards(model, file_type)
+    out = tmp_path / "out.gguf"
+    inject.inject(base, bench.part(model, "head"), out, head, bench.programs)
+    made, (preserved, expected) = gguf_file.read(out), bench.preserved(model, file_type, head)
+    assert inject.trunk_digests(made) == inject.trunk_digests(gguf_file.read(bench.base(model, file_type)))
+    assert inject.types_of(inject.head_only(made)) == {head}
+    acceptance = bench.acceptance(model, out)
+    if inject.trunk_digests(made) == inject.trunk_digests(preserved):
+        assert acceptance == expected
+    else:  # llama-quantize's mixes of types depend on the number of blocks
+        assert acceptance >= expected - 0.1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
+    first = bench.shards(model, "Q4_K_M")
+    inject.inject(first, bench.part(model, "head"), tmp_path / "out", "Q8_0", bench.programs)
+    assert bench.acceptance(model, tmp_path / "out" / first.name) >= bench.preserved(model, "Q4_K_M", "Q8_0")[1] - 0.1
+
+
+@pytest.mark.parametrize("head", FINE)
+def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head: str) -> None:
+    """With the projection at a type of its own."""
+    model, mixed = MODELS[0], f"{head},eh_proj=Q6_K"
+    inject.inject(bench.base(model, "Q4_K_M"), bench.part(model, "head"), tmp_path / "out.gguf", mixed, bench.programs)
+    made = inject.head_only(gguf_file.read(tmp_path / "out.gguf"))
+    assert made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K" and made.tensors["blk.4.attn_q.weight"].type.name == head
+    assert bench.acceptance(model, tmp_path / "out.gguf") >= 0.7

