@@ -164,7 +164,7 @@ def test_an_unquantized_file_of_another_type_can_be_published(built: Path, run: 
     [
         (("--type", "Q4_K_X"), "unknown quantization type 'Q4_K_X'"),
         (("--type", "Q4_K_M", "--head", "Q9"), "unknown tensor type 'Q9'"),
-        (("--type", "IQ2_XXS"), "requires an importance matrix"),
+        (("--type", "IQ2_XXS"), "needs an importance matrix"),
         (("--type", "Q4_K_M", "--bin", "/nonexistent"), "missing or not executable"),
     ],
 )

@@ -1,5 +1,6 @@
 """config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,34 @@ def test_an_importance_matrix_is_named_by_a_relative_path(monkeypatch: pytest.Mo
     assert Build(config()).imatrix_option(wildcards()) == "" and Build(config()).imatrix_if_any(wildcards()) == []
 
 
+def test_an_importance_matrix_of_a_text_is_shared_and_no_two_texts_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    texts = ["a/b.txt", "a_b.txt", "a%2Fb.txt", "../a/b.txt", "b.txt", "/a/b.txt", "my text.txt"]
+    build = Build(config({"variants": {f"v{i}": {"type": "Q4_0", "imatrix": {"text": text}} for i, text in enumerate(texts)}}))
+    files = [build.imatrix_if_any(wildcards(f"v{i}"))[0] for i in range(len(texts))]
+    assert files[0] == "results/m/work/imatrix/a%2Fb.txt.gguf" and len({*files}) == len(texts)
+    for text, file in zip(texts, files, strict=True):
+        assert build.imatrix_text(SimpleNamespace(text=Path(file).stem)) == text  # type: ignore[arg-type]
+        assert Path(file).parent == Path("results/m/work/imatrix")
+
+
+def test_a_recipe_by_name_is_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = {"ffn_": "Q4_K", "attn_": "Q6_K"}
+    named = Build({**config(tensors="mix"), "recipes": {"mix": recipe, "other": {"a": "Q8_0"}}})
+    assert named.recipe(wildcards()) == Build(config(tensors=recipe)).recipe(wildcards()) == json.dumps(recipe)
+
+
+def test_types_that_need_an_importance_matrix_can_be_had_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    imatrix = {"text": "a.txt"}
+    Build(
+        config(
+            {"variants": {"IQ2_M": {"imatrix": imatrix}, "a": {"type": "Q4_0", "tensors": {"a": "IQ3_XXS"}, "imatrix": imatrix}}}
+        )
+    )
+
+
 def test_a_split_variant_is_a_folder_and_a_variant_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": {"BF16": {}, "Q8_0": {"split": "2G"}}}))
@@ -129,7 +158,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     build = Build(config({"mmproj": True, "variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
     assert build.candidate(wildcards("BF16")) == build.source(wildcards()) == "results/m/work/convert/trunk.gguf"
-    assert build.mmproj_target_file(wildcards()) == "results/m/work/convert/trunk.gguf"
+    assert build.unquantized_file(wildcards()) == "results/m/work/convert/trunk.gguf"
     assert build.head_option(wildcards()) == "" and "--head none" in build.verify_options(wildcards())
 
 
@@ -165,6 +194,16 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config(tensors={"attn_(": "Q4_K"}), "is no regular expression"),
         (config(tensors={"attn _q": "Q4_K"}), "without white space"),
         (config(tensors={"ATTN": "Q4_K"}), "lower case"),
+        (config(tensors="mix"), "models/m/variants/Q4_K_M/tensors: there is no recipe 'mix': recipes has none"),
+        ({**config(tensors="m"), "recipes": {"a": {"a": "Q8_0"}, "b": {"a": "Q8_0"}}}, "no recipe 'm': recipes has a, b"),
+        ({**config(), "recipes": {"mix": {"attn (": "Q8_0"}}}, "recipes/mix: tensor pattern 'attn \\(': must be"),
+        ({**config(), "recipes": {"mix": {"attn_": "Q4_K_M"}}}, "recipes/mix: unknown tensor type 'Q4_K_M'"),
+        ({**config(), "recipes": {"mix": {}}}, "recipes/mix: .* non-empty"),
+        (config(tensors={"attn_": 4}), "models/m/variants/Q4_K_M/tensors/attn_: 4 is not of type 'string'"),
+        (config(tensors={"attn_": "IQ2_S"}), "Q4_K_M: imatrix: IQ2_S cannot be quantized without .*: name one, or take another"),
+        (config({"variants": {"Q2_K_S": {}}}), "models/m/variants/Q2_K_S: imatrix: Q2_K_S cannot be quantized without"),
+        (config(base={"type": "IQ3_XS"}), "imatrix: IQ3_XS cannot be quantized without an importance matrix: take another type"),
+        (config(imatrix={"txt": "a"}), "models/m/variants/Q4_K_M/imatrix"),
         (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "tensors: a base is already quantized"),
         (config(base={"type": "Q4_K_M"}, imatrix={"path": "x"}), "imatrix: nothing is quantized here"),
         (config({"variants": {"BF16": {"imatrix": {"path": "x"}}}}), "imatrix: nothing is quantized here"),

@@ -1,7 +1,7 @@
 # BF16 GGUF to a quantized one, the head at its own type.
 # Needs: what conversion made, and llama-quantize.
-# Makes: results/<model>/work/quantized/<variant>.gguf; trunk/<type>.gguf, a head-less base to inject into; draft/<type>.gguf,
-# the head as a draft model of its own.
+# Makes: results/<model>/work/quantized/<variant>.gguf; imatrix/<text>.gguf, an importance matrix; trunk/<type>.gguf, a head-less
+# base to inject into; draft/<type>.gguf, the head as a draft model of its own.
 
 
 rule recipe:
@@ -17,6 +17,31 @@ rule recipe:
         "{wildcards.model}: recipe of {wildcards.variant}"
     shell:
         "printf '%s\\n' {params.recipe:q} > {output:q} 2> {log:q}"
+
+
+# <text> is the path of a text, with its slashes encoded.
+rule imatrix:
+    input:
+        code=code("imatrix.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.unquantized_file),
+        digests=build.unquantized_digests,
+        text=build.imatrix_text,
+    output:
+        temp("results/{model}/work/imatrix/{text}.gguf"),
+    log:
+        "logs/{model}/imatrix-{text}.log",
+    benchmark:
+        "benchmarks/{model}/imatrix-{text}.jsonl"
+    wildcard_constraints:
+        text="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    message:
+        "{wildcards.model}: importance matrix from {input.text}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads} --log {log:q} --out {output:q}"
 
 
 rule quantize:

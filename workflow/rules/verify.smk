@@ -93,8 +93,8 @@ rule verify_mmproj:
         toolchain="resources/toolchain/stamp.json",
         file=build.mmproj,
         digests="results/{model}/work/convert/mmproj.json",
-        target=ancient(build.mmproj_target_file),
-        target_digests=build.mmproj_target_digests,
+        target=ancient(build.unquantized_file),
+        target_digests=build.unquantized_digests,
     output:
         file="results/{model}/mmproj-{base}-F16.gguf",
         report="results/{model}/reports/mmproj-{base}-F16.json",

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
@@ -32,6 +33,7 @@ class Wildcards(Protocol):
     base: str
     part: str
     type: str
+    text: str
     repo: str
     revision: str
 
@@ -45,8 +47,11 @@ class Build:
     def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
         self.config, self._checkpoints = validated(config), checkpoints
         self.models: dict[str, Any] = self.config["models"]
+        for name, recipe in self.config["recipes"].items():
+            _check_recipe(f"recipes/{name}", recipe)
         for name, model in self.models.items():
             for variant, entry in model["variants"].items():
+                self._resolve(f"models/{name}/variants/{variant}", name, entry)
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
             if "sidecar" in model:
                 _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
@@ -60,6 +65,17 @@ class Build:
         paths = [path for output in self.outputs() for path in output]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ConfigError(f"config.yaml: two variants, or a variant and a sidecar, would both be {twice[0]}: rename one")
+
+    def _resolve(self, path: str, model: str, entry: dict[str, Any]) -> None:
+        """Put a recipe in the place of its name, and in the place of a text the importance matrix that is computed from it."""
+        recipes, tensors, text = self.config["recipes"], entry.get("tensors"), entry.get("imatrix", {}).get("text")
+        if isinstance(tensors, str):
+            if tensors not in recipes:
+                known = ", ".join(recipes) or "none"
+                raise ConfigError(f"config.yaml: {path}/tensors: there is no recipe {tensors!r}: recipes has {known}")
+            entry["tensors"] = recipes[tensors]
+        if text is not None:  # the whole path, so that no two texts share a file
+            entry["imatrix"] = {"path": f"{WORK.format(model=model)}/imatrix/{quote(text, safe='')}.gguf"}
 
     # ── what to make ──
 
@@ -223,19 +239,19 @@ class Build:
         self._check_base(wildcards)
         return f"{WORK.format(model=wildcards.model)}/convert/mmproj.gguf"
 
-    def mmproj_target(self, wildcards: Wildcards) -> str:
-        """The model that it is tried with; without its ending."""
+    def unquantized(self, wildcards: Wildcards) -> str:
+        """The model itself, for what belongs to no one variant; without its ending."""
         variants = self.models[wildcards.model]["variants"].values()
         part = "trunk" if all(entry.get("head") == NO_HEAD for entry in variants) else "all"
         return f"{WORK.format(model=wildcards.model)}/convert/{part}"
 
-    def mmproj_target_file(self, wildcards: Wildcards) -> str:
+    def unquantized_file(self, wildcards: Wildcards) -> str:
         """The GGUF itself."""
-        return f"{self.mmproj_target(wildcards)}.gguf"
+        return f"{self.unquantized(wildcards)}.gguf"
 
-    def mmproj_target_digests(self, wildcards: Wildcards) -> str:
+    def unquantized_digests(self, wildcards: Wildcards) -> str:
         """The digests of its tensors."""
-        return f"{self.mmproj_target(wildcards)}.json"
+        return f"{self.unquantized(wildcards)}.json"
 
     def _check_base(self, wildcards: Wildcards) -> None:
         base = self.base_name(wildcards.model)
@@ -280,6 +296,10 @@ class Build:
         """The option of quantize.py that names it."""
         imatrix = self.entry(wildcards).get("imatrix")
         return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
+
+    def imatrix_text(self, wildcards: Wildcards) -> str:
+        """The text that an importance matrix is computed from."""
+        return unquote(wildcards.text)
 
     def prompts(self, wildcards: Wildcards) -> str:
         """The folder of prompts on which drafting is measured."""
@@ -394,14 +414,13 @@ def _check_folders(path: str, model: Mapping[str, Any]) -> None:
 
 def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
     """What the schema cannot say. Raises ConfigError with the key's path."""
+    _check_recipe(f"{path}/tensors", entry.get("tensors", {}))
     try:
         if "base" not in entry or "type" in entry["base"] or "type" in entry:
             file_type = quant_types.check_file_type(_file_type(variant, entry))
         else:
             file_type = "Q8_0"  # of somebody else's base, whose type is its own affair
         _check_base(entry)
-        if "imatrix" in entry and ("base" in entry or file_type in quant_types.UNQUANTIZED):
-            raise ConfigError("imatrix: nothing is quantized here that it could help")
         head = _head(entry, file_type)
         if head != NO_HEAD:
             for _, kind in read_head(head):
@@ -412,7 +431,15 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             and (head not in (file_type, NO_HEAD) or "tensors" in entry)
         ):
             raise ConfigError(f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect")
-        for pattern, kind in entry.get("tensors", {}).items():
+        _check_imatrix(entry, file_type, head)
+    except ConfigError as error:
+        raise ConfigError(f"config.yaml: {path}: {error}") from None
+
+
+def _check_recipe(path: str, recipe: Mapping[str, str]) -> None:
+    """Its patterns and types are such as llama-quantize has. Raises ConfigError with the key's path."""
+    try:
+        for pattern, kind in recipe.items():
             check_pattern(pattern)
             quant_types.check_tensor_type(kind)
     except ConfigError as error:
@@ -426,6 +453,18 @@ def _check_base(entry: Mapping[str, Any]) -> None:
         raise ConfigError("head: none: a base is there to be given a head")
     if "base" not in entry and entry["replace_head"]:
         raise ConfigError("replace_head: there is no base whose head could be replaced")
+
+
+def _check_imatrix(entry: Mapping[str, Any], file_type: str, head: str) -> None:
+    if "imatrix" in entry:
+        if "base" in entry or file_type in quant_types.UNQUANTIZED:
+            raise ConfigError("imatrix: nothing is quantized here that it could help")
+        return
+    heads = [] if head == NO_HEAD else [kind for _, kind in read_head(head)]
+    for kind in (file_type, *heads, *entry.get("tensors", {}).values()):
+        if kind in quant_types.NEED_IMATRIX:
+            way = "take another type" if "base" in entry else "name one, or take another type"
+            raise ConfigError(f"imatrix: {kind} cannot be quantized without an importance matrix: {way}")
 
 
 def _check_own_bases(models: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from .errors import ToolchainError
 
 DEFAULT_BIN = Path("resources/toolchain/bin")
-# "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts; "Writing:  45%", as upstream's converter does
-_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%")
+# "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts; "Writing:  45%", as upstream's converter does; "ETA 4 hours 12.30
+# minutes" and "[90]7.1234,", chunks and the perplexity so far, as llama-imatrix does, ten to a line
+_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%|ETA [\d.]+ (hours|minutes).*|\[\d+\][\d.]+(?=,$)")
 _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")  # how the last line of a Python traceback begins
 _INTERVAL = 10.0  # seconds between two lines of progress
 
@@ -31,15 +32,20 @@ def call(
     log: Path | None = None,
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
+    cwd: Path | None = None,
+    append: bool = False,
 ) -> None:
-    """Run a program to its end, its output into `log`. Raises ToolchainError with the reason that it gave.
+    """Run a program to its end, its output into `log` (with `append`, after what is there).
 
-    `environment` is all that the program gets of one; None passes on our own. `name` is what messages call it.
+    `environment` is all that the program gets of one; None passes on our own, without defaults for llama.cpp's options, which
+    would change what it makes. `name` is what messages call it. Raises ToolchainError with the reason that it gave.
     """
+    if environment is None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
     words = [str(word) for word in command]
     name, tail, shown = name or Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
-        (log or Path(os.devnull)).open("w", encoding="utf-8") as kept,
+        (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
         subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -48,6 +54,7 @@ def call(
             text=True,
             errors="replace",
             env=environment,
+            cwd=cwd,
         ) as process,
     ):
         assert process.stdout is not None
@@ -69,6 +76,6 @@ def call(
 def _reason(tail: Iterable[str]) -> str:
     """The most telling of a program's last lines."""
     lines = [line for line in tail if line]
-    errors = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)]
+    errors = [line for line in lines if re.search(r"error|fail|^[\d.]+ E ", line, re.IGNORECASE)]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
     return next(iter([*exceptions[-1:], *errors, *lines]), "it said nothing")

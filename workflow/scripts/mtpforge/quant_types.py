@@ -22,7 +22,18 @@ TENSOR_TYPES = (
     "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 
-# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights).
+# Types, of a file (whose mixture has some of them) or of a tensor, that llama-quantize refuses without an importance matrix:
+# `tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp. A Q2_K tensor needs one in a Q2_K_S file.
+NEED_IMATRIX = (
+    "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+
+# Of embeddings and output, which llama-imatrix does not cover, it asks nothing, and ends in a failed assertion for these.
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
+
+# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights); of types that
+# need an importance matrix, with an uneven one.
 RELATIVE_ERROR = {
     "F32": 0.0,
     "F16": 2.0**-11,
@@ -42,6 +53,14 @@ RELATIVE_ERROR = {
     "Q3_K": 0.184,
     "IQ3_S": 0.198,
     "Q2_K": 0.343,
+    "IQ3_XXS": 0.217,
+    "IQ2_S": 0.316,
+    "IQ2_XS": 0.355,
+    "IQ2_XXS": 0.419,
+    "IQ1_M": 0.524,
+    "IQ1_S": 0.596,
+    "TQ1_0": 0.851,
+    "TQ2_0": 0.851,
 }
 
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
@@ -63,6 +82,13 @@ def fitting(name: str, row: int) -> str:
         if row % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0:
             return kind
     return "F16"
+
+
+def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
+    """Whether llama-quantize can make the tensor of this name into this type only with a row for it in an importance matrix."""
+    if tensor in EMBEDDINGS:
+        return kind in _NEED_IMATRIX_EVEN_THERE
+    return kind in NEED_IMATRIX or (kind, file_type) == ("Q2_K", "Q2_K_S")
 
 
 def check_file_type(name: str) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from . import gguf_file, programs, quant_types
+from . import gguf_file, mixture, programs, quant_types
 from .atomic import replacing
-from .errors import ConfigError, GgufError
+from .errors import ConfigError, GgufError, ToolchainError
 from .gguf_file import Gguf, TensorInfo
+from .imatrix import read as read_imatrix
 
 NO_HEAD = "none"
 """What stands for a head's type where no head is wanted."""
@@ -24,24 +25,45 @@ Recipe = Sequence[tuple[str, str]]
 
 
 def quantize(
-    source: Path, out: Path, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
+    source: Path, out: Path | None, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
     threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> None:  # fmt: skip
     """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
 
-    Raises ConfigError for types that cannot be, ToolchainError where the program fails.
+    The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
+    ToolchainError where the program fails.
     """
-    overrides = plan_overrides(gguf_file.read(source), file_type, head, recipe)
+    opened = gguf_file.read(source)
+    overrides = plan_overrides(opened, file_type, head, recipe)
+    rows = read_imatrix(imatrix) if imatrix else {}
     command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
-    with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
-        if overrides:
-            types = Path(scratch) / "tensor-types.txt"
-            types.write_text("".join(f"{pattern}={kind.lower()}\n" for pattern, kind in overrides))
-            command += ["--tensor-type-file", types]
-        if imatrix is not None:
-            command += ["--imatrix", imatrix]
-        programs.call([*command, source, temporary, file_type, *([str(threads)] if threads else [])], log)
-        gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
+    with tempfile.TemporaryDirectory() as place:
+        if imatrix:
+            (Path(place) / imatrix.name).symlink_to(imatrix.resolve())  # the path that it is given gets into the file
+            command += ["--imatrix", imatrix.name]
+        default = _dry_run(command, opened, file_type, Path(place))
+        command += [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
+        chosen = _dry_run(command, opened, file_type, Path(place))
+        table = mixture.show(opened, default, chosen)
+        print(table, flush=True)
+        if log:
+            log.write_text(f"{table}\n", encoding="utf-8")
+        mixture.check_imatrix(opened, chosen, file_type, imatrix, rows)
+        if out is None:
+            return
+        with replacing(out) as temporary:
+            command += [source.resolve(), temporary.resolve(), file_type, *([str(threads)] if threads else [])]
+            programs.call(command, log, cwd=Path(place), append=True)
+            written = gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
+            if {name: info.type for name, info in written.tensors.items()} != chosen:
+                raise ToolchainError(f"{out}: llama-quantize made other types than its --dry-run had said")
+
+
+def _dry_run(command: list[str | Path], source: Gguf, file_type: str, place: Path) -> mixture.Types:
+    """The types that a command would make. Raises ToolchainError."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        programs.call([*command, "--dry-run", source.path.resolve(), file_type], Path(output.name), cwd=place)
+        return mixture.parse(output.read(), source)
 
 
 def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:

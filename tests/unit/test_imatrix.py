@@ -1,0 +1,135 @@
+"""Importance matrices: both formats read strictly, and computed to the same bytes wherever and on however many threads."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import BIN, CHECKPOINTS, Run
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.constants import GGUFValueType
+from mtpforge import gguf_file, imatrix, programs
+from mtpforge.errors import GgufError
+from mtpforge.gguf_file import TensorInfo, Value
+
+TEXT = CHECKPOINTS / "corpus.py"
+METADATA = {
+    "imatrix.datasets": Value.of(["text"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+    "imatrix.chunk_count": Value.of(1, GGUFValueType.UINT32),
+    "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT32),
+}
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
+def test_the_same_bytes_for_any_number_of_threads_and_anywhere(built: Path, run: Run, tmp_path: Path, model: str) -> None:
+    source, made = built / f"results/{model}/work/convert/all.gguf", []
+    for threads, folder in ((1, "here"), (2, "a folder of another name"), (3, "there")):
+        text, out = tmp_path / folder / "calibration.txt", tmp_path / folder / "out.gguf"
+        text.parent.mkdir()
+        text.write_bytes(TEXT.read_bytes())
+        done = run("imatrix.py", source, "--text", text, "--threads", threads, "--out", out)
+        assert done.returncode == 0, done.stderr
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+    opened, tensors = gguf_file.read(out), gguf_file.read(source).tensors
+    assert opened.get("imatrix.datasets") == ["calibration.txt"] and opened.get("imatrix.chunk_size") == imatrix.CHUNK
+    rows = imatrix.read(out)
+    experts = "blk.0.ffn_down_exps.weight"
+    assert rows["blk.0.attn_qkv.weight"] == 256 and rows.get(experts, 0) == (6 * 256 if experts in tensors else 0)
+
+    programs.call([BIN / "llama-imatrix", "-m", source, "--in-file", out, "-o", tmp_path / "old.dat", "--output-format", "dat"])
+    assert imatrix.read(tmp_path / "old.dat") == rows
+
+
+@pytest.mark.parametrize("text", ["", "\n", "too short\n" * 100])
+def test_a_text_that_is_too_short_is_refused(built: Path, fails: Callable[..., str], tmp_path: Path, text: str) -> None:
+    (tmp_path / "text").write_text(text)
+    source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
+    message = fails("imatrix.py", source, "--text", tmp_path / "text", out=tmp_path / "out.gguf")
+    assert "is too short for an importance matrix: it must have at least 1,024 tokens" in message
+
+
+def legacy(*entries: tuple[bytes, int], count: int | None = None, tail: bytes = b"") -> bytes:
+    parts = [struct.pack("<i", len(entries) if count is None else count)]
+    parts += [struct.pack(f"<i{len(n)}sii{v}f", len(n), n, 4, v, *([1.0] * v)) for n, v in entries]
+    return b"".join(parts) + tail
+
+
+@pytest.mark.parametrize("tail", [b"", struct.pack("<ii", 4, 0), struct.pack("<ii4s", 4, 4, b"text")])
+def test_the_older_format(tmp_path: Path, tail: bytes) -> None:
+    (tmp_path / "i.dat").write_bytes(legacy((b"blk.0.attn_q.weight", 256), (b"output.weight", 3), tail=tail))
+    assert imatrix.read(tmp_path / "i.dat") == {"blk.0.attn_q.weight": 256, "output.weight": 3}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        legacy(count=0),
+        legacy(count=-1),
+        legacy((b"a", 1), count=2),
+        legacy((b"a", 1), count=2**31 - 1),
+        legacy((b"a", 1), (b"a", 1)),
+        legacy((b"a\0b", 1)),
+        legacy((b"\xff\n", 1)),
+        legacy((b"a" * 64, 1)),
+        struct.pack("<iiI", 1, -1, 0) + b"\0" * 99,
+        struct.pack("<ii1sii", 1, 1, b"a", 4, 2**31 - 1) + b"\0" * 99,
+        struct.pack("<ii1sii", 1, 1, b"a", 4, -5) + b"\0" * 99,
+        legacy((b"a", 1), tail=b"\0\0"),
+        legacy((b"a", 1), tail=struct.pack("<ii", 4, 2**31 - 1)),
+        legacy((b"a", 1), tail=struct.pack("<ii", 4, -1)),
+    ],
+)
+def test_a_hostile_file_of_the_older_format_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "i.dat").write_bytes(data)
+    with pytest.raises(GgufError, match=r"i\.dat: "):
+        imatrix.read(tmp_path / "i.dat")
+
+
+def write(path: Path, metadata: dict[str, Value], *tensors: TensorInfo) -> Path:
+    gguf_file.write(path, metadata, [(info, [memoryview(bytes(info.size))]) for info in tensors])
+    return path
+
+
+def test_a_hostile_gguf_is_refused(tmp_path: Path) -> None:
+    sums, counts = TensorInfo("a.weight.in_sum2", (6, 256), Kind.F32), TensorInfo("a.weight.counts", (6, 1), Kind.F32)
+    assert imatrix.read(write(tmp_path / "good.gguf", METADATA, sums, counts)) == {"a.weight": 1536}
+    odd = {**METADATA, "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT64)}
+    for name, tensors, metadata in [
+        ("nothing", (), METADATA),
+        ("no counts", (sums,), METADATA),
+        ("no sums", (counts,), METADATA),
+        ("five counts", (sums, TensorInfo(counts.name, (5, 1), Kind.F32)), METADATA),
+        ("sums of another type", (TensorInfo(sums.name, (6, 256), Kind.F16), counts), METADATA),
+        ("no metadata", (sums, counts), {}),
+        ("metadata of another type", (sums, counts), odd),
+    ]:
+        with pytest.raises(GgufError, match=name):
+            imatrix.read(write(tmp_path / f"{name}.gguf", metadata, *tensors))
+
+
+def test_a_matrix_of_another_model_or_of_nothing_stops_a_quantization(
+    built: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    source, matrix = built / "results/tiny-qwen3.5/work/convert/all.gguf", tmp_path / "i.gguf"
+    write(
+        matrix,
+        METADATA,
+        TensorInfo("blk.0.ffn_up.weight.in_sum2", (512,), Kind.F32),
+        TensorInfo("blk.0.ffn_up.weight.counts", (1,), Kind.F32),
+    )
+    asked = ("quantize.py", source, "--type", "IQ2_XS", "--imatrix", matrix)
+    assert "all.gguf has nothing like its blk.0.ffn_up.weight" in fails(*asked, out=tmp_path / "out.gguf")
+    matrix.write_bytes(b"GGUF\3\0\0\0")
+    assert "truncated" in fails(*asked, out=tmp_path / "out.gguf")
+    message = fails("quantize.py", source, "--type", "IQ2_XS", out=tmp_path / "out.gguf")
+    assert "needs an importance matrix, and there is none for blk.0." in message and "more: give these tensors" in message
+
+
+def test_a_dry_run_needs_no_output(built: Path, run: Run) -> None:
+    source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
+    done = run("quantize.py", source, "--type", "Q4_K_M", "--dry-run")
+    assert done.returncode == 0 and "| blk.{0-2}.ssm_out.weight" in done.stdout and "bits per weight" in done.stdout
+    assert run("quantize.py", source, "--type", "Q4_K_M").returncode == 2

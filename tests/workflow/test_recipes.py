@@ -1,0 +1,78 @@
+"""Recipes and importance matrices in a build: made once, shared, and made again for what uses them alone."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHECKPOINTS
+from mtpforge import gguf_file
+from repository import CONFIG, Repository
+
+TEXT = "texts/calibration.txt"
+MATRIX = "results/tiny-qwen3.5/work/imatrix/texts%2Fcalibration.txt.gguf"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+    made = Repository(tmp_path_factory.mktemp("recipes") / "repository", toolchain)
+    (made.path / "texts").mkdir()
+    (made.path / TEXT).write_bytes((CHECKPOINTS / "corpus.py").read_bytes())
+    variants: dict[str, Any] = {
+        "IQ2_XS": {"tensors": "one", "imatrix": {"text": TEXT}},
+        "IQ3_XXS": {"imatrix": {"text": TEXT}},
+        "Q8_0": {"tensors": "two"},
+        "plain": {"type": "IQ2_XS", "tensors": "one", "imatrix": {"text": TEXT}, "head": "none"},
+    }
+    made.config["recipes"] = {"one": {"attn_": "Q4_K"}, "two": {"ffn_": "Q6_K"}}
+    made.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants}}
+    made.write_config()
+    jobs = {"convert": 2, "imatrix": 1, "recipe": 4, "quantize": 4, "verify": 4, "summary": 1}
+    assert made.pending() == {"toolchain": 1, **jobs}
+    done = made.snakemake()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "| blk.{0-2}.attn_qkv.weight" in done.stdout + done.stderr  # the table, on the terminal
+    assert made.pending() == {}
+    return made
+
+
+def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Repository) -> None:
+    results = repository.path / "results/tiny-qwen3.5"
+    for variant in ("IQ2_XS", "IQ3_XXS"):
+        opened = gguf_file.read(results / f"tiny-qwen3.5-{variant}.gguf")
+        assert opened.tensors["blk.0.ffn_up.weight"].type.name == variant
+        assert opened.get("quantize.imatrix.file") == "texts%2Fcalibration.txt.gguf"
+        assert opened.get("quantize.imatrix.dataset") == "calibration.txt"
+        report = json.loads((results / f"reports/tiny-qwen3.5-{variant}.json").read_text())
+        assert report["accepted"] > 0 and all(check["passed"] for check in report["checks"])
+        assert (repository.path / f"logs/tiny-qwen3.5/quantize-{variant}.log").read_text().startswith("| tensor ")
+    assert gguf_file.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
+
+
+def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository) -> None:
+    before = copy.deepcopy(repository.config)
+    repository.config["recipes"]["two"]["ffn_"] = "Q5_K"
+    repository.config["recipes"]["three"] = {"ffn_": "Q4_K"}
+    repository.write_config()
+    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "summary": 1}
+    repository.config = before
+    repository.write_config()
+    assert repository.pending() == {}
+
+
+def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> None:
+    text = repository.path / TEXT
+    text.touch()
+    assert repository.pending() == {}
+    before = text.read_text()
+    text.write_text(before + "another line\n")
+    assert repository.pending() == {"imatrix": 1, "quantize": 3, "verify": 3, "summary": 1}
+    text.write_text(before)
+    assert repository.pending() == {}
+
+
+def test_a_matrix_that_is_made_again_is_the_same(repository: Repository) -> None:
+    before = (repository.path / MATRIX).read_bytes()
+    assert repository.snakemake("--forcerun", "imatrix", "--until", "imatrix").returncode == 0
+    assert (repository.path / MATRIX).read_bytes() == before
