@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from mtpforge import atomic, errors
+from mtpforge.table import markdown, size
 
 COLUMNS = ("file", "size", "bits/weight", "head", "acceptance")
 
@@ -37,21 +38,6 @@ def row(path: Path) -> tuple[str, ...]:
         report["head"] or "-",
         acceptance,
     )
-
-
-def size(count: int) -> str:
-    """Bytes as people read them, in powers of ten as the Hub shows them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, padded so that it reads as text too; the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))] for row in rows
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
 if __name__ == "__main__":
