@@ -21,11 +21,14 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix; its path is recorded")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-quantize (default: all)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of header and tensors, as JSON")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-quantize says")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.source)
     recipe = read_recipe(args.tensors)
-    quantize(args.source, args.out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
+    quantize(
+        args.source, args.out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log, args.digests
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from pathlib import Path
 from mtpforge import atomic, errors, gguf_file, programs, progress
 from mtpforge.quantize import read_recipe
 from mtpforge.split import check_target, parse_size, plan
-from mtpforge.verify import Request, as_table, head_source, publish_split, read_prompts, verify
-
-PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+from mtpforge.verify import PROMPTS, Request, as_table, head_source, publish_split, read_prompts, verify
 
 
 def main() -> None:

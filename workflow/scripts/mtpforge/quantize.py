@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from . import gguf_file, programs, quant_types
-from .atomic import replacing
+from .atomic import replacing, write_json
 from .errors import ConfigError, GgufError
 from .gguf_file import Gguf, TensorInfo
 
@@ -25,11 +25,12 @@ Recipe = Sequence[tuple[str, str]]
 
 def quantize(
     source: Path, out: Path, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
-    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None, digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
 
-    Raises ConfigError for types that cannot be, ToolchainError where the program fails.
+    `digests` is written with the sha256 of header and tensors, as `gguf_file.digests` has them. Raises ConfigError for types that
+    cannot be, ToolchainError where the program fails.
     """
     overrides = plan_overrides(gguf_file.read(source), file_type, head, recipe)
     command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
@@ -42,6 +43,8 @@ def quantize(
             command += ["--imatrix", imatrix]
         programs.call([*command, source, temporary, file_type, *([str(threads)] if threads else [])], log)
         gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
+        if digests:
+            write_json(digests, gguf_file.digests(temporary, threads))
 
 
 def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:

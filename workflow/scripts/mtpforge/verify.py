@@ -10,6 +10,7 @@ is still hidden by a copy of the file in memory.
 """
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lEQVR42mNgGAWjgHwAAA"
     "JAAAHgTR1EAAAAAElFTkSuQmCC"
 )
+PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 N_PREDICT = 200
 EQUAL = 100  # tokens of each prompt that must be the same without drafting
 TIE = 0.1  # of log-probability: two tokens nearer than this can change places when they are computed in batches of another size
@@ -122,6 +124,7 @@ def verify(
         check, digests = check_trunk(opened, before)
         checks.append(check)
         proof |= digests
+    _raise_failed(path.name, checks)  # what is known to be wrong need not be run
     running, measured = check_running(opened, request, bin_dir)
     checks += running
     checks += check_programs(opened, request, bin_dir)
@@ -328,14 +331,10 @@ def check_inventory(opened: Gguf, expected: Mapping[str, TensorInfo], architectu
 
 
 def check_digests(opened: Gguf, recorded: Path) -> Check:
-    """Every tensor has the bytes that were recorded when the file was made."""
-    expected = {name: digest for name, digest in read_json(recorded).items() if name != "header"}
-    wrong = [f"{name} differs" for name in expected.keys() | opened.ranges.keys() if _digest(opened, name) != expected.get(name)]
-    return Check("bytes", not wrong, _some(sorted(wrong)) or f"{len(expected)} tensors have the bytes with which they were made")
-
-
-def _digest(opened: Gguf, name: str) -> str | None:
-    return sha256(opened.ranges[name]) if name in opened.ranges else None
+    """The header and every tensor have the bytes that were recorded when the file was made."""
+    expected, found = read_json(recorded), gguf_file.digests(opened.path)
+    wrong = [f"{name} differs" for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
+    return Check("bytes", not wrong, _some(sorted(wrong)) or f"header and {len(opened.tensors)} tensors as they were made")
 
 
 def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, dict[str, Any]]:
@@ -360,14 +359,13 @@ def _digest_of(digests: Mapping[str, str]) -> str:
 def check_running(opened: Gguf, request: Request, bin_dir: Path) -> tuple[list[Check], dict[str, Any]]:
     """The file loads, its head drafts well enough, and the text is the same without drafting; for the report, what was accepted."""
     checks, answers = check_drafting(opened, request, bin_dir)
-    drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
-    if not drafts:
+    if not any(answer.drafts for answer in answers):
         return checks, {}
-    share = accepted / drafts
+    measured = _accepted(answers)
     if request.unquantized:
-        checks += check_acceptance(share, request.unquantized, request.max_acceptance_drop)
+        checks.append(check_acceptance(measured["acceptance"], request.unquantized, request.max_acceptance_drop))
     checks.append(check_without_drafting(opened, request, answers, bin_dir))
-    return checks, {"drafts": drafts, "accepted": accepted, "acceptance": round(share, 4)}
+    return checks, measured
 
 
 def check_drafting(opened: Gguf, request: Request, bin_dir: Path) -> tuple[list[Check], list[server.Completion]]:
@@ -437,14 +435,39 @@ def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[tupl
     return Check("same text", not wrong and equal > 0, _some(wrong) or detail)
 
 
-def check_acceptance(share: float, unquantized: Path, most: float) -> list[Check]:
-    """Acceptance is not more than `most` below that of the unquantized file; no verdict where that could not be measured."""
+def acceptance(path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
+    """What a file accepts of its head's drafts, as its quantizations are going to be measured; or why that was not measured.
+
+    A file larger than the memory is not run: each token would read it from the disk again. Raises VerificationError where it does
+    not draft at all.
+    """
+    memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), path.stat().st_size
+    if size > memory:
+        return {"skipped": f"BF16 was not run: {table.size(size)} do not fit into {table.size(memory)} of memory"}
+    opened = gguf_file.read(path)
+    if reason := upstream.undrafted(opened):
+        return {"skipped": reason}
+    checks, answers = check_drafting(opened, request, bin_dir)
+    _raise_failed(path.name, checks)
+    return _accepted(answers)
+
+
+def _accepted(answers: Sequence[server.Completion]) -> dict[str, Any]:
+    drafts, accepted = sum(answer.drafts for answer in answers), sum(answer.accepted for answer in answers)
+    return {"drafts": drafts, "accepted": accepted, "acceptance": round(accepted / drafts, 4)}
+
+
+def check_acceptance(share: float, unquantized: Path, most: float) -> Check:
+    """Acceptance is not more than `most` below that of the unquantized file, if that could be measured.
+
+    On some 300 drafts chance alone moves it by 0.04, because another quantization soon continues with another text.
+    """
     measured = read_json(unquantized)
     if "acceptance" not in measured:
-        return []
-    drop = float(measured["acceptance"]) - share
-    detail = f"{share:.1%}, BF16 has {measured['acceptance']:.1%}" + (f": more than {most:.0%} less" if drop > most else "")
-    return [Check("acceptance", drop <= most, detail)]
+        return Check("acceptance", True, f"not compared: {measured.get('skipped')}")
+    drop = measured["acceptance"] - share
+    detail = f"{share:.1%}, that of BF16 is {measured['acceptance']:.1%}"
+    return Check("acceptance", drop <= most, detail if drop <= most else f"{detail}: it may be lower by {100 * most:.0f} points")
 
 
 def check_programs(opened: Gguf, request: Request, bin_dir: Path) -> list[Check]:
