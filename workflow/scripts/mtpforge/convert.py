@@ -224,6 +224,9 @@ def rows(checkpoint: Checkpoint, item: Planned, numbers: np.ndarray) -> np.ndarr
     `numbers` are ascending, and count the rows of all matrices of the tensor.
     """
     width, done, found = item.row.shape[-1], 0, []
+    if numbers[-1] - numbers[0] >= len(numbers):
+        for tensor in item.tensors:
+            checkpoint.scatter(tensor)
     for views, decoded in _parts(checkpoint, item):
         count = views[0].size // width
         first, last = np.searchsorted(numbers, (done, done + count))
