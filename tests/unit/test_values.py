@@ -9,7 +9,7 @@ import pytest
 from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
-from layouts import ALL, write_layout
+from layouts import write_layout
 from mtpforge import convert, gguf_file, values, verify
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.families import Hparams, family_of
@@ -19,7 +19,7 @@ Q8_0 = GGMLQuantizationType.Q8_0
 EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"])
 def test_some_rows_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_layout(name, tmp_path))
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
