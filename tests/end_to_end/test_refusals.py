@@ -93,17 +93,17 @@ def poison(info: TensorInfo, data: bytearray) -> None:
 
 
 FAULTS = {
-    "raw norms": Fault("norms: 1 is not added to 6 norms", r"blk\.4\..*norm\.weight", shift(-1)),
+    "raw norms": Fault("norms: 1 is not added to 7 norms", r"blk\.4\..*norm\.weight", shift(-1)),
     "raw norms of the trunk": Fault("norms: 1 is not added to 2 norms", r"blk\.[01]\.attn_norm", shift(-1), variant="BF16"),
-    "norms shifted twice": Fault("norms: 1 is added once too often to 6 norms", r"blk\.4\..*norm\.weight", shift(1), MOE),
+    "norms shifted twice": Fault("norms: 1 is added once too often to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE),
     "one norm shifted twice": Fault("norms: 1 is added once too often to blk.2", r"blk\.2\.post_attention_norm", shift(1)),
     "halves": Fault("values: blk.4.nextn.eh_proj.weight", r"eh_proj", swap_halves, variant="BF16"),
-    "halves at Q8_0": Fault("values: blk.4.nextn.eh_proj.weight", r"eh_proj", swap_halves, MOE),
-    "experts": Fault("values: blk.4.ffn_down_exps.weight", r"blk\.4\.ffn_down_exps", swap_first, MOE, "BF16"),
-    "experts at Q8_0": Fault("values: blk.4.ffn_down_exps.weight", r"blk\.4\.ffn_down_exps", swap_first, MOE),
+    "halves at Q8_0": Fault("values: blk.2.nextn.eh_proj.weight", r"eh_proj", swap_halves, MOE),
+    "experts": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE, "BF16"),
+    "experts at Q8_0": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE),
     "experts of the trunk": Fault("values: blk.1.ffn_up_exps.weight", r"blk\.1\.ffn_up_exps", swap_first, MOE),
-    "rows": Fault("values: blk.4.attn_output.weight (Q8_0) has a row", r"blk\.4\.attn_output", swap_first),
-    "rows of the trunk": Fault("values: blk.0.ffn_up.weight (Q4_K) has a row", r"blk\.0\.ffn_up", swap_first),
+    "rows": Fault("values: blk.4.attn_output.weight (Q8_0) has a", r"blk\.4\.attn_output", swap_first),
+    "rows of the trunk": Fault("values: blk.0.ffn_up.weight (Q4_K) has a", r"blk\.0\.ffn_up", swap_first),
     "a scale": Fault("finite: blk.2.ffn_gate.weight has values that are no numbers", r"blk\.2\.ffn_gate", poison),
 }
 SHOWN_BY_DIGESTS = {
@@ -112,7 +112,7 @@ SHOWN_BY_DIGESTS = {
     "a bit of an unquantized trunk": Fault("bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit, variant="BF16"),
     "a bit of a base": Fault("trunk: blk.2.ffn_up.weight differs from the base", r"blk\.2\.ffn_up\.", flip_bit, variant=INJECTED),
     "a bit of an injected head": Fault(
-        "trunk: blk.4.ffn_up_exps.weight differs from the head", r"blk\.4\.ffn_up_exps", flip_bit, MOE, INJECTED
+        "trunk: blk.2.ffn_up_exps.weight differs from the head", r"blk\.2\.ffn_up_exps", flip_bit, MOE, INJECTED
     ),
 }
 
@@ -158,7 +158,7 @@ def test_a_changed_bit_is_refused_by_the_digests_alone(built: Path, fails: Fails
     [
         (
             "rope.dimension_sections",
-            lambda raw: raw[:12] + raw[16:20] + raw[12:16] + raw[20:],
+            lambda raw: raw[:16] + raw[20:24] + raw[16:20] + raw[24:],
             "metadata: {}.rope.dimension_sections is [",
         ),
         ("tokenizer.ggml.eos_token_id", lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "metadata: tokenizer.ggml.eos_token_id is "),
@@ -192,7 +192,7 @@ def test_a_head_from_another_checkpoint_is_refused(built: Path, run: Run, fails:
     assert run("inject.py", base, "--head", other, "--head-type", "Q8_0", "--out", out).returncode == 0
     options = ("--base", base, "--publish", tmp_path / "final.gguf", *asked(built, model, "Q4_K_M"))
     message = fails("verify.py", out, *options, out=tmp_path / "report.json")
-    assert "values: blk.4." in message and "trunk: " not in message
+    assert re.search(r"values: blk\.[24]\.", message) and "trunk: " not in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.gguf", "other"]
 
 

@@ -53,7 +53,11 @@ def main() -> None:
         atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target)
     limit = _limit(args.split, args.file, args.publish)
     with progress.bar(args.file.name) as show:
-        report = verify(args.file, request, args.bin, show)
+        try:
+            report = verify(args.file, request, args.bin, show)
+        except errors.VerificationError as error:
+            print(error.table, end="")
+            raise
     if args.head_record:
         report["head_source"] = head_source(args.head_record)
     if args.publish:

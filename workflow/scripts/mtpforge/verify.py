@@ -23,7 +23,7 @@ from gguf.constants import Keys
 from . import convert, gguf_file, inject, programs, quant_types, server, split, table, upstream, values
 from .checkpoint import Checkpoint, read_json, read_text
 from .errors import ConfigError, ForgeError, VerificationError
-from .families import Family, Hparams, family_of
+from .families import Hparams, family_of
 from .gguf_file import Gguf, TensorInfo, Value, squeezed
 from .quantize import NO_HEAD, Recipe, by_recipe, head_blocks, quantizable, read_head
 from .ranges import FileRange, sha256
@@ -204,9 +204,10 @@ def check_against_source(
         checks = [check_inventory(opened, rows, family.gguf_architecture, request)]
         part = request.part
         if part == "all" and convert.EMBEDDINGS not in convert.canonical_names(checkpoint, family):
-            part, left_out = "head", "; of the checkpoint only the head is here"
+            part, left_out = "head", "; of the checkpoint only the head is here"  # and no tokenizer
         if checks[0].passed:
-            checks += check_metadata(opened, *described(checkpoint, family, hparams, request, list(rows.values()), part), request)
+            metadata = convert.describe(checkpoint, family, hparams, part, list(rows.values()), request.tokenizer_pre)
+            checks += check_metadata(opened, metadata, chat_template(checkpoint.directory), request)
             expected = values.of_checkpoint(checkpoint, convert.plan(checkpoint, family, hparams, part))
     elif request.reference:
         reference = gguf_file.read(request.reference)
@@ -243,15 +244,6 @@ def _compared(opened: Gguf, found: values.Findings, left_out: str) -> str:
     return (
         f"{detail}worst {worst.name} ({worst.type}) with an error of {worst.error:.3f} (allowed {values.allowed(worst.type):.3f})"
     )
-
-
-def described(
-    checkpoint: Checkpoint, family: Family, hparams: Hparams, request: Request, infos: list[TensorInfo], part: str
-) -> tuple[Mapping[str, Value], str | None]:
-    """The metadata that conversion writes for a checkpoint; and its chat template, read apart from conversion."""
-    part = request.part if part != "head" else part  # where only the head is, there is no tokenizer
-    metadata = convert.describe(checkpoint, family, hparams, part, infos, request.tokenizer_pre)
-    return metadata, chat_template(checkpoint.directory)
 
 
 def chat_template(directory: Path) -> str | None:
@@ -547,4 +539,6 @@ def publish_split(
 def _raise_failed(name: str, checks: list[Check]) -> None:
     """Raise VerificationError, naming each failed check, where there is one."""
     if failed := [check for check in checks if not check.passed]:
-        raise VerificationError(f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
+        error = VerificationError(f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
+        error.table = as_table({"file": name, "checks": [asdict(check) for check in checks]})
+        raise error
