@@ -1,62 +1,50 @@
-"""A head that is there but wrong is never published: planted faults are refused by verify, with a message that says why."""
+"""A file that is there but wrong is never published: planted faults are refused by verify, with a message that says why."""
 
+import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, Run
+from conftest import CHECKPOINTS, MODELS, Run
+from layouts import read_tensors, write_checkpoint
 from mtpforge import gguf_file
-from mtpforge.gguf_file import TensorInfo
-from mtpforge.quantize import head_blocks
+from mtpforge.gguf_file import TensorInfo, Value
+
+MOE, INJECTED = MODELS[1], "Q4_K_M-injected"
 
 Fails = Callable[..., str]
 Change = Callable[[TensorInfo, bytearray], None]
 
 
-def damaged(source: Path, out: Path, change: Change) -> Path:
-    """A copy of a GGUF whose head's tensors went through `change`, which works in place on their bytes."""
-    opened = gguf_file.read(source)
-    raw, prefix = source.read_bytes(), f"blk.{head_blocks(opened)[0]}."
-    tensors, touched = [], 0
+def damaged(source: Path, out: Path, change: Change, names: str = ".*") -> Path:
+    """A copy of a GGUF of which the tensors with these names went through `change`, which works in place on their bytes."""
+    opened, raw = gguf_file.read(source), bytearray(source.read_bytes())
+    before = bytes(raw)
     for name, info in opened.tensors.items():
-        data = bytearray(raw[opened.ranges[name].offset :][: info.size])
-        if name.startswith(prefix):
-            before = bytes(data)
+        if re.search(names, name):
+            start = opened.ranges[name].offset
+            data = raw[start : start + info.size]
             change(info, data)
-            touched += before != data
-        tensors.append((info, [memoryview(data)]))
-    assert touched, "the fault was not planted"
-    gguf_file.write(out, opened.metadata, tensors)
+            assert data != raw[start : start + info.size]
+            raw[start : start + info.size] = data
+    assert raw != before, "the fault was not planted"
+    out.write_bytes(raw)
     return out
 
 
-def unshift_norms(info: TensorInfo, data: bytearray) -> None:
-    """As converters write them that do not know of the +1."""
-    if info.name.endswith("norm.weight"):
-        values = np.frombuffer(data, np.float32)
-        values -= 1
-
-
-def swap_experts(info: TensorInfo, data: bytearray) -> None:
-    """Two experts' down projections change places."""
-    if info.name.endswith("ffn_down_exps.weight"):
-        size = len(data) // info.shape[0]
-        data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
+def swap_first(info: TensorInfo, data: bytearray) -> None:
+    """The first two rows of a matrix, or the first two experts, change places."""
+    size = len(data) // info.shape[0]
+    data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
 
 
 def swap_halves(info: TensorInfo, data: bytearray) -> None:
     """`eh_proj` with hidden state and embedding the wrong way round."""
-    if info.name.endswith("eh_proj.weight"):
-        rows = np.frombuffer(data, np.uint16).reshape(info.shape)
-        rows[:] = np.roll(rows, info.shape[1] // 2, axis=1)
-
-
-def swap_rows(info: TensorInfo, data: bytearray) -> None:
-    """One pair of rows of one matrix."""
-    if info.name.endswith("attn_output.weight"):
-        size = len(data) // info.shape[0]
-        data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
+    rows = np.frombuffer(data, np.uint8).reshape(info.shape[0], -1)
+    rows[:] = np.roll(rows, rows.shape[1] // 2, axis=1)
 
 
 def prompts(model: str) -> tuple[object, ...]:
@@ -67,32 +55,145 @@ def test_a_head_without_the_shift_of_its_norms_is_refused_because_it_drafts_noth
     built: Path, fails: Fails, tmp_path: Path
 ) -> None:
     source = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
-    dead = damaged(source, tmp_path / "dead.gguf", unshift_norms)
+    dead = damaged(source, tmp_path / "dead.gguf", shift(-1), r"blk\.4\..*norm\.weight")
     message = fails("verify.py", dead, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
     assert "drafts accepted" in message and "the head is dead or damaged" in message
 
 
-@pytest.mark.parametrize("variant", ["BF16", "Q4_K_M"])
-def test_a_head_with_two_experts_swapped_is_refused(built: Path, fails: Fails, tmp_path: Path, variant: str) -> None:
-    source = built / f"results/tiny-qwen3.5-moe/tiny-qwen3.5-moe-{variant}.gguf"
-    swapped = damaged(source, tmp_path / "swapped.gguf", swap_experts)
-    checkpoint = ("--checkpoint", CHECKPOINTS / "tiny-qwen3.5-moe")
-    message = fails("verify.py", swapped, *checkpoint, *prompts("tiny-qwen3.5-moe"), out=tmp_path / "report.json")
-    assert "head values: blk." in message and "ffn_down_exps.weight" in message
+@dataclass(frozen=True)
+class Fault:
+    """A change of a finished file, and how the verdict on it begins."""
+
+    verdict: str
+    tensors: str
+    """Names that the change touches, as a regular expression; in the head and in the trunk."""
+    change: Change
+    model: str = "tiny-qwen3.5"
+    variant: str = "Q4_K_M"
 
 
-@pytest.mark.parametrize("change", [swap_halves, swap_rows, unshift_norms])
-def test_other_faults_of_a_head_are_refused_by_its_values(built: Path, fails: Fails, tmp_path: Path, change: Change) -> None:
-    faulty = damaged(built / "results/tiny-qwen3.5/tiny-qwen3.5-Q8_0.gguf", tmp_path / "faulty.gguf", change)
-    checkpoint = ("--checkpoint", CHECKPOINTS / "tiny-qwen3.5")
-    assert "head values" in fails("verify.py", faulty, *checkpoint, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
+def shift(by: float) -> Change:
+    """Norms that are shifted once more (1), or were not at all (-1)."""
+
+    def change(info: TensorInfo, data: bytearray) -> None:
+        values = np.frombuffer(data, np.float32)
+        values += np.float32(by)
+
+    return change
 
 
-def test_a_row_out_of_place_is_seen_through_a_quantization(built: Path, fails: Fails, tmp_path: Path) -> None:
-    faulty = damaged(built / "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M.gguf", tmp_path / "faulty.gguf", swap_rows)
-    checkpoint = ("--checkpoint", CHECKPOINTS / "tiny-qwen3.5")
-    message = fails("verify.py", faulty, *checkpoint, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
-    assert "attn_output.weight" in message
+def flip_bit(info: TensorInfo, data: bytearray) -> None:
+    """The last bit of a tensor's middle."""
+    data[len(data) // 2] ^= 1
+
+
+def poison(info: TensorInfo, data: bytearray) -> None:
+    """Of a block of Q4_K or Q8_0, or of two F32 values, the scale becomes a half-precision NaN."""
+    data[:2] = b"\x00\x7e"
+
+
+FAULTS = {
+    "raw norms": Fault("norms: 1 is not added to 7 norms", r"blk\.4\..*norm\.weight", shift(-1)),
+    "raw norms of the trunk": Fault("norms: 1 is not added to 2 norms", r"blk\.[01]\.attn_norm", shift(-1), variant="BF16"),
+    "norms shifted twice": Fault("norms: 1 is added once too often to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE),
+    "one norm shifted twice": Fault("norms: 1 is added once too often to blk.2", r"blk\.2\.post_attention_norm", shift(1)),
+    "halves": Fault("values: blk.4.nextn.eh_proj.weight", r"eh_proj", swap_halves, variant="BF16"),
+    "halves at Q8_0": Fault("values: blk.2.nextn.eh_proj.weight", r"eh_proj", swap_halves, MOE),
+    "experts": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE, "BF16"),
+    "experts at Q8_0": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE),
+    "experts of the trunk": Fault("values: blk.1.ffn_up_exps.weight", r"blk\.1\.ffn_up_exps", swap_first, MOE),
+    "rows": Fault("values: blk.4.attn_output.weight (Q8_0) has a", r"blk\.4\.attn_output", swap_first),
+    "rows of the trunk": Fault("values: blk.0.ffn_up.weight (Q4_K) has a", r"blk\.0\.ffn_up", swap_first),
+    "a scale": Fault("finite: blk.2.ffn_gate.weight has values that are no numbers", r"blk\.2\.ffn_gate", poison),
+}
+SHOWN_BY_DIGESTS = {
+    "a bit": Fault("bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit),
+    "a bit of an expert": Fault("bytes: blk.1.ffn_up_exps.weight differs", r"blk\.1\.ffn_up_exps", flip_bit, MOE, "IQ3_S-mix"),
+    "a bit of an unquantized trunk": Fault("bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit, variant="BF16"),
+    "a bit of a base": Fault("trunk: blk.2.ffn_up.weight differs from the base", r"blk\.2\.ffn_up\.", flip_bit, variant=INJECTED),
+    "a bit of an injected head": Fault(
+        "trunk: blk.2.ffn_up_exps.weight differs from the head", r"blk\.2\.ffn_up_exps", flip_bit, MOE, INJECTED
+    ),
+}
+
+
+def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple[object, ...]:
+    """What the rules ask of a variant, of its bytes too if `digests` says so."""
+    work = built / "results" / model / "work"
+    kind = {"IQ3_S-mix": "IQ3_S", INJECTED: "Q4_K_M"}.get(variant, variant)
+    record = work / ("injected" if variant == INJECTED else "quantized") / f"{variant}.json"
+    option = ("--trunk" if variant == INJECTED else "--digests", work / "convert/all.json" if variant == "BF16" else record)
+    source = ("--checkpoint", CHECKPOINTS / model, "--tokenizer-pre", "qwen35", "--type", kind)
+    return (*source, *(option if digests else ()), *prompts(model))
+
+
+def refused(built: Path, fails: Fails, folder: Path, fault: Fault, digests: bool) -> str:
+    """The message on a file with this fault; nothing has appeared but the file itself."""
+    name = f"{fault.model}-{fault.variant}.gguf"
+    faulty = damaged(built / "results" / fault.model / name, folder / "faulty.gguf", fault.change, fault.tensors)
+    options = ("--publish", folder / "final.gguf", *asked(built, fault.model, fault.variant, digests))
+    message = fails("verify.py", faulty, *options, out=folder / "report.json")
+    assert list(folder.iterdir()) == [faulty]
+    return message.partition(" is not published: ")[2]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_refused_by_the_check_that_should(built: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+    message = refused(built, fails, tmp_path, FAULTS[name], digests=False)
+    assert message.startswith(FAULTS[name].verdict) or f"; {FAULTS[name].verdict}" in message
+    assert ("norms: " in message) == (FAULTS[name].verdict.startswith("norms")) and "drafting" not in message
+
+
+@pytest.mark.parametrize("name", SHOWN_BY_DIGESTS)
+def test_a_changed_bit_is_refused_by_the_digests_alone(built: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+    """Values show it only where nothing is quantized."""
+    fault = SHOWN_BY_DIGESTS[name]
+    message = refused(built, fails, tmp_path, fault, digests=True)
+    assert fault.verdict in message and ("values: " in message) == (fault.variant == "BF16")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("key", "change", "verdict"),
+    [
+        (
+            "rope.dimension_sections",
+            lambda raw: raw[:16] + raw[20:24] + raw[16:20] + raw[24:],
+            "metadata: {}.rope.dimension_sections is [",
+        ),
+        ("tokenizer.ggml.eos_token_id", lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "metadata: tokenizer.ggml.eos_token_id is "),
+        ("tokenizer.chat_template", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "chat template: differs from the source's from"),
+    ],
+)
+def test_other_metadata_is_refused(
+    built: Path, fails: Fails, tmp_path: Path, model: str, key: str, change: Callable[[bytes], bytes], verdict: str
+) -> None:
+    opened = gguf_file.read(built / "results" / model / f"{model}-Q8_0.gguf")
+    key = key if key.startswith("tokenizer.") else f"{opened.architecture}.{key}"
+    other = Value(opened.metadata[key].type, change(opened.metadata[key].raw))
+    assert other != opened.metadata[key]
+    tensors = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
+    gguf_file.write(tmp_path / "faulty.gguf", {**opened.metadata, key: other}, tensors)
+    options = ("--publish", tmp_path / "final.gguf", *asked(built, model, "Q8_0"))
+    message = fails("verify.py", tmp_path / "faulty.gguf", *options, out=tmp_path / "report.json")
+    assert verdict.format(opened.architecture) in message and ";" not in message  # and nothing else is said against it
+    assert [path.name for path in tmp_path.iterdir()] == ["faulty.gguf"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_head_from_another_checkpoint_is_refused(built: Path, run: Run, fails: Fails, tmp_path: Path, model: str) -> None:
+    """One that fits in every shape, and drafts: the same with its matrices a little off."""
+    config, tensors = json.loads((CHECKPOINTS / model / "config.json").read_text()), read_tensors(CHECKPOINTS / model)
+    for name, (dtype, array) in tensors.items():
+        if name.startswith("mtp.") and array.ndim > 1:
+            tensors[name] = (dtype, array ^ (array & 1 << 6 ^ 1 << 6))
+    other = write_checkpoint(tmp_path / "other" / model, CHECKPOINTS / model, config, tensors)
+    base, out = built / "results" / model / "work/trunk/Q4_K_M.gguf", tmp_path / "file.gguf"
+    assert run("inject.py", base, "--head", other, "--head-type", "Q8_0", "--out", out).returncode == 0
+    options = ("--base", base, "--publish", tmp_path / "final.gguf", *asked(built, model, "Q4_K_M"))
+    message = fails("verify.py", out, *options, out=tmp_path / "report.json")
+    assert re.search(r"values: blk\.[24]\.", message) and "trunk: " not in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.gguf", "other"]
 
 
 def test_another_type_than_asked_for_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
@@ -125,9 +226,19 @@ def test_a_damaged_file_without_a_head_is_refused_by_its_values(
     built: Path, run: Run, fails: Fails, tmp_path: Path, name: str
 ) -> None:
     trunk, checkpoint = built / "results/tiny-qwen3.5/work/convert/trunk.gguf", CHECKPOINTS / "tiny-qwen3.5"
-    asked = ("--checkpoint", checkpoint, "--type", "BF16", "--head", "none", *prompts("tiny-qwen3.5"))
-    assert run("verify.py", trunk, *asked, "--out", tmp_path / "good.json").returncode == 0
-    message = fails("verify.py", zero_end(trunk, tmp_path / "bad.gguf", name), *asked, out=tmp_path / "report.json")
+    options = (
+        "--checkpoint",
+        checkpoint,
+        "--tokenizer-pre",
+        "qwen35",
+        "--type",
+        "BF16",
+        "--head",
+        "none",
+        *prompts("tiny-qwen3.5"),
+    )
+    assert run("verify.py", trunk, *options, "--out", tmp_path / "good.json").returncode == 0
+    message = fails("verify.py", zero_end(trunk, tmp_path / "bad.gguf", name), *options, out=tmp_path / "report.json")
     assert f"values: {name} differs from its source" in message
 
 
@@ -136,11 +247,12 @@ def test_a_damaged_draft_sidecar_is_refused_by_its_values(built: Path, run: Run,
     checkpoint, draft = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "draft.gguf"
     assert run("convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "draft", "--out", draft).returncode == 0
     target = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
-    asked = ("--checkpoint", checkpoint, "--target", target, "--type", "BF16", "--head", "BF16", *prompts("tiny-qwen3.5"))
-    assert run("verify.py", draft, *asked, "--out", tmp_path / "good.json").returncode == 0
+    options = ("--checkpoint", checkpoint, "--tokenizer-pre", "qwen35", "--target", target, "--type", "BF16", "--head", "BF16")
+    options = (*options, *prompts("tiny-qwen3.5"))
+    assert run("verify.py", draft, *options, "--out", tmp_path / "good.json").returncode == 0
     bad = zero_end(draft, tmp_path / "bad.gguf", "token_embd.weight")
-    message = fails("verify.py", bad, *asked, out=tmp_path / "report.json")
-    assert "head values: token_embd.weight differs" in message and "drafting" not in message
+    message = fails("verify.py", bad, *options, out=tmp_path / "report.json")
+    assert "values: token_embd.weight differs" in message and "drafting" not in message
 
 
 def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(built: Path, fails: Fails, tmp_path: Path) -> None:
@@ -154,8 +266,7 @@ def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(built: Pa
 def test_an_unquantized_file_of_another_type_can_be_published(built: Path, run: Run, tmp_path: Path, kind: str) -> None:
     source, out = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf", tmp_path / f"{kind}.gguf"
     assert run("quantize.py", source, "--type", kind, "--head", kind, "--out", out).returncode == 0
-    asked = ("--checkpoint", CHECKPOINTS / "tiny-qwen3.5", "--type", kind, "--head", kind, *prompts("tiny-qwen3.5"))
-    done = run("verify.py", out, *asked, "--out", tmp_path / "report.json")
+    done = run("verify.py", out, *asked(built, "tiny-qwen3.5", kind), "--head", kind, "--out", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
 
 

@@ -150,7 +150,7 @@ def test_what_llama_cpp_converted_is_compared_with_it_or_with_its_digests(monkey
     assert build.source_option(wildcards("Q8_0")) == f"--reference {work}/all.gguf"
     assert build.source_option(wildcards("Q4_0")) == f"--reference {work}/trunk.gguf"
     assert f"--digests {work}/all.json" in build.verify_options(wildcards("BF16"))
-    assert "--digests" not in build.verify_options(wildcards("Q8_0"))
+    assert "--digests results/m/work/quantized/Q8_0.json" in build.verify_options(wildcards("Q8_0"))
     assert build.models_of("llama.cpp") == "m" and build.models_of("mtpforge") == "(?!)"
 
 

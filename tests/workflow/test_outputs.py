@@ -11,6 +11,7 @@ from conftest import ROOT
 from other_architectures import write_model
 from repository import CONFIG, Repository
 
+BEFORE = ["bytes", "types", "inventory", "metadata", "chat template", "finite", "norms", "values"]
 CONVERTER = ROOT / "resources" / "converter"
 FILES = ("tiny-qwen3.5-plain.gguf", "mtp-tiny-qwen3.5-Q6_K.gguf", "mmproj-tiny-qwen3.5-F16.gguf")
 
@@ -74,14 +75,14 @@ def test_nothing_else_is_published(results: Path) -> None:
 def test_a_file_without_a_head_has_been_loaded_and_has_no_acceptance(results: Path) -> None:
     found = report(results, "tiny-qwen3.5-plain")
     assert found["head"] == "none" and "drafts" not in found
-    assert [check["name"] for check in found["checks"]] == ["types", "inventory", "values", "loading"]
+    assert [check["name"] for check in found["checks"]] == [*BEFORE, "loading", "programs"]
     assert any("plain.gguf" in line and line.rstrip(" |\n").endswith("-") for line in (results.parent / "summary.md").open())
 
 
 def test_a_draft_sidecar_has_drafted_beside_the_model(results: Path) -> None:
     found = report(results, "mtp-tiny-qwen3.5-Q6_K")
     assert found["head"] == "Q6_K" and found["acceptance"] >= 0.8
-    assert [check["name"] for check in found["checks"]] == ["types", "inventory", "head values", "drafting"]
+    assert [check["name"] for check in found["checks"]] == [*BEFORE, "drafting", "same text", "programs"]
 
 
 def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
@@ -101,6 +102,6 @@ def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
 def test_a_head_that_llama_cpp_converted_is_compared_and_drafts(results: Path, name: str) -> None:
     found = report(results.parent / "glm", name)
     names = [check["name"] for check in found["checks"]]
-    first, last = (["bytes"] if "BF16" in name else []), (["trunk"] if "injected" in name else [])
-    assert names == [*first, "types", "inventory", "head values", *last, "drafting"]
+    before = [*BEFORE[1:], "trunk"] if "injected" in name else BEFORE
+    assert names == [*before, "drafting", *(["acceptance"] if name == "glm-Q4_0" else []), "same text", "programs"]
     assert found["acceptance"] > 0.9 and (results.parent / "glm" / f"{name}.gguf").exists()

@@ -48,11 +48,11 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
 def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None:
     library = repository.path / "workflow/scripts/mtpforge"
     edit(library / "server.py")
-    assert repository.pending() == {"verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, "verify": 2, "summary": 1}
     edit(library / "quantize.py")
-    assert repository.pending() == {"quantize": 1, "verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, "quantize": 1, "verify": 2, "summary": 1}
     edit(library / "tokenizer.py")
-    assert repository.pending() == {"convert": 1, "quantize": 1, "verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, "convert": 1, "quantize": 1, "verify": 2, "summary": 1}
 
 
 def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
@@ -87,7 +87,15 @@ def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
     model = {**CONFIG["models"]["tiny-qwen3.5"], "variants": {"Q8_0": {}}}
     repository.config["models"] = {**CONFIG["models"], "second": model}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "convert": 1, "quantize": 1, "verify": 1, "summary": 1}
+    assert repository.pending() == {"recipe": 1, "convert": 1, "quantize": 1, "acceptance": 1, "verify": 1, "summary": 1}
+
+
+def test_a_report_does_not_depend_on_what_else_is_built(repository: Repository) -> None:
+    """Also not on the BF16 file, with which acceptance is compared."""
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {}}}}
+    repository.write_config()
+    assert repository.pending() == {"summary": 1}
 
 
 def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:

@@ -1,6 +1,7 @@
 # A head for a GGUF that lacks one, or that is to have another.
 # Needs: the base, the head as a BF16 GGUF, and llama-quantize for the head's type.
-# Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of the trunk's tensors as they were before.
+# Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of the trunk's tensors as they were
+# before, and of the head's as they were then injected.
 
 
 rule inject:

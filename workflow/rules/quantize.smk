@@ -1,7 +1,7 @@
 # BF16 GGUF to a quantized one, the head at its own type.
 # Needs: what conversion made, and llama-quantize.
 # Makes: results/<model>/work/quantized/<variant>.gguf; imatrix/<text>.gguf, an importance matrix; trunk/<type>.gguf, a head-less
-# base to inject into; draft/<type>.gguf, the head as a draft model of its own.
+# base to inject into; draft/<type>.gguf, the head as a draft model of its own; and beside each quantization its digests.
 
 
 rule recipe:
@@ -53,7 +53,8 @@ rule quantize:
         recipe="results/{model}/work/recipes/{variant}.yaml",
         imatrix=build.imatrix_if_any,
     output:
-        temp("results/{model}/work/quantized/{variant}.gguf"),
+        file=temp("results/{model}/work/quantized/{variant}.gguf"),
+        digests="results/{model}/work/quantized/{variant}.json",
     log:
         "logs/{model}/quantize-{variant}.log",
     benchmark:
@@ -69,7 +70,8 @@ rule quantize:
         "{wildcards.model}: quantize {wildcards.variant} ({params.type} {params.head})"
     shell:
         "python {input.code[0]:q} {input.source:q} --type {params.type} {params.head}"
-        " --tensors {input.recipe:q} {params.imatrix} --threads {threads} --log {log:q} --out {output:q}"
+        " --tensors {input.recipe:q} {params.imatrix} --threads {threads} --log {log:q}"
+        " --digests {output.digests:q} --out {output.file:q}"
 
 
 rule quantize_part:
@@ -79,7 +81,8 @@ rule quantize_part:
         source=ancient("results/{model}/work/convert/{part}.gguf"),
         digests="results/{model}/work/convert/{part}.json",
     output:
-        temp("results/{model}/work/{part}/{type}.gguf"),
+        file=temp("results/{model}/work/{part}/{type}.gguf"),
+        digests="results/{model}/work/{part}/{type}.json",
     log:
         "logs/{model}/quantize-{part}-{type}.log",
     benchmark:
@@ -96,4 +99,5 @@ rule quantize_part:
         "{wildcards.model}: quantize the {wildcards.part} alone ({wildcards.type})"
     shell:
         "python {input.code[0]:q} {input.source:q} --type {wildcards.type} {params.head}"
-        " --threads {threads} --log {log:q} --out {output:q}"
+        " --threads {threads} --log {log:q}"
+        " --digests {output.digests:q} --out {output.file:q}"

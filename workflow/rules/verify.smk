@@ -4,12 +4,37 @@
 # a report on each; and results/summary.md over all of them.
 
 
+rule acceptance:
+    input:
+        code=code("acceptance.py"),
+        toolchain="resources/toolchain/stamp.json",
+        file=ancient("results/{model}/work/convert/all.gguf"),
+        digests="results/{model}/work/convert/all.json",
+        prompts=build.prompt_files,
+    output:
+        "results/{model}/work/acceptance.json",
+    log:
+        "logs/{model}/acceptance.log",
+    benchmark:
+        "benchmarks/{model}/acceptance.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    params:
+        prompts=build.prompts,
+    message:
+        "{wildcards.model}: what the BF16 file accepts, for its quantizations to be compared with"
+    shell:
+        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
+
+
 rule verify:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
         file=build.candidate,
-        trunk=build.trunk_if_any,
+        digests=build.digests,
+        unquantized=build.unquantized_if_any,
         reference=ancient(build.reference),
         checkpoint=build.checkpoint_inputs,
         recipe="results/{model}/work/recipes/{variant}.yaml",
@@ -57,8 +82,9 @@ rule verify_sidecar:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
         file=build.sidecar,
+        digests=build.sidecar_digests,
         target=ancient("results/{model}/work/convert/all.gguf"),
-        digests="results/{model}/work/convert/all.json",
+        target_digests="results/{model}/work/convert/all.json",
         reference=ancient(build.draft_reference),
         checkpoint=build.checkpoint_inputs,
         prompts=build.prompt_files,
@@ -76,12 +102,14 @@ rule verify_sidecar:
     threads: 64
     params:
         source=build.draft_source_option,
+        tokenizer=build.tokenizer_option,
         prompts=build.prompts,
         min_acceptance=lookup("models/{model}/min_acceptance", within=build.config),
     message:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
-        "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
+        "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source} {params.tokenizer}"
+        " --digests {input.digests:q}"
         " --type {wildcards.type} --head {wildcards.type} --min-acceptance {params.min_acceptance}"
         " --prompts {params.prompts:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"

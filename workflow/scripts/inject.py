@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--replace-head", action="store_true", help="of a base that has another head, take it away")
     parser.add_argument("--out", type=Path, help="the GGUF to write")
     parser.add_argument("--in-place", action="store_true", help=IN_PLACE)
-    parser.add_argument("--digests", type=Path, metavar="FILE", help="first write the sha256 of each tensor of the base's trunk")
+    parser.add_argument(
+        "--digests", type=Path, metavar="FILE", help="first write the sha256 of each tensor, of the base and of the head"
+    )
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-quantize is (default: %(default)s)")
     args = parser.parse_args()
     if not (args.out or args.in_place):

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-quantize (default: all)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of header and tensors, as JSON")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-quantize says")
     args = parser.parse_args()
     if not args.out and not args.dry_run:
@@ -33,7 +34,9 @@ def main() -> None:
     if out:
         atomic.refuse_overwriting(out, args.source, args.imatrix)
     recipe = read_recipe(args.tensors)
-    quantize(args.source, out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
+    quantize(
+        args.source, out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log, args.digests
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

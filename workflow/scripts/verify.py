@@ -10,9 +10,7 @@ from pathlib import Path
 from mtpforge import atomic, errors, gguf_file, programs, progress
 from mtpforge.quantize import read_recipe
 from mtpforge.split import check_target, parse_size, plan
-from mtpforge.verify import Request, head_source, publish_split, verify
-
-PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+from mtpforge.verify import PROMPTS, Request, as_table, head_source, publish_split, read_prompts, verify
 
 
 def main() -> None:
@@ -22,7 +20,9 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
     source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
-    parser.add_argument("--digests", type=Path, metavar="FILE", help="the file is what conversion made, and wrote these of it")
+    parser.add_argument(
+        "--digests", type=Path, metavar="FILE", help="sha256 of its tensors, as convert.py or quantize.py wrote them"
+    )
     trunk = parser.add_mutually_exclusive_group()
     trunk.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
     trunk.add_argument("--trunk", type=Path, metavar="FILE", help="the same, as inject.py --digests recorded it")
@@ -31,8 +31,12 @@ def main() -> None:
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
     parser.add_argument("--head", metavar="T", help="the head's type that was asked for, none if no head was")
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
+    parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as convert.py was told")
     parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
     parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
+    parser.add_argument("--unquantized", type=Path, metavar="FILE", help="of acceptance.py, on the BF16 file of the same model")
+    parser.add_argument("--max-acceptance-drop", type=float, default=0.2, help="below that of it (default: %(default)s)")
+    parser.add_argument("--perplexity", action="store_true", help="llama-perplexity must load it too")
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
     parser.add_argument("--publish", type=Path, metavar="FILE", help="the final name, given once it has passed")
     parser.add_argument("--split", metavar="SIZE", help="publish a folder, of files of at most this size: 500M, 48G")
@@ -42,12 +46,18 @@ def main() -> None:
     processors = os.cpu_count() or 1
     request = Request(
         args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target, args.type, args.head,
-        read_recipe(args.tensors), _prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
+        read_recipe(args.tensors), args.tokenizer_pre, args.unquantized, args.max_acceptance_drop, args.perplexity,
+        read_prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
     )  # fmt: skip
     for out in filter(None, (args.out, args.publish)):
         atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target)
     limit = _limit(args.split, args.file, args.publish)
-    report = verify(args.file, request, args.bin)
+    with progress.bar(args.file.name) as show:
+        try:
+            report = verify(args.file, request, args.bin, show)
+        except errors.VerificationError as error:
+            print(error.table, end="")
+            raise
     if args.head_record:
         report["head_source"] = head_source(args.head_record)
     if args.publish:
@@ -59,18 +69,7 @@ def main() -> None:
         else:
             atomic.give_name(args.file, args.publish)  # no second copy on the disk
     atomic.write_json(args.out, report)
-    for check in report["checks"]:
-        print(f"{report['file']}: {check['name']}: {check['detail']}")
-
-
-def _prompts(folder: Path) -> tuple[str, ...]:
-    try:
-        prompts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
-    except UnicodeDecodeError as error:
-        raise errors.ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
-    if not prompts:
-        raise errors.ConfigError(f"{folder}: no *.txt prompts there")
-    return prompts
+    print(as_table(report))
 
 
 def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:

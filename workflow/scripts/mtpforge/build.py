@@ -234,6 +234,10 @@ class Build:
         self._check_base(wildcards)
         return f"{WORK.format(model=wildcards.model)}/draft/{wildcards.type}.gguf"
 
+    def sidecar_digests(self, wildcards: Wildcards) -> str:
+        """What was recorded of its bytes."""
+        return self.sidecar(wildcards).removesuffix(".gguf") + ".json"
+
     def mmproj(self, wildcards: Wildcards) -> str:
         """The vision tower that is verified and, if it passes, published. Raises ConfigError for another model's name."""
         self._check_base(wildcards)
@@ -279,13 +283,9 @@ class Build:
         options = {"--replace-head": entry["replace_head"], "--in-place": entry["base"].get("in_place")}
         return " ".join(option for option, wanted in options.items() if wanted)
 
-    def trunk_digests(self, wildcards: Wildcards) -> str:
-        """The digests of the base's trunk, as it was before."""
-        return f"{WORK.format(model=wildcards.model)}/injected/{wildcards.variant}.json"
-
-    def trunk_if_any(self, wildcards: Wildcards) -> list[str]:
-        """The same as the input of a job; nothing for a variant without a base."""
-        return [self.trunk_digests(wildcards)] if "base" in self.entry(wildcards) else []
+    def digests(self, wildcards: Wildcards) -> str:
+        """What was recorded of the bytes of the file that is verified, when it was made."""
+        return self.candidate(wildcards).removesuffix(".gguf") + ".json"
 
     def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
         """What a job that reads the importance matrix depends on; nothing for a variant without one."""
@@ -333,6 +333,16 @@ class Build:
     def _is_ours(self, wildcards: Wildcards) -> bool:
         return bool(self.models[wildcards.model]["converter"] == "mtpforge")
 
+    def unquantized_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What the BF16 file accepts, for the acceptance of a quantization of it; it depends on no other variant.
+
+        Nothing for a base, which need not be of our conversion, so that no BF16 file is made for this alone.
+        """
+        entry, file_type = self.entry(wildcards), self.file_type(wildcards)
+        head = "base" in entry or self.head(wildcards) == NO_HEAD or file_type in quant_types.UNQUANTIZED
+        compared = not head and self.models[wildcards.model]["max_acceptance_drop"] < 1
+        return [f"{WORK.format(model=wildcards.model)}/acceptance.json"] if compared else []
+
     def source_option(self, wildcards: Wildcards) -> str:
         """What verify.py compares a file's inventory and head with."""
         return self._against(wildcards, self.reference(wildcards))
@@ -353,14 +363,17 @@ class Build:
             "--min-acceptance",
             str(self.models[wildcards.model]["min_acceptance"]),
         ]
-        if not self._is_ours(wildcards) and self.candidate(wildcards) == self.source(wildcards):
-            options += ["--digests", self.source_digests(wildcards)]  # a file cannot be compared with itself
         source = self.models[wildcards.model]["source"]
         if "repo" in source and self._head_only(wildcards.model):
             options += ["--head-record", f"{HUB.format(**source)}/head.json"]
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
-        return shlex.join(options + ([] if base is None else ["--trunk", self.trunk_digests(wildcards)]))
+        for unquantized in self.unquantized_if_any(wildcards):
+            drop = self.models[wildcards.model]["max_acceptance_drop"]
+            options += ["--unquantized", unquantized, "--max-acceptance-drop", str(drop)]
+        if pre := self.models[wildcards.model].get("tokenizer_pre"):
+            options += ["--tokenizer-pre", pre]
+        return shlex.join([*options, "--digests" if base is None else "--trunk", self.digests(wildcards)])
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""

@@ -88,6 +88,13 @@ class Checkpoint:
         """The sha256 of the tensor's bytes."""
         return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
 
+    def scatter(self, tensor: CheckpointTensor) -> None:
+        """Say that a few rows of it are going to be read, here and there: the system would read what lies around each too."""
+        mapped = self._map(tensor.shard)
+        if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.base.madvise(mmap.MADV_RANDOM, start, tensor.offset + tensor.size - start)
+
     def release(self) -> None:
         """Give mapped pages back to the system, which would count what was read as ours; they are read again if need be."""
         for mapped in self._maps.values():

@@ -218,6 +218,53 @@ def _dequantized(checkpoint: Checkpoint, item: Planned) -> Iterator[np.ndarray]:
                 yield fp8.VALUES[codes] * scales.reshape(-1)[rows + columns]
 
 
+def rows(checkpoint: Checkpoint, item: Planned, numbers: np.ndarray) -> np.ndarray:
+    """The values that the GGUF should have in some rows of a tensor, as float32 [rows, row length]; no other is read.
+
+    `numbers` are ascending, and count the rows of all matrices of the tensor.
+    """
+    width, done, found = item.row.shape[-1], 0, []
+    if numbers[-1] - numbers[0] >= len(numbers):
+        for tensor in item.tensors:
+            checkpoint.scatter(tensor)
+    for views, decoded in _parts(checkpoint, item):
+        count = views[0].size // width
+        first, last = np.searchsorted(numbers, (done, done + count))
+        if first < last:
+            found.append(decoded(*(_pick(view, numbers[first:last] - done, width) for view in views)))
+        done += count
+    values = item.row.change(np.concatenate(found))
+    checkpoint.release()
+    return values
+
+
+def _parts(checkpoint: Checkpoint, item: Planned) -> Iterator[tuple[list[np.ndarray], Callable[..., np.ndarray]]]:
+    """Views that one after the other have the row's values, with how to decode these; of FP8, codes and places of their scales."""
+    if not item.scales:
+        for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
+            yield [view], lambda values: decode(values, item.dtype)
+        return
+    block = fp8.block_size(checkpoint.config)
+    for tensor, scale in zip(item.tensors, item.scales, strict=True):
+
+        def decoded(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, scale: CheckpointTensor = scale) -> np.ndarray:
+            return np.asarray(fp8.VALUES[codes] * decode(checkpoint.array(scale), scale.dtype).reshape(-1)[rows + columns])
+
+        sources = [checkpoint.array(tensor), *fp8.scale_index(tensor.shape, block)]
+        for views in zip(*(item.source.view([source]) for source in sources), strict=True):
+            yield list(views), decoded
+
+
+def _pick(view: np.ndarray, numbers: np.ndarray, width: int) -> np.ndarray:
+    """Rows of `width` values out of a view, in which a row may be split into several axes."""
+    axis, size = view.ndim, 1
+    while size < width:
+        axis -= 1
+        size *= view.shape[axis]
+    leading = view.shape[:axis]
+    return (view[np.unravel_index(numbers, leading)] if leading else view).reshape(len(numbers), width)
+
+
 def cut(views: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
     """Views of one shape in slices along their leading axes, of bounded size: whole rows, many at a time."""
     entries, size = len(views[0]), views[0].size // len(views[0])

@@ -36,6 +36,9 @@ class DownloadError(ForgeError):
 class VerificationError(ForgeError):
     """A finished file is not what was asked for, and must not be published."""
 
+    table = ""
+    """All verdicts on it."""
+
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `ForgeError` or an OSError becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130.

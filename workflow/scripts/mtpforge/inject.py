@@ -37,7 +37,8 @@ def inject(
     `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files; None
     changes the base itself. `head_type` is as `quantize.read_head` takes it. A base that has this very head is copied as it is;
     another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
-    the sha256 of each tensor of the trunk. Raises GgufError where base and head do not belong together.
+    the sha256 of each tensor of the trunk as it is, and of the head as it will be. Raises GgufError where base and head do
+    not belong together.
     """
     with in_place.held(base, change=out is None) as descriptor, atomic.scratch_folder(out or base) as scratch:
         files = split.shards(base)
@@ -47,9 +48,10 @@ def inject(
         given = _open_head(head, scratch)
         check_match(opened, given)
         say(cost(opened, given, read_head(head_type) if head_type else ()))
-        if digests:
-            atomic.write_json(digests, trunk_digests(opened))
+        before = trunk_digests(opened) if digests else {}
         new = _at_types(given, head_type, scratch, bin_dir)
+        if digests:
+            atomic.write_json(digests, {**before, **{name: sha256(piece) for name, piece in new.ranges.items()}})
         differences = _differences(opened, new) if _head_names(opened) else []
         if differences and not replace_head:
             raise GgufError(

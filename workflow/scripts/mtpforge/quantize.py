@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from . import gguf_file, mixture, programs, quant_types
-from .atomic import replacing
+from .atomic import replacing, write_json
 from .errors import ConfigError, GgufError, ToolchainError
 from .gguf_file import Gguf, TensorInfo
 from .imatrix import read as read_imatrix
@@ -26,12 +26,12 @@ Recipe = Sequence[tuple[str, str]]
 
 def quantize(
     source: Path, out: Path | None, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
-    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None, digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
 
-    The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
-    ToolchainError where the program fails.
+    The mixture of types is shown first, and without `out` nothing else is done. `digests` is written with the sha256 of header and
+    tensors, as `gguf_file.digests` has them. Raises ConfigError for types that cannot be, ToolchainError where the program fails.
     """
     opened = gguf_file.read(source)
     overrides = plan_overrides(opened, file_type, head, recipe)
@@ -57,6 +57,8 @@ def quantize(
             written = gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
             if {name: info.type for name, info in written.tensors.items()} != chosen:
                 raise ToolchainError(f"{out}: llama-quantize made other types than its --dry-run had said")
+            if digests:
+                write_json(digests, gguf_file.digests(temporary, threads))
 
 
 def _dry_run(command: list[str | Path], source: Gguf, file_type: str, place: Path) -> mixture.Types:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -60,6 +61,15 @@ class Server:
             int(timings.get("draft_n", 0)),
             int(timings.get("draft_n_accepted", 0)),
         )
+
+    def choices(self, prompt: str, n_predict: int) -> list[tuple[int, float]]:
+        """Continue `prompt` greedily: each token, and how far its log-probability is above the next best's. ToolchainError."""
+        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False, "n_probs": 2}
+        choices = []
+        for entry in self.ask("/completion", request).get("completion_probabilities", []):
+            best = [float(other["logprob"]) for other in entry["top_logprobs"]]
+            choices.append((int(entry["id"]), best[0] - best[1] if len(best) > 1 else math.inf))
+        return choices
 
     def tokenize(self, text: str) -> list[int]:
         """The token ids of `text`, with control tokens parsed."""

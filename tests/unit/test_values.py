@@ -1,0 +1,162 @@
+"""Values are compared where they should be: the sample of a large tensor, its right values in every layout, norms, near ties."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
+from layouts import write_layout
+from mtpforge import convert, gguf_file, values, verify
+from mtpforge.checkpoint import Checkpoint
+from mtpforge.families import Hparams, family_of
+from mtpforge.gguf_file import Gguf, TensorInfo
+
+Q8_0 = GGMLQuantizationType.Q8_0
+EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"])
+def test_some_rows_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write_layout(name, tmp_path))
+    family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
+    rng = np.random.default_rng(0)
+    for item in convert.plan(checkpoint, family, hparams, "all"):
+        whole = np.concatenate(list(convert.values(checkpoint, item))).reshape(-1, item.row.shape[-1])
+        some = np.flatnonzero(rng.random(len(whole)) < 0.2)
+        some = np.union1d(some, [len(whole) - 1])
+        assert np.array_equal(convert.rows(checkpoint, item, some), whole[some]), item.row.name
+
+
+@pytest.mark.parametrize("shape", [(248_320, 64), (EXPERTS, ROWS, WIDTH), (300, 3, 4096), (2, 1 << 20), (2, 1, 1 << 20)])
+def test_a_sample_is_spread_over_the_whole_tensor(shape: tuple[int, ...]) -> None:
+    info = TensorInfo("blk.0.x.weight", shape, Q8_0)
+    rows, matrix = info.elements // shape[-1], shape[-2]
+    numbers = values.sampled(info)
+    assert np.array_equal(numbers, values.sampled(info)) and np.array_equal(numbers, np.unique(numbers))
+    assert numbers[0] >= 0 and numbers[-1] < rows
+    if matrix > values.RUN * values.SAMPLE:
+        assert len(numbers) < 2 * rows / values.SAMPLE + values.RUN
+    assert set(numbers // matrix) == set(range(rows // matrix))  # each expert
+    stretches = numbers // (values.RUN * values.SAMPLE)
+    assert np.diff(np.unique(stretches)).max(initial=1) <= 2  # and no long stretch of rows is left out
+    assert np.array_equal(values.sampled(info, whole=True), np.arange(rows))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gguf, np.ndarray]:
+    """A file with one large tensor at Q8_0, and its right values as rows."""
+    right = np.random.default_rng(1).standard_normal((EXPERTS * ROWS, WIDTH)).astype(np.float32)
+    info = TensorInfo("blk.0.ffn_up_exps.weight", (EXPERTS, ROWS, WIDTH), Q8_0)
+    assert info.elements > values.LARGE
+    path = tmp_path_factory.mktemp("large") / "large.gguf"
+    gguf_file.write(path, {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
+    return gguf_file.read(path), right
+
+
+def problem(large: tuple[Gguf, np.ndarray], right: np.ndarray) -> str:
+    (opened, _), name = large, "blk.0.ffn_up_exps.weight"
+    found = values.look(opened, {name: lambda numbers: right[numbers]}, whole=(), exact=()).found
+    assert [each.name for each in found] == [name] and 0 < found[0].rows < len(right) / 8
+    return found[0].problem
+
+
+def test_a_sample_of_right_values_passes(large: tuple[Gguf, np.ndarray]) -> None:
+    assert problem(large, large[1]) == ""
+
+
+def test_any_two_experts_that_change_places_are_seen(large: tuple[Gguf, np.ndarray]) -> None:
+    experts = large[1].reshape(EXPERTS, ROWS, WIDTH)
+    for a, b in [(0, 1), (7, 8), (0, EXPERTS - 1)]:
+        other = experts.copy()
+        other[[a, b]] = other[[b, a]]
+        assert "allowed are" in problem(large, other.reshape(-1, WIDTH)) or "out of place" in problem(
+            large, other.reshape(-1, WIDTH)
+        )
+
+
+def test_rows_that_are_off_by_one_anywhere_in_an_expert_are_seen(large: tuple[Gguf, np.ndarray]) -> None:
+    for first in (0, 1500, EXPERTS * ROWS - 140):
+        other = large[1].copy()
+        other[first : first + 140] = np.roll(other[first : first + 140], 1, axis=0)
+        assert "out of place" in problem(large, other) or "allowed are" in problem(large, other)
+
+
+def test_a_row_that_vanishes_in_a_scale_is_no_fault(tmp_path: Path) -> None:
+    """An unused token's embedding, smaller than half precision can say."""
+    right = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
+    right[5] = 1e-12
+    info = TensorInfo("token_embd.weight", right.shape, Q8_0)
+    gguf_file.write(tmp_path / "f.gguf", {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
+    opened = gguf_file.read(tmp_path / "f.gguf")
+    assert not values.stored_rows(opened, info.name, np.array([5])).any()
+    assert values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems == []
+    right[5] = 0.05  # but one that is small and there is
+    assert "has a row with an error of 1.00" in values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems[0]
+
+
+def test_what_a_report_says_of_errors(large: tuple[Gguf, np.ndarray]) -> None:
+    opened, right = large
+    report = values.look(opened, {name: lambda numbers: right[numbers] for name in opened.tensors}, (), ()).report()
+    error = report["errors"]["blk.0.ffn_up_exps.weight"]
+    assert 0.003 < error < 0.0105
+    assert report["errors_by_type"] == {"Q8_0": {"tensors": 1, "mean": error, "worst": error, "gate": 0.0105}}
+
+
+# ── drafting ──
+
+
+CHOICES = [[(7, 2.0), (8, 0.05), (9, 1.0)], [(1, 3.0), (2, 3.0)]]
+
+
+@pytest.mark.parametrize(
+    ("drafted", "passed", "detail"),
+    [
+        ([[7, 8, 9, 4], [1, 2, 3]], True, "5 tokens are the same without drafting"),
+        ([[7, 9, 1, 1], [1, 2]], True, "3 tokens are the same without drafting, up to 1 near ties"),
+        ([[7, 8, 8], [1, 2]], False, "prompt 1, token 2: 8 with drafting, 9 without (1.00 ahead)"),
+        ([[7, 8, 9], [2, 2]], False, "prompt 2, token 0: 2 with drafting, 1 without (3.00 ahead)"),
+        ([[], []], False, "0 tokens"),
+    ],
+)
+def test_text_may_differ_from_a_near_tie_on(drafted: list[list[int]], passed: bool, detail: str) -> None:
+    check = verify.check_same(drafted, CHOICES)
+    assert check.passed == passed and check.detail.startswith(detail)
+
+
+@pytest.mark.parametrize(
+    ("measured", "passed", "detail"),
+    [
+        ({"acceptance": 0.9}, True, "75.0%, that of BF16 is 90.0%"),
+        ({"acceptance": 0.96}, False, "75.0%, that of BF16 is 96.0%: it may be lower by 20 points"),
+        ({"skipped": "too large"}, True, "not compared: too large"),
+    ],
+)
+def test_acceptance_beside_that_of_the_unquantized(tmp_path: Path, measured: dict[str, Any], passed: bool, detail: str) -> None:
+    (tmp_path / "acceptance.json").write_text(json.dumps(measured))
+    assert verify.check_acceptance(0.75, tmp_path / "acceptance.json", 0.2) == verify.Check("acceptance", passed, detail)
+
+
+def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
+    with (tmp_path / "huge.gguf").open("wb") as file:
+        file.truncate(1 << 43)
+    assert "do not fit into" in verify.acceptance(tmp_path / "huge.gguf", verify.Request(), tmp_path)["skipped"]
+
+
+# ── templates ──
+
+
+def test_the_template_of_a_checkpoint_is_found_where_it_may_stand(tmp_path: Path) -> None:
+    settings = json.loads((CHECKPOINTS / "tiny-qwen3.5/tokenizer_config.json").read_text())
+    assert verify.chat_template(CHECKPOINTS / "tiny-qwen3.5") == settings["chat_template"]
+    assert verify.chat_template(tmp_path) is None
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "a"}')
+    assert verify.chat_template(tmp_path) == "a"
+    (tmp_path / "chat_template.jinja").write_text("b")
+    assert verify.chat_template(tmp_path) == "b"
+    named = [{"name": "tool_use", "template": "d"}, {"name": "default", "template": "c"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert verify.chat_template(tmp_path) == "c"

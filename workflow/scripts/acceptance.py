@@ -1,0 +1,30 @@
+"""Measure what share of its head's drafts an unquantized GGUF accepts, for its quantizations to be compared with.
+
+example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from mtpforge import atomic, errors, programs
+from mtpforge.verify import PROMPTS, Request, acceptance, read_prompts
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="BF16.gguf")
+    parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
+    parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
+    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="what was measured, as JSON")
+    args = parser.parse_args()
+    atomic.refuse_overwriting(args.out, args.file)
+    processors = os.cpu_count() or 1
+    request = Request(prompts=read_prompts(args.prompts), min_acceptance=0, threads=min(args.threads or processors, processors))
+    atomic.write_json(args.out, acceptance(args.file, request, args.bin))
+
+
+if __name__ == "__main__":
+    errors.run(main)
