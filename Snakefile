@@ -38,6 +38,7 @@ rule all:
     default_target: True
     input:
         build.files(),
+        build.measurements(),
         "results/summary.md",
 
 
@@ -47,3 +48,4 @@ include: "workflow/rules/convert.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/inject.smk"
 include: "workflow/rules/verify.smk"
+include: "workflow/rules/measure.smk"

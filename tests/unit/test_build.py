@@ -129,7 +129,7 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     build = Build(config({"mmproj": True, "variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
     assert build.candidate(wildcards("BF16")) == build.source(wildcards()) == "results/m/work/convert/trunk.gguf"
-    assert build.mmproj_target_file(wildcards()) == "results/m/work/convert/trunk.gguf"
+    assert build.unquantized_file(wildcards()) == "results/m/work/convert/trunk.gguf"
     assert build.head_option(wildcards()) == "" and "--head none" in build.verify_options(wildcards())
 
 
