@@ -32,6 +32,7 @@ wildcard_constraints:
 localrules:
     all,
     add,
+    plots,
 
 
 rule all:
@@ -49,3 +50,4 @@ include: "workflow/rules/quantize.smk"
 include: "workflow/rules/inject.smk"
 include: "workflow/rules/verify.smk"
 include: "workflow/rules/measure.smk"
+include: "workflow/rules/report.smk"

@@ -24,10 +24,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.model, args.text)
     processors = os.cpu_count() or 1
     with atomic.replacing(args.out) as temporary:
-        found = reference_logits(
-            args.model, args.text, temporary, args.chunks, min(args.threads or processors, processors), args.bin
-        )
-    print(f"{args.model.name}: perplexity {found:.4f}")
+        reference_logits(args.model, args.text, temporary, args.chunks, min(args.threads or processors, processors), args.bin)
 
 
 if __name__ == "__main__":

@@ -90,11 +90,22 @@ class Build:
 
     def measurements(self) -> list[str]:
         """What is measured of them, for models that ask for it."""
-        return [
-            f"results/{model}/measure/{self.base_name(model)}-{variant}.json"
-            for model, variant in self.variants()
-            if "measure" in self.models[model]
-        ]
+        return [path for model in self.chosen if "measure" in self.models[model] for path in self._measurements(model)]
+
+    def _measurements(self, model: str) -> list[str]:
+        return [f"results/{model}/measure/{self.base_name(model)}-{variant}.json" for variant in self.models[model]["variants"]]
+
+    def figures(self) -> list[str]:
+        """The pictures of the report: of each model what is measured, of each variant its tensors."""
+        figures = []
+        for model in self.chosen:
+            if "measure" in self.models[model]:
+                compared = "text" in self.models[model]["measure"] and not self._head_only(model)
+                names = ["speed", "acceptance", *(["distance"] if compared else [])]
+                figures += [f"results/{model}/plots/{name}.svg" for name in names]
+            variants = self.models[model]["variants"]
+            figures += [f"results/{model}/plots/tensors-{self.base_name(model)}-{variant}.svg" for variant in variants]
+        return figures
 
     def _output(self, model: str, variant: str) -> tuple[str, str]:
         """A variant's published file or folder, and its report."""
@@ -280,6 +291,11 @@ class Build:
             of_text = needed in self.measured_text(wildcards)
             options += ["--text", needed, "--chunks", str(measure["chunks"])] if of_text else ["--reference-logits", needed]
         return shlex.join(options)
+
+    def measurements_of(self, wildcards: Wildcards) -> list[str]:
+        """What is measured of a model's variants."""
+        self._measure(wildcards.model)
+        return self._measurements(wildcards.model)
 
     def _measure(self, model: str) -> dict[str, Any]:
         if "measure" not in self.models[model]:

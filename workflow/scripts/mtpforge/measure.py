@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import harmonic_mean, median
@@ -28,6 +29,7 @@ from .errors import ToolchainError
 from .quantize import head_blocks
 
 N_PREDICT = 200  # tokens, as in verification
+LOG_LIMIT = 5.0  # seconds that the log may lag behind
 _BY_POSITION = re.compile(r"acc per pos = \(([0-9., ]+)\)")
 
 Run = dict[str, Any]
@@ -81,7 +83,7 @@ def _serve(
         with server.serve(path, log, options, bin_dir) as running:
             answers = [running.completion(prompt, N_PREDICT) for _ in range(1 + repeats)]
             memory = running.peak_memory()
-        positions = by_position(log.read_text(encoding="utf-8", errors="replace"), [answer.drafts for answer in answers])
+            positions = _positions(log, [answer.drafts for answer in answers])
     if any(len(answer.tokens) < 2 or not answer.tokens_per_second for answer in answers):
         raise ToolchainError(f"llama-server generated nothing from the prompt {kind!r}, so there is nothing to measure")
     cold = _run(kind, "cold", n_max, answers[:1], positions[:1])
@@ -94,6 +96,16 @@ def _run(kind: str, state: str, n_max: int, answers: list[server.Completion], po
         **_speeds([answer.tokens_per_second for answer in answers], "median"),
         **_acceptance([(answer.drafts, answer.accepted, rates) for answer, rates in zip(answers, positions, strict=True)]),
     }  # fmt: skip
+
+
+def _positions(log: Path, drafts: Sequence[int]) -> list[list[float]]:
+    """The same of a server that still runs: its log is written behind its answers, and not to the end when it is stopped."""
+    deadline = time.monotonic() + LOG_LIMIT
+    while True:
+        found = by_position(log.read_text(encoding="utf-8", errors="replace"), drafts)
+        if all(found[i] for i, count in enumerate(drafts) if count) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
 
 
 def by_position(log: str, drafts: Sequence[int]) -> list[list[float]]:

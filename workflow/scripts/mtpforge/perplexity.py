@@ -13,6 +13,7 @@ from . import gguf_file, programs, server
 from .errors import ConfigError, ForgeError, ToolchainError
 
 CONTEXT = 512  # tokens of a chunk; the second half of them is scored
+ATTEMPTS = 12
 _NUMBER = r"(-?[0-9]+\.[0-9]+)"
 _PATTERNS = {
     "perplexity": rf"Mean PPL\(Q\) +: +{_NUMBER} ±",
@@ -25,21 +26,22 @@ _PERPLEXITY = {"perplexity": rf"Final estimate: PPL = {_NUMBER} \+/-"}
 
 def reference_logits(
     model: Path, text: Path, out: Path, chunks: int, threads: int, bin_dir: Path = programs.DEFAULT_BIN
-) -> float:  # fmt: skip
-    """Write what `model` predicts for each token of the first `chunks` chunks of `text`; its perplexity. Raises ForgeError.
+) -> None:  # fmt: skip
+    """Write what `model` predicts for each token of the first `chunks` chunks of `text`. Raises ForgeError.
 
     The file is large, and its size is known and said before: see `size`.
     """
     tokens = gguf_file.read(model).need("tokenizer.ggml.tokens", list)
     needed, free = size(chunks, len(tokens)), shutil.disk_usage(out.parent).free
-    print(f"{out}: at most {needed / 1e9:.2f} GB, for {chunks} chunks of {CONTEXT} tokens and {len(tokens):,} logits a token")
+    print(f"at most {needed / 1e9:.2f} GB, for {chunks} chunks of {CONTEXT} tokens and {len(tokens):,} logits a token", flush=True)
     if needed > free:
         raise ForgeError(f"{out}: may need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, or set fewer chunks")
-    said = _run(model, ["-f", text, "--chunks", chunks, "--kl-divergence-base", out], threads, bin_dir)
+    _run(model, ["-f", text, "--chunks", chunks, "--kl-divergence-base", out], threads, bin_dir)
     found = out.stat().st_size if out.exists() else 0
+    if found < size(1, len(tokens)):  # no more than the beginning of a header
+        raise ConfigError(f"{text}: too short: perplexity is measured on at least {2 * CONTEXT} tokens")
     if found not in {size(count, len(tokens)) for count in range(1, chunks + 1)}:
-        raise _too_short(text) if "you need at least" in said else ToolchainError(f"llama-perplexity wrote {found} bytes to {out}")
-    return _numbers(said, _PERPLEXITY)["perplexity"]
+        raise ToolchainError(f"llama-perplexity wrote {found} bytes to {out}: is the disk full, or is it of another version?")
 
 
 def size(chunks: int, vocabulary: int) -> int:
@@ -53,22 +55,27 @@ def against_reference(model: Path, logits: Path, threads: int, bin_dir: Path = p
 
     Raises ToolchainError, also where a figure is missing.
     """
-    said = _run(model, ["--kl-divergence-base", logits, "--kl-divergence"], threads, bin_dir)
-    found = _numbers(said, _PATTERNS)
+    found = _figures(model, ["--kl-divergence-base", logits, "--kl-divergence"], _PATTERNS, threads, bin_dir)
     perplexity, same = found.pop("perplexity"), round(found.pop("same_top") / 100, 5)
     return {"perplexity": perplexity, "kl_divergence": {**found, "same_top": same}}
 
 
 def of_text(model: Path, text: Path, chunks: int, threads: int, bin_dir: Path = programs.DEFAULT_BIN) -> dict[str, Any]:
     """`perplexity` alone, for a model without a BF16 to compare with; `kl_divergence` is None. Raises ForgeError."""
-    said = _run(model, ["-f", text, "--chunks", chunks], threads, bin_dir)
-    if "you need at least" in said:
-        raise _too_short(text)
-    return {**_numbers(said, _PERPLEXITY), "kl_divergence": None}
+    return {**_figures(model, ["-f", text, "--chunks", chunks], _PERPLEXITY, threads, bin_dir), "kl_divergence": None}
 
 
-def _too_short(text: Path) -> ConfigError:
-    return ConfigError(f"{text}: too short: perplexity is measured on at least {2 * CONTEXT} tokens")
+def _figures(model: Path, options: list[object], patterns: dict[str, str], threads: int, bin_dir: Path) -> dict[str, float]:
+    """What it says at its end. Raises ToolchainError.
+
+    It ends without waiting for its own log (llama.cpp issue 22142): on a busy machine the last lines of a tiny model's can be lost,
+    and then it has to say them again.
+    """
+    for _ in range(ATTEMPTS):
+        said = _run(model, options, threads, bin_dir)
+        if re.search(list(patterns.values())[-1], said, re.MULTILINE):
+            break
+    return _numbers(said, patterns)
 
 
 def _run(model: Path, options: list[object], threads: int, bin_dir: Path) -> str:
@@ -84,5 +91,7 @@ def _numbers(said: str, patterns: dict[str, str]) -> dict[str, float]:
     """Each pattern's figure. Raises ToolchainError for one that is not there, or is no number."""
     found = {name: re.search(pattern, said, re.MULTILINE) for name, pattern in patterns.items()}
     if missing := [name for name, match in found.items() if match is None]:
-        raise ToolchainError(f"llama-perplexity does not say {', '.join(missing)}: is it of another version?")
+        raise ToolchainError(
+            f"llama-perplexity does not say {', '.join(missing)}: is it of another version, or the text too short?"
+        )
     return {name: float(match[1]) + 0.0 for name, match in found.items() if match}  # + 0.0: no negative zero
