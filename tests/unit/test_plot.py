@@ -20,7 +20,8 @@ def measured(file: str, recommended: int, divergence: float = 0.01) -> dict[str,
     def entry(n_max: int, speed: float) -> dict[str, Any]:
         share = 0.9 if n_max else None
         spread = [speed - 1, speed + 1]
-        return {"n_max": n_max, "tokens_per_second": speed, "spread": spread, "acceptance": share, "speedup": speed / 50}
+        speeds = {"tokens_per_second": speed, "spread": spread, "cold_tokens_per_second": speed / 2, "speedup": speed / 50}
+        return {"n_max": n_max, **speeds, "acceptance": share, "by_position": [0.9] * n_max}
 
     kinds = ("code", "prose", "structured")
     runs = [{"n_max": 1, "state": "warm", "kind": kind, "acceptance": 0.9} for kind in kinds]
@@ -46,12 +47,12 @@ def test_speed_says_what_to_serve_with() -> None:
     found = words(plot.speed([measured("M-A.gguf", 1), measured("M-B.gguf", 0)]))
     assert "recommended: n_max 1 (1.50 times as fast as" in " ".join(found) and "1.50×" in found
     assert "recommended: no drafting (slower than without)" in found and "0.80×" in found
-    assert any("A <fast> one" in line for line in found)
+    assert "On A <fast> one, 1 thread." in " ".join(found)
 
 
 def test_acceptance_is_of_each_kind() -> None:
     picture = plot.acceptance([measured("M-A.gguf", 1)])
-    assert {"code", "prose", "structured", "90.0%"} <= set(words(picture))
+    assert {"code", "prose", "structured", "90.0%", "by position at n_max 1: 90%"} <= set(words(picture))
     assert picture.render().count("<circle") == picture.render().count("<polygon") == 2  # in the legend, and at n_max 1
 
 

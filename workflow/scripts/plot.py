@@ -45,12 +45,13 @@ def stem(found: Measurement) -> str:
 
 
 def speed(measured: Sequence[Measurement]) -> Svg:
-    """Tokens a second without drafting and for each n_max, a bar each, with the spread as a line through its end."""
+    """Tokens a second without drafting and for each n_max: a bar, through its end the spread, as a ring the cold start."""
     machine = measured[0]["machine"]
     threads = f"{measured[0]['threads']} thread" + ("s" if measured[0]["threads"] > 1 else "")
     where = ", ".join([machine["processor"], threads, *machine["devices"]])
-    svg = Svg("Decoding speed", f"Tokens a second over n_max, warm; the thin line is the spread of the repeats. On {where}.")
-    top = max(entry["spread"][1] for found in measured for entry in found["by_n_max"])
+    svg = Svg("Decoding speed", f"Tokens a second over n_max, warm, and as a ring cold; the thin line is the spread. On {where}.")
+    entries = [entry for found in measured for entry in found["by_n_max"]]
+    top = max(max(entry["spread"][1], entry["cold_tokens_per_second"]) for entry in entries)
     for found in measured:
         _heading(svg, stem(found))
         for entry in found["by_n_max"]:
@@ -62,6 +63,7 @@ def speed(measured: Sequence[Measurement]) -> Svg:
             svg.rect(LEFT, y + 1, end - LEFT, 14, GREY if n_max == 0 else BLUE)
             low, high = (LEFT + (RIGHT - LEFT) * bound / top for bound in entry["spread"])
             svg.line(low, y + 8, high, y + 8, INK, 2)
+            svg.ring(LEFT + (RIGHT - LEFT) * entry["cold_tokens_per_second"] / top, y + 8)
             svg.text(RIGHT + 45, y + 12, f"{value:,.0f}" if value >= 100 else f"{value:.1f}", anchor="end", weight=weight)
             svg.text(WIDTH - 6, y + 12, f"{entry['speedup']:.2f}×" if n_max else "", anchor="end", weight=weight)
             svg.y += 19
@@ -96,6 +98,9 @@ def acceptance(measured: Sequence[Measurement]) -> Svg:
             svg.text(RIGHT + 18, y + 4, f"{entry['acceptance']:.1%}")
             svg.y += 28
         svg.y += 18
+        if positions := drafting[-1]["by_position"]:
+            shares = ", ".join(f"{share:.0%}" for share in positions)
+            svg.paragraph(f"by position at n_max {drafting[-1]['n_max']}: {shares}", fill=INK)
     return svg
 
 

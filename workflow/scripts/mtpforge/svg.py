@@ -54,6 +54,10 @@ class Svg:
             f' stroke-dasharray="{dash}"/>'
         )
 
+    def ring(self, x: float, y: float) -> None:
+        """A small ring, to be seen on white and on a bar."""
+        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{INK}" stroke-width="1.5"/>')
+
     def mark(self, x: float, y: float, number: int, size: float = 4.5) -> None:
         """A mark of the series of that number: its own colour and its own shape."""
         fill, shape = MARKS[number % len(MARKS)]
