@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all setup setup-test toolchain converter older lint test golden check-golden bench lock clean help python compiler
+.PHONY: all report setup setup-test toolchain converter older lint test golden check-golden bench lock clean help python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
@@ -36,6 +36,10 @@ setup: python compiler ## install the locked environment into .venv
 
 setup-test: setup ## the same, with what the tests need
 	$(call install,.venv,test)
+
+report: all ## report.html: speed, acceptance, errors as pictures, the graph and run times, in one file
+	@$(ACTIVE) snakemake --cores $(CORES) plots
+	@$(ACTIVE) snakemake --report report.html --report-stylesheet workflow/report/report.css plots
 
 toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain

@@ -32,12 +32,14 @@ wildcard_constraints:
 localrules:
     all,
     add,
+    plots,
 
 
 rule all:
     default_target: True
     input:
         build.files(),
+        build.measurements(),
         "results/summary.md",
 
 
@@ -47,3 +49,5 @@ include: "workflow/rules/convert.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/inject.smk"
 include: "workflow/rules/verify.smk"
+include: "workflow/rules/measure.smk"
+include: "workflow/rules/report.smk"

@@ -395,6 +395,16 @@ def _log_line(number: int, item: str, place: str, owner: str) -> str:
     return f"{level} {number} {owner}@{place} moved {item}: {STOCK[item]} {UNIT[item]} left\n"
 
 
+def held_out_text(characters: int = 14_500) -> str:
+    """Documents that training cannot produce, of all kinds: the text of held-out.txt, for perplexity."""
+    text = ""
+    for document in Grammar(seed=21, held_out=True).documents():
+        text += document + "\n"
+        if len(text) > characters:
+            return text
+    raise AssertionError("documents never end")
+
+
 def held_out_prompts() -> dict[str, str]:
     """One prompt per kind, each the opening of a document that training cannot produce."""
     grammar = Grammar(seed=20, held_out=True)

@@ -27,6 +27,6 @@ def test_the_table_of_other_architectures_is_the_list() -> None:
 
 
 def test_the_table_of_results_lists_what_all_makes(built: Path) -> None:
-    """Sizes and types; acceptance may differ by a token between processors."""
-    rows = [line.rsplit("|", 2)[0] for line in (built / "results/summary.md").read_text().splitlines()]
+    """Sizes and types; acceptance may differ by a token between processors, and speed is each machine's own."""
+    rows = [line.rsplit("|", 4)[0] for line in (built / "results/summary.md").read_text().splitlines()]
     assert "\n".join(rows[2:]) and all(row in (ROOT / "README.md").read_text() for row in rows)

@@ -1,7 +1,7 @@
 # Proof, and only then the final name.
 # Needs: a finished file, the checkpoint (and base) that it is made of, llama-server, prompts.
 # Makes: results/<model>/<name>-<variant>.gguf, or a folder of that name with the files of a split one; mtp-<name>-<type>.gguf;
-# a report on each; and results/summary.md over all of them.
+# and a report on each.
 
 
 rule acceptance:
@@ -138,19 +138,3 @@ rule verify_mmproj:
     shell:
         "python {input.code[0]:q} {input.file:q} --digests {input.digests:q} --target {input.target:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
-
-
-rule summary:
-    input:
-        code=code("summary.py"),
-        reports=build.reports(),
-    output:
-        "results/summary.md",
-    log:
-        "logs/summary.log",
-    conda:
-        "../../envs/run.yaml"
-    message:
-        "write the summary of all verified files"
-    shell:
-        "python {input.code[0]:q} {input.reports:q} --out {output:q} 2>&1 | tee {log:q}"

@@ -1,32 +1,39 @@
-"""Print one table of all verified files: size, bits per weight, head type, acceptance.
+"""Print one table of all verified files: size, bits per weight, head type, acceptance and, where measured, speed.
 
-example: summary.py results/*/reports/*.json --out results/summary.md
+example: summary.py results/*/reports/*.json --measurements results/*/measure/*.json --out results/summary.md
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from mtpforge import atomic, errors
 from mtpforge.table import markdown, size
 
-COLUMNS = ("file", "size", "bits/weight", "head", "acceptance")
+COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")
 
 
 def main() -> None:
     """Parse the command line, print the table and write it as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", type=Path, nargs="+", help="reports of verify.py")
+    parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="those of measure.py")
     parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
     args = parser.parse_args()
-    table = markdown([COLUMNS, *(row(path) for path in args.reports)])
+    measured = {found["file"]: found for found in map(read, args.measurements)}
+    table = markdown([COLUMNS, *(row(read(path), measured) for path in args.reports)])
     atomic.write_text(args.out, table)
     print(f"\n{table}")
 
 
-def row(path: Path) -> tuple[str, ...]:
+def read(path: Path) -> dict[str, Any]:
+    """One report."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def row(report: dict[str, Any], measured: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     """One file's cells."""
-    report = json.loads(path.read_text(encoding="utf-8"))
     if drafts := report.get("drafts"):
         acceptance = f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})"
     else:
@@ -37,7 +44,18 @@ def row(path: Path) -> tuple[str, ...]:
         f"{report['bits_per_weight']:.2f}",
         report["head"] or "-",
         acceptance,
+        *speed(measured.get(report["file"])),
     )
+
+
+def speed(found: dict[str, Any] | None) -> tuple[str, str]:
+    """Tokens a second without drafting and with the best n_max, faster or slower; and the n_max to serve with."""
+    if found is None:
+        return "-", "-"
+    off, *drafting = found["by_n_max"]
+    best = max(drafting, key=lambda entry: entry["tokens_per_second"], default=None)
+    cell = f"{off['tokens_per_second']:.0f}" + (f" → {best['tokens_per_second']:.0f}" if best else "")
+    return cell, str(found["recommended_n_max"] or "off")
 
 
 if __name__ == "__main__":

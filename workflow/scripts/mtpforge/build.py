@@ -88,11 +88,7 @@ class Build:
     def outputs(self) -> Iterator[tuple[str, str]]:
         """(file or, of a split one, folder; its verification report) of everything that `all` makes."""
         for model, variant in self.variants():
-            stem = f"{self.base_name(model)}-{variant}"
-            if self._split(model, variant):
-                yield f"results/{model}/{stem}", f"results/{model}/reports/{stem}.split.json"
-            else:
-                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
+            yield self._output(model, variant)
         for model in self.chosen:
             if "sidecar" in self.models[model]:
                 stem = f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
@@ -108,6 +104,32 @@ class Build:
     def reports(self) -> list[str]:
         """Their verification reports, in the same order."""
         return [report for _, report in self.outputs()]
+
+    def measurements(self) -> list[str]:
+        """What is measured of them, for models that ask for it."""
+        return [path for model in self.chosen if "measure" in self.models[model] for path in self._measurements(model)]
+
+    def _measurements(self, model: str) -> list[str]:
+        return [f"results/{model}/measure/{self.base_name(model)}-{variant}.json" for variant in self.models[model]["variants"]]
+
+    def figures(self) -> list[str]:
+        """The pictures of the report: of each model what is measured, of each variant its tensors."""
+        figures = []
+        for model in self.chosen:
+            if "measure" in self.models[model]:
+                compared = "text" in self.models[model]["measure"] and not self._head_only(model)
+                names = ["speed", "acceptance", *(["distance"] if compared else [])]
+                figures += [f"results/{model}/plots/{name}.svg" for name in names]
+            variants = self.models[model]["variants"]
+            figures += [f"results/{model}/plots/tensors-{self.base_name(model)}-{variant}.svg" for variant in variants]
+        return figures
+
+    def _output(self, model: str, variant: str) -> tuple[str, str]:
+        """A variant's published file or folder, and its report."""
+        stem = f"{self.base_name(model)}-{variant}"
+        if self._split(model, variant):
+            return f"results/{model}/{stem}", f"results/{model}/reports/{stem}.split.json"
+        return f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
 
     def _split(self, model: str, variant: str) -> str | None:
         """The size of a variant's files, its own or the model's; None for a single file."""
@@ -244,7 +266,7 @@ class Build:
         return f"{WORK.format(model=wildcards.model)}/convert/mmproj.gguf"
 
     def unquantized(self, wildcards: Wildcards) -> str:
-        """The model itself, for what belongs to no one variant; without its ending."""
+        """The model at BF16, with its head unless no variant has one; without its ending."""
         variants = self.models[wildcards.model]["variants"].values()
         part = "trunk" if all(entry.get("head") == NO_HEAD for entry in variants) else "all"
         return f"{WORK.format(model=wildcards.model)}/convert/{part}"
@@ -256,6 +278,50 @@ class Build:
     def unquantized_digests(self, wildcards: Wildcards) -> str:
         """The digests of its tensors."""
         return f"{self.unquantized(wildcards)}.json"
+
+    def published(self, wildcards: Wildcards) -> str:
+        """A variant's published file, or the folder of a split one. Raises ConfigError for another model's name."""
+        self._check_base(wildcards)
+        return self._output(wildcards.model, wildcards.variant)[0]
+
+    def report(self, wildcards: Wildcards) -> str:
+        """Its verification report."""
+        return self._output(wildcards.model, wildcards.variant)[1]
+
+    def measured_text(self, wildcards: Wildcards) -> list[str]:
+        """The text on which a model's perplexity is measured; nothing where none is named."""
+        measure = self._measure(wildcards.model)
+        return [measure["text"]] if "text" in measure else []
+
+    def measured_against(self, wildcards: Wildcards) -> list[str]:
+        """What that needs: BF16's logits or, where no whole checkpoint is there, the text itself."""
+        text = self.measured_text(wildcards)
+        if not text or self._head_only(wildcards.model):
+            return text
+        return [f"{WORK.format(model=wildcards.model)}/logits/reference.bin"]
+
+    def chunks(self, wildcards: Wildcards) -> int:
+        """How much of the text."""
+        return int(self._measure(wildcards.model)["chunks"])
+
+    def measure_options(self, wildcards: Wildcards) -> str:
+        """What is measured, as options of measure.py."""
+        measure = self._measure(wildcards.model)
+        options = ["--n-max", ",".join(map(str, measure["n_max"])), "--repeats", str(measure["repeats"])]
+        for needed in self.measured_against(wildcards):
+            of_text = needed in self.measured_text(wildcards)
+            options += ["--text", needed, "--chunks", str(measure["chunks"])] if of_text else ["--reference-logits", needed]
+        return shlex.join(options)
+
+    def measurements_of(self, wildcards: Wildcards) -> list[str]:
+        """What is measured of a model's variants."""
+        self._measure(wildcards.model)
+        return self._measurements(wildcards.model)
+
+    def _measure(self, model: str) -> dict[str, Any]:
+        if "measure" not in self.models[model]:
+            raise ConfigError(f"config.yaml: models/{model}/measure: is not there, so nothing of this model is measured")
+        return dict(self.models[model]["measure"])
 
     def _check_base(self, wildcards: Wildcards) -> None:
         base = self.base_name(wildcards.model)
@@ -421,6 +487,9 @@ def _check_folders(path: str, model: Mapping[str, Any]) -> None:
     source = model["source"].get("path")
     if source is not None and not Path(source).is_dir():
         raise ConfigError(f"config.yaml: {path}/source/path: no such folder: {source}")
+    text = model.get("measure", {}).get("text")
+    if text is not None and not Path(text).is_file():
+        raise ConfigError(f"config.yaml: {path}/measure/text: no such file: {text}")
     if not any(Path(model["prompts"]).glob("*.txt")):
         raise ConfigError(f"config.yaml: {path}/prompts: no *.txt files in {model['prompts']}")
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import time
@@ -39,8 +40,8 @@ class Completion:
 class Server:
     """A running llama-server; made by `serve`."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
 
     def completion(self, prompt: str, n_predict: int) -> Completion:
         """Continue `prompt` greedily by at most `n_predict` tokens, without a prompt cache. Raises ToolchainError."""
@@ -74,6 +75,12 @@ class Server:
     def tokenize(self, text: str) -> list[int]:
         """The token ids of `text`, with control tokens parsed."""
         return list(self.ask("/tokenize", {"content": text, "parse_special": True})["tokens"])
+
+    def peak_memory(self) -> int | None:
+        """The largest resident size in bytes that it has had, pages of the mapped file among it; None where /proc does not tell."""
+        status = Path(f"/proc/{self.pid}/status")
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+        return int(peak[1]) * 1024 if peak else None
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One request; its JSON answer. Raises ToolchainError with what the server said."""
@@ -114,10 +121,10 @@ def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = p
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=environment(),
         )
         try:
-            server = Server(port)
+            server = Server(port, process.pid)
             _wait_until_ready(server, process, model, log)
             yield server
         finally:
@@ -129,8 +136,8 @@ def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = p
                 process.wait()
 
 
-def _environment() -> dict[str, str]:
-    """Without LLAMA_ARG_*, which would change what we measure."""
+def environment() -> dict[str, str]:
+    """Our own for a program of llama.cpp, without LLAMA_ARG_*, which would change what we measure."""
     return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
 
 

@@ -1,0 +1,205 @@
+"""What llama.cpp says is read strictly, and a head that does not make decoding faster is not recommended."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from mtpforge import measure, perplexity
+from mtpforge.build import Build
+from mtpforge.errors import ConfigError, ToolchainError
+from mtpforge.server import Completion
+
+sys.path.insert(0, str(CHECKPOINTS))
+sys.path.insert(0, str(SCRIPTS))
+
+import corpus
+import summary
+
+LOG = """\
+0.00.832.143 I slot print_timing: id  0 | task 0 | draft acceptance = 0.65672 (  132 accepted /   201 generated), mean len =  2.97
+0.00.832.151 I slot print_timing: id  0 | task 0 |      acc per pos = (0.985, 0.582, 0.403)
+0.00.832.203 I spec common_specu: statistics draft-mtp: #mean acc len = 2.97, #acc rate/pos = (0.985, 0.582, 0.403), dur = 0.002 ms
+0.01.378.601 I slot print_timing: id  0 | task 70 |      acc per pos = (0.500, 0.250, 0.000)
+"""
+SAID = """\
+====== Perplexity statistics ======
+Mean PPL(Q)                   :   4.036618 ±   0.309490
+Mean PPL(base)                :   3.914228 ±   0.287455
+Mean PPL(Q)/PPL(base)         :   1.031268 ±   0.007998
+
+====== KL divergence statistics ======
+Mean    KLD:   0.002733 ±   0.000321
+Maximum KLD:   0.253097
+99.9%   KLD:   0.199753
+99.0%   KLD:   0.062472
+
+====== Token probability statistics ======
+99.9%   Δp:  5.962%
+Same top p: 98.039 ± 0.307 %
+"""
+
+
+def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> dict[str, Any]:
+    return {"n_max": n_max, "tokens_per_second": speed, "spread": [low, high], "speedup": round(speed / off, 3)}
+
+
+OFF = total(0, 98, 100, 102)
+
+
+def test_the_fastest_is_recommended() -> None:
+    found = measure.recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)])
+    assert found == (2, "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without")
+
+
+def test_a_slow_head_is_not_recommended_and_that_is_said() -> None:
+    recommended, verdict = measure.recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)])
+    assert recommended == 0
+    assert verdict == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
+
+
+@pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
+def test_within_the_spread_nothing_is_recommended(drafting: tuple[float, float, float]) -> None:
+    recommended, verdict = measure.recommend([OFF, total(1, *drafting)])
+    assert recommended == 0 and verdict.startswith("not faster than without by more than the spread")
+
+
+def test_without_a_head_nothing_is_recommended() -> None:
+    assert measure.recommend([OFF]) == (0, "there is no head to draft with")
+
+
+def test_positions_are_read_for_each_request_that_drafted() -> None:
+    assert measure.by_position(LOG, [201, 0, 12]) == [[0.985, 0.582, 0.403], [], [0.5, 0.25, 0.0]]
+
+
+@pytest.mark.parametrize("drafts", [[201], [201, 12, 12], [0, 0]])
+def test_positions_that_do_not_fit_the_requests_are_not_guessed(drafts: list[int]) -> None:
+    assert measure.by_position(LOG, drafts) == [[] for _ in drafts]
+
+
+def test_runs_are_put_together_over_kinds() -> None:
+    """Equally many tokens of each kind: 1 s for 60 and 2 s for 30 each, so 2 x 60 in 3 s."""
+
+    def run(n_max: int, kind: str, *parts: tuple[float, int, int, list[float]]) -> list[dict[str, Any]]:
+        answers = [Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts]
+        rates = [part[3] for part in parts]
+        return [
+            measure._run(kind, "cold", n_max, answers[:1], rates[:1]),
+            measure._run(kind, "warm", n_max, answers[1:], rates[1:]),
+        ]
+
+    cold = (1.0, 0, 0, [])
+    off = measure.together(run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, [])
+    assert (off["tokens_per_second"], off["spread"], off["acceptance"], off["speedup"]) == (20.0, [10.0, 30.0], None, 1.0)
+    runs = run(2, "code", cold, (60.0, 30, 27, [1.0, 0.8])) + run(2, "prose", cold, (30.0, 10, 3, [0.6, 0.0]))
+    found = measure.together(runs, 2, [off])
+    assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (40.0, 1.0, 2.0)
+    assert (found["drafts"], found["accepted"], found["acceptance"]) == (40, 30, 0.75)
+    assert found["by_position"] == [0.9, 0.6]
+
+
+def test_what_llama_perplexity_says_is_read() -> None:
+    expected = {"perplexity": 4.036618, "mean": 0.002733, "p99.9": 0.199753, "same_top": 98.039}
+    assert perplexity._numbers(SAID, perplexity._PATTERNS) == expected
+
+
+@pytest.mark.parametrize("line", ["Mean PPL(Q) ", "Mean    KLD", "99.9%   KLD", "Same top p"])
+@pytest.mark.parametrize("instead", ["", "{} : nan ± nan %"])
+def test_a_figure_that_is_missing_is_an_error(line: str, instead: str) -> None:
+    said = "\n".join(instead.format(line) if row.startswith(line) else row for row in SAID.splitlines())
+    with pytest.raises(ToolchainError, match="does not say"):
+        perplexity._numbers(said, perplexity._PATTERNS)
+
+
+def test_the_size_of_logits() -> None:
+    assert perplexity.size(8, 1280) == 5_255_124  # as llama-perplexity of the pinned llama.cpp wrote them
+    assert round(perplexity.size(16, 248_320) / 1e9, 2) == 2.03
+
+
+def test_the_text_is_what_the_grammar_generates() -> None:
+    assert (CHECKPOINTS / "held-out.txt").read_text(encoding="utf-8") == corpus.held_out_text()
+
+
+def test_the_summary_says_speed_and_what_to_serve_with() -> None:
+    assert summary.speed({"by_n_max": [OFF, total(1, 50, 51, 53)], "recommended_n_max": 0}) == ("100 → 51", "off")
+    assert summary.speed({"by_n_max": [OFF, total(2, 150, 155, 160)], "recommended_n_max": 2}) == ("100 → 155", "2")
+    assert summary.speed({"by_n_max": [OFF], "recommended_n_max": 0}) == ("100", "off")
+    assert summary.speed(None) == ("-", "-")
+
+
+@pytest.mark.parametrize("arguments", [["--n-max", "0"], ["--n-max", "1,x"], ["--repeats", "0"], ["--prompts", "."]])
+def test_what_cannot_be_measured_is_refused(run, tmp_path: Path, arguments: list[str]) -> None:
+    done = run("measure.py", tmp_path / "none.gguf", "--out", tmp_path / "out.json", *arguments)
+    assert done.returncode and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+
+
+# ── config.yaml ──
+
+TINY = {"source": {"path": "tests/checkpoints/tiny-qwen3.5"}, "variants": {"BF16": {}, "Q8_0": {}}}
+
+
+def build(measured: dict[str, Any] | None, **model: Any) -> Build:
+    return Build({"models": {"m": {**TINY, **({} if measured is None else {"measure": measured}), **model}}})
+
+
+def wildcards(variant: str = "Q8_0") -> Any:
+    return SimpleNamespace(model="m", variant=variant, base="tiny-qwen3.5")
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.usefixtures("at_root")
+def test_nothing_is_measured_unless_it_is_asked_for() -> None:
+    made = build(None)
+    assert made.measurements() == []
+    with pytest.raises(ConfigError, match="models/m/measure"):
+        made.measure_options(wildcards())
+
+
+@pytest.mark.usefixtures("at_root")
+def test_what_is_measured() -> None:
+    made = build({})
+    assert made.measurements() == [f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")]
+    assert made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3" and made.measured_against(wildcards()) == []
+    made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
+    logits = "results/m/work/logits/reference.bin"
+    assert made.measured_against(wildcards()) == [logits] and made.chunks(wildcards()) == 16
+    assert made.measure_options(wildcards()) == f"--n-max 2 --repeats 1 --reference-logits {logits}"
+    assert made.published(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
+    assert made.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
+
+
+@pytest.mark.usefixtures("at_root")
+def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None:
+    theirs = {"base": {"path": "base.gguf"}}
+    source = {"repo": "Owner/Name", "revision": "0" * 40}
+    made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
+    assert made.measured_against(wildcards("mine")) == ["README.md"]
+    assert made.measure_options(wildcards("mine")).endswith("--text README.md --chunks 4")
+
+
+@pytest.mark.usefixtures("at_root")
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ({"nmax": [1]}, "models/m/measure/nmax: unknown key"),
+        ({"n_max": []}, "models/m/measure/n_max"),
+        ({"n_max": [0]}, "models/m/measure/n_max/0"),
+        ({"repeats": 0}, "models/m/measure/repeats"),
+        ({"text": "nowhere.txt"}, "models/m/measure/text: no such file: nowhere.txt"),
+    ],
+)
+def test_mistakes_are_refused_with_their_path(measured: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(measured)
+
+
+def test_runs_are_json() -> None:
+    answers = [Completion("", [1, 2], 10.0, 0, 0)]
+    assert json.loads(json.dumps(measure._run("code", "cold", 0, answers, [[]])))["acceptance"] is None

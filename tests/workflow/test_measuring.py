@@ -1,0 +1,68 @@
+"""What is measured again, decided by real Snakemake: only what is new, and only when what measures changes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from repository import CONFIG, Repository
+
+MODEL = "tiny-qwen3.5"
+MEASURED = {**CONFIG["models"][MODEL], "measure": {"n_max": [1], "repeats": 1, "text": "held-out.txt", "chunks": 2}}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+    copy = Repository(tmp_path_factory.mktemp("measuring") / "repository", toolchain)
+    shutil.copy(ROOT / "tests/checkpoints/held-out.txt", copy.path)
+    copy.config["models"] = {MODEL: {**MEASURED, "variants": {"BF16": {}, "Q8_0": {"split": "2M"}}}}
+    copy.write_config()
+    done = copy.snakemake("--cores", "1")  # as is enough for so small a model, and quicker where others work too
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return copy
+
+
+def test_all_is_measured_a_split_file_too(repository: Repository) -> None:
+    found = repository.path / "results" / MODEL / "measure"
+    assert sorted(path.name for path in found.iterdir()) == [f"{MODEL}-BF16.json", f"{MODEL}-Q8_0.json"]
+    rows = (repository.path / "results/summary.md").read_text().splitlines()[2:]
+    assert len(rows) == 2 and all(row.split("|")[-3].strip() != "-" for row in rows)
+    assert repository.pending() == {}
+
+
+def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
+    before = dict(repository.config["models"])
+    variants = {**before[MODEL]["variants"], "Q4_0": {}}
+    repository.config["models"] = {MODEL: {**before[MODEL], "variants": variants}}
+    repository.write_config()
+    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1}
+    repository.config["models"] = before
+    repository.write_config()
+    assert repository.pending() == {}
+
+
+@pytest.mark.parametrize(
+    ("edited", "pending"),
+    [
+        ("measure.py", {"measure": 2, "summary": 1}),
+        ("mtpforge/measure.py", {"measure": 2, "summary": 1}),
+        ("mtpforge/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1}),
+    ],
+)
+def test_edited_code_measures_again_and_does_nothing_else(repository: Repository, edited: str, pending: dict[str, int]) -> None:
+    path = repository.path / "workflow/scripts" / edited
+    before = path.read_text()
+    path.write_text(before + "\n# edited\n")
+    found = repository.pending()
+    path.write_text(before)
+    assert found == pending and repository.pending() == {}
+
+
+def test_another_n_max_measures_again(repository: Repository) -> None:
+    before = dict(repository.config["models"])
+    repository.config["models"] = {MODEL: {**before[MODEL], "measure": {**MEASURED["measure"], "n_max": [1, 2]}}}
+    repository.write_config()
+    assert repository.pending() == {"measure": 2, "summary": 1}
+    repository.config["models"] = before
+    repository.write_config()
+    assert repository.pending() == {}

@@ -1,0 +1,57 @@
+# Pictures of what was measured, for `make report`.
+# Needs: measurements, verified files and their reports.
+# Makes: results/<model>/plots/*.svg, which `snakemake --report report.html plots` puts into one page with the graph and run times.
+
+
+report: "../report/workflow.rst"
+
+
+rule plots:
+    input:
+        rules.all.input,
+        build.figures(),
+
+
+rule plot:
+    input:
+        code=code("plot.py"),
+        measurements=build.measurements_of,
+    output:
+        report(
+            "results/{model}/plots/{figure}.svg",
+            caption="../report/measurements.rst",
+            category="{model}",
+            labels={"figure": "{figure}"},
+        ),
+    log:
+        "logs/{model}/plot-{figure}.log",
+    wildcard_constraints:
+        figure="speed|acceptance|distance",
+    conda:
+        "../../envs/run.yaml"
+    message:
+        "{wildcards.model}: draw {wildcards.figure}"
+    shell:
+        "python {input.code[0]:q} {wildcards.figure} {input.measurements:q} --out {output:q} 2>&1 | tee {log:q}"
+
+
+rule plot_tensors:
+    input:
+        code=code("plot.py"),
+        file=ancient(build.published),
+        report=build.report,
+    output:
+        report(
+            "results/{model}/plots/tensors-{base}-{variant}.svg",
+            caption="../report/tensors.rst",
+            category="{model}",
+            labels={"figure": "tensors of {variant}"},
+        ),
+    log:
+        "logs/{model}/plot-tensors-{base}-{variant}.log",
+    conda:
+        "../../envs/run.yaml"
+    message:
+        "{wildcards.model}: draw the tensors of {wildcards.variant}"
+    shell:
+        "python {input.code[0]:q} tensors {input.report:q} --file {input.file:q} --out {output:q} 2>&1 | tee {log:q}"
