@@ -39,6 +39,7 @@ rule all:
     input:
         build.files(),
         "results/summary.md",
+        build.published(),
 
 
 include: "workflow/rules/toolchain.smk"
@@ -47,3 +48,4 @@ include: "workflow/rules/convert.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/inject.smk"
 include: "workflow/rules/verify.smk"
+include: "workflow/rules/publish.smk"

@@ -37,6 +37,10 @@ class VerificationError(ForgeError):
     """A finished file is not what was asked for, and must not be published."""
 
 
+class UploadError(ForgeError):
+    """The Hub does not take something."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `ForgeError` or an OSError becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130.
 
