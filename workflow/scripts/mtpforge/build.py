@@ -113,7 +113,7 @@ class Build:
 
     def upload_options(self, wildcards: object) -> str:
         """What publish.py is to upload, and how."""
-        options = ["--dry-run"] if self.config["dry_run"] else []
+        options = ["--dry-run"] if self.config["dry_run"] in (True, "true") else []
         options += ["--signed"] if "sign" in self.config else []
         for model in self._with_repository():
             target = self.models[model]["publish"]

@@ -75,7 +75,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
     """The card. `about` is the model's part of the configuration, `stamp` that of the toolchain. Raises VerificationError."""
     theirs = read_front_matter(checkpoint_card)
     data = front_matter(about, theirs)
-    source, title = about["source"], about.get("publish", {}).get("repo", "/" + about["name"] + "-MTP-GGUF").split("/")[1]
+    title = about["publish"]["repo"].split("/")[1] if "publish" in about else f"{about['name']}-MTP-GGUF"
     undrafted = {upstream.undrafted(result.opened) for result in results if result.is_model and head_blocks(result.opened)}
     measured = [result for result in results if result.measured]
     card = ModelCard.from_template(
@@ -95,7 +95,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
         serving=_serving(results, about),
         checkpoint=_source(about),
         toolchain=escape(" ".join(str(stamp[key]) for key in ("llama.cpp", "build", "commit") if key in stamp)),
-        recipe=yaml.safe_dump({"variants": about["variants"]}, sort_keys=False, allow_unicode=True).rstrip(),
+        recipe=yaml.safe_dump(_said({"variants": about["variants"]}), sort_keys=False, allow_unicode=True).rstrip(),
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
@@ -246,6 +246,11 @@ def _origin(about: Json) -> str:
     return f"[{escape(source['repo'])}]({HUB}/{source['repo']})" if "repo" in source else escape(about["name"])
 
 
+def _said(entry: Json) -> dict[str, Any]:
+    """A part of the configuration without what is not asked for."""
+    return {key: _said(value) if isinstance(value, Mapping) else value for key, value in entry.items() if value is not False}
+
+
 def _source(about: Json) -> str:
     source = about["source"]
     return f"{_origin(about)}, commit {code(source['revision'])}" if "repo" in source else f"a local folder, {code(source['path'])}"
@@ -273,12 +278,13 @@ def resolve(tag: str, names: Sequence[str]) -> str | None:
 
 
 def best(results: Sequence[Result]) -> Result | None:
-    """The file to begin with: the fastest as it is recommended; where nothing was measured, the first that drafts."""
+    """The file to begin with: the fastest as it is recommended; where nothing was measured, the first quantized one that drafts."""
     models = [result for result in results if result.is_model]
     measured = [result for result in models if result.measured]
     if measured:
         return max(measured, key=lambda result: _at_best(result).get("tokens_per_second", 0.0))
-    return next((result for result in models if result.drafts), models[0] if models else None)
+    drafting = [result for result in models if result.drafts]
+    return next(iter([*(r for r in drafting if r.report["bits_per_weight"] < 16), *drafting, *models]), None)
 
 
 def _serving(results: Sequence[Result], about: Json) -> str:
