@@ -114,6 +114,13 @@ def test_a_measurement_reruns_the_card_alone(repository: Repository) -> None:
     path.unlink()
 
 
+def test_a_key_to_sign_with_signs_the_list_alone(repository: Repository) -> None:
+    (repository.path / "key.pem").touch()
+    repository.config["sign"] = {"key": "key.pem"}
+    repository.write_config()
+    assert repository.pending() == {"sign": 1}
+
+
 def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {"haed": "Q6_K"}}}}

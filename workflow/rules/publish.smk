@@ -30,10 +30,7 @@ rule materials:
 rule provenance:
     input:
         code=code("provenance.py"),
-        convert=code("convert.py"),
-        quantize=code("quantize.py"),
-        inject=code("inject.py"),
-        verify=code("verify.py"),
+        programs=build.programs,
         report="results/{model}/reports/{stem}.json",
         source="results/{model}/work/materials.json",
         materials=build.materials_if_any,
@@ -55,8 +52,7 @@ rule provenance:
     shell:
         "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q} --source {input.source:q}"
         " {params.materials} --toolchain {input.toolchain:q} --locks {input.locks:q}"
-        " --code {input.convert:q} {input.quantize:q} {input.inject:q} {input.verify:q}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --code {input.programs:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule card:

@@ -14,6 +14,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from . import quant_types
+from .code import code
 from .errors import ConfigError
 from .listing import Listing, gguf_files
 from .quantize import NO_HEAD, check_pattern, default_head, read_head
@@ -200,9 +201,15 @@ class Build:
 
     def locks(self, wildcards: Wildcards) -> list[str]:
         """The locked requirements of what makes a model."""
-        entry = self.models[wildcards.model]
-        torch = entry["mmproj"] or entry["converter"] != "mtpforge"
-        return ["envs/run.txt", "envs/llama.cpp.txt", *(["envs/converter.txt"] if torch else [])]
+        return ["envs/run.txt", "envs/llama.cpp.txt", *(["envs/converter.txt"] if self._needs_upstream(wildcards) else [])]
+
+    def programs(self, wildcards: Wildcards) -> list[str]:
+        """The programs that make a model's files, with all modules that they import."""
+        converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
+        return sorted({path for program in (*converters, "quantize.py", "inject.py", "verify.py") for path in code(program)})
+
+    def _needs_upstream(self, wildcards: Wildcards) -> bool:
+        return bool(self.models[wildcards.model]["mmproj"]) or not self._is_ours(wildcards)
 
     def source_of(self, wildcards: Wildcards) -> str:
         """Where the checkpoint comes from, as JSON."""

@@ -89,7 +89,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
         split="\n".join(f"- {code(part)}" for result in results for part in result.parts if len(result.parts) > 1),
         measured=bool(measured),
         machines=" ".join(sorted({_machine(result.measured or {}) for result in measured})),
-        verdicts="\n".join(f"- {code(r.name)}: {escape(r.measured['verdict'])}." for r in measured if r.measured),
+        verdicts="\n".join(f"- {code(r.name)}: {escape(verdict)}." for r in measured if (verdict := _measured(r, "verdict"))),
         sweeps=[(code(result.name), sweep(result.measured).rstrip()) for result in measured if result.measured],
         runtime=_runtime(results),
         serving=_serving(results, about),
@@ -130,14 +130,22 @@ def front_matter(about: Json, theirs: Json) -> ModelCardData:
     source, data = about["source"], {key: value for key, value in theirs.items() if value}
     if "repo" in source:
         data |= {"base_model": [source["repo"]], "base_model_relation": "quantized"}
-        if "license_link" in data:  # a name alone is that of a file beside their card
-            data["license_link"] = urljoin(f"{HUB}/{source['repo']}/blob/{source['revision']}/", data["license_link"])
-    if urlsplit(str(data.get("license_link", f"{HUB}/"))).scheme not in ("https", "http"):
-        del data["license_link"]  # to a file that is not published here
+    if (link := _address(source, str(data.pop("license_link", "")))) is not None:
+        data["license_link"] = link
     if "publish" in about:
         data["quantized_by"] = about["publish"]["repo"].split("/")[0]
     data["tags"] = list(dict.fromkeys([*data.get("tags", ()), *TAGS]))
     return ModelCardData(**data)
+
+
+def _address(source: Json, link: str) -> str | None:
+    """The full address of a link on the checkpoint's card, where a name alone is a file beside it; None where it has none."""
+    try:
+        if link and "repo" in source:
+            link = urljoin(f"{HUB}/{source['repo']}/blob/{source['revision']}/", link)
+        return link if urlsplit(link).scheme in ("https", "http") else None
+    except ValueError:  # somebody else's affair
+        return None
 
 
 # ── tables ──
@@ -235,7 +243,7 @@ def _machine(measured: Json) -> str:
     devices = [*machine.get("devices", ())]
     where = ", ".join(escape(str(part)) for part in (machine.get("processor"), *devices) if part)
     version, threads = escape(str(measured.get("llama.cpp", "unknown"))), measured.get("threads")
-    return f"Measured with llama.cpp {version}, {threads} threads" + (f", on {where}" if where else "") + "."
+    return f"Measured with llama.cpp {version}, threads: {threads}" + (f", on {where}" if where else "") + "."
 
 
 # ── serving ──
@@ -346,7 +354,7 @@ def shell(*words: str) -> list[str]:
 
 def escape(text: str) -> str:
     """Text as Markdown shows it, also in a table: nothing in it is markup."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~>$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(r"([\\`*\[\]|~$]|\b_\B|\B_\b)", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def code(text: str) -> str:

@@ -57,7 +57,7 @@ def materials(source: Mapping[str, Any], evidence: Iterable[Path]) -> list[Resou
     Of a head that was fetched by itself there is an entry for each tensor, which says how far it is to be trusted.
     """
     if "path" in source:
-        return [{"name": path.name, "digest": {"sha256": _digest(path)}} for path in evidence]
+        return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in evidence]
     uri = f"pkg:huggingface/{source['repo']}@{source['revision']}"
     found: list[Resource] = [{"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}]
     for path in evidence:
@@ -88,12 +88,12 @@ def toolchain(stamp: Path) -> Resource:
 
 def locks(paths: Iterable[Path]) -> list[Resource]:
     """Locked requirements."""
-    return [{"name": path.as_posix(), "digest": {"sha256": _digest(path)}} for path in paths]
+    return [{"name": path.as_posix(), "digest": {"sha256": digest_of(path)}} for path in paths]
 
 
 def pipeline(code: Iterable[Path]) -> Resource:
     """The programs of this pipeline that made the file, with all modules that they import."""
-    lines = "".join(f"{_digest(path)}  {path.as_posix()}\n" for path in sorted(set(code)))
+    lines = "".join(f"{digest_of(path)}  {path.as_posix()}\n" for path in sorted(set(code)))
     what = "the sha256 of the lines that sha256sum prints of these files"
     return {
         "name": "mtpforge",
@@ -102,5 +102,6 @@ def pipeline(code: Iterable[Path]) -> Resource:
     }
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """The sha256 of a whole file."""
     return sha256(FileRange(path, 0, path.stat().st_size))

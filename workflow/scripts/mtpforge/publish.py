@@ -17,6 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from . import remote, results
 from .errors import UploadError, VerificationError
+from .provenance import digest_of
 from .remote import Patience
 from .results import SIGNATURE, SUMS
 
@@ -46,30 +47,25 @@ def plan(folder: Path, repo: str, signed: bool) -> Plan:
     return Plan(folder, repo, there is not None, missing, foreign)
 
 
-def upload(plan: Plan, private: bool, signed: bool) -> str:
+def upload(todo: Plan, private: bool, signed: bool) -> str:
     """Do what is planned, in a repository that is made if it does not exist; the address of the commit. Raises UploadError."""
-    api, names = HfApi(), [name for name, _ in plan.missing]
+    api, names = HfApi(), [name for name, _ in todo.missing]
     try:
-        if not plan.exists:
-            api.create_repo(plan.repo, private=private, exist_ok=True)
+        if not todo.exists:
+            api.create_repo(todo.repo, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=plan.repo,
-            folder_path=plan.folder,
+            repo_id=todo.repo,
+            folder_path=todo.folder,
             allow_patterns=[glob.escape(name) for name in names],
             commit_message=MESSAGE.format(len(names)),
         )
     except _FAILURES as error:
         cause = error.__cause__ or error
         why = remote.explain(cause if isinstance(cause, Exception) else error)
-        raise UploadError(f"{plan.repo}: {why}: run again: what has come until then is kept") from None
-    left = [name for name, _ in _after(plan, signed)]
-    if left:
-        raise UploadError(f"{plan.repo}: is now without, or with another, {', '.join(left)}: run again")
+        raise UploadError(f"{todo.repo}: {why}: run again: what has come until then is kept") from None
+    if left := plan(todo.folder, todo.repo, signed).missing:
+        raise UploadError(f"{todo.repo}: is now without, or with another, {', '.join(name for name, _ in left)}: run again")
     return str(done.commit_url)
-
-
-def _after(done: Plan, signed: bool) -> list[tuple[str, int]]:
-    return plan(done.folder, done.repo, signed).missing
 
 
 def _own(folder: Path, signed: bool) -> results.Sums:
@@ -81,7 +77,7 @@ def _own(folder: Path, signed: bool) -> results.Sums:
             raise VerificationError(f"{folder / name}: is missing, and {SUMS} names it: run snakemake for it again")
         results.unchanged(folder / name, digest, listed)
     for name in [SUMS, *([SIGNATURE] if signed else [])]:
-        sums[name] = results.digest_of(folder / name)
+        sums[name] = digest_of(folder / name)
     return sums
 
 

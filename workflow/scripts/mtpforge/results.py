@@ -14,7 +14,7 @@ from .atomic import write_text
 from .checkpoint import read_json
 from .errors import ForgeError, VerificationError
 from .progress import Show
-from .ranges import FileRange, sha256
+from .provenance import digest_of
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
 SLACK = 10.0
@@ -40,11 +40,6 @@ def unchanged(path: Path, digest: str, record: Path) -> None:
     """Raise VerificationError where a file is not as it was when `record` was written; it is read only where it is younger."""
     if path.stat().st_mtime > record.stat().st_mtime + SLACK and digest_of(path) != digest:
         raise VerificationError(f"{path}: has changed since {record.name} was written: delete it and run again")
-
-
-def digest_of(path: Path) -> str:
-    """The sha256 of a whole file."""
-    return sha256(FileRange(path, 0, path.stat().st_size))
 
 
 def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Sums:
