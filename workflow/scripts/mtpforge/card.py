@@ -94,7 +94,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
         runtime=_runtime(results),
         serving=_serving(results, about),
         checkpoint=_source(about),
-        toolchain=escape(" ".join(str(stamp[key]) for key in ("llama.cpp", "build", "commit") if key in stamp)),
+        toolchain=escape(" ".join(str(stamp[key]) for key in ("llama.cpp", "build", "commit") if stamp.get(key, "0") != "0")),
         recipe=yaml.safe_dump(_said({"variants": about["variants"]}), sort_keys=False, allow_unicode=True).rstrip(),
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
