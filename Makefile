@@ -13,7 +13,8 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all report setup setup-test toolchain converter older lint test golden check-golden bench lock clean help python compiler
+.PHONY: all report setup setup-test toolchain converter older lint test golden check-golden check-results bench lock clean help \
+	python compiler
 .SUFFIXES:
 
 # $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
@@ -65,6 +66,9 @@ golden: converter ## make the golden digests anew with llama.cpp's own converter
 
 check-golden: converter ## compare the golden digests with what llama.cpp's own converter makes
 	@resources/converter/environment/bin/python tests/golden/make.py --check
+
+check-results: setup ## check a folder of results, downloaded or not, by what lies in it: FOLDER=...
+	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
 bench: setup ## measure conversion and injection beside cp and others' tools (25 GB under resources/bench, some minutes)
 	@$(ACTIVE) python bench/conversion.py

@@ -41,6 +41,7 @@ rule all:
         build.files(),
         build.measurements(),
         "results/summary.md",
+        build.published(),
 
 
 include: "workflow/rules/toolchain.smk"
@@ -51,3 +52,4 @@ include: "workflow/rules/inject.smk"
 include: "workflow/rules/verify.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/publish.smk"

@@ -2,11 +2,16 @@
 
 As the real one does, it keeps large files elsewhere: a request for one is redirected to a signed address on a second server,
 which knows nothing of tokens and has its own ETags. It counts the bytes that it sends, and misbehaves on request.
+
+With a folder for them, repositories can be made and filled, as huggingface_hub does it without Xet: it is told for each file how it
+is to come, large ones are put to the second server, and a commit names them by their sha256.
 """
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 import time
 from collections import Counter, defaultdict
@@ -17,6 +22,8 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".gguf", ".dat")
@@ -39,8 +46,16 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repositories: dict[str, Path]) -> None:
+    def __init__(self, repositories: dict[str, Path], new: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.new = new
+        """Where repositories that are made go."""
+        self.private: set[str] = set()
+        """Repositories that are not there for who has no token."""
+        self.commits: list[list[str]] = []
+        """What each commit that came has added, sorted."""
+        self.received: Counter[str] = Counter()
+        """Bytes of each object that came, by its sha256."""
         self.repositories, self.requests = repositories, list[str]()
         self.sent: Counter[str] = Counter()
         """Bytes of each file that went out, from either server."""
@@ -59,6 +74,11 @@ class Hub(ThreadingHTTPServer):
         """Of the addresses that are valid; a fault of kind `expired` moves on to the next."""
         self.stopping = threading.Event()
         self.cdn = _Cdn(self)
+
+    def object(self, oid: str) -> Path:
+        """Where an uploaded large file lies."""
+        assert self.new is not None
+        return self.new / "objects" / oid
 
     @property
     def endpoint(self) -> str:
@@ -85,9 +105,9 @@ class _Cdn(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
-    """A running Hub, which stops with the block."""
-    with Hub(repositories) as hub, hub.cdn as cdn:
+def serve(repositories: dict[str, Path], new: Path | None = None) -> Iterator[Hub]:
+    """A running Hub, which stops with the block; `new` is the folder of repositories that are made."""
+    with Hub(repositories, new) as hub, hub.cdn as cdn:
         threads = [threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}) for server in (hub, cdn)]
         for thread in threads:
             thread.start()
@@ -122,9 +142,25 @@ class _Answering(BaseHTTPRequestHandler):
     def route(self, path: str) -> None:
         raise NotImplementedError
 
+    def content(self) -> Iterator[bytes]:
+        """What came with a request, in blocks."""
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                yield self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return
+        left = int(self.headers.get("Content-Length", 0))
+        while left and (block := self.rfile.read(min(BLOCK, left))):
+            left -= len(block)
+            yield block
+
+    def say(self, value: object, status: int = 200) -> None:
+        self.answer(json.dumps(value).encode(), "application/json", status)
+
     def answer(self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})})
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def head(self, status: int, headers: dict[str, str]) -> None:
@@ -215,12 +251,115 @@ class _Handler(_Answering):
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
                 if path in (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}"):
                     return self.refused("api") or self.gate(name) or self.model_info(name, folder, commit)
+            if path == f"/api/models/{name}/tree/main" and not self.is_hidden(name):
+                return self.refused("api") or self.say(self.tree(folder))
             for prefix in (f"/{name}/resolve/{COMMIT}/", f"/api/resolve-cache/models/{name}/{COMMIT}/"):
                 if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
                     return self.gate(name) or self.resolve(folder / path[len(prefix) :], name, path)
-            if path.startswith((f"/{name}/", f"/api/models/{name}/")):
+            if path.startswith((f"/{name}/", f"/api/models/{name}/")) and not self.is_hidden(name):
                 return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RevisionNotFound"})
         return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_POST(self) -> None:
+        path, content = unquote(urlsplit(self.path).path), b"".join(self.content())
+        self.hub.requests.append(f"POST {path}")
+        if path == "/api/validate-yaml":
+            return self.validate(json.loads(content)["content"])
+        if not (token := self.headers.get("Authorization")):
+            return self.answer(b"", "text/plain", 401)
+        self.hub.tokens.append((self.where, token))
+        if path == "/api/repos/create":
+            return self.create(json.loads(content))
+        for name, folder in self.hub.repositories.items():
+            if path == f"/api/models/{name}/preupload/main":
+                return self.preupload(folder, json.loads(content)["files"])
+            if path == f"/{name}.git/info/lfs/objects/batch":
+                return self.batch(json.loads(content))
+            if path == f"/{name}/verify":
+                there = self.hub.object(json.loads(content)["oid"])
+                return self.answer(b"", "text/plain", 200 if there.exists() else 404)
+            if path == f"/api/models/{name}/commit/main":
+                return self.commit(folder, [json.loads(line) for line in content.splitlines()])
+        return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def validate(self, card: str) -> None:
+        """As far as we know what the Hub minds: front matter that is a mapping, with strings where it wants them."""
+        match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+        try:
+            data = yaml.safe_load(match[1]) if match else None
+        except yaml.YAMLError as error:
+            data = str(error)
+        texts = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "base_model_relation", "quantized_by")
+        wrong = [f"{key} must be a string" for key in texts if not isinstance((data or {}).get(key, ""), str)] if match else []
+        if not isinstance(data, dict):
+            wrong = ["no front matter"]
+        self.say({"errors": [{"message": text} for text in wrong], "warnings": []}, 400 if wrong else 200)
+
+    def create(self, asked: dict[str, str]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        address = {"url": f"{self.hub.endpoint}/{name}"}
+        if name in self.hub.repositories:
+            return self.say({**address, "error": "You already created this model repo"}, 409)
+        assert self.hub.new is not None
+        self.hub.repositories[name] = self.hub.new / name
+        self.hub.repositories[name].mkdir(parents=True)
+        (self.hub.repositories[name] / ".gitattributes").write_text("*.gguf filter=lfs diff=lfs merge=lfs -text\n")
+        if asked.get("visibility") == "private":
+            self.hub.private.add(name)
+        return self.say(address)
+
+    def preupload(self, folder: Path, files: list[dict[str, object]]) -> None:
+        """How each file is to come, and the digest of what is there by its name."""
+        answers = []
+        for file in files:
+            there = folder / str(file["path"])
+            mode = "lfs" if there.suffix in LARGE or int(str(file["size"])) > 10_000_000 else "regular"
+            known = {"oid": self.hub.digest(there)} if there.exists() else {}
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+        self.say({"files": answers})
+
+    def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
+        """Where to put each object that is not there yet."""
+        objects = []
+        for entry in asked["objects"]:
+            if not self.hub.object(str(entry["oid"])).exists():
+                put = f"http://127.0.0.1:{self.hub.cdn.server_port}/put/{entry['oid']}?signature={self.hub.signature}"
+                verify = self.path.replace(".git/info/lfs/objects/batch", "/verify")
+                entry["actions"] = {"upload": {"href": put}, "verify": {"href": f"{self.hub.endpoint}{verify}"}}
+            objects.append(entry)
+        self.say({"transfer": "basic", "objects": objects})
+
+    def commit(self, folder: Path, lines: list[dict[str, dict[str, str]]]) -> None:
+        """Add what the lines say, all or nothing."""
+        files = [(line["key"], line["value"]) for line in lines[1:]]
+        if any(kind == "lfsFile" and not self.hub.object(value["oid"]).exists() for kind, value in files):
+            return self.say({"error": "an lfs object is missing"}, 400)
+        for kind, value in files:
+            path = folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "lfsFile":
+                shutil.copyfile(self.hub.object(value["oid"]), path)
+            else:
+                assert kind == "file"  # nothing of ours deletes
+                path.write_bytes(base64.b64decode(value["content"]))
+            self.hub.digests.pop(path, None)
+        self.hub.commits.append(sorted(value["path"] for _, value in files))
+        name = str(folder.relative_to(self.hub.new or "/"))
+        return self.say({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{COMMIT}"})
+
+    def is_hidden(self, name: str) -> bool:
+        return name in self.hub.private and not self.headers.get("Authorization")
+
+    def tree(self, folder: Path) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
+        for path in sorted(folder.rglob("*")):
+            entry: dict[str, object] = {"type": "directory", "path": str(path.relative_to(folder)), "oid": "0" * 40, "size": 0}
+            if path.is_file():
+                size, digest = path.stat().st_size, self.hub.digest(path)
+                large = {"oid": "0" * 40, "lfs": {"oid": digest, "size": size, "pointerSize": 134}}
+                entry |= {"type": "file", "size": size, **(large if path.suffix in LARGE else {"oid": digest})}
+            found.append(entry)
+        return found
 
     def gate(self, name: str) -> bool:
         """Answer that a token is needed, where one is missing."""
@@ -265,6 +404,25 @@ class _CdnHandler(_Answering):
     @property
     def hub(self) -> Hub:  # type: ignore[override]
         return self.server.hub
+
+    def do_PUT(self) -> None:
+        """Take an object whose content is what its address says."""
+        if token := self.headers.get("Authorization"):
+            self.hub.tokens.append((self.where, token))
+        oid, parts = urlsplit(self.path).path.rpartition("/")[2], list[bytes]()
+        breaks = self.fails("put", "stall")
+        for block in self.content():
+            self.hub.received[oid] += len(block)
+            parts.append(block)
+            if breaks:
+                self.hub.stopping.wait(60)
+                self.close_connection = True
+                return None
+        if hashlib.sha256(b"".join(parts)).hexdigest() != oid:
+            return self.answer(b"", "text/plain", 400)
+        self.hub.object(oid).parent.mkdir(exist_ok=True)
+        self.hub.object(oid).write_bytes(b"".join(parts))
+        return self.answer(b"", "text/plain")
 
     def route(self, path: str) -> None:
         name = path.rpartition("/")[2]

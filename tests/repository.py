@@ -40,8 +40,8 @@ class Repository:
     def write_config(self) -> None:
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config))
 
-    def snakemake(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "all", *arguments]
+    def snakemake(self, *arguments: str, target: str = "all", **environment: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", target, *arguments]
         return subprocess.run(
             command, cwd=self.path, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
         )

@@ -47,17 +47,22 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
 
 def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None:
     library = repository.path / "workflow/scripts/mtpforge"
+    after = {"verify": 2, "summary": 1, "provenance": 2, "card": 1, "sums": 1}
     edit(library / "server.py")
-    assert repository.pending() == {"acceptance": 1, "verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, **after}
     edit(library / "quantize.py")
-    assert repository.pending() == {"acceptance": 1, "quantize": 1, "verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, "quantize": 1, **after}
     edit(library / "tokenizer.py")
-    assert repository.pending() == {"acceptance": 1, "convert": 1, "quantize": 1, "verify": 2, "summary": 1}
+    assert repository.pending() == {"acceptance": 1, "convert": 1, "quantize": 1, **after}
 
 
 def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
-    edit(repository.path / "workflow/scripts/summary.py")
-    assert repository.pending() == {"summary": 1}
+    edit(repository.path / "workflow/scripts/publish.py")  # of a rule that `all` does not need
+    assert repository.pending() == {}
+    edit(repository.path / "workflow/scripts/card.py")
+    assert repository.pending() == {"card": 1, "sums": 1}
+    edit(repository.path / "workflow/scripts/summary.py")  # the card's tables are its own
+    assert repository.pending() == {"summary": 1, "card": 1, "sums": 1}
 
 
 def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
@@ -73,6 +78,9 @@ def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
         "inject": 1,
         "verify": 2,
         "summary": 1,
+        "provenance": 2,
+        "card": 1,
+        "sums": 1,
     }
 
 
@@ -80,14 +88,16 @@ def test_a_changed_head_type_reruns_its_variant(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"BF16": {}, "Q8_0": {"head": "Q6_K"}}}}
     repository.write_config()
-    assert repository.pending() == {"quantize": 1, "verify": 1, "summary": 1}
+    assert repository.pending() == {"quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
 
 
 def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
     model = {**CONFIG["models"]["tiny-qwen3.5"], "variants": {"Q8_0": {}}}
     repository.config["models"] = {**CONFIG["models"], "second": model}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "convert": 1, "quantize": 1, "acceptance": 1, "verify": 1, "summary": 1}
+    own = {"recipe": 1, "convert": 1, "quantize": 1, "acceptance": 1, "verify": 1}
+    own |= {"materials": 1, "provenance": 1, "card": 1, "sums": 1}
+    assert repository.pending() == {**own, "summary": 1}
 
 
 def test_a_report_does_not_depend_on_what_else_is_built(repository: Repository) -> None:
@@ -95,7 +105,21 @@ def test_a_report_does_not_depend_on_what_else_is_built(repository: Repository) 
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {}}}}
     repository.write_config()
-    assert repository.pending() == {"summary": 1}
+    assert repository.pending() == {"summary": 1, "card": 1, "sums": 1}
+
+
+def test_a_repository_to_publish_to_reruns_the_card_alone(repository: Repository) -> None:
+    model = CONFIG["models"]["tiny-qwen3.5"]
+    repository.config["models"] = {"tiny-qwen3.5": {**model, "publish": {"repo": "Owner/tiny-MTP-GGUF"}}}
+    repository.write_config()
+    assert repository.pending() == {"card": 1, "sums": 1}
+
+
+def test_a_key_to_sign_with_signs_the_list_alone(repository: Repository) -> None:
+    (repository.path / "key.pem").touch()
+    repository.config["sign"] = {"key": "key.pem"}
+    repository.write_config()
+    assert repository.pending() == {"sign": 1}
 
 
 def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
@@ -121,5 +145,5 @@ def test_a_result_that_fails_its_proof_does_not_appear(repository: Repository) -
 def test_a_touched_conversion_reruns_no_quantization(repository: Repository) -> None:
     """The published BF16 file and the conversion are one file by two names, which Snakemake touches when it publishes."""
     (repository.path / "results/tiny-qwen3.5/work/convert/all.gguf").touch()
-    assert repository.pending() == {"verify": 1, "summary": 1}
+    assert repository.pending() == {"verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
     assert repository.snakemake().returncode == 0

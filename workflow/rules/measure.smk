@@ -35,7 +35,7 @@ rule measure:
     input:
         code=code("measure.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.published),  # its report, which has its sha256, is compared by content
+        file=ancient(build.verified),  # its report, which has its sha256, is compared by content
         report=build.report,
         prompts=build.prompt_files,
         against=build.measured_against,

@@ -38,7 +38,7 @@ rule plot:
 rule plot_tensors:
     input:
         code=code("plot.py"),
-        file=ancient(build.published),
+        file=ancient(build.verified),
         report=build.report,
     output:
         report(

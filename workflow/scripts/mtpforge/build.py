@@ -16,6 +16,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from . import quant_types
+from .code import code
 from .errors import ConfigError
 from .listing import Listing, gguf_files
 from .quantize import NO_HEAD, check_pattern, default_head, read_head
@@ -36,6 +37,7 @@ class Wildcards(Protocol):
     text: str
     repo: str
     revision: str
+    stem: str
 
 
 class Build:
@@ -53,6 +55,8 @@ class Build:
             for variant, entry in model["variants"].items():
                 self._resolve(f"models/{name}/variants/{variant}", name, entry)
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
+            if not self.base_name(name).isprintable():
+                raise ConfigError(f"config.yaml: models/{name}/source/path: the folder's name begins those of files: rename it")
             if "sidecar" in model:
                 _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
         _check_own_bases(self.models)
@@ -79,23 +83,22 @@ class Build:
 
     # ── what to make ──
 
-    def variants(self) -> Iterator[tuple[str, str]]:
-        """(model, variant) of everything that `all` makes, in the order of the configuration."""
-        for model in self.chosen:
-            for variant in self.models[model]["variants"]:
-                yield model, variant
-
     def outputs(self) -> Iterator[tuple[str, str]]:
         """(file or, of a split one, folder; its verification report) of everything that `all` makes."""
-        for model, variant in self.variants():
-            yield self._output(model, variant)
         for model in self.chosen:
-            if "sidecar" in self.models[model]:
-                stem = f"mtp-{self.base_name(model)}-{self.models[model]['sidecar']}"
-                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
-            if self.models[model]["mmproj"]:
-                stem = f"mmproj-{self.base_name(model)}-F16"
-                yield f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
+            for _, file, report in self.outputs_of(model):
+                yield file, report
+
+    def outputs_of(self, model: str) -> Iterator[tuple[str | None, str, str]]:
+        """(variant, or None of a sidecar or vision tower; file or folder; report) of one model, chosen or not."""
+        entry, base = self.models[model], self.base_name(model)
+        for variant in entry["variants"]:
+            split = bool(self._split(model, variant))
+            yield variant, *_output(model, f"{base}-{variant}", split)
+        if "sidecar" in entry:
+            yield None, *_output(model, f"mtp-{base}-{entry['sidecar']}")
+        if entry["mmproj"]:
+            yield None, *_output(model, f"mmproj-{base}-F16")
 
     def files(self) -> list[str]:
         """The GGUFs that `all` makes, folders of split ones among them."""
@@ -124,17 +127,118 @@ class Build:
             figures += [f"results/{model}/plots/tensors-{self.base_name(model)}-{variant}.svg" for variant in variants]
         return figures
 
-    def _output(self, model: str, variant: str) -> tuple[str, str]:
-        """A variant's published file or folder, and its report."""
-        stem = f"{self.base_name(model)}-{variant}"
-        if self._split(model, variant):
-            return f"results/{model}/{stem}", f"results/{model}/reports/{stem}.split.json"
-        return f"results/{model}/{stem}.gguf", f"results/{model}/reports/{stem}.json"
-
     def _split(self, model: str, variant: str) -> str | None:
         """The size of a variant's files, its own or the model's; None for a single file."""
         size = self.models[model]["variants"][variant].get("split", self.models[model].get("split"))
         return None if size is None else str(size)
+
+    # ── what is published ──
+
+    def published(self) -> list[str]:
+        """What completes the folder of each model that `all` makes: the list of its files and, where asked for, its signature."""
+        return [path for model in self.chosen for path in self._ends(model)]
+
+    def uploads(self, wildcards: object) -> list[str]:
+        """The same for the models that have a repository to go to."""
+        return [path for model in self._with_repository() for path in self._ends(model)]
+
+    def upload_options(self, wildcards: object) -> str:
+        """What publish.py is to upload, and how."""
+        options = ["--dry-run"] if self.config["dry_run"] in (True, "true") else []
+        options += ["--signed"] if "sign" in self.config else []
+        for model in self._with_repository():
+            target = self.models[model]["publish"]
+            options += ["--private" if target["private"] else "--public", f"results/{model}", target["repo"]]
+        return shlex.join(options)
+
+    def _with_repository(self) -> list[str]:
+        return [model for model in self.chosen if "publish" in self.models[model]]
+
+    def _ends(self, model: str) -> list[str]:
+        return [f"results/{model}/SHA256SUMS"] + ([f"results/{model}/SHA256SUMS.sig"] if "sign" in self.config else [])
+
+    def key(self, wildcards: object) -> list[str]:
+        """The key to sign with; nothing where none is configured."""
+        return [self.config["sign"]["key"]] if "sign" in self.config else []
+
+    def files_of(self, wildcards: Wildcards) -> list[str]:
+        """A model's GGUFs, folders of split ones among them."""
+        return [file for _, file, _ in self.outputs_of(wildcards.model)]
+
+    def reports_of(self, wildcards: Wildcards) -> list[str]:
+        """Their reports, in the same order."""
+        return [report for _, _, report in self.outputs_of(wildcards.model)]
+
+    def statements_of(self, wildcards: Wildcards) -> list[str]:
+        """Their statements of provenance, in the same order."""
+        return [report.replace("/reports/", "/provenance/") for report in self.reports_of(wildcards)]
+
+    def card_of_checkpoint(self, wildcards: Wildcards) -> str:
+        """The checkpoint's own model card, which need not be there."""
+        return f"{self.checkpoint(wildcards)}/README.md"
+
+    def card_of_checkpoint_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads it depends on."""
+        source, path = self.models[wildcards.model]["source"], self.card_of_checkpoint(wildcards)
+        if "path" in source:
+            return [path] if Path(path).exists() else []
+        inputs = self.checkpoint_inputs(wildcards)
+        return [name for name in inputs if name.endswith(("/README.md.json", "/head.json"))]
+
+    def about(self, wildcards: Wildcards) -> str:
+        """A model's part of the configuration that its card tells, as JSON."""
+        entry = self.models[wildcards.model]
+        part = {key: entry[key] for key in (*_OF_BUILD, "publish", "variants") if key in entry}
+        return json.dumps({"name": self.base_name(wildcards.model), **_without_folders(part)})
+
+    def parameters(self, wildcards: Wildcards) -> str:
+        """The part of the configuration that decides what one file is, as JSON."""
+        entry = self.models[wildcards.model]
+        part = {key: entry[key] for key in _OF_BUILD if key in entry}
+        variant = self._variant_of(wildcards)
+        if variant is not None:
+            part["variants"] = {variant: entry["variants"][variant]}
+        else:
+            part |= {key: entry[key] for key in ("sidecar", "mmproj") if key in entry}
+        return json.dumps(_without_folders(part))
+
+    def _variant_of(self, wildcards: Wildcards) -> str | None:
+        for variant, _, report in self.outputs_of(wildcards.model):
+            if report.endswith(f"/reports/{wildcards.stem}.json"):
+                return variant
+        raise ConfigError(f"{wildcards.model} has no file {wildcards.stem}")
+
+    def _materials(self, wildcards: Wildcards) -> list[Mapping[str, Any]]:
+        """Base and importance matrix of a variant, where they are somebody's; a base that is changed in place is no more."""
+        variant = self._variant_of(wildcards)
+        entry = {} if variant is None else self.models[wildcards.model]["variants"][variant]
+        used = [entry[key] for key in ("base", "imatrix") if key in entry]
+        return [file for file in used if "type" not in file and not file.get("in_place")]
+
+    def materials_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What there is of these."""
+        return [path for file in self._materials(wildcards) for path in _evidence(file)]
+
+    def material_options(self, wildcards: Wildcards) -> str:
+        """The same as options of provenance.py."""
+        used = [["--material", json.dumps(_without_folders(file)), *_evidence(file)] for file in self._materials(wildcards)]
+        return shlex.join(word for options in used for word in options)
+
+    def locks(self, wildcards: Wildcards) -> list[str]:
+        """The locked requirements of what makes a model."""
+        return ["envs/run.txt", "envs/llama.cpp.txt", *(["envs/converter.txt"] if self._needs_upstream(wildcards) else [])]
+
+    def programs(self, wildcards: Wildcards) -> list[str]:
+        """The programs that make a model's files, with all modules that they import."""
+        converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
+        return sorted({path for program in (*converters, "quantize.py", "inject.py", "verify.py") for path in code(program)})
+
+    def _needs_upstream(self, wildcards: Wildcards) -> bool:
+        return bool(self.models[wildcards.model]["mmproj"]) or not self._is_ours(wildcards)
+
+    def source_of(self, wildcards: Wildcards) -> str:
+        """Where the checkpoint comes from, as JSON."""
+        return json.dumps(_without_folders(self.models[wildcards.model]["source"]))
 
     def base_name(self, model: str) -> str:
         """The first part of a model's file names: the name of its repository or folder."""
@@ -279,14 +383,18 @@ class Build:
         """The digests of its tensors."""
         return f"{self.unquantized(wildcards)}.json"
 
-    def published(self, wildcards: Wildcards) -> str:
-        """A variant's published file, or the folder of a split one. Raises ConfigError for another model's name."""
+    def verified(self, wildcards: Wildcards) -> str:
+        """A variant's verified file, or the folder of a split one. Raises ConfigError for another model's name."""
         self._check_base(wildcards)
-        return self._output(wildcards.model, wildcards.variant)[0]
+        return self._output_of(wildcards)[0]
 
     def report(self, wildcards: Wildcards) -> str:
         """Its verification report."""
-        return self._output(wildcards.model, wildcards.variant)[1]
+        return self._output_of(wildcards)[1]
+
+    def _output_of(self, wildcards: Wildcards) -> tuple[str, str]:
+        split = bool(self._split(wildcards.model, wildcards.variant))
+        return _output(wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.variant}", split)
 
     def measured_text(self, wildcards: Wildcards) -> list[str]:
         """The text on which a model's perplexity is measured; nothing where none is named."""
@@ -314,9 +422,8 @@ class Build:
         return shlex.join(options)
 
     def measurements_of(self, wildcards: Wildcards) -> list[str]:
-        """What is measured of a model's variants."""
-        self._measure(wildcards.model)
-        return self._measurements(wildcards.model)
+        """What is measured of a model's variants; nothing where it does not ask for it."""
+        return self._measurements(wildcards.model) if "measure" in self.models[wildcards.model] else []
 
     def _measure(self, model: str) -> dict[str, Any]:
         if "measure" not in self.models[model]:
@@ -444,6 +551,24 @@ class Build:
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""
         return f"{self.verify_options(wildcards)} --split {self._split(wildcards.model, wildcards.variant)}"
+
+
+_OF_BUILD = ("source", "converter", "tokenizer_pre", "min_acceptance", "split")
+"""Keys of a model that decide what each of its files is."""
+
+
+def _output(model: str, stem: str, split: bool = False) -> tuple[str, str]:
+    folder = f"results/{model}"
+    if split:
+        return f"{folder}/{stem}", f"{folder}/reports/{stem}.split.json"
+    return f"{folder}/{stem}.gguf", f"{folder}/reports/{stem}.json"
+
+
+def _without_folders(value: Any) -> Any:
+    """A part of the configuration as it may be published: of a path, its last name alone."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: Path(entry).name if key == "path" else _without_folders(entry) for key, entry in value.items()}
 
 
 def _place(file: Mapping[str, Any]) -> str:

@@ -40,6 +40,10 @@ class VerificationError(ForgeError):
     """All verdicts on it."""
 
 
+class UploadError(ForgeError):
+    """The Hub does not take something."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `ForgeError` or an OSError becomes `error: ...` on stderr and exit code 1, an interrupt exit code 130.
 

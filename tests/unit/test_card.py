@@ -1,0 +1,233 @@
+"""Model cards: front matter that the Hub takes, figures that stand in the reports, lines that name the file that they mean."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from gguf.constants import GGUFValueType
+from huggingface_hub import ModelCard
+from mtpforge import card, runtimes
+from mtpforge.card import Result
+from mtpforge.gguf_file import Gguf, Value
+
+TEMPLATE = ROOT / "workflow" / "templates" / "card.md"
+STAMP = {"llama.cpp": "0.5.0-dev", "commit": "0c1e57098"}
+REVISION = "851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"
+ABOUT = {
+    "name": "Qwen3.5-4B",
+    "source": {"repo": "Qwen/Qwen3.5-4B", "revision": REVISION},
+    "publish": {"repo": "Someone/Qwen3.5-4B-MTP-GGUF", "private": True},
+    "variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0", "replace_head": False}},
+}
+
+
+def opened(name: str, architecture: str = "qwen35", heads: int = 1) -> Gguf:
+    def number(value: int) -> Value:
+        return Value.of(value, GGUFValueType.UINT32)
+
+    metadata = {
+        "general.architecture": Value.of(architecture, GGUFValueType.STRING),
+        f"{architecture}.block_count": number(33),
+        f"{architecture}.nextn_predict_layers": number(heads),
+    }
+    return Gguf(Path(name), metadata, dict.fromkeys("ab"), {})  # type: ignore[arg-type]
+
+
+def result(variant: str = "IQ4_XS", measured: dict[str, Any] | None = None, heads: int = 1, **report: Any) -> Result:
+    name = f"Qwen3.5-4B-{variant}.gguf"
+    known = {"file": name, "bytes": 2_700_000_000, "bits_per_weight": 4.61, "head": "Q8_0", "acceptance": 0.8125, "drafts": 400}
+    return Result({**known, **report}, measured, opened(name, heads=heads))
+
+
+def measurement(recommended: int = 2, speeds: tuple[float, ...] = (207.0, 250.0, 290.0, 280.0)) -> dict[str, Any]:
+    """As measure.py writes it, for the sweep 0 to 3."""
+    runs, totals = [], []
+    for n_max, speed in enumerate(speeds):
+        for kind, share in (("code", 90), ("prose", 40)):
+            for state, accepted in (("cold", share - 20), ("warm", share)):
+                drafts = 100 if n_max else 0
+                run = {"n_max": n_max, "kind": kind, "state": state, "repeats": 1, "tokens_per_second": [speed], "drafts": drafts}
+                runs.append({**run, "accepted": accepted if n_max else 0})
+        acceptance = {"acceptance": 0.65, "by_position": [0.8, 0.5][:n_max]} if n_max else {"acceptance": None, "by_position": []}
+        spread = [speed - 1, speed + 1]
+        totals.append({"n_max": n_max, "tokens_per_second": speed, "spread": spread, "speedup": speed / speeds[0], **acceptance})
+    return {
+        "file": "Qwen3.5-4B-IQ4_XS.gguf", "bytes": 1, "threads": 4, "llama.cpp": "0.5.0-dev 0c1e57098",
+        "runs": runs, "by_n_max": totals, "recommended_n_max": recommended, "verdict": "what measure.py found",
+        "memory_bytes": 3_000_000_000, "perplexity": 8.1234,
+        "kl_divergence": {"mean": 0.01234, "p99.9": 0.5678, "same_top": 0.951},
+    }  # fmt: skip
+
+
+def make(*results: Result, theirs: str = "", folder: Path | None = None, **about: Any) -> str:
+    path = (folder or Path("nowhere")) / "README.md"
+    if theirs:
+        path.write_text(theirs)
+    return card.make({**ABOUT, **about}, results or (result(),), path, STAMP, TEMPLATE)
+
+
+def front(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text.split("---\n")[1]))
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every table."""
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+
+
+def column(text: str, heading: str, after: str = "## Files") -> list[str]:
+    headings, _, *lines = rows(_first_table(text, after))
+    return [line[headings.index(heading)] for line in lines]
+
+
+def _first_table(text: str, after: str) -> str:
+    lines = text[text.index(after) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return "\n".join(lines[start:end])
+
+
+THEIRS = """---
+license: other
+license_name: qwen
+license_link: LICENSE
+library_name: transformers
+pipeline_tag: image-text-to-text
+language: en
+tags: [vision, mtp]
+base_model: Qwen/Qwen3.5-4B-Base
+---
+# Theirs
+"""
+
+
+def test_front_matter_is_that_of_a_quantization_and_the_checkpoints_own(tmp_path: Path) -> None:
+    text = make(theirs=THEIRS, folder=tmp_path)
+    assert front(text) == {
+        "base_model": ["Qwen/Qwen3.5-4B"],
+        "base_model_relation": "quantized",
+        "quantized_by": "Someone",
+        "license": "other",
+        "license_name": "qwen",
+        "license_link": f"https://huggingface.co/Qwen/Qwen3.5-4B/blob/{REVISION}/LICENSE",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "language": ["en"],
+        "tags": ["vision", "mtp", "gguf", "speculative-decoding"],
+    }
+    assert ModelCard(text).data.base_model == ["Qwen/Qwen3.5-4B"]
+
+
+def test_of_a_local_checkpoint_no_base_model_is_claimed(tmp_path: Path) -> None:
+    text = make(theirs=THEIRS, folder=tmp_path, source={"path": "Qwen3.5-4B"})
+    assert not {"base_model", "base_model_relation", "license_link"} & front(text).keys()
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "no front matter\n",
+        "---\n[\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: {a: b}\ntags: [1, {x: y}]\nlanguage: 5\n---\n",
+        "---\nlicense_link: 'http://[x'\n---\n",
+        "---\nlicense_link: 'javascript:alert(1)'\n---\n",
+        "---\n" + "[" * 3000 + "\n---\n",
+        '---\nlicense: "x\\n---\\n# Injected"\n---\n',
+        "---\nself: 1\nignore_metadata_errors: 2\neval_results: 3\nmodel-index: 4\n---\n",
+    ],
+)
+def test_a_hostile_card_of_a_checkpoint_harms_nothing(tmp_path: Path, theirs: str) -> None:
+    data = front(make(theirs=theirs, folder=tmp_path))
+    assert data.keys() == {"base_model", "base_model_relation", "quantized_by", "tags"} and "Injected" not in str(data)
+
+
+def test_without_measurements_it_says_so_and_has_no_columns_for_them() -> None:
+    text = make()
+    assert rows(text)[0] == ["file", "size", "bits/weight", "head", "acceptance"]
+    assert rows(text)[2] == ["`Qwen3.5-4B-IQ4_XS.gguf`", "2.70 GB", "4.61", "Q8_0", "81.2%"]
+    assert "Speed and KL divergence were not measured." in text and "measure/" not in text
+
+
+def test_every_figure_is_that_of_the_measurements() -> None:
+    text = make(result("BF16"), result(measured=measurement()))
+    assert column(text, "tok/s") == ["-", "290.0"] and column(text, "tok/s without drafting") == ["-", "207.0"]
+    assert column(text, "drafted ahead") == ["-", "2"] and column(text, "memory") == ["-", "3.00 GB"]
+    assert column(text, "KL divergence") == ["-", "0.01234"] and column(text, "99.9%") == ["-", "0.5678"]
+    assert column(text, "same first choice") == ["-", "95.1%"] and column(text, "perplexity") == ["-", "8.1234"]
+    sweep = "### `Qwen3.5-4B-IQ4_XS.gguf`"
+    assert column(text, "drafted ahead", sweep) == ["off", "1", "2", "3"]
+    assert column(text, "tok/s", sweep) == ["207.0", "250.0", "290.0", "280.0"]
+    assert column(text, "x without", sweep)[2] == "1.40" and column(text, "from-to", sweep)[0] == "206.0-208.0"
+    assert column(text, "accepted", sweep) == ["-", "65.0%", "65.0%", "65.0%"]
+    assert column(text, "cold, accepted", sweep) == ["-", "45.0%", "45.0%", "45.0%"]
+    assert column(text, "code", sweep)[1:] == ["90.0%"] * 3 and column(text, "prose", sweep)[1:] == ["40.0%"] * 3
+    assert column(text, "by position", sweep)[1:] == ["80%", "80% 50%", "80% 50%"]
+    assert "--spec-draft-n-max 2" in text and "what measure.py found" in text
+
+
+def test_a_bad_result_is_printed_and_drafting_is_off() -> None:
+    text = make(result(measured=measurement(0, (94.0, 47.6))))
+    assert column(text, "drafted ahead") == ["off"] and column(text, "tok/s") == ["94.0"]
+    assert column(text, "x without", "### ") == ["1.00", "0.51"]
+    assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text and "--spec-draft" not in text
+    assert "Drafting is off, because it was not faster" in text
+
+
+def test_the_lines_name_the_fastest_file() -> None:
+    text = make(result("BF16", measurement(1, (10.0, 20.0))), result(measured=measurement(3, (30.0, 31.0, 32.0, 40.0))))
+    assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS --spec-type draft-mtp --spec-draft-n-max 3\n" in text
+    for line in ("lemonade pull R:IQ4_XS", "ollama run hf.co/R:IQ4_XS", "lms get https://huggingface.co/R@IQ4_XS"):
+        assert line.replace("R", "Someone/Qwen3.5-4B-MTP-GGUF") + "\n" in text
+    assert "issue 16282" in text
+
+
+def test_ollama_is_warned_of_only_where_it_fails() -> None:
+    assert "16282" not in make(result(heads=0, head="none")) and "which does not draft:" in make(result(heads=0, head="none"))
+    parts = [{"name": f"Qwen3.5-4B-BF16-0000{i}-of-00002.gguf"} for i in (1, 2)]
+    text = make(result("BF16", file="Qwen3.5-4B-BF16", files=parts))
+    assert "ollama run" not in text and "Ollama does not load a model in several files." in text
+    assert "- `Qwen3.5-4B-BF16/Qwen3.5-4B-BF16-00002-of-00002.gguf`" in text and ":BF16 --spec-type" in text
+
+
+NAMES = ["X-Q4_K_M.gguf", "X-Q4_K_M-injected.gguf", "X-Q8_0.gguf", "mtp-X-IQ4_NL.gguf", "mmproj-X-F16.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ("Q4_K_M", "X-Q4_K_M-injected.gguf"),  # sorts first
+        ("Q4_K_M-injected", "X-Q4_K_M-injected.gguf"),
+        ("q8_0", "X-Q8_0.gguf"),
+        ("IQ4_NL", None),
+        ("F16", None),
+    ],
+)
+def test_a_tag_is_resolved_as_llama_cpp_does(tag: str, name: str | None) -> None:
+    assert card.resolve(tag, NAMES) == name
+
+
+def test_a_file_that_no_tag_names_is_named_itself() -> None:
+    text = make(result("Q4_K_M", bits_per_weight=4.0), result("Q4_K_M-injected"))
+    assert "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type" in text and "lemonade pull" not in text
+
+
+def test_names_are_shown_and_never_markup() -> None:
+    text = make(name="a|b `x` <b>[c](d)", source={"path": "a|b `x` <b>[c](d)"}, publish={"repo": "Some/Name", "private": True})
+    assert "<b>" not in text.replace("`a|b x <b>[c](d)`", "") and r"a\|b \`x\` &lt;b&gt;\[c\](d)" in text
+
+
+def test_the_table_of_runtimes_in_the_readme_is_ours() -> None:
+    lines = (ROOT / "README.md").read_text().split("## Which runtimes")[1].split("\n\n")[2].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    written = {name.split(" ")[0]: row[1] for row in cells for name in row[0].split(", ")}
+    assert {name for name, since in written.items() if since != "none"} == runtimes.LLAMA_CPP.keys()
+    for name, since in runtimes.LLAMA_CPP.items():
+        assert written[name].replace("*", "").startswith(since), name
+
+
+def test_the_recipe_is_the_configurations() -> None:
+    recipe = make().split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}

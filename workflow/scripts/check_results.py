@@ -1,0 +1,25 @@
+"""Check a folder of results, downloaded or not, by what lies in it: sums, statements, and whether each GGUF opens.
+
+example: check_results.py Qwen3.5-4B-MTP-GGUF
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import errors, progress, results
+
+
+def main() -> None:
+    """Parse the command line and check; exit code 1, with the names of what is wrong, where something is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the folder, with its SHA256SUMS")
+    args = parser.parse_args()
+    with progress.bar(args.folder.name) as show:
+        problems = results.check(args.folder, show)
+    if problems:
+        raise errors.VerificationError(f"{args.folder}: {'; '.join(problems)}")
+    print(f"{args.folder}: all {len(results.read_sums(args.folder / results.SUMS))} files are as they were published")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,34 @@
+"""Upload folders of results to the Hub, each with all that its SHA256SUMS names; what is there already is not sent again.
+
+example: publish.py --private results/qwen3.5-4b OWNER/Qwen3.5-4B-MTP-GGUF --dry-run
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import errors, publish
+
+
+def main() -> None:
+    """Parse the command line, say what goes where, and upload it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pair = ("FOLDER", "OWNER/NAME")
+    parser.add_argument(
+        "--private", nargs=2, action="append", default=[], metavar=pair, help="a repository that is made is private"
+    )
+    parser.add_argument("--public", nargs=2, action="append", default=[], metavar=pair, help="a repository that is made is public")
+    parser.add_argument("--signed", action="store_true", help="with SHA256SUMS.sig")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    args = parser.parse_args()
+    targets = [(*pair, True) for pair in args.private] + [(*pair, False) for pair in args.public]
+    if not targets:
+        raise errors.ConfigError("nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`")
+    for folder, repo, private in targets:
+        plan = publish.plan(Path(folder), repo, args.signed)
+        publish.tell(plan)
+        if plan.missing and not args.dry_run:
+            print(f"{repo}: {publish.upload(plan, private, args.signed)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

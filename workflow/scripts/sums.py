@@ -1,0 +1,26 @@
+"""List what is published of a folder of results, with the sha256 of each file; those that were verified are not read again.
+
+example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json --others results/qwen3.5-4b/README.md
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import errors, results
+
+
+def main() -> None:
+    """Parse the command line and write the list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the folder of results")
+    parser.add_argument("--reports", type=Path, nargs="+", required=True, help="of verify.py, on the files that are published")
+    parser.add_argument("--others", type=Path, nargs="*", default=[], help="what is published beside them: card, statements")
+    args = parser.parse_args()
+    sums = results.collect(args.folder, args.reports, args.others)
+    results.write_sums(args.folder / results.SUMS, sums)
+    for name in results.surplus(args.folder, sums):
+        print(f"{args.folder / name}: is not asked for any more and will not be published: delete it")
+
+
+if __name__ == "__main__":
+    errors.run(main)
