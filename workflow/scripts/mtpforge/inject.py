@@ -82,11 +82,11 @@ def trunk_digests(base: Gguf) -> dict[str, str]:
 
 
 def _open_head(head: Path, scratch: Path) -> Gguf:
-    """What has the head, as a GGUF. Raises GgufError, CheckpointError."""
+    """What has the head, as a GGUF that goes by the name that was given. Raises GgufError, CheckpointError."""
+    place = scratch / "head-BF16.gguf" if head.is_dir() else head
     if head.is_dir():
-        convert.convert(head, scratch / "head-BF16.gguf", "head")
-        head = scratch / "head-BF16.gguf"
-    opened = split.read(head)
+        convert.convert(head, place, "head")
+    opened = replace(split.read(place), path=head)
     if not _head_names(opened):
         raise GgufError(f"{head}: has no head (no nextn_predict_layers, or no tensors of its block)")
     return opened
