@@ -23,7 +23,7 @@ def measured(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
     assert "at most 0.00 GB, for 2 chunks of 512 tokens and 1,280 logits a token" in done.stdout
     for variant in ("BF16", "IQ3_S-mix"):
         done = run(
-            "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2, "--threads", 1,
+            "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2, "--threads", 1, "--serve=-fa on",
             "--prompts", CHECKPOINTS / MODEL / "prompts", "--reference-logits", folder / "logits",
             "--out", folder / f"{variant}.json",
         )  # fmt: skip
@@ -45,6 +45,10 @@ def test_every_n_max_and_kind_is_measured_cold_and_warm(measured: dict[str, Any]
         assert 0 < low <= run["median"] <= high and len(run["tokens_per_second"]) == run["repeats"]
         assert len(run["by_position"]) == run["n_max"]
         assert (run["drafts"] > 0) == (run["n_max"] > 0) == (run["acceptance"] is not None)
+
+
+def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> None:
+    assert measured["IQ3_S-mix"]["options"] == ["-fa", "on"]
 
 
 def test_what_is_accepted_is_what_verification_saw(measured: dict[str, Any], built: Path) -> None:

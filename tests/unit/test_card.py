@@ -168,6 +168,15 @@ def test_every_figure_is_that_of_the_measurements() -> None:
     assert "--spec-draft-n-max 2" in text and "what measure.py found" in text
 
 
+def test_the_options_that_it_was_measured_with_are_those_to_serve_it_with() -> None:
+    options = ["-fa", "on", "--ctx-size", "8192"]
+    text = make(result(measured={**measurement(), "options": options}))
+    assert "-hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS -fa on --ctx-size 8192 --spec-type draft-mtp --spec-draft-n-max 2" in text
+    assert "threads: 4, `-fa on --ctx-size 8192`" in text
+    text = make(result(measured={**measurement(0), "options": options}))
+    assert "-hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS -fa on --ctx-size 8192\n" in text
+
+
 def test_a_bad_result_is_printed_and_drafting_is_off() -> None:
     text = make(result(measured=measurement(0, (94.0, 47.6))))
     assert column(text, "drafted ahead") == ["off"] and column(text, "tok/s") == ["94.0"]

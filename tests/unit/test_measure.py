@@ -1,6 +1,7 @@
 """What llama.cpp says is read strictly, and a head that does not make decoding faster is not recommended."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,8 +172,14 @@ def test_what_is_measured() -> None:
     logits = "results/m/work/logits/reference.bin"
     assert made.measured_against(wildcards()) == [logits] and made.chunks(wildcards()) == 16
     assert made.measure_options(wildcards()) == f"--n-max 2 --repeats 1 --reference-logits {logits}"
-    assert made.published(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
+    assert made.verified(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
     assert made.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
+    made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
+    served = made.measure_options(wildcards()).removeprefix("--n-max 2 --repeats 3 ")
+    assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']
+    for own in ("--spec-draft-n-max", "-m", "--port", "--host"):
+        with pytest.raises(ConfigError, match="measure/serve/0"):
+            build({"serve": [own, "1"]})
 
 
 @pytest.mark.usefixtures("at_root")

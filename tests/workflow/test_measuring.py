@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from repository import CONFIG, Repository
+from repository import CONFIG, Repository, described
 
 MODEL = "tiny-qwen3.5"
 MEASURED = {**CONFIG["models"][MODEL], "measure": {"n_max": [1], "repeats": 1, "text": "held-out.txt", "chunks": 2}}
@@ -35,7 +35,7 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
     variants = {**before[MODEL]["variants"], "Q4_0": {}}
     repository.config["models"] = {MODEL: {**before[MODEL], "variants": variants}}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1}
+    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1, **described(1)}
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}
@@ -44,9 +44,9 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("edited", "pending"),
     [
-        ("measure.py", {"measure": 2, "summary": 1}),
-        ("mtpforge/measure.py", {"measure": 2, "summary": 1}),
-        ("mtpforge/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1}),
+        ("measure.py", {"measure": 2, "summary": 1, **described(0)}),
+        ("mtpforge/measure.py", {"measure": 2, "summary": 1, **described(0)}),
+        ("mtpforge/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)}),
     ],
 )
 def test_edited_code_measures_again_and_does_nothing_else(repository: Repository, edited: str, pending: dict[str, int]) -> None:
@@ -62,7 +62,7 @@ def test_another_n_max_measures_again(repository: Repository) -> None:
     before = dict(repository.config["models"])
     repository.config["models"] = {MODEL: {**before[MODEL], "measure": {**MEASURED["measure"], "n_max": [1, 2]}}}
     repository.write_config()
-    assert repository.pending() == {"measure": 2, "summary": 1}
+    assert repository.pending() == {"measure": 2, "summary": 1, **described(0)}
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import CHECKPOINTS
 from mtpforge import gguf_file
-from repository import CONFIG, Repository
+from repository import CONFIG, Repository, described
 
 TEXT = "texts/calibration.txt"
 MATRIX = "results/tiny-qwen3.5/work/imatrix/texts%2Fcalibration.txt.gguf"
@@ -28,7 +28,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     made.config["recipes"] = {"one": {"attn_": "Q4_K"}, "two": {"ffn_": "Q6_K"}}
     made.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants}}
     made.write_config()
-    jobs = {"convert": 2, "imatrix": 1, "recipe": 4, "quantize": 4, "verify": 4, "summary": 1}
+    jobs = {"convert": 2, "imatrix": 1, "recipe": 4, "quantize": 4, "verify": 4, "summary": 1, **described(4), "materials": 1}
     assert made.pending() == {"toolchain": 1, **jobs}
     done = made.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -55,7 +55,7 @@ def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository
     repository.config["recipes"]["two"]["ffn_"] = "Q5_K"
     repository.config["recipes"]["three"] = {"ffn_": "Q4_K"}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "summary": 1}
+    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "summary": 1, **described(1)}
     repository.config = before
     repository.write_config()
     assert repository.pending() == {}
@@ -67,7 +67,7 @@ def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> N
     assert repository.pending() == {}
     before = text.read_text()
     text.write_text(before + "another line\n")
-    assert repository.pending() == {"imatrix": 1, "quantize": 3, "verify": 3, "summary": 1}
+    assert repository.pending() == {"imatrix": 1, "quantize": 3, "verify": 3, "summary": 1, **described(3)}
     text.write_text(before)
     assert repository.pending() == {}
 

@@ -7,6 +7,7 @@ example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--reference-logits", type=Path, metavar="FILE", help="of reference_logits.py: also the KL divergence from them"
     )
+    parser.add_argument("--serve", type=shlex.split, default=[], metavar="OPTIONS", help='of llama-server: --serve="-fa on"')
     parser.add_argument("--threads", type=int, default=0, help="threads of llama.cpp (default: all processors)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where its programs are (default: %(default)s)")
     args = parser.parse_args()
@@ -42,7 +44,7 @@ def main() -> None:
         distance = perplexity.against_reference(file, args.reference_logits, threads, args.bin)
     elif args.text:
         distance = perplexity.of_text(file, args.text, args.chunks, threads, args.bin)
-    found = measure(file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin)
+    found = measure(file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin, args.serve)
     atomic.write_json(args.out, {**found, "file": args.file.name, **distance})
     if distance["kl_divergence"]:
         print(f"{args.file.name}: KL divergence {distance['kl_divergence']['mean']:.5f}, perplexity {distance['perplexity']:.4f}")

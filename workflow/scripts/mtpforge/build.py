@@ -416,6 +416,7 @@ class Build:
         """What is measured, as options of measure.py."""
         measure = self._measure(wildcards.model)
         options = ["--n-max", ",".join(map(str, measure["n_max"])), "--repeats", str(measure["repeats"])]
+        options += [f"--serve={shlex.join(measure['serve'])}"] if measure["serve"] else []
         for needed in self.measured_against(wildcards):
             of_text = needed in self.measured_text(wildcards)
             options += ["--text", needed, "--chunks", str(measure["chunks"])] if of_text else ["--reference-logits", needed]
@@ -546,6 +547,8 @@ class Build:
             options += ["--unquantized", unquantized, "--max-acceptance-drop", str(drop)]
         if pre := self.models[wildcards.model].get("tokenizer_pre"):
             options += ["--tokenizer-pre", pre]
+        if "text" in self.models[wildcards.model].get("measure", {}):
+            options += ["--perplexity"]
         return shlex.join([*options, "--digests" if base is None else "--trunk", self.digests(wildcards)])
 
     def split_options(self, wildcards: Wildcards) -> str:

@@ -242,8 +242,9 @@ def _machine(measured: Json) -> str:
     machine = measured.get("machine", {})
     devices = [*machine.get("devices", ())]
     where = ", ".join(escape(str(part)) for part in (machine.get("processor"), *devices) if part)
+    options = f", {code(shlex.join(measured['options']))}" if measured.get("options") else ""
     version, threads = escape(str(measured.get("llama.cpp", "unknown"))), measured.get("threads")
-    return f"Measured with llama.cpp {version}, threads: {threads}" + (f", on {where}" if where else "") + "."
+    return f"Measured with llama.cpp {version}, threads: {threads}{options}" + (f", on {where}" if where else "") + "."
 
 
 # ── serving ──
@@ -303,10 +304,10 @@ def _serving(results: Sequence[Result], about: Json) -> str:
     repo = about.get("publish", {}).get("repo", NO_REPOSITORY)
     names = [part for each in results for part in each.parts]
     tag = _tag(result, about["name"], names)
-    drafting = _drafting(result)
+    options = _options(result)
     where = [f"{repo}:{tag}"] if tag else [repo, "--hf-file", result.parts[0]]
-    text = [_why(result), "", *shell("llama-server", "-hf", *where, *drafting), ""]
-    arguments = ["--llamacpp-args", " ".join(drafting)] if drafting else []
+    text = [_why(result), "", *shell("llama-server", "-hf", *where, *options), ""]
+    arguments = ["--llamacpp-args", shlex.join(options)] if options else []
     if tag is None:
         return "\n".join([*text, "No tag names this file alone: give Lemonade, Ollama and LM Studio the file itself."])
     text += ["Lemonade, where MODEL is the name that `lemonade list` then shows:", ""]
@@ -321,11 +322,12 @@ def _tag(result: Result, name: str, names: Sequence[str]) -> str | None:
     return tag if re.fullmatch(r"[A-Za-z0-9_.-]+", tag) and resolve(tag, names) == result.parts[0] else None
 
 
-def _drafting(result: Result) -> list[str]:
-    """The options of llama-server with which the file drafts as is best; none where it should not."""
+def _options(result: Result) -> list[str]:
+    """The options of llama-server with which it was measured, and those with which it drafts best, if it should at all."""
+    measured = list((result.measured or {}).get("options", ()))
     if not result.drafts or result.n_max == 0:
-        return []
-    return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(result.n_max or len(head_blocks(result.opened)))]
+        return measured
+    return [*measured, "--spec-type", "draft-mtp", "--spec-draft-n-max", str(result.n_max or len(head_blocks(result.opened)))]
 
 
 def _why(result: Result) -> str:

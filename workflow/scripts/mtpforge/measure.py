@@ -36,9 +36,10 @@ Run = dict[str, Any]
 
 
 def measure(
-    path: Path, prompts: Mapping[str, str], n_max: Sequence[int], repeats: int, threads: int, bin_dir: Path = programs.DEFAULT_BIN
+    path: Path, prompts: Mapping[str, str], n_max: Sequence[int], repeats: int, threads: int, bin_dir: Path = programs.DEFAULT_BIN,
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The measurements of a file (of a split one, the first), with `prompts` by kind. Raises ForgeError.
+    """The measurements of a file (of a split one, the first) on `prompts` by kind, with more `options` of llama-server. ForgeError.
 
     `runs` has one entry for each n_max, kind and state (cold, warm), `by_n_max` their sum. Speeds are tokens a second, `spread` is
     the slowest and the fastest; `memory_bytes` is the largest resident size of the server, pages of the mapped file among it, which
@@ -49,7 +50,7 @@ def measure(
     runs: list[Run] = []
     totals: list[dict[str, Any]] = []
     for ahead in sorted({0, *(n_max if can_draft else ())}):
-        measured = [_serve(path, kind, prompt, ahead, repeats, threads, bin_dir) for kind, prompt in prompts.items()]
+        measured = [_serve(path, kind, prompt, ahead, repeats, threads, bin_dir, options) for kind, prompt in prompts.items()]
         runs += [run for pair, _ in measured for run in pair]
         memory = [peak for _, peak in measured if peak is not None]
         totals.append({**together(runs, ahead, totals[:1]), "memory_bytes": max(memory, default=None)})
@@ -60,6 +61,7 @@ def measure(
         "file": path.name,
         "bytes": sum(shard.path.stat().st_size for shard in shards),
         "threads": threads,
+        "options": list(options),
         "llama.cpp": f"{version['llama.cpp']} {version['commit']}",
         "machine": machine(bin_dir),
         "n_predict": N_PREDICT,
@@ -72,10 +74,10 @@ def measure(
 
 
 def _serve(
-    path: Path, kind: str, prompt: str, n_max: int, repeats: int, threads: int, bin_dir: Path
+    path: Path, kind: str, prompt: str, n_max: int, repeats: int, threads: int, bin_dir: Path, more: Sequence[str]
 ) -> tuple[list[Run], int | None]:  # fmt: skip
     """A fresh server's first request and `repeats` more, as a cold and a warm run; and its largest resident size."""
-    options = ["--ctx-size", "4096", "--threads", str(threads), "--no-warmup", "--verbosity", "4"]
+    options = ["--ctx-size", "4096", "--threads", str(threads), "--no-warmup", "--verbosity", "4", *more]
     if n_max:
         options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), "--spec-draft-p-min", "0"]
     with tempfile.TemporaryDirectory() as scratch:
