@@ -106,7 +106,7 @@ def test_an_importance_matrix_of_a_text_is_shared_and_no_two_texts_share_one(mon
     texts = ["a/b.txt", "a_b.txt", "a%2Fb.txt", "../a/b.txt", "b.txt", "/a/b.txt", "my text.txt"]
     build = Build(config({"variants": {f"v{i}": {"type": "Q4_0", "imatrix": {"text": text}} for i, text in enumerate(texts)}}))
     files = [build.imatrix_if_any(wildcards(f"v{i}"))[0] for i in range(len(texts))]
-    assert files[0] == "results/m/work/imatrix/a%2Fb.txt.gguf" and len({*files}) == len(texts)
+    assert files[0].startswith("results/m/work/imatrix/b-") and len({*files}) == len(texts)
     for text, file in zip(texts, files, strict=True):
         assert build.imatrix_text(SimpleNamespace(text=Path(file).stem)) == text  # type: ignore[arg-type]
         assert Path(file).parent == Path("results/m/work/imatrix")

@@ -199,6 +199,27 @@ def test_what_is_uploaded_is_private_unless_it_is_said() -> None:
     assert build().uploads(None) == []
 
 
+def test_two_models_do_not_share_a_repository() -> None:
+    models = {name: {**MODEL, "publish": {"repo": repo}} for name, repo in (("a", "O/N"), ("b", "o/n"))}
+    with pytest.raises(ConfigError, match="models/b/publish/repo: o/n is that of a"):
+        Build({"models": models})
+
+
+def test_programs_that_were_built_elsewhere_are_stated_each_with_its_digest(tmp_path: Path) -> None:
+    """An in-toto ResourceDescriptor needs an address, a digest or its content."""
+    stamp = {"llama.cpp": "0.5.0", "commit": "abc", "programs": {"llama-quantize": "1" * 64, "llama-server": "2" * 64}}
+    (tmp_path / "stamp.json").write_text(json.dumps(stamp))
+    found = provenance.toolchain(tmp_path / "stamp.json")
+    assert [(entry["name"], entry["digest"]["sha256"][0]) for entry in found] == [("llama-quantize", "1"), ("llama-server", "2")]
+    (tmp_path / "stamp.json").write_text(json.dumps({**stamp, "archive_sha256": "3" * 64}))
+    assert provenance.toolchain(tmp_path / "stamp.json")[0]["digest"] == {"sha256": "3" * 64}
+
+
+def test_a_list_without_a_model_is_no_whole_folder(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("")
+    assert problems(tmp_path) == ["SHA256SUMS: lists no GGUF: is it cut off?"]
+
+
 def test_to_publish_nothing_is_an_error(run: Run) -> None:
     done = run("publish.py")
     assert done.returncode == 1 and done.stderr.startswith("error: nothing to publish")

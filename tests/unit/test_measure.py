@@ -1,5 +1,6 @@
 """What llama.cpp says is read strictly, and a head that does not make decoding faster is not recommended."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
 from mtpforge import measure, perplexity
 from mtpforge.build import Build
 from mtpforge.errors import ConfigError, ToolchainError
@@ -45,31 +46,39 @@ Same top p: 98.039 ± 0.307 %
 
 
 def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> dict[str, Any]:
-    return {"n_max": n_max, "tokens_per_second": speed, "spread": [low, high], "speedup": round(speed / off, 3)}
+    spread = [low, high]
+    return {"n_max": n_max, "tokens_per_second": speed, "spread": spread, "speedup": round(speed / off, 3), "drafts": 100 * n_max}
 
 
 OFF = total(0, 98, 100, 102)
 
 
 def test_the_fastest_is_recommended() -> None:
-    found = measure.recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)])
+    found = measure.recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3)
     assert found == (2, "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without")
 
 
 def test_a_slow_head_is_not_recommended_and_that_is_said() -> None:
-    recommended, verdict = measure.recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)])
+    recommended, verdict = measure.recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
     assert recommended == 0
     assert verdict == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
 
 
 @pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
 def test_within_the_spread_nothing_is_recommended(drafting: tuple[float, float, float]) -> None:
-    recommended, verdict = measure.recommend([OFF, total(1, *drafting)])
+    recommended, verdict = measure.recommend([OFF, total(1, *drafting)], 3)
     assert recommended == 0 and verdict.startswith("not faster than without by more than the spread")
 
 
 def test_without_a_head_nothing_is_recommended() -> None:
-    assert measure.recommend([OFF]) == (0, "there is no head to draft with")
+    assert measure.recommend([OFF], 3) == (0, "there is no head to draft with")
+
+
+def test_what_was_measured_once_or_drafted_nothing_is_not_recommended() -> None:
+    fast = total(1, 150, 155, 160)
+    assert measure.recommend([OFF, fast], 1)[0] == 0
+    assert measure.recommend([OFF, {**fast, "drafts": 0}], 3) == (0, "nothing was drafted: the head is dead")
+    assert measure.recommend([OFF, {**total(2, 180, 190, 200), "drafts": 0}, fast], 3)[0] == 1
 
 
 def test_positions_are_read_for_each_request_that_drafted() -> None:
@@ -100,6 +109,8 @@ def test_runs_are_put_together_over_kinds() -> None:
     assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (40.0, 1.0, 2.0)
     assert (found["drafts"], found["accepted"], found["acceptance"]) == (40, 30, 0.75)
     assert found["by_position"] == [0.9, 0.6]
+    runs += run(2, "structured", cold, (30.0, 10, 3, []))  # no line of it was logged
+    assert measure.together(runs, 2, [off])["by_position"] == [0.9, 0.6]
 
 
 def test_what_llama_perplexity_says_is_read() -> None:
@@ -115,6 +126,23 @@ def test_a_figure_that_is_missing_is_an_error(line: str, instead: str) -> None:
         perplexity._numbers(said, perplexity._PATTERNS)
 
 
+@pytest.mark.parametrize(("said", "runs"), [(SAID, 1), (SAID.partition("Same top")[0], 12), ("perf_context_print: total time", 1)])
+def test_what_was_cut_off_is_said_again(monkeypatch: pytest.MonkeyPatch, said: str, runs: int) -> None:
+    called: list[Path] = []
+    monkeypatch.setattr(perplexity, "_run", lambda model, *rest: called.append(model) or said)
+    with contextlib.suppress(ToolchainError):
+        perplexity.against_reference(Path("F.gguf"), Path("logits"), 1)
+    assert len(called) == runs
+
+
+def test_a_server_that_cannot_list_its_devices_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama-server").write_text("#!/bin/sh\nexec sleep 5\n")
+    (tmp_path / "llama-server").chmod(0o755)
+    monkeypatch.setattr(measure, "DEVICES_LIMIT", 0.1)
+    with pytest.raises(ToolchainError, match="cannot list its devices"):
+        measure.machine(tmp_path)
+
+
 def test_the_size_of_logits() -> None:
     assert perplexity.size(8, 1280) == 5_255_124  # as llama-perplexity of the pinned llama.cpp wrote them
     assert round(perplexity.size(16, 248_320) / 1e9, 2) == 2.03
@@ -122,6 +150,19 @@ def test_the_size_of_logits() -> None:
 
 def test_the_text_is_what_the_grammar_generates() -> None:
     assert (CHECKPOINTS / "held-out.txt").read_text(encoding="utf-8") == corpus.held_out_text()
+
+
+def test_models_with_files_of_one_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
+    report = {"file": "x.gguf", "bytes": 1, "bits_per_weight": 4.0, "head": "none"}
+    for model, off in (("a", OFF), ("b", total(0, 48, 50, 52))):
+        for part, found in (("reports", report), ("measure", {"file": "x.gguf", "by_n_max": [off], "recommended_n_max": 0})):
+            (tmp_path / model / part).mkdir(parents=True)
+            (tmp_path / model / part / "x.json").write_text(json.dumps(found))
+    reports, measurements = (sorted(tmp_path.glob(f"*/{part}/*")) for part in ("reports", "measure"))
+    done = run("summary.py", *reports, "--measurements", *measurements, "--out", tmp_path / "summary.md")
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "summary.md").read_text().splitlines()[2:]
+    assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
 
 
 def test_the_summary_says_speed_and_what_to_serve_with() -> None:
@@ -167,11 +208,11 @@ def test_nothing_is_measured_unless_it_is_asked_for() -> None:
 def test_what_is_measured() -> None:
     made = build({})
     assert made.measurements() == [f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")]
-    assert made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3" and made.measured_against(wildcards()) == []
+    assert made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3" and made.measured_logits(wildcards()) == []
     made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
     logits = "results/m/work/logits/reference.bin"
-    assert made.measured_against(wildcards()) == [logits] and made.chunks(wildcards()) == 16
-    assert made.measure_options(wildcards()) == f"--n-max 2 --repeats 1 --reference-logits {logits}"
+    assert made.measured_logits(wildcards()) == [logits] and made.chunks(wildcards()) == 16
+    assert made.measure_options(wildcards()) == f"--n-max 2 --repeats 1 --text README.md --chunks 16 --reference-logits {logits}"
     assert made.verified(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
     assert made.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
@@ -187,7 +228,7 @@ def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None
     theirs = {"base": {"path": "base.gguf"}}
     source = {"repo": "Owner/Name", "revision": "0" * 40}
     made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
-    assert made.measured_against(wildcards("mine")) == ["README.md"]
+    assert made.measured_text(wildcards("mine")) == ["README.md"] and made.measured_logits(wildcards("mine")) == []
     assert made.measure_options(wildcards("mine")).endswith("--text README.md --chunks 4")
 
 

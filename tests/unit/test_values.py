@@ -14,6 +14,7 @@ from mtpforge import convert, gguf_file, values, verify
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.families import Hparams, family_of
 from mtpforge.gguf_file import Gguf, TensorInfo
+from mtpforge.server import Choice
 
 Q8_0 = GGMLQuantizationType.Q8_0
 EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
@@ -109,20 +110,26 @@ def test_what_a_report_says_of_errors(large: tuple[Gguf, np.ndarray]) -> None:
 # ── drafting ──
 
 
-CHOICES = [[(7, 2.0), (8, 0.05), (9, 1.0)], [(1, 3.0), (2, 3.0)]]
+CHOICES = [[Choice(7, 1, 2.0), Choice(8, 9, 0.05), Choice(9, 8, 1.0)], [Choice(1, 2, 3.0), Choice(2, 1, 3.0)]]  # the second ends
 
 
 @pytest.mark.parametrize(
     ("drafted", "passed", "detail"),
     [
-        ([[7, 8, 9, 4], [1, 2, 3]], True, "5 tokens are the same without drafting"),
+        ([[7, 8, 9, 4], [1, 2]], True, "5 tokens are the same without drafting"),
         ([[7, 9, 1, 1], [1, 2]], True, "3 tokens are the same without drafting, up to 1 near ties"),
         ([[7, 8, 8], [1, 2]], False, "prompt 1, token 2: 8 with drafting, 9 without (1.00 ahead)"),
         ([[7, 8, 9], [2, 2]], False, "prompt 2, token 0: 2 with drafting, 1 without (3.00 ahead)"),
-        ([[], []], False, "0 tokens"),
+        ([[7, 6, 1, 1], [1, 2]], False, "prompt 1, token 1: 6 with drafting, 8 without (0.05 ahead)"),
+        ([[7, 8], [1, 2]], False, "prompt 1, token 2: nothing with drafting, 9 without (1.00 ahead)"),
+        ([[7, 8, 9], [1, 2, 3]], False, "prompt 2: goes on with drafting, ends after 2 tokens without"),
+        ([[], []], False, "prompt 1, token 0: nothing with drafting, 7 without (2.00 ahead)"),
     ],
 )
-def test_text_may_differ_from_a_near_tie_on(drafted: list[list[int]], passed: bool, detail: str) -> None:
+def test_text_may_differ_from_a_near_tie_on(
+    monkeypatch: pytest.MonkeyPatch, drafted: list[list[int]], passed: bool, detail: str
+) -> None:
+    monkeypatch.setattr(verify, "EQUAL", 3)
     check = verify.check_same(drafted, CHOICES)
     assert check.passed == passed and check.detail.startswith(detail)
 

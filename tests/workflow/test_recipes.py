@@ -1,6 +1,7 @@
 """Recipes and importance matrices in a build: made once, shared, and made again for what uses them alone."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from mtpforge import gguf_file
 from repository import CONFIG, Repository, described
 
 TEXT = "texts/calibration.txt"
-MATRIX = "results/tiny-qwen3.5/work/imatrix/texts%2Fcalibration.txt.gguf"
+MATRIX = f"calibration-{hashlib.sha256(TEXT.encode()).hexdigest()[:8]}.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,22 @@ def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Re
     for variant in ("IQ2_XS", "IQ3_XXS"):
         opened = gguf_file.read(results / f"tiny-qwen3.5-{variant}.gguf")
         assert opened.tensors["blk.0.ffn_up.weight"].type.name == variant
-        assert opened.get("quantize.imatrix.file") == "texts%2Fcalibration.txt.gguf"
+        assert opened.get("quantize.imatrix.file") == MATRIX
         assert opened.get("quantize.imatrix.dataset") == "calibration.txt"
         report = json.loads((results / f"reports/tiny-qwen3.5-{variant}.json").read_text())
         assert report["accepted"] > 0 and all(check["passed"] for check in report["checks"])
         assert (repository.path / f"logs/tiny-qwen3.5/quantize-{variant}.log").read_text().startswith("| tensor ")
     assert gguf_file.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
+
+
+def test_what_is_published_names_the_text_and_has_its_digest(repository: Repository) -> None:
+    results = repository.path / "results/tiny-qwen3.5"
+    text = (results / "provenance/tiny-qwen3.5-IQ2_XS.json").read_text()
+    definition = json.loads(text)["predicate"]["buildDefinition"]
+    assert definition["externalParameters"]["variants"]["IQ2_XS"]["imatrix"] == {"text": "calibration.txt"}
+    digest = hashlib.sha256((repository.path / TEXT).read_bytes()).hexdigest()
+    assert {"name": "calibration.txt", "digest": {"sha256": digest}} in definition["resolvedDependencies"]
+    assert "texts/" not in text + (results / "README.md").read_text()
 
 
 def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository) -> None:
@@ -73,6 +84,7 @@ def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> N
 
 
 def test_a_matrix_that_is_made_again_is_the_same(repository: Repository) -> None:
-    before = (repository.path / MATRIX).read_bytes()
+    matrix = repository.path / "results/tiny-qwen3.5/work/imatrix" / MATRIX
+    before = matrix.read_bytes()
     assert repository.snakemake("--forcerun", "imatrix", "--until", "imatrix").returncode == 0
-    assert (repository.path / MATRIX).read_bytes() == before
+    assert matrix.read_bytes() == before

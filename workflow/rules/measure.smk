@@ -35,10 +35,12 @@ rule measure:
     input:
         code=code("measure.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.verified),  # its report, which has its sha256, is compared by content
-        report=build.report,
+        file=ancient(build.verified),  # its digests are compared by content, and what else was checked changes no measurement
+        report=ancient(build.report),
+        digests=build.digests,
         prompts=build.prompt_files,
-        against=build.measured_against,
+        text=build.measured_text,
+        logits=build.measured_logits,
     output:
         "results/{model}/measure/{base}-{variant}.json",
     log:

@@ -19,7 +19,7 @@ rule recipe:
         "printf '%s\\n' {params.recipe:q} > {output:q} 2> {log:q}"
 
 
-# <text> is the path of a text, with its slashes encoded.
+# <text> is the name of a text, with a part of the sha256 of its path.
 rule imatrix:
     input:
         code=code("imatrix.py"),

@@ -32,7 +32,7 @@ rule verify:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=build.candidate,
+        file=ancient(build.candidate),
         digests=build.digests,
         unquantized=build.unquantized_if_any,
         reference=ancient(build.reference),
@@ -81,13 +81,14 @@ rule verify_sidecar:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=build.sidecar,
+        file=ancient(build.sidecar),
         digests=build.sidecar_digests,
         target=ancient("results/{model}/work/convert/all.gguf"),
         target_digests="results/{model}/work/convert/all.json",
         reference=ancient(build.draft_reference),
         checkpoint=build.checkpoint_inputs,
         prompts=build.prompt_files,
+        unquantized=build.unquantized_of_sidecar,
     output:
         file="results/{model}/mtp-{base}-{type}.gguf",
         report="results/{model}/reports/mtp-{base}-{type}.json",
@@ -104,13 +105,13 @@ rule verify_sidecar:
         source=build.draft_source_option,
         tokenizer=build.tokenizer_option,
         prompts=build.prompts,
-        min_acceptance=lookup("models/{model}/min_acceptance", within=build.config),
+        options=build.sidecar_options,
     message:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
         "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source} {params.tokenizer}"
         " --digests {input.digests:q}"
-        " --type {wildcards.type} --head {wildcards.type} --min-acceptance {params.min_acceptance}"
+        " --type {wildcards.type} --head {wildcards.type} {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
 
@@ -119,7 +120,7 @@ rule verify_mmproj:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=build.mmproj,
+        file=ancient(build.mmproj),
         digests="results/{model}/work/convert/mmproj.json",
         target=ancient(build.unquantized_file),
         target_digests=build.unquantized_digests,

@@ -4,11 +4,11 @@ example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from mtpforge import atomic, errors, programs
-from mtpforge.verify import PROMPTS, Request, acceptance, read_prompts
+from mtpforge.prompts import PROMPTS, read_prompts
+from mtpforge.verify import Request, acceptance
 
 
 def main() -> None:
@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="what was measured, as JSON")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file)
-    processors = os.cpu_count() or 1
-    request = Request(prompts=read_prompts(args.prompts), min_acceptance=0, threads=min(args.threads or processors, processors))
+    prompts = tuple(read_prompts(args.prompts).values())
+    request = Request(prompts=prompts, min_acceptance=0, threads=programs.threads(args.threads))
     atomic.write_json(args.out, acceptance(args.file, request, args.bin))
 
 

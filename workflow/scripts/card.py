@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file
+from mtpforge import atomic, errors, gguf_file, split
 from mtpforge.card import Result, make
 from mtpforge.checkpoint import read_json
 
@@ -30,19 +30,10 @@ def main() -> None:
     args = parser.parse_args()
     measured = {path.name: read_json(path) for path in args.measurements}
     results = [
-        Result(read_json(report), measured.get(report.name.replace(".split.json", ".json")), gguf_file.read(first_of(file)))
+        Result(read_json(report), measured.get(report.name.replace(".split.json", ".json")), gguf_file.read(split.first_of(file)))
         for file, report in zip(args.files, args.reports, strict=True)
     ]
     atomic.write_text(args.out, make(args.about, results, args.checkpoint_card, read_json(args.toolchain), args.template))
-
-
-def first_of(file: Path) -> Path:
-    """The GGUF itself, or the first of a folder. Raises VerificationError where there is none."""
-    if not file.is_dir():
-        return file
-    if not (found := sorted(file.glob("*.gguf"))):
-        raise errors.VerificationError(f"{file}: no *.gguf files there")
-    return found[0]
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-from mtpforge import atomic, errors, perplexity, programs
+from mtpforge import atomic, errors, perplexity, programs, split
 from mtpforge.measure import measure
-
-PROMPTS = Path(__file__).resolve().parents[1] / "prompts"
+from mtpforge.prompts import PROMPTS, read_prompts
+from mtpforge.provenance import digest_of
 
 
 def main() -> None:
@@ -27,7 +26,9 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=_positive, default=3, help="warm requests of each kind and n_max (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts, named by kind")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="measure the perplexity on this text")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="measure the perplexity on this text; with --reference-logits, what they are of"
+    )
     parser.add_argument("--chunks", type=_positive, default=16, help="of 512 tokens, at most so many (default: %(default)s)")
     parser.add_argument(
         "--reference-logits", type=Path, metavar="FILE", help="of reference_logits.py: also the KL divergence from them"
@@ -37,39 +38,19 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where its programs are (default: %(default)s)")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
-    processors = os.cpu_count() or 1
-    threads, file = min(args.threads or processors, processors), first_file(args.file)
+    threads, file = programs.threads(args.threads), split.first_of(args.file)
     distance: dict[str, Any] = {"perplexity": None, "kl_divergence": None}
     if args.reference_logits:
         distance = perplexity.against_reference(file, args.reference_logits, threads, args.bin)
     elif args.text:
         distance = perplexity.of_text(file, args.text, args.chunks, threads, args.bin)
+    if args.text:
+        distance["text"] = {"name": args.text.name, "sha256": digest_of(args.text), "chunks": args.chunks}
     found = measure(file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin, args.serve)
     atomic.write_json(args.out, {**found, "file": args.file.name, **distance})
     if distance["kl_divergence"]:
         print(f"{args.file.name}: KL divergence {distance['kl_divergence']['mean']:.5f}, perplexity {distance['perplexity']:.4f}")
     print(f"{args.file.name}: {found['verdict']}")
-
-
-def first_file(path: Path) -> Path:
-    """The file itself; of a folder of a split one, the first in it. Raises ConfigError where there is none."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.gguf"))
-    if not files:
-        raise errors.ConfigError(f"{path}: no *.gguf files there")
-    return files[0]
-
-
-def read_prompts(folder: Path) -> dict[str, str]:
-    """The prompts by kind, which their files are named after. Raises ConfigError."""
-    try:
-        prompts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
-    except UnicodeDecodeError as error:
-        raise errors.ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
-    if not prompts:
-        raise errors.ConfigError(f"{folder}: no *.txt prompts there")
-    return prompts
 
 
 def _positive(text: str) -> int:

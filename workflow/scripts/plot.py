@@ -159,7 +159,7 @@ def _label(svg: Svg, x: float, y: float, words: str, taken: list[tuple[float, fl
 
 def tensors(path: Path, known: dict[str, float]) -> Svg:
     """Of each kind of tensor its types, with how many blocks have them, and the range of its relative errors."""
-    opened = split.read(sorted(path.glob("*.gguf"))[0] if path.is_dir() else path)
+    opened = split.read(split.first_of(path))
     name = path.name.removesuffix(".gguf")
     svg = Svg("Tensors", f"{name}: types of the tensors of each name, darker with more bits, and how many there are of each.")
     if known:

@@ -29,7 +29,7 @@ def main() -> None:
     dependencies = list(read_json(args.source)["materials"])
     for source, *evidence in args.material:
         dependencies += provenance.materials(json.loads(source), map(Path, evidence))
-    dependencies += [*provenance.trunk(report), provenance.toolchain(args.toolchain)]
+    dependencies += [*provenance.trunk(report), *provenance.toolchain(args.toolchain)]
     dependencies += [*provenance.locks(args.locks), provenance.pipeline(args.code)]
     atomic.write_json(args.out, provenance.statement(results.files_of(report), args.parameters, dependencies))
 

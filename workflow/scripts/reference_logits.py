@@ -4,7 +4,6 @@ example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from mtpforge import atomic, errors, programs
@@ -22,9 +21,8 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    processors = os.cpu_count() or 1
     with atomic.replacing(args.out) as temporary:
-        reference_logits(args.model, args.text, temporary, args.chunks, min(args.threads or processors, processors), args.bin)
+        reference_logits(args.model, args.text, temporary, args.chunks, programs.threads(args.threads), args.bin)
 
 
 if __name__ == "__main__":

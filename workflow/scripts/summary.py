@@ -21,8 +21,9 @@ def main() -> None:
     parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="those of measure.py")
     parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
     args = parser.parse_args()
-    measured = {found["file"]: found for found in map(read, args.measurements)}
-    table = markdown([COLUMNS, *(row(read(path), measured) for path in args.reports)])
+    measured = {(path.parent.parent, (found := read(path))["file"]): found for path in args.measurements}
+    reports = [(path.parent.parent, read(path)) for path in args.reports]  # two models can have files of one name
+    table = markdown([COLUMNS, *(row(report, measured.get((folder, report["file"]))) for folder, report in reports)])
     atomic.write_text(args.out, table)
     print(f"\n{table}")
 
@@ -32,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def row(report: dict[str, Any], measured: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+def row(report: dict[str, Any], measured: dict[str, Any] | None) -> tuple[str, ...]:
     """One file's cells."""
     if drafts := report.get("drafts"):
         acceptance = f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})"
@@ -44,7 +45,7 @@ def row(report: dict[str, Any], measured: dict[str, dict[str, Any]]) -> tuple[st
         f"{report['bits_per_weight']:.2f}",
         report["head"] or "-",
         acceptance,
-        *speed(measured.get(report["file"])),
+        *speed(measured),
     )
 
 

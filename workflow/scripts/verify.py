@@ -4,13 +4,13 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from mtpforge import atomic, errors, gguf_file, programs, progress
+from mtpforge.prompts import PROMPTS, read_prompts
 from mtpforge.quantize import read_recipe
 from mtpforge.split import check_target, parse_size, plan
-from mtpforge.verify import PROMPTS, Request, as_table, head_source, publish_split, read_prompts, verify
+from mtpforge.verify import Request, as_table, head_source, publish_split, verify
 
 
 def main() -> None:
@@ -43,11 +43,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
     args = parser.parse_args()
-    processors = os.cpu_count() or 1
     request = Request(
         args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target, args.type, args.head,
         read_recipe(args.tensors), args.tokenizer_pre, args.unquantized, args.max_acceptance_drop, args.perplexity,
-        read_prompts(args.prompts), args.min_acceptance, min(args.threads or processors, processors),
+        tuple(read_prompts(args.prompts).values()), args.min_acceptance, programs.threads(args.threads),
     )  # fmt: skip
     for out in filter(None, (args.out, args.publish)):
         atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target)

@@ -8,9 +8,9 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, unquote
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
@@ -48,6 +48,7 @@ class Build:
 
     def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
         self.config, self._checkpoints = validated(config), checkpoints
+        self._texts: dict[str, str] = {}
         self.models: dict[str, Any] = self.config["models"]
         for name, recipe in self.config["recipes"].items():
             _check_recipe(f"recipes/{name}", recipe)
@@ -66,6 +67,7 @@ class Build:
             if name not in self.models:
                 raise ConfigError(f"config.yaml: build: there is no model {name!r}: models has {', '.join(self.models)}")
             _check_folders(f"models/{name}", self.models[name])
+        self._check_repositories()
         paths = [path for output in self.outputs() for path in output]
         if twice := [path for path in paths if paths.count(path) > 1]:
             raise ConfigError(f"config.yaml: two variants, or a variant and a sidecar, would both be {twice[0]}: rename one")
@@ -78,8 +80,10 @@ class Build:
                 known = ", ".join(recipes) or "none"
                 raise ConfigError(f"config.yaml: {path}/tensors: there is no recipe {tensors!r}: recipes has {known}")
             entry["tensors"] = recipes[tensors]
-        if text is not None:  # the whole path, so that no two texts share a file
-            entry["imatrix"] = {"path": f"{WORK.format(model=model)}/imatrix/{quote(text, safe='')}.gguf"}
+        if text is not None:
+            name = f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"  # is published: no folder of this machine is in it
+            self._texts[name] = text
+            entry["imatrix"] = {"path": f"{WORK.format(model=model)}/imatrix/{name}.gguf", "text": text}
 
     # ── what to make ──
 
@@ -151,6 +155,14 @@ class Build:
             options += ["--private" if target["private"] else "--public", f"results/{model}", target["repo"]]
         return shlex.join(options)
 
+    def _check_repositories(self) -> None:
+        """Raise ConfigError where two models would go to one repository, whose card and list are those of one."""
+        seen: dict[str, str] = {}
+        for model in self._with_repository():
+            repo = self.models[model]["publish"]["repo"]
+            if (other := seen.setdefault(repo.lower(), model)) != model:
+                raise ConfigError(f"config.yaml: models/{model}/publish/repo: {repo} is that of {other}: a model has its own")
+
     def _with_repository(self) -> list[str]:
         return [model for model in self.chosen if "publish" in self.models[model]]
 
@@ -213,7 +225,8 @@ class Build:
         variant = self._variant_of(wildcards)
         entry = {} if variant is None else self.models[wildcards.model]["variants"][variant]
         used = [entry[key] for key in ("base", "imatrix") if key in entry]
-        return [file for file in used if "type" not in file and not file.get("in_place")]
+        files = [file for file in used if "type" not in file and not file.get("in_place")]
+        return [{"path": file["text"]} if "text" in file else file for file in files]
 
     def materials_if_any(self, wildcards: Wildcards) -> list[str]:
         """What there is of these."""
@@ -401,12 +414,10 @@ class Build:
         measure = self._measure(wildcards.model)
         return [measure["text"]] if "text" in measure else []
 
-    def measured_against(self, wildcards: Wildcards) -> list[str]:
-        """What that needs: BF16's logits or, where no whole checkpoint is there, the text itself."""
-        text = self.measured_text(wildcards)
-        if not text or self._head_only(wildcards.model):
-            return text
-        return [f"{WORK.format(model=wildcards.model)}/logits/reference.bin"]
+    def measured_logits(self, wildcards: Wildcards) -> list[str]:
+        """What BF16 predicts for it; nothing where no whole checkpoint is there."""
+        needed = self.measured_text(wildcards) and not self._head_only(wildcards.model)
+        return [f"{WORK.format(model=wildcards.model)}/logits/reference.bin"] if needed else []
 
     def chunks(self, wildcards: Wildcards) -> int:
         """How much of the text."""
@@ -417,9 +428,10 @@ class Build:
         measure = self._measure(wildcards.model)
         options = ["--n-max", ",".join(map(str, measure["n_max"])), "--repeats", str(measure["repeats"])]
         options += [f"--serve={shlex.join(measure['serve'])}"] if measure["serve"] else []
-        for needed in self.measured_against(wildcards):
-            of_text = needed in self.measured_text(wildcards)
-            options += ["--text", needed, "--chunks", str(measure["chunks"])] if of_text else ["--reference-logits", needed]
+        for text in self.measured_text(wildcards):
+            options += ["--text", text, "--chunks", str(measure["chunks"])]
+        for logits in self.measured_logits(wildcards):
+            options += ["--reference-logits", logits]
         return shlex.join(options)
 
     def measurements_of(self, wildcards: Wildcards) -> list[str]:
@@ -472,8 +484,10 @@ class Build:
         return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
 
     def imatrix_text(self, wildcards: Wildcards) -> str:
-        """The text that an importance matrix is computed from."""
-        return unquote(wildcards.text)
+        """The text that an importance matrix is computed from. Raises ConfigError for a matrix that nothing asks for."""
+        if wildcards.text not in self._texts:
+            raise ConfigError(f"config.yaml: no variant has an importance matrix {wildcards.text}")
+        return self._texts[wildcards.text]
 
     def prompts(self, wildcards: Wildcards) -> str:
         """The folder of prompts on which drafting is measured."""
@@ -510,11 +524,17 @@ class Build:
     def unquantized_if_any(self, wildcards: Wildcards) -> list[str]:
         """What the BF16 file accepts, for the acceptance of a quantization of it; it depends on no other variant.
 
-        Nothing for a base, which need not be of our conversion, so that no BF16 file is made for this alone.
+        Nothing for somebody else's base, so that no BF16 file is made for this alone.
         """
         entry, file_type = self.entry(wildcards), self.file_type(wildcards)
-        head = "base" in entry or self.head(wildcards) == NO_HEAD or file_type in quant_types.UNQUANTIZED
-        compared = not head and self.models[wildcards.model]["max_acceptance_drop"] < 1
+        theirs = "base" in entry and "type" not in entry["base"]
+        if theirs or self.head(wildcards) == NO_HEAD or ("base" not in entry and file_type in quant_types.UNQUANTIZED):
+            return []
+        return self.unquantized_of_sidecar(wildcards)
+
+    def unquantized_of_sidecar(self, wildcards: Wildcards) -> list[str]:
+        """The same for a draft sidecar, which is verified beside the BF16 file."""
+        compared = self.models[wildcards.model]["max_acceptance_drop"] < 1
         return [f"{WORK.format(model=wildcards.model)}/acceptance.json"] if compared else []
 
     def source_option(self, wildcards: Wildcards) -> str:
@@ -531,32 +551,35 @@ class Build:
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
         base = self.entry(wildcards).get("base")
-        options = [
-            "--head",
-            self.head(wildcards),
-            "--min-acceptance",
-            str(self.models[wildcards.model]["min_acceptance"]),
-        ]
+        options = ["--head", self.head(wildcards), *self._gates(wildcards, self.unquantized_if_any(wildcards))]
         source = self.models[wildcards.model]["source"]
         if "repo" in source and self._head_only(wildcards.model):
             options += ["--head-record", f"{HUB.format(**source)}/head.json"]
         if base is None or "type" in base:
             options += ["--type", self.file_type(wildcards)]
-        for unquantized in self.unquantized_if_any(wildcards):
-            drop = self.models[wildcards.model]["max_acceptance_drop"]
-            options += ["--unquantized", unquantized, "--max-acceptance-drop", str(drop)]
         if pre := self.models[wildcards.model].get("tokenizer_pre"):
             options += ["--tokenizer-pre", pre]
         if "text" in self.models[wildcards.model].get("measure", {}):
             options += ["--perplexity"]
         return shlex.join([*options, "--digests" if base is None else "--trunk", self.digests(wildcards)])
 
+    def sidecar_options(self, wildcards: Wildcards) -> str:
+        """What a draft sidecar must reach."""
+        return shlex.join(self._gates(wildcards, self.unquantized_of_sidecar(wildcards)))
+
+    def _gates(self, wildcards: Wildcards, unquantized: list[str]) -> list[str]:
+        model = self.models[wildcards.model]
+        gates = ["--min-acceptance", str(model["min_acceptance"])]
+        for measured in unquantized:
+            gates += ["--unquantized", measured, "--max-acceptance-drop", str(model["max_acceptance_drop"])]
+        return gates
+
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a variant that is published in several files."""
         return f"{self.verify_options(wildcards)} --split {self._split(wildcards.model, wildcards.variant)}"
 
 
-_OF_BUILD = ("source", "converter", "tokenizer_pre", "min_acceptance", "split")
+_OF_BUILD = ("source", "converter", "tokenizer_pre", "prompts", "min_acceptance", "max_acceptance_drop", "split")
 """Keys of a model that decide what each of its files is."""
 
 
@@ -571,7 +594,11 @@ def _without_folders(value: Any) -> Any:
     """A part of the configuration as it may be published: of a path, its last name alone."""
     if not isinstance(value, Mapping):
         return value
-    return {key: Path(entry).name if key == "path" else _without_folders(entry) for key, entry in value.items()}
+    return {
+        key: Path(entry).name if key in ("path", "text", "prompts") else _without_folders(entry)
+        for key, entry in value.items()
+        if not (key == "path" and "text" in value)  # what is computed from a text here
+    }
 
 
 def _place(file: Mapping[str, Any]) -> str:

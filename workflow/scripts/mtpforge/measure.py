@@ -13,10 +13,12 @@ Acceptance by position is what the server logs at verbosity 4 after each request
 share in which that position was accepted (and so were those before it). Empty where a build does not log it.
 """
 
+import hashlib
 import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,7 @@ from .errors import ToolchainError
 from .quantize import head_blocks
 
 N_PREDICT = 200  # tokens, as in verification
+DEVICES_LIMIT = 60.0  # seconds
 LOG_LIMIT = 5.0  # seconds that the log may lag behind
 _BY_POSITION = re.compile(r"acc per pos = \(([0-9., ]+)\)")
 
@@ -47,23 +50,31 @@ def measure(
     """
     shards = split.shards(path)
     can_draft = len(head_blocks(split.joined(shards))) > 0 and upstream.undrafted(split.joined(shards)) is None
+    version, where = toolchain.version(bin_dir, ("llama-server",)), machine(bin_dir)
     runs: list[Run] = []
     totals: list[dict[str, Any]] = []
-    for ahead in sorted({0, *(n_max if can_draft else ())}):
-        measured = [_serve(path, kind, prompt, ahead, repeats, threads, bin_dir, options) for kind, prompt in prompts.items()]
-        runs += [run for pair, _ in measured for run in pair]
-        memory = [peak for _, peak in measured if peak is not None]
-        totals.append({**together(runs, ahead, totals[:1]), "memory_bytes": max(memory, default=None)})
+    memory: dict[int, list[int]] = {ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())})}
+    for number, (kind, prompt) in enumerate(
+        prompts.items(), 1
+    ):  # outermost, so that a change of the machine's speed meets all n_max
+        for ahead, peaks in memory.items():
+            print(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}", file=sys.stderr, flush=True)
+            pair, peak = _serve(path, kind, prompt, ahead, repeats, threads, bin_dir, options)
+            runs += pair
+            peaks += [] if peak is None else [peak]
+    for ahead, peaks in memory.items():
+        totals.append({**together(runs, ahead, totals[:1]), "memory_bytes": max(peaks, default=None)})
         print(f"{path.name}: {_line(totals[-1])}", flush=True)
-    recommended, verdict = recommend(totals)
-    version = toolchain.version(bin_dir, ("llama-server",))
+    recommended, verdict = recommend(totals, repeats)
     return {
         "file": path.name,
         "bytes": sum(shard.path.stat().st_size for shard in shards),
         "threads": threads,
         "options": list(options),
         "llama.cpp": f"{version['llama.cpp']} {version['commit']}",
-        "machine": machine(bin_dir),
+        "machine": where,
+        "prompts": {kind: hashlib.sha256(prompt.encode()).hexdigest() for kind, prompt in prompts.items()},
+        "repeats": repeats,
         "n_predict": N_PREDICT,
         "runs": runs,
         "by_n_max": totals,
@@ -95,7 +106,7 @@ def _serve(
 def _run(kind: str, state: str, n_max: int, answers: list[server.Completion], positions: list[list[float]]) -> Run:
     return {
         "n_max": n_max, "kind": kind, "state": state, "repeats": len(answers),
-        **_speeds([answer.tokens_per_second for answer in answers], "median"),
+        **_speeds([answer.tokens_per_second for answer in answers]),
         **_acceptance([(answer.drafts, answer.accepted, rates) for answer, rates in zip(answers, positions, strict=True)]),
     }  # fmt: skip
 
@@ -127,7 +138,7 @@ def together(runs: Sequence[Run], n_max: int, off: Sequence[Mapping[str, Any]]) 
     mine = [run for run in runs if run["n_max"] == n_max]
     warm = [run["tokens_per_second"] for run in mine if run["state"] == "warm"]
     cold = [run["tokens_per_second"] for run in mine if run["state"] == "cold"]
-    speeds = _speeds([harmonic_mean(repeat) for repeat in zip(*warm, strict=True)], "median")
+    speeds = _speeds([harmonic_mean(repeat) for repeat in zip(*warm, strict=True)])
     speed = speeds["median"]
     return {
         "n_max": n_max,
@@ -139,16 +150,17 @@ def together(runs: Sequence[Run], n_max: int, off: Sequence[Mapping[str, Any]]) 
     }
 
 
-def _speeds(values: Sequence[float], name: str) -> dict[str, Any]:
+def _speeds(values: Sequence[float]) -> dict[str, Any]:
     values = [round(value, 2) for value in values]
-    return {"tokens_per_second": values, name: round(median(values), 2), "spread": [min(values), max(values)]}
+    return {"tokens_per_second": values, "median": round(median(values), 2), "spread": [min(values), max(values)]}
 
 
 def _acceptance(parts: Sequence[tuple[int, int, Sequence[float]]]) -> dict[str, Any]:
-    """Of (drafts, accepted, share by position): their sums, and the shares weighted by how much was drafted."""
+    """Of (drafts, accepted, share by position): their sums, and the known shares weighted by how much was drafted."""
     drafts, accepted = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    width = min((len(rates) for count, _, rates in parts if count), default=0)
-    shares = [sum(count * rates[i] for count, _, rates in parts if count) / drafts for i in range(width)]
+    known = [(count, rates) for count, _, rates in parts if count and rates]
+    width, weight = min((len(rates) for _, rates in known), default=0), sum(count for count, _ in known)
+    shares = [sum(count * rates[i] for count, rates in known) / weight for i in range(width)]
     return {
         "drafts": drafts,
         "accepted": accepted,
@@ -157,11 +169,15 @@ def _acceptance(parts: Sequence[tuple[int, int, Sequence[float]]]) -> dict[str, 
     }
 
 
-def recommend(by_n_max: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+def recommend(by_n_max: Sequence[Mapping[str, Any]], repeats: int) -> tuple[int, str]:
     """The n_max to serve with, and why: the fastest one, if its slowest repeat beats the fastest one without drafting, else 0."""
-    off, *drafting = by_n_max
-    if not drafting:
+    off, *others = by_n_max
+    if not others:
         return 0, "there is no head to draft with"
+    if not (drafting := [entry for entry in others if entry["drafts"]]):
+        return 0, "nothing was drafted: the head is dead"
+    if repeats < 2:
+        return 0, "measured once, so what chance alone does is not known: leave drafting off, or measure with more repeats"
     best = max(drafting, key=lambda entry: entry["tokens_per_second"])
     speeds = f"{best['tokens_per_second']:.1f} tokens/s with n_max {best['n_max']}, {off['tokens_per_second']:.1f} without"
     if best["spread"][0] > off["spread"][1]:
@@ -183,9 +199,13 @@ def machine(bin_dir: Path) -> dict[str, Any]:
     """What the times are of: processor, how many, and the devices that llama.cpp sees."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.+)$", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else None
-    listed = subprocess.run(
-        [programs.find(bin_dir, "llama-server"), "--list-devices"], capture_output=True, text=True, errors="replace", timeout=60
-    )
+    command: list[str | Path] = [programs.find(bin_dir, "llama-server"), "--list-devices"]
+    try:
+        listed = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT, env=server.environment()
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ToolchainError(f"llama-server cannot list its devices: {error}") from None
     devices = re.findall(r"^  (\w+: .+)$", listed.stdout, re.MULTILINE)
     return {
         "processor": model[1] if model else platform.processor() or platform.machine(),

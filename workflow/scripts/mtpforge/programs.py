@@ -27,6 +27,12 @@ def find(bin_dir: Path, name: str) -> Path:
     return path.resolve()
 
 
+def threads(asked: int) -> int:
+    """How many threads a program gets: no more than there are processors, and 0 stands for all of them."""
+    processors = os.cpu_count() or 1
+    return min(asked or processors, processors)
+
+
 def call(
     command: Sequence[str | Path],
     log: Path | None = None,

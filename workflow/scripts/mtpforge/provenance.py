@@ -79,11 +79,12 @@ def trunk(report: Mapping[str, Any]) -> list[Resource]:
     return [{"name": "trunk of the base", "digest": {"sha256": report["trunk"]["sha256_before"]}, "annotations": {"digest": what}}]
 
 
-def toolchain(stamp: Path) -> Resource:
-    """The llama.cpp whose programs were used: the digest of its source where it was built here, and all that is known of it."""
+def toolchain(stamp: Path) -> list[Resource]:
+    """The programs of llama.cpp that were used, with what is known of their build; and its source, where it was built here."""
     known = read_json(stamp)
-    digest = {"digest": {"sha256": known["archive_sha256"]}} if "archive_sha256" in known else {}
-    return {"name": "llama.cpp", **digest, "annotations": known}
+    about = {key: value for key, value in known.items() if key not in ("archive_sha256", "programs")}
+    digests = {**({"llama.cpp": known["archive_sha256"]} if "archive_sha256" in known else {}), **known["programs"]}
+    return [{"name": name, "digest": {"sha256": digest}, "annotations": about} for name, digest in digests.items()]
 
 
 def locks(paths: Iterable[Path]) -> list[Resource]:

@@ -48,8 +48,14 @@ def plan(folder: Path, repo: str, signed: bool) -> Plan:
 
 
 def upload(todo: Plan, private: bool, signed: bool) -> str:
-    """Do what is planned, in a repository that is made if it does not exist; the address of the commit. Raises UploadError."""
-    api, names = HfApi(), [name for name, _ in todo.missing]
+    """Do what is planned, in a repository that is made if it does not exist; the address of the commit.
+
+    Raises VerificationError, before anything is sent, for a file that is not the one that was listed; UploadError.
+    """
+    api, names, listed = HfApi(), [name for name, _ in todo.missing], todo.folder / SUMS
+    for name, digest in results.read_sums(listed).items():
+        if name in names:  # what may never be taken back is read once more
+            results.certainly_unchanged(todo.folder / name, digest, listed)
     try:
         if not todo.exists:
             api.create_repo(todo.repo, private=private, exist_ok=True)
@@ -75,7 +81,8 @@ def _own(folder: Path, signed: bool) -> results.Sums:
     for name, digest in sums.items():
         if not (folder / name).is_file():
             raise VerificationError(f"{folder / name}: is missing, and {SUMS} names it: run snakemake for it again")
-        results.unchanged(folder / name, digest, listed)
+        check = results.unchanged if name.endswith(".gguf") else results.certainly_unchanged
+        check(folder / name, digest, listed)
     for name in [SUMS, *([SIGNATURE] if signed else [])]:
         sums[name] = digest_of(folder / name)
     return sums

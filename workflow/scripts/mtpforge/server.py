@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import programs
 from .errors import ToolchainError
@@ -24,6 +24,14 @@ REQUEST_LIMIT = 3600.0
 
 # A proxy of the environment must not see, or break, what is said on loopback.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Choice(NamedTuple):
+    """A token that was chosen, the next best, and how far the log-probability of the first is above that of the second."""
+
+    token: int
+    second: int | None
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,17 @@ class Server:
             int(timings.get("draft_n_accepted", 0)),
         )
 
-    def choices(self, prompt: str, n_predict: int) -> list[tuple[int, float]]:
-        """Continue `prompt` greedily: each token, and how far its log-probability is above the next best's. ToolchainError."""
+    def choices(self, prompt: str, n_predict: int) -> list[Choice]:
+        """Continue `prompt` greedily: each token beside the next best one. Raises ToolchainError."""
         request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False, "n_probs": 2}
         choices = []
         for entry in self.ask("/completion", request).get("completion_probabilities", []):
-            best = [float(other["logprob"]) for other in entry["top_logprobs"]]
-            choices.append((int(entry["id"]), best[0] - best[1] if len(best) > 1 else math.inf))
+            second: int | None = None
+            margin = math.inf
+            if len(entry["top_logprobs"]) > 1:
+                first, other = entry["top_logprobs"][:2]
+                second, margin = int(other["id"]), float(first["logprob"]) - float(other["logprob"])
+            choices.append(Choice(int(entry["id"]), second, margin))
         return choices
 
     def tokenize(self, text: str) -> list[int]:

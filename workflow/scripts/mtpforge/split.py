@@ -41,6 +41,15 @@ def names(stem: str, count: int) -> list[str]:
     return [f"{stem}.gguf"] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
+def first_of(path: Path) -> Path:
+    """The GGUF itself, or the first of a folder of a split one. Raises GgufError where there is none."""
+    if not path.is_dir():
+        return path
+    if not (found := sorted(path.glob("*.gguf"))):
+        raise GgufError(f"{path}: no *.gguf files there")
+    return found[0]
+
+
 def shards(path: Path) -> list[Gguf]:
     """All files of a GGUF, given the first; of one in a single file, that. Raises GgufError."""
     path = Path(path)

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lEQVR42mNgGAWjgHwAAA"
     "JAAAHgTR1EAAAAAElFTkSuQmCC"
 )
-PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 N_PREDICT = 200
 EQUAL = 100  # tokens of each prompt that must be the same without drafting
 TIE = 0.1  # of log-probability: two tokens nearer than this can change places when they are computed in batches of another size
@@ -136,17 +136,6 @@ def as_table(report: Mapping[str, Any]) -> str:
     """A report's verdicts as a table for the terminal."""
     rows = [(check["name"], "passed" if check["passed"] else "FAILED", check["detail"]) for check in report["checks"]]
     return table.markdown([(report["file"], "verdict", "what it rests on"), *rows], left=3)
-
-
-def read_prompts(folder: Path) -> tuple[str, ...]:
-    """The texts of a folder's *.txt files. Raises ConfigError."""
-    try:
-        prompts = tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt")))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
-    if not prompts:
-        raise ConfigError(f"{folder}: no *.txt prompts there")
-    return prompts
 
 
 def summary(opened: Gguf) -> dict[str, Any]:
@@ -406,9 +395,8 @@ def check_without_drafting(opened: Gguf, request: Request, answers: Sequence[ser
     return check_same([answer.tokens for answer in answers], choices)
 
 
-def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[tuple[int, float]]]) -> Check:
-    """Greedy output with drafting is that without: `choices` has for each prompt the tokens that were chosen without it, and by how
-    much their log-probability is above the next best's.
+def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[server.Choice]]) -> Check:
+    """Greedy output with drafting is that without, token by token of each prompt, as far as the latter goes.
 
     Drafts are checked in batches, which round differently, so two tokens that are nearly as probable can change places, and what
     follows cannot be compared. With the pinned llama.cpp on a processor all is equal; any other difference means that drafts that
@@ -416,13 +404,19 @@ def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[tupl
     """
     equal, ties, wrong = 0, 0, []
     for number, (tokens, right) in enumerate(zip(drafted, choices, strict=True), 1):
-        for place, (token, (choice, margin)) in enumerate(zip(tokens, right, strict=False)):
-            if token != choice:
-                ties += margin < TIE
-                if margin >= TIE:
-                    wrong.append(f"prompt {number}, token {place}: {token} with drafting, {choice} without ({margin:.2f} ahead)")
+        for place, (token, choice) in enumerate(zip_longest(tokens[: len(right)], right)):
+            if token != choice.token:
+                tie = token == choice.second and choice.margin < TIE
+                ties += tie
+                if not tie:
+                    said = "nothing" if token is None else token
+                    without = f"{choice.token} without ({choice.margin:.2f} ahead)"
+                    wrong.append(f"prompt {number}, token {place}: {said} with drafting, {without}")
                 break
             equal += 1
+        else:
+            if len(right) < EQUAL and len(tokens) > len(right):
+                wrong.append(f"prompt {number}: goes on with drafting, ends after {len(right)} tokens without")
     detail = f"{equal} tokens are the same without drafting" + (f", up to {ties} near ties" if ties else "")
     return Check("same text", not wrong and equal > 0, _some(wrong) or detail)
 
@@ -462,7 +456,7 @@ def check_acceptance(share: float, unquantized: Path, most: float) -> Check:
     return Check("acceptance", drop <= most, detail if drop <= most else f"{detail}: it may be lower by {100 * most:.0f} points")
 
 
-def check_programs(opened: Gguf, request: Request, bin_dir: Path) -> list[Check]:
+def check_programs(opened: Gguf, request: Request, bin_dir: Path, name: str = "programs") -> list[Check]:
     """The other programs that are going to read the file can: llama-gguf-split, and llama-perplexity where that is asked for."""
     loaded: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -529,7 +523,10 @@ def publish_split(
             # The head was measured in the whole file, and these are its bytes: what is left to see is that llama.cpp finds them.
             shards = replace(opened, path=files[0])
             (found,), _ = check_drafting(shards, replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir)
-            checks += [replace(found, name="files load"), *check_programs(shards, replace(request, perplexity=False), bin_dir)]
+            checks += [
+                replace(found, name="files load"),
+                *check_programs(shards, replace(request, perplexity=False), bin_dir, "files open"),
+            ]
         _raise_failed(folder.name, checks)
         sizes = [(file, file.stat().st_size) for file in files]
         listed = [{"name": file.name, "bytes": size, "sha256": sha256(FileRange(file, 0, size))} for file, size in sizes]
