@@ -14,7 +14,7 @@ from mtpforge import convert, gguf_file, values, verify
 from mtpforge.checkpoint import Checkpoint
 from mtpforge.families import Hparams, family_of
 from mtpforge.gguf_file import Gguf, TensorInfo
-from mtpforge.server import Choice
+from mtpforge.server import Choice, Server
 
 Q8_0 = GGMLQuantizationType.Q8_0
 EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
@@ -132,6 +132,20 @@ def test_text_may_differ_from_a_near_tie_on(
     monkeypatch.setattr(verify, "EQUAL", 3)
     check = verify.check_same(drafted, CHOICES)
     assert check.passed == passed and check.detail.startswith(detail)
+
+
+def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends within a character is among the tokens and not among the probabilities."""
+
+    def entry(token: int, other: int, margin: float) -> dict[str, object]:
+        return {"id": token, "top_logprobs": [{"id": token, "logprob": -0.1}, {"id": other, "logprob": -0.1 - margin}]}
+
+    answer = {"tokens": [5, 178, 897], "completion_probabilities": [entry(5, 6, 1.0), entry(897, 8, 2.0)]}
+    monkeypatch.setattr(Server, "ask", lambda *_: answer)
+    choices = Server(0, 0).choices("prompt", 3)
+    assert choices == [(5, 6, pytest.approx(1.0)), (178, None, 0.0), (897, 8, pytest.approx(2.0))]
+    assert verify.check_same([[5, 178, 897]], [choices]).passed and verify.check_same([[5, 4, 4]], [choices]).passed
+    assert not verify.check_same([[5, 178, 8]], [choices]).passed
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Choice(NamedTuple):
-    """A token that was chosen, the next best, and how far the log-probability of the first is above that of the second."""
+    """A token that was chosen, the next best, and how far the log-probability of the first is above that of the second.
+
+    None and 0 where the server does not say: it tells nothing of a token that ends within a character.
+    """
 
     token: int
     second: int | None
@@ -73,15 +77,17 @@ class Server:
 
     def choices(self, prompt: str, n_predict: int) -> list[Choice]:
         """Continue `prompt` greedily: each token beside the next best one. Raises ToolchainError."""
-        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False, "n_probs": 2}
+        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False}
+        answer = self.ask("/completion", {**request, "return_tokens": True, "n_probs": 2})
+        told = deque(answer.get("completion_probabilities", []))
         choices = []
-        for entry in self.ask("/completion", request).get("completion_probabilities", []):
-            second: int | None = None
-            margin = math.inf
-            if len(entry["top_logprobs"]) > 1:
-                first, other = entry["top_logprobs"][:2]
-                second, margin = int(other["id"]), float(first["logprob"]) - float(other["logprob"])
-            choices.append(Choice(int(entry["id"]), second, margin))
+        for token in answer.get("tokens", []):
+            if not told or told[0]["id"] != token:
+                choices.append(Choice(token, None, 0.0))
+                continue
+            first, *others = told.popleft()["top_logprobs"]
+            second = others[0] if others else {"id": None, "logprob": -math.inf}
+            choices.append(Choice(token, second["id"], float(first["logprob"]) - float(second["logprob"])))
         return choices
 
     def tokenize(self, text: str) -> list[int]:

@@ -406,7 +406,7 @@ def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[serv
     for number, (tokens, right) in enumerate(zip(drafted, choices, strict=True), 1):
         for place, (token, choice) in enumerate(zip_longest(tokens[: len(right)], right)):
             if token != choice.token:
-                tie = token == choice.second and choice.margin < TIE
+                tie = choice.margin < TIE and choice.second in (None, token)
                 ties += tie
                 if not tie:
                     said = "nothing" if token is None else token
