@@ -177,6 +177,8 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
         (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo"),
         (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
         (config({"prompts": "workflow"}), r"models/m/prompts: no \*.txt files in workflow"),
+        (config({"variants": {"mtp-Q8_0": {}}}), "models/m/variants/mtp-Q8_0: llama.cpp would not find tiny-qwen3.5-mtp-Q8_0.gguf"),
+        (config({"variants": {"Q4_0-imatrix": {}}}), "would not find tiny-qwen3.5-Q4_0-imatrix.gguf in a repository"),
         (config({"min_acceptance": 0}), "models/m/min_acceptance: 0 is less than"),
         (config({"variants": {}}), "models/m/variants"),
         (config({"variants": {"a/b": {}}}), "models/m/variants: 'a/b' does not match"),

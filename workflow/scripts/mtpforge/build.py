@@ -55,6 +55,7 @@ class Build:
         for name, model in self.models.items():
             for variant, entry in model["variants"].items():
                 self._resolve(f"models/{name}/variants/{variant}", name, entry)
+                _check_name(f"models/{name}/variants/{variant}", f"{self.base_name(name)}-{variant}")
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
             if not self.base_name(name).isprintable():
                 raise ConfigError(f"config.yaml: models/{name}/source/path: the folder's name begins those of files: rename it")
@@ -647,6 +648,13 @@ def _check_folders(path: str, model: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.yaml: {path}/measure/text: no such file: {text}")
     if not any(Path(model["prompts"]).glob("*.txt")):
         raise ConfigError(f"config.yaml: {path}/prompts: no *.txt files in {model['prompts']}")
+
+
+def _check_name(path: str, stem: str) -> None:
+    """Raise ConfigError for a name by which llama.cpp 0c1e57098 takes a repository's file for no model (`common/download.cpp`)."""
+    for part in ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-"):
+        if part in stem:
+            raise ConfigError(f"config.yaml: {path}: llama.cpp would not find {stem}.gguf in a repository, for its {part!r}: rename it")
 
 
 def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:

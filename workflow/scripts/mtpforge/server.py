@@ -85,8 +85,7 @@ class Server:
             if not told or told[0]["id"] != token:
                 choices.append(Choice(token, None, 0.0))
                 continue
-            first, *others = told.popleft()["top_logprobs"]
-            second = others[0] if others else {"id": None, "logprob": -math.inf}
+            first, second, *_ = *told.popleft()["top_logprobs"], {"id": None, "logprob": -math.inf}
             choices.append(Choice(token, second["id"], float(first["logprob"]) - float(second["logprob"])))
         return choices
 
