@@ -23,6 +23,13 @@ ABOUT = {
 }
 
 
+MEASURED_ON = {
+    "text": {"name": "held-out.txt", "sha256": "ab" * 32, "chunks": 16},
+    "prompts": {"prose": "c" * 64, "code": "d" * 64},
+    "repeats": 3,
+}
+
+
 def opened(name: str, architecture: str = "qwen35", heads: int = 1) -> Gguf:
     def number(value: int) -> Value:
         return Value.of(value, GGUFValueType.UINT32)
@@ -37,8 +44,8 @@ def opened(name: str, architecture: str = "qwen35", heads: int = 1) -> Gguf:
 
 def result(variant: str = "IQ4_XS", measured: dict[str, Any] | None = None, heads: int = 1, **report: Any) -> Result:
     name = f"Qwen3.5-4B-{variant}.gguf"
-    known = {"file": name, "bytes": 2_700_000_000, "bits_per_weight": 4.61, "head": "Q8_0", "acceptance": 0.8125, "drafts": 400}
-    return Result({**known, **report}, measured, opened(name, heads=heads))
+    known = {"file": name, "bytes": 2_700_000_000, "bits_per_weight": 16.06 if variant == "BF16" else 4.61, "head": "Q8_0"}
+    return Result({**known, "acceptance": 0.8125, "drafts": 400, **report}, measured, opened(name, heads=heads))
 
 
 def measurement(recommended: int = 2, speeds: tuple[float, ...] = (207.0, 250.0, 290.0, 280.0)) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def measurement(recommended: int = 2, speeds: tuple[float, ...] = (207.0, 250.0,
         acceptance = {"acceptance": 0.65, "by_position": [0.8, 0.5][:n_max]} if n_max else {"acceptance": None, "by_position": []}
         spread = [speed - 1, speed + 1]
         totals.append({"n_max": n_max, "tokens_per_second": speed, "spread": spread, "speedup": speed / speeds[0], **acceptance})
+        totals[-1]["cold_tokens_per_second"] = speed / 2
     return {
         "file": "Qwen3.5-4B-IQ4_XS.gguf", "bytes": 1, "threads": 4, "llama.cpp": "0.5.0-dev 0c1e57098",
         "runs": runs, "by_n_max": totals, "recommended_n_max": recommended, "verdict": "what measure.py found",
@@ -112,7 +120,6 @@ def test_front_matter_is_that_of_a_quantization_and_the_checkpoints_own(tmp_path
         "license": "other",
         "license_name": "qwen",
         "license_link": f"https://huggingface.co/Qwen/Qwen3.5-4B/blob/{REVISION}/LICENSE",
-        "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "language": ["en"],
         "tags": ["vision", "mtp", "gguf", "speculative-decoding"],
@@ -161,6 +168,7 @@ def test_every_figure_is_that_of_the_measurements() -> None:
     assert column(text, "drafted ahead", sweep) == ["off", "1", "2", "3"]
     assert column(text, "tok/s", sweep) == ["207.0", "250.0", "290.0", "280.0"]
     assert column(text, "x without", sweep)[2] == "1.40" and column(text, "from-to", sweep)[0] == "206.0-208.0"
+    assert column(text, "cold", sweep) == ["103.5", "125.0", "145.0", "140.0"]
     assert column(text, "accepted", sweep) == ["-", "65.0%", "65.0%", "65.0%"]
     assert column(text, "cold, accepted", sweep) == ["-", "45.0%", "45.0%", "45.0%"]
     assert column(text, "code", sweep)[1:] == ["90.0%"] * 3 and column(text, "prose", sweep)[1:] == ["40.0%"] * 3
@@ -183,6 +191,26 @@ def test_a_bad_result_is_printed_and_drafting_is_off() -> None:
     assert column(text, "x without", "### ") == ["1.00", "0.51"]
     assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text and "--spec-draft" not in text
     assert "Drafting is off, because it was not faster" in text
+
+
+def test_it_says_on_what_was_measured_as_far_as_that_is_known() -> None:
+    sha256 = "ab" * 32
+    measured = {**measurement(), **MEASURED_ON}
+    assert (
+        f"Perplexity and KL divergence on `held-out.txt` (sha256 `{sha256}`, at most 16 chunks of 512 tokens)."
+        " Speed on prompts of the kinds code, prose, 3 warm requests each.\n"
+    ) in make(result(measured=measured))
+    text = make(result(measured={**measured, "kl_divergence": None, "repeats": 1}))
+    assert "\nPerplexity on `held-out.txt`" in text and "prose, 1 warm request each." in text
+    text = make(result(measured={**measured, "text": None}))
+    assert "Perplexity" not in text and "\nSpeed on prompts" in text
+    text = make(result(measured=measurement()))
+    assert "Perplexity" not in text and "Speed on prompts" not in text
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    text = make(result(measured={**measurement(), "kl_divergence": {"mean": -1e-7, "p99.9": -0.0, "same_top": 1.0}}))
+    assert column(text, "KL divergence") == ["0.00000"] and column(text, "99.9%") == ["0.0000"]
 
 
 def test_the_lines_name_the_fastest_file() -> None:

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -89,6 +88,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
         split="\n".join(f"- {code(part)}" for result in results for part in result.parts if len(result.parts) > 1),
         measured=bool(measured),
         machines=" ".join(sorted({_machine(result.measured or {}) for result in measured})),
+        inputs=_inputs(measured),
         verdicts="\n".join(f"- {code(r.name)}: {escape(verdict)}." for r in measured if (verdict := _measured(r, "verdict"))),
         sweeps=[(code(result.name), sweep(result.measured).rstrip()) for result in measured if result.measured],
         runtime=_runtime(results),
@@ -107,14 +107,17 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
-    """What a checkpoint's own card says of itself, as far as it has the form that the Hub asks for; empty where there is none."""
+    """What a checkpoint's own card says of itself, as far as it has the form that the Hub asks for; empty where there is none.
+
+    Not its library_name: that library does not load a GGUF. The Hub shows how to use one by its files, without any.
+    """
     try:
         found = metadata_load(path) if path.is_file() and path.stat().st_size <= TEXT_LIMIT else None
     except (ValueError, yaml.YAMLError, RecursionError):  # somebody else's affair
         found = None
     known: dict[str, Any] = {}
     for key, value in (found or {}).items():
-        if key in ("license", "license_name", "license_link", "pipeline_tag", "library_name") and _is_text(value):
+        if key in ("license", "license_name", "license_link", "pipeline_tag") and _is_text(value):
             known[key] = value
         elif key in ("tags", "language"):
             known[key] = [item for item in (value if isinstance(value, list) else [value]) if _is_text(item)]
@@ -162,17 +165,13 @@ def table(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     return markdown([tuple(heading for heading, _ in known), *lines])
 
 
-def _acceptance(entry: Json) -> str | None:
-    share = entry.get("acceptance")
-    return None if share is None else f"{share:.1%}"
-
-
 def _number(value: Any, form: str) -> str | None:
-    return None if value is None else format(value, form)
+    """None where nothing is known; what rounds to zero has no sign."""
+    return None if value is None else format(value, f"z{form}")
 
 
-def _at_best(result: Result) -> Json:
-    return result.measured_at(result.n_max or 0)
+def _acceptance(entry: Json) -> str | None:
+    return _number(entry.get("acceptance"), ".1%")
 
 
 def _measured(result: Result, key: str) -> Any:
@@ -183,18 +182,14 @@ def _divergence(key: str, form: str) -> Callable[[Result], str | None]:
     return lambda result: _number((_measured(result, "kl_divergence") or {}).get(key), form)
 
 
-def _recommended(result: Result) -> str | None:
-    return None if result.n_max is None else str(result.n_max or "off")
-
-
 FILES: tuple[Column, ...] = (
     ("file", lambda r: code(r.name).replace("|", r"\|")),
     ("size", lambda r: size(r.report["bytes"])),
     ("bits/weight", lambda r: _number(r.report["bits_per_weight"], ".2f")),
     ("head", lambda r: escape(r.report["head"]) or None),
     ("acceptance", lambda r: _acceptance(r.report)),
-    ("tok/s", lambda r: _number(_at_best(r).get("tokens_per_second"), ".1f")),
-    ("drafted ahead", _recommended),
+    ("tok/s", lambda r: _number(r.measured_at(r.n_max or 0).get("tokens_per_second"), ".1f")),
+    ("drafted ahead", lambda r: None if r.n_max is None else str(r.n_max or "off")),
     ("tok/s without drafting", lambda r: _number(r.measured_at(0).get("tokens_per_second"), ".1f")),
     ("memory", lambda r: None if _measured(r, "memory_bytes") is None else size(_measured(r, "memory_bytes"))),
     ("perplexity", lambda r: _number(_measured(r, "perplexity"), ".4f")),
@@ -217,23 +212,19 @@ def sweep(measured: Json) -> str:
         drafts = sum(run["drafts"] for run in found)
         return f"{sum(run['accepted'] for run in found) / drafts:.1%}" if drafts else None
 
-    def cold_speed(entry: Json) -> str | None:
-        speeds = [speed for run in of(entry, "cold") for speed in run["tokens_per_second"]]
-        return _number(entry.get("cold_tokens_per_second", median(speeds) if speeds else None), ".1f")
-
     def of_kind(kind: str) -> Column:
-        return f"{kind}", lambda entry: accepted(of(entry, "warm", kind))
+        return escape(kind), lambda entry: accepted(of(entry, "warm", kind))
 
     columns: list[Column] = [
         ("drafted ahead", lambda entry: str(entry["n_max"] or "off")),
         ("tok/s", lambda entry: f"{entry['tokens_per_second']:.1f}"),
         ("from-to", lambda entry: "-".join(f"{speed:.1f}" for speed in entry["spread"])),
-        ("cold", cold_speed),
+        ("cold", lambda entry: _number(entry.get("cold_tokens_per_second"), ".1f")),
         ("x without", lambda entry: _number(entry.get("speedup"), ".2f")),
         ("accepted", _acceptance),
         ("cold, accepted", lambda entry: accepted(of(entry, "cold"))),
         ("by position", lambda entry: " ".join(f"{share:.0%}" for share in entry.get("by_position") or ()) or None),
-        *(of_kind(escape(kind)) for kind in kinds),
+        *map(of_kind, kinds),
     ]
     return table(columns, measured["by_n_max"])
 
@@ -245,6 +236,21 @@ def _machine(measured: Json) -> str:
     options = f", {code(shlex.join(measured['options']))}" if measured.get("options") else ""
     version, threads = escape(str(measured.get("llama.cpp", "unknown"))), measured.get("threads")
     return f"Measured with llama.cpp {version}, threads: {threads}{options}" + (f", on {where}" if where else "") + "."
+
+
+def _inputs(measured: Sequence[Result]) -> str:
+    """On what was measured, as far as the measurements say it: older ones do not."""
+    texts, prompts = set(), set()
+    what = "Perplexity and KL divergence" if any(_measured(result, "kl_divergence") for result in measured) else "Perplexity"
+    for result in measured:
+        if text := _measured(result, "text"):
+            where = f"{code(text['name'])} (sha256 {code(text['sha256'])}, at most {text['chunks']} chunks of 512 tokens)"
+            texts.add(f"{what} on {where}.")
+        if kinds := _measured(result, "prompts"):
+            repeats = _measured(result, "repeats")
+            each = f", {repeats} warm request{'s' * (repeats != 1)} each" if repeats else ""
+            prompts.add(f"Speed on prompts of the kinds {escape(', '.join(sorted(kinds)))}{each}.")
+    return " ".join([*sorted(texts), *sorted(prompts)])
 
 
 # ── serving ──
@@ -291,7 +297,7 @@ def best(results: Sequence[Result]) -> Result | None:
     models = [result for result in results if result.is_model]
     measured = [result for result in models if result.measured]
     if measured:
-        return max(measured, key=lambda result: _at_best(result).get("tokens_per_second", 0.0))
+        return max(measured, key=lambda result: result.measured_at(result.n_max or 0).get("tokens_per_second", 0.0))
     drafting = [result for result in models if result.drafts]
     return next(iter([*(r for r in drafting if r.report["bits_per_weight"] < 16), *drafting, *models]), None)
 
