@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -89,6 +88,7 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
         split="\n".join(f"- {code(part)}" for result in results for part in result.parts if len(result.parts) > 1),
         measured=bool(measured),
         machines=" ".join(sorted({_machine(result.measured or {}) for result in measured})),
+        inputs=_inputs(measured),
         verdicts="\n".join(f"- {code(r.name)}: {escape(verdict)}." for r in measured if (verdict := _measured(r, "verdict"))),
         sweeps=[(code(result.name), sweep(result.measured).rstrip()) for result in measured if result.measured],
         runtime=_runtime(results),
@@ -107,14 +107,17 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
-    """What a checkpoint's own card says of itself, as far as it has the form that the Hub asks for; empty where there is none."""
+    """What a checkpoint's own card says of itself, as far as it has the form that the Hub asks for; empty where there is none.
+
+    Not its library_name: that library does not load a GGUF. The Hub shows how to use one by its files, without any.
+    """
     try:
         found = metadata_load(path) if path.is_file() and path.stat().st_size <= TEXT_LIMIT else None
     except (ValueError, yaml.YAMLError, RecursionError):  # somebody else's affair
         found = None
     known: dict[str, Any] = {}
     for key, value in (found or {}).items():
-        if key in ("license", "license_name", "license_link", "pipeline_tag", "library_name") and _is_text(value):
+        if key in ("license", "license_name", "license_link", "pipeline_tag") and _is_text(value):
             known[key] = value
         elif key in ("tags", "language"):
             known[key] = [item for item in (value if isinstance(value, list) else [value]) if _is_text(item)]
@@ -162,17 +165,13 @@ def table(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     return markdown([tuple(heading for heading, _ in known), *lines])
 
 
-def _acceptance(entry: Json) -> str | None:
-    share = entry.get("acceptance")
-    return None if share is None else f"{share:.1%}"
-
-
 def _number(value: Any, form: str) -> str | None:
-    return None if value is None else format(value, form)
+    """None where nothing is known; what rounds to zero has no sign."""
+    return None if value is None else format(value, f"z{form}")
 
 
-def _at_best(result: Result) -> Json:
-    return result.measured_at(result.n_max or 0)
+def _acceptance(entry: Json) -> str | None:
+    return _number(entry.get("acceptance"), ".1%")
 
 
 def _measured(result: Result, key: str) -> Any:
@@ -183,18 +182,14 @@ def _divergence(key: str, form: str) -> Callable[[Result], str | None]:
     return lambda result: _number((_measured(result, "kl_divergence") or {}).get(key), form)
 
 
-def _recommended(result: Result) -> str | None:
-    return None if result.n_max is None else str(result.n_max or "off")
-
-
 FILES: tuple[Column, ...] = (
     ("file", lambda r: code(r.name).replace("|", r"\|")),
     ("size", lambda r: size(r.report["bytes"])),
     ("bits/weight", lambda r: _number(r.report["bits_per_weight"], ".2f")),
     ("head", lambda r: escape(r.report["head"]) or None),
     ("acceptance", lambda r: _acceptance(r.report)),
-    ("tok/s", lambda r: _number(_at_best(r).get("tokens_per_second"), ".1f")),
-    ("drafted ahead", _recommended),
+    ("tok/s", lambda r: _number(r.measured_at(r.n_max or 0).get("tokens_per_second"), ".1f")),
+    ("drafted ahead", lambda r: None if r.n_max is None else str(r.n_max or "off")),
     ("tok/s without drafting", lambda r: _number(r.measured_at(0).get("tokens_per_second"), ".1f")),
     ("memory", lambda r: None if _measured(r, "memory_bytes") is None else size(_measured(r, "memory_bytes"))),
     ("perplexity", lambda r: _number(_measured(r, "perplexity"), ".4f")),
@@ -217,23 +212,19 @@ def sweep(measured: Json) -> str:
         drafts = sum(run["drafts"] for run in found)
         return f"{sum(run['accepted'] for run in found) / drafts:.1%}" if drafts else None
 
-    def cold_speed(entry: Json) -> str | None:
-        speeds = [speed for run in of(entry, "cold") for speed in run["tokens_per_second"]]
-        return _number(entry.get("cold_tokens_per_second", median(speeds) if speeds else None), ".1f")
-
     def of_kind(kind: str) -> Column:
-        return f"{kind}", lambda entry: accepted(of(entry, "warm", kind))
+        return escape(kind), lambda entry: accepted(of(entry, "warm", kind))
 
     columns: list[Column] = [
         ("drafted ahead", lambda entry: str(entry["n_max"] or "off")),
         ("tok/s", lambda entry: f"{entry['tokens_per_second']:.1f}"),
         ("from-to", lambda entry: "-".join(f"{speed:.1f}" for speed in entry["spread"])),
-        ("cold", cold_speed),
+        ("cold", lambda entry: _number(entry.get("cold_tokens_per_second"), ".1f")),
         ("x without", lambda entry: _number(entry.get("speedup"), ".2f")),
         ("accepted", _acceptance),
         ("cold, accepted", lambda entry: accepted(of(entry, "cold"))),
         ("by position", lambda entry: " ".join(f"{share:.0%}" for share in entry.get("by_position") or ()) or None),
-        *(of_kind(escape(kind)) for kind in kinds),
+        *map(of_kind, kinds),
     ]
     return table(columns, measured["by_n_max"])
 
@@ -245,6 +236,21 @@ def _machine(measured: Json) -> str:
     options = f", {code(shlex.join(measured['options']))}" if measured.get("options") else ""
     version, threads = escape(str(measured.get("llama.cpp", "unknown"))), measured.get("threads")
     return f"Measured with llama.cpp {version}, threads: {threads}{options}" + (f", on {where}" if where else "") + "."
+
+
+def _inputs(measured: Sequence[Result]) -> str:
+    """On what was measured, as far as the measurements say it: older ones do not."""
+    texts, prompts = set(), set()
+    what = "Perplexity and KL divergence" if any(_measured(result, "kl_divergence") for result in measured) else "Perplexity"
+    for result in measured:
+        if text := _measured(result, "text"):
+            where = f"{code(text['name'])} (sha256 {code(text['sha256'])}, at most {text['chunks']} chunks of 512 tokens)"
+            texts.add(f"{what} on {where}.")
+        if kinds := _measured(result, "prompts"):
+            repeats = _measured(result, "repeats")
+            each = f", {repeats} warm request{'s' * (repeats != 1)} each" if repeats else ""
+            prompts.add(f"Speed on prompts of the kinds {escape(', '.join(sorted(kinds)))}{each}.")
+    return " ".join([*sorted(texts), *sorted(prompts)])
 
 
 # ── serving ──
@@ -277,43 +283,53 @@ def _runtime(results: Sequence[Result]) -> str:
 
 def resolve(tag: str, names: Sequence[str]) -> str | None:
     """The file of a repository's `names` that `-hf repo:TAG` takes in llama.cpp 0c1e57098; None where it takes none."""
-    pattern = re.compile(tag + "[.-]", re.IGNORECASE)
     for name in sorted(names):
         shard = re.search(r"-(\d{5})-of-\d{5}\.gguf$", name)
-        plain = name.rpartition("/")[2].lower()
-        if not re.search("mmproj|^mtp-", plain) and pattern.search(name) and (shard is None or int(shard[1]) == 1):
+        is_model = name.endswith(".gguf") and not re.search("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", name.rpartition("/")[2])
+        if is_model and re.search(f"{tag}[.-]", name, re.IGNORECASE) and (shard is None or int(shard[1]) == 1):
             return name
     return None
 
 
 def best(results: Sequence[Result]) -> Result | None:
-    """The file to begin with: the fastest as it is recommended; where nothing was measured, the first quantized one that drafts."""
+    """The file to begin with: of the models that draft, or else of all, the first quantized one, or else the first."""
     models = [result for result in results if result.is_model]
-    measured = [result for result in models if result.measured]
-    if measured:
-        return max(measured, key=lambda result: _at_best(result).get("tokens_per_second", 0.0))
-    drafting = [result for result in models if result.drafts]
-    return next(iter([*(r for r in drafting if r.report["bits_per_weight"] < 16), *drafting, *models]), None)
+    found = [result for result in models if result.drafts] or models
+    return next(iter([*(result for result in found if result.report["bits_per_weight"] < 16), *found]), None)
 
 
 def _serving(results: Sequence[Result], about: Json) -> str:
-    """How to serve the file that is recommended, with each runtime."""
-    result = best(results)
+    """How to serve the file to begin with, with each runtime, and how to use a sidecar."""
+    result, models = best(results), [each for each in results if each.is_model]
     if result is None:
         return "There is no model here, only what goes beside one."
     repo = about.get("publish", {}).get("repo", NO_REPOSITORY)
     names = [part for each in results for part in each.parts]
-    tag = _tag(result, about["name"], names)
-    options = _options(result)
-    where = [f"{repo}:{tag}"] if tag else [repo, "--hf-file", result.parts[0]]
-    text = [_why(result), "", *shell("llama-server", "-hf", *where, *options), ""]
-    arguments = ["--llamacpp-args", shlex.join(options)] if options else []
-    if tag is None:
-        return "\n".join([*text, "No tag names this file alone: give Lemonade, Ollama and LM Studio the file itself."])
-    text += ["Lemonade, where MODEL is the name that `lemonade list` then shows:", ""]
-    text += [*shell("lemonade", "pull", f"{repo}:{tag}"), *shell("lemonade", "run", "MODEL", *arguments), ""]
-    text += ["LM Studio:", "", *shell("lms", "get", f"{HUB}/{repo}@{tag}"), "", *_ollama(result, repo, tag)]
-    return "\n".join(text)
+    tags = {each.name: _tag(each, about["name"], names) for each in models}
+    tag, options = tags[result.name], _options(result)
+    sidecars = [each for each in results if not each.is_model and each.opened.architecture != VISION]
+    text = [_why(result), ""]
+    if sidecars:
+        towers = [("--mmproj", each) for each in results if each.opened.architecture == VISION]
+        text += _from_here(repo, result, towers, options)
+        text += [f"Not by `-hf` or `lemonade pull`: both draft with {code(sidecars[0].name)} in place of the head in the file."]
+        change = "name in both commands"
+    else:
+        where = [f"{repo}:{tag}"] if tag else [repo, "--hf-file", result.parts[0]]
+        text += shell(["llama-server", "-hf", *where, *options])
+        change = "tag" if all(tags.values()) else "model to `-hf REPOSITORY --hf-file FILE`"
+    text += _another(models, change)
+    for sidecar in sidecars:
+        text += _sidecar(sidecar, models, repo)
+    if tag and not sidecars:
+        arguments = ["--llamacpp-args", shlex.join(options)] if options else []
+        text += ["Lemonade, where MODEL is the name that `lemonade list` then shows:", ""]
+        text += shell(["lemonade", "pull", f"{repo}:{tag}"], ["lemonade", "run", "MODEL", *arguments])
+    if tag:
+        text += ["LM Studio:", "", *shell(["lms", "get", f"{HUB}/{repo}@{tag}"])]
+    else:
+        text += ["No tag names this file alone: give Lemonade and LM Studio the file itself.", ""]
+    return "\n".join([*text, *_ollama(result, models, repo, tags)])
 
 
 def _tag(result: Result, name: str, names: Sequence[str]) -> str | None:
@@ -322,36 +338,70 @@ def _tag(result: Result, name: str, names: Sequence[str]) -> str | None:
     return tag if re.fullmatch(r"[A-Za-z0-9_.-]+", tag) and resolve(tag, names) == result.parts[0] else None
 
 
-def _options(result: Result) -> list[str]:
-    """The options of llama-server with which it was measured, and those with which it drafts best, if it should at all."""
-    measured = list((result.measured or {}).get("options", ()))
-    if not result.drafts or result.n_max == 0:
+def _from_here(repo: str, model: Result | None, beside: Sequence[tuple[str, Result]], options: Sequence[str]) -> list[str]:
+    """Downloading a model, or one of the reader's own, with each (option, file) that goes beside it, and serving that."""
+    files = [*(model.parts if model else ()), *(part for _, file in beside for part in file.parts)]
+    given = [word for option, file in beside for word in (option, file.parts[0])]
+    serve = ["llama-server", "-m", model.parts[0] if model else "MODEL", *given, *options]
+    return shell(["hf", "download", repo, *files, "--local-dir", "."], serve)
+
+
+def _options(result: Result, sidecar: Result | None = None) -> list[str]:
+    """The options of llama-server with which it was measured, and those to draft with, if it should: as far ahead as was fastest.
+
+    Else, and with a sidecar, of which no speed is measured, as far ahead as in the verification of the file with the head.
+    """
+    measured, n_max = list((result.measured or {}).get("options", ())), None if sidecar else result.n_max
+    if n_max == 0 or not (sidecar or result.drafts):
         return measured
-    return [*measured, "--spec-type", "draft-mtp", "--spec-draft-n-max", str(result.n_max or len(head_blocks(result.opened)))]
+    return [*measured, "--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max or len(head_blocks((sidecar or result).opened)))]
 
 
 def _why(result: Result) -> str:
+    server = f"llama-server, with {code(result.name)}"
     if not result.drafts:
-        return f"llama-server, with {code(result.name)}, which does not draft:"
+        return f"{server}, which does not draft:"
     if result.n_max is None:
-        return f"llama-server, with {code(result.name)}, drafting as far ahead as in its verification, since no speed was measured:"
+        return f"{server}, drafting as far ahead as in its verification, since no speed was measured:"
     if result.n_max == 0:
-        return f"llama-server, with {code(result.name)}. Drafting is off, because it was not faster where this was measured:"
-    return f"llama-server, with {code(result.name)}, which was the fastest here:"
+        return f"{server}. Drafting is off, because it was not faster where this was measured:"
+    return f"{server}, drafting as far ahead as was fastest here:"
 
 
-def _ollama(result: Result, repo: str, tag: str) -> list[str]:
+def _another(models: Sequence[Result], change: str) -> list[str]:
+    """What changes with the file, where there are several."""
+    text = f"For another file, change the {change}"
+    if len({tuple(_options(model)) for model in models}) > 1:
+        measured = any(model.measured for model in models)
+        ahead, off = ("the table says", "it says off") if measured else ("here", "a file has no head")
+        text += f", and draft as far ahead as {ahead}: `--spec-type draft-mtp --spec-draft-n-max N`, or neither where {off}"
+    return ["", f"{text}.", ""] if len(models) > 1 else [""]
+
+
+def _sidecar(sidecar: Result, models: Sequence[Result], repo: str) -> list[str]:
+    """How to use the head as a draft model: beside a model that has none, or else a reader's own."""
+    model = best([model for model in models if not head_blocks(model.opened)])
+    which = f"{code(model.name)}, which has none" if model else "a GGUF of this model that has none, as MODEL"
+    text = f"The sidecar {code(sidecar.name)} is the head as a draft model of its own. It is for {which}:"
+    return [text, "", *_from_here(repo, model, [("-md", sidecar)], _options(model or sidecar, sidecar))]
+
+
+def _ollama(result: Result, models: Sequence[Result], repo: str, tags: Mapping[str, str | None]) -> list[str]:
+    """With the file itself, or else the first without a head; without a command where it would fail."""
+    refused = head_blocks(result.opened) and result.opened.architecture in runtimes.OLLAMA_WITHOUT
+    for each in [*([] if refused else [result]), *(model for model in models if not head_blocks(model.opened))]:
+        if len(each.parts) == 1 and (tag := tags[each.name]):
+            return ["Ollama, which does not draft with the head:", "", *shell(["ollama", "run", f"hf.co/{repo}:{tag}"])]
     if len(result.parts) > 1:
         return ["Ollama does not load a model in several files."]
-    command = ["Ollama, which does not draft with the head:", "", *shell("ollama", "run", f"hf.co/{repo}:{tag}")]
-    if head_blocks(result.opened) and result.opened.architecture in runtimes.OLLAMA_WITHOUT:
-        return [*command, "", "Ollama 0.24.0 does not load a file of this architecture that has a head (its issue 16282)."]
-    return command
+    if refused:
+        return ["Ollama 0.24.0 does not load a file of this architecture that has a head (its issue 16282)."]
+    return ["Give Ollama the file itself too."]
 
 
-def shell(*words: str) -> list[str]:
-    """A command in a block of its own."""
-    return ["```", shlex.join(words), "```"]
+def shell(*commands: Sequence[str]) -> list[str]:
+    """Commands in a block of their own."""
+    return ["```", *map(shlex.join, commands), "```", ""]
 
 
 def escape(text: str) -> str:
