@@ -654,7 +654,9 @@ def _check_name(path: str, stem: str) -> None:
     """Raise ConfigError for a name by which llama.cpp 0c1e57098 takes a repository's file for no model (`common/download.cpp`)."""
     for part in ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-"):
         if part in stem:
-            raise ConfigError(f"config.yaml: {path}: llama.cpp would not find {stem}.gguf in a repository, for its {part!r}: rename it")
+            raise ConfigError(
+                f"config.yaml: {path}: llama.cpp would not find {stem}.gguf in a repository, for its {part!r}: rename it"
+            )
 
 
 def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:

@@ -85,8 +85,8 @@ class Server:
             if not told or told[0]["id"] != token:
                 choices.append(Choice(token, None, 0.0))
                 continue
-            first, second, *_ = *told.popleft()["top_logprobs"], {"id": None, "logprob": -math.inf}
-            choices.append(Choice(token, second["id"], float(first["logprob"]) - float(second["logprob"])))
+            ranked: list[dict[str, Any]] = [*told.popleft()["top_logprobs"], {"id": None, "logprob": -math.inf}]
+            choices.append(Choice(token, ranked[1]["id"], float(ranked[0]["logprob"]) - float(ranked[1]["logprob"])))
         return choices
 
     def tokenize(self, text: str) -> list[int]:
