@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SCRIPTS, Run
+from model_signing import verifying
 from mtpforge import provenance, results
 from mtpforge.build import Build
 from mtpforge.errors import ConfigError, VerificationError
@@ -234,9 +235,6 @@ def test_signing_without_its_package_says_what_to_install(tmp_path: Path) -> Non
 
 def test_a_signature_is_one_that_the_package_verifies(tmp_path: Path, run: Run) -> None:
     """With a key of our own; one byte more in the list, and it does not hold."""
-    pytest.importorskip("model_signing", reason="model-signing is no part of the locked environment")
-    from model_signing import verifying
-
     key, public, listed, signature = (tmp_path / name for name in ("key.pem", "public.pem", "SHA256SUMS", "SHA256SUMS.sig"))
     subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
     subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)

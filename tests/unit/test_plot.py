@@ -1,5 +1,6 @@
 """Pictures are well-formed, as wide as a phone, and say in words what they show in colours."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def test_acceptance_is_of_each_kind() -> None:
     picture = plot.acceptance([measured("M-A.gguf", 1)])
     assert {"code", "prose", "structured", "90.0%", "by position at n_max 1: 90%"} <= set(words(picture))
     assert picture.render().count("<circle") == picture.render().count("<polygon") == 2  # in the legend, and at n_max 1
+
+
+def test_more_kinds_than_three_keep_apart() -> None:
+    kinds = ["code", "prose", "structured", "dialogue", "mathematics", "translation"]
+    found = measured("M-A.gguf", 1)
+    picture = plot.acceptance([{**found, "runs": [{**found["runs"][0], "kind": kind} for kind in kinds]}])
+    assert set(kinds) <= set(words(picture))
+    places = [float(y) for y in re.findall(r'<circle cx="[0-9.]+" cy="([0-9.]+)"', picture.render())]
+    assert len({*places}) == len(places) == 4  # two of six are circles, in the legend and in the row
 
 
 @pytest.mark.parametrize("divergences", [(0.0,), (0.0, 0.02), (0.0, 1e-9), (0.1, 0.1, 0.1, 1e-5)])

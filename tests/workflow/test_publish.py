@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS, Run
+from google.protobuf import json_format
 from hub import Fault, Hub, serve
+from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+from in_toto_attestation.v1 import statement_pb2
+from in_toto_attestation.v1.statement import Statement
 from mtpforge import gguf_file
 from repository import CONFIG, Repository
 
@@ -203,6 +207,10 @@ def test_the_statement_says_what_a_file_is_made_of(repository: Repository) -> No
         assert found[name] == gguf_file.sha256(gguf_file.FileRange(checkpoint / name, 0, (checkpoint / name).stat().st_size))
     assert {"llama.cpp", "mtpforge", "envs/run.txt", "envs/llama.cpp.txt"} <= found.keys()
     assert str(repository.path) not in text and "tests/checkpoints" not in text
+    Statement.copy_from_pb(json_format.ParseDict(statement, statement_pb2.Statement())).validate()
+    predicate = json_format.ParseDict(statement["predicate"], provenance_pb2.Provenance())  # refuses keys that SLSA does not have
+    dependencies = predicate.build_definition.resolved_dependencies
+    assert len(dependencies) > 10 and all(entry.uri or entry.digest for entry in dependencies)
 
 
 def test_a_model_that_fails_its_proof_is_not_uploaded(repository: Repository, hub: Hub) -> None:

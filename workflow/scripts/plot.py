@@ -83,20 +83,21 @@ def acceptance(measured: Sequence[Measurement]) -> Svg:
         if not drafting:
             continue
         _heading(svg, stem(found))
-        bottom = svg.y + 28 * len(drafting)
+        height = max(28, 8 * len(kinds) + 4)
+        bottom = svg.y + height * len(drafting)
         for percent in (0, 25, 50, 75, 100):
             x = _across(percent / 100)
             svg.line(x, svg.y, x, bottom, GRID)
             svg.text(x, bottom + 13, f"{percent}%", 11, FAINT, "middle")
         for entry in drafting:
-            y = svg.y + 14
+            y = svg.y + height / 2
             svg.text(LEFT - 6, y + 4, str(entry["n_max"]), anchor="end")
             for run in found["runs"]:
                 if (run["n_max"], run["state"]) == (entry["n_max"], "warm") and run["acceptance"] is not None:
                     number = kinds.index(run["kind"])  # below one another, for they are often nearly equal
-                    svg.mark(_across(run["acceptance"]), y + (number - 1) * 8, number, 3.5)
+                    svg.mark(_across(run["acceptance"]), y + (number - (len(kinds) - 1) / 2) * 8, number, 3.5)
             svg.text(RIGHT + 18, y + 4, f"{entry['acceptance']:.1%}")
-            svg.y += 28
+            svg.y += height
         svg.y += 18
         if positions := drafting[-1]["by_position"]:
             shares = ", ".join(f"{share:.0%}" for share in positions)

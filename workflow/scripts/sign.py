@@ -18,14 +18,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the signature, a Sigstore bundle")
     args = parser.parse_args()
     try:
-        from model_signing import signing  # type: ignore[import-not-found]
+        from model_signing import signing
     except ImportError as error:
         raise errors.ConfigError(
             f"sign: {error}: signing needs the package model-signing: python -m pip install model-signing pyopenssl"
         ) from None
     with replacing(args.out) as temporary:
         try:
-            signing.Config().use_elliptic_key_signer(private_key=args.key).sign(args.file, temporary)
+            config = signing.Config()  # type: ignore[no-untyped-call]
+            config.use_elliptic_key_signer(private_key=args.key).sign(args.file, temporary)
         except ValueError as error:
             raise errors.ConfigError(f"{args.key}: no private elliptic-curve key as PEM, without a password ({error})") from None
 

@@ -9,7 +9,8 @@ WIDE = 7.4  # a character of the ordinary size, in the widest of the fonts that 
 INK, FAINT, GRID = "#1a1a1a", "#595959", "#d9d9d9"
 # Okabe and Ito's colours, which stay apart for people who see fewer; where one matters, a shape or a word says it too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#007a59", "#767676"
-MARKS = ((BLUE, "circle"), (ORANGE, "square"), (GREEN, "triangle"))
+_ALL = [(fill, shape) for shape in ("circle", "square", "triangle") for fill in (BLUE, ORANGE, GREEN, GREY)]
+MARKS = [_ALL[5 * number % len(_ALL)] for number in range(len(_ALL))]  # neighbours differ in both
 
 
 class Svg:
@@ -47,11 +48,10 @@ class Svg:
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{fill}" stroke="{stroke}"/>'
         )
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str = INK, width: float = 1, dash: str = "none") -> None:
+    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str = INK, width: float = 1) -> None:
         """A straight line."""
         self._parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"'
-            f' stroke-dasharray="{dash}"/>'
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"/>'
         )
 
     def ring(self, x: float, y: float) -> None:
@@ -70,10 +70,12 @@ class Svg:
             self._parts.append(f'<polygon points="{points}" fill="{fill}" stroke="white"/>')
 
     def legend(self, names: Sequence[str]) -> None:
-        """The names of the series, with their marks, on one line."""
+        """The names of the series, with their marks, on as many lines as they need."""
         self.y += 8
         x = 16.0
         for number, name in enumerate(names):
+            if number and x + 10 + WIDE * len(name) > WIDTH:
+                x, self.y = 16.0, self.y + 16
             self.mark(x, self.y - 4, number)
             self.text(x + 10, self.y, name)
             x += 24 + WIDE * len(name)
