@@ -46,6 +46,7 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
     [
         ("measure.py", {"measure": 2, "summary": 1, **described(0)}),
         ("mtpforge/measure.py", {"measure": 2, "summary": 1, **described(0)}),
+        ("verify.py", {"verify": 1, "verify_split": 1, "summary": 1, **described(2)}),
         ("mtpforge/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)}),
     ],
 )
@@ -56,6 +57,18 @@ def test_edited_code_measures_again_and_does_nothing_else(repository: Repository
     found = repository.pending()
     path.write_text(before)
     assert found == pending and repository.pending() == {}
+
+
+def test_another_gate_and_a_touched_file_measure_nothing_again(repository: Repository) -> None:
+    (repository.path / f"results/{MODEL}/{MODEL}-BF16.gguf").touch()
+    assert repository.pending() == {}
+    before = dict(repository.config["models"])
+    repository.config["models"] = {MODEL: {**before[MODEL], "max_acceptance_drop": 0.3}}
+    repository.write_config()
+    assert repository.pending() == {"verify_split": 1, "summary": 1, **described(2)}
+    repository.config["models"] = before
+    repository.write_config()
+    assert repository.pending() == {}
 
 
 def test_another_n_max_measures_again(repository: Repository) -> None:
