@@ -239,7 +239,7 @@ def explain(error: Exception) -> str:
         return "is gated: accept its terms on its page, then set HF_TOKEN or log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "no such repository, or one that needs a token: set HF_TOKEN or log in with `hf auth login`"
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+    if isinstance(error, (HfHubHTTPError, httpx2.HTTPStatusError)) and error.response.status_code in (401, 403):
         return "is not allowed: set HF_TOKEN to a token that may, or log in with `hf auth login`"
     return _first_line(error)
 
