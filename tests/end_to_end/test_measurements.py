@@ -36,8 +36,8 @@ def test_every_n_max_and_kind_is_measured_cold_and_warm(measured: dict[str, Any]
     runs = measured["IQ3_S-mix"]["runs"]
     assert [(run["n_max"], run["kind"], run["state"], run["repeats"]) for run in runs] == [
         (n_max, kind, state, repeats)
-        for n_max in (0, 1, 2)
         for kind in ("code", "prose", "structured")
+        for n_max in (0, 1, 2)
         for state, repeats in (("cold", 1), ("warm", 2))
     ]
     for run in runs:
