@@ -195,7 +195,8 @@ def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolch
 def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(made: Made, run, tmp_path: Path) -> None:
     done = run("verify.py", made.file("exaone"), "--reference", made.file("exaone"), "--out", tmp_path / "report.json")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"loading: \d+ tokens generated from 3 prompts; llama\.cpp 0c1e57098 loads exaone-moe but cannot", done.stdout)
+    said = r"\| loading +\| passed +\| \d+ tokens generated from 3 prompts; llama\.cpp 0c1e57098 loads exaone-moe but cannot"
+    assert re.search(said, done.stdout), done.stdout
     assert "drafts" not in json.loads((tmp_path / "report.json").read_text())
 
 
