@@ -1,5 +1,7 @@
 """What is measured again, decided by real Snakemake: only what is new, and only when what measures changes."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +30,19 @@ def test_all_is_measured_a_split_file_too(repository: Repository) -> None:
     rows = (repository.path / "results/summary.md").read_text().splitlines()[2:]
     assert len(rows) == 2 and all(row.split("|")[-3].strip() != "-" for row in rows)
     assert repository.pending() == {}
+
+
+def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(repository: Repository) -> None:
+    results = repository.path / "results" / MODEL
+    report = json.loads((results / f"reports/{MODEL}-BF16.json").read_text())
+    assert {check["name"]: check["detail"] for check in report["checks"]}["programs"].startswith(
+        "llama-gguf-split and llama-perplexity"
+    )
+    found = json.loads((results / f"measure/{MODEL}-BF16.json").read_text())
+    digest = hashlib.sha256((repository.path / "held-out.txt").read_bytes()).hexdigest()
+    assert found["text"] == {"name": "held-out.txt", "sha256": digest, "chunks": 2} and found["repeats"] == 1
+    assert found["prompts"].keys() == {"code", "prose", "structured"}
+    assert digest in (results / "README.md").read_text()
 
 
 def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
