@@ -161,6 +161,25 @@ def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_a_termination_while_a_child_starts_ends_it_too(tmp_path: Path) -> None:
+    """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
+    program = f"""
+import os, signal, subprocess
+from mtpforge import errors, programs
+execute = subprocess.Popen._execute_child
+def started(process, *arguments):
+    execute(process, *arguments)
+    open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
+    os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen._execute_child = started
+errors.run(lambda: programs.call(["sleep", "600"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_the_environment_has_neither_torch_nor_transformers() -> None:
     locked = (ROOT / "envs" / "run.txt").read_text() + (ROOT / "envs" / "test.txt").read_text()
     assert "snakemake==" in locked and not any(line.startswith(("torch==", "transformers==")) for line in locked.splitlines())

@@ -2,12 +2,16 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ToolchainError
 
@@ -33,6 +37,37 @@ def threads(asked: int) -> int:
     return min(asked or processors, processors)
 
 
+@contextmanager
+def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
+    """A child process, with the options of Popen, that has ended when the block is left, however that happens.
+
+    A termination waits while the child is started: raised in Popen's constructor, it would leave a child that nobody knows of.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        process = subprocess.Popen(command, **options)
+    except BaseException:
+        _restore(handlers, came)
+        raise
+    with process:
+        try:
+            _restore(handlers, came)
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _restore(handlers: Mapping[signal.Signals, Any], came: Iterable[int]) -> None:
+    """Put the handlers of signals back, and give them those that came meanwhile."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
 def call(
     command: Sequence[str | Path],
     log: Path | None = None,
@@ -52,7 +87,7 @@ def call(
     name, tail, shown = name or Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
         (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
-        subprocess.Popen(
+        running(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -64,16 +99,12 @@ def call(
         ) as process,
     ):
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                kept.write(line)
-                tail.append(line.strip())
-                if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
-                    shown = time.monotonic()
-                    print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
-        except BaseException:  # whoever ends us must not leave it running
-            process.kill()
-            raise
+        for line in process.stdout:
+            kept.write(line)
+            tail.append(line.strip())
+            if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
+                shown = time.monotonic()
+                print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")

@@ -132,14 +132,16 @@ def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = p
         1,
         "--offline",
     ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as output,
+        programs.running(
             [*map(str, command), *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment(),
-        )
+        ) as process,
+    ):
         try:
             server = Server(port, process.pid)
             _wait_until_ready(server, process, model, log)

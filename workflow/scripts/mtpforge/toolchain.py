@@ -25,6 +25,7 @@ from typing import Any
 
 from mtpforge.atomic import replacing, write_json
 from mtpforge.errors import ToolchainError
+from mtpforge.programs import running
 
 PROGRAMS = ("llama-quantize", "llama-server", "llama-gguf-split", "llama-imatrix", "llama-perplexity")
 
@@ -253,8 +254,7 @@ def tool(name: str) -> str:
 
 def run_logged(command: list[str], log: Path, out: int) -> None:
     """Run a command with its output in `log`, and show Ninja's count of steps every ten seconds."""
-    process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-    try:
+    with running(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL) as process:
         shown = ""
         while True:
             with suppress(subprocess.TimeoutExpired):
@@ -264,8 +264,6 @@ def run_logged(command: list[str], log: Path, out: int) -> None:
             if steps and steps[-1] != shown:
                 shown = steps[-1]
                 say(f"llama.cpp: compiling, step {shown}")
-    finally:
-        process.kill()  # does nothing to a process that has ended
     if process.returncode:
         end = tail(log.read_text("utf-8", errors="replace"))
         raise ToolchainError(f"{Path(command[0]).name} failed; the whole log is {log}:\n{end}")
