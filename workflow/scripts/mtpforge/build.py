@@ -10,7 +10,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
@@ -24,6 +25,9 @@ from .quantize import NO_HEAD, check_pattern, default_head, read_head
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
 HUB = "resources/hub/{repo}/{revision}"
+PIECE_SECONDS = 3600
+"""CPU seconds of a piece: what a kill can cost, and a machine more can take. A piece of a 35B model takes a minute to be cut."""
+MOST_PIECES = 99
 
 
 class Wildcards(Protocol):
@@ -38,6 +42,8 @@ class Wildcards(Protocol):
     repo: str
     revision: str
     stem: str
+    kind: str
+    name: str
 
 
 class Build:
@@ -333,15 +339,6 @@ class Build:
         """The head's types as `quantize.read_head` takes them, or `none`."""
         return _head(self.entry(wildcards), self.file_type(wildcards))
 
-    def head_option(self, wildcards: Wildcards) -> str:
-        """The option of quantize.py that says it; nothing where there is no head."""
-        head = self.head(wildcards)
-        return "" if head == NO_HEAD else shlex.join(["--head", head])
-
-    def part_head_option(self, wildcards: Wildcards) -> str:
-        """The same for a part alone: a draft model is at one type."""
-        return f"--head {wildcards.type}" if wildcards.part == "draft" else ""
-
     def converted(self, wildcards: Wildcards) -> str:
         """What conversion makes for a variant: all, or the trunk where no head is wanted; without its ending."""
         part = "trunk" if self.head(wildcards) == NO_HEAD else "all"
@@ -358,6 +355,90 @@ class Build:
     def recipe(self, wildcards: Wildcards) -> str:
         """The recipe as JSON, which is YAML; empty where there is none."""
         return json.dumps(self.entry(wildcards).get("tensors", {}))
+
+    # ── what is quantized: a variant, or a part alone (trunk, draft) to a type ──
+
+    def _variant(self, wildcards: Wildcards) -> Wildcards | None:
+        """The variant that is quantized, as wildcards; None for a part alone."""
+        if wildcards.kind != "quantized":
+            return None
+        return cast(Wildcards, SimpleNamespace(model=wildcards.model, variant=wildcards.name))
+
+    def _planned(self, wildcards: Wildcards) -> str:
+        variant = self._variant(wildcards)
+        return self.converted(variant) if variant else f"{WORK.format(model=wildcards.model)}/convert/{wildcards.kind}"
+
+    def planned_source(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF that it is quantized from."""
+        return f"{self._planned(wildcards)}.gguf"
+
+    def planned_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return f"{self._planned(wildcards)}.json"
+
+    def planned_recipe_if_any(self, wildcards: Wildcards) -> list[str]:
+        """The recipe; a part alone has none."""
+        return [f"{WORK.format(model=wildcards.model)}/recipes/{wildcards.name}.yaml"] if self._variant(wildcards) else []
+
+    def planned_imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the importance matrix depends on; nothing for a variant without one."""
+        imatrix = self._planned_imatrix(wildcards)
+        return [] if imatrix is None else _evidence(imatrix)
+
+    def planned_imatrix_option(self, wildcards: Wildcards) -> str:
+        """The option that names it."""
+        imatrix = self._planned_imatrix(wildcards)
+        return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
+
+    def _planned_imatrix(self, wildcards: Wildcards) -> Mapping[str, Any] | None:
+        variant = self._variant(wildcards)
+        return self.entry(variant).get("imatrix") if variant else None
+
+    def planned_options(self, wildcards: Wildcards) -> str:
+        """What it is to be, as options of quantize_plan.py; a draft model is at one type."""
+        variant = self._variant(wildcards)
+        file_type = self.file_type(variant) if variant else wildcards.name
+        head = self.head(variant) if variant else {"draft": file_type}.get(wildcards.kind, NO_HEAD)
+        options = ["--type", file_type, *([] if head == NO_HEAD else ["--head", head])]
+        return shlex.join([*options, *(word for path in self.planned_recipe_if_any(wildcards) for word in ("--tensors", path))])
+
+    def planned_name_option(self, wildcards: Wildcards) -> str:
+        """Where a variant will lie once it is verified, as an option of quantize.py."""
+        if self._variant(wildcards) is None:
+            return ""
+        stem, split = f"{self.base_name(wildcards.model)}-{wildcards.name}", bool(self._split(wildcards.model, wildcards.name))
+        return shlex.join(["--also", _output(wildcards.model, stem, split)[0]])
+
+    def pieces(self, wildcards: Wildcards) -> list[str]:
+        """The pieces that it is made of; none where it is made in one go."""
+        return [f"{WORK.format(model=wildcards.model)}/pieces/{piece}.gguf" for piece in self._pieces(wildcards)]
+
+    def piece_manifests(self, wildcards: Wildcards) -> list[str]:
+        """Their manifests."""
+        return [f"{WORK.format(model=wildcards.model)}/manifests/pieces/{piece}.json" for piece in self._pieces(wildcards)]
+
+    def _pieces(self, wildcards: Wildcards) -> list[str]:
+        """`kind/name/I-of-N`. Without `pieces`, by the cost; not by a machine's cores: the same work has the same jobs anywhere."""
+        model, variant = self.models[wildcards.model], self._variant(wildcards)
+        entry = self.entry(variant) if variant else {}
+        count = entry.get("pieces", model.get("pieces"))
+        if count is None:
+            kind = quant_types.usual(self.file_type(variant) if variant else wildcards.name)
+            share = 0.1 if wildcards.kind == "draft" else 1.0
+            seconds = share * self._weights(wildcards.model) / 1e9 * quant_types.SECONDS[kind]
+            count = max(1, min(MOST_PIECES, round(seconds / PIECE_SECONDS)))
+        names = [f"{wildcards.kind}/{wildcards.name}/{number}-of-{count}" for number in range(1, count + 1)]
+        return names if count > 1 else []
+
+    def _weights(self, model: str) -> float:
+        """About how many weights a checkpoint has, by the size of its shards as if all were BF16."""
+        source = self.models[model]["source"]
+        if "repo" in source:
+            files = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0])).files
+            sizes = [file.bytes for name, file in files.items() if name.endswith(".safetensors")]
+        else:
+            sizes = [path.stat().st_size for path in Path(source["path"]).glob("*.safetensors")]
+        return sum(sizes) / 2
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""
@@ -473,16 +554,6 @@ class Build:
     def digests(self, wildcards: Wildcards) -> str:
         """What was recorded of the bytes of the file that is verified, when it was made."""
         return self.candidate(wildcards).removesuffix(".gguf") + ".json"
-
-    def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the importance matrix depends on; nothing for a variant without one."""
-        imatrix = self.entry(wildcards).get("imatrix")
-        return [] if imatrix is None else _evidence(imatrix)
-
-    def imatrix_option(self, wildcards: Wildcards) -> str:
-        """The option of quantize.py that names it."""
-        imatrix = self.entry(wildcards).get("imatrix")
-        return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
 
     def imatrix_text(self, wildcards: Wildcards) -> str:
         """The text that an importance matrix is computed from. Raises ConfigError for a matrix that nothing asks for."""

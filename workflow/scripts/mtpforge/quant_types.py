@@ -1,5 +1,7 @@
 """The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
 
+import re
+
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import ConfigError
@@ -63,11 +65,24 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
+# CPU seconds that llama-quantize takes for 10^9 weights of a type, by bench/types.py; what has no quantization is copied.
+SECONDS = {
+    "F32": 0.5, "F16": 0.6, "BF16": 0.4, "Q8_0": 5.7, "Q6_K": 30, "Q5_1": 5, "Q5_K": 55, "Q5_0": 5, "Q4_1": 5, "Q4_K": 66,
+    "Q4_0": 2.6, "IQ4_NL": 178, "NVFP4": 100, "IQ4_XS": 186, "MXFP4": 10, "Q3_K": 13, "IQ3_S": 340, "IQ3_XXS": 300, "Q2_K": 50,
+    "IQ2_S": 300, "IQ2_XS": 300, "IQ2_XXS": 300, "IQ1_M": 300, "IQ1_S": 300, "TQ2_0": 3, "TQ1_0": 3,
+}  # fmt: skip
+
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
 _FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
     **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }  # fmt: skip
+
+
+def usual(file_type: str) -> str:
+    """The tensor type that most of a file of this type has."""
+    others = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "MXFP4_MOE": "MXFP4"}
+    return others.get(file_type) or (file_type if file_type in TENSOR_TYPES else re.sub("_[SML]$", "", file_type))
 
 
 def bits(name: str) -> float:
