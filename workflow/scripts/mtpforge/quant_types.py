@@ -65,11 +65,12 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
-# CPU seconds that llama-quantize takes for 10^9 weights of a type, by bench/types.py; what has no quantization is copied.
+# CPU seconds that llama-quantize takes for 10^9 weights of a type, measured by bench/costs.py on a busy machine and scaled to what
+# Q4_K takes on a quiet one: they are there to balance pieces. BF16 is a copy.
 SECONDS = {
-    "F32": 0.5, "F16": 0.6, "BF16": 0.4, "Q8_0": 5.7, "Q6_K": 30, "Q5_1": 5, "Q5_K": 55, "Q5_0": 5, "Q4_1": 5, "Q4_K": 66,
-    "Q4_0": 2.6, "IQ4_NL": 178, "NVFP4": 100, "IQ4_XS": 186, "MXFP4": 10, "Q3_K": 13, "IQ3_S": 340, "IQ3_XXS": 300, "Q2_K": 50,
-    "IQ2_S": 300, "IQ2_XS": 300, "IQ2_XXS": 300, "IQ1_M": 300, "IQ1_S": 300, "TQ2_0": 3, "TQ1_0": 3,
+    "F32": 6, "F16": 6, "BF16": 1, "Q8_0": 7, "Q6_K": 30, "Q5_1": 5, "Q5_K": 56, "Q5_0": 6, "Q4_1": 4, "Q4_K": 66, "Q4_0": 4,
+    "IQ4_NL": 199, "NVFP4": 22, "IQ4_XS": 214, "MXFP4": 8, "Q3_K": 14, "IQ3_S": 305, "IQ3_XXS": 395, "Q2_K": 54, "IQ2_S": 410,
+    "IQ2_XS": 770, "IQ2_XXS": 362, "IQ1_M": 623, "IQ1_S": 676, "TQ2_0": 7, "TQ1_0": 6,
 }  # fmt: skip
 
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
