@@ -176,8 +176,7 @@ def test_a_part_alone_is_quantized_without_what_a_variant_has(monkeypatch: pytes
         assert build.planned_recipe_if_any(part) == build.planned_imatrix_if_any(part) == []
         assert build.planned_name_option(part) == ""
     assert "--tensors results/m/work/recipes/Q4_K_M.yaml" in build.planned_options(wildcards())
-    assert build.planned_name_option(wildcards()) == "--also results/m/Name-Q4_K_M.gguf"
-    assert Build(config(split="2M")).planned_name_option(wildcards()) == "--also results/m/Name-Q4_K_M"
+    assert build.planned_name_option(wildcards()) == "--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M"
 
 
 def test_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

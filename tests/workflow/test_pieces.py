@@ -53,14 +53,14 @@ def test_a_file_in_pieces_is_made_of_them(repository: Repository) -> None:
 
 def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
     variants = copy.deepcopy(VARIANTS)
-    variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv": "Q5_K"}}
+    variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv": "Q3_K"}}
     set_variants(repository, variants)
     assert run(repository) == {"recipe": 1, "plan": 1, "quantize": 1, **AFTER}
     line = log(repository, "quantized-mix")
     assert "67 of 70 tensors" in line and line.endswith("; quantized 3"), line
     expected = (repository.path / MODEL / "tiny-qwen3.5-mix.gguf").read_bytes()
     program, source = "resources/toolchain/bin/llama-quantize", repository.path / MODEL / "work/convert/all.gguf"
-    patterns = ("--tensor-type", r"blk\.4\.=q8_0", "--tensor-type", "attn_qkv=q5_k")
+    patterns = ("--tensor-type", r"blk\.4\.=q8_0", "--tensor-type", "attn_qkv=q3_k")
     plain = [repository.path / program, *patterns, source, repository.path / "plain.gguf", "Q4_K_S"]
     subprocess.run(list(map(str, plain)), check=True, capture_output=True)
     assert (repository.path / "plain.gguf").read_bytes() == expected
@@ -70,7 +70,7 @@ def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
 def test_a_change_that_changes_no_type_quantizes_nothing(repository: Repository) -> None:
     """What is planned anew is compared by what it says; the recipe itself is what the file is verified against."""
     variants = copy.deepcopy(VARIANTS)
-    variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv.weight": "Q5_K"}}
+    variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv.weight": "Q3_K"}}
     set_variants(repository, variants)
     assert run(repository) == {"recipe": 1, "plan": 1, **AFTER}
     assert repository.pending() == {}

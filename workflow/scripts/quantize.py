@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--reuse", type=Path, metavar="FOLDER", help="take tensors from the files of manifests somewhere in it")
     parser.add_argument("--piece", metavar="I/N", help="with --plan: make only one of N pieces, for --reuse")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="manifests/ANY.json to write, for --reuse")
-    parser.add_argument("--also", type=Path, metavar="F", help="where the file, or the folder of its parts, will lie too")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], metavar="F", help="where it, or a folder of its parts, may lie")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-quantize (default: all)")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of header and tensors, as JSON")
@@ -59,7 +59,7 @@ def main() -> None:
     if args.digests:
         atomic.write_json(args.digests, digests)
     if args.manifest:
-        pieces.write_manifest(args.manifest, work.plan, digests, [out, *([args.also] if args.also else [])])
+        pieces.write_manifest(args.manifest, work.plan, digests, [out, *args.also])
 
 
 def planned(args: argparse.Namespace) -> plan.Plan:

@@ -251,7 +251,13 @@ class Build:
     def programs(self, wildcards: Wildcards) -> list[str]:
         """The programs that make a model's files, with all modules that they import."""
         converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
-        return sorted({path for program in (*converters, "quantize.py", "inject.py", "verify.py") for path in code(program)})
+        return sorted(
+            {
+                path
+                for program in (*converters, "quantize_plan.py", "quantize.py", "inject.py", "verify.py")
+                for path in code(program)
+            }
+        )
 
     def _needs_upstream(self, wildcards: Wildcards) -> bool:
         return bool(self.models[wildcards.model]["mmproj"]) or not self._is_ours(wildcards)
@@ -403,11 +409,11 @@ class Build:
         return shlex.join([*options, *(word for path in self.planned_recipe_if_any(wildcards) for word in ("--tensors", path))])
 
     def planned_name_option(self, wildcards: Wildcards) -> str:
-        """Where a variant will lie once it is verified, as an option of quantize.py."""
+        """Where a variant can lie once it is verified, in one file or several, as an option of quantize.py."""
         if self._variant(wildcards) is None:
             return ""
-        stem, split = f"{self.base_name(wildcards.model)}-{wildcards.name}", bool(self._split(wildcards.model, wildcards.name))
-        return shlex.join(["--also", _output(wildcards.model, stem, split)[0]])
+        stem = f"{self.base_name(wildcards.model)}-{wildcards.name}"
+        return shlex.join(["--also", *(_output(wildcards.model, stem, split)[0] for split in (False, True))])
 
     def pieces(self, wildcards: Wildcards) -> list[str]:
         """The pieces that it is made of; none where it is made in one go."""
@@ -670,6 +676,7 @@ def _without_folders(value: Any) -> Any:
         key: Path(entry).name if key in ("path", "text", "prompts") else _without_folders(entry)
         for key, entry in value.items()
         if not (key == "path" and "text" in value)  # what is computed from a text here
+        and key != "pieces"  # does not change what comes out
     }
 
 

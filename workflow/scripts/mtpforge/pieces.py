@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gguf.constants import GGMLQuantizationType
+
 from . import atomic, gguf_file, programs, quant_types
 from .checkpoint import read_json
 from .errors import CheckpointError, ConfigError, GgufError
@@ -88,9 +90,15 @@ class Work:
         keys, found = self.plan.keys(), dict[str, Made]()
         for manifest in sorted(folder.glob(MANIFESTS)):
             files, known = _read_manifest(manifest)
-            for opened in _open_all(files):
-                for name, key in keys.items():
-                    own, digest = known.get(key, ("", ""))
+            wanted = {name: known[key] for name, key in keys.items() if key in known}
+            for path in _present(files):
+                if wanted.keys() <= found.keys():
+                    break
+                try:
+                    opened = gguf_file.read(path)
+                except (GgufError, OSError):  # of another kind by now
+                    continue
+                for name, (own, digest) in wanted.items():
                     if name not in found and own in opened.tensors and _same(opened.tensors[own], self._info(name)):
                         found[name] = Made(opened.ranges[own], digest)
         return found
@@ -99,7 +107,8 @@ class Work:
 
     def _info(self, name: str) -> TensorInfo:
         """A tensor as it will be written: llama-quantize leaves out leading dimensions of one."""
-        return replace(self.source.tensors[name], shape=squeezed(self.source.tensors[name].shape), type=self.plan.types()[name])
+        info, kind = self.source.tensors[name], GGMLQuantizationType[self.plan.tensors[name].type]
+        return replace(info, shape=squeezed(info.shape), type=kind)
 
     def _quantize(self, source: Path, out: Path) -> Gguf:
         return run(source, out, self.plan.types(), self.plan.file_type, self.imatrix, self.threads, self.bin_dir, self.log)
@@ -184,14 +193,10 @@ def _read_manifest(path: Path) -> tuple[list[Path], dict[str, tuple[str, str]]]:
         return [], {}
 
 
-def _open_all(files: Iterable[Path]) -> Iterator[Gguf]:
+def _present(files: Iterable[Path]) -> Iterator[Path]:
     """Those that are there, of a folder all GGUFs in it."""
     for file in files:
-        for path in sorted(file.glob("*.gguf")) if file.is_dir() else [file]:
-            try:
-                yield gguf_file.read(path)
-            except (GgufError, OSError):  # gone, or of another kind by now
-                continue
+        yield from sorted(file.glob("*.gguf")) if file.is_dir() else [file] if file.exists() else []
 
 
 def _same(found: TensorInfo, wanted: TensorInfo) -> bool:
