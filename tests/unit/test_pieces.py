@@ -86,12 +86,16 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     assert type(error.value).__module__ == "mtpforge.errors"
 
 
-def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan) -> None:
+def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
     trunk = gguf_file.read(built / "results/tiny-qwen3.5/work/convert/trunk.gguf")
-    with pytest.raises(GgufError, match="has other tensors than those that the plan is for"):
+    with pytest.raises(GgufError, match="has other tensors or metadata than what the plan is for"):
         Work(made, trunk)
-    with pytest.raises(ConfigError, match=r"is for the importance matrix none, given is my\.dat"):
-        Work(made, source_of(built), Path("my.dat"))
+    (tmp_path / "my.dat").write_bytes(b"1")
+    with pytest.raises(ConfigError, match=r"is for the importance matrix none, given is .*/my\.dat"):
+        Work(made, source_of(built), tmp_path / "my.dat")
+    another = replace(made, imatrix="my.dat", imatrix_sha256="0" * 64)
+    with pytest.raises(ConfigError, match=r"is for the importance matrix my\.dat \(0{64}\), given is .*/my\.dat"):
+        Work(another, source_of(built), tmp_path / "my.dat")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 999])

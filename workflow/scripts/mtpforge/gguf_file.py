@@ -313,11 +313,15 @@ def aligned(position: int) -> int:
     return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
+def header_range(source: Gguf) -> FileRange:
+    """Everything before the data."""
+    return FileRange(source.path, 0, min((p.offset for p in source.ranges.values()), default=source.path.stat().st_size))
+
+
 def digests(path: Path, threads: int | None = None) -> dict[str, str]:
     """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
     opened = read(path)
-    start = min((piece.offset for piece in opened.ranges.values()), default=path.stat().st_size)
-    pieces = {"header": FileRange(path, 0, start), **opened.ranges}
+    pieces = {"header": header_range(opened), **opened.ranges}
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 

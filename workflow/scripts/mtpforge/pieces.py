@@ -17,7 +17,7 @@ from . import atomic, gguf_file, programs, quant_types
 from .checkpoint import read_json
 from .errors import CheckpointError, ConfigError, GgufError
 from .gguf_file import PADDING, Gguf, TensorInfo, squeezed
-from .plan import Plan
+from .plan import Plan, matrix_of
 from .quantize import run
 from .ranges import CHUNK, FileRange, sha256
 
@@ -53,8 +53,9 @@ class Work:
 
     def __post_init__(self) -> None:
         self.plan.check(self.source)
-        if (self.imatrix.name if self.imatrix else "") != self.plan.imatrix:
-            raise ConfigError(f"the plan is for the importance matrix {self.plan.imatrix or 'none'}, given is {self.imatrix}")
+        if matrix_of(self.imatrix) != (self.plan.imatrix, self.plan.imatrix_sha256):
+            wanted = f"{self.plan.imatrix} ({self.plan.imatrix_sha256})" if self.plan.imatrix else "none"
+            raise ConfigError(f"the plan is for the importance matrix {wanted}, given is {self.imatrix}")
 
     # ── what is made ──
 

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from . import atomic, imatrix, mixture, programs
 from .checkpoint import read_json
 from .errors import GgufError
-from .gguf_file import Gguf, squeezed
+from .gguf_file import Gguf, header_range, squeezed
 from .ranges import FileRange, sha256
 
 
@@ -57,8 +57,8 @@ class Plan:
     def check(self, source: Gguf) -> None:
         """Raise GgufError where the plan is for another file than `source`."""
         forms = {name: tensor.form for name, tensor in self.tensors.items()}
-        if forms != {name: form(source, name) for name in source.tensors}:
-            raise GgufError(f"{source.path}: has other tensors than those that the plan is for: make the plan again")
+        if forms != {name: form(source, name) for name in source.tensors} or sha256(header_range(source)) != self.header:
+            raise GgufError(f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again")
 
     def write(self, path: Path) -> None:
         """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""
@@ -90,8 +90,13 @@ def make(
     tensors = {
         name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
     }  # fmt: skip
-    name, digest = (matrix.name, sha256(FileRange(matrix, 0, matrix.stat().st_size))) if matrix else ("", "")
+    name, digest = matrix_of(matrix)
     return Plan(file_type, digests["header"], name, digest, toolchain(bin_dir), tensors)
+
+
+def matrix_of(path: Path | None) -> tuple[str, str]:
+    """Name and sha256 of an importance matrix; both empty for none."""
+    return (path.name, sha256(FileRange(path, 0, path.stat().st_size))) if path else ("", "")
 
 
 def form(source: Gguf, name: str) -> str:
