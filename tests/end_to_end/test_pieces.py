@@ -75,7 +75,7 @@ def cases() -> Iterator[tuple[str, str, bool, bool]]:
                     yield model, kind, with_matrix, kind not in quant_types.UNQUANTIZED and (with_matrix == (model == MODELS[0]))
 
 
-@pytest.mark.parametrize(("model", "kind", "with_matrix", "with_recipe"), cases())
+@pytest.mark.parametrize(("model", "kind", "with_matrix", "with_recipe"), list(cases()))
 def test_the_same_bytes_as_one_run(
     sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path, model: str, kind: str, with_matrix: bool, with_recipe: bool
 ) -> None:
