@@ -1,6 +1,7 @@
 """config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,25 +175,47 @@ def test_a_part_alone_is_quantized_without_what_a_variant_has(monkeypatch: pytes
     assert build.planned_digests(draft) == "results/m/work/convert/draft.json"
     for part in (trunk, draft):
         assert build.planned_recipe_if_any(part) == build.planned_imatrix_if_any(part) == []
-        assert build.planned_name_option(part) == ""
+    assert build.planned_name_option(trunk) == "" and build.planned_name_option(draft) == "--also results/m/mtp-Name-Q6_K.gguf"
     assert "--tensors results/m/work/recipes/Q4_K_M.yaml" in build.planned_options(wildcards())
-    assert build.planned_name_option(wildcards()) == "--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M"
+    kept = "results/m/work/manifests/quantized/Q4_K_M.gguf"
+    assert build.planned_name_option(wildcards()) == f"--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M --keep {kept}"
 
 
-def test_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By its cost, where the configuration does not say it."""
+def test_very_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its cost, where the configuration does not say it; that of the slowest type of a recipe counts."""
     monkeypatch.chdir(ROOT)
     with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(70_000_000_000)  # a hole: 35 billion weights
-    model = {"source": {"path": str(tmp_path)}, "variants": {"IQ3_S": {}, "Q8_0": {}, "own": {"type": "Q8_0", "pieces": 2}}}
+        file.truncate(1_300_000_000_000)  # a hole: 650 billion weights
+    slow = {"type": "Q8_0", "tensors": {"exps": "IQ3_S"}}
+    variants = {"IQ3_S": {}, "Q8_0": {}, "slow": slow, "own": {"type": "Q8_0", "pieces": 2}}
+    model = {"source": {"path": str(tmp_path)}, "variants": variants}
     build = Build(config(model))
-    assert build.pieces(wildcards("Q8_0")) == build.piece_manifests(wildcards("Q8_0")) == []
-    assert 2 <= len(build.pieces(wildcards("IQ3_S"))) <= 6
-    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == len(build.pieces(wildcards("IQ3_S")))
-    assert build.pieces(wildcards("own")) == [f"results/m/work/pieces/quantized/own/{i}-of-2.gguf" for i in (1, 2)]
-    assert build.piece_manifests(wildcards("own"))[0] == "results/m/work/manifests/pieces/quantized/own/1-of-2.json"
+    assert build.pieces(wildcards("Q8_0")) == [] and build.pieces(wildcards("IQ3_S", kind="draft")) == []
+    assert 2 <= len(build.pieces(wildcards("IQ3_S"))) <= 3
+    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == len(build.pieces(wildcards("slow"))) > 1
+    assert build.pieces(wildcards("own")) == [f"results/m/work/pieces/quantized/own/{i}-of-2.json" for i in (1, 2)]
     build = Build(config({**model, "pieces": 1}))
     assert build.pieces(wildcards("IQ3_S")) == [] and len(build.pieces(wildcards("own"))) == 2
+    build = Build(config({**model, "pieces": 5}))
+    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == 5 and build.pieces(wildcards("Q8_0", kind="draft")) == []
+    os.truncate(tmp_path / "model.safetensors", 70_000_000_000)
+    build = Build(config(model))
+    assert build.pieces(wildcards("IQ3_S")) == build.pieces(wildcards("slow")) == []  # an hour and a half on two cores
+
+
+def test_what_is_published_of_the_configuration_has_no_pieces_but_patterns_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config(tensors={"pieces": "Q6_K"}, pieces=3))
+    file = SimpleNamespace(model="m", stem="Name-Q4_K_M")
+    for part in (build.about(wildcards()), build.parameters(file)):  # type: ignore[arg-type]
+        variant = json.loads(part)["variants"]["Q4_K_M"]
+        assert variant["tensors"] == {"pieces": "Q6_K"} and "pieces" not in variant
+
+
+def test_only_variants_and_types_are_names_of_what_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names = Build(config({"variants": {"my-mix": {"type": "Q4_0"}}})).names()["name"]
+    assert {"my-mix", "IQ3_S"} < set(names) and "another" not in names
 
 
 @pytest.mark.parametrize(

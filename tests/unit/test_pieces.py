@@ -1,15 +1,22 @@
 """Plans and pieces: what decides a tensor's bytes, how work is cut, and that nothing wrong is taken from a file."""
 
+import errno
 import json
+import os
+import shutil
 import subprocess
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BIN, Run
 from gguf.constants import GGMLQuantizationType as Kind
-from mtpforge import gguf_file, imatrix, pieces, plan, quant_types
-from mtpforge.errors import ConfigError, GgufError
+from mtpforge import atomic, gguf_file, imatrix, pieces, plan, quant_types, split
+from mtpforge.errors import ConfigError, ForgeError, GgufError
 from mtpforge.gguf_file import Gguf, TensorInfo, Value
 from mtpforge.mixture import Types
 from mtpforge.pieces import Work, cut, write_manifest
@@ -98,6 +105,26 @@ def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan,
         Work(another, source_of(built), tmp_path / "my.dat")
 
 
+def test_a_plan_for_other_weights_under_the_same_header_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """A fine-tune with the same metadata: reuse would take its bytes for the other's ever after."""
+    another = tmp_path / "all.gguf"
+    shutil.copyfile(source_of(built).path, another)
+    with another.open("r+b") as file:
+        file.seek(source_of(built).ranges["blk.1.attn_norm.weight"].offset)
+        file.write(bytes(64))
+    with pytest.raises(GgufError, match=r"all\.gguf: has another blk\.1\.attn_norm\.weight than what the plan is for"):
+        Work(made, gguf_file.read(another), bin_dir=BIN)
+
+
+def test_a_plan_for_another_toolchain_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of which nothing may get this one's key: here the same program, built in another way."""
+    shutil.copytree(BIN, tmp_path / "bin", symlinks=True)
+    assert Work(made, source_of(built), bin_dir=BIN)
+    (tmp_path / "stamp.json").write_text('{"commit": "another"}')
+    with pytest.raises(ConfigError, match=rf"is for another llama-quantize than that in {tmp_path}/bin: make the plan again"):
+        Work(made, source_of(built), bin_dir=tmp_path / "bin")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 999])
 def test_pieces_have_each_tensor_once_and_about_the_same_cost(built: Path, made: Plan, count: int) -> None:
     source = source_of(built)
@@ -135,6 +162,68 @@ def test_damaged_bytes_are_quantized_anew_with_a_warning(built: Path, made: Plan
     assert said[0].startswith("warning: blk.1.ffn_down.weight ") and said[1].endswith("; quantized 1")
 
 
+def with_other_types(made: Plan, kind: str, *parts: str) -> Plan:
+    """The same with another type for some tensors."""
+    types = {name: replace(tensor, type=kind) for name, tensor in made.tensors.items() if any(part in name for part in parts)}
+    return replace(made, tensors=made.tensors | types)
+
+
+def during_the_work(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Let something happen between the look for what can be reused and its copying, in which hours can pass."""
+    some = Work._some
+
+    def interrupted(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        happens()
+        return some(self, names, out, scratch)
+
+    monkeypatch.setattr(Work, "_some", interrupted)
+
+
+@pytest.mark.parametrize("how", ["gone", "replaced", "gone and without links", "torn"])
+def test_a_file_that_goes_while_it_is_used_costs_at_most_the_time(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Deleted, it can be read on by its second name; torn, or where there is none, all is made anew."""
+    changed, said = with_other_types(made, "Q5_0", "attn_qkv"), list[str]()
+    expected = work(built, changed).whole(tmp_path / "expected.gguf")
+    before = finished(built, made, tmp_path / "a")
+
+    def goes() -> None:
+        if how == "torn":
+            os.truncate(before, 4096)
+        else:
+            before.unlink()
+        if how == "replaced":
+            before.write_bytes(b"GGUF of another job, not finished")
+
+    during_the_work(monkeypatch, goes)
+    if how == "gone and without links":
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected == gguf_file.digests(tmp_path / "b.gguf")
+    if how in ("gone", "replaced"):
+        assert said[-1].endswith("; quantized 3") and len(said) == 1
+    else:
+        assert said[0].startswith("warning: ") and f"{before}: cannot be read any more" in said[0] and "reused 0" in said[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.gguf", "expected.gguf"]
+
+
+def test_a_full_disk_is_no_reason_to_quantize_anew(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(built, made, tmp_path / "a")
+    fill = gguf_file.fill
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.name == ".b.gguf.part":
+            raise OSError(errno.ENOSPC, "no space left")
+        fill(path, *rest)
+
+    monkeypatch.setattr(gguf_file, "fill", full)
+    with pytest.raises(OSError, match="no space left"):
+        work(built, made).whole(tmp_path / "b.gguf", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("how", ["gone", "torn", "another", "manifest"])
 def test_a_file_that_is_not_there_any_more_costs_only_the_time(built: Path, made: Plan, tmp_path: Path, how: str) -> None:
     before, said = finished(built, made, tmp_path / "a"), list[str]()
@@ -157,9 +246,102 @@ def test_too_little_is_not_worth_a_second_copy(built: Path, made: Plan, tmp_path
     out, norms = finished(built, made, tmp_path / "a"), [name for name, tensor in made.tensors.items() if tensor.type == "F32"]
     digests = {name: digest for name, digest in gguf_file.digests(out).items() if name in norms}
     write_manifest(tmp_path / "a/manifests/out.json", made, digests, [out])
-    assert work(built, made).find(tmp_path).keys() == set(norms) != set(source.tensors)
+    (tmp_path / "scratch").mkdir()
+    assert work(built, made).find(tmp_path, tmp_path / "scratch").keys() == set(norms) != set(source.tensors)
     work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
     assert "reused 0 bytes" in said[0]
+
+
+@pytest.mark.parametrize(("kind", "used"), [("Q4_0", False), ("IQ4_XS", True)])
+def test_what_is_quantized_as_fast_as_it_is_copied_is_not_assembled(built: Path, tmp_path: Path, kind: str, used: bool) -> None:
+    source, said = source_of(built), list[str]()
+    types = choose(source, kind, recipe=[(".*", kind)], bin_dir=BIN)
+    chosen = plan.make(source, gguf_file.digests(source.path), types, kind, None, BIN)
+    out = finished(built, chosen, tmp_path / "a")
+    digests = {name: digest for name, digest in gguf_file.digests(out).items() if "ffn_up" in name or "ffn_gate" in name}
+    write_manifest(tmp_path / "a/manifests/out.json", chosen, digests, [out])
+    work(built, chosen, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert ("reused 0 bytes" in said[0]) != used
+
+
+def test_a_split_file_is_reused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """From the folder of its parts, where that alone is left of it."""
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    whole = before.read_bytes()
+    split.split(before, tmp_path / "published", "parts", 10**6)
+    assert len(list((tmp_path / "published").iterdir())) > 1
+    write_manifest(tmp_path / "a/manifests/out.json", made, gguf_file.digests(before), [before, tmp_path / "published"])
+    before.unlink()
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == whole and "quantized 0" in said[0] and "published/" in said[0]
+
+
+def make_piece(built: Path, planned: Plan, folder: Path, number: int, count: int) -> str:
+    """One piece, as the rule makes it; the last line that was said."""
+    out, said = folder / f"manifests/pieces/{number}.gguf", list[str]()
+    write_manifest(out.with_suffix(".json"), planned, work(built, planned, said).piece(out, number, count, folder), [out])
+    return said[-1]
+
+
+def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Also what it has of another cut, and as much as is right of what is damaged."""
+    make_piece(built, made, tmp_path, 1, 2)
+    out = tmp_path / "manifests/pieces/1.gguf"
+    first = gguf_file.read(out)
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
+    assert make_piece(built, made, tmp_path, 1, 3).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
+    place = gguf_file.read(out).ranges["blk.0.ffn_up.weight"]
+    with out.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(64))
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 1")
+    changed = with_other_types(made, "Q5_0", "attn_qkv")
+    for number in (1, 2):
+        make_piece(built, changed, tmp_path, number, 2)
+    expected, said = work(built, changed).whole(tmp_path / "expected.gguf"), list[str]()
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected
+    assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; {len(made.tensors)} from pieces; quantized 0"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "loop", "fifo", "folder", "~", "/"])
+def test_a_manifest_that_cannot_be_stops_nothing(built: Path, made: Plan, tmp_path: Path, name: str) -> None:
+    (tmp_path / "manifests/folder").mkdir(parents=True)
+    (tmp_path / "manifests/folder/a.gguf").mkdir()
+    (tmp_path / "manifests/loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "manifests/fifo")
+    entries = [[name, key, "0"] for name, key in made.keys().items()]
+    (tmp_path / "manifests/bad.json").write_text(json.dumps({"files": [name], "tensors": entries}))
+    assert work(built, made).find(tmp_path, tmp_path) == {}
+
+
+def test_what_a_manifest_does_not_say_yet_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of a run that was killed between its file and its manifest: the file is new, and the manifest that of the last one."""
+    changed, said = with_other_types(made, "Q4_1", "ffn_up", "attn_qkv"), list[str]()
+    before = finished(built, changed, tmp_path / "a")
+    expected = work(built, made).whole(before)
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == work(built, changed).whole(tmp_path / "c.gguf")
+    assert work(built, made, said).whole(tmp_path / "d.gguf", tmp_path) == expected
+    changes = sum(changed.tensors[name] != made.tensors[name] for name in made.tensors)
+    assert [line.rsplit("; ", 1)[1] for line in said] == [f"quantized {changes}"] * 2
+
+
+def test_two_at_once(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of different files each is right, whatever it sees of the other; of one file the second is refused."""
+    finished(built, made, tmp_path / "a")
+    plans = {f"{kind}.gguf": with_other_types(made, kind, "attn_qkv") for kind in ("Q4_1", "Q5_0")}
+
+    def make(name: str) -> dict[str, str]:
+        digests = work(built, plans[name]).whole(tmp_path / name, tmp_path)
+        write_manifest(tmp_path / f"manifests/{name}.json", plans[name], digests, [tmp_path / name])
+        return digests
+
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            assert all(digests == gguf_file.digests(tmp_path / n) for n, digests in zip(plans, pool.map(make, plans), strict=True))
+    for name, planned in plans.items():
+        assert gguf_file.digests(tmp_path / name) == work(built, planned).whole(tmp_path / "plain.gguf")
+    with atomic.scratch_folder(tmp_path / "Q4_1.gguf"), pytest.raises(ForgeError, match="another process is writing it"):
+        make("Q4_1.gguf")
 
 
 def test_the_padding_of_a_part_does_not_get_into_the_whole(built: Path, tmp_path: Path) -> None:
@@ -181,16 +363,30 @@ def test_the_padding_of_a_part_does_not_get_into_the_whole(built: Path, tmp_path
 
 def test_by_hand(built: Path, run: Run, tmp_path: Path) -> None:
     source, results = source_of(built).path, tmp_path / "results"
-    options = (source, "--reuse", results, "--threads", 1, "--type")
-    first = run("quantize.py", *options, "Q4_K_S", "--manifest", results / "manifests/s.json", "--out", results / "s.gguf")
-    assert first.returncode == 0 and "reused 0 bytes" in first.stderr, first.stderr
-    second = run("quantize.py", *options, "Q4_K_M", "--digests", tmp_path / "m.json", "--out", tmp_path / "m.gguf")
-    assert second.returncode == 0 and "from " in second.stderr and "reused 0" not in second.stderr, second.stderr
-    assert (tmp_path / "m.gguf").read_bytes() == (built / "results/tiny-qwen3.5/work/quantized/Q4_K_M.gguf").read_bytes()
-    assert json.loads((tmp_path / "m.json").read_text()) == gguf_file.digests(tmp_path / "m.gguf")
-    for wrong in (["--piece", "1/2"], ["--plan", "p.json"], ["--plan", "p.json", "--piece", "3/2"]):
-        asked = ["--type", "Q4_0", *wrong] if "--plan" not in wrong else wrong if "--piece" in wrong else ["--head", "Q8_0", *wrong]
-        assert run("quantize.py", source, *asked, "--out", tmp_path / "no.gguf").returncode == 2
+    said = []
+    for kind in ("Q4_K_S", "Q4_K_M"):
+        plan_file, out = tmp_path / f"{kind}.plan", results / f"{kind}.gguf"
+        assert run("quantize_plan.py", source, "--type", kind, "--out", plan_file).returncode == 0
+        options = ("--plan", plan_file, "--reuse", results, "--threads", 1, "--digests", tmp_path / f"{kind}.json")
+        keep = ("--manifest", results / f"manifests/{kind}.json", "--keep", results / f"manifests/{kind}.gguf")
+        done = run("quantize.py", source, *options, *keep, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / f"{kind}.json").read_text()) == gguf_file.digests(out)
+        assert (results / f"manifests/{kind}.gguf").samefile(out)
+        out.unlink()
+        said.append(done.stderr)
+    assert "reused 0 bytes" in said[0] and "manifests/Q4_K_S.gguf; quantized " in said[1] and "reused 0" not in said[1]
+    assert run("quantize.py", source, "--type", "Q4_K_M", "--out", tmp_path / "m.gguf").returncode == 0
+    assert (tmp_path / "m.gguf").read_bytes() == (results / "manifests/Q4_K_M.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--plan p.json --head Q8_0", "--plan p.json --piece 3/2", "--plan p.json --piece 0/2", "--plan p.json --type Q4_0", ""]
+    + [f"--type Q4_0 {option}" for option in ("--piece 1/2", "--reuse r", "--manifest m.json", "--keep k.gguf", "--also a.gguf")],
+)
+def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: Path, wrong: str) -> None:
+    assert run("quantize.py", source_of(built).path, *wrong.split(), "--out", tmp_path / "no.gguf").returncode == 2
 
 
 def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_path: Path) -> None:
@@ -199,14 +395,17 @@ def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_
     out = tmp_path / "out.gguf"
     command = ["python", "workflow/scripts/quantize.py", str(source_of(built).path), "--plan", str(tmp_path / "plan.json")]
     command += ["--piece", "1/2", "--out", str(out)]
-    for seconds in (0.15, 0.3, 0.4, 0.5, 0.6):
+    scratch = tmp_path / ".out.gguf.scratch"
+    for sign in (scratch, scratch / "part.gguf", tmp_path / ".out.gguf.part", out):
         with subprocess.Popen(command, cwd=built, stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        if out.exists():
-            assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
-            out.unlink()
+            while not sign.exists() and process.poll() is None:
+                time.sleep(0.001)
+            process.kill()
+        assert sign == out or not out.exists(), sign
+    assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
+    out.unlink()
+    (tmp_path / ".out.gguf.part").write_bytes(b"left behind")
+    scratch.mkdir(exist_ok=True)
+    (scratch / "part.gguf").write_bytes(b"left behind")
     assert subprocess.run(command, cwd=built, capture_output=True).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "plan.json"]

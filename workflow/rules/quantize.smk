@@ -2,7 +2,8 @@
 # Needs: what conversion made, and llama-quantize.
 # Makes: results/<model>/work/quantized/<variant>.gguf; imatrix/<text>.gguf, an importance matrix; trunk/<type>.gguf, a head-less
 # base to inject into; draft/<type>.gguf, the head as a draft model of its own; beside each quantization its digests, and under
-# manifests/ where each of its tensors can be found; of a long one pieces/ first.
+# manifests/ where each of its tensors can be found, with what nobody else keeps: pieces of what is not finished, and a second name
+# of what is not verified.
 
 
 rule recipe:
@@ -61,7 +62,6 @@ checkpoint plan:
         "logs/{model}/plan-{kind}-{name}.log",
     wildcard_constraints:
         kind="quantized|trunk|draft",
-        name="[^/]+",
     conda:
         "../../envs/run.yaml"
     params:
@@ -74,6 +74,7 @@ checkpoint plan:
         " --digests {input.digests:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
+# What is made is no output, here and below: Snakemake would delete it before what it has can be used again.
 rule piece:
     input:
         code=code("quantize.py"),
@@ -81,15 +82,13 @@ rule piece:
         source=ancient(build.planned_source),
         imatrix=ancient(build.planned_imatrix_if_any),
     output:
-        file=temp("results/{model}/work/pieces/{kind}/{name}/{piece}-of-{pieces}.gguf"),
-        manifest="results/{model}/work/manifests/pieces/{kind}/{name}/{piece}-of-{pieces}.json",
+        digests="results/{model}/work/pieces/{kind}/{name}/{piece}-of-{pieces}.json",
     log:
         "logs/{model}/piece-{kind}-{name}-{piece}-of-{pieces}.log",
     benchmark:
         "benchmarks/{model}/piece-{kind}-{name}-{piece}-of-{pieces}.jsonl"
     wildcard_constraints:
         kind="quantized|trunk|draft",
-        name="[^/]+",
         piece="[0-9]+",
         pieces="[0-9]+",
     conda:
@@ -97,23 +96,22 @@ rule piece:
     threads: 64
     params:
         imatrix=build.planned_imatrix_option,
+        made="results/{model}/work/manifests/pieces/{kind}/{name}/{piece}-of-{pieces}",
     message:
         "{wildcards.model}: quantize {wildcards.name} ({wildcards.kind}), piece {wildcards.piece} of {wildcards.pieces}"
     shell:
         "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
         " --piece {wildcards.piece}/{wildcards.pieces} --reuse results --threads {threads} --log {log:q}"
-        " --manifest {output.manifest:q} --out {output.file:q}"
+        " --digests {output.digests:q} --manifest {params.made:q}.json --out {params.made:q}.gguf"
 
 
-# The manifest is no output: Snakemake would delete it before what it says can be used again.
 rule quantize:
     input:
         code=code("quantize.py"),
         plan="results/{model}/work/plans/{kind}/{name}.json",
         source=ancient(build.planned_source),
         imatrix=ancient(build.planned_imatrix_if_any),
-        pieces=ancient(build.pieces),
-        made=build.piece_manifests,
+        pieces=build.pieces,
     output:
         file=temp("results/{model}/work/{kind}/{name}.gguf"),
         digests="results/{model}/work/{kind}/{name}.json",
@@ -123,7 +121,6 @@ rule quantize:
         "benchmarks/{model}/{kind}-{name}.jsonl"
     wildcard_constraints:
         kind="quantized|trunk|draft",
-        name="[^/]+",
     conda:
         "../../envs/run.yaml"
     threads: 64
@@ -131,9 +128,10 @@ rule quantize:
         imatrix=build.planned_imatrix_option,
         also=build.planned_name_option,
         manifest="results/{model}/work/manifests/{kind}/{name}.json",
+        pieces="results/{model}/work/manifests/pieces/{kind}/{name}",
     message:
         "{wildcards.model}: quantize {wildcards.name} ({wildcards.kind})"
     shell:
         "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
         " --reuse results --manifest {params.manifest:q} {params.also} --threads {threads} --log {log:q}"
-        " --digests {output.digests:q} --out {output.file:q}"
+        " --digests {output.digests:q} --out {output.file:q} && rm -rf {params.pieces:q}"

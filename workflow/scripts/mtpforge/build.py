@@ -25,9 +25,9 @@ from .quantize import NO_HEAD, check_pattern, default_head, read_head
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
 HUB = "resources/hub/{repo}/{revision}"
-PIECE_SECONDS = 3600
-"""CPU seconds of a piece: what a kill can cost, and a machine more can take. A piece of a 35B model takes a minute to be cut."""
-MOST_PIECES = 99
+PIECE_SECONDS = 24 * 3600
+"""CPU seconds of a piece where nothing is configured: an hour and a half on 16 cores, which is what a kill may cost. Shorter work
+is not cut: that copies source and result once more, of most types more than a tenth of the time on so many cores."""
 
 
 class Wildcards(Protocol):
@@ -207,7 +207,7 @@ class Build:
     def about(self, wildcards: Wildcards) -> str:
         """A model's part of the configuration that its card tells, as JSON."""
         entry = self.models[wildcards.model]
-        part = {key: entry[key] for key in (*_OF_BUILD, "publish", "variants") if key in entry}
+        part = {key: entry[key] for key in (*_OF_BUILD, "publish") if key in entry} | {"variants": _as_made(entry["variants"])}
         return json.dumps({"name": self.base_name(wildcards.model), **_without_folders(part)})
 
     def parameters(self, wildcards: Wildcards) -> str:
@@ -216,7 +216,7 @@ class Build:
         part = {key: entry[key] for key in _OF_BUILD if key in entry}
         variant = self._variant_of(wildcards)
         if variant is not None:
-            part["variants"] = {variant: entry["variants"][variant]}
+            part["variants"] = _as_made({variant: entry["variants"][variant]})
         else:
             part |= {key: entry[key] for key in ("sidecar", "mmproj") if key in entry}
         return json.dumps(_without_folders(part))
@@ -251,13 +251,8 @@ class Build:
     def programs(self, wildcards: Wildcards) -> list[str]:
         """The programs that make a model's files, with all modules that they import."""
         converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
-        return sorted(
-            {
-                path
-                for program in (*converters, "quantize_plan.py", "quantize.py", "inject.py", "verify.py")
-                for path in code(program)
-            }
-        )
+        all_of_them = (*converters, "quantize_plan.py", "quantize.py", "inject.py", "verify.py")
+        return sorted({path for program in all_of_them for path in code(program)})
 
     def _needs_upstream(self, wildcards: Wildcards) -> bool:
         return bool(self.models[wildcards.model]["mmproj"]) or not self._is_ours(wildcards)
@@ -272,12 +267,13 @@ class Build:
         return str(source["repo"].split("/")[1] if "repo" in source else Path(source["path"]).name)
 
     def names(self) -> dict[str, list[str]]:
-        """All values that the wildcards `model`, `base` and `variant` can have."""
+        """All values that the wildcards `model`, `base`, `variant` and `name` can have."""
         variants = {variant for model in self.models.values() for variant in model["variants"]}
         return {
             "model": list(self.models),
             "base": sorted({self.base_name(model) for model in self.models}),
             "variant": sorted(variants),
+            "name": sorted(variants | quant_types.FILE_TYPES.keys()),
         }
 
     def models_of(self, converter: str) -> str:
@@ -409,32 +405,27 @@ class Build:
         return shlex.join([*options, *(word for path in self.planned_recipe_if_any(wildcards) for word in ("--tensors", path))])
 
     def planned_name_option(self, wildcards: Wildcards) -> str:
-        """Where a variant can lie once it is verified, in one file or several, as an option of quantize.py."""
+        """Where it can lie once it is verified, in one file or several, and until then, as options of quantize.py."""
+        model, stem = wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.name}"
         if self._variant(wildcards) is None:
-            return ""
-        stem = f"{self.base_name(wildcards.model)}-{wildcards.name}"
-        return shlex.join(["--also", *(_output(wildcards.model, stem, split)[0] for split in (False, True))])
+            return shlex.join(["--also", _output(model, f"mtp-{stem}")[0]]) if wildcards.kind == "draft" else ""
+        kept = f"{WORK.format(model=model)}/manifests/quantized/{wildcards.name}.gguf"
+        return shlex.join(["--also", *(_output(model, stem, split)[0] for split in (False, True)), "--keep", kept])
 
     def pieces(self, wildcards: Wildcards) -> list[str]:
-        """The pieces that it is made of; none where it is made in one go."""
-        return [f"{WORK.format(model=wildcards.model)}/pieces/{piece}.gguf" for piece in self._pieces(wildcards)]
+        """The digests of the pieces that it is made of; none where it is made in one go.
 
-    def piece_manifests(self, wildcards: Wildcards) -> list[str]:
-        """Their manifests."""
-        return [f"{WORK.format(model=wildcards.model)}/manifests/pieces/{piece}.json" for piece in self._pieces(wildcards)]
-
-    def _pieces(self, wildcards: Wildcards) -> list[str]:
-        """`kind/name/I-of-N`. Without `pieces`, by the cost; not by a machine's cores: the same work has the same jobs anywhere."""
+        Not by a machine's cores: the same work has the same jobs anywhere. Of the head alone there are none.
+        """
         model, variant = self.models[wildcards.model], self._variant(wildcards)
         entry = self.entry(variant) if variant else {}
-        count = entry.get("pieces", model.get("pieces"))
+        count = 1 if wildcards.kind == "draft" else entry.get("pieces", model.get("pieces"))
         if count is None:
-            kind = quant_types.usual(self.file_type(variant) if variant else wildcards.name)
-            share = 0.1 if wildcards.kind == "draft" else 1.0
-            seconds = share * self._weights(wildcards.model) / 1e9 * quant_types.SECONDS[kind]
-            count = max(1, min(MOST_PIECES, round(seconds / PIECE_SECONDS)))
-        names = [f"{wildcards.kind}/{wildcards.name}/{number}-of-{count}" for number in range(1, count + 1)]
-        return names if count > 1 else []
+            types = [quant_types.usual(self.file_type(variant) if variant else wildcards.name), *entry.get("tensors", {}).values()]
+            slowest = max(quant_types.SECONDS[kind] for kind in types)
+            count = max(1, round(self._weights(wildcards.model) / 1e9 * slowest / PIECE_SECONDS))
+        folder = f"{WORK.format(model=wildcards.model)}/pieces/{wildcards.kind}/{wildcards.name}"
+        return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)] if count > 1 else []
 
     def _weights(self, model: str) -> float:
         """About how many weights a checkpoint has, by the size of its shards as if all were BF16."""
@@ -676,8 +667,12 @@ def _without_folders(value: Any) -> Any:
         key: Path(entry).name if key in ("path", "text", "prompts") else _without_folders(entry)
         for key, entry in value.items()
         if not (key == "path" and "text" in value)  # what is computed from a text here
-        and key != "pieces"  # does not change what comes out
     }
+
+
+def _as_made(variants: Mapping[str, Any]) -> dict[str, Any]:
+    """The variants without what changes nothing in the files."""
+    return {name: {key: value for key, value in entry.items() if key != "pieces"} for name, entry in variants.items()}
 
 
 def _place(file: Mapping[str, Any]) -> str:

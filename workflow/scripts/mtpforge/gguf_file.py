@@ -321,7 +321,11 @@ def header_range(source: Gguf) -> FileRange:
 def digests(path: Path, threads: int | None = None) -> dict[str, str]:
     """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
     opened = read(path)
-    pieces = {"header": header_range(opened), **opened.ranges}
+    return hashes({"header": header_range(opened), **opened.ranges}, threads)
+
+
+def hashes(pieces: Mapping[str, FileRange], threads: int | None = None) -> dict[str, str]:
+    """The sha256 of each range."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 
@@ -345,16 +349,13 @@ def fill(
     metadata: Mapping[str, Value],
     tensors: Sequence[tuple[TensorInfo, Payload]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    keep: bool = True,
 ) -> None:
-    """The same in place, for a name that is temporary already; without `keep`, of a file that will be gone before it matters
-    whether it is on the disk. Raises GgufError.
-    """
+    """The same in place, for a name that is temporary already. Raises GgufError."""
     first = header(metadata, [info for info, _ in tensors])
     total = sum(aligned(info.size) for info, _ in tensors)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total), keep=keep)
+        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total))
         sink.append([memoryview(first)])
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)

@@ -2,12 +2,14 @@
 
 llama-quantize makes of some tensors the same bytes as of all, where each has its type given explicitly. So they can be made in
 several jobs, be kept over a kill, and be taken from other quantizations. A manifest says which tensors a file has and under which
-key (see `plan`); whatever is taken from a file is hashed once it is copied, and made anew where it is not what the manifest says.
+key (see `plan`); whatever is taken from a file is hashed first, and made anew where it is not what the manifest says.
 """
 
+import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,30 +19,32 @@ from . import atomic, gguf_file, programs, quant_types
 from .checkpoint import read_json
 from .errors import CheckpointError, ConfigError, GgufError
 from .gguf_file import PADDING, Gguf, TensorInfo, squeezed
-from .plan import Plan, matrix_of
+from .plan import Plan, matrix_of, toolchain
 from .quantize import run
-from .ranges import CHUNK, FileRange, sha256
+from .ranges import FileRange, sha256
 
-WORTH = 0.1
-"""The least share of the work, by its cost, that other files must have done for a file to be assembled from parts: its bytes are
-then written twice, and those of the source too."""
+WORTH, COPIES = 0.1, 3.0
+"""A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
+what copying the rest takes: the source of the rest, and all of the result, are written twice."""
 
 MANIFESTS = "**/manifests/**/*.json"
+_PIECES = "/manifests/pieces/"
 
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that is finished: where its bytes lie, and the sha256 that they should have."""
+    """A tensor that is finished: where its bytes lie, the sha256 that they should have, and what the file is called."""
 
     piece: FileRange
     digest: str
+    path: Path
 
 
 @dataclass(frozen=True)
 class Work:
     """A planned quantization of `source`, to be done in one go or in pieces; `say` gets what is worth a line.
 
-    Raises GgufError for a source that the plan is not for, ConfigError for another importance matrix.
+    Raises GgufError for a source that the plan is not for, ConfigError for another importance matrix or toolchain.
     """
 
     plan: Plan
@@ -56,52 +60,65 @@ class Work:
         if matrix_of(self.imatrix) != (self.plan.imatrix, self.plan.imatrix_sha256):
             wanted = f"{self.plan.imatrix} ({self.plan.imatrix_sha256})" if self.plan.imatrix else "none"
             raise ConfigError(f"the plan is for the importance matrix {wanted}, given is {self.imatrix}")
+        if toolchain(self.bin_dir) != self.plan.toolchain:
+            raise ConfigError(f"the plan is for another llama-quantize than that in {self.bin_dir}: make the plan again")
 
     # ── what is made ──
 
     def whole(self, out: Path, reuse: Path | None = None) -> dict[str, str]:
         """Write all of it to `out`, with tensors of finished files under `reuse`; its digests, as `gguf_file.digests` has them."""
-        made = self.find(reuse) if reuse else {}
-        if self._cost(made) < WORTH * self._cost(self.plan.tensors):
-            made = {}
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
+            made = self._sound(self._worth(self.find(reuse, scratch))) if reuse else {}
+            fresh = None
             if made:
-                self._assemble(made, temporary, scratch)
-            else:
-                self._quantize(self.source.path, temporary)
-            digests = gguf_file.digests(temporary, self.threads or None)
-            if damaged := [name for name, tensor in made.items() if digests[name] != tensor.digest]:
-                digests |= self._repair(temporary, damaged, made, scratch)
-            self._report({name: tensor for name, tensor in made.items() if name not in damaged}, self.plan.tensors)
-        return digests
+                fresh = self._assemble(made, temporary, scratch)
+            if fresh is None:
+                made, fresh = {}, self._quantize(self.source, temporary)
+            self._report(made, self.plan.tensors)
+            to_hash = {name: piece for name, piece in fresh.ranges.items() if name not in made}
+            to_hash["header"] = gguf_file.header_range(gguf_file.read(temporary))
+            found = gguf_file.hashes(to_hash, self.threads or None) | {name: tensor.digest for name, tensor in made.items()}
+            return {name: found[name] for name in ("header", *self.plan.tensors)}
 
     def piece(self, out: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
-        """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of what it got."""
-        names, made = cut(self.plan, self.source, count)[number - 1], self.find(reuse) if reuse else {}
+        """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of what it got.
+
+        What `out` has already, of this piece or, as it was cut before, of another, stays in it.
+        """
+        names = cut(self.plan, self.source, count)[number - 1]
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
-            if rest := [name for name in names if name not in made]:
+            made = self.find(reuse, scratch) if reuse else {}
+            own = {name: tensor for name, tensor in made.items() if tensor.path.resolve() == out.resolve()}
+            kept = self._sound(own)
+            made = {name: tensor for name, tensor in made.items() if name in kept or name not in own}
+            rest = [name for name in names if name not in made]
+            if rest and not kept:
                 self._some(rest, temporary, scratch)
             else:
-                gguf_file.fill(temporary, {}, [])
+                fresh = gguf_file.contents(self._some(rest, scratch / "rest.gguf", scratch)) if rest else []
+                gguf_file.fill(temporary, {}, [*((self._info(name), [tensor.piece]) for name, tensor in kept.items()), *fresh])
             self._report({name: made[name] for name in names if name in made}, names)
             return gguf_file.digests(temporary, self.threads or None)
 
-    def find(self, folder: Path) -> dict[str, Made]:
-        """Of each tensor that some file under `folder` has, by the manifest of that file, where it is."""
+    def find(self, folder: Path, scratch: Path) -> dict[str, Made]:
+        """Of each tensor that some file under `folder` has, by the manifest of that file, where it is.
+
+        The files get second names in `scratch`, by which they can be read until that is gone, whoever renames or deletes them.
+        """
         keys, found = self.plan.keys(), dict[str, Made]()
         for manifest in sorted(folder.glob(MANIFESTS)):
             files, known = _read_manifest(manifest)
-            wanted = {name: known[key] for name, key in keys.items() if key in known}
+            wanted = {name: known[key] for name, key in keys.items() if key in known and name not in found}
             for path in _present(files):
                 if wanted.keys() <= found.keys():
                     break
                 try:
-                    opened = gguf_file.read(path)
-                except (GgufError, OSError):  # of another kind by now
+                    opened = gguf_file.read(_held(path, scratch))
+                except (GgufError, OSError):  # gone, or of another kind by now
                     continue
                 for name, (own, digest) in wanted.items():
                     if name not in found and own in opened.tensors and _same(opened.tensors[own], self._info(name)):
-                        found[name] = Made(opened.ranges[own], digest)
+                        found[name] = Made(opened.ranges[own], digest, path)
         return found
 
     # ── how ──
@@ -111,23 +128,26 @@ class Work:
         info, kind = self.source.tensors[name], GGMLQuantizationType[self.plan.tensors[name].type]
         return replace(info, shape=squeezed(info.shape), type=kind)
 
-    def _quantize(self, source: Path, out: Path) -> Gguf:
+    def _quantize(self, source: Gguf, out: Path) -> Gguf:
         return run(source, out, self.plan.types(), self.plan.file_type, self.imatrix, self.threads, self.bin_dir, self.log)
 
     def _some(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         """Quantize these tensors to `out`, in place, from a part of the source that shares its blocks where it can."""
         wanted, part = set(names), scratch / "part.gguf"
         if wanted == self.source.tensors.keys():
-            return self._quantize(self.source.path, out)
+            return self._quantize(self.source, out)
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
         tensors = gguf_file.contents(kept)
-        gguf_file.fill(part, gguf_file.padded(self.source.metadata, tensors, kept), tensors, keep=False)
-        made = self._quantize(part, out)
+        gguf_file.fill(part, gguf_file.padded(self.source.metadata, tensors, kept), tensors)
+        made = self._quantize(gguf_file.read(part), out)
         part.unlink()
         return made
 
-    def _assemble(self, made: Mapping[str, Made], out: Path, scratch: Path) -> None:
-        """Write the whole, in place. Its metadata is llama-quantize's own, so that program runs where all tensors are made too."""
+    def _assemble(self, made: Mapping[str, Made], out: Path, scratch: Path) -> Gguf | None:
+        """Write the whole, in place; what was quantized for it, or None where what is reused cannot be read any more.
+
+        Its metadata is llama-quantize's own, so that program runs where all tensors are made too.
+        """
         smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
         rest = [name for name in self.plan.tensors if name not in made] or [smallest]
         fresh = self._some(rest, scratch / "rest.gguf", scratch)
@@ -135,28 +155,54 @@ class Work:
         if PADDING not in self.source.metadata:
             metadata.pop(PADDING, None)
         tensors = [(self._info(name), [made[name].piece if name in made else fresh.ranges[name]]) for name in self.plan.tensors]
-        gguf_file.fill(out, metadata, tensors)
+        try:
+            gguf_file.fill(out, metadata, tensors)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.say(f"warning: {_named(made)}: cannot be read any more ({error.strerror}): all is quantized anew")
+            return None
+        return fresh
 
-    def _repair(self, out: Path, damaged: Sequence[str], made: Mapping[str, Made], scratch: Path) -> dict[str, str]:
-        """Make these tensors of the file anew, in their place; their digests."""
-        files = ", ".join(sorted({str(made[name].piece.path) for name in damaged}))
-        self.say(f"warning: {damaged[0]} and {len(damaged) - 1} more are not what the manifest of {files} says: quantized anew")
-        fresh, places = self._some(damaged, scratch / "repaired.gguf", scratch), gguf_file.read(out).ranges
-        for name in damaged:
-            _overwrite(places[name], fresh.ranges[name])
-        return {name: sha256(fresh.ranges[name]) for name in damaged}
+    def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
+        """All of it, or nothing where that costs more than it saves."""
+        rest = [name for name in self.plan.tensors if name not in made]
+        copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
+        return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
+
+    def _sound(self, made: dict[str, Made]) -> dict[str, Made]:
+        """Those whose bytes are what the manifest says; of others a warning."""
+
+        def is_sound(tensor: Made) -> bool:
+            try:
+                return sha256(tensor.piece) == tensor.digest
+            except OSError:
+                return False
+
+        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
+            damaged = [name for name, sound in zip(made, pool.map(is_sound, made.values()), strict=True) if not sound]
+        if damaged:
+            files = _named({name: made[name] for name in damaged})
+            self.say(f"warning: {damaged[0]} and {len(damaged) - 1} more are not what the manifest of {files} says: quantized anew")
+        return {name: tensor for name, tensor in made.items() if name not in damaged}
 
     def _cost(self, names: Iterable[str]) -> float:
         return sum(cost(self.plan, self.source, name) for name in names)
 
     def _report(self, made: Mapping[str, Made], of: Iterable[str]) -> None:
-        names, reused = list(of), sum(tensor.piece.size for tensor in made.values())
-        files = ", ".join(sorted({str(tensor.piece.path) for tensor in made.values()})) or "nothing"
-        line = f"reused {reused:,} bytes ({len(made)} of {len(names)} tensors) from {files}; quantized {len(names) - len(made)}"
+        names = list(of)
+        reused = {name: tensor for name, tensor in made.items() if _PIECES not in tensor.path.as_posix()}
+        size, pieces = sum(tensor.piece.size for tensor in reused.values()), len(made) - len(reused)
+        line = f"reused {size:,} bytes ({len(reused)} of {len(names)} tensors) from {_named(reused) or 'nothing'}; "
+        line += (f"{pieces} from pieces; " if pieces else "") + f"quantized {len(names) - len(made)}"
         self.say(line)
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
+
+
+def _named(made: Mapping[str, Made]) -> str:
+    return ", ".join(sorted({str(tensor.path) for tensor in made.values()}))
 
 
 def cost(plan: Plan, source: Gguf, name: str) -> float:
@@ -197,16 +243,27 @@ def _read_manifest(path: Path) -> tuple[list[Path], dict[str, tuple[str, str]]]:
 def _present(files: Iterable[Path]) -> Iterator[Path]:
     """Those that are there, of a folder all GGUFs in it."""
     for file in files:
-        yield from sorted(file.glob("*.gguf")) if file.is_dir() else [file] if file.exists() else []
+        try:
+            inside = sorted(file.glob("*.gguf")) if file.is_dir() else [file]
+            yield from [path for path in inside if path.is_file()]
+        except (OSError, ValueError):  # a name that cannot be, a folder that may not be read
+            continue
+
+
+def _held(path: Path, scratch: Path) -> Path:
+    """A second name of a file; where the file system has none, the first. Raises OSError where the file is gone."""
+    path = path.resolve()
+    about = path.stat()
+    held = scratch / f"{about.st_dev}-{about.st_ino}.gguf"
+    if not held.exists():
+        try:
+            os.link(path, held)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return path
+    return held
 
 
 def _same(found: TensorInfo, wanted: TensorInfo) -> bool:
     return (found.type, squeezed(found.shape)) == (wanted.type, wanted.shape)
-
-
-def _overwrite(place: FileRange, fresh: FileRange) -> None:
-    with place.path.open("r+b") as file, fresh.path.open("rb") as source:
-        file.seek(place.offset)
-        source.seek(fresh.offset)
-        for start in range(0, fresh.size, CHUNK):
-            file.write(source.read(min(CHUNK, fresh.size - start)))

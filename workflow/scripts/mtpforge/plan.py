@@ -19,6 +19,9 @@ from .errors import GgufError
 from .gguf_file import Gguf, header_range, squeezed
 from .ranges import FileRange, sha256
 
+SMALL = 1 << 20
+"""Bytes of a tensor that is read to tell whether a plan is for a file."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -55,10 +58,16 @@ class Plan:
         return {name: _digest([self.toolchain, *vars(tensor).values()]) for name, tensor in self.tensors.items()}
 
     def check(self, source: Gguf) -> None:
-        """Raise GgufError where the plan is for another file than `source`."""
+        """Raise GgufError where the plan is for another file than `source`; of large tensors only the form is compared.
+
+        Two checkpoints of one model can have the same metadata, but their norms differ.
+        """
         forms = {name: tensor.form for name, tensor in self.tensors.items()}
         if forms != {name: form(source, name) for name in source.tensors} or sha256(header_range(source)) != self.header:
             raise GgufError(f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again")
+        for name, piece in source.ranges.items():
+            if piece.size <= SMALL and sha256(piece) != self.tensors[name].source:
+                raise GgufError(f"{source.path}: has another {name} than what the plan is for: make the plan again")
 
     def write(self, path: Path) -> None:
         """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""

@@ -7,6 +7,7 @@ count. The program writes its output in place, so it is given a temporary name.
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +35,11 @@ def quantize(
     The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
     ToolchainError where the program fails.
     """
-    types = choose(gguf_file.read(source), file_type, head, recipe, imatrix, bin_dir, log)
+    opened = gguf_file.read(source)
+    types = choose(opened, file_type, head, recipe, imatrix, bin_dir, log)
     if out:
         with replacing(out) as temporary:
-            run(source, temporary, types, file_type, imatrix, threads, bin_dir, log)
+            run(opened, temporary, types, file_type, imatrix, threads, bin_dir, log)
 
 
 def choose(
@@ -51,9 +53,9 @@ def choose(
     overrides = plan_overrides(source, file_type, head, recipe)
     rows = read_imatrix(imatrix) if imatrix else {}
     with _prepared(bin_dir, imatrix) as (command, place):
-        default = _dry_run(command, source, file_type, place)
-        command += [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
-        chosen = _dry_run(command, source, file_type, place) if overrides else default
+        options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
+        with ThreadPoolExecutor(2) as pool:
+            default, chosen = pool.map(lambda more: _dry_run([*command, *more], source, file_type, place), ([], options))
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if log:
@@ -63,26 +65,23 @@ def choose(
 
 
 def run(
-    source: Path, out: Path, types: mixture.Types, file_type: str, imatrix: Path | None = None,
+    source: Gguf, out: Path, types: mixture.Types, file_type: str, imatrix: Path | None = None,
     threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> Gguf:  # fmt: skip
     """Let llama-quantize write `out`, in place: the tensors of `source`, which may be some of a model's, at `types`.
 
     Each type is given explicitly, because the usual ones depend on which other tensors there are. Raises ToolchainError.
     """
-    opened = gguf_file.read(source)
-    wanted = {name: kind for name, kind in types.items() if name in opened.tensors}
+    wanted = {name: kind for name, kind in types.items() if name in source.tensors}
     with _prepared(bin_dir, imatrix) as (command, place):
         lines = [rf"^{re.escape(name)}$={kind.name.lower()}" for name, kind in wanted.items()]
         (place / "types.txt").write_text("\n".join(lines), encoding="utf-8")
         command += ["--tensor-type-file", place / "types.txt"]
-        if _dry_run(command, opened, file_type, place) != wanted:
-            raise ToolchainError(f"{source}: llama-quantize would make other types than it is told: is it of another version?")
-        command += [source.resolve(), out.resolve(), file_type, *([str(threads)] if threads else [])]
+        command += [source.path.resolve(), out.resolve(), file_type, *([str(threads)] if threads else [])]
         programs.call(command, log, cwd=place, append=True)
     written = gguf_file.read(out)  # whatever it wrote must at least be whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
-        raise ToolchainError(f"{out}: llama-quantize made other types than its --dry-run had said")
+        raise ToolchainError(f"{out}: llama-quantize made other types than it was told: is it of another version?")
     return written
 
 

@@ -36,12 +36,9 @@ class Sink:
     Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
     """
 
-    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0, keep: bool = True) -> None:
-        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step.
-
-        Of a file that is not to be kept no writing is started: it may be gone before the system gets to it.
-        """
-        self.descriptor, self.size, self._started, self._grown, self._keep = descriptor, size, size, grown, keep
+    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0) -> None:
+        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step."""
+        self.descriptor, self.size, self._started, self._grown = descriptor, size, size, grown
 
     def append(self, payload: Payload) -> int:
         """Write all of `payload` at the end; the number of bytes written. Raises OSError."""
@@ -56,7 +53,7 @@ class Sink:
     def _grow(self, count: int) -> None:
         self.size += count
         self._grown(self.size)
-        if self._keep and self.size - self._started >= CHUNK and hasattr(os, "posix_fadvise"):
+        if self.size - self._started >= CHUNK and hasattr(os, "posix_fadvise"):
             # Pages that are still to be written stay in memory; Linux only begins to write them.
             os.posix_fadvise(self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED)
             self._started = self.size
