@@ -50,29 +50,45 @@ def plain(source: Gguf, out: Path, kind: str, head: str, recipe: Recipe, matrix:
     return out.read_bytes()
 
 
-def work(source: Gguf, kind: str, head: str, recipe: Recipe = (), matrix: Path | None = None) -> Work:
+def work(
+    source: Gguf, kind: str, head: str, recipe: Recipe = (), matrix: Path | None = None, said: list[str] | None = None
+) -> Work:  # fmt: skip
     types = choose(source, kind, head, recipe, matrix, BIN)
     made = plan.make(source, gguf_file.digests(source.path), types, kind, matrix, BIN)
-    return Work(made, source, matrix, 2, BIN, say=lambda line: None)
+    return Work(made, source, matrix, 2, BIN, say=(said if said is not None else []).append)
 
 
-def in_pieces(job: Work, folder: Path, count: int) -> bytes:
+def in_pieces(job: Work, folder: Path, count: int, said: list[str]) -> bytes:
+    """The whole that is put together from so many pieces, each of which has its part of the tensors and no more."""
+    held: list[str] = []
     for number in range(1, count + 1):
-        out = folder / f"{number}.gguf"
+        out = folder / f"manifests/pieces/{number}.gguf"
         digests = job.piece(out, number, count, folder)
-        pieces.write_manifest(folder / f"manifests/{number}.json", job.plan, digests, [out])
+        held += gguf_file.read(out).tensors
+        assert digests == gguf_file.digests(out)
+        pieces.write_manifest(out.with_suffix(".json"), job.plan, digests, [out])
+    assert sorted(held) == sorted(job.source.tensors)
     whole = folder / "whole.gguf"
     assert job.whole(whole, folder) == gguf_file.digests(whole)
+    count = len(job.source.tensors)
+    assert said[-1] == f"reused 0 bytes (0 of {count} tensors) from nothing; {count} from pieces; quantized 0"
+    assert not [line for line in said if line.startswith("warning:")]
     return whole.read_bytes()
 
 
+CROSSED = "Q4_K_M"
+
+
 def cases() -> Iterator[tuple[str, str, bool, bool]]:
+    """Dense and experts in every type, with an importance matrix and without where that can be; in one type, each with a recipe
+    and without, in the others with one or the other.
+    """
     for model in MODELS:
         for kind in quant_types.FILE_TYPES:
             for with_matrix in (False, True):
                 if with_matrix or kind not in quant_types.NEED_IMATRIX:
-                    # Both at once for half of them: what a recipe does does not depend on the type.
-                    yield model, kind, with_matrix, kind not in quant_types.UNQUANTIZED and (with_matrix == (model == MODELS[0]))
+                    usual = kind not in quant_types.UNQUANTIZED and with_matrix == (model == MODELS[0])
+                    yield from ((model, kind, with_matrix, each) for each in ((False, True) if kind == CROSSED else (usual,)))
 
 
 @pytest.mark.parametrize(("model", "kind", "with_matrix", "with_recipe"), list(cases()))
@@ -82,11 +98,12 @@ def test_the_same_bytes_as_one_run(
     source, recipe, matrix = sources[model], RECIPE if with_recipe else (), matrices[model] if with_matrix else None
     head = "Q8_0" if kind not in quant_types.UNQUANTIZED else kind
     expected = plain(source, tmp_path / "plain.gguf", kind, head, recipe, matrix)
-    job = work(source, kind, head, recipe, matrix)
+    said = list[str]()
+    job = work(source, kind, head, recipe, matrix, said)
     assert job.whole(tmp_path / "one.gguf") and (tmp_path / "one.gguf").read_bytes() == expected
-    for count in (2, 3, 7) if with_matrix == (kind in quant_types.NEED_IMATRIX) else (3,):
+    for count in (1, 2, 3, 7):
         (tmp_path / str(count)).mkdir()
-        assert in_pieces(job, tmp_path / str(count), count) == expected, count
+        assert in_pieces(job, tmp_path / str(count), count, said) == expected, count
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -95,8 +112,7 @@ def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(built:
     """Q4_K_M after Q4_K_S costs what differs, and the trunk without a head then nothing."""
     source, said = source_of(built, model), list[str]()
     for kind in ("Q4_K_S", "Q4_K_M"):
-        job = work(source, kind, "Q8_0")
-        job = Work(job.plan, source, None, 2, BIN, say=said.append)
+        job = work(source, kind, "Q8_0", said=said)
         out = tmp_path / f"{kind}.gguf"
         pieces.write_manifest(tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out])
     first, second = (gguf_file.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M"))
@@ -107,7 +123,7 @@ def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(built:
     assert (tmp_path / "Q4_K_M.gguf").read_bytes() == plain(source, tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", (), None)
     (tmp_path / "trunk").mkdir()
     trunk = gguf_file.read(built / f"results/{model}/work/convert/trunk.gguf")
-    job = Work(work(trunk, "Q4_K_M", "Q8_0").plan, trunk, None, 2, BIN, say=said.append)
+    job = work(trunk, "Q4_K_M", "Q8_0", said=said)
     job.whole(tmp_path / "trunk/out.gguf", tmp_path)
     assert int(said[2].rsplit(" ", 1)[1]) < len(trunk.tensors) / 4
     assert (tmp_path / "trunk/out.gguf").read_bytes() == (built / f"results/{model}/work/trunk/Q4_K_M.gguf").read_bytes()

@@ -311,7 +311,9 @@ def test_a_manifest_that_cannot_be_stops_nothing(built: Path, made: Plan, tmp_pa
     os.mkfifo(tmp_path / "manifests/fifo")
     entries = [[name, key, "0"] for name, key in made.keys().items()]
     (tmp_path / "manifests/bad.json").write_text(json.dumps({"files": [name], "tensors": entries}))
-    assert work(built, made).find(tmp_path, tmp_path) == {}
+    said = list[str]()
+    assert work(built, made, said).whole(tmp_path / "b.gguf", tmp_path).keys() == {"header", *made.tensors}
+    assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; quantized {len(made.tensors)}"]
 
 
 def test_what_a_manifest_does_not_say_yet_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:
