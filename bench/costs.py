@@ -1,6 +1,7 @@
 """CPU seconds that llama-quantize takes for 10^9 weights of each tensor type: the table SECONDS of mtpforge.quant_types.
 
-One matrix of random weights, on one thread, with an importance matrix where the type needs one; what a copy costs is not taken off.
+One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a small matrix takes,
+because the tables of some types take seconds to make. What a copy costs is not taken off.
 
 example: costs.py --out results/bench/costs.json
 """
@@ -18,19 +19,19 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge import gguf_file, quant_types
 from mtpforge.gguf_file import TensorInfo, Value
 
-ROWS, COLUMNS = 8192, 2048
+ROWS, FEW, COLUMNS = 8192, 64, 2048
 NAME = "blk.0.ffn_up.weight"
 
 
-def write_source(path: Path) -> None:
+def write_source(path: Path, rows: int) -> None:
     """A model of one matrix, that llama-quantize takes."""
-    keys = {"block_count": 1, "context_length": 512, "embedding_length": COLUMNS, "feed_forward_length": ROWS}
+    keys = {"block_count": 1, "context_length": 512, "embedding_length": COLUMNS, "feed_forward_length": rows}
     keys |= {"attention.head_count": 8, "attention.head_count_kv": 8}
     metadata = {"general.architecture": Value.of("llama", GGUFValueType.STRING)}
     metadata |= {f"llama.{key}": Value.of(number, GGUFValueType.UINT32) for key, number in keys.items()}
     metadata["llama.attention.layer_norm_rms_epsilon"] = Value.of(1e-6, GGUFValueType.FLOAT32)
-    weights = (np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
-    info = TensorInfo(NAME, (ROWS, COLUMNS), GGMLQuantizationType.BF16)
+    weights = (np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
+    info = TensorInfo(NAME, (rows, COLUMNS), GGMLQuantizationType.BF16)
     gguf_file.write(path, metadata, [(info, [memoryview(weights.astype("<u2").tobytes())])])
 
 
@@ -55,14 +56,21 @@ def main() -> None:
     args = parser.parse_args()
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        source, matrix, out = (Path(folder) / name for name in ("source.gguf", "imatrix.gguf", "out.gguf"))
-        write_source(source)
+        matrix, out = Path(folder) / "imatrix.gguf", Path(folder) / "out.gguf"
         write_matrix(matrix)
+        sources = {rows: Path(folder) / f"{rows}.gguf" for rows in (ROWS, FEW)}
+        for rows, source in sources.items():
+            write_source(source, rows)
         for kind in quant_types.TENSOR_TYPES:
             needed = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
-            override = ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}"]
-            cost = cost_of(ROOT / "resources/toolchain/bin/llama-quantize", *needed, *override, source, out, "Q8_0", 1)
-            seconds[kind] = round(cost.cpu / (ROWS * COLUMNS) * 1e9, 1)
+            command = [
+                ROOT / "resources/toolchain/bin/llama-quantize",
+                *needed,
+                "--tensor-type",
+                f"^{re.escape(NAME)}$={kind.lower()}",
+            ]
+            many, few = (cost_of(*command, source, out, "Q8_0", 1).cpu for source in sources.values())
+            seconds[kind] = round((many - few) / ((ROWS - FEW) * COLUMNS) * 1e9, 1)
             print(f"{kind}: {seconds[kind]}", file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(seconds, indent=1) + "\n")
