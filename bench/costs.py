@@ -62,14 +62,10 @@ def main() -> None:
         for rows, source in sources.items():
             write_source(source, rows)
         for kind in quant_types.TENSOR_TYPES:
-            needed = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
-            command = [
-                ROOT / "resources/toolchain/bin/llama-quantize",
-                *needed,
-                "--tensor-type",
-                f"^{re.escape(NAME)}$={kind.lower()}",
-            ]
-            many, few = (cost_of(*command, source, out, "Q8_0", 1).cpu for source in sources.values())
+            options = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
+            options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}"]
+            program = ROOT / "resources/toolchain/bin/llama-quantize"
+            many, few = (cost_of(program, *options, source, out, "Q8_0", 1).cpu for source in sources.values())
             seconds[kind] = round((many - few) / ((ROWS - FEW) * COLUMNS) * 1e9, 1)
             print(f"{kind}: {seconds[kind]}", file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How fast a quantization is beside one plain llama-quantize run, from nothing, after a changed recipe, and on two workers.
+"""How fast a quantization is beside one plain llama-quantize run, from nothing, after a changed recipe, and in two pieces.
 
 Of a BF16 GGUF of Qwen3.5-2B's shapes as Q4_K_M, with a plan, digests and a manifest, as the workflow makes it; all until on the
 disk. That each result has the bytes of the plain run is checked.
@@ -83,14 +83,16 @@ def seconds(*commands: list[object]) -> float:
     return sum(cost_of(*command).wall for command in commands)
 
 
-def two_workers(bench: Bench) -> float:
-    """Wall clock of a plan, two pieces at the same time with a thread each, and the whole of them."""
+def in_two_pieces(bench: Bench, workers: int, threads: int) -> float:
+    """Wall clock of a plan, of two pieces by so many workers, and of the whole of them, for which the cores are free then."""
     start = time.monotonic()
     cost_of(*bench.plan({}))
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda i: cost_of(*bench.quantize(f"piece{i}", 1, "--piece", f"{i}/2")), (1, 2)))
-    cost_of(*bench.quantize("two", 1))
-    return time.monotonic() - start
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda i: cost_of(*bench.quantize(f"piece{i}", threads, "--piece", f"{i}/2")), (1, 2)))
+    cost_of(*bench.quantize("two", workers * threads))
+    taken = time.monotonic() - start
+    bench.check("two", bench.source.with_name("plain.gguf"))
+    return taken
 
 
 def changed_share(bench: Bench) -> float:
@@ -126,8 +128,8 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
     }
     result["one worker"] = seconds(bench.fresh().plan({}), bench.quantize("one", 1))
     bench.check("one", plain)
-    result["two workers"] = two_workers(bench.fresh())
-    bench.check("two", plain)
+    result["two workers"] = in_two_pieces(bench.fresh(), 2, 1)
+    result["two pieces"] = in_two_pieces(bench.fresh(), 1, threads)
     for path in (plain, changed):
         path.unlink()
     shutil.rmtree(bench.work)
@@ -142,6 +144,8 @@ def table(result: dict[str, Any]) -> str:
         ("from nothing", f"{plain:.1f} s", f"{result['quantize']:.1f} s", f"{result['quantize'] / plain:.3f} × its time"),
         (f"a recipe for {100 * result['share']:.0f}% of the weights changed", f"{full:.1f} s", f"{result['recipe']:.1f} s",
          f"{100 * result['recipe'] / full:.1f}% of its time"),
+        ("in two pieces, one after the other", f"{plain:.1f} s", f"{result['two pieces']:.1f} s",
+         f"{result['two pieces'] / plain:.3f} × its time"),
         ("two workers of one thread each, beside one", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f} × as fast"),
     ]  # fmt: skip
     lines = ["| what | llama-quantize | mtpforge | |", "| --- | ---: | ---: | ---: |"]
