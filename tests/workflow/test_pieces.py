@@ -28,8 +28,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     return made
 
 
-def set_variants(repository: Repository, variants: dict[str, Any]) -> None:
-    repository.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants}}
+def set_variants(repository: Repository, variants: dict[str, Any], **model: Any) -> None:
+    repository.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants, **model}}
     repository.write_config()
 
 
@@ -45,10 +45,23 @@ def log(repository: Repository, name: str) -> str:
     return (repository.path / f"logs/tiny-qwen3.5/{name}.log").read_text().splitlines()[-1]
 
 
+def quantized(repository: Repository, name: str) -> int:
+    """How many tensors a job says that it has quantized."""
+    return int(log(repository, name).rsplit("; quantized ", 1)[1])
+
+
 def test_a_file_in_pieces_is_made_of_them(repository: Repository) -> None:
-    said = [log(repository, f"piece-quantized-mix-{i}-of-3") for i in (1, 2, 3)]
-    assert "; quantized 0" in log(repository, "quantized-mix") and repository.pending() == {}
-    assert all(line.startswith("reused ") for line in said)
+    """And of what the other variant has had by then; the pieces are gone."""
+    in_pieces = sum(quantized(repository, f"piece-quantized-mix-{i}-of-3") for i in (1, 2, 3))
+    line = log(repository, "quantized-mix")
+    assert in_pieces >= 3 and line.endswith(f"; {in_pieces} from pieces; quantized 0") and f"({70 - in_pieces} of 70 " in line, line
+    assert not (repository.path / MODEL / "work/manifests/pieces/quantized/mix").exists() and repository.pending() == {}
+
+
+def test_an_unknown_name_is_no_file_that_can_be_made(repository: Repository) -> None:
+    for name in ("quantized/nothing", "trunk/Q9_K"):
+        done = repository.snakemake("--dry-run", target=f"{MODEL}/work/{name}.gguf")
+        assert done.returncode and "MissingRuleException" in done.stderr and "KeyError" not in done.stderr, done.stderr
 
 
 def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
@@ -76,21 +89,62 @@ def test_a_change_that_changes_no_type_quantizes_nothing(repository: Repository)
     assert repository.pending() == {}
 
 
+def test_a_recipe_that_is_changed_before_anything_was_published_costs_its_tensors(repository: Repository) -> None:
+    """The file that has not passed its verification is still of use, and is no second copy once the next one has."""
+    variant, file = {"type": "IQ4_XS", "tensors": {"attn_qkv": "Q6_K"}}, f"{MODEL}/tiny-qwen3.5-lone.gguf"
+    set_variants(repository, {**VARIANTS, "lone": variant}, min_acceptance=1)
+    done = repository.snakemake(target=file)
+    assert done.returncode and "drafting" in done.stderr and not (repository.path / file).exists(), done.stderr[-3000:]
+    kept = repository.path / MODEL / "work/manifests/quantized/lone.gguf"
+    assert kept.exists()
+    set_variants(repository, {**VARIANTS, "lone": {**variant, "tensors": {"attn_qkv": "Q5_0"}}})
+    done = repository.snakemake(target=file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = log(repository, "quantized-lone")
+    assert "67 of 70 tensors" in line and line.endswith("; quantized 3"), line
+    assert (repository.path / file).exists() and not kept.exists()
+
+
+def test_a_recipe_that_is_changed_between_two_pieces_costs_its_tensors(repository: Repository) -> None:
+    variant = {"type": "IQ4_NL", "tensors": {"attn_qkv": "Q6_K"}, "pieces": 3}
+    set_variants(repository, {**VARIANTS, "lone": variant})
+    for number in (1, 2):
+        done = repository.snakemake(target=f"{MODEL}/work/pieces/quantized/lone/{number}-of-3.json")
+        assert done.returncode == 0, done.stderr[-3000:]
+    before = sum(quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2))
+    set_variants(repository, {**VARIANTS, "lone": {**variant, "tensors": {"attn_qkv": "Q5_1"}}})
+    done = repository.snakemake(target=f"{MODEL}/work/quantized/lone.gguf")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = sum(quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2, 3))
+    assert before > 20 and before + after <= 70 + 3 and quantized(repository, "quantized-lone") == 0
+
+
 def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
-    set_variants(repository, {**VARIANTS, "IQ3_S": {"pieces": 4}})
-    folder = repository.path / MODEL / "work/manifests/pieces/quantized/IQ3_S"
+    set_variants(repository, {"IQ3_S": {"pieces": 4}})
+    work = repository.path / MODEL / "work"
     process = subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--cores", "1", f"{MODEL}/tiny-qwen3.5-IQ3_S.gguf"],
         cwd=repository.path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+
+    def finished() -> list[str]:
+        return sorted(path.stem for path in (work / "pieces/quantized/IQ3_S").glob("*.json"))
+
+    def state(name: str) -> tuple[int, int]:
+        about = (work / f"manifests/pieces/quantized/IQ3_S/{name}.gguf").stat()
+        return about.st_ino, about.st_mtime_ns
+
     deadline = time.monotonic() + 300
-    while len(list(folder.glob("*.json"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+    while len(finished()) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = len(list(folder.glob("*.json")))
-    assert 2 <= finished < 4 and not (repository.path / MODEL / "work/quantized/IQ3_S.gguf").exists()
+    before = {name: state(name) for name in finished()}
+    assert 2 <= len(before) < 4 and not (work / "quantized/IQ3_S.gguf").exists()
     assert repository.snakemake("--unlock").returncode == 0
-    jobs = run(repository, "--until", "quantize")
-    assert jobs["quantize"] >= 1 and jobs["piece"] <= 3 + 4 - finished + 1, jobs  # one may have been in the making
-    assert "; quantized 0" in log(repository, "quantized-IQ3_S")
+    jobs = run(repository, "--until", "piece")
+    again = [name for name in before if state(name) != before[name]]
+    assert len(again) <= 1 and jobs["piece"] == 4 - len(before) + len(again)  # the last may not have been noted as finished
+    assert all(quantized(repository, f"piece-quantized-IQ3_S-{name}") == 0 for name in again)
+    assert run(repository, "--until", "quantize")["quantize"] == 1
+    assert quantized(repository, "quantized-IQ3_S") == 0
