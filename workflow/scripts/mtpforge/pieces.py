@@ -69,9 +69,7 @@ class Work:
         """Write all of it to `out`, with tensors of finished files under `reuse`; its digests, as `gguf_file.digests` has them."""
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
             made = self._sound(self._worth(self.find(reuse, scratch))) if reuse else {}
-            fresh = None
-            if made:
-                fresh = self._assemble(made, temporary, scratch)
+            fresh = self._assemble(made, temporary, scratch) if made else None
             if fresh is None:
                 made, fresh = {}, self._quantize(self.source, temporary)
             self._report(made, self.plan.tensors)
