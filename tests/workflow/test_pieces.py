@@ -61,7 +61,8 @@ def test_a_file_in_pieces_is_made_of_them(repository: Repository) -> None:
 def test_an_unknown_name_is_no_file_that_can_be_made(repository: Repository) -> None:
     for name in ("quantized/nothing", "trunk/Q9_K"):
         done = repository.snakemake("--dry-run", target=f"{MODEL}/work/{name}.gguf")
-        assert done.returncode and "MissingRuleException" in done.stderr and "KeyError" not in done.stderr, done.stderr
+        said = done.stdout + done.stderr
+        assert done.returncode and "MissingRuleException" in said and "KeyError" not in said, said
 
 
 def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
