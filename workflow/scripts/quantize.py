@@ -69,8 +69,6 @@ def as_planned(args: argparse.Namespace, number: int, count: int) -> None:
     planned, source = plan.Plan.read(args.plan), gguf_file.read(args.source)
     work = pieces.Work(planned, source, args.imatrix, args.threads, args.bin, args.log, say)
     digests = work.piece(args.out, number, count, args.reuse) if args.piece else work.whole(args.out, args.reuse)
-    if args.digests:
-        atomic.write_json(args.digests, digests)
     names = [args.out, *args.also]
     if args.keep:
         with suppress(OSError), atomic.replacing(args.keep) as temporary:  # a file system without hard links
@@ -79,6 +77,8 @@ def as_planned(args: argparse.Namespace, number: int, count: int) -> None:
         names.append(args.keep)
     if args.manifest:
         pieces.write_manifest(args.manifest, planned, digests, names)
+    if args.digests:
+        atomic.write_json(args.digests, digests)
 
 
 def say(line: str) -> None:
