@@ -70,9 +70,10 @@ check-golden: converter ## compare the golden digests with what llama.cpp's own 
 check-results: setup ## check a folder of results, downloaded or not, by what lies in it: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
-bench: setup ## measure conversion and injection beside cp and others' tools (25 GB under resources/bench, some minutes)
+bench: setup ## measure conversion, injection and quantization beside others' tools (25 GB under resources/bench, half an hour)
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
+	@$(ACTIVE) python bench/quantization.py
 
 lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock

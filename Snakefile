@@ -27,6 +27,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, build.names()["model"])),
     base="|".join(map(re.escape, build.names()["base"])),
     variant="|".join(map(re.escape, build.names()["variant"])),
+    name="|".join(map(re.escape, build.names()["name"])),
 
 
 localrules:

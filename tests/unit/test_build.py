@@ -1,6 +1,7 @@
 """config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,8 @@ def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any
     return {"models": {"m": entry}}
 
 
-def wildcards(variant: str = "Q4_K_M", model: str = "m") -> Any:
-    return SimpleNamespace(model=model, variant=variant, base="Name")
+def wildcards(variant: str = "Q4_K_M", model: str = "m", kind: str = "quantized") -> Any:
+    return SimpleNamespace(model=model, variant=variant, base="Name", kind=kind, name=variant)
 
 
 def test_the_configuration_of_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,7 @@ def test_a_head_has_types_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     build = Build(config(head={"type": "Q4_K", "tensors": {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}}))
     assert build.head(wildcards()) == "Q4_K,eh_proj=Q8_0,attn_.*=Q6_K"
-    assert build.head_option(wildcards()) == "--head 'Q4_K,eh_proj=Q8_0,attn_.*=Q6_K'"
+    assert "--type Q4_K_M --head 'Q4_K,eh_proj=Q8_0,attn_.*=Q6_K'" in build.planned_options(wildcards())
 
 
 def test_of_a_checkpoint_that_only_lends_its_head_only_the_head_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,19 +94,21 @@ def test_an_importance_matrix_is_named_by_a_relative_path(monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     build = Build(config(imatrix={"repo": "They/Base", "file": "imatrix.dat", "revision": "1" * 40}))
     place = f"resources/hub/They/Base/{'1' * 40}"
-    assert build.imatrix_option(wildcards()) == f"--imatrix {place}/Base/imatrix.dat"
-    assert build.imatrix_if_any(wildcards()) == [f"{place}/records/imatrix.dat.json"]
+    assert build.planned_imatrix_option(wildcards()) == f"--imatrix {place}/Base/imatrix.dat"
+    assert build.planned_imatrix_if_any(wildcards()) == [f"{place}/records/imatrix.dat.json"]
     build = Build(config(imatrix={"path": "my imatrix.dat"}))
-    assert build.imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
-    assert build.imatrix_if_any(wildcards()) == ["my imatrix.dat"]
-    assert Build(config()).imatrix_option(wildcards()) == "" and Build(config()).imatrix_if_any(wildcards()) == []
+    assert build.planned_imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
+    assert build.planned_imatrix_if_any(wildcards()) == ["my imatrix.dat"]
+    for kind in ("quantized", "trunk"):
+        assert Build(config()).planned_imatrix_option(wildcards(kind=kind)) == ""
+        assert Build(config()).planned_imatrix_if_any(wildcards(kind=kind)) == []
 
 
 def test_an_importance_matrix_of_a_text_is_shared_and_no_two_texts_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     texts = ["a/b.txt", "a_b.txt", "a%2Fb.txt", "../a/b.txt", "b.txt", "/a/b.txt", "my text.txt"]
     build = Build(config({"variants": {f"v{i}": {"type": "Q4_0", "imatrix": {"text": text}} for i, text in enumerate(texts)}}))
-    files = [build.imatrix_if_any(wildcards(f"v{i}"))[0] for i in range(len(texts))]
+    files = [build.planned_imatrix_if_any(wildcards(f"v{i}"))[0] for i in range(len(texts))]
     assert files[0].startswith("results/m/work/imatrix/b-") and len({*files}) == len(texts)
     for text, file in zip(texts, files, strict=True):
         assert build.imatrix_text(SimpleNamespace(text=Path(file).stem)) == text  # type: ignore[arg-type]
@@ -159,7 +162,60 @@ def test_without_a_head_a_variant_is_made_of_the_trunk(monkeypatch: pytest.Monke
     build = Build(config({"mmproj": True, "variants": {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}}))
     assert build.candidate(wildcards("BF16")) == build.source(wildcards()) == "results/m/work/convert/trunk.gguf"
     assert build.unquantized_file(wildcards()) == "results/m/work/convert/trunk.gguf"
-    assert build.head_option(wildcards()) == "" and "--head none" in build.verify_options(wildcards())
+    assert build.planned_source(wildcards()) == "results/m/work/convert/trunk.gguf"
+    assert "--head" not in build.planned_options(wildcards()) and "--head none" in build.verify_options(wildcards())
+
+
+def test_a_part_alone_is_quantized_without_what_a_variant_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config({"sidecar": "Q6_K"}, tensors={"attn_": "Q8_0"}, imatrix={"path": "my.dat"}))
+    trunk, draft = wildcards("Q4_K_M", kind="trunk"), wildcards("Q6_K", kind="draft")
+    assert build.planned_options(trunk) == "--type Q4_K_M" and build.planned_options(draft) == "--type Q6_K --head Q6_K"
+    assert build.planned_source(trunk) == "results/m/work/convert/trunk.gguf"
+    assert build.planned_digests(draft) == "results/m/work/convert/draft.json"
+    for part in (trunk, draft):
+        assert build.planned_recipe_if_any(part) == build.planned_imatrix_if_any(part) == []
+    assert build.planned_name_option(trunk) == "" and build.planned_name_option(draft) == "--also results/m/mtp-Name-Q6_K.gguf"
+    assert "--tensors results/m/work/recipes/Q4_K_M.yaml" in build.planned_options(wildcards())
+    kept = "results/m/work/manifests/quantized/Q4_K_M.gguf"
+    assert build.planned_name_option(wildcards()) == f"--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M --keep {kept}"
+
+
+def test_very_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its cost, where the configuration does not say it; that of the slowest type of a recipe counts."""
+    monkeypatch.chdir(ROOT)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(1_300_000_000_000)  # a hole: 650 billion weights
+    slow = {"type": "Q8_0", "tensors": {"exps": "IQ3_S"}}
+    variants = {"IQ3_S": {}, "Q8_0": {}, "slow": slow, "own": {"type": "Q8_0", "pieces": 2}}
+    model = {"source": {"path": str(tmp_path)}, "variants": variants}
+    build = Build(config(model))
+    assert build.pieces(wildcards("Q8_0")) == [] and build.pieces(wildcards("IQ3_S", kind="draft")) == []
+    assert 2 <= len(build.pieces(wildcards("IQ3_S"))) <= 3
+    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == len(build.pieces(wildcards("slow"))) > 1
+    assert build.pieces(wildcards("own")) == [f"results/m/work/pieces/quantized/own/{i}-of-2.json" for i in (1, 2)]
+    build = Build(config({**model, "pieces": 1}))
+    assert build.pieces(wildcards("IQ3_S")) == [] and len(build.pieces(wildcards("own"))) == 2
+    build = Build(config({**model, "pieces": 5}))
+    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == 5 and build.pieces(wildcards("Q8_0", kind="draft")) == []
+    os.truncate(tmp_path / "model.safetensors", 70_000_000_000)
+    build = Build(config(model))
+    assert build.pieces(wildcards("IQ3_S")) == build.pieces(wildcards("slow")) == []  # an hour and a half on two cores
+
+
+def test_what_is_published_of_the_configuration_has_no_pieces_but_patterns_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = Build(config(tensors={"pieces": "Q6_K"}, pieces=3))
+    file = SimpleNamespace(model="m", stem="Name-Q4_K_M")
+    for part in (build.about(wildcards()), build.parameters(file)):  # type: ignore[arg-type]
+        variant = json.loads(part)["variants"]["Q4_K_M"]
+        assert variant["tensors"] == {"pieces": "Q6_K"} and "pieces" not in variant
+
+
+def test_only_variants_and_types_are_names_of_what_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names = Build(config({"variants": {"my-mix": {"type": "Q4_0"}}})).names()["name"]
+    assert {"my-mix", "IQ3_S"} < set(names) and "another" not in names
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
     variants = {**before[MODEL]["variants"], "Q4_0": {}}
     repository.config["models"] = {MODEL: {**before[MODEL], "variants": variants}}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1, **described(1)}
+    assert repository.pending() == {"recipe": 1, "plan": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1, **described(1)}
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}

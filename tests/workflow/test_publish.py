@@ -109,7 +109,7 @@ def test_the_first_run_uploads_all_and_the_second_nothing(repository: Repository
 def test_a_new_variant_uploads_itself_and_the_card_but_one_that_is_left_does_not(repository: Repository, hub: Hub) -> None:
     set_model(repository, variants={"BF16": {}, "Q4_0": {}})
     pending = repository.pending()
-    assert pending == {"recipe": 1, "quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
+    assert pending == {"recipe": 1, "plan": 1, "quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
     said = publish(repository, hub)
     names = ["README.md", "SHA256SUMS", "provenance/tiny-qwen3.5-Q4_0.json", "reports/tiny-qwen3.5-Q4_0.json"]
     assert hub.commits[1:] == [[*names, "tiny-qwen3.5-Q4_0.gguf"]]

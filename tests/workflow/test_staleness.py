@@ -51,9 +51,9 @@ def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None
     edit(library / "server.py")
     assert repository.pending() == {"acceptance": 1, **after}
     edit(library / "quantize.py")
-    assert repository.pending() == {"acceptance": 1, "quantize": 1, **after}
+    assert repository.pending() == {"acceptance": 1, "plan": 1, "quantize": 1, **after}
     edit(library / "tokenizer.py")
-    assert repository.pending() == {"acceptance": 1, "convert": 1, "quantize": 1, **after}
+    assert repository.pending() == {"acceptance": 1, "convert": 1, "plan": 1, "quantize": 1, **after}
 
 
 def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
@@ -72,8 +72,8 @@ def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
     repository.write_config()
     assert repository.pending() == {
         "recipe": 2,
-        "quantize": 1,
-        "quantize_part": 1,
+        "plan": 2,
+        "quantize": 2,
         "convert": 2,
         "inject": 1,
         "verify": 2,
@@ -88,14 +88,14 @@ def test_a_changed_head_type_reruns_its_variant(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"BF16": {}, "Q8_0": {"head": "Q6_K"}}}}
     repository.write_config()
-    assert repository.pending() == {"quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
+    assert repository.pending() == {"plan": 1, "quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
 
 
 def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
     model = {**CONFIG["models"]["tiny-qwen3.5"], "variants": {"Q8_0": {}}}
     repository.config["models"] = {**CONFIG["models"], "second": model}
     repository.write_config()
-    own = {"recipe": 1, "convert": 1, "quantize": 1, "acceptance": 1, "verify": 1}
+    own = {"recipe": 1, "convert": 1, "plan": 1, "quantize": 1, "acceptance": 1, "verify": 1}
     own |= {"materials": 1, "provenance": 1, "card": 1, "sums": 1}
     assert repository.pending() == {**own, "summary": 1}
 

@@ -1,7 +1,9 @@
 # BF16 GGUF to a quantized one, the head at its own type.
 # Needs: what conversion made, and llama-quantize.
 # Makes: results/<model>/work/quantized/<variant>.gguf; imatrix/<text>.gguf, an importance matrix; trunk/<type>.gguf, a head-less
-# base to inject into; draft/<type>.gguf, the head as a draft model of its own; and beside each quantization its digests.
+# base to inject into; draft/<type>.gguf, the head as a draft model of its own; beside each quantization its digests, and under
+# manifests/ where each of its tensors can be found, with what nobody else keeps: pieces of what is not finished, and a second name
+# of what is not verified.
 
 
 rule recipe:
@@ -44,60 +46,92 @@ rule imatrix:
         "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads} --log {log:q} --out {output:q}"
 
 
+# <kind> is quantized, trunk or draft, <name> a variant or, of a part alone, a type. The plan alone decides what is to be quantized:
+# what reads the source has it as `ancient`. As a checkpoint, because only what it says can tell whether anything is.
+checkpoint plan:
+    input:
+        code=code("quantize_plan.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.planned_source),
+        digests=build.planned_digests,
+        recipe=build.planned_recipe_if_any,
+        imatrix=build.planned_imatrix_if_any,
+    output:
+        "results/{model}/work/plans/{kind}/{name}.json",
+    log:
+        "logs/{model}/plan-{kind}-{name}.log",
+    wildcard_constraints:
+        kind="quantized|trunk|draft",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        options=build.planned_options,
+        imatrix=build.planned_imatrix_option,
+    message:
+        "{wildcards.model}: plan {wildcards.name} ({wildcards.kind}: {params.options})"
+    shell:
+        "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
+        " --digests {input.digests:q} --out {output:q} 2>&1 | tee {log:q}"
+
+
+# What is made is no output, here and below: Snakemake would delete it before what it has can be used again.
+rule piece:
+    input:
+        code=code("quantize.py"),
+        plan="results/{model}/work/plans/{kind}/{name}.json",
+        source=ancient(build.planned_source),
+        imatrix=ancient(build.planned_imatrix_if_any),
+    output:
+        digests="results/{model}/work/pieces/{kind}/{name}/{piece}-of-{pieces}.json",
+    log:
+        "logs/{model}/piece-{kind}-{name}-{piece}-of-{pieces}.log",
+    benchmark:
+        "benchmarks/{model}/piece-{kind}-{name}-{piece}-of-{pieces}.jsonl"
+    wildcard_constraints:
+        kind="quantized|trunk|draft",
+        piece="[0-9]+",
+        pieces="[0-9]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: 64
+    params:
+        imatrix=build.planned_imatrix_option,
+        made="results/{model}/work/manifests/pieces/{kind}/{name}/{piece}-of-{pieces}",
+    message:
+        "{wildcards.model}: quantize {wildcards.name} ({wildcards.kind}), piece {wildcards.piece} of {wildcards.pieces}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
+        " --piece {wildcards.piece}/{wildcards.pieces} --reuse results --threads {threads} --log {log:q}"
+        " --digests {output.digests:q} --manifest {params.made:q}.json --out {params.made:q}.gguf"
+
+
 rule quantize:
     input:
         code=code("quantize.py"),
-        toolchain="resources/toolchain/stamp.json",
-        source=ancient(build.source),
-        digests=build.source_digests,
-        recipe="results/{model}/work/recipes/{variant}.yaml",
-        imatrix=build.imatrix_if_any,
+        plan="results/{model}/work/plans/{kind}/{name}.json",
+        source=ancient(build.planned_source),
+        imatrix=ancient(build.planned_imatrix_if_any),
+        pieces=build.pieces,
     output:
-        file=temp("results/{model}/work/quantized/{variant}.gguf"),
-        digests="results/{model}/work/quantized/{variant}.json",
+        file=temp("results/{model}/work/{kind}/{name}.gguf"),
+        digests="results/{model}/work/{kind}/{name}.json",
     log:
-        "logs/{model}/quantize-{variant}.log",
+        "logs/{model}/{kind}-{name}.log",
     benchmark:
-        "benchmarks/{model}/quantize-{variant}.jsonl"
-    conda:
-        "../../envs/run.yaml"
-    threads: 64
-    params:
-        type=build.file_type,
-        head=build.head_option,
-        imatrix=build.imatrix_option,
-    message:
-        "{wildcards.model}: quantize {wildcards.variant} ({params.type} {params.head})"
-    shell:
-        "python {input.code[0]:q} {input.source:q} --type {params.type} {params.head}"
-        " --tensors {input.recipe:q} {params.imatrix} --threads {threads} --log {log:q}"
-        " --digests {output.digests:q} --out {output.file:q}"
-
-
-rule quantize_part:
-    input:
-        code=code("quantize.py"),
-        toolchain="resources/toolchain/stamp.json",
-        source=ancient("results/{model}/work/convert/{part}.gguf"),
-        digests="results/{model}/work/convert/{part}.json",
-    output:
-        file=temp("results/{model}/work/{part}/{type}.gguf"),
-        digests="results/{model}/work/{part}/{type}.json",
-    log:
-        "logs/{model}/quantize-{part}-{type}.log",
-    benchmark:
-        "benchmarks/{model}/quantize-{part}-{type}.jsonl"
+        "benchmarks/{model}/{kind}-{name}.jsonl"
     wildcard_constraints:
-        part="trunk|draft",
-        type="[A-Z0-9_]+",
+        kind="quantized|trunk|draft",
     conda:
         "../../envs/run.yaml"
     threads: 64
     params:
-        head=build.part_head_option,
+        imatrix=build.planned_imatrix_option,
+        also=build.planned_name_option,
+        manifest="results/{model}/work/manifests/{kind}/{name}.json",
+        pieces="results/{model}/work/manifests/pieces/{kind}/{name}",
     message:
-        "{wildcards.model}: quantize the {wildcards.part} alone ({wildcards.type})"
+        "{wildcards.model}: quantize {wildcards.name} ({wildcards.kind})"
     shell:
-        "python {input.code[0]:q} {input.source:q} --type {wildcards.type} {params.head}"
-        " --threads {threads} --log {log:q}"
-        " --digests {output.digests:q} --out {output.file:q}"
+        "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
+        " --reuse results --manifest {params.manifest:q} {params.also} --threads {threads} --log {log:q}"
+        " --digests {output.digests:q} --out {output.file:q} && rm -rf {params.pieces:q}"

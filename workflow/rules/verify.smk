@@ -53,12 +53,13 @@ rule verify:
         source=build.source_option,
         prompts=build.prompts,
         options=build.verify_options,
+        kept="results/{model}/work/manifests/quantized/{variant}.gguf",
     message:
         "{wildcards.model}: verify {wildcards.variant}"
     shell:
         "python {input.code[0]:q} {input.file:q} {params.source} --tensors {input.recipe:q}"
         " --prompts {params.prompts:q} {params.options} --threads {threads}"
-        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q} && rm -f {params.kept:q}"
 
 
 use rule verify as verify_split with:
@@ -73,6 +74,7 @@ use rule verify as verify_split with:
         source=build.source_option,
         prompts=build.prompts,
         options=build.split_options,
+        kept="results/{model}/work/manifests/quantized/{variant}.gguf",
     message:
         "{wildcards.model}: verify {wildcards.variant} and split it"
 

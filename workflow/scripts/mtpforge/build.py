@@ -10,7 +10,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
 
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
@@ -24,6 +25,9 @@ from .quantize import NO_HEAD, check_pattern, default_head, read_head
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
 HUB = "resources/hub/{repo}/{revision}"
+PIECE_SECONDS = 24 * 3600
+"""CPU seconds of a piece where nothing is configured: an hour and a half on 16 cores, which is what a kill may cost. Shorter work
+is not cut: that copies source and result once more, of most types more than a tenth of the time on so many cores."""
 
 
 class Wildcards(Protocol):
@@ -38,6 +42,8 @@ class Wildcards(Protocol):
     repo: str
     revision: str
     stem: str
+    kind: str
+    name: str
 
 
 class Build:
@@ -201,7 +207,7 @@ class Build:
     def about(self, wildcards: Wildcards) -> str:
         """A model's part of the configuration that its card tells, as JSON."""
         entry = self.models[wildcards.model]
-        part = {key: entry[key] for key in (*_OF_BUILD, "publish", "variants") if key in entry}
+        part = {key: entry[key] for key in (*_OF_BUILD, "publish") if key in entry} | {"variants": _as_made(entry["variants"])}
         return json.dumps({"name": self.base_name(wildcards.model), **_without_folders(part)})
 
     def parameters(self, wildcards: Wildcards) -> str:
@@ -210,7 +216,7 @@ class Build:
         part = {key: entry[key] for key in _OF_BUILD if key in entry}
         variant = self._variant_of(wildcards)
         if variant is not None:
-            part["variants"] = {variant: entry["variants"][variant]}
+            part["variants"] = _as_made({variant: entry["variants"][variant]})
         else:
             part |= {key: entry[key] for key in ("sidecar", "mmproj") if key in entry}
         return json.dumps(_without_folders(part))
@@ -245,7 +251,8 @@ class Build:
     def programs(self, wildcards: Wildcards) -> list[str]:
         """The programs that make a model's files, with all modules that they import."""
         converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
-        return sorted({path for program in (*converters, "quantize.py", "inject.py", "verify.py") for path in code(program)})
+        all_of_them = (*converters, "quantize_plan.py", "quantize.py", "inject.py", "verify.py")
+        return sorted({path for program in all_of_them for path in code(program)})
 
     def _needs_upstream(self, wildcards: Wildcards) -> bool:
         return bool(self.models[wildcards.model]["mmproj"]) or not self._is_ours(wildcards)
@@ -260,12 +267,13 @@ class Build:
         return str(source["repo"].split("/")[1] if "repo" in source else Path(source["path"]).name)
 
     def names(self) -> dict[str, list[str]]:
-        """All values that the wildcards `model`, `base` and `variant` can have."""
+        """All values that the wildcards `model`, `base`, `variant` and `name` can have."""
         variants = {variant for model in self.models.values() for variant in model["variants"]}
         return {
             "model": list(self.models),
             "base": sorted({self.base_name(model) for model in self.models}),
             "variant": sorted(variants),
+            "name": sorted(variants | quant_types.FILE_TYPES.keys()),
         }
 
     def models_of(self, converter: str) -> str:
@@ -333,15 +341,6 @@ class Build:
         """The head's types as `quantize.read_head` takes them, or `none`."""
         return _head(self.entry(wildcards), self.file_type(wildcards))
 
-    def head_option(self, wildcards: Wildcards) -> str:
-        """The option of quantize.py that says it; nothing where there is no head."""
-        head = self.head(wildcards)
-        return "" if head == NO_HEAD else shlex.join(["--head", head])
-
-    def part_head_option(self, wildcards: Wildcards) -> str:
-        """The same for a part alone: a draft model is at one type."""
-        return f"--head {wildcards.type}" if wildcards.part == "draft" else ""
-
     def converted(self, wildcards: Wildcards) -> str:
         """What conversion makes for a variant: all, or the trunk where no head is wanted; without its ending."""
         part = "trunk" if self.head(wildcards) == NO_HEAD else "all"
@@ -358,6 +357,85 @@ class Build:
     def recipe(self, wildcards: Wildcards) -> str:
         """The recipe as JSON, which is YAML; empty where there is none."""
         return json.dumps(self.entry(wildcards).get("tensors", {}))
+
+    # ── what is quantized: a variant, or a part alone (trunk, draft) to a type ──
+
+    def _variant(self, wildcards: Wildcards) -> Wildcards | None:
+        """The variant that is quantized, as wildcards; None for a part alone."""
+        if wildcards.kind != "quantized":
+            return None
+        return cast(Wildcards, SimpleNamespace(model=wildcards.model, variant=wildcards.name))
+
+    def _planned(self, wildcards: Wildcards) -> str:
+        variant = self._variant(wildcards)
+        return self.converted(variant) if variant else f"{WORK.format(model=wildcards.model)}/convert/{wildcards.kind}"
+
+    def planned_source(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF that it is quantized from."""
+        return f"{self._planned(wildcards)}.gguf"
+
+    def planned_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return f"{self._planned(wildcards)}.json"
+
+    def planned_recipe_if_any(self, wildcards: Wildcards) -> list[str]:
+        """The recipe; a part alone has none."""
+        return [f"{WORK.format(model=wildcards.model)}/recipes/{wildcards.name}.yaml"] if self._variant(wildcards) else []
+
+    def planned_imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the importance matrix depends on; nothing for a variant without one."""
+        imatrix = self._planned_imatrix(wildcards)
+        return [] if imatrix is None else _evidence(imatrix)
+
+    def planned_imatrix_option(self, wildcards: Wildcards) -> str:
+        """The option that names it."""
+        imatrix = self._planned_imatrix(wildcards)
+        return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
+
+    def _planned_imatrix(self, wildcards: Wildcards) -> Mapping[str, Any] | None:
+        variant = self._variant(wildcards)
+        return self.entry(variant).get("imatrix") if variant else None
+
+    def planned_options(self, wildcards: Wildcards) -> str:
+        """What it is to be, as options of quantize_plan.py; a draft model is at one type."""
+        variant = self._variant(wildcards)
+        file_type = self.file_type(variant) if variant else wildcards.name
+        head = self.head(variant) if variant else {"draft": file_type}.get(wildcards.kind, NO_HEAD)
+        options = ["--type", file_type, *([] if head == NO_HEAD else ["--head", head])]
+        return shlex.join([*options, *(word for path in self.planned_recipe_if_any(wildcards) for word in ("--tensors", path))])
+
+    def planned_name_option(self, wildcards: Wildcards) -> str:
+        """Where it can lie once it is verified, in one file or several, and until then, as options of quantize.py."""
+        model, stem = wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.name}"
+        if self._variant(wildcards) is None:
+            return shlex.join(["--also", _output(model, f"mtp-{stem}")[0]]) if wildcards.kind == "draft" else ""
+        kept = f"{WORK.format(model=model)}/manifests/quantized/{wildcards.name}.gguf"
+        return shlex.join(["--also", *(_output(model, stem, split)[0] for split in (False, True)), "--keep", kept])
+
+    def pieces(self, wildcards: Wildcards) -> list[str]:
+        """The digests of the pieces that it is made of; none where it is made in one go.
+
+        Not by a machine's cores: the same work has the same jobs anywhere. Of the head alone there are none.
+        """
+        model, variant = self.models[wildcards.model], self._variant(wildcards)
+        entry = self.entry(variant) if variant else {}
+        count = 1 if wildcards.kind == "draft" else entry.get("pieces", model.get("pieces"))
+        if count is None:
+            types = [quant_types.usual(self.file_type(variant) if variant else wildcards.name), *entry.get("tensors", {}).values()]
+            slowest = max(quant_types.SECONDS[kind] for kind in types)
+            count = max(1, round(self._weights(wildcards.model) / 1e9 * slowest / PIECE_SECONDS))
+        folder = f"{WORK.format(model=wildcards.model)}/pieces/{wildcards.kind}/{wildcards.name}"
+        return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)] if count > 1 else []
+
+    def _weights(self, model: str) -> float:
+        """About how many weights a checkpoint has, by the size of its shards as if all were BF16."""
+        source = self.models[model]["source"]
+        if "repo" in source:
+            files = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0])).files
+            sizes = [file.bytes for name, file in files.items() if name.endswith(".safetensors")]
+        else:
+            sizes = [path.stat().st_size for path in Path(source["path"]).glob("*.safetensors")]
+        return sum(sizes) / 2
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""
@@ -473,16 +551,6 @@ class Build:
     def digests(self, wildcards: Wildcards) -> str:
         """What was recorded of the bytes of the file that is verified, when it was made."""
         return self.candidate(wildcards).removesuffix(".gguf") + ".json"
-
-    def imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the importance matrix depends on; nothing for a variant without one."""
-        imatrix = self.entry(wildcards).get("imatrix")
-        return [] if imatrix is None else _evidence(imatrix)
-
-    def imatrix_option(self, wildcards: Wildcards) -> str:
-        """The option of quantize.py that names it."""
-        imatrix = self.entry(wildcards).get("imatrix")
-        return "" if imatrix is None else shlex.join(["--imatrix", _place(imatrix)])
 
     def imatrix_text(self, wildcards: Wildcards) -> str:
         """The text that an importance matrix is computed from. Raises ConfigError for a matrix that nothing asks for."""
@@ -600,6 +668,11 @@ def _without_folders(value: Any) -> Any:
         for key, entry in value.items()
         if not (key == "path" and "text" in value)  # what is computed from a text here
     }
+
+
+def _as_made(variants: Mapping[str, Any]) -> dict[str, Any]:
+    """The variants without what changes nothing in the files."""
+    return {name: {key: value for key, value in entry.items() if key != "pieces"} for name, entry in variants.items()}
 
 
 def _place(file: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ rules that import it, directly or not.
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -28,8 +29,16 @@ def code(program: str) -> list[str]:
     return [str(path.relative_to(root)) for path in [script, *sorted(seen - {script})]]
 
 
-def _imports(path: Path) -> Iterator[Path]:
-    """Files of the local modules that a file imports, and of the packages that lie on the way to them."""
+@cache
+def _imports(path: Path) -> list[Path]:
+    """Files of the local modules that a file imports, and of the packages that lie on the way to them.
+
+    Kept, because Snakemake asks again for each job whenever its graph changes.
+    """
+    return list(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from .atomic import replacing
 from .errors import GgufError
-from .ranges import FileRange, Payload, Sink, sha256
+from .ranges import BLOCK, FileRange, Payload, Sink, sha256
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
+PADDING = "mtpforge.padding"
 _NAME_LIMIT = 63  # GGML_MAX_NAME less the closing zero
 
 _SCALARS: dict[GGUFValueType, struct.Struct] = {
@@ -312,11 +313,19 @@ def aligned(position: int) -> int:
     return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
+def header_range(source: Gguf) -> FileRange:
+    """Everything before the data."""
+    return FileRange(source.path, 0, min((p.offset for p in source.ranges.values()), default=source.path.stat().st_size))
+
+
 def digests(path: Path, threads: int | None = None) -> dict[str, str]:
     """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
     opened = read(path)
-    start = min((piece.offset for piece in opened.ranges.values()), default=path.stat().st_size)
-    pieces = {"header": FileRange(path, 0, start), **opened.ranges}
+    return hashes({"header": header_range(opened), **opened.ranges}, threads)
+
+
+def hashes(pieces: Mapping[str, FileRange], threads: int | None = None) -> dict[str, str]:
+    """The sha256 of each range."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 
@@ -331,17 +340,53 @@ def write(
 
     `progress` gets bytes of tensors written, and in all. Raises GgufError when a payload has another size than its tensor.
     """
+    with replacing(path) as temporary:
+        fill(temporary, metadata, tensors, progress)
+
+
+def fill(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Sequence[tuple[TensorInfo, Payload]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """The same in place, for a name that is temporary already. Raises GgufError."""
     first = header(metadata, [info for info, _ in tensors])
     total = sum(aligned(info.size) for info, _ in tensors)
-    with replacing(path) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total))
-            sink.append([memoryview(first)])
-            for infos, payload in _runs(tensors):
-                append_run(sink, infos, payload)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total))
+        sink.append([memoryview(first)])
+        for infos, payload in _runs(tensors):
+            append_run(sink, infos, payload)
+    finally:
+        os.close(descriptor)
+
+
+def view(source: Gguf, names: Iterable[str]) -> Gguf:
+    """The same file with only these tensors in view, in the order given."""
+    kept = list(names)
+    return replace(source, tensors={n: source.tensors[n] for n in kept}, ranges={n: source.ranges[n] for n in kept})
+
+
+def contents(source: Gguf) -> list[tuple[TensorInfo, Payload]]:
+    """Its tensors, to be written into another file."""
+    return [(info, [source.ranges[name]]) for name, info in source.tensors.items()]
+
+
+def padded(metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]], source: Gguf) -> dict[str, Value]:
+    """The same with a key at the end that makes the data begin at the place in a block of the file system that it has in `source`.
+
+    Both files can then share it (see `ranges`).
+    """
+
+    def with_padding(count: int) -> dict[str, Value]:
+        return {**metadata, PADDING: Value.of(" " * count, GGUFValueType.STRING)}
+
+    if not source.ranges:
+        return dict(metadata)
+    size = len(header(with_padding(0), [info for info, _ in tensors]))
+    return with_padding((min(piece.offset for piece in source.ranges.values()) - size) % BLOCK)
 
 
 def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> None:

@@ -3,12 +3,14 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from . import gguf_file, programs
 from .atomic import replacing
 from .errors import ConfigError, GgufError, ToolchainError
+from .ranges import FileRange, sha256
 
 CHUNK = 512
 """Tokens that are run through the model at a time, and what the sums are added up by: another number gives other bytes."""
@@ -57,6 +59,19 @@ def read(path: Path) -> dict[str, int]:
 
     Both formats: GGUF, and the older one, commonly called .dat.
     """
+    return {name: values for name, (values, _) in _rows(path).items()}
+
+
+def digests(path: Path) -> dict[str, str]:
+    """The sha256 of what it has of each tensor, sums and counts. Raises GgufError."""
+    return {name: "".join(map(sha256, ranges)) for name, (_, ranges) in _rows(path).items()}
+
+
+Row: TypeAlias = tuple[int, list[FileRange]]
+"""The number of a tensor's values, and where all that it has of this tensor lies."""
+
+
+def _rows(path: Path) -> dict[str, Row]:
     with path.open("rb") as file:
         rows = _read_gguf(path) if file.read(4) == gguf_file.MAGIC else _read_legacy(path)
     if not rows:
@@ -64,7 +79,7 @@ def read(path: Path) -> dict[str, int]:
     return rows
 
 
-def _read_gguf(path: Path) -> dict[str, int]:
+def _read_gguf(path: Path) -> dict[str, Row]:
     """Each tensor as NAME.in_sum2, a sum of squares for each column of each expert, and NAME.counts."""
     opened = gguf_file.read(path)
     for key, kind in (
@@ -82,11 +97,11 @@ def _read_gguf(path: Path) -> dict[str, int]:
             counts = opened.tensors.get(f"{tensor}.counts")
             if counts is None or {sums.type, counts.type} != {GGMLQuantizationType.F32} or sums.elements % counts.elements:
                 raise GgufError(f"{path}: {name} does not go with its counts, or one of them is not F32")
-            rows[tensor] = sums.elements
+            rows[tensor] = sums.elements, [opened.ranges[name], opened.ranges[counts.name]]
     return rows
 
 
-def _read_legacy(path: Path) -> dict[str, int]:
+def _read_legacy(path: Path) -> dict[str, Row]:
     """Little-endian int32 and float32: the number of entries, each entry's name, calls and values, then calls and data set."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -104,9 +119,11 @@ def _read_legacy(path: Path) -> dict[str, int]:
             name = file.read(bounded(number(), 1, _NAME_LIMIT)).decode("utf-8", errors="replace")
             if name in rows or not name.isprintable():
                 raise GgufError(f"{path}: no importance matrix: {name[:_NAME_LIMIT]!r} stands twice or is no tensor's name")
+            start = file.tell()
             number()
-            rows[name] = number()
-            file.seek(bounded(rows[name], 4), os.SEEK_CUR)
+            values = number()
+            end = file.seek(bounded(values, 4), os.SEEK_CUR)
+            rows[name] = values, [FileRange(path, start, end - start)]
         if file.tell() < size:  # some have neither
             number()
             bounded(number(), 1)

@@ -17,11 +17,9 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from . import atomic, convert, gguf_file, in_place, programs, quant_types, split
 from .errors import GgufError
-from .gguf_file import Gguf, TensorInfo, Value, aligned, squeezed
+from .gguf_file import PADDING, Gguf, TensorInfo, Value, aligned, contents, squeezed, view
 from .quantize import Recipe, head_blocks, head_types, quantizable, quantize, read_head
-from .ranges import BLOCK, FileRange, Payload, Sink, sha256
-
-PADDING = "mtpforge.padding"
+from .ranges import FileRange, Payload, Sink, sha256
 
 Progress = Callable[[int, int], None]
 Piece: TypeAlias = tuple[TensorInfo, Payload]
@@ -100,17 +98,13 @@ def _head_names(source: Gguf) -> list[str]:
 
 def head_only(source: Gguf) -> Gguf:
     """The same file with only its head's tensors in view."""
-    return _view(source, _head_names(source))
+    return view(source, _head_names(source))
 
 
 def trunk_only(source: Gguf) -> Gguf:
     """The same file without its head's tensors in view."""
     head = set(_head_names(source))
-    return _view(source, [name for name in source.tensors if name not in head])
-
-
-def _view(source: Gguf, names: list[str]) -> Gguf:
-    return replace(source, tensors={n: source.tensors[n] for n in names}, ranges={n: source.ranges[n] for n in names})
+    return view(source, [name for name in source.tensors if name not in head])
 
 
 def types_of(head: Gguf) -> set[str]:
@@ -146,8 +140,7 @@ def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -
         return alone
     if types_of(alone) != {"BF16"}:
         raise GgufError(f"{head.path}: a head of {'/'.join(sorted(types_of(alone)))} cannot become {head_type}: give the BF16 head")
-    tensors = [(info, [alone.ranges[name]]) for name, info in alone.tensors.items()]
-    gguf_file.write(scratch / "head.gguf", head.metadata, tensors)
+    gguf_file.write(scratch / "head.gguf", head.metadata, contents(alone))
     # Any quantized type of file serves: for every matrix of a head there is an override.
     quantize(scratch / "head.gguf", scratch / "quantized.gguf", "Q8_0", head_type, bin_dir=bin_dir)
     return gguf_file.read(scratch / "quantized.gguf")
@@ -173,15 +166,15 @@ def _differences(base: Gguf, head: Gguf) -> list[str]:
 def assemble(base: Gguf, head: Gguf, out: Path, progress: Progress = lambda done, total: None) -> None:
     """Write base and head as one file. Raises GgufError."""
     trunk = trunk_only(base)
-    tensors = _pieces(trunk) + _fitted(head, trunk)
-    gguf_file.write(out, _padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
+    tensors = contents(trunk) + _fitted(head, trunk)
+    gguf_file.write(out, gguf_file.padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
 
 
 def _change(base: Gguf, descriptor: int, head: Gguf, progress: Progress) -> None:
     """Put the head into the base's own file; a new file in its place where that cannot be. Raises GgufError, OSError."""
     if not _head_names(base):
         tensors = _fitted(head, base)
-        metadata = _padded(merged_metadata(base, head), _pieces(base) + tensors, base)
+        metadata = gguf_file.padded(merged_metadata(base, head), contents(base) + tensors, base)
         if in_place.insert(base, descriptor, metadata, tensors, progress):
             return
     assemble(base, head, base.path, progress)
@@ -202,14 +195,14 @@ def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, sam
             if same:
                 _copy(file.path, temporary / file.path.name, progress)
                 continue
-            kept = _view(file, [name for name in file.tensors if name in trunk.tensors])
-            tensors = _pieces(kept) + (_fitted(head, trunk) if file is files[-1] else [])
+            kept = view(file, [name for name in file.tensors if name in trunk.tensors])
+            tensors = contents(kept) + (_fitted(head, trunk) if file is files[-1] else [])
             metadata = first if file is files[0] else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
 
             def show(written: int, _: int, before: int = done) -> None:
                 progress(before + written, total)
 
-            gguf_file.write(temporary / file.path.name, _padded(metadata, tensors, kept), tensors, show)
+            gguf_file.write(temporary / file.path.name, gguf_file.padded(metadata, tensors, kept), tensors, show)
             done += sum(aligned(info.size) for info, _ in tensors)
 
 
@@ -219,16 +212,12 @@ def _copy(source: Path, out: Path, progress: Progress) -> None:
         Sink(file.fileno(), lambda written: progress(written, size)).append([FileRange(source, 0, size)])
 
 
-def _pieces(source: Gguf) -> list[Piece]:
-    return [(info, [source.ranges[name]]) for name, info in source.tensors.items()]
-
-
 def _fitted(head: Gguf, trunk: Gguf) -> list[Piece]:
     """The head's tensors; a matrix of one row, which some programs write as a vector, as the trunk has it."""
     written = {_in_block(name): info.shape for name, info in trunk.tensors.items()}
     return [
         (replace(info, shape=squeezed(info.shape)) if written.get(_in_block(info.name)) == squeezed(info.shape) else info, payload)
-        for info, payload in _pieces(head)
+        for info, payload in contents(head)
     ]
 
 
@@ -282,18 +271,6 @@ def _belong(base: Gguf, key: str, head: Gguf) -> bool:
         return bool(ours == theirs)
     trunk, blocks = head_blocks(base).start, (len(head_blocks(base)), len(head_blocks(head)))
     return (len(ours) - trunk, len(theirs) - trunk) == blocks and bool(ours[:trunk] == theirs[:trunk])
-
-
-def _padded(metadata: dict[str, Value], tensors: list[Piece], trunk: Gguf) -> dict[str, Value]:
-    """The same with a key at the end that makes the data begin at the place in a block that `trunk` has it at."""
-
-    def with_padding(count: int) -> dict[str, Value]:
-        return {**metadata, PADDING: Value.of(" " * count, GGUFValueType.STRING)}
-
-    if not trunk.ranges:
-        return metadata
-    size = len(gguf_file.header(with_padding(0), [info for info, _ in tensors]))
-    return with_padding((min(piece.offset for piece in trunk.ranges.values()) - size) % BLOCK)
 
 
 # Keys that may differ between a base and the head's file without telling two models apart, and those that a base must have.

@@ -26,7 +26,10 @@ _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 def parse(output: str, source: Gguf) -> Types:
-    """The type that each tensor of `source` will have, in its order. Raises ToolchainError for what is not said as expected."""
+    """The type that each tensor of `source` will have, in the order in which they will be written.
+
+    Raises ToolchainError for what is not said as expected.
+    """
     types = {}
     for line in output.split("\n"):
         if not line.startswith("["):
@@ -40,7 +43,7 @@ def parse(output: str, source: Gguf) -> Types:
         types[name] = GGMLQuantizationType[kind]
     if missing := [name for name in source.tensors if name not in types]:
         raise ToolchainError(f"llama-quantize --dry-run says nothing of {missing[0]}: is it of another version?")
-    return {name: types[name] for name in source.tensors}
+    return types
 
 
 def show(source: Gguf, default: Types, chosen: Types) -> str:

@@ -1,5 +1,7 @@
 """The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
 
+import re
+
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import ConfigError
@@ -63,11 +65,25 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
+# CPU seconds that llama-quantize takes for 10^9 weights of a type, measured by bench/costs.py on a busy machine and scaled to what
+# Q4_K takes on a quiet one: they are there to balance pieces. BF16 is a copy.
+SECONDS = {
+    "F32": 6, "F16": 6, "BF16": 1, "Q8_0": 7, "Q6_K": 30, "Q5_1": 5, "Q5_K": 56, "Q5_0": 6, "Q4_1": 4, "Q4_K": 66, "Q4_0": 4,
+    "IQ4_NL": 199, "NVFP4": 22, "IQ4_XS": 214, "MXFP4": 8, "Q3_K": 14, "IQ3_S": 305, "IQ3_XXS": 395, "Q2_K": 54, "IQ2_S": 410,
+    "IQ2_XS": 770, "IQ2_XXS": 362, "IQ1_M": 623, "IQ1_S": 676, "TQ2_0": 7, "TQ1_0": 6,
+}  # fmt: skip
+
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
 _FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
     **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }  # fmt: skip
+
+
+def usual(file_type: str) -> str:
+    """The tensor type that most of a file of this type has."""
+    others = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "MXFP4_MOE": "MXFP4"}
+    return others.get(file_type) or (file_type if file_type in TENSOR_TYPES else re.sub("_[SML]$", "", file_type))
 
 
 def bits(name: str) -> float:

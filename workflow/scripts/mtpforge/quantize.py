@@ -6,13 +6,15 @@ count. The program writes its output in place, so it is given a temporary name.
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
 from . import gguf_file, mixture, programs, quant_types
-from .atomic import replacing, write_json
+from .atomic import replacing
 from .errors import ConfigError, GgufError, ToolchainError
 from .gguf_file import Gguf, TensorInfo
 from .imatrix import read as read_imatrix
@@ -26,39 +28,72 @@ Recipe = Sequence[tuple[str, str]]
 
 def quantize(
     source: Path, out: Path | None, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
-    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None, digests: Path | None = None,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> None:  # fmt: skip
     """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
 
-    The mixture of types is shown first, and without `out` nothing else is done. `digests` is written with the sha256 of header and
-    tensors, as `gguf_file.digests` has them. Raises ConfigError for types that cannot be, ToolchainError where the program fails.
+    The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
+    ToolchainError where the program fails.
     """
     opened = gguf_file.read(source)
-    overrides = plan_overrides(opened, file_type, head, recipe)
-    rows = read_imatrix(imatrix) if imatrix else {}
-    command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
-    with tempfile.TemporaryDirectory() as place:
-        if imatrix:
-            (Path(place) / imatrix.name).symlink_to(imatrix.resolve())  # the path that it is given gets into the file
-            command += ["--imatrix", imatrix.name]
-        default = _dry_run(command, opened, file_type, Path(place))
-        command += [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
-        chosen = _dry_run(command, opened, file_type, Path(place))
-        table = mixture.show(opened, default, chosen)
-        print(table, flush=True)
-        if log:
-            log.write_text(f"{table}\n", encoding="utf-8")
-        mixture.check_imatrix(opened, chosen, file_type, imatrix, rows)
-        if out is None:
-            return
+    types = choose(opened, file_type, head, recipe, imatrix, bin_dir, log)
+    if out:
         with replacing(out) as temporary:
-            command += [source.resolve(), temporary.resolve(), file_type, *([str(threads)] if threads else [])]
-            programs.call(command, log, cwd=Path(place), append=True)
-            written = gguf_file.read(temporary)  # whatever it wrote must at least be whole before it gets its name
-            if {name: info.type for name, info in written.tensors.items()} != chosen:
-                raise ToolchainError(f"{out}: llama-quantize made other types than its --dry-run had said")
-            if digests:
-                write_json(digests, gguf_file.digests(temporary, threads))
+            run(opened, temporary, types, file_type, imatrix, threads, bin_dir, log)
+
+
+def choose(
+    source: Gguf, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
+    bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
+) -> mixture.Types:  # fmt: skip
+    """The type that each tensor will have, in the order of the file that llama-quantize writes; the table of them is shown.
+
+    Raises ConfigError for types that cannot be, or not without an importance matrix that covers them.
+    """
+    overrides = plan_overrides(source, file_type, head, recipe)
+    rows = read_imatrix(imatrix) if imatrix else {}
+    with _prepared(bin_dir, imatrix) as (command, place):
+        options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
+        with ThreadPoolExecutor(2) as pool:
+            default, chosen = pool.map(lambda more: _dry_run([*command, *more], source, file_type, place), ([], options))
+    table = mixture.show(source, default, chosen)
+    print(table, flush=True)
+    if log:
+        log.write_text(f"{table}\n", encoding="utf-8")
+    mixture.check_imatrix(source, chosen, file_type, imatrix, rows)
+    return chosen
+
+
+def run(
+    source: Gguf, out: Path, types: mixture.Types, file_type: str, imatrix: Path | None = None,
+    threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
+) -> Gguf:  # fmt: skip
+    """Let llama-quantize write `out`, in place: the tensors of `source`, which may be some of a model's, at `types`.
+
+    Each type is given explicitly, because the usual ones depend on which other tensors there are. Raises ToolchainError.
+    """
+    wanted = {name: kind for name, kind in types.items() if name in source.tensors}
+    with _prepared(bin_dir, imatrix) as (command, place):
+        lines = [rf"^{re.escape(name)}$={kind.name.lower()}" for name, kind in wanted.items()]
+        (place / "types.txt").write_text("\n".join(lines), encoding="utf-8")
+        command += ["--tensor-type-file", place / "types.txt"]
+        command += [source.path.resolve(), out.resolve(), file_type, *([str(threads)] if threads else [])]
+        programs.call(command, log, cwd=place, append=True)
+    written = gguf_file.read(out)  # whatever it wrote must at least be whole before it gets its name
+    if {name: info.type for name, info in written.tensors.items()} != wanted:
+        raise ToolchainError(f"{out}: llama-quantize made other types than it was told: is it of another version?")
+    return written
+
+
+@contextmanager
+def _prepared(bin_dir: Path, imatrix: Path | None) -> Iterator[tuple[list[str | Path], Path]]:
+    """A command that has the importance matrix, and the folder that it must be run in."""
+    with tempfile.TemporaryDirectory() as folder:
+        command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
+        if imatrix:
+            (Path(folder) / imatrix.name).symlink_to(imatrix.resolve())  # the path that it is given gets into the file
+            command += ["--imatrix", imatrix.name]
+        yield command, Path(folder)
 
 
 def _dry_run(command: list[str | Path], source: Gguf, file_type: str, place: Path) -> mixture.Types:

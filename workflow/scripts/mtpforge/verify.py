@@ -39,8 +39,8 @@ N_PREDICT = 200
 EQUAL = 100  # tokens of each prompt that must be the same without drafting
 TIE = 0.1  # of log-probability: two tokens nearer than this can change places when they are computed in batches of another size
 # Metadata that says what was done to a file, not which model it is.
-FREE = ("general.file_type", "general.quantization_version", "general.size_label", inject.PADDING)
-ADDED = ("quantize.", "split.", inject.PADDING)
+FREE = ("general.file_type", "general.quantization_version", "general.size_label", gguf_file.PADDING)
+ADDED = ("quantize.", "split.", gguf_file.PADDING)
 # Of somebody else's base: publishers correct the rest of the tokenizer, and the context length.
 VOCABULARY = (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
 

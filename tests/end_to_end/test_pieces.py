@@ -1,0 +1,129 @@
+"""A quantization in pieces, or with tensors of other files, is to the byte what one plain llama-quantize run makes."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import BIN, CHECKPOINTS, MODELS
+from mtpforge import gguf_file, imatrix, pieces, plan, quant_types
+from mtpforge.gguf_file import Gguf
+from mtpforge.pieces import Work
+from mtpforge.quantize import Recipe, choose, plan_overrides
+
+RECIPE = (("attn_q|ffn_down", "Q6_K"), ("blk.1.", "Q5_K"))
+
+
+@pytest.fixture(scope="module")
+def matrices(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each model an importance matrix, which as ever does not cover the head."""
+    folder = tmp_path_factory.mktemp("matrices")
+    for model in MODELS:
+        imatrix.compute(source_of(built, model).path, CHECKPOINTS / "corpus.py", folder / f"{model}.gguf", bin_dir=BIN)
+    return {model: folder / f"{model}.gguf" for model in MODELS}
+
+
+def source_of(built: Path, model: str) -> Gguf:
+    return gguf_file.read(built / f"results/{model}/work/convert/all.gguf")
+
+
+@pytest.fixture(scope="module")
+def sources(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Gguf]:
+    """Of each model the embeddings, a block of each kind of attention, and the head: a type then takes a second or two."""
+    folder, sources = tmp_path_factory.mktemp("sources"), {}
+    for model in MODELS:
+        whole = source_of(built, model)
+        left = ("blk.0.", "blk.2.", "blk.1.ffn_up", "blk.1.ffn_gate_exps", "blk.1.ffn_up_exps")
+        kept = gguf_file.view(whole, [name for name in whole.tensors if not name.startswith(left)])
+        gguf_file.write(folder / f"{model}.gguf", whole.metadata, gguf_file.contents(kept))
+        sources[model] = gguf_file.read(folder / f"{model}.gguf")
+    return sources
+
+
+def plain(source: Gguf, out: Path, kind: str, head: str, recipe: Recipe, matrix: Path | None) -> bytes:
+    """What llama-quantize makes in one run, as a user would call it."""
+    command: list[object] = [BIN / "llama-quantize", *(["--imatrix", matrix.name] if matrix else [])]
+    for pattern, tensor_type in plan_overrides(source, kind, head, recipe):
+        command += ["--tensor-type", f"{pattern}={tensor_type.lower()}"]
+    place = matrix.parent if matrix else out.parent
+    subprocess.run(list(map(str, [*command, source.path, out, kind, 2])), check=True, capture_output=True, cwd=place)
+    return out.read_bytes()
+
+
+def work(
+    source: Gguf, kind: str, head: str, recipe: Recipe = (), matrix: Path | None = None, said: list[str] | None = None
+) -> Work:  # fmt: skip
+    types = choose(source, kind, head, recipe, matrix, BIN)
+    made = plan.make(source, gguf_file.digests(source.path), types, kind, matrix, BIN)
+    return Work(made, source, matrix, 2, BIN, say=(said if said is not None else []).append)
+
+
+def in_pieces(job: Work, folder: Path, count: int, said: list[str]) -> bytes:
+    """The whole that is put together from so many pieces, each of which has its part of the tensors and no more."""
+    held: list[str] = []
+    for number in range(1, count + 1):
+        out = folder / f"manifests/pieces/{number}.gguf"
+        digests = job.piece(out, number, count, folder)
+        held += gguf_file.read(out).tensors
+        assert digests == gguf_file.digests(out)
+        pieces.write_manifest(out.with_suffix(".json"), job.plan, digests, [out])
+    assert sorted(held) == sorted(job.source.tensors)
+    whole = folder / "whole.gguf"
+    assert job.whole(whole, folder) == gguf_file.digests(whole)
+    count = len(job.source.tensors)
+    assert said[-1] == f"reused 0 bytes (0 of {count} tensors) from nothing; {count} from pieces; quantized 0"
+    assert not [line for line in said if line.startswith("warning:")]
+    return whole.read_bytes()
+
+
+CROSSED = "Q4_K_M"
+
+
+def cases() -> Iterator[tuple[str, str, bool, bool]]:
+    """Dense and experts in every type, with an importance matrix and without where that can be; in one type, each with a recipe
+    and without, in the others with one or the other.
+    """
+    for model in MODELS:
+        for kind in quant_types.FILE_TYPES:
+            for with_matrix in (False, True):
+                if with_matrix or kind not in quant_types.NEED_IMATRIX:
+                    usual = kind not in quant_types.UNQUANTIZED and with_matrix == (model == MODELS[0])
+                    yield from ((model, kind, with_matrix, each) for each in ((False, True) if kind == CROSSED else (usual,)))
+
+
+@pytest.mark.parametrize(("model", "kind", "with_matrix", "with_recipe"), list(cases()))
+def test_the_same_bytes_as_one_run(
+    sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path, model: str, kind: str, with_matrix: bool, with_recipe: bool
+) -> None:
+    source, recipe, matrix = sources[model], RECIPE if with_recipe else (), matrices[model] if with_matrix else None
+    head = "Q8_0" if kind not in quant_types.UNQUANTIZED else kind
+    expected = plain(source, tmp_path / "plain.gguf", kind, head, recipe, matrix)
+    said = list[str]()
+    job = work(source, kind, head, recipe, matrix, said)
+    assert job.whole(tmp_path / "one.gguf") and (tmp_path / "one.gguf").read_bytes() == expected
+    for count in (1, 2, 3, 7):
+        (tmp_path / str(count)).mkdir()
+        assert in_pieces(job, tmp_path / str(count), count, said) == expected, count
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(built: Path, tmp_path: Path, model: str) -> None:
+    """Q4_K_M after Q4_K_S costs what differs, and the trunk without a head then nothing."""
+    source, said = source_of(built, model), list[str]()
+    for kind in ("Q4_K_S", "Q4_K_M"):
+        job = work(source, kind, "Q8_0", said=said)
+        out = tmp_path / f"{kind}.gguf"
+        pieces.write_manifest(tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out])
+    first, second = (gguf_file.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M"))
+    same = [name for name in second if first[name].type == second[name].type]
+    reused = sum(second[name].size for name in same)
+    assert 0 < len(same) < len(second)
+    assert f"reused {reused:,} bytes ({len(same)} of {len(second)} tensors) from {tmp_path / 'Q4_K_S.gguf'}; quantized " in said[1]
+    assert (tmp_path / "Q4_K_M.gguf").read_bytes() == plain(source, tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", (), None)
+    (tmp_path / "trunk").mkdir()
+    trunk = gguf_file.read(built / f"results/{model}/work/convert/trunk.gguf")
+    job = work(trunk, "Q4_K_M", "Q8_0", said=said)
+    job.whole(tmp_path / "trunk/out.gguf", tmp_path)
+    assert int(said[2].rsplit(" ", 1)[1]) < len(trunk.tensors) / 4
+    assert (tmp_path / "trunk/out.gguf").read_bytes() == (built / f"results/{model}/work/trunk/Q4_K_M.gguf").read_bytes()

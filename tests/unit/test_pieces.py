@@ -1,0 +1,413 @@
+"""Plans and pieces: what decides a tensor's bytes, how work is cut, and that nothing wrong is taken from a file."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, Run
+from gguf.constants import GGMLQuantizationType as Kind
+from mtpforge import atomic, gguf_file, imatrix, pieces, plan, quant_types, split
+from mtpforge.errors import ConfigError, ForgeError, GgufError
+from mtpforge.gguf_file import Gguf, TensorInfo, Value
+from mtpforge.mixture import Types
+from mtpforge.pieces import Work, cut, write_manifest
+from mtpforge.plan import Plan
+from mtpforge.quantize import choose
+
+
+def source_of(built: Path) -> Gguf:
+    return gguf_file.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
+
+
+@pytest.fixture(scope="module")
+def made(built: Path) -> Plan:
+    source = source_of(built)
+    return plan.make(source, gguf_file.digests(source.path), choose(source, "Q4_K_M", bin_dir=BIN), "Q4_K_M", None, BIN)
+
+
+def work(built: Path, made: Plan, said: list[str] | None = None) -> Work:
+    return Work(made, source_of(built), None, 1, BIN, say=(said if said is not None else []).append)
+
+
+def finished(built: Path, made: Plan, folder: Path) -> Path:
+    """A quantization, with its manifest, in a folder of its own."""
+    out = folder / "out.gguf"
+    folder.mkdir()
+    write_manifest(folder / "manifests/out.json", made, work(built, made).whole(out), [out])
+    return out
+
+
+def test_a_plan_is_the_same_for_the_same_work_and_small_enough_to_be_compared(built: Path, made: Plan, tmp_path: Path) -> None:
+    made.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == made and list(Plan.read(tmp_path / "plan.json").tensors) == list(made.tensors)
+    digests = json.loads((built / "results/tiny-qwen3.5/work/convert/all.json").read_text())
+    again = plan.make(source_of(built), digests, made.types(), "Q4_K_M", None, BIN)
+    again.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+    many = {f"blk.{i}.a_name_as_long_as_they_are.weight": replace(t, row="0" * 128) for i, t in enumerate(made.tensors.values())}
+    large = {f"{n}.{i}": tensor for i in range(16) for n, tensor in many.items()}
+    replace(made, tensors=large).write(tmp_path / "large.json")
+    assert len(large) >= 1118 and (tmp_path / "large.json").stat().st_size < 1e6
+
+
+def test_a_key_changes_with_all_that_decides_the_bytes_and_nothing_else(made: Plan) -> None:
+    name, other = list(made.tensors)[:2]
+    for field in ("type", "form", "source", "row"):
+        changed = replace(made, tensors={**made.tensors, name: replace(made.tensors[name], **{field: "Q8_0"})})
+        assert changed.keys()[name] != made.keys()[name] and changed.keys()[other] == made.keys()[other]
+    assert not set(replace(made, toolchain="another").keys().values()) & set(made.keys().values())
+    assert replace(made, file_type="Q4_K_S", header="another").keys() == made.keys()
+
+
+def test_a_row_of_an_importance_matrix_counts_for_its_tensor_alone(tmp_path: Path) -> None:
+    def write(path: Path, first: float) -> dict[str, str]:
+        metadata = {
+            "imatrix.datasets": Value.of(["text"], gguf_file.GGUFValueType.ARRAY, gguf_file.GGUFValueType.STRING),
+            "imatrix.chunk_count": Value.of(1, gguf_file.GGUFValueType.UINT32),
+            "imatrix.chunk_size": Value.of(512, gguf_file.GGUFValueType.UINT32),
+        }
+        values = {"a.in_sum2": first, "a.counts": 1.0, "b.in_sum2": 1.0, "b.counts": 1.0}
+        parts = [(TensorInfo(n, (1,), Kind.F32), [memoryview(bytes(Value.of(v, gguf_file.GGUFValueType.FLOAT32).raw))])
+                 for n, v in values.items()]  # fmt: skip
+        gguf_file.write(path, metadata, parts)
+        return imatrix.digests(path)
+
+    one, two = write(tmp_path / "one.gguf", 1.0), write(tmp_path / "two.gguf", 2.0)
+    assert one["a"] != two["a"] and one["b"] == two["b"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"tensors": 1}', '{"tensors": {"a": ["Q4_K"]}}', '{"tensors": {"a": []}, "b": 1}'])
+def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(Exception, match=r"plan\.json: ") as error:
+        Plan.read(tmp_path / "plan.json")
+    assert type(error.value).__module__ == "mtpforge.errors"
+
+
+def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
+    trunk = gguf_file.read(built / "results/tiny-qwen3.5/work/convert/trunk.gguf")
+    with pytest.raises(GgufError, match="has other tensors or metadata than what the plan is for"):
+        Work(made, trunk)
+    (tmp_path / "my.dat").write_bytes(b"1")
+    with pytest.raises(ConfigError, match=r"is for the importance matrix none, given is .*/my\.dat"):
+        Work(made, source_of(built), tmp_path / "my.dat")
+    another = replace(made, imatrix="my.dat", imatrix_sha256="0" * 64)
+    with pytest.raises(ConfigError, match=r"is for the importance matrix my\.dat \(0{64}\), given is .*/my\.dat"):
+        Work(another, source_of(built), tmp_path / "my.dat")
+
+
+def test_a_plan_for_other_weights_under_the_same_header_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """A fine-tune with the same metadata: reuse would take its bytes for the other's ever after."""
+    another = tmp_path / "all.gguf"
+    shutil.copyfile(source_of(built).path, another)
+    with another.open("r+b") as file:
+        file.seek(source_of(built).ranges["blk.1.attn_norm.weight"].offset)
+        file.write(bytes(64))
+    with pytest.raises(GgufError, match=r"all\.gguf: has another blk\.1\.attn_norm\.weight than what the plan is for"):
+        Work(made, gguf_file.read(another), bin_dir=BIN)
+
+
+def test_a_plan_for_another_toolchain_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of which nothing may get this one's key: here the same program, built in another way."""
+    shutil.copytree(BIN, tmp_path / "bin", symlinks=True)
+    assert Work(made, source_of(built), bin_dir=BIN)
+    (tmp_path / "stamp.json").write_text('{"commit": "another"}')
+    with pytest.raises(ConfigError, match=rf"is for another llama-quantize than that in {tmp_path}/bin: make the plan again"):
+        Work(made, source_of(built), bin_dir=tmp_path / "bin")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 999])
+def test_pieces_have_each_tensor_once_and_about_the_same_cost(built: Path, made: Plan, count: int) -> None:
+    source = source_of(built)
+    parts = cut(made, source, count)
+    assert len(parts) == count and [name for part in parts for name in part] == list(source.tensors)
+    costs = [sum(pieces.cost(made, source, name) for name in part) for part in parts]
+    largest = max(pieces.cost(made, source, name) for name in source.tensors)
+    assert max(costs) <= sum(costs) / count + largest
+    assert parts == cut(made, source, count)
+
+
+def test_every_type_has_a_cost() -> None:
+    assert quant_types.SECONDS.keys() == set(quant_types.TENSOR_TYPES)
+    assert {quant_types.usual(name) for name in quant_types.FILE_TYPES} <= quant_types.SECONDS.keys()
+
+
+def test_what_a_finished_file_has_is_taken_also_where_it_was_moved(built: Path, made: Plan, tmp_path: Path) -> None:
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    manifest = tmp_path / "a/manifests/out.json"
+    write_manifest(manifest, made, gguf_file.digests(before), [before, tmp_path / "published.gguf"])
+    before.rename(tmp_path / "published.gguf")
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "published.gguf").read_bytes()
+    assert f"({len(made.tensors)} of {len(made.tensors)} tensors) from {tmp_path / 'published.gguf'}; quantized 0" in said[0]
+
+
+def test_damaged_bytes_are_quantized_anew_with_a_warning(built: Path, made: Plan, tmp_path: Path) -> None:
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    whole, place = before.read_bytes(), gguf_file.read(before).ranges["blk.1.ffn_down.weight"]
+    with before.open("r+b") as file:
+        file.seek(place.offset + place.size // 2)
+        file.write(bytes([whole[place.offset + place.size // 2] ^ 1]))
+    digests = work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == gguf_file.digests(tmp_path / "b.gguf")
+    assert said[0].startswith("warning: blk.1.ffn_down.weight ") and said[1].endswith("; quantized 1")
+
+
+def with_other_types(made: Plan, kind: str, *parts: str) -> Plan:
+    """The same with another type for some tensors."""
+    types = {name: replace(tensor, type=kind) for name, tensor in made.tensors.items() if any(part in name for part in parts)}
+    return replace(made, tensors=made.tensors | types)
+
+
+def during_the_work(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Let something happen between the look for what can be reused and its copying, in which hours can pass."""
+    some = Work._some
+
+    def interrupted(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        happens()
+        return some(self, names, out, scratch)
+
+    monkeypatch.setattr(Work, "_some", interrupted)
+
+
+@pytest.mark.parametrize("how", ["gone", "replaced", "gone and without links", "torn"])
+def test_a_file_that_goes_while_it_is_used_costs_at_most_the_time(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Deleted, it can be read on by its second name; torn, or where there is none, all is made anew."""
+    changed, said = with_other_types(made, "Q5_0", "attn_qkv"), list[str]()
+    expected = work(built, changed).whole(tmp_path / "expected.gguf")
+    before = finished(built, made, tmp_path / "a")
+
+    def goes() -> None:
+        if how == "torn":
+            os.truncate(before, 4096)
+        else:
+            before.unlink()
+        if how == "replaced":
+            before.write_bytes(b"GGUF of another job, not finished")
+
+    during_the_work(monkeypatch, goes)
+    if how == "gone and without links":
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected == gguf_file.digests(tmp_path / "b.gguf")
+    if how in ("gone", "replaced"):
+        assert said[-1].endswith("; quantized 3") and len(said) == 1
+    else:
+        assert said[0].startswith("warning: ") and f"{before}: cannot be read any more" in said[0] and "reused 0" in said[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b.gguf", "expected.gguf"]
+
+
+def test_a_full_disk_is_no_reason_to_quantize_anew(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(built, made, tmp_path / "a")
+    fill = gguf_file.fill
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.name == ".b.gguf.part":
+            raise OSError(errno.ENOSPC, "no space left")
+        fill(path, *rest)
+
+    monkeypatch.setattr(gguf_file, "fill", full)
+    with pytest.raises(OSError, match="no space left"):
+        work(built, made).whole(tmp_path / "b.gguf", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("how", ["gone", "torn", "another", "manifest"])
+def test_a_file_that_is_not_there_any_more_costs_only_the_time(built: Path, made: Plan, tmp_path: Path, how: str) -> None:
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    whole = before.read_bytes()
+    if how == "gone":
+        before.unlink()
+    elif how == "torn":
+        before.write_bytes(whole[: len(whole) // 2])
+    elif how == "another":
+        before.write_bytes((built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf").read_bytes())
+    else:
+        (tmp_path / "a/manifests/out.json").write_text('{"files": 1, "tensors": [["a", "b"]]}')
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == whole and "reused 0 bytes" in said[-1]
+
+
+def test_too_little_is_not_worth_a_second_copy(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Where only what costs next to nothing is there, llama-quantize writes the file itself."""
+    source, said = source_of(built), list[str]()
+    out, norms = finished(built, made, tmp_path / "a"), [name for name, tensor in made.tensors.items() if tensor.type == "F32"]
+    digests = {name: digest for name, digest in gguf_file.digests(out).items() if name in norms}
+    write_manifest(tmp_path / "a/manifests/out.json", made, digests, [out])
+    (tmp_path / "scratch").mkdir()
+    assert work(built, made).find(tmp_path, tmp_path / "scratch").keys() == set(norms) != set(source.tensors)
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert "reused 0 bytes" in said[0]
+
+
+@pytest.mark.parametrize(("kind", "used"), [("Q4_0", False), ("IQ4_XS", True)])
+def test_what_is_quantized_as_fast_as_it_is_copied_is_not_assembled(built: Path, tmp_path: Path, kind: str, used: bool) -> None:
+    source, said = source_of(built), list[str]()
+    types = choose(source, kind, recipe=[(".*", kind)], bin_dir=BIN)
+    chosen = plan.make(source, gguf_file.digests(source.path), types, kind, None, BIN)
+    out = finished(built, chosen, tmp_path / "a")
+    digests = {name: digest for name, digest in gguf_file.digests(out).items() if "ffn_up" in name or "ffn_gate" in name}
+    write_manifest(tmp_path / "a/manifests/out.json", chosen, digests, [out])
+    work(built, chosen, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert ("reused 0 bytes" in said[0]) != used
+
+
+def test_a_split_file_is_reused(built: Path, made: Plan, tmp_path: Path) -> None:
+    """From the folder of its parts, where that alone is left of it."""
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    whole = before.read_bytes()
+    split.split(before, tmp_path / "published", "parts", 10**6)
+    assert len(list((tmp_path / "published").iterdir())) > 1
+    write_manifest(tmp_path / "a/manifests/out.json", made, gguf_file.digests(before), [before, tmp_path / "published"])
+    before.unlink()
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == whole and "quantized 0" in said[0] and "published/" in said[0]
+
+
+def make_piece(built: Path, planned: Plan, folder: Path, number: int, count: int) -> str:
+    """One piece, as the rule makes it; the last line that was said."""
+    out, said = folder / f"manifests/pieces/{number}.gguf", list[str]()
+    write_manifest(out.with_suffix(".json"), planned, work(built, planned, said).piece(out, number, count, folder), [out])
+    return said[-1]
+
+
+def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Also what it has of another cut, and as much as is right of what is damaged."""
+    make_piece(built, made, tmp_path, 1, 2)
+    out = tmp_path / "manifests/pieces/1.gguf"
+    first = gguf_file.read(out)
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
+    assert make_piece(built, made, tmp_path, 1, 3).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
+    place = gguf_file.read(out).ranges["blk.0.ffn_up.weight"]
+    with out.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(64))
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 1")
+    changed = with_other_types(made, "Q5_0", "attn_qkv")
+    for number in (1, 2):
+        make_piece(built, changed, tmp_path, number, 2)
+    expected, said = work(built, changed).whole(tmp_path / "expected.gguf"), list[str]()
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected
+    assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; {len(made.tensors)} from pieces; quantized 0"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "loop", "fifo", "folder", "~", "/"])
+def test_a_manifest_that_cannot_be_stops_nothing(built: Path, made: Plan, tmp_path: Path, name: str) -> None:
+    (tmp_path / "manifests/folder").mkdir(parents=True)
+    (tmp_path / "manifests/folder/a.gguf").mkdir()
+    (tmp_path / "manifests/loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "manifests/fifo")
+    entries = [[name, key, "0"] for name, key in made.keys().items()]
+    (tmp_path / "manifests/bad.json").write_text(json.dumps({"files": [name], "tensors": entries}))
+    said = list[str]()
+    assert work(built, made, said).whole(tmp_path / "b.gguf", tmp_path).keys() == {"header", *made.tensors}
+    assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; quantized {len(made.tensors)}"]
+
+
+def test_what_a_manifest_does_not_say_yet_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of a run that was killed between its file and its manifest: the file is new, and the manifest that of the last one."""
+    changed, said = with_other_types(made, "Q4_1", "ffn_up", "attn_qkv"), list[str]()
+    before = finished(built, changed, tmp_path / "a")
+    expected = work(built, made).whole(before)
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == work(built, changed).whole(tmp_path / "c.gguf")
+    assert work(built, made, said).whole(tmp_path / "d.gguf", tmp_path) == expected
+    changes = sum(changed.tensors[name] != made.tensors[name] for name in made.tensors)
+    assert [line.rsplit("; ", 1)[1] for line in said] == [f"quantized {changes}"] * 2
+
+
+def test_two_at_once(built: Path, made: Plan, tmp_path: Path) -> None:
+    """Of different files each is right, whatever it sees of the other; of one file the second is refused."""
+    finished(built, made, tmp_path / "a")
+    plans = {f"{kind}.gguf": with_other_types(made, kind, "attn_qkv") for kind in ("Q4_1", "Q5_0")}
+
+    def make(name: str) -> dict[str, str]:
+        digests = work(built, plans[name]).whole(tmp_path / name, tmp_path)
+        write_manifest(tmp_path / f"manifests/{name}.json", plans[name], digests, [tmp_path / name])
+        return digests
+
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            assert all(digests == gguf_file.digests(tmp_path / n) for n, digests in zip(plans, pool.map(make, plans), strict=True))
+    for name, planned in plans.items():
+        assert gguf_file.digests(tmp_path / name) == work(built, planned).whole(tmp_path / "plain.gguf")
+    with atomic.scratch_folder(tmp_path / "Q4_1.gguf"), pytest.raises(ForgeError, match="another process is writing it"):
+        make("Q4_1.gguf")
+
+
+def test_the_padding_of_a_part_does_not_get_into_the_whole(built: Path, tmp_path: Path) -> None:
+    """And one that the source has of its own stays as it is."""
+    source, own = source_of(built), {gguf_file.PADDING: Value.of("   ", gguf_file.GGUFValueType.STRING)}
+    for number, metadata in enumerate((source.metadata, {**source.metadata, **own})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        gguf_file.write(folder / "in.gguf", metadata, gguf_file.contents(source))
+        opened = gguf_file.read(folder / "in.gguf")
+        types: Types = choose(opened, "Q4_0", bin_dir=BIN)
+        job = Work(plan.make(opened, gguf_file.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
+        job.whole(folder / "plain.gguf")
+        digests = job.piece(folder / "piece.gguf", 1, 2)
+        write_manifest(folder / "manifests/piece.json", job.plan, digests, [folder / "piece.gguf"])
+        job.whole(folder / "out.gguf", folder)
+        assert (folder / "out.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
+
+
+def test_by_hand(built: Path, run: Run, tmp_path: Path) -> None:
+    source, results = source_of(built).path, tmp_path / "results"
+    said = []
+    for kind in ("Q4_K_S", "Q4_K_M"):
+        plan_file, out = tmp_path / f"{kind}.plan", results / f"{kind}.gguf"
+        assert run("quantize_plan.py", source, "--type", kind, "--out", plan_file).returncode == 0
+        options = ("--plan", plan_file, "--reuse", results, "--threads", 1, "--digests", tmp_path / f"{kind}.json")
+        keep = ("--manifest", results / f"manifests/{kind}.json", "--keep", results / f"manifests/{kind}.gguf")
+        done = run("quantize.py", source, *options, *keep, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / f"{kind}.json").read_text()) == gguf_file.digests(out)
+        assert (results / f"manifests/{kind}.gguf").samefile(out)
+        out.unlink()
+        said.append(done.stderr)
+    assert "reused 0 bytes" in said[0] and "manifests/Q4_K_S.gguf; quantized " in said[1] and "reused 0" not in said[1]
+    assert run("quantize.py", source, "--type", "Q4_K_M", "--out", tmp_path / "m.gguf").returncode == 0
+    assert (tmp_path / "m.gguf").read_bytes() == (results / "manifests/Q4_K_M.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["--plan p.json --head Q8_0", "--plan p.json --piece 3/2", "--plan p.json --piece 0/2", "--plan p.json --type Q4_0", ""]
+    + [f"--type Q4_0 {option}" for option in ("--piece 1/2", "--reuse r", "--manifest m.json", "--keep k.gguf", "--also a.gguf")],
+)
+def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: Path, wrong: str) -> None:
+    assert run("quantize.py", source_of(built).path, *wrong.split(), "--out", tmp_path / "no.gguf").returncode == 2
+
+
+def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_path: Path) -> None:
+    """And the next run clears away what was left."""
+    made.write(tmp_path / "plan.json")
+    out = tmp_path / "out.gguf"
+    command = ["python", "workflow/scripts/quantize.py", str(source_of(built).path), "--plan", str(tmp_path / "plan.json")]
+    command += ["--piece", "1/2", "--out", str(out)]
+    scratch = tmp_path / ".out.gguf.scratch"
+    for sign in (scratch, scratch / "part.gguf", tmp_path / ".out.gguf.part", out):
+        with subprocess.Popen(command, cwd=built, stderr=subprocess.DEVNULL) as process:
+            while not sign.exists() and process.poll() is None:
+                time.sleep(0.001)
+            process.kill()
+        assert sign == out or not out.exists(), sign
+    assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
+    out.unlink()
+    (tmp_path / ".out.gguf.part").write_bytes(b"left behind")
+    scratch.mkdir(exist_ok=True)
+    (scratch / "part.gguf").write_bytes(b"left behind")
+    assert subprocess.run(command, cwd=built, capture_output=True).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "plan.json"]

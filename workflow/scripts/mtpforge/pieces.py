@@ -1,0 +1,267 @@
+"""A quantization in pieces: some of the tensors at a time, and none whose bytes a finished file has already.
+
+llama-quantize makes of some tensors the same bytes as of all, where each has its type given explicitly. So they can be made in
+several jobs, be kept over a kill, and be taken from other quantizations. A manifest says which tensors a file has and under which
+key (see `plan`); whatever is taken from a file is hashed first, and made anew where it is not what the manifest says.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gguf.constants import GGMLQuantizationType
+
+from . import atomic, gguf_file, programs, quant_types
+from .checkpoint import read_json
+from .errors import CheckpointError, ConfigError, GgufError
+from .gguf_file import PADDING, Gguf, TensorInfo, squeezed
+from .plan import Plan, matrix_of, toolchain
+from .quantize import run
+from .ranges import FileRange, sha256
+
+WORTH, COPIES = 0.1, 3.0
+"""A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
+what copying the rest takes: the source of the rest, and all of the result, are written twice."""
+
+MANIFESTS = "**/manifests/**/*.json"
+_PIECES = "/manifests/pieces/"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is finished: where its bytes lie, the sha256 that they should have, and what the file is called."""
+
+    piece: FileRange
+    digest: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Work:
+    """A planned quantization of `source`, to be done in one go or in pieces; `say` gets what is worth a line.
+
+    Raises GgufError for a source that the plan is not for, ConfigError for another importance matrix or toolchain.
+    """
+
+    plan: Plan
+    source: Gguf
+    imatrix: Path | None = None
+    threads: int = 0
+    bin_dir: Path = programs.DEFAULT_BIN
+    log: Path | None = None
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.plan.check(self.source)
+        if matrix_of(self.imatrix) != (self.plan.imatrix, self.plan.imatrix_sha256):
+            wanted = f"{self.plan.imatrix} ({self.plan.imatrix_sha256})" if self.plan.imatrix else "none"
+            raise ConfigError(f"the plan is for the importance matrix {wanted}, given is {self.imatrix}")
+        if toolchain(self.bin_dir) != self.plan.toolchain:
+            raise ConfigError(f"the plan is for another llama-quantize than that in {self.bin_dir}: make the plan again")
+
+    # ── what is made ──
+
+    def whole(self, out: Path, reuse: Path | None = None) -> dict[str, str]:
+        """Write all of it to `out`, with tensors of finished files under `reuse`; its digests, as `gguf_file.digests` has them."""
+        with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
+            made = self._sound(self._worth(self.find(reuse, scratch))) if reuse else {}
+            fresh = self._assemble(made, temporary, scratch) if made else None
+            if fresh is None:
+                made, fresh = {}, self._quantize(self.source, temporary)
+            self._report(made, self.plan.tensors)
+            to_hash = {name: piece for name, piece in fresh.ranges.items() if name not in made}
+            to_hash["header"] = gguf_file.header_range(gguf_file.read(temporary))
+            found = gguf_file.hashes(to_hash, self.threads or None) | {name: tensor.digest for name, tensor in made.items()}
+            return {name: found[name] for name in ("header", *self.plan.tensors)}
+
+    def piece(self, out: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
+        """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of what it got.
+
+        What `out` has already, of this piece or, as it was cut before, of another, stays in it.
+        """
+        names = cut(self.plan, self.source, count)[number - 1]
+        with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
+            made = self.find(reuse, scratch) if reuse else {}
+            own = {name: tensor for name, tensor in made.items() if tensor.path.resolve() == out.resolve()}
+            kept = self._sound(own)
+            made = {name: tensor for name, tensor in made.items() if name in kept or name not in own}
+            rest = [name for name in names if name not in made]
+            if rest and not kept:
+                self._some(rest, temporary, scratch)
+            else:
+                fresh = gguf_file.contents(self._some(rest, scratch / "rest.gguf", scratch)) if rest else []
+                gguf_file.fill(temporary, {}, [*((self._info(name), [tensor.piece]) for name, tensor in kept.items()), *fresh])
+            self._report({name: made[name] for name in names if name in made}, names)
+            return gguf_file.digests(temporary, self.threads or None)
+
+    def find(self, folder: Path, scratch: Path) -> dict[str, Made]:
+        """Of each tensor that some file under `folder` has, by the manifest of that file, where it is.
+
+        The files get second names in `scratch`, by which they can be read until that is gone, whoever renames or deletes them.
+        """
+        keys, found = self.plan.keys(), dict[str, Made]()
+        for manifest in sorted(folder.glob(MANIFESTS)):
+            files, known = _read_manifest(manifest)
+            wanted = {name: known[key] for name, key in keys.items() if key in known and name not in found}
+            for path in _present(files):
+                if wanted.keys() <= found.keys():
+                    break
+                try:
+                    opened = gguf_file.read(_held(path, scratch))
+                except (GgufError, OSError):  # gone, or of another kind by now
+                    continue
+                for name, (own, digest) in wanted.items():
+                    if name not in found and own in opened.tensors and _same(opened.tensors[own], self._info(name)):
+                        found[name] = Made(opened.ranges[own], digest, path)
+        return found
+
+    # ── how ──
+
+    def _info(self, name: str) -> TensorInfo:
+        """A tensor as it will be written: llama-quantize leaves out leading dimensions of one."""
+        info, kind = self.source.tensors[name], GGMLQuantizationType[self.plan.tensors[name].type]
+        return replace(info, shape=squeezed(info.shape), type=kind)
+
+    def _quantize(self, source: Gguf, out: Path) -> Gguf:
+        return run(source, out, self.plan.types(), self.plan.file_type, self.imatrix, self.threads, self.bin_dir, self.log)
+
+    def _some(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        """Quantize these tensors to `out`, in place, from a part of the source that shares its blocks where it can."""
+        wanted, part = set(names), scratch / "part.gguf"
+        if wanted == self.source.tensors.keys():
+            return self._quantize(self.source, out)
+        kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
+        tensors = gguf_file.contents(kept)
+        gguf_file.fill(part, gguf_file.padded(self.source.metadata, tensors, kept), tensors)
+        made = self._quantize(gguf_file.read(part), out)
+        part.unlink()
+        return made
+
+    def _assemble(self, made: Mapping[str, Made], out: Path, scratch: Path) -> Gguf | None:
+        """Write the whole, in place; what was quantized for it, or None where what is reused cannot be read any more.
+
+        Its metadata is llama-quantize's own, so that program runs where all tensors are made too.
+        """
+        smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
+        rest = [name for name in self.plan.tensors if name not in made] or [smallest]
+        fresh = self._some(rest, scratch / "rest.gguf", scratch)
+        metadata = {key: self.source.metadata.get(key, value) if key == PADDING else value for key, value in fresh.metadata.items()}
+        if PADDING not in self.source.metadata:
+            metadata.pop(PADDING, None)
+        tensors = [(self._info(name), [made[name].piece if name in made else fresh.ranges[name]]) for name in self.plan.tensors]
+        try:
+            gguf_file.fill(out, metadata, tensors)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.say(f"warning: {_named(made)}: cannot be read any more ({error.strerror}): all is quantized anew")
+            return None
+        return fresh
+
+    def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
+        """All of it, or nothing where that costs more than it saves."""
+        rest = [name for name in self.plan.tensors if name not in made]
+        copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
+        return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
+
+    def _sound(self, made: dict[str, Made]) -> dict[str, Made]:
+        """Those whose bytes are what the manifest says; of others a warning."""
+
+        def is_sound(tensor: Made) -> bool:
+            try:
+                return sha256(tensor.piece) == tensor.digest
+            except OSError:
+                return False
+
+        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
+            damaged = [name for name, sound in zip(made, pool.map(is_sound, made.values()), strict=True) if not sound]
+        if damaged:
+            files = _named({name: made[name] for name in damaged})
+            self.say(f"warning: {damaged[0]} and {len(damaged) - 1} more are not what the manifest of {files} says: quantized anew")
+        return {name: tensor for name, tensor in made.items() if name not in damaged}
+
+    def _cost(self, names: Iterable[str]) -> float:
+        return sum(cost(self.plan, self.source, name) for name in names)
+
+    def _report(self, made: Mapping[str, Made], of: Iterable[str]) -> None:
+        names = list(of)
+        reused = {name: tensor for name, tensor in made.items() if _PIECES not in tensor.path.as_posix()}
+        size, pieces = sum(tensor.piece.size for tensor in reused.values()), len(made) - len(reused)
+        line = f"reused {size:,} bytes ({len(reused)} of {len(names)} tensors) from {_named(reused) or 'nothing'}; "
+        line += (f"{pieces} from pieces; " if pieces else "") + f"quantized {len(names) - len(made)}"
+        self.say(line)
+        if self.log:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+
+def _named(made: Mapping[str, Made]) -> str:
+    return ", ".join(sorted({str(tensor.path) for tensor in made.values()}))
+
+
+def cost(plan: Plan, source: Gguf, name: str) -> float:
+    """CPU seconds that a tensor takes, roughly; of one that stays as it is, those of a copy."""
+    info, kind = source.tensors[name], plan.tensors[name].type
+    return info.elements * quant_types.SECONDS["BF16" if info.type.name == kind else kind] / 1e9
+
+
+def cut(plan: Plan, source: Gguf, count: int) -> list[list[str]]:
+    """The tensors of each of `count` pieces: of about the same cost, and neighbours in the source, so that they can share it."""
+    pieces: list[list[str]] = [[] for _ in range(count)]
+    costs = {name: cost(plan, source, name) for name in source.tensors}
+    done, total = 0.0, sum(costs.values())
+    for name in source.tensors:
+        pieces[min(int(count * (done + costs[name] / 2) / total), count - 1)].append(name)
+        done += costs[name]
+    return pieces
+
+
+def write_manifest(path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]) -> None:
+    """Say which tensors a file has, a line for each: its name, key and sha256. `files` are all names that it has or will have."""
+    keys = plan.keys()
+    names = [os.path.relpath(file, path.parent) for file in files]
+    lines = [json.dumps([name, keys[name], digests[name]]) for name in plan.tensors if name in digests]
+    atomic.write_text(path, f'{{\n"files": {json.dumps(names)},\n"tensors": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _read_manifest(path: Path) -> tuple[list[Path], dict[str, tuple[str, str]]]:
+    """Files by all their names, and by key a tensor's name there and its sha256; nothing where it is no manifest."""
+    try:
+        value = read_json(path)
+        known = {str(key): (str(name), str(digest)) for name, key, digest in value["tensors"]}
+        return [Path(os.path.normpath(path.parent / name)) for name in value["files"]], known
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+        return [], {}
+
+
+def _present(files: Iterable[Path]) -> Iterator[Path]:
+    """Those that are there, of a folder all GGUFs in it."""
+    for file in files:
+        try:
+            inside = sorted(file.glob("*.gguf")) if file.is_dir() else [file]
+            yield from [path for path in inside if path.is_file()]
+        except (OSError, ValueError):  # a name that cannot be, a folder that may not be read
+            continue
+
+
+def _held(path: Path, scratch: Path) -> Path:
+    """A second name of a file; where the file system has none, the first. Raises OSError where the file is gone."""
+    path = path.resolve()
+    about = path.stat()
+    held = scratch / f"{about.st_dev}-{about.st_ino}.gguf"
+    if not held.exists():
+        try:
+            os.link(path, held)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            return path
+    return held
+
+
+def _same(found: TensorInfo, wanted: TensorInfo) -> bool:
+    return (found.type, squeezed(found.shape)) == (wanted.type, wanted.shape)

@@ -1,0 +1,36 @@
+"""Plan a quantization: the type of each tensor, and what decides its bytes; quantize.py --plan does it.
+
+A table shows the types. The plan is the same where the work is.
+
+example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out plan.json
+"""
+
+import argparse
+from pathlib import Path
+
+from mtpforge import atomic, errors, gguf_file, plan, programs
+from mtpforge.checkpoint import read_json
+from mtpforge.quantize import choose, read_recipe
+
+
+def main() -> None:
+    """Parse the command line and plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
+    parser.add_argument("--out", type=Path, required=True, help="the plan to write, a JSON file")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="sha256 of its tensors, as convert.py wrote them")
+    parser.add_argument("--type", required=True, metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help")
+    parser.add_argument("--head", metavar="T", help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)")
+    parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
+    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="llama-quantize's folder (default: %(default)s)")
+    args = parser.parse_args()
+    atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
+    source = gguf_file.read(args.source)
+    types = choose(source, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.bin)
+    digests = read_json(args.digests) if args.digests else gguf_file.digests(args.source)
+    plan.make(source, digests, types, args.type, args.imatrix, args.bin).write(args.out)
+
+
+if __name__ == "__main__":
+    errors.run(main)
