@@ -64,8 +64,8 @@ def _restore(handlers: Mapping[signal.Signals, Any], came: Iterable[int]) -> Non
     """Put the handlers of signals back, and give them those that came meanwhile."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    for number in came:
-        signal.raise_signal(number)
+    for caught in came:
+        signal.raise_signal(caught)
 
 
 def call(
