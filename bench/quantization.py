@@ -1,4 +1,4 @@
-"""How fast a quantization is beside one plain llama-quantize run, from nothing, after a changed recipe, and in two pieces.
+"""How fast a quantization is beside one plain llama-quantize run, from nothing and after a changed recipe, and with two workers.
 
 Of a BF16 GGUF of Qwen3.5-2B's shapes as Q4_K_M, with a plan, digests and a manifest, as the workflow makes it; all until on the
 disk. That each result has the bytes of the plain run is checked.
@@ -14,17 +14,18 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-from conversion import QWEN3_5_2B, ROOT, cost_of, typical, write_checkpoint
+from conversion import QWEN3_5_2B, ROOT, cost_of, write_checkpoint
 from mtpforge import gguf_file
 from mtpforge.plan import Plan
 from mtpforge.quantize import plan_overrides
 
-RECIPE = {"attn_qkv": "Q5_K"}  # a ninth of the weights, which Q4_K_M has as Q4_K and Q6_K
+RECIPE = {"blk.[0-7].ffn_(gate|up)": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,6 @@ def seconds(*commands: list[object]) -> float:
     return sum(cost_of(*command).wall for command in commands)
 
 
-def in_two_pieces(bench: Bench, workers: int, threads: int) -> float:
-    """Wall clock of a plan, of two pieces by so many workers, and of the whole of them, for which the cores are free then."""
-    start = time.monotonic()
-    cost_of(*bench.plan({}))
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda i: cost_of(*bench.quantize(f"piece{i}", threads, "--piece", f"{i}/2")), (1, 2)))
-    cost_of(*bench.quantize("two", workers * threads))
-    taken = time.monotonic() - start
-    bench.check("two", bench.source.with_name("plain.gguf"))
-    return taken
-
-
 def changed_share(bench: Bench) -> float:
     """The weights that the changed recipe gives another type, of all."""
     types = []
@@ -106,50 +95,69 @@ def changed_share(bench: Bench) -> float:
     return changed / sum(info.elements for info in tensors.values())
 
 
-def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
-    """All figures."""
+def measure(bench: Bench, threads: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall clock of each kind of work, in pairs of which one runs right after the other: a machine's speed can drift.
+
+    Which of the two is first changes from one repeat to the next.
+    """
     plain, changed = bench.source.with_name("plain.gguf"), bench.source.with_name("changed.gguf")
-    subprocess.run(["cat", str(bench.source)], stdout=subprocess.DEVNULL, check=True)
-    result: dict[str, Any] = {"weights": bench.source.stat().st_size // 2, "threads": threads}
-    result["llama-quantize"] = typical(lambda: cost_of(*bench.plain({}, plain), threads), repeats).wall
-    whole, recipe, full = [], [], 0.0
-    for _ in range(repeats):
-        bench.fresh()
-        whole.append(seconds(bench.plan({}), bench.quantize("whole", threads)))
+
+    def from_nothing() -> float:
+        taken = seconds(bench.fresh().plan({}), bench.quantize("whole", threads))
         bench.check("whole", plain)
-        recipe.append(seconds(bench.plan(RECIPE), bench.quantize("changed", threads)))
-    full = seconds([*bench.plain(RECIPE, changed), threads])
-    bench.check("changed", changed)
-    result |= {
-        "quantize": sorted(whole)[repeats // 2],
-        "recipe": sorted(recipe)[repeats // 2],
-        "recipe plain": full,
-        "share": changed_share(bench),
+        return taken
+
+    def after_a_change() -> float:
+        taken = seconds(bench.plan(RECIPE), bench.quantize("changed", threads))
+        bench.check("changed", changed)
+        return taken
+
+    def one_worker() -> float:
+        return seconds(bench.fresh().plan({}), bench.quantize("one", 1))
+
+    def two_workers() -> float:
+        start = time.monotonic()
+        cost_of(*bench.fresh().plan({}))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda i: cost_of(*bench.quantize(f"piece{i}", 1, "--piece", f"{i}/2")), (1, 2)))
+        cost_of(*bench.quantize("two", 2))
+        taken = time.monotonic() - start
+        bench.check("two", plain)
+        return taken
+
+    pairs = {
+        "from nothing": (lambda: seconds([*bench.plain({}, plain), threads]), from_nothing),
+        "changed": (lambda: seconds([*bench.plain(RECIPE, changed), threads]), after_a_change),
+        "two workers": (one_worker, two_workers),
     }
-    result["one worker"] = seconds(bench.fresh().plan({}), bench.quantize("one", 1))
-    bench.check("one", plain)
-    result["two workers"] = in_two_pieces(bench.fresh(), 2, 1)
-    result["two pieces"] = in_two_pieces(bench.fresh(), 1, threads)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
+    subprocess.run(["cat", str(bench.source)], stdout=subprocess.DEVNULL, check=True)
+    for repeat in range(repeats):
+        for name, (one, other) in pairs.items():
+            times = [run() for run in ((one, other) if repeat % 2 == 0 else (other, one))]
+            taken[name].append((times[0], times[1]) if repeat % 2 == 0 else (times[1], times[0]))
+            print(f"{name}: {taken[name][-1][0]:.1f} s, {taken[name][-1][1]:.1f} s", file=sys.stderr, flush=True)
     for path in (plain, changed):
         path.unlink()
-    shutil.rmtree(bench.work)
-    return result
+    return taken
 
 
-def table(result: dict[str, Any]) -> str:
-    """The ratios, as Markdown."""
-    plain, full = result["llama-quantize"], result["recipe plain"]
-    one, two = result["one worker"], result["two workers"]
-    rows = [
-        ("from nothing", f"{plain:.1f} s", f"{result['quantize']:.1f} s", f"{result['quantize'] / plain:.3f} × its time"),
-        (f"a recipe for {100 * result['share']:.0f}% of the weights changed", f"{full:.1f} s", f"{result['recipe']:.1f} s",
-         f"{100 * result['recipe'] / full:.1f}% of its time"),
-        ("in two pieces, one after the other", f"{plain:.1f} s", f"{result['two pieces']:.1f} s",
-         f"{result['two pieces'] / plain:.3f} × its time"),
-        ("two workers of one thread each, beside one", f"{one:.1f} s", f"{two:.1f} s", f"{one / two:.2f} × as fast"),
-    ]  # fmt: skip
-    lines = ["| what | llama-quantize | mtpforge | |", "| --- | ---: | ---: | ---: |"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+def table(taken: dict[str, list[tuple[float, float]]], share: float) -> str:
+    """Medians of times and of ratios, as Markdown."""
+
+    def row(name: str, what: str, show: Callable[[float], str]) -> str:
+        left, right, ratio = (median(values) for values in zip(*((a, b, b / a) for a, b in taken[name]), strict=True))
+        return f"| {what} | {left:.1f} s | {right:.1f} s | {show(ratio)} |"
+
+    return "\n".join(
+        [
+            "| what | llama-quantize | mtpforge | |",
+            "| --- | ---: | ---: | ---: |",
+            row("from nothing", "from nothing", lambda ratio: f"{ratio:.3f} × its time"),
+            row("changed", f"with a recipe changed for {share:.1%} of the weights", lambda ratio: f"{ratio:.1%} of its time"),
+            row("two workers", "one worker of one thread, and two (both mtpforge)", lambda ratio: f"{1 / ratio:.2f} × as fast"),
+        ]
+    )
 
 
 def main() -> None:
@@ -161,10 +169,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
-    result = measure(Bench(make_source(args.scratch), args.scratch / "quantization"), args.threads, args.repeats)
+    bench = Bench(make_source(args.scratch), args.scratch / "quantization")
+    taken, share = measure(bench, args.threads, args.repeats), changed_share(bench)
+    shutil.rmtree(bench.work)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"processors": os.cpu_count(), **result}, indent=1) + "\n")
-    print(table(result))
+    result = {"processors": os.cpu_count(), "weights": bench.source.stat().st_size // 2, "share": share, "seconds": taken}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(taken, share))
 
 
 if __name__ == "__main__":

@@ -308,7 +308,8 @@ def test_a_manifest_that_cannot_be_stops_nothing(built: Path, made: Plan, tmp_pa
     (tmp_path / "manifests/folder").mkdir(parents=True)
     (tmp_path / "manifests/folder/a.gguf").mkdir()
     (tmp_path / "manifests/loop").symlink_to("loop")
-    os.mkfifo(tmp_path / "manifests/fifo")
+    for pipe in ("fifo", "pipe.json"):
+        os.mkfifo(tmp_path / "manifests" / pipe)
     entries = [[name, key, "0"] for name, key in made.keys().items()]
     (tmp_path / "manifests/bad.json").write_text(json.dumps({"files": [name], "tensors": entries}))
     said = list[str]()

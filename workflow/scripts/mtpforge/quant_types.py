@@ -68,9 +68,9 @@ RELATIVE_ERROR = {
 # CPU seconds that llama-quantize takes for 10^9 weights of a type, measured by bench/costs.py on a busy machine and scaled to what
 # Q4_K takes on a quiet one: they are there to balance pieces. BF16 is a copy.
 SECONDS = {
-    "F32": 6, "F16": 6, "BF16": 1, "Q8_0": 7, "Q6_K": 30, "Q5_1": 5, "Q5_K": 56, "Q5_0": 6, "Q4_1": 4, "Q4_K": 66, "Q4_0": 4,
-    "IQ4_NL": 199, "NVFP4": 22, "IQ4_XS": 214, "MXFP4": 8, "Q3_K": 14, "IQ3_S": 305, "IQ3_XXS": 395, "Q2_K": 54, "IQ2_S": 410,
-    "IQ2_XS": 770, "IQ2_XXS": 362, "IQ1_M": 623, "IQ1_S": 676, "TQ2_0": 7, "TQ1_0": 6,
+    "F32": 6, "F16": 5, "BF16": 1, "Q8_0": 6, "Q6_K": 26, "Q5_1": 5, "Q5_K": 56, "Q5_0": 5, "Q4_1": 4, "Q4_K": 66, "Q4_0": 4,
+    "IQ4_NL": 246, "NVFP4": 22, "IQ4_XS": 248, "MXFP4": 9, "Q3_K": 16, "IQ3_S": 342, "IQ3_XXS": 488, "Q2_K": 60, "IQ2_S": 168,
+    "IQ2_XS": 776, "IQ2_XXS": 258, "IQ1_M": 161, "IQ1_S": 143, "TQ2_0": 4, "TQ1_0": 4,
 }  # fmt: skip
 
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
