@@ -112,11 +112,13 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, list[tuple[fl
         return taken
 
     def one_worker() -> float:
-        return seconds(bench.fresh().plan({}), bench.quantize("one", 1))
+        taken = seconds(bench.fresh().plan({}), bench.quantize("one", 1))
+        bench.check("one", plain)
+        return taken
 
     def two_workers() -> float:
-        start = time.monotonic()
-        cost_of(*bench.fresh().plan({}))
+        plan, start = bench.fresh().plan({}), time.monotonic()
+        cost_of(*plan)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda i: cost_of(*bench.quantize(f"piece{i}", 1, "--piece", f"{i}/2")), (1, 2)))
         cost_of(*bench.quantize("two", 2))

@@ -85,6 +85,14 @@ def test_a_row_of_an_importance_matrix_counts_for_its_tensor_alone(tmp_path: Pat
     assert one["a"] != two["a"] and one["b"] == two["b"]
 
 
+@pytest.mark.parametrize(("field", "value"), [("file_type", "Q4_K_X"), ("tensors", "Q8_1")])
+def test_a_plan_with_a_type_that_cannot_be_is_refused(made: Plan, tmp_path: Path, field: str, value: str) -> None:
+    tensors = {name: replace(tensor, type=value) for name, tensor in made.tensors.items()}
+    replace(made, **{field: tensors if field == "tensors" else value}).write(tmp_path / "plan.json")  # type: ignore[arg-type]
+    with pytest.raises(GgufError, match=r"plan\.json: is no plan of a quantization .*a type that cannot be"):
+        Plan.read(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"tensors": 1}', '{"tensors": {"a": ["Q4_K"]}}', '{"tensors": {"a": []}, "b": 1}'])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
@@ -106,14 +114,15 @@ def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan,
 
 
 def test_a_plan_for_other_weights_under_the_same_header_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
-    """A fine-tune with the same metadata: reuse would take its bytes for the other's ever after."""
-    another = tmp_path / "all.gguf"
-    shutil.copyfile(source_of(built).path, another)
-    with another.open("r+b") as file:
-        file.seek(source_of(built).ranges["blk.1.attn_norm.weight"].offset)
-        file.write(bytes(64))
-    with pytest.raises(GgufError, match=r"all\.gguf: has another blk\.1\.attn_norm\.weight than what the plan is for"):
-        Work(made, gguf_file.read(another), bin_dir=BIN)
+    """A fine-tune with the same metadata, of which norms can be frozen: reuse would take its bytes for the other's ever after."""
+    for name in ("blk.1.attn_norm.weight", "blk.1.ffn_down.weight"):
+        another = tmp_path / "all.gguf"
+        shutil.copyfile(source_of(built).path, another)
+        with another.open("r+b") as file:
+            file.seek(source_of(built).ranges[name].offset)
+            file.write(bytes(64))
+        with pytest.raises(GgufError, match=r"all\.gguf: has other weights than what the plan is for: make the plan again"):
+            Work(made, gguf_file.read(another), bin_dir=BIN)
 
 
 def test_a_plan_for_another_toolchain_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
@@ -123,6 +132,16 @@ def test_a_plan_for_another_toolchain_is_refused(built: Path, made: Plan, tmp_pa
     (tmp_path / "stamp.json").write_text('{"commit": "another"}')
     with pytest.raises(ConfigError, match=rf"is for another llama-quantize than that in {tmp_path}/bin: make the plan again"):
         Work(made, source_of(built), bin_dir=tmp_path / "bin")
+
+
+def test_libraries_of_the_program_are_part_of_the_toolchain(tmp_path: Path) -> None:
+    """Where llama.cpp was built with shared libraries, the quantizers are in these."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy(BIN / "llama-quantize", tmp_path / "bin/llama-quantize")
+    (tmp_path / "bin/libggml-base.so").write_bytes(b"1")
+    before = plan.toolchain(tmp_path / "bin")
+    (tmp_path / "bin/libggml-base.so").write_bytes(b"2")
+    assert plan.toolchain(tmp_path / "bin") != before
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 999])
@@ -398,17 +417,65 @@ def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_
     out = tmp_path / "out.gguf"
     command = ["python", "workflow/scripts/quantize.py", str(source_of(built).path), "--plan", str(tmp_path / "plan.json")]
     command += ["--piece", "1/2", "--out", str(out)]
-    scratch = tmp_path / ".out.gguf.scratch"
-    for sign in (scratch, scratch / "part.gguf", tmp_path / ".out.gguf.part", out):
-        with subprocess.Popen(command, cwd=built, stderr=subprocess.DEVNULL) as process:
-            while not sign.exists() and process.poll() is None:
-                time.sleep(0.001)
-            process.kill()
-        assert sign == out or not out.exists(), sign
-    assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
-    out.unlink()
-    (tmp_path / ".out.gguf.part").write_bytes(b"left behind")
+    scratch, part = tmp_path / ".out.gguf.scratch", tmp_path / ".out.gguf.part"
+
+    def is_there(sign: Path) -> bool:
+        """Of what llama-quantize makes, when it has begun to write."""
+        try:
+            return sign.stat().st_size > (0 if sign == part else -1)
+        except OSError:
+            return False
+
+    for sign in (scratch, scratch / "part.gguf", part):
+        for _ in range(50):  # it can be too quick for us
+            part.unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+            with subprocess.Popen(command, cwd=built, stderr=subprocess.DEVNULL) as process:
+                while not is_there(sign) and process.poll() is None:
+                    time.sleep(0.001)
+                process.kill()
+            if not out.exists():
+                break
+            out.unlink()
+        assert not out.exists() and is_there(sign), sign
+    part.write_bytes(b"left behind")
     scratch.mkdir(exist_ok=True)
     (scratch / "part.gguf").write_bytes(b"left behind")
     assert subprocess.run(command, cwd=built, capture_output=True).returncode == 0
+    assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "plan.json"]
+
+
+def test_padding_of_a_reused_file_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:
+    """No digest knows it, and it would be handed on from file to file."""
+    out = finished(built, made, tmp_path / "a")
+    whole, opened = out.read_bytes(), gguf_file.read(out)
+    piece = next(piece for piece in opened.ranges.values() if piece.size % gguf_file.ALIGNMENT)
+    with out.open("r+b") as file:
+        file.seek(piece.offset + piece.size)
+        file.write(b"\xff")
+    said = list[str]()
+    work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert f"({len(made.tensors)} of {len(made.tensors)} tensors)" in said[0]
+    assert (tmp_path / "b.gguf").read_bytes() == whole
+
+
+def test_manifests_are_found_behind_links_and_where_folders_go_meanwhile(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(built, made, tmp_path / "a")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/model").symlink_to(tmp_path / "a")
+    going, listed = tmp_path / "results/going", os.scandir
+    going.mkdir()
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("going"):
+            raise FileNotFoundError(errno.ENOENT, "gone", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(FileNotFoundError):
+        os.scandir(going)
+    (tmp_path / "scratch").mkdir()
+    assert work(built, made).find(tmp_path / "results", tmp_path / "scratch").keys() == made.tensors.keys()

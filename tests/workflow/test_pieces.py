@@ -59,10 +59,12 @@ def test_a_file_in_pieces_is_made_of_them(repository: Repository) -> None:
 
 
 def test_an_unknown_name_is_no_file_that_can_be_made(repository: Repository) -> None:
-    for name in ("quantized/nothing", "trunk/Q9_K"):
+    why = {"quantized/nothing": "MissingRuleException", "trunk/Q9_K": "MissingRuleException"}
+    why |= {"quantized/IQ1_S": "variants has no IQ1_S", "trunk/mix": "unknown quantization type 'mix'"}
+    for name, reason in why.items():
         done = repository.snakemake("--dry-run", target=f"{MODEL}/work/{name}.gguf")
         said = done.stdout + done.stderr
-        assert done.returncode and "MissingRuleException" in said and "KeyError" not in said, said
+        assert done.returncode and reason in said and "KeyError" not in said, said
 
 
 def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
@@ -112,12 +114,12 @@ def test_a_recipe_that_is_changed_between_two_pieces_costs_its_tensors(repositor
     for number in (1, 2):
         done = repository.snakemake(target=f"{MODEL}/work/pieces/quantized/lone/{number}-of-3.json")
         assert done.returncode == 0, done.stderr[-3000:]
-    before = sum(quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2))
+    before = [quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2)]
     set_variants(repository, {**VARIANTS, "lone": {**variant, "tensors": {"attn_qkv": "Q5_1"}}})
     done = repository.snakemake(target=f"{MODEL}/work/quantized/lone.gguf")
     assert done.returncode == 0, done.stderr[-3000:]
-    after = sum(quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2, 3))
-    assert before > 20 and before + after <= 70 + 3 and quantized(repository, "quantized-lone") == 0
+    after = [quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2)]
+    assert sum(before) > 10 and 1 <= sum(after) <= 3 and quantized(repository, "quantized-lone") == 0, (before, after)
 
 
 def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:

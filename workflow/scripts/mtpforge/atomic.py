@@ -20,8 +20,8 @@ from .errors import ForgeError
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
 
-    Raises ForgeError where another process is writing the same file. What a killed run left behind is there to be written
-    over or, with `keep`, which also leaves it after an error, to be gone on from.
+    Raises ForgeError where another process is writing the same file. What a killed run left behind is removed or, with `keep`,
+    which also leaves it after an error, to be gone on from.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +29,11 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _hold(lock, temporary, path)
+        if not keep and os.fstat(lock).st_size:  # a program that outlived the run may still be writing into it
+            temporary.unlink()
+            os.close(lock)
+            lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+            _hold(lock, temporary, path)
         try:
             yield temporary
             sync(temporary)

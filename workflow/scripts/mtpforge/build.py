@@ -361,9 +361,13 @@ class Build:
     # ── what is quantized: a variant, or a part alone (trunk, draft) to a type ──
 
     def _variant(self, wildcards: Wildcards) -> Wildcards | None:
-        """The variant that is quantized, as wildcards; None for a part alone."""
+        """The variant that is quantized, as wildcards; None for a part alone. Raises ConfigError for a name that cannot be."""
+        model, name = wildcards.model, wildcards.name
         if wildcards.kind != "quantized":
+            quant_types.check_file_type(name)
             return None
+        if name not in self.models[model]["variants"]:
+            raise ConfigError(f"models.{model}.variants has no {name}")
         return cast(Wildcards, SimpleNamespace(model=wildcards.model, variant=wildcards.name))
 
     def _planned(self, wildcards: Wildcards) -> str:
@@ -406,11 +410,19 @@ class Build:
 
     def planned_name_option(self, wildcards: Wildcards) -> str:
         """Where it can lie once it is verified, in one file or several, and until then, as options of quantize.py."""
-        model, stem = wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.name}"
-        if self._variant(wildcards) is None:
-            return shlex.join(["--also", _output(model, f"mtp-{stem}")[0]]) if wildcards.kind == "draft" else ""
-        kept = f"{WORK.format(model=model)}/manifests/quantized/{wildcards.name}.gguf"
-        return shlex.join(["--also", *(_output(model, stem, split)[0] for split in (False, True)), "--keep", kept])
+        model, base, work = wildcards.model, self.base_name(wildcards.model), WORK.format(model=wildcards.model)
+
+        def published(name: str) -> list[str]:
+            return [_output(model, f"{base}-{name}", split)[0] for split in (False, True)]
+
+        if self._variant(wildcards):
+            return shlex.join(["--also", *published(wildcards.name), "--keep", f"{work}/manifests/quantized/{wildcards.name}.gguf"])
+        if wildcards.kind == "draft":
+            return shlex.join(["--also", _output(model, f"mtp-{base}-{wildcards.name}")[0]])
+        entries = self.models[model]["variants"].items()
+        injected = [name for name, entry in entries if entry.get("base", {}).get("type") == wildcards.name]
+        also = [path for name in injected for path in (f"{work}/injected/{name}.gguf", *published(name))]
+        return shlex.join(["--also", *also]) if also else ""
 
     def pieces(self, wildcards: Wildcards) -> list[str]:
         """The digests of the pieces that it is made of; none where it is made in one go.

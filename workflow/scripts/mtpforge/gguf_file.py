@@ -400,7 +400,10 @@ def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> Non
 
 
 def _runs(tensors: Iterable[tuple[TensorInfo, Payload]]) -> Iterator[tuple[list[TensorInfo], Payload]]:
-    """Tensors that lie one after the other in a file as one range of it, padding included: the kernel can share its blocks."""
+    """Tensors that lie one after the other in a file as one range of it: the kernel can share its blocks.
+
+    Behind a padding a new one begins, because what a file has there need not be zeros, and no digest of a tensor knows it.
+    """
     infos: list[TensorInfo] = []
     run: Payload = ()
     for info, payload in tensors:
@@ -418,8 +421,8 @@ def _runs(tensors: Iterable[tuple[TensorInfo, Payload]]) -> Iterator[tuple[list[
 def _joined(run: Payload, payload: Payload) -> Payload | None:
     """Both as one range of a file, where the second lies behind the first as it will in the GGUF."""
     match run, payload:
-        case [FileRange() as a], [FileRange() as b] if a.path == b.path and a.offset + aligned(a.size) == b.offset:
-            return [FileRange(a.path, a.offset, aligned(a.size) + b.size)]
+        case [FileRange() as a], [FileRange() as b] if (a.path, a.offset + a.size, a.size) == (b.path, b.offset, aligned(a.size)):
+            return [FileRange(a.path, a.offset, a.size + b.size)]
     return None
 
 

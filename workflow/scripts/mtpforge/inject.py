@@ -5,10 +5,8 @@ all others keep their bytes, their types and their order. One is added, whose le
 the file system as it has in the base, so that both files can share it (see `ranges`).
 """
 
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,9 +69,7 @@ def inject(
 
 def trunk_digests(base: Gguf) -> dict[str, str]:
     """The sha256 of each tensor that is not the head's."""
-    trunk = trunk_only(base)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(trunk.ranges, pool.map(sha256, trunk.ranges.values()), strict=True))
+    return gguf_file.hashes(trunk_only(base).ranges)
 
 
 # ── the head ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ key (see `plan`); whatever is taken from a file is hashed first, and made anew w
 """
 
 import errno
+import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -104,8 +105,9 @@ class Work:
         The files get second names in `scratch`, by which they can be read until that is gone, whoever renames or deletes them.
         """
         keys, found = self.plan.keys(), dict[str, Made]()
-        for manifest in sorted(folder.glob(MANIFESTS)):
-            files, known = _read_manifest(manifest)
+        names = glob.glob(MANIFESTS, root_dir=folder, recursive=True)  # noqa: PTH207 (Path's fails where a folder goes meanwhile)
+        for manifest in sorted(names):
+            files, known = _read_manifest(folder / manifest)
             wanted = {name: known[key] for name, key in keys.items() if key in known and name not in found}
             for path in _present(files):
                 if wanted.keys() <= found.keys():

@@ -7,20 +7,20 @@ key, under which its bytes can be found in whatever file has them already.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from . import atomic, imatrix, mixture, programs
+from . import atomic, imatrix, mixture, programs, quant_types
 from .checkpoint import read_json
 from .errors import GgufError
 from .gguf_file import Gguf, header_range, squeezed
 from .ranges import FileRange, sha256
 
-SMALL = 1 << 20
-"""Bytes of a tensor that is read to tell whether a plan is for a file."""
+SAMPLE = 1 << 16
+"""Bytes of each tensor that are read to tell whether a plan is for a file."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one file: its type, the sha256 of the source's metadata, the importance matrix (name and sha256, or both empty),
-    a digest of the toolchain, and the tensors in the order in which they will be written.
+    """Of one file: its type, the sha256 of the source's metadata and of a sample of its tensors, the importance matrix (name and
+    sha256, or both empty), a digest of the toolchain, and the tensors in the order in which they will be written.
     """
 
     file_type: str
     header: str
+    sample: str
     imatrix: str
     imatrix_sha256: str
     toolchain: str
@@ -58,16 +59,15 @@ class Plan:
         return {name: _digest([self.toolchain, *vars(tensor).values()]) for name, tensor in self.tensors.items()}
 
     def check(self, source: Gguf) -> None:
-        """Raise GgufError where the plan is for another file than `source`; of large tensors only the form is compared.
+        """Raise GgufError where the plan is for another file than `source`; of tensors only the beginning is compared.
 
-        Two checkpoints of one model can have the same metadata, but their norms differ.
+        Two checkpoints of one model can have the same metadata.
         """
         forms = {name: tensor.form for name, tensor in self.tensors.items()}
         if forms != {name: form(source, name) for name in source.tensors} or sha256(header_range(source)) != self.header:
             raise GgufError(f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again")
-        for name, piece in source.ranges.items():
-            if piece.size <= SMALL and sha256(piece) != self.tensors[name].source:
-                raise GgufError(f"{source.path}: has another {name} than what the plan is for: make the plan again")
+        if sample(source) != self.sample:
+            raise GgufError(f"{source.path}: has other weights than what the plan is for: make the plan again")
 
     def write(self, path: Path) -> None:
         """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""
@@ -83,7 +83,9 @@ class Plan:
             value = read_json(path)
             tensors = {name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()}
             plan = cls(**{name: str(entry) for name, entry in value.items()}, tensors=tensors)
-            plan.types()
+            types = {kind.name for kind in plan.types().values()}
+            if plan.file_type not in quant_types.FILE_TYPES or not types <= quant_types.SECONDS.keys():
+                raise KeyError("a type that cannot be")
         except (KeyError, TypeError, AttributeError) as error:
             raise GgufError(f"{path}: is no plan of a quantization ({error!r}): make it again") from None
         return plan
@@ -100,7 +102,13 @@ def make(
         name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
     }  # fmt: skip
     name, digest = matrix_of(matrix)
-    return Plan(file_type, digests["header"], name, digest, toolchain(bin_dir), tensors)
+    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors)
+
+
+def sample(source: Gguf) -> str:
+    """A digest of the beginnings of all tensors."""
+    pieces = sorted(source.ranges.items())
+    return _digest([sha256(replace(piece, size=min(piece.size, SAMPLE))) for _, piece in pieces])
 
 
 def matrix_of(path: Path | None) -> tuple[str, str]:
@@ -115,14 +123,14 @@ def form(source: Gguf, name: str) -> str:
 
 
 def toolchain(bin_dir: Path) -> str:
-    """What decides the bytes that llama-quantize makes: the program, and what the stamp beside its folder says of the build.
-
-    Of a program with libraries of its own, the stamp's commit and compiler stand for these. Raises ToolchainError.
+    """What decides the bytes that llama-quantize makes: the program with libraries of its own, and what the stamp beside its folder
+    says of the build. Raises ToolchainError, or CheckpointError for a stamp that is none.
     """
     program, stamp = programs.find(bin_dir, "llama-quantize"), bin_dir.parent / "stamp.json"
     about = read_json(stamp) if stamp.exists() else {}
     about.pop("programs", None)
-    return _digest([sha256(FileRange(program, 0, program.stat().st_size)), about])
+    libraries = [path for name in ("libllama*", "libggml-base*") for path in sorted(program.parent.glob(name))]
+    return _digest([*(sha256(FileRange(path, 0, path.stat().st_size)) for path in (program, *libraries)), about])
 
 
 def _digest(value: Any) -> str:

@@ -7,7 +7,6 @@ count. The program writes its output in place, so it is given a temporary name.
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,8 +53,7 @@ def choose(
     rows = read_imatrix(imatrix) if imatrix else {}
     with _prepared(bin_dir, imatrix) as (command, place):
         options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
-        with ThreadPoolExecutor(2) as pool:
-            default, chosen = pool.map(lambda more: _dry_run([*command, *more], source, file_type, place), ([], options))
+        default, chosen = (_dry_run([*command, *more], source, file_type, place) for more in ([], options))
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if log:
