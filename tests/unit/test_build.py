@@ -181,6 +181,15 @@ def test_a_part_alone_is_quantized_without_what_a_variant_has(monkeypatch: pytes
     assert build.planned_name_option(wildcards()) == f"--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M --keep {kept}"
 
 
+def test_a_base_that_is_made_here_lies_in_what_is_injected_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snakemake deletes the base before it is made anew: its tensors are then taken from there."""
+    monkeypatch.chdir(ROOT)
+    variants = {"inj": {"base": {"type": "Q4_K_M"}, "head": "Q8_0"}, "Q4_K_M": {}}
+    build = Build(config({"variants": variants}))
+    expected = "--also results/m/work/injected/inj.gguf results/m/Name-inj.gguf results/m/Name-inj"
+    assert build.planned_name_option(wildcards("Q4_K_M", kind="trunk")) == expected
+
+
 def test_very_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By its cost, where the configuration does not say it; that of the slowest type of a recipe counts."""
     monkeypatch.chdir(ROOT)
