@@ -40,6 +40,15 @@ def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "new" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
+def test_a_program_that_outlived_a_killed_run_writes_into_nothing_that_is_used(tmp_path: Path) -> None:
+    with (tmp_path / ".out.part").open("wb", buffering=0) as outlived:
+        outlived.write(b"of the run before")
+        with replacing(tmp_path / "out") as temporary:
+            temporary.write_bytes(b"of this run, and longer")
+            outlived.write(b"late")
+    assert (tmp_path / "out").read_bytes() == b"of this run, and longer" and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     with replacing(tmp_path / "x") as first:
         first.write_text("first")

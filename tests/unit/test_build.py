@@ -186,8 +186,8 @@ def test_a_base_that_is_made_here_lies_in_what_is_injected_too(monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     variants = {"inj": {"base": {"type": "Q4_K_M"}, "head": "Q8_0"}, "Q4_K_M": {}}
     build = Build(config({"variants": variants}))
-    expected = "--also results/m/work/injected/inj.gguf results/m/Name-inj.gguf results/m/Name-inj"
-    assert build.planned_name_option(wildcards("Q4_K_M", kind="trunk")) == expected
+    work, published = "results/m/work", "results/m/Name-inj.gguf results/m/Name-inj"
+    assert build.planned_name_option(wildcards("Q4_K_M", kind="trunk")) == f"--also {work}/injected/inj.gguf {published}"
 
 
 def test_very_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

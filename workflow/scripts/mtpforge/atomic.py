@@ -31,8 +31,8 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
         _hold(lock, temporary, path)
         if not keep and os.fstat(lock).st_size:  # a program that outlived the run may still be writing into it
             temporary.unlink()
-            os.close(lock)
-            lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+            left, lock = lock, os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+            os.close(left)
             _hold(lock, temporary, path)
         try:
             yield temporary
