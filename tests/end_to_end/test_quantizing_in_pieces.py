@@ -100,7 +100,9 @@ def cases() -> Iterator[tuple[str, str, bool, bool, tuple[int, ...]]]:
             yield model, kind, with_matrix, with_recipe, counts
 
 
-@pytest.mark.parametrize(("model", "kind", "with_matrix", "with_recipe", "counts"), list(cases()))
+@pytest.mark.parametrize(
+    ("model", "kind", "with_matrix", "with_recipe", "counts"), list(cases()), ids=lambda value: str(value).replace(", ", "-")
+)
 def test_the_same_bytes_as_one_run(
     sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path,
     model: str, kind: str, with_matrix: bool, with_recipe: bool, counts: tuple[int, ...],

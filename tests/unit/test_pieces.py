@@ -93,6 +93,11 @@ def test_a_plan_with_a_type_that_cannot_be_is_refused(made: Plan, tmp_path: Path
         Plan.read(tmp_path / "plan.json")
 
 
+def test_a_plan_that_is_missing_is_none_of_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(GgufError, match=r"plan\.json: missing: quantize_plan\.py writes it"):
+        Plan.read(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"tensors": 1}', '{"tensors": {"a": ["Q4_K"]}}', '{"tensors": {"a": []}, "b": 1}'])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)

@@ -79,6 +79,8 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """The plan in a file that `write` made. Raises GgufError where it is none."""
+        if not path.exists():
+            raise GgufError(f"{path}: missing: quantize_plan.py writes it")
         try:
             value = read_json(path)
             tensors = {name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()}
