@@ -44,7 +44,8 @@ def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Pope
     A termination waits while the child is started: raised in Popen's constructor, it would leave a child that nobody knows of.
     """
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    raising = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    numbers = raising if threading.current_thread() is threading.main_thread() else []
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:
         process = subprocess.Popen(command, **options)
