@@ -25,7 +25,7 @@ from mtpforge import gguf_file
 from mtpforge.plan import Plan
 from mtpforge.quantize import plan_overrides
 
-RECIPE = {"blk.[0-7].ffn_(gate|up)": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
+RECIPE = {"blk.([0-9]|1[0-4]).ffn_gate": "Q5_K", "attn_k.weight": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Metadata values stay encoded until somebody asks for them, so a file with a voca
 a fraction of a second and a value that nobody touches is copied to the byte. Format: ggml's docs/gguf.md, version 3.
 """
 
+import itertools
 import math
 import mmap
 import os
@@ -24,6 +25,7 @@ MAGIC = b"GGUF"
 ALIGNMENT = 32
 PADDING = "mtpforge.padding"
 _NAME_LIMIT = 63  # GGML_MAX_NAME less the closing zero
+_last_strings: dict[int, bytes] = {}  # by how many they are: what files of one model have in common
 
 _SCALARS: dict[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -266,15 +268,21 @@ class _Parser:
                 self.skip(_SCALARS[item].size * count)
 
     def skip_strings(self, count: int) -> None:
-        """Kept to local names: this loop runs half a million times for a real vocabulary."""
+        """Kept to local names: this loop runs half a million times for a real vocabulary, if it is not that of the file before."""
         if count > (self.size - self.position) // 8:
             raise self.fail(f"truncated: {count:,} strings do not fit into the rest of the file")
-        position, limit, unpack, buffer = self.position, self.size - 8, _U64.unpack_from, self.buffer
+        start = position = self.position
+        limit, unpack, buffer, known = self.size - 8, _U64.unpack_from, self.buffer, _last_strings.get(count)
+        if known and buffer[start : start + len(known)] == known:
+            self.skip(len(known))
+            return
         for _ in range(count):
             if position > limit:
                 raise self.fail("truncated: a string runs past the end of the file")
             position += 8 + unpack(buffer, position)[0]
-        self.skip(position - self.position)
+        self.skip(position - start)
+        if count > 10_000:
+            _last_strings[count] = buffer[start:position]
 
     def parse_tensor(self) -> tuple[TensorInfo, int]:
         name = self.string(_NAME_LIMIT)
@@ -349,18 +357,25 @@ def fill(
     metadata: Mapping[str, Value],
     tensors: Sequence[tuple[TensorInfo, Payload]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """The same in place, for a name that is temporary already. Raises GgufError."""
+    lasting: bool = True,
+) -> Gguf:
+    """The same in place, for a name that is temporary already; what was written. Raises GgufError.
+
+    What is not `lasting` is left to the system to be written to the disk, if it is still there by then.
+    """
     first = header(metadata, [info for info, _ in tensors])
     total = sum(aligned(info.size) for info, _ in tensors)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total))
+        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total), flush=lasting)
         sink.append([memoryview(first)])
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)
     finally:
         os.close(descriptor)
+    offsets = itertools.accumulate((aligned(info.size) for info, _ in tensors), initial=len(first))
+    ranges = {info.name: FileRange(path, offset, info.size) for (info, _), offset in zip(tensors, offsets, strict=False)}
+    return Gguf(path, dict(metadata), {info.name: info for info, _ in tensors}, ranges)
 
 
 def view(source: Gguf, names: Iterable[str]) -> Gguf:

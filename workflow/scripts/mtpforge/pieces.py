@@ -5,13 +5,14 @@ several jobs, be kept over a kill, and be taken from other quantizations. A mani
 key (see `plan`); whatever is taken from a file is hashed first, and made anew where it is not what the manifest says.
 """
 
-import errno
 import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
@@ -69,13 +70,14 @@ class Work:
     def whole(self, out: Path, reuse: Path | None = None) -> dict[str, str]:
         """Write all of it to `out`, with tensors of finished files under `reuse`; its digests, as `gguf_file.digests` has them."""
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
-            made = self._sound(self._worth(self.find(reuse, scratch))) if reuse else {}
-            fresh = self._assemble(made, temporary, scratch) if made else None
-            if fresh is None:
-                made, fresh = {}, self._quantize(self.source, temporary)
+            made = self._worth(self.find(reuse, scratch)) if reuse else {}
+            if made:
+                made, written = self._assemble(made, temporary, scratch)
+            else:
+                written = self._quantize(self.source, temporary)
             self._report(made, self.plan.tensors)
-            to_hash = {name: piece for name, piece in fresh.ranges.items() if name not in made}
-            to_hash["header"] = gguf_file.header_range(gguf_file.read(temporary))
+            to_hash = {name: piece for name, piece in written.ranges.items() if name not in made}
+            to_hash["header"] = gguf_file.header_range(written)
             found = gguf_file.hashes(to_hash, self.threads or None) | {name: tensor.digest for name, tensor in made.items()}
             return {name: found[name] for name in ("header", *self.plan.tensors)}
 
@@ -88,7 +90,8 @@ class Work:
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
             made = self.find(reuse, scratch) if reuse else {}
             own = {name: tensor for name, tensor in made.items() if tensor.path.resolve() == out.resolve()}
-            kept = self._sound(own)
+            with self._checking(own) as damaged:
+                kept = {name: tensor for name, tensor in own.items() if name not in damaged()}
             made = {name: tensor for name, tensor in made.items() if name in kept or name not in own}
             rest = [name for name in names if name not in made]
             if rest and not kept:
@@ -138,31 +141,39 @@ class Work:
             return self._quantize(self.source, out)
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
         tensors = gguf_file.contents(kept)
-        gguf_file.fill(part, gguf_file.padded(self.source.metadata, tensors, kept), tensors)
-        made = self._quantize(gguf_file.read(part), out)
+        metadata = gguf_file.padded(self.source.metadata, tensors, kept)
+        made = self._quantize(gguf_file.fill(part, metadata, tensors, lasting=False), out)
         part.unlink()
         return made
 
-    def _assemble(self, made: Mapping[str, Made], out: Path, scratch: Path) -> Gguf | None:
-        """Write the whole, in place; what was quantized for it, or None where what is reused cannot be read any more.
+    def _assemble(self, made: dict[str, Made], out: Path, scratch: Path) -> tuple[dict[str, Made], Gguf]:
+        """Write the whole, in place: what was reused for it, and what was written.
 
-        Its metadata is llama-quantize's own, so that program runs where all tensors are made too.
+        Its metadata is llama-quantize's own, so that program runs where all tensors are made too. What is reused is hashed while
+        it is copied, so that it is read from the disk once; the rare one with damaged bytes is filled in again.
         """
         smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
         rest = [name for name in self.plan.tensors if name not in made] or [smallest]
         fresh = self._some(rest, scratch / "rest.gguf", scratch)
+        with self._checking(made) as damaged:
+            try:
+                written = self._fill(out, made, fresh)
+            except OSError:
+                if not damaged():
+                    raise
+            if damaged():
+                made = {name: tensor for name, tensor in made.items() if name not in damaged()}
+                anew = self._some(damaged(), scratch / "anew.gguf", scratch)
+                written = self._fill(out, made, replace(fresh, ranges=fresh.ranges | anew.ranges))
+        return made, written
+
+    def _fill(self, out: Path, made: Mapping[str, Made], fresh: Gguf) -> Gguf:
+        """Put together what is reused and what was made, under the metadata that the latter has."""
         metadata = {key: self.source.metadata.get(key, value) if key == PADDING else value for key, value in fresh.metadata.items()}
         if PADDING not in self.source.metadata:
             metadata.pop(PADDING, None)
-        tensors = [(self._info(name), [made[name].piece if name in made else fresh.ranges[name]]) for name in self.plan.tensors]
-        try:
-            gguf_file.fill(out, metadata, tensors)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self.say(f"warning: {_named(made)}: cannot be read any more ({error.strerror}): all is quantized anew")
-            return None
-        return fresh
+        ranges = fresh.ranges | {name: tensor.piece for name, tensor in made.items()}
+        return gguf_file.fill(out, metadata, [(self._info(name), [ranges[name]]) for name in self.plan.tensors])
 
     def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
         """All of it, or nothing where that costs more than it saves."""
@@ -170,8 +181,9 @@ class Work:
         copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
         return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
 
-    def _sound(self, made: dict[str, Made]) -> dict[str, Made]:
-        """Those whose bytes are what the manifest says; of others a warning."""
+    @contextmanager
+    def _checking(self, made: Mapping[str, Made]) -> Iterator[Callable[[], list[str]]]:
+        """Hash tensors while the block runs. The function waits for the names of those that are gone or not as made."""
 
         def is_sound(tensor: Made) -> bool:
             try:
@@ -179,12 +191,22 @@ class Work:
             except OSError:
                 return False
 
-        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
-            damaged = [name for name, sound in zip(made, pool.map(is_sound, made.values()), strict=True) if not sound]
-        if damaged:
-            files = _named({name: made[name] for name in damaged})
-            self.say(f"warning: {damaged[0]} and {len(damaged) - 1} more are not what the manifest of {files} says: quantized anew")
-        return {name: tensor for name, tensor in made.items() if name not in damaged}
+        pool = ThreadPoolExecutor(self.threads or os.cpu_count())
+        results = pool.map(is_sound, made.values())
+
+        @cache
+        def damaged() -> list[str]:
+            names = [name for name, sound in zip(made, results, strict=True) if not sound]
+            if names:
+                files = _named({name: made[name] for name in names})
+                what = f"{names[0]} and {len(names) - 1} more"
+                self.say(f"warning: {files}: {what} cannot be read, or are not what the manifest says: quantized anew")
+            return names
+
+        try:
+            yield damaged
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _cost(self, names: Iterable[str]) -> float:
         return sum(cost(self.plan, self.source, name) for name in names)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,10 @@ def call(
     `environment` is all that the program gets of one; None passes on our own, without defaults for llama.cpp's options, which
     would change what it makes. `name` is what messages call it. Raises ToolchainError with the reason that it gave.
     """
-    if environment is None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
-    words = [str(word) for word in command]
-    name, tail, shown = name or Path(words[0]).name, deque[str](maxlen=8), time.monotonic()
+    name, tail, shown = name or Path(command[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
         (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
-        running(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=environment,
-            cwd=cwd,
-        ) as process,
+        _heard(command, environment, cwd) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -106,6 +94,32 @@ def call(
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()
                 print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
+    _check(process, name, tail)
+
+
+def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
+    """What programs say that run for moments only, side by side. Raises ToolchainError like `call`."""
+    said = []
+    with ExitStack() as stack:
+        started = [(Path(command[0]).name, stack.enter_context(_heard(command, None, cwd))) for command in commands]
+        for name, process in started:
+            said.append(process.communicate()[0])
+            _check(process, name, said[-1].splitlines()[-8:])
+    return said
+
+
+def _heard(
+    command: Sequence[str | Path], environment: Mapping[str, str] | None, cwd: Path | None
+) -> AbstractContextManager["subprocess.Popen[str]"]:
+    """A child whose output can be read as text."""
+    if environment is None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return running([str(word) for word in command], **pipes, text=True, errors="replace", env=environment, cwd=cwd)
+
+
+def _check(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:
+    """Raise ToolchainError where a child that has ended did so with an error."""
     if process.returncode:
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
         raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")

@@ -53,7 +53,8 @@ def choose(
     rows = read_imatrix(imatrix) if imatrix else {}
     with _prepared(bin_dir, imatrix) as (command, place):
         options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
-        default, chosen = (_dry_run([*command, *more], source, file_type, place) for more in ([], options))
+        dry_runs = [[*command, *more, "--dry-run", source.path.resolve(), file_type] for more in ([], options)]
+        default, chosen = (mixture.parse(said, source) for said in programs.outputs(dry_runs, place))
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if log:
@@ -92,13 +93,6 @@ def _prepared(bin_dir: Path, imatrix: Path | None) -> Iterator[tuple[list[str | 
             (Path(folder) / imatrix.name).symlink_to(imatrix.resolve())  # the path that it is given gets into the file
             command += ["--imatrix", imatrix.name]
         yield command, Path(folder)
-
-
-def _dry_run(command: list[str | Path], source: Gguf, file_type: str, place: Path) -> mixture.Types:
-    """The types that a command would make. Raises ToolchainError."""
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
-        programs.call([*command, "--dry-run", source.path.resolve(), file_type], Path(output.name), cwd=place)
-        return mixture.parse(output.read(), source)
 
 
 def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:

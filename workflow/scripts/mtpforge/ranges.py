@@ -36,9 +36,15 @@ class Sink:
     Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
     """
 
-    def __init__(self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0) -> None:
-        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step."""
+    def __init__(
+        self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0, flush: bool = True
+    ) -> None:  # fmt: skip
+        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step.
+
+        Without `flush` no writing to the disk is started.
+        """
         self.descriptor, self.size, self._started, self._grown = descriptor, size, size, grown
+        self._flush = flush and hasattr(os, "posix_fadvise")
 
     def append(self, payload: Payload) -> int:
         """Write all of `payload` at the end; the number of bytes written. Raises OSError."""
@@ -53,7 +59,7 @@ class Sink:
     def _grow(self, count: int) -> None:
         self.size += count
         self._grown(self.size)
-        if self.size - self._started >= CHUNK and hasattr(os, "posix_fadvise"):
+        if self._flush and self.size - self._started >= CHUNK:
             # Pages that are still to be written stay in memory; Linux only begins to write them.
             os.posix_fadvise(self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED)
             self._started = self.size
