@@ -64,6 +64,29 @@ def test_a_vocabulary_of_real_size_opens_fast(tmp_path: Path) -> None:
     assert len(opened.metadata["tokens"]) == len(words) and opened.get("tokens") == words
 
 
+def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: Path) -> None:
+    """The same is not walked through again; one of as many tokens, or of the same to some place, is."""
+    words, raw = [f"token {i}" for i in range(12_000)], dict[str, bytes]()
+    for name, last in (("first", "token 11999"), ("longer", "token eleven thousand nine hundred and ninety-nine"), ("shorter", "")):
+        metadata = {"tokens": Value.of([*words[:-1], last], GGUFValueType.ARRAY, GGUFValueType.STRING)}
+        metadata["after"] = Value.of(name, GGUFValueType.STRING)
+        gguf_file.write(tmp_path / name, metadata, [])
+        raw[name] = (tmp_path / name).read_bytes()
+    for name in ("first", "first", "longer", "longer", "shorter", "first"):
+        opened = gguf_file.read(tmp_path / name)
+        assert opened.get("after") == name and opened.get("tokens")[:-1] == words[:-1]
+        for end in (len(raw[name]) // 2, len(raw[name]) - 60):
+            (tmp_path / "torn").write_bytes(raw[name][:end])
+            with pytest.raises(GgufError, match="truncated"):
+                gguf_file.read(tmp_path / "torn")
+
+
+def test_what_was_written_is_what_is_read(sample: Path, tmp_path: Path) -> None:
+    opened, copy = gguf_file.read(sample), tmp_path / "copy.gguf"
+    tensors = list(reversed(gguf_file.contents(opened)))
+    assert gguf_file.fill(copy, opened.metadata, tensors) == gguf_file.read(copy)
+
+
 def test_a_payload_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="tensor x: 16 bytes are to be written, the source gave 8"):
         gguf_file.write(tmp_path / "out.gguf", {}, [(TensorInfo("x", (4,), F32), [memoryview(bytes(8))])])

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
-from mtpforge import gguf_file
-from mtpforge.errors import GgufError
+from mtpforge import gguf_file, programs
+from mtpforge.errors import GgufError, ToolchainError
 
 Fails = Callable[..., str]
 
@@ -161,23 +161,36 @@ def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_termination_while_a_child_starts_ends_it_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call, children", [("call(sleep)", 1), ("outputs([sleep, sleep], pathlib.Path())", 2)])
+def test_a_termination_while_a_child_starts_ends_all_children(tmp_path: Path, call: str, children: int) -> None:
     """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
     program = f"""
-import os, signal, subprocess
+import os, pathlib, signal, subprocess
 from mtpforge import errors, programs
-execute = subprocess.Popen._execute_child
+execute, pids, sleep = subprocess.Popen._execute_child, pathlib.Path({str(tmp_path / "pids")!r}), ["sleep", "600"]
 def started(process, *arguments):
     execute(process, *arguments)
-    open({str(tmp_path / "pid")!r}, "w").write(str(process.pid))
-    os.kill(os.getpid(), signal.SIGTERM)
+    with pids.open("a") as file:
+        print(process.pid, file=file)
+    if len(pids.read_text().split()) == {children}:
+        os.kill(os.getpid(), signal.SIGTERM)
 subprocess.Popen._execute_child = started
-errors.run(lambda: programs.call(["sleep", "600"]))
+errors.run(lambda: programs.{call})
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == children
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(tmp_path: Path) -> None:
+    much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than a pipe holds
+    assert [len(said.split()) for said in programs.outputs([much, ["echo", "a", "b"], much], tmp_path)] == [100_000, 2, 100_000]
+    with pytest.raises(ToolchainError, match="sh failed with exit code 3: error: no such type"):
+        programs.outputs([["sleep", "0"], ["sh", "-c", "echo error: no such type >&2; exit 3"], ["sleep", "600"]], tmp_path)
 
 
 def test_the_environment_has_neither_torch_nor_transformers() -> None:

@@ -197,6 +197,7 @@ def during_the_work(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], objec
     some = Work._some
 
     def interrupted(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        monkeypatch.setattr(Work, "_some", some)
         happens()
         return some(self, names, out, scratch)
 
@@ -237,10 +238,10 @@ def test_a_full_disk_is_no_reason_to_quantize_anew(
     finished(built, made, tmp_path / "a")
     fill = gguf_file.fill
 
-    def full(path: Path, *rest: Any) -> None:
+    def full(path: Path, *rest: Any, **options: Any) -> gguf_file.Gguf:
         if path.name == ".b.gguf.part":
             raise OSError(errno.ENOSPC, "no space left")
-        fill(path, *rest)
+        return fill(path, *rest, **options)
 
     monkeypatch.setattr(gguf_file, "fill", full)
     with pytest.raises(OSError, match="no space left"):
