@@ -79,6 +79,7 @@ def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: 
             (tmp_path / "torn").write_bytes(raw[name][:end])
             with pytest.raises(GgufError, match="truncated"):
                 gguf_file.read(tmp_path / "torn")
+    assert 12_000 in gguf_file._last_strings
 
 
 def test_what_was_written_is_what_is_read(sample: Path, tmp_path: Path) -> None:

@@ -189,8 +189,10 @@ errors.run(lambda: programs.{call})
 def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(tmp_path: Path) -> None:
     much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than a pipe holds
     assert [len(said.split()) for said in programs.outputs([much, ["echo", "a", "b"], much], tmp_path)] == [100_000, 2, 100_000]
+    start = time.monotonic()
     with pytest.raises(ToolchainError, match="sh failed with exit code 3: error: no such type"):
         programs.outputs([["sleep", "0"], ["sh", "-c", "echo error: no such type >&2; exit 3"], ["sleep", "600"]], tmp_path)
+    assert time.monotonic() - start < 60  # the last one was not waited for
 
 
 def test_the_environment_has_neither_torch_nor_transformers() -> None:

@@ -236,17 +236,40 @@ def test_a_full_disk_is_no_reason_to_quantize_anew(
     built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(built, made, tmp_path / "a")
-    fill = gguf_file.fill
+    fill, tried = gguf_file.fill, list[Path]()
 
     def full(path: Path, *rest: Any, **options: Any) -> gguf_file.Gguf:
         if path.name == ".b.gguf.part":
+            tried.append(path)
             raise OSError(errno.ENOSPC, "no space left")
         return fill(path, *rest, **options)
 
     monkeypatch.setattr(gguf_file, "fill", full)
     with pytest.raises(OSError, match="no space left"):
         work(built, made).whole(tmp_path / "b.gguf", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert len(tried) == 1 and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_goes_after_it_was_hashed_is_quantized_anew(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in place, in two steps: its second half while all is copied, more while that is copied again."""
+    before, said, tried = finished(built, made, tmp_path / "a"), list[str](), list[Path]()
+    whole, places, fill = before.read_bytes(), gguf_file.read(before).ranges, gguf_file.fill
+    middle = sorted(places.values(), key=lambda place: place.offset)[len(places) // 2].offset
+
+    def fading(path: Path, *rest: Any, **options: Any) -> gguf_file.Gguf:
+        if path.name == ".b.gguf.part":
+            tried.append(path)
+            if len(tried) < 3:
+                time.sleep(1)  # until all are hashed
+                os.truncate(before, middle if len(tried) == 1 else 4096)
+        return fill(path, *rest, **options)
+
+    monkeypatch.setattr(gguf_file, "fill", fading)
+    digests = work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
+    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == gguf_file.digests(tmp_path / "b.gguf")
+    assert "cannot be read" in said[0] and "reused 0 bytes" in said[-1] and len(tried) >= 3
 
 
 @pytest.mark.parametrize("how", ["gone", "torn", "another", "manifest"])

@@ -281,7 +281,7 @@ class _Parser:
                 raise self.fail("truncated: a string runs past the end of the file")
             position += 8 + unpack(buffer, position)[0]
         self.skip(position - start)
-        if count > 10_000:
+        if count > 10_000 and position <= len(buffer):
             _last_strings[count] = buffer[start:position]
 
     def parse_tensor(self) -> tuple[TensorInfo, int]:
@@ -357,17 +357,17 @@ def fill(
     metadata: Mapping[str, Value],
     tensors: Sequence[tuple[TensorInfo, Payload]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    lasting: bool = True,
+    flush: bool = True,
 ) -> Gguf:
     """The same in place, for a name that is temporary already; what was written. Raises GgufError.
 
-    What is not `lasting` is left to the system to be written to the disk, if it is still there by then.
+    Without `flush`, for a file that will soon be gone, no writing to the disk is started.
     """
     first = header(metadata, [info for info, _ in tensors])
     total = sum(aligned(info.size) for info, _ in tensors)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total), flush=lasting)
+        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total), flush=flush)
         sink.append([memoryview(first)])
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)

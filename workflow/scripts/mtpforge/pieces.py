@@ -2,9 +2,10 @@
 
 llama-quantize makes of some tensors the same bytes as of all, where each has its type given explicitly. So they can be made in
 several jobs, be kept over a kill, and be taken from other quantizations. A manifest says which tensors a file has and under which
-key (see `plan`); whatever is taken from a file is hashed first, and made anew where it is not what the manifest says.
+key (see `plan`); whatever is taken from a file is hashed, and made anew where it is not what the manifest says.
 """
 
+import errno
 import glob
 import json
 import os
@@ -122,7 +123,7 @@ class Work:
                 for name, (own, digest) in wanted.items():
                     if name not in found and own in opened.tensors and _same(opened.tensors[own], self._info(name)):
                         found[name] = Made(opened.ranges[own], digest, path)
-        return found
+        return {name: found[name] for name in keys if name in found}
 
     # ── how ──
 
@@ -142,7 +143,7 @@ class Work:
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
         tensors = gguf_file.contents(kept)
         metadata = gguf_file.padded(self.source.metadata, tensors, kept)
-        made = self._quantize(gguf_file.fill(part, metadata, tensors, lasting=False), out)
+        made = self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
         part.unlink()
         return made
 
@@ -150,22 +151,26 @@ class Work:
         """Write the whole, in place: what was reused for it, and what was written.
 
         Its metadata is llama-quantize's own, so that program runs where all tensors are made too. What is reused is hashed while
-        it is copied, so that it is read from the disk once; the rare one with damaged bytes is filled in again.
+        it is copied, and read from the disk once; where some is damaged or gone, that is quantized and all is written again.
         """
         smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
         rest = [name for name in self.plan.tensors if name not in made] or [smallest]
         fresh = self._some(rest, scratch / "rest.gguf", scratch)
-        with self._checking(made) as damaged:
-            try:
-                written = self._fill(out, made, fresh)
-            except OSError:
-                if not damaged():
-                    raise
+        retried = False
+        while True:
+            with self._checking(made) as damaged:
+                try:
+                    written = self._fill(out, made, fresh)
+                    if not damaged():
+                        return made, written
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (retried and not damaged()):
+                        raise
+                    retried = not damaged()  # gone between hashing and copying: the next hashing will tell
             if damaged():
                 made = {name: tensor for name, tensor in made.items() if name not in damaged()}
-                anew = self._some(damaged(), scratch / "anew.gguf", scratch)
-                written = self._fill(out, made, replace(fresh, ranges=fresh.ranges | anew.ranges))
-        return made, written
+                anew = self._some(damaged(), scratch / f"anew-{len(made)}.gguf", scratch)
+                fresh = replace(fresh, ranges=fresh.ranges | anew.ranges)
 
     def _fill(self, out: Path, made: Mapping[str, Made], fresh: Gguf) -> Gguf:
         """Put together what is reused and what was made, under the metadata that the latter has."""
@@ -192,18 +197,18 @@ class Work:
                 return False
 
         pool = ThreadPoolExecutor(self.threads or os.cpu_count())
-        results = pool.map(is_sound, made.values())
-
-        @cache
-        def damaged() -> list[str]:
-            names = [name for name, sound in zip(made, results, strict=True) if not sound]
-            if names:
-                files = _named({name: made[name] for name in names})
-                what = f"{names[0]} and {len(names) - 1} more"
-                self.say(f"warning: {files}: {what} cannot be read, or are not what the manifest says: quantized anew")
-            return names
-
         try:
+            results = pool.map(is_sound, made.values())
+
+            @cache
+            def damaged() -> list[str]:
+                names = [name for name, sound in zip(made, results, strict=True) if not sound]
+                if names:
+                    files = _named({name: made[name] for name in names})
+                    what = f"{names[0]} and {len(names) - 1} more"
+                    self.say(f"warning: {files}: {what} cannot be read, or are not what the manifest says: quantized anew")
+                return names
+
             yield damaged
         finally:
             pool.shutdown(cancel_futures=True)

@@ -90,7 +90,7 @@ def call(
         assert process.stdout is not None
         for line in process.stdout:
             kept.write(line)
-            tail.append(line.strip())
+            tail.append(line)
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()
                 print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ def _check(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> 
 
 def _reason(tail: Iterable[str]) -> str:
     """The most telling of a program's last lines."""
-    lines = [line for line in tail if line]
+    lines = [line.strip() for line in tail if line.strip()]
     errors = [line for line in lines if re.search(r"error|fail|^[\d.]+ E ", line, re.IGNORECASE)]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
     return next(iter([*exceptions[-1:], *errors, *lines]), "it said nothing")
