@@ -1,8 +1,9 @@
 """How fast a quantization is beside one plain llama-quantize run, from nothing and after a changed recipe, and with two workers.
 
-Of a BF16 GGUF of Qwen3.5-2B's shapes as Q4_K_M, with a plan, digests and a manifest, as the workflow makes it; all until on the
-disk. What is compared takes turns of a second, in which the other is stopped: a machine's speed can drift by more, within
-minutes, than there is to see. That each result has the bytes of the plain run is checked.
+Of a BF16 GGUF of Qwen3.5-2B's shapes as Q4_K_M, with a plan, digests and a manifest, as the workflow makes it; the source's digests
+are those that the conversion writes. What is compared takes turns of a second, in which the other is stopped: a machine's speed can
+drift by more, within minutes, than there is to see. The system may write to the disk meanwhile; a command has ended when all
+is there. That each result has the bytes of the plain run is checked.
 
 example: quantization.py --out results/bench/quantization.json
 """
@@ -21,10 +22,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conversion import QWEN3_5_2B, ROOT, write_checkpoint
-from mtpforge import gguf_file
-from mtpforge.plan import Plan
+from mtpforge import errors, gguf_file
 from mtpforge.quantize import plan_overrides
 
 RECIPE = {"blk.([0-9]|1[0-4]).ffn_gate": "Q5_K", "attn_k.weight": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
@@ -44,12 +45,12 @@ class Bench:
         (self.work / "results").mkdir(parents=True)
         return self
 
-    def plain(self, recipe: dict[str, str], out: Path, threads: int) -> str:
-        """A plain run, whose output is then brought to the disk, as ours is."""
+    def plain(self, recipe: dict[str, str], name: str, threads: int) -> str:
+        """A plain run."""
         overrides = plan_overrides(gguf_file.read(self.source), "Q4_K_M", "Q8_0", list(recipe.items()))
         options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
         program = ROOT / "resources/toolchain/bin/llama-quantize"
-        return f"{shell(program, *options, self.source, out, 'Q4_K_M', threads)} && {shell('sync', out)}"
+        return shell(program, *options, self.source, self.work / f"{name}.gguf", "Q4_K_M", threads)
 
     def plan(self, recipe: dict[str, str]) -> str:
         """Plan."""
@@ -69,12 +70,7 @@ class Bench:
     def pieces(self, name: str) -> str:
         """Quantize with two workers of one thread each, and put together what they made."""
         first, second = (self.quantize(f"piece{i}", 1, "--piece", f"{i}/2") for i in (1, 2))
-        return f"{{ {first} & }} && {second} && wait $! && {self.quantize(name, 2)}"
-
-    def check(self, name: str, plain: Path) -> None:
-        """The result has the bytes of the plain run."""
-        if not filecmp.cmp(self.work / f"results/{name}.gguf", plain, shallow=False):
-            sys.exit(f"error: {name}: other bytes than those of a plain run")
+        return f"{{ {first} & }} && {second} && wait $! && {self.quantize(name, 1)}"
 
 
 def shell(*words: object) -> str:
@@ -95,7 +91,7 @@ def in_turns(*commands: str) -> list[float]:
                         os.killpg(running[number].pid, signal.SIGCONT)
                     else:
                         words = ["sh", "-c", commands[number]]
-                        running[number] = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+                        running[number] = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, process_group=0)
                     try:
                         status = running[number].wait(TURN)
                     except subprocess.TimeoutExpired:
@@ -105,6 +101,7 @@ def in_turns(*commands: str) -> list[float]:
                             said.seek(0)
                             sys.exit(f"error: {commands[number]} failed: {said.read().decode(errors='replace')[-1500:]}")
                         left.remove(number)
+                        os.sync()
                     taken[number] += time.monotonic() - start
         finally:
             for number in left:
@@ -117,67 +114,62 @@ def in_turns(*commands: str) -> list[float]:
 def make_source(scratch: Path) -> Path:
     """The BF16 GGUF, made once."""
     checkpoint, out = write_checkpoint(scratch / "dense-24-layers", QWEN3_5_2B), scratch / "all.gguf"
-    if not out.exists():
+    if not out.with_suffix(".json").exists():
         convert = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint, "--tokenizer-pre", "qwen35"]
         convert += ["--digests", out.with_suffix(".json"), "--out", out]
-        subprocess.run(list(map(str, convert)), check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(list(map(str, convert)), check=True)
     return out
 
 
-def changed_share(bench: Bench) -> float:
-    """The weights that the changed recipe gives another type, of all."""
-    types = []
-    for recipe in ({}, RECIPE):
-        in_turns(bench.plan(recipe))
-        types.append(Plan.read(bench.work / "plan.json").types())
-    tensors = gguf_file.read(bench.source).tensors
-    changed = sum(info.elements for name, info in tensors.items() if types[0][name] != types[1][name])
-    return changed / sum(info.elements for info in tensors.values())
-
-
-def measure(bench: Bench, threads: int, repeats: int) -> dict[str, list[list[float]]]:
-    """The seconds of each two works that are compared."""
-    plain, changed = bench.source.with_name("plain.gguf"), bench.source.with_name("changed.gguf")
-    one, two = (Bench(bench.source, bench.work.with_name(f"{bench.work.name}-{name}")) for name in ("one", "two"))
+def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
+    """The seconds of each two works that are compared, and the share of the weights that the changed recipe touches."""
+    one, two = (Bench(bench.source, bench.work / name) for name in ("one", "two"))
+    plain, changed = bench.work / "plain.gguf", bench.work / "changed.gguf"
     taken: dict[str, list[list[float]]] = {"from nothing": [], "changed": [], "two workers": []}
 
     def compare(name: str, *commands: str) -> None:
+        subprocess.run(["cat", str(bench.source)], stdout=subprocess.DEVNULL, check=True)
         os.sync()
         order = -1 if len(taken[name]) % 2 else 1  # which of them is first changes: the second takes about a hundredth less
         taken[name].append(in_turns(*commands[::order])[::order])
         print(f"{name}: {' and '.join(f'{value:.1f} s' for value in taken[name][-1])}", file=sys.stderr, flush=True)
 
-    subprocess.run(["cat", str(bench.source)], stdout=subprocess.DEVNULL, check=True)
+    def check(made: Path, expected: Path) -> None:
+        if not filecmp.cmp(made, expected, shallow=False):
+            sys.exit(f"error: {made}: other bytes than those of a plain run")
+
     for _ in range(repeats):
         whole = f"{bench.fresh().plan({})} && {bench.quantize('whole', threads)}"
-        compare("from nothing", bench.plain({}, plain, threads), whole)
-        bench.check("whole", plain)
+        compare("from nothing", bench.plain({}, "plain", threads), whole)
+        check(bench.work / "results/whole.gguf", plain)
         again = f"{bench.plan(RECIPE)} && {bench.quantize('changed', threads)}"
-        compare("changed", bench.plain(RECIPE, changed, threads), again)
-        bench.check("changed", changed)
+        compare("changed", bench.plain(RECIPE, "changed", threads), again)
+        check(bench.work / "results/changed.gguf", changed)
         single = f"{one.fresh().plan({})} && {one.quantize('whole', 1)}"
         compare("two workers", single, f"{two.fresh().plan({})} && {two.pieces('whole')}")
-        one.check("whole", plain)
-        two.check("whole", plain)
-        for made in (one, two):
-            shutil.rmtree(made.work)
-    for path in (plain, changed):
-        path.unlink()
-    return taken
+        check(one.work / "results/whole.gguf", plain)
+        check(two.work / "results/whole.gguf", plain)
+    before, after = (gguf_file.read(path).tensors for path in (plain, changed))
+    weights = sum(info.elements for info in before.values())
+    touched = sum(info.elements for name, info in before.items() if after[name].type != info.type)
+    return {"weights": weights, "changed": touched / weights, "seconds": taken}
 
 
-def table(taken: dict[str, list[list[float]]], share: float) -> str:
+def table(result: dict[str, Any]) -> str:
     """The means and their ratios, as Markdown."""
-    means = {name: [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] for name, pairs in taken.items()}
-    rows = {name: f"{left:.1f} s | {right:.1f} s | {right / left:.3f}" for name, (left, right) in means.items()}
-    left, right = means["two workers"]
+
+    def row(what: str, name: str) -> str:
+        pairs = result["seconds"][name]
+        left, right = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        return f"| {what} | {left:.1f} s | {right:.1f} s | {right / left:.3f} | {left / right:.2f} |"
+
     return "\n".join(
         [
-            "| what | llama-quantize | mtpforge | |",
-            "| --- | ---: | ---: | --- |",
-            f"| from nothing | {rows['from nothing']} × its time |",
-            f"| with a recipe changed for {share:.1%} of the weights | {rows['changed']} × its time |",
-            f"| one worker of one thread, and two (both mtpforge) | {left:.1f} s | {right:.1f} s | {left / right:.2f} × as fast |",
+            "| what | beside | that takes | this | × its time | × faster |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+            row("from nothing | `llama-quantize`", "from nothing"),
+            row(f"with a recipe changed for {result['changed']:.1%} of the weights | `llama-quantize`", "changed"),
+            row("two workers of one thread | one of one thread", "two workers"),
         ]
     )
 
@@ -192,14 +184,12 @@ def main() -> None:
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(make_source(args.scratch), args.scratch / "quantization")
-    taken = measure(bench, args.threads, args.repeats)
-    share = changed_share(bench)
+    result = {"processors": os.cpu_count(), **measure(bench, args.threads, args.repeats)}
     shutil.rmtree(bench.work)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"processors": os.cpu_count(), "weights": bench.source.stat().st_size // 2, "share": share, "seconds": taken}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(taken, share))
+    print(table(result))
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)
