@@ -70,7 +70,7 @@ check-golden: converter ## compare the golden digests with what llama.cpp's own 
 check-results: setup ## check a folder of results, downloaded or not, by what lies in it: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
-bench: setup ## measure conversion, injection and quantization beside others' tools (25 GB under resources/bench, half an hour)
+bench: toolchain ## measure conversion, injection, quantization beside others' tools (25 GB under resources/bench, 45 minutes)
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
