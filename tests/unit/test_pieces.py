@@ -351,6 +351,34 @@ def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, t
     assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; {len(made.tensors)} from pieces; quantized 0"]
 
 
+def test_a_piece_copies_little_of_the_source_at_a_time(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Its tensors are the same, also beside those that it has; one that is larger than the limit is copied alone."""
+    source, limit, runs, some = source_of(built), 100_000, list[list[str]](), Work._some
+
+    def recorded(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        runs.append(list(names))
+        return some(self, runs[-1], out, scratch)
+
+    expected = work(built, made).whole(tmp_path / "expected.gguf")
+    monkeypatch.setattr(Work, "_some", recorded)
+    monkeypatch.setattr(pieces, "AT_ONCE", limit)
+    make_piece(built, made, tmp_path, 1, 3)
+    assert make_piece(built, made, tmp_path, 1, 2).startswith("reused 0 bytes") and len(runs) > 4
+    names = cut(made, source, 2)[0]
+    assert [name for run in runs for name in run] == names
+    sizes = [sum(source.tensors[name].size for name in run) for run in runs]
+    assert all(size <= limit or len(run) == 1 for size, run in zip(sizes, runs, strict=True)) and max(map(len, runs)) > 1
+    found = gguf_file.digests(tmp_path / "manifests/pieces/1.gguf")
+    assert {name: found[name] for name in names} == {name: expected[name] for name in names} and len(found) == len(names) + 1
+    make_piece(built, made, tmp_path, 2, 2)
+    assert work(built, made).whole(tmp_path / "b.gguf", tmp_path) == expected
+    runs.clear()
+    work(built, made).piece(tmp_path / "all.gguf", 1, 1)
+    assert [len(run) for run in runs] == [len(made.tensors)]  # there is nothing to copy
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "loop", "fifo", "folder", "~", "/"])
 def test_a_manifest_that_cannot_be_stops_nothing(built: Path, made: Plan, tmp_path: Path, name: str) -> None:
     (tmp_path / "manifests/folder").mkdir(parents=True)

@@ -9,7 +9,8 @@ import errno
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,11 +25,14 @@ from .errors import CheckpointError, ConfigError, GgufError
 from .gguf_file import PADDING, Gguf, TensorInfo, squeezed
 from .plan import Plan, matrix_of, toolchain
 from .quantize import run
-from .ranges import FileRange, sha256
+from .ranges import FileRange, Payload, sha256
 
 WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
 what copying the rest takes: the source of the rest, and all of the result, are written twice."""
+
+AT_ONCE = 1 << 29
+"""Bytes of the source that a piece copies for one run of llama-quantize; most are gone before the system writes them to disk."""
 
 MANIFESTS = "**/manifests/**/*.json"
 _PIECES = "/manifests/pieces/"
@@ -95,10 +99,11 @@ class Work:
                 kept = {name: tensor for name, tensor in own.items() if name not in damaged()}
             made = {name: tensor for name, tensor in made.items() if name in kept or name not in own}
             rest = [name for name in names if name not in made]
-            if rest and not kept:
+            runs = list(self._runs(rest))
+            if len(runs) == 1 and not kept:
                 self._some(rest, temporary, scratch)
             else:
-                fresh = gguf_file.contents(self._some(rest, scratch / "rest.gguf", scratch)) if rest else []
+                fresh = [entry for names in runs for entry in self._later(names, scratch)]
                 gguf_file.fill(temporary, {}, [*((self._info(name), [tensor.piece]) for name, tensor in kept.items()), *fresh])
             self._report({name: made[name] for name in names if name in made}, names)
             return gguf_file.digests(temporary, self.threads or None)
@@ -146,6 +151,32 @@ class Work:
         made = self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
         part.unlink()
         return made
+
+    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Tensors that are quantized at once: all that there are, or neighbours of at most `AT_ONCE` bytes."""
+        limit = AT_ONCE if len(names) < len(self.source.tensors) else sys.maxsize
+        run, size = list[str](), 0
+        for name in names:
+            size += self.source.tensors[name].size
+            if run and size > limit:
+                yield run
+                run, size = [], self.source.tensors[name].size
+            run.append(name)
+        if run:
+            yield run
+
+    def _later(self, names: list[str], scratch: Path) -> list[tuple[TensorInfo, Payload]]:
+        """Tensors that are quantized, all of them, when the first one's bytes are asked for; the next ones take their place."""
+
+        @cache
+        def made() -> Gguf:
+            self.say(f"quantizing {names[0]} to {names[-1]}")
+            return self._some(names, scratch / "rest.gguf", scratch)
+
+        def bytes_of(name: str) -> Iterator[FileRange]:
+            yield made().ranges[name]
+
+        return [(self._info(name), bytes_of(name)) for name in names]
 
     def _assemble(self, made: dict[str, Made], out: Path, scratch: Path) -> tuple[dict[str, Made], Gguf]:
         """Write the whole, in place: what was reused for it, and what was written.
