@@ -29,7 +29,7 @@ def compute(
     short = (
         f"{text}: is too short for an importance matrix: it must have at least {least:,} tokens, in English {4 * least:,} letters"
     )
-    if not text.read_bytes().strip():
+    if len(text.read_bytes().strip()) < least:  # a token has a byte or more; what the program says as it fails can get lost
         raise ConfigError(short)
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as place:
         (Path(place) / text.name).symlink_to(text.resolve())  # it records the path that it is given
