@@ -32,7 +32,7 @@ WORTH, COPIES = 0.1, 3.0
 what copying the rest takes: the source of the rest, and all of the result, are written twice."""
 
 AT_ONCE = 1 << 29
-"""Bytes of the source that a piece copies for one run of llama-quantize; most are gone before the system writes them to disk."""
+"""Bytes of the source that a piece copies for one run of llama-quantize: more need more disk at a time, less mean more runs."""
 
 MANIFESTS = "**/manifests/**/*.json"
 _PIECES = "/manifests/pieces/"
