@@ -59,18 +59,22 @@ class Bench:
         inputs = ["--tensors", self.work / "recipe.yaml", "--digests", self.source.with_suffix(".json")]
         return shell(*program, *inputs, "--bin", ROOT / "resources/toolchain/bin", "--out", self.work / "plan.json")
 
-    def quantize(self, name: str, threads: int, *more: object) -> str:
+    def whole(self, name: str, threads: int) -> str:
         """Quantize as planned, with what is there already."""
         results = self.work / "results"
-        program = [sys.executable, ROOT / "workflow/scripts/quantize.py", self.source, "--plan", self.work / "plan.json", *more]
-        outputs = ["--digests", self.work / f"{name}.json", "--manifest", results / f"manifests/{name}.json"]
-        return shell(*program, "--reuse", results, *outputs, "--threads", threads, "--bin", ROOT / "resources/toolchain/bin",
-                     "--log", self.work / f"{name}.log", "--out", results / f"{name}.gguf")  # fmt: skip
+        return self.quantize(name, threads, "--manifest", results / f"manifests/{name}.json", "--out", results / f"{name}.gguf")
 
     def pieces(self, name: str) -> str:
         """Quantize with two workers of one thread each, and put together what they made."""
-        first, second = (self.quantize(f"piece{i}", 1, "--piece", f"{i}/2") for i in (1, 2))
-        return f"{{ {first} & }} && {second} && wait $! && {self.quantize(name, 1)}"
+        folder = self.work / "results/manifests/pieces"
+        first, second = (self.quantize(f"piece{i}", 1, "--piece", f"{i}/2", "--out", folder) for i in (1, 2))
+        return f"{{ {first} & }} && {second} && wait $! && {self.whole(name, 1)}"
+
+    def quantize(self, name: str, threads: int, *more: object) -> str:
+        """The program, with its plan and what is there already."""
+        program = [sys.executable, ROOT / "workflow/scripts/quantize.py", self.source, "--plan", self.work / "plan.json", *more]
+        files = ["--reuse", self.work / "results", "--digests", self.work / f"{name}.json", "--log", self.work / f"{name}.log"]
+        return shell(*program, *files, "--threads", threads, "--bin", ROOT / "resources/toolchain/bin")
 
 
 def shell(*words: object) -> str:
@@ -139,13 +143,13 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
             sys.exit(f"error: {made}: other bytes than those of a plain run")
 
     for _ in range(repeats):
-        whole = f"{bench.fresh().plan({})} && {bench.quantize('whole', threads)}"
+        whole = f"{bench.fresh().plan({})} && {bench.whole('whole', threads)}"
         compare("from nothing", bench.plain({}, "plain", threads), whole)
         check(bench.work / "results/whole.gguf", plain)
-        again = f"{bench.plan(RECIPE)} && {bench.quantize('changed', threads)}"
+        again = f"{bench.plan(RECIPE)} && {bench.whole('changed', threads)}"
         compare("changed", bench.plain(RECIPE, "changed", threads), again)
         check(bench.work / "results/changed.gguf", changed)
-        single = f"{one.fresh().plan({})} && {one.quantize('whole', 1)}"
+        single = f"{one.fresh().plan({})} && {one.whole('whole', 1)}"
         compare("two workers", single, f"{two.fresh().plan({})} && {two.pieces('whole')}")
         check(one.work / "results/whole.gguf", plain)
         check(two.work / "results/whole.gguf", plain)

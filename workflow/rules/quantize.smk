@@ -97,13 +97,13 @@ rule piece:
     threads: 64
     params:
         imatrix=build.planned_imatrix_option,
-        made="results/{model}/work/manifests/pieces/{kind}/{name}/{piece}-of-{pieces}",
+        made="results/{model}/work/manifests/pieces/{kind}/{name}",
     message:
         "{wildcards.model}: quantize {wildcards.name} ({wildcards.kind}), piece {wildcards.piece} of {wildcards.pieces}"
     shell:
         "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
         " --piece {wildcards.piece}/{wildcards.pieces} --reuse results --threads {threads} --log {log:q}"
-        " --digests {output.digests:q} --manifest {params.made:q}.json --out {params.made:q}.gguf"
+        " --digests {output.digests:q} --out {params.made:q}"
 
 
 rule quantize:

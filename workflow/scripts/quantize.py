@@ -23,7 +23,7 @@ def main() -> None:
     """Parse the command line and quantize."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
-    parser.add_argument("--out", type=Path, help="the GGUF to write")
+    parser.add_argument("--out", type=Path, help="the GGUF to write; with --piece a folder for several, with their manifests")
     parser.add_argument("--dry-run", action="store_true", help="print the table, and stop")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help")
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
     parser.add_argument("--reuse", type=Path, metavar="FOLDER", help="with --plan: take tensors from files of manifests in it")
-    parser.add_argument("--piece", metavar="I/N", help="with --plan: make only one of N pieces, for --reuse")
+    parser.add_argument("--piece", metavar="I/N", help="with --plan: make one of N pieces, for --reuse of the whole")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="with --plan: manifests/ANY.json to write, for --reuse")
     parser.add_argument("--also", type=Path, nargs="*", default=[], metavar="F", help="where it, or a folder of its parts, may lie")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="a second name for --out (a hard link), for the manifest")
@@ -47,6 +47,8 @@ def main() -> None:
         parser.error("--plan stands for --head, --tensors and --dry-run")
     if not args.plan and (args.reuse or args.piece or args.manifest or args.also or args.keep):
         parser.error("--reuse, --piece, --manifest, --also and --keep need --plan")
+    if args.piece and (args.manifest or args.also or args.keep):
+        parser.error("--piece writes manifests into --out, and takes none of --manifest, --also and --keep")
     piece = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", args.piece or "1/1")
     if piece is None or int(piece[1]) > int(piece[2]):
         parser.error("--piece: must be I/N with I from 1 to N, at most 999")

@@ -328,7 +328,11 @@ def header_range(source: Gguf) -> FileRange:
 
 def digests(path: Path, threads: int | None = None) -> dict[str, str]:
     """The sha256 of everything before the data (key `header`), and of each tensor's bytes. Raises GgufError."""
-    opened = read(path)
+    return digests_of(read(path), threads)
+
+
+def digests_of(opened: Gguf, threads: int | None = None) -> dict[str, str]:
+    """The same of a file that is known already."""
     return hashes({"header": header_range(opened), **opened.ranges}, threads)
 
 
@@ -363,19 +367,38 @@ def fill(
 
     Without `flush`, for a file that will soon be gone, no writing to the disk is started.
     """
-    first = header(metadata, [info for info, _ in tensors])
     total = sum(aligned(info.size) for info, _ in tensors)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    whole = lay_out(path, metadata, [info for info, _ in tensors])
+    first = header_range(whole).size
+    descriptor = os.open(path, os.O_WRONLY)
     try:
-        sink = Sink(descriptor, lambda size: progress(max(size - len(first), 0), total), flush=flush)
-        sink.append([memoryview(first)])
+        sink = Sink(descriptor, lambda size: progress(size - first, total), os.lseek(descriptor, first, os.SEEK_SET), flush)
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)
     finally:
         os.close(descriptor)
-    offsets = itertools.accumulate((aligned(info.size) for info, _ in tensors), initial=len(first))
-    ranges = {info.name: FileRange(path, offset, info.size) for (info, _), offset in zip(tensors, offsets, strict=False)}
-    return Gguf(path, dict(metadata), {info.name: info for info, _ in tensors}, ranges)
+    return whole
+
+
+def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
+    """Write the header, in place, and leave holes of zeros behind it, which `put` and others fill in any order."""
+    first = header(metadata, infos)
+    offsets = list(itertools.accumulate((aligned(info.size) for info in infos), initial=len(first)))
+    with path.open("wb") as file:
+        file.write(first)
+        file.truncate(offsets[-1])
+    ranges = {info.name: FileRange(path, offset, info.size) for info, offset in zip(infos, offsets, strict=False)}
+    return Gguf(path, dict(metadata), {info.name: info for info in infos}, ranges)
+
+
+def put(whole: Gguf, name: str, payload: Payload) -> None:
+    """Write the bytes of a tensor to its place in a file that `lay_out` made. Raises GgufError where they are another number."""
+    place = whole.ranges[name]
+    descriptor = os.open(whole.path, os.O_WRONLY)
+    try:
+        append_run(Sink(descriptor, size=os.lseek(descriptor, place.offset, os.SEEK_SET)), [whole.tensors[name]], payload)
+    finally:
+        os.close(descriptor)
 
 
 def view(source: Gguf, names: Iterable[str]) -> Gguf:

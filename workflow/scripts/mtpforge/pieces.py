@@ -7,14 +7,14 @@ key (see `plan`); whatever is taken from a file is hashed, and made anew where i
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
@@ -22,10 +22,10 @@ from gguf.constants import GGMLQuantizationType
 from . import atomic, gguf_file, programs, quant_types
 from .checkpoint import read_json
 from .errors import CheckpointError, ConfigError, GgufError
-from .gguf_file import PADDING, Gguf, TensorInfo, squeezed
+from .gguf_file import PADDING, Gguf, TensorInfo, Value, squeezed
 from .plan import Plan, matrix_of, toolchain
-from .quantize import run
-from .ranges import FileRange, Payload, sha256
+from .quantize import run, without_vocabulary
+from .ranges import FileRange, sha256
 
 WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
@@ -77,36 +77,29 @@ class Work:
         with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
             made = self._worth(self.find(reuse, scratch)) if reuse else {}
             if made:
-                made, written = self._assemble(made, temporary, scratch)
-            else:
-                written = self._quantize(self.source, temporary)
+                return self._assemble(made, temporary, scratch)
+            written = self._quantize(self.source, temporary)
             self._report(made, self.plan.tensors)
-            to_hash = {name: piece for name, piece in written.ranges.items() if name not in made}
-            to_hash["header"] = gguf_file.header_range(written)
-            found = gguf_file.hashes(to_hash, self.threads or None) | {name: tensor.digest for name, tensor in made.items()}
-            return {name: found[name] for name in ("header", *self.plan.tensors)}
+            return gguf_file.digests_of(written, self.threads or None)
 
-    def piece(self, out: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
-        """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of what it got.
+    def piece(self, folder: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
+        """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of all that it has.
 
-        What `out` has already, of this piece or, as it was cut before, of another, stays in it.
+        They come as GGUFs in `folder`, each with its manifest, and of at most `AT_ONCE` bytes of the source: a kill loses no more.
+        The pieces can share a folder, in which what was made is found again however it is cut.
         """
         names = cut(self.plan, self.source, count)[number - 1]
-        with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
-            made = self.find(reuse, scratch) if reuse else {}
-            own = {name: tensor for name, tensor in made.items() if tensor.path.resolve() == out.resolve()}
-            with self._checking(own) as damaged:
-                kept = {name: tensor for name, tensor in own.items() if name not in damaged()}
-            made = {name: tensor for name, tensor in made.items() if name in kept or name not in own}
-            rest = [name for name in names if name not in made]
-            runs = list(self._runs(rest))
-            if len(runs) == 1 and not kept:
-                self._some(rest, temporary, scratch)
-            else:
-                fresh = [entry for names in runs for entry in self._later(names, scratch)]
-                gguf_file.fill(temporary, {}, [*((self._info(name), [tensor.piece]) for name, tensor in kept.items()), *fresh])
-            self._report({name: made[name] for name in names if name in made}, names)
-            return gguf_file.digests(temporary, self.threads or None)
+        with atomic.scratch_folder(folder / f"{number}-of-{count}") as scratch:
+            found = self.find(reuse, scratch) if reuse else {}
+            made = self._sound({name: found[name] for name in names if name in found}, folder)
+            digests = {name: tensor.digest for name, tensor in made.items()}
+            for at_once in self._runs(name for name in names if name not in made):
+                out = folder / f"{_digest(self.plan, at_once)}.gguf"
+                with atomic.replacing(out) as temporary:
+                    digests |= gguf_file.digests_of(self._some(at_once, temporary, scratch), self.threads or None)
+                write_manifest(out.with_suffix(".json"), self.plan, {name: digests[name] for name in at_once}, [out])
+            self._report(made, names)
+            return {name: digests[name] for name in names}
 
     def find(self, folder: Path, scratch: Path) -> dict[str, Made]:
         """Of each tensor that some file under `folder` has, by the manifest of that file, where it is.
@@ -147,69 +140,83 @@ class Work:
             return self._quantize(self.source, out)
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
         tensors = gguf_file.contents(kept)
-        metadata = gguf_file.padded(self.source.metadata, tensors, kept)
+        metadata = gguf_file.padded(without_vocabulary(self.source), tensors, kept)
         made = self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
         part.unlink()
         return made
 
-    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
+    def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Tensors that are quantized at once: all that there are, or neighbours of at most `AT_ONCE` bytes."""
-        limit = AT_ONCE if len(names) < len(self.source.tensors) else sys.maxsize
-        run, size = list[str](), 0
-        for name in names:
+        wanted = set(names)
+        limit = sys.maxsize if wanted == self.source.tensors.keys() else AT_ONCE
+        at_once, size = list[str](), 0
+        for name in (name for name in self.source.tensors if name in wanted):
             size += self.source.tensors[name].size
-            if run and size > limit:
-                yield run
-                run, size = [], self.source.tensors[name].size
-            run.append(name)
-        if run:
-            yield run
+            if at_once and size > limit:
+                yield at_once
+                at_once, size = [], self.source.tensors[name].size
+            at_once.append(name)
+        if at_once:
+            yield at_once
 
-    def _later(self, names: list[str], scratch: Path) -> list[tuple[TensorInfo, Payload]]:
-        """Tensors that are quantized, all of them, when the first one's bytes are asked for; the next ones take their place."""
+    def _assemble(self, made: dict[str, Made], out: Path, scratch: Path) -> dict[str, str]:
+        """Write the whole, in place, of what is reused and of what is made now; its digests.
 
-        @cache
-        def made() -> Gguf:
-            self.say(f"quantizing {names[0]} to {names[-1]}")
-            return self._some(names, scratch / "rest.gguf", scratch)
-
-        def bytes_of(name: str) -> Iterator[FileRange]:
-            yield made().ranges[name]
-
-        return [(self._info(name), bytes_of(name)) for name in names]
-
-    def _assemble(self, made: dict[str, Made], out: Path, scratch: Path) -> tuple[dict[str, Made], Gguf]:
-        """Write the whole, in place: what was reused for it, and what was written.
-
-        Its metadata is llama-quantize's own, so that program runs where all tensors are made too. What is reused is hashed while
-        it is copied, and read from the disk once; where some is damaged or gone, that is quantized and all is written again.
+        What is reused is copied, and hashed where it then stands, while llama-quantize makes the rest; what is damaged or gone is
+        made after that.
         """
-        smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
-        rest = [name for name in self.plan.tensors if name not in made] or [smallest]
-        fresh = self._some(rest, scratch / "rest.gguf", scratch)
-        retried = False
-        while True:
-            with self._checking(made) as damaged:
-                try:
-                    written = self._fill(out, made, fresh)
-                    if not damaged():
-                        return made, written
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (retried and not damaged()):
-                        raise
-                    retried = not damaged()  # gone between hashing and copying: the next hashing will tell
-            if damaged():
-                made = {name: tensor for name, tensor in made.items() if name not in damaged()}
-                anew = self._some(damaged(), scratch / f"anew-{len(made)}.gguf", scratch)
-                fresh = replace(fresh, ranges=fresh.ranges | anew.ranges)
+        whole = gguf_file.lay_out(out, self._metadata(scratch), [self._info(name) for name in self.plan.tensors])
+        with self._copying(made, whole) as copies:
+            digests = self._put(self.plan.tensors.keys() - made, whole, scratch, copies.values())
+            sound = {name: made[name] for name, copy in copies.items() if copy.result() == made[name].digest}
+        if damaged := {name: tensor for name, tensor in made.items() if name not in sound}:
+            self._warn(damaged)
+            digests |= self._put(damaged, whole, scratch)
+        self._report(sound, self.plan.tensors)
+        digests |= {name: tensor.digest for name, tensor in sound.items()}
+        return {"header": sha256(gguf_file.header_range(whole)), **{name: digests[name] for name in self.plan.tensors}}
 
-    def _fill(self, out: Path, made: Mapping[str, Made], fresh: Gguf) -> Gguf:
-        """Put together what is reused and what was made, under the metadata that the latter has."""
-        metadata = {key: self.source.metadata.get(key, value) if key == PADDING else value for key, value in fresh.metadata.items()}
-        if PADDING not in self.source.metadata:
-            metadata.pop(PADDING, None)
-        ranges = fresh.ranges | {name: tensor.piece for name, tensor in made.items()}
-        return gguf_file.fill(out, metadata, [(self._info(name), [ranges[name]]) for name in self.plan.tensors])
+    def _metadata(self, scratch: Path) -> dict[str, Value]:
+        """That of the whole: llama-quantize tells with the smallest tensor which keys it drops, and which it puts at the end."""
+        smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
+        part, said = without_vocabulary(self.source), self._some([smallest], scratch / "smallest.gguf", scratch).metadata
+        names = list(said)
+        own = {name: said[name] for name in names[names.index(PADDING) + 1 if PADDING in said else 0 :]}
+        return {k: v for k, v in self.source.metadata.items() if k not in own and (k in said or k not in part)} | own
+
+    def _put(
+        self, names: Collection[str], whole: Gguf, scratch: Path, beside: Collection[Future[str]] = ()
+    ) -> dict[str, str]:  # fmt: skip
+        """Quantize tensors and put them into the whole; their digests. What fails `beside` is noticed soon."""
+        digests = dict[str, str]()
+        for at_once in self._runs(names):
+            fresh = self._some(at_once, scratch / "rest.gguf", scratch)
+            for name in at_once:
+                gguf_file.put(whole, name, [fresh.ranges[name]])
+            fresh.path.unlink()
+            digests |= gguf_file.hashes({name: whole.ranges[name] for name in at_once}, self.threads or None)
+            for done in filter(Future.done, beside):
+                done.result()
+        return digests
+
+    @contextmanager
+    def _copying(self, made: Mapping[str, Made], whole: Gguf) -> Iterator[dict[str, Future[str]]]:
+        """Put tensors into the whole while the block runs. Each gives its digest there, an empty one where it cannot be read."""
+
+        def copy(name: str) -> str:
+            try:
+                gguf_file.put(whole, name, [made[name].piece])
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return ""
+            return sha256(whole.ranges[name])
+
+        pool = ThreadPoolExecutor(self.threads or os.cpu_count())
+        try:
+            yield {name: pool.submit(copy, name) for name in made}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
         """All of it, or nothing where that costs more than it saves."""
@@ -217,32 +224,21 @@ class Work:
         copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
         return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
 
-    @contextmanager
-    def _checking(self, made: Mapping[str, Made]) -> Iterator[Callable[[], list[str]]]:
-        """Hash tensors while the block runs. The function waits for the names of those that are gone or not as made."""
+    def _sound(self, made: dict[str, Made], folder: Path) -> dict[str, Made]:
+        """Without what is damaged in `folder`, which is taken from the manifests there."""
+        own = {name: tensor for name, tensor in made.items() if tensor.path.resolve().parent == folder.resolve()}
+        with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
+            damaged = {name: own[name] for name, sound in zip(own, pool.map(_is_sound, own.values()), strict=True) if not sound}
+        if damaged:
+            self._warn(damaged)
+        for path in {tensor.path for tensor in damaged.values()}:
+            left = {name: tensor.digest for name, tensor in own.items() if tensor.path == path and name not in damaged}
+            write_manifest(path.with_suffix(".json"), self.plan, left, [path])
+        return {name: tensor for name, tensor in made.items() if name not in damaged}
 
-        def is_sound(tensor: Made) -> bool:
-            try:
-                return sha256(tensor.piece) == tensor.digest
-            except OSError:
-                return False
-
-        pool = ThreadPoolExecutor(self.threads or os.cpu_count())
-        try:
-            results = pool.map(is_sound, made.values())
-
-            @cache
-            def damaged() -> list[str]:
-                names = [name for name, sound in zip(made, results, strict=True) if not sound]
-                if names:
-                    files = _named({name: made[name] for name in names})
-                    what = f"{names[0]} and {len(names) - 1} more"
-                    self.say(f"warning: {files}: {what} cannot be read, or are not what the manifest says: quantized anew")
-                return names
-
-            yield damaged
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _warn(self, damaged: Mapping[str, Made]) -> None:
+        what = f"{next(iter(damaged))} and {len(damaged) - 1} more"
+        self.say(f"warning: {_named(damaged)}: {what} cannot be read, or are not what the manifest says: quantized anew")
 
     def _cost(self, names: Iterable[str]) -> float:
         return sum(cost(self.plan, self.source, name) for name in names)
@@ -263,6 +259,13 @@ def _named(made: Mapping[str, Made]) -> str:
     return ", ".join(sorted({str(tensor.path) for tensor in made.values()}))
 
 
+def _is_sound(tensor: Made) -> bool:
+    try:
+        return sha256(tensor.piece) == tensor.digest
+    except OSError:
+        return False
+
+
 def cost(plan: Plan, source: Gguf, name: str) -> float:
     """CPU seconds that a tensor takes, roughly; of one that stays as it is, those of a copy."""
     info, kind = source.tensors[name], plan.tensors[name].type
@@ -278,6 +281,12 @@ def cut(plan: Plan, source: Gguf, count: int) -> list[list[str]]:
         pieces[min(int(count * (done + costs[name] / 2) / total), count - 1)].append(name)
         done += costs[name]
     return pieces
+
+
+def _digest(plan: Plan, names: Iterable[str]) -> str:
+    """A name for a file with these tensors, which no file with others has."""
+    keys = plan.keys()
+    return hashlib.sha256("".join(keys[name] for name in names).encode()).hexdigest()[:16]
 
 
 def write_manifest(path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]) -> None:

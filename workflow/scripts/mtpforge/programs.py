@@ -108,6 +108,12 @@ def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
     return said
 
 
+def knows(program: str | Path, option: str) -> bool:
+    """Whether a program's help has an option; it can come with any exit code."""
+    with _heard([program, "--help"], None, None) as process:
+        return option in process.communicate()[0]
+
+
 def _heard(
     command: Sequence[str | Path], environment: Mapping[str, str] | None, cwd: Path | None
 ) -> AbstractContextManager["subprocess.Popen[str]"]:

@@ -65,12 +65,12 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
-# CPU seconds that llama-quantize takes for 10^9 weights of a type, measured by bench/costs.py on a busy machine and scaled to what
-# Q4_K takes on a quiet one: they are there to balance pieces. BF16 is a copy.
+# CPU seconds that llama-quantize takes for 10^9 weights of a type, the mean of two runs of bench/costs.py on a quiet machine. BF16
+# is a copy.
 SECONDS = {
-    "F32": 6, "F16": 5, "BF16": 1, "Q8_0": 6, "Q6_K": 26, "Q5_1": 5, "Q5_K": 56, "Q5_0": 5, "Q4_1": 4, "Q4_K": 66, "Q4_0": 4,
-    "IQ4_NL": 246, "NVFP4": 22, "IQ4_XS": 248, "MXFP4": 9, "Q3_K": 16, "IQ3_S": 342, "IQ3_XXS": 488, "Q2_K": 60, "IQ2_S": 168,
-    "IQ2_XS": 776, "IQ2_XXS": 258, "IQ1_M": 161, "IQ1_S": 143, "TQ2_0": 4, "TQ1_0": 4,
+    "F32": 10, "F16": 7, "BF16": 1, "Q8_0": 8, "Q6_K": 32, "Q5_1": 5, "Q5_K": 57, "Q5_0": 5, "Q4_1": 4, "Q4_K": 67, "Q4_0": 4,
+    "IQ4_NL": 179, "NVFP4": 28, "IQ4_XS": 180, "MXFP4": 8, "Q3_K": 15, "IQ3_S": 336, "IQ3_XXS": 470, "Q2_K": 58, "IQ2_S": 224,
+    "IQ2_XS": 778, "IQ2_XXS": 396, "IQ1_M": 143, "IQ1_S": 149, "TQ2_0": 8, "TQ1_0": 7,
 }  # fmt: skip
 
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).

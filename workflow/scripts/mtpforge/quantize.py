@@ -11,12 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from gguf.constants import GGUFValueType
 
 from . import gguf_file, mixture, programs, quant_types
 from .atomic import replacing
 from .errors import ConfigError, GgufError, ToolchainError
-from .gguf_file import Gguf, TensorInfo
+from .gguf_file import PADDING, Gguf, TensorInfo, Value
 from .imatrix import read as read_imatrix
+
+BUFFER = ["--max-buffer-size", "256"]
+"""MiB of a tensor that llama-quantize works on at a time. The bytes are the same, and no tensor is too large for the memory; by
+default it takes gigabytes, and a virtual machine can be longer about getting them than it is about quantizing."""
 
 NO_HEAD = "none"
 """What stands for a head's type where no head is wanted."""
@@ -52,8 +57,9 @@ def choose(
     overrides = plan_overrides(source, file_type, head, recipe)
     rows = read_imatrix(imatrix) if imatrix else {}
     with _prepared(bin_dir, imatrix) as (command, place):
+        shape = gguf_file.lay_out(place / "source.gguf", without_vocabulary(source), list(source.tensors.values()))
         options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
-        dry_runs = [[*command, *more, "--dry-run", source.path.resolve(), file_type] for more in ([], options)]
+        dry_runs = [[*command, *more, "--dry-run", shape.path, file_type] for more in ([], options)]
         default, chosen = (mixture.parse(said, source) for said in programs.outputs(dry_runs, place))
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
@@ -76,12 +82,25 @@ def run(
         lines = [rf"^{re.escape(name)}$={kind.name.lower()}" for name, kind in wanted.items()]
         (place / "types.txt").write_text("\n".join(lines), encoding="utf-8")
         command += ["--tensor-type-file", place / "types.txt"]
+        command += BUFFER if programs.knows(command[0], BUFFER[0]) else []  # b10605 has not
         command += [source.path.resolve(), out.resolve(), file_type, *([str(threads)] if threads else [])]
         programs.call(command, log, cwd=place, append=True)
     written = gguf_file.read(out)  # whatever it wrote must at least be whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
         raise ToolchainError(f"{out}: llama-quantize made other types than it was told: is it of another version?")
     return written
+
+
+def without_vocabulary(source: Gguf) -> dict[str, Value]:
+    """The metadata that llama-quantize needs for a part of `source`; half a million strings take it longer than many a tensor.
+
+    Of the vocabulary that is the size, by which llama.cpp tells some models apart.
+    """
+    kept = {key: value for key, value in source.metadata.items() if not key.startswith("tokenizer.") and key != PADDING}
+    tokens = source.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None and tokens.item_type is not None:
+        kept.setdefault(f"{source.architecture}.vocab_size", Value.of(len(tokens), GGUFValueType.UINT32))
+    return kept
 
 
 @contextmanager
