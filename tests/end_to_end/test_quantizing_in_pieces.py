@@ -67,16 +67,13 @@ def work(
 def in_pieces(job: Work, folder: Path, count: int, said: list[str]) -> bytes:
     """The whole that is put together from so many pieces, each of which has its part of the tensors and no more."""
 
-    def make(number: int) -> list[str]:
-        out = folder / f"manifests/pieces/{number}.gguf"
-        digests = job.piece(out, number, count, folder)
-        assert digests == gguf_file.digests(out)
-        pieces.write_manifest(out.with_suffix(".json"), job.plan, digests, [out])
-        return list(gguf_file.read(out).tensors)
-
+    out = folder / "manifests/pieces"
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        held = [name for names in workers.map(make, range(1, count + 1)) for name in names]
-    assert sorted(held) == sorted(job.source.tensors)
+        of_pieces = list(workers.map(lambda number: job.piece(out, number, count, folder), range(1, count + 1)))
+    held = [entry for digests in of_pieces for entry in digests.items()]
+    of_files = [gguf_file.digests(path) for path in out.glob("*.gguf")]
+    assert sorted(held) == sorted(entry for digests in of_files for entry in digests.items() if entry[0] != "header")
+    assert sorted(name for name, _ in held) == sorted(job.source.tensors)
     whole = folder / "whole.gguf"
     assert job.whole(whole, folder) == gguf_file.digests(whole)
     count = len(job.source.tensors)

@@ -235,41 +235,52 @@ def test_a_file_that_goes_while_it_is_used_costs_at_most_the_time(
 def test_a_full_disk_is_no_reason_to_quantize_anew(
     built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And stops what is quantized meanwhile."""
+    changed = with_other_types(made, "Q5_0", "ffn_up", "ffn_down", "ffn_gate")
     finished(built, made, tmp_path / "a")
-    fill, tried = gguf_file.fill, list[Path]()
+    put, some, runs = gguf_file.put, Work._some, list[list[str]]()
 
-    def full(path: Path, *rest: Any, **options: Any) -> gguf_file.Gguf:
-        if path.name == ".b.gguf.part":
-            tried.append(path)
+    def full(whole: Gguf, name: str, payload: gguf_file.Payload) -> None:
+        if changed.tensors[name] == made.tensors[name]:
             raise OSError(errno.ENOSPC, "no space left")
-        return fill(path, *rest, **options)
+        put(whole, name, payload)
 
-    monkeypatch.setattr(gguf_file, "fill", full)
+    def recorded(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        runs.append(list(names))
+        return some(self, runs[-1], out, scratch)
+
+    monkeypatch.setattr(gguf_file, "put", full)
+    monkeypatch.setattr(Work, "_some", recorded)
+    monkeypatch.setattr(pieces, "AT_ONCE", 1)
     with pytest.raises(OSError, match="no space left"):
-        work(built, made).whole(tmp_path / "b.gguf", tmp_path)
-    assert len(tried) == 1 and [path.name for path in tmp_path.iterdir()] == ["a"]
+        work(built, changed).whole(tmp_path / "b.gguf", tmp_path)
+    assert len(runs) < 5 < sum(changed.tensors[name] != made.tensors[name] for name in made.tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_goes_after_it_was_hashed_is_quantized_anew(
-    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["torn", "changed"])
+def test_what_goes_while_it_is_copied_is_quantized_anew(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Cut off in place, in two steps: its second half while all is copied, more while that is copied again."""
-    before, said, tried = finished(built, made, tmp_path / "a"), list[str](), list[Path]()
-    whole, places, fill = before.read_bytes(), gguf_file.read(before).ranges, gguf_file.fill
+    """Cut off in place, or overwritten; the digests are of what has been written."""
+    before, said = finished(built, made, tmp_path / "a"), list[str]()
+    whole, places, put = before.read_bytes(), gguf_file.read(before).ranges, gguf_file.put
     middle = sorted(places.values(), key=lambda place: place.offset)[len(places) // 2].offset
+    calls = list[str]()
 
-    def fading(path: Path, *rest: Any, **options: Any) -> gguf_file.Gguf:
-        if path.name == ".b.gguf.part":
-            tried.append(path)
-            if len(tried) < 3:
-                time.sleep(1)  # until all are hashed
-                os.truncate(before, middle if len(tried) == 1 else 4096)
-        return fill(path, *rest, **options)
+    def fading(into: Gguf, name: str, payload: gguf_file.Payload) -> None:
+        calls.append(name)
+        if len(calls) == 2:
+            if how == "torn":
+                os.truncate(before, middle)
+            else:
+                before.write_bytes(whole[:middle] + bytes(len(whole) - middle))
+        put(into, name, payload)
 
-    monkeypatch.setattr(gguf_file, "fill", fading)
+    monkeypatch.setattr(gguf_file, "put", fading)
     digests = work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
     assert (tmp_path / "b.gguf").read_bytes() == whole and digests == gguf_file.digests(tmp_path / "b.gguf")
-    assert "cannot be read" in said[0] and "reused 0 bytes" in said[-1] and len(tried) >= 3
+    assert "cannot be read" in said[0] and 0 < int(said[-1].rsplit(" ", 1)[1]) < len(made.tensors)
 
 
 @pytest.mark.parametrize("how", ["gone", "torn", "another", "manifest"])
@@ -326,23 +337,29 @@ def test_a_split_file_is_reused(built: Path, made: Plan, tmp_path: Path) -> None
 
 def make_piece(built: Path, planned: Plan, folder: Path, number: int, count: int) -> str:
     """One piece, as the rule makes it; the last line that was said."""
-    out, said = folder / f"manifests/pieces/{number}.gguf", list[str]()
-    write_manifest(out.with_suffix(".json"), planned, work(built, planned, said).piece(out, number, count, folder), [out])
+    said = list[str]()
+    digests = work(built, planned, said).piece(folder / "manifests/pieces", number, count, folder)
+    assert list(digests) == cut(planned, source_of(built), count)[number - 1]
     return said[-1]
+
+
+def files_of_pieces(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
+    return {path: gguf_file.read(path).tensors for path in (folder / "manifests/pieces").glob("*.gguf")}
 
 
 def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, tmp_path: Path) -> None:
     """Also what it has of another cut, and as much as is right of what is damaged."""
     make_piece(built, made, tmp_path, 1, 2)
-    out = tmp_path / "manifests/pieces/1.gguf"
-    first = gguf_file.read(out)
-    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
-    assert make_piece(built, made, tmp_path, 1, 3).endswith("; quantized 0") and gguf_file.read(out).tensors == first.tensors
+    first = files_of_pieces(tmp_path)
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0") and files_of_pieces(tmp_path) == first
+    assert make_piece(built, made, tmp_path, 1, 3).endswith("; quantized 0") and files_of_pieces(tmp_path) == first
+    (out,) = first
     place = gguf_file.read(out).ranges["blk.0.ffn_up.weight"]
     with out.open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(64))
     assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 1")
+    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0")
     changed = with_other_types(made, "Q5_0", "attn_qkv")
     for number in (1, 2):
         make_piece(built, changed, tmp_path, number, 2)
@@ -351,32 +368,53 @@ def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, t
     assert said == [f"reused 0 bytes (0 of {len(made.tensors)} tensors) from nothing; {len(made.tensors)} from pieces; quantized 0"]
 
 
-def test_a_piece_copies_little_of_the_source_at_a_time(
-    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    """Its tensors are the same, also beside those that it has; one that is larger than the limit is copied alone."""
+def test_a_piece_is_made_little_by_little(built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that is larger than the limit is made alone. What is finished when a piece is killed is not made again."""
     source, limit, runs, some = source_of(built), 100_000, list[list[str]](), Work._some
 
     def recorded(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         runs.append(list(names))
+        if len(runs) == 3:
+            raise KeyboardInterrupt
         return some(self, runs[-1], out, scratch)
 
     expected = work(built, made).whole(tmp_path / "expected.gguf")
     monkeypatch.setattr(Work, "_some", recorded)
     monkeypatch.setattr(pieces, "AT_ONCE", limit)
-    make_piece(built, made, tmp_path, 1, 3)
-    assert make_piece(built, made, tmp_path, 1, 2).startswith("reused 0 bytes") and len(runs) > 4
+    with pytest.raises(KeyboardInterrupt):
+        make_piece(built, made, tmp_path, 1, 2)
     names = cut(made, source, 2)[0]
-    assert [name for run in runs for name in run] == names
+    finished = {name for tensors in files_of_pieces(tmp_path).values() for name in tensors}
+    assert [name for run in runs for name in run][: len(finished)] == names[: len(finished)] and len(finished) > 1
+    del runs[2]
+    runs.insert(2, [])  # nothing is interrupted again
+    assert make_piece(built, made, tmp_path, 1, 2).endswith(
+        f"; {len(finished)} from pieces; quantized {len(names) - len(finished)}"
+    )
+    assert [name for run in runs for name in run] == names and len(runs) > 6
     sizes = [sum(source.tensors[name].size for name in run) for run in runs]
     assert all(size <= limit or len(run) == 1 for size, run in zip(sizes, runs, strict=True)) and max(map(len, runs)) > 1
-    found = gguf_file.digests(tmp_path / "manifests/pieces/1.gguf")
-    assert {name: found[name] for name in names} == {name: expected[name] for name in names} and len(found) == len(names) + 1
+    found = work(built, made).piece(tmp_path / "manifests/pieces", 1, 2, tmp_path)
+    assert found == {name: expected[name] for name in names}
     make_piece(built, made, tmp_path, 2, 2)
     assert work(built, made).whole(tmp_path / "b.gguf", tmp_path) == expected
     runs.clear()
-    work(built, made).piece(tmp_path / "all.gguf", 1, 1)
+    work(built, made).piece(tmp_path / "all", 1, 1)
     assert [len(run) for run in runs] == [len(made.tensors)]  # there is nothing to copy
+
+
+def test_a_part_has_no_vocabulary_but_its_size(built: Path, made: Plan, tmp_path: Path) -> None:
+    """With which llama-quantize is longer than with many a tensor; the whole has it."""
+    source = source_of(built)
+    work(built, made).piece(tmp_path / "pieces", 1, 2)
+    (part,) = (gguf_file.read(path) for path in (tmp_path / "pieces").glob("*.gguf"))
+    assert not [key for key in part.metadata if key.startswith("tokenizer.")]
+    assert part.get("qwen35.vocab_size") == len(source.metadata["tokenizer.ggml.tokens"]) > 1000
+    finished(built, made, tmp_path / "a")
+    work(built, made).whole(tmp_path / "b.gguf", tmp_path)
+    assert source.metadata.items() - gguf_file.read(tmp_path / "b.gguf").metadata.items() == {
+        ("general.file_type", source.metadata["general.file_type"])
+    }
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "loop", "fifo", "folder", "~", "/"])
@@ -434,8 +472,7 @@ def test_the_padding_of_a_part_does_not_get_into_the_whole(built: Path, tmp_path
         types: Types = choose(opened, "Q4_0", bin_dir=BIN)
         job = Work(plan.make(opened, gguf_file.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
         job.whole(folder / "plain.gguf")
-        digests = job.piece(folder / "piece.gguf", 1, 2)
-        write_manifest(folder / "manifests/piece.json", job.plan, digests, [folder / "piece.gguf"])
+        job.piece(folder / "manifests/pieces", 1, 2)
         job.whole(folder / "out.gguf", folder)
         assert (folder / "out.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
 
@@ -462,6 +499,7 @@ def test_by_hand(built: Path, run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     ["--plan p.json --head Q8_0", "--plan p.json --piece 3/2", "--plan p.json --piece 0/2", "--plan p.json --type Q4_0", ""]
+    + [f"--plan p.json --piece 1/2 {option}" for option in ("--manifest m.json", "--keep k.gguf", "--also a.gguf")]
     + [f"--type Q4_0 {option}" for option in ("--piece 1/2", "--reuse r", "--manifest m.json", "--keep k.gguf", "--also a.gguf")],
 )
 def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: Path, wrong: str) -> None:
@@ -471,36 +509,35 @@ def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: P
 def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_path: Path) -> None:
     """And the next run clears away what was left."""
     made.write(tmp_path / "plan.json")
-    out = tmp_path / "out.gguf"
+    out = tmp_path / "out"
     command = ["python", "workflow/scripts/quantize.py", str(source_of(built).path), "--plan", str(tmp_path / "plan.json")]
     command += ["--piece", "1/2", "--out", str(out)]
-    scratch, part = tmp_path / ".out.gguf.scratch", tmp_path / ".out.gguf.part"
 
-    def is_there(sign: Path) -> bool:
+    def is_there(sign: str) -> bool:
         """Of what llama-quantize makes, when it has begun to write."""
         try:
-            return sign.stat().st_size > (0 if sign == part else -1)
+            return any(path.is_dir() or path.stat().st_size for path in out.glob(sign))
         except OSError:
             return False
 
-    for sign in (scratch, scratch / "part.gguf", part):
+    for sign in (".1-of-2.scratch", ".1-of-2.scratch/part.gguf", ".*.gguf.part"):
         for _ in range(50):  # it can be too quick for us
-            part.unlink(missing_ok=True)
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
             with subprocess.Popen(command, cwd=built, stderr=subprocess.DEVNULL) as process:
                 while not is_there(sign) and process.poll() is None:
                     time.sleep(0.001)
                 process.kill()
-            if not out.exists():
+            if not list(out.glob("[!.]*")):
                 break
-            out.unlink()
-        assert not out.exists() and is_there(sign), sign
-    part.write_bytes(b"left behind")
-    scratch.mkdir(exist_ok=True)
-    (scratch / "part.gguf").write_bytes(b"left behind")
+        assert not list(out.glob("[!.]*")) and is_there(sign), sign
+    (left,) = out.glob(".*.gguf.part")
+    left.write_bytes(b"left behind")
+    (out / ".1-of-2.scratch").mkdir(exist_ok=True)
+    (out / ".1-of-2.scratch/part.gguf").write_bytes(b"left behind")
     assert subprocess.run(command, cwd=built, capture_output=True).returncode == 0
-    assert gguf_file.read(out).tensors.keys() == set(cut(made, source_of(built), 2)[0])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "plan.json"]
+    (finished,) = out.glob("*.gguf")
+    assert gguf_file.read(finished).tensors.keys() == set(cut(made, source_of(built), 2)[0])
+    assert sorted(path.name for path in out.iterdir()) == [finished.name, f"{finished.stem}.json"]
 
 
 def test_padding_of_a_reused_file_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
     )  # fmt: skip
 
     def finished() -> dict[str, int]:
-        return {path.stem: path.stat().st_ino for path in (work / "pieces/quantized/IQ3_S").glob("*.json")}
+        return {path.stem: path.stat().st_mtime_ns for path in (work / "pieces/quantized/IQ3_S").glob("*.json")}
 
     deadline = time.monotonic() + 300
     while len(finished()) < 2 and time.monotonic() < deadline and process.poll() is None:
@@ -143,7 +143,7 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
     assert 2 <= len(before) < 4 and not (work / "quantized/IQ3_S.gguf").exists()
     assert repository.snakemake("--unlock").returncode == 0
     jobs = run(repository, "--until", "quantize")
-    again = [name for name, inode in finished().items() if before.get(name, inode) != inode]
+    again = [name for name, written in finished().items() if before.get(name, written) != written]
     assert jobs["quantize"] == 1 and jobs["piece"] == 4 - len(before) + len(again), jobs
     assert len(again) <= 1  # the last, where the kill came before Snakemake had noted that it is finished: it has all it needs
     assert all(quantized(repository, f"piece-quantized-IQ3_S-{name}") == 0 for name in again)
