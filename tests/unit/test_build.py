@@ -1,7 +1,6 @@
 """config.yaml is strict: a mistake is refused with the path of its key, and defaults are those of the schema."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 from conftest import ROOT
 from mtpforge.build import Build, _record
 from mtpforge.errors import ConfigError
+from mtpforge.plan import Plan
 
 REVISION = "0" * 40
 
@@ -190,26 +190,28 @@ def test_a_base_that_is_made_here_lies_in_what_is_injected_too(monkeypatch: pyte
     assert build.planned_name_option(wildcards("Q4_K_M", kind="trunk")) == f"--also {work}/injected/inj.gguf {published}"
 
 
-def test_very_long_work_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By its cost, where the configuration does not say it; that of the slowest type of a recipe counts."""
+def test_pieces_are_those_of_the_configuration_or_of_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.truncate(1_300_000_000_000)  # a hole: 650 billion weights
-    slow = {"type": "Q8_0", "tensors": {"exps": "IQ3_S"}}
-    variants = {"IQ3_S": {}, "Q8_0": {}, "slow": slow, "own": {"type": "Q8_0", "pieces": 2}}
-    model = {"source": {"path": str(tmp_path)}, "variants": variants}
-    build = Build(config(model))
-    assert build.pieces(wildcards("Q8_0")) == [] and build.pieces(wildcards("IQ3_S", kind="draft")) == []
-    assert 2 <= len(build.pieces(wildcards("IQ3_S"))) <= 3
-    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == len(build.pieces(wildcards("slow"))) > 1
+    asked = list[dict[str, str]]()
+
+    def planned(**names: str) -> Any:
+        asked.append(names)
+        Plan("Q8_0", "", "", "", "", "", 3, {}).write(tmp_path / "plan.json")
+        return SimpleNamespace(output=[str(tmp_path / "plan.json")])
+
+    snakemakes = SimpleNamespace(plan=SimpleNamespace(get=planned))
+    model = {"variants": {"IQ3_S": {}, "own": {"type": "Q8_0", "pieces": 2}}}
+    build = Build(config(model), snakemakes)
     assert build.pieces(wildcards("own")) == [f"results/m/work/pieces/quantized/own/{i}-of-2.json" for i in (1, 2)]
-    build = Build(config({**model, "pieces": 1}))
+    assert build.pieces(wildcards("IQ3_S", kind="draft")) == [] and not asked
+    assert build.pieces(wildcards("IQ3_S")) == [f"results/m/work/pieces/quantized/IQ3_S/{i}-of-3.json" for i in (1, 2, 3)]
+    assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == 3
+    assert asked == [{"model": "m", "kind": kind, "name": "IQ3_S"} for kind in ("quantized", "trunk")]
+    build = Build(config({**model, "pieces": 1}), snakemakes)
     assert build.pieces(wildcards("IQ3_S")) == [] and len(build.pieces(wildcards("own"))) == 2
-    build = Build(config({**model, "pieces": 5}))
+    build = Build(config({**model, "pieces": 5}), snakemakes)
     assert len(build.pieces(wildcards("IQ3_S", kind="trunk"))) == 5 and build.pieces(wildcards("Q8_0", kind="draft")) == []
-    os.truncate(tmp_path / "model.safetensors", 70_000_000_000)
-    build = Build(config(model))
-    assert build.pieces(wildcards("IQ3_S")) == build.pieces(wildcards("slow")) == []  # an hour and a half on two cores
+    assert len(asked) == 2
 
 
 def test_what_is_published_of_the_configuration_has_no_pieces_but_patterns_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:

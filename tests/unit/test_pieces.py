@@ -85,6 +85,15 @@ def test_a_row_of_an_importance_matrix_counts_for_its_tensor_alone(tmp_path: Pat
     assert one["a"] != two["a"] and one["b"] == two["b"]
 
 
+@pytest.mark.parametrize("wrong", [{"pieces": 0}, {"pieces": 1000}, {"pieces": "many"}, {"form": "BF16 x"}, {"form": ""}])
+def test_a_plan_with_a_number_that_cannot_be_is_refused(made: Plan, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    if "form" in wrong:
+        wrong = {"tensors": {name: replace(tensor, **wrong) for name, tensor in made.tensors.items()}}
+    replace(made, **wrong).write(tmp_path / "plan.json")
+    with pytest.raises(GgufError, match=r"plan\.json: is no plan of a quantization .*: make it again"):
+        Plan.read(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize(("field", "value"), [("file_type", "Q4_K_X"), ("tensors", "Q8_1")])
 def test_a_plan_with_a_type_that_cannot_be_is_refused(made: Plan, tmp_path: Path, field: str, value: str) -> None:
     tensors = {name: replace(tensor, type=value) for name, tensor in made.tensors.items()}
@@ -154,10 +163,30 @@ def test_pieces_have_each_tensor_once_and_about_the_same_cost(built: Path, made:
     source = source_of(built)
     parts = cut(made, source, count)
     assert len(parts) == count and [name for part in parts for name in part] == list(source.tensors)
-    costs = [sum(pieces.cost(made, source, name) for name in part) for part in parts]
-    largest = max(pieces.cost(made, source, name) for name in source.tensors)
+    costs = [sum(made.tensors[name].cost for name in part) for part in parts]
+    largest = max(made.tensors[name].cost for name in source.tensors)
     assert max(costs) <= sum(costs) / count + largest
     assert parts == cut(made, source, count)
+
+
+def test_long_work_is_cut_by_its_cost_and_the_threads_that_there_are(
+    built: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """That of each tensor at the type that a recipe gives it."""
+    source, all_of_it = source_of(built), sum(tensor.cost for tensor in made.tensors.values())
+
+    def count(threads: int, planned: Plan = made) -> int:
+        digests = {"header": made.header, **{name: tensor.source for name, tensor in made.tensors.items()}}
+        return plan.make(source, digests, planned.types(), "Q4_K_M", None, BIN, threads).pieces
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert count(1) == count(8) == 1
+    monkeypatch.setattr(plan, "PIECE_SECONDS", all_of_it / 20)
+    assert (count(1), count(2), count(8), count(0), count(64)) == (20, 10, 2, 2, 2)
+    slow = with_other_types(made, "IQ3_S", "ffn_up")
+    assert count(1, slow) == round(20 * sum(tensor.cost for tensor in slow.tensors.values()) / all_of_it) > 20
+    monkeypatch.setattr(plan, "PIECE_SECONDS", all_of_it / 1e6)
+    assert count(1) == plan.MOST_PIECES
 
 
 def test_every_type_has_a_cost() -> None:

@@ -65,6 +65,7 @@ checkpoint plan:
         kind="quantized|trunk|draft",
     conda:
         "../../envs/run.yaml"
+    threads: 64  # those of a quantization: what it takes on them decides in how many pieces it is made
     params:
         options=build.planned_options,
         imatrix=build.planned_imatrix_option,
@@ -72,7 +73,7 @@ checkpoint plan:
         "{wildcards.model}: plan {wildcards.name} ({wildcards.kind}: {params.options})"
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
-        " --digests {input.digests:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --digests {input.digests:q} --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
 
 
 # What is made is no output, here and below: Snakemake would delete it before what it has can be used again.

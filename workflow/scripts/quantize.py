@@ -6,6 +6,7 @@ be taken from finished files.
 example: quantize.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out Qwen3.5-4B-IQ4_XS.gguf
          quantize.py Qwen3.5-4B-BF16.gguf --type IQ3_S --tensors recipe.yaml --dry-run
          quantize.py Qwen3.5-4B-BF16.gguf --plan plan.json --reuse results --out Qwen3.5-4B-IQ4_XS.gguf
+         quantize.py Qwen3.5-4B-BF16.gguf --plan plan.json --reuse results --piece 1/2 --out results/manifests
 """
 
 import argparse

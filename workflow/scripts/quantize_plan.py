@@ -24,12 +24,13 @@ def main() -> None:
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="llama-quantize's folder (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="those of a quantization, which decide its pieces (default: all)")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
     source = gguf_file.read(args.source)
     types = choose(source, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.bin)
     digests = read_json(args.digests) if args.digests else gguf_file.digests(args.source)
-    plan.make(source, digests, types, args.type, args.imatrix, args.bin).write(args.out)
+    plan.make(source, digests, types, args.type, args.imatrix, args.bin, args.threads).write(args.out)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ from . import quant_types
 from .code import code
 from .errors import ConfigError
 from .listing import Listing, gguf_files
+from .plan import Plan
 from .quantize import NO_HEAD, check_pattern, default_head, read_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"
 HUB = "resources/hub/{repo}/{revision}"
-PIECE_SECONDS = 24 * 3600
-"""CPU seconds of a piece where nothing is configured: an hour and a half on 16 cores, which is what a kill may cost. Shorter work
-is not cut: that copies source and result once more, of most types more than a tenth of the time on so many cores."""
 
 
 class Wildcards(Protocol):
@@ -49,7 +47,8 @@ class Wildcards(Protocol):
 class Build:
     """The configuration as a build. Raises ConfigError, naming the path of each key that is wrong.
 
-    `checkpoints` are Snakemake's, by which the graph learns what a repository holds once it is listed.
+    `checkpoints` are Snakemake's, by which the graph learns what a repository holds once it is listed, and in how many pieces
+    a quantization is made once it is planned.
     """
 
     def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
@@ -425,29 +424,15 @@ class Build:
         return shlex.join(["--also", *also]) if also else ""
 
     def pieces(self, wildcards: Wildcards) -> list[str]:
-        """The digests of the pieces that it is made of; none where it is made in one go.
-
-        Not by a machine's cores: the same work has the same jobs anywhere. Of the head alone there are none.
-        """
+        """The digests of the pieces that it is made of; none where it is made in one go, as the head alone always is."""
         model, variant = self.models[wildcards.model], self._variant(wildcards)
         entry = self.entry(variant) if variant else {}
         count = 1 if wildcards.kind == "draft" else entry.get("pieces", model.get("pieces"))
         if count is None:
-            types = [quant_types.usual(self.file_type(variant) if variant else wildcards.name), *entry.get("tensors", {}).values()]
-            slowest = max(quant_types.SECONDS[kind] for kind in types)
-            count = max(1, round(self._weights(wildcards.model) / 1e9 * slowest / PIECE_SECONDS))
+            made = self._checkpoints.plan.get(model=wildcards.model, kind=wildcards.kind, name=wildcards.name).output[0]
+            count = Plan.read(Path(made)).pieces
         folder = f"{WORK.format(model=wildcards.model)}/pieces/{wildcards.kind}/{wildcards.name}"
         return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)] if count > 1 else []
-
-    def _weights(self, model: str) -> float:
-        """About how many weights a checkpoint has, by the size of its shards as if all were BF16."""
-        source = self.models[model]["source"]
-        if "repo" in source:
-            files = Listing.read(Path(self._checkpoints.resolve.get(**source).output[0])).files
-            sizes = [file.bytes for name, file in files.items() if name.endswith(".safetensors")]
-        else:
-            sizes = [path.stat().st_size for path in Path(source["path"]).glob("*.safetensors")]
-        return sum(sizes) / 2
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""

@@ -241,7 +241,7 @@ class Work:
         self.say(f"warning: {_named(damaged)}: {what} cannot be read, or are not what the manifest says: quantized anew")
 
     def _cost(self, names: Iterable[str]) -> float:
-        return sum(cost(self.plan, self.source, name) for name in names)
+        return sum(self.plan.tensors[name].cost for name in names)
 
     def _report(self, made: Mapping[str, Made], of: Iterable[str]) -> None:
         names = list(of)
@@ -266,16 +266,10 @@ def _is_sound(tensor: Made) -> bool:
         return False
 
 
-def cost(plan: Plan, source: Gguf, name: str) -> float:
-    """CPU seconds that a tensor takes, roughly; of one that stays as it is, those of a copy."""
-    info, kind = source.tensors[name], plan.tensors[name].type
-    return info.elements * quant_types.SECONDS["BF16" if info.type.name == kind else kind] / 1e9
-
-
 def cut(plan: Plan, source: Gguf, count: int) -> list[list[str]]:
     """The tensors of each of `count` pieces: of about the same cost, and neighbours in the source, so that they can share it."""
     pieces: list[list[str]] = [[] for _ in range(count)]
-    costs = {name: cost(plan, source, name) for name in source.tensors}
+    costs = {name: plan.tensors[name].cost for name in source.tensors}
     done, total = 0.0, sum(costs.values())
     for name in source.tensors:
         pieces[min(int(count * (done + costs[name] / 2) / total), count - 1)].append(name)

@@ -6,6 +6,7 @@ key, under which its bytes can be found in whatever file has them already.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,11 @@ from .ranges import FileRange, sha256
 SAMPLE = 1 << 16
 """Bytes of each tensor that are read to tell whether a plan is for a file."""
 
+MOST_PIECES = 999
+PIECE_SECONDS = 2 * 3600
+"""What a piece takes, on all threads, where nothing is configured. What takes less than one and a half of it is not cut: it starts
+over after a kill, but source and result are not copied once more, which can be a tenth of the time and more."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -35,11 +41,18 @@ class Tensor:
     source: str
     row: str
 
+    @property
+    def cost(self) -> float:
+        """CPU seconds that it takes, roughly; where it stays as it is, those of a copy."""
+        old, *shape = self.form.split()
+        return math.prod(map(int, shape)) * quant_types.SECONDS["BF16" if self.type == old else self.type] / 1e9
+
 
 @dataclass(frozen=True)
 class Plan:
     """Of one file: its type, the sha256 of the source's metadata and of a sample of its tensors, the importance matrix (name and
-    sha256, or both empty), a digest of the toolchain, and the tensors in the order in which they will be written.
+    sha256, or both empty), a digest of the toolchain, in how many pieces it is made where nothing is configured, and the tensors in
+    the order in which they will be written.
     """
 
     file_type: str
@@ -48,6 +61,7 @@ class Plan:
     imatrix: str
     imatrix_sha256: str
     toolchain: str
+    pieces: int
     tensors: dict[str, Tensor]
 
     def types(self) -> mixture.Types:
@@ -84,17 +98,21 @@ class Plan:
         try:
             value = read_json(path)
             tensors = {name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()}
-            plan = cls(**{name: str(entry) for name, entry in value.items()}, tensors=tensors)
+            pieces = int(value.pop("pieces"))
+            plan = cls(**{name: str(entry) for name, entry in value.items()}, pieces=pieces, tensors=tensors)
             types = {kind.name for kind in plan.types().values()}
             if plan.file_type not in quant_types.FILE_TYPES or not types <= quant_types.SECONDS.keys():
                 raise KeyError("a type that cannot be")
-        except (KeyError, TypeError, AttributeError) as error:
+            if not 1 <= pieces <= MOST_PIECES or any(tensor.cost < 0 for tensor in tensors.values()):
+                raise ValueError("a number that cannot be")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise GgufError(f"{path}: is no plan of a quantization ({error!r}): make it again") from None
         return plan
 
 
 def make(
-    source: Gguf, digests: Mapping[str, str], types: mixture.Types, file_type: str, matrix: Path | None, bin_dir: Path
+    source: Gguf, digests: Mapping[str, str], types: mixture.Types, file_type: str, matrix: Path | None, bin_dir: Path,
+    threads: int = 0,
 ) -> Plan:  # fmt: skip
     """The plan for a source whose `digests` are as `gguf_file.digests` has them. Raises GgufError."""
     if digests.keys() != {"header", *source.tensors}:
@@ -104,7 +122,9 @@ def make(
         name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
     }  # fmt: skip
     name, digest = matrix_of(matrix)
-    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors)
+    seconds = sum(tensor.cost for tensor in tensors.values()) / programs.threads(threads)
+    pieces = min(max(1, round(seconds / PIECE_SECONDS)), MOST_PIECES)
+    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), pieces, tensors)
 
 
 def sample(source: Gguf) -> str:
