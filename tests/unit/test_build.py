@@ -10,7 +10,6 @@ import yaml
 from conftest import ROOT
 from mtpforge.build import Build, _record
 from mtpforge.errors import ConfigError
-from mtpforge.plan import Plan
 
 REVISION = "0" * 40
 
@@ -196,8 +195,8 @@ def test_pieces_are_those_of_the_configuration_or_of_the_plan(monkeypatch: pytes
 
     def planned(**names: str) -> Any:
         asked.append(names)
-        Plan("Q8_0", "", "", "", "", "", 3, {}).write(tmp_path / "plan.json")
-        return SimpleNamespace(output=[str(tmp_path / "plan.json")])
+        (tmp_path / "plan.pieces").write_text("3\n")
+        return SimpleNamespace(output=SimpleNamespace(pieces=str(tmp_path / "plan.pieces")))
 
     snakemakes = SimpleNamespace(plan=SimpleNamespace(get=planned))
     model = {"variants": {"IQ3_S": {}, "own": {"type": "Q8_0", "pieces": 2}}}

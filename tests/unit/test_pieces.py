@@ -85,11 +85,9 @@ def test_a_row_of_an_importance_matrix_counts_for_its_tensor_alone(tmp_path: Pat
     assert one["a"] != two["a"] and one["b"] == two["b"]
 
 
-@pytest.mark.parametrize("wrong", [{"pieces": 0}, {"pieces": 1000}, {"pieces": "many"}, {"form": "BF16 x"}, {"form": ""}])
-def test_a_plan_with_a_number_that_cannot_be_is_refused(made: Plan, tmp_path: Path, wrong: dict[str, Any]) -> None:
-    if "form" in wrong:
-        wrong = {"tensors": {name: replace(tensor, **wrong) for name, tensor in made.tensors.items()}}
-    replace(made, **wrong).write(tmp_path / "plan.json")
+@pytest.mark.parametrize("form", ["BF16 x", "", "BF16 -1", "BF16 " + 400 * "9"])
+def test_a_plan_with_a_shape_that_cannot_be_is_refused(made: Plan, tmp_path: Path, form: str) -> None:
+    replace(made, tensors={name: replace(tensor, form=form) for name, tensor in made.tensors.items()}).write(tmp_path / "plan.json")
     with pytest.raises(GgufError, match=r"plan\.json: is no plan of a quantization .*: make it again"):
         Plan.read(tmp_path / "plan.json")
 
@@ -169,29 +167,21 @@ def test_pieces_have_each_tensor_once_and_about_the_same_cost(built: Path, made:
     assert parts == cut(made, source, count)
 
 
-def test_long_work_is_cut_by_its_cost_and_the_threads_that_there_are(
-    built: Path, made: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_long_work_is_cut_by_its_cost_and_the_threads_that_there_are(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of each tensor at the type that a recipe gives it."""
-    source, all_of_it = source_of(built), sum(tensor.cost for tensor in made.tensors.values())
-
-    def count(threads: int, planned: Plan = made) -> int:
-        digests = {"header": made.header, **{name: tensor.source for name, tensor in made.tensors.items()}}
-        return plan.make(source, digests, planned.types(), "Q4_K_M", None, BIN, threads).pieces
-
+    all_of_it = sum(tensor.cost for tensor in made.tensors.values())
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert count(1) == count(8) == 1
+    assert made.pieces(1) == made.pieces(8) == 1
     monkeypatch.setattr(plan, "PIECE_SECONDS", all_of_it / 20)
-    assert (count(1), count(2), count(8), count(0), count(64)) == (20, 10, 2, 2, 2)
+    assert [made.pieces(threads) for threads in (1, 2, 8, 0, 64)] == [20, 10, 2, 2, 2]
     slow = with_other_types(made, "IQ3_S", "ffn_up")
-    assert count(1, slow) == round(20 * sum(tensor.cost for tensor in slow.tensors.values()) / all_of_it) > 20
+    assert slow.pieces(1) == round(20 * sum(tensor.cost for tensor in slow.tensors.values()) / all_of_it) > 20
     monkeypatch.setattr(plan, "PIECE_SECONDS", all_of_it / 1e6)
-    assert count(1) == plan.MOST_PIECES
+    assert made.pieces(1) == plan.MOST_PIECES
 
 
 def test_every_type_has_a_cost() -> None:
     assert quant_types.SECONDS.keys() == set(quant_types.TENSOR_TYPES)
-    assert {quant_types.usual(name) for name in quant_types.FILE_TYPES} <= quant_types.SECONDS.keys()
 
 
 def test_what_a_finished_file_has_is_taken_also_where_it_was_moved(built: Path, made: Plan, tmp_path: Path) -> None:
@@ -387,7 +377,8 @@ def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, t
     with out.open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(64))
-    assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 1")
+    first_of_three = len(cut(made, source_of(built), 3)[0])  # which has the damaged one, and leaves the others what is sound
+    assert make_piece(built, made, tmp_path, 1, 3).endswith(f"; {first_of_three - 1} from pieces; quantized 1")
     assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0")
     changed = with_other_types(made, "Q5_0", "attn_qkv")
     for number in (1, 2):
@@ -444,6 +435,67 @@ def test_a_part_has_no_vocabulary_but_its_size(built: Path, made: Plan, tmp_path
     assert source.metadata.items() - gguf_file.read(tmp_path / "b.gguf").metadata.items() == {
         ("general.file_type", source.metadata["general.file_type"])
     }
+
+
+def test_metadata_of_the_whole_is_that_of_llama_quantize(built: Path, tmp_path: Path) -> None:
+    """With what it drops, what it moves, and of a source that has but one tensor."""
+    source = source_of(built)
+    name = "blk.0.ffn_up.weight"
+    split_keys = {key: Value.of(0, gguf_file.GGUFValueType.UINT16) for key in ("split.no", "split.count")}
+    for number, names in enumerate(([name], [name, "blk.0.ffn_down.weight"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        gguf_file.write(folder / "in.gguf", split_keys | source.metadata, gguf_file.contents(gguf_file.view(source, names)))
+        opened = gguf_file.read(folder / "in.gguf")
+        types: Types = dict.fromkeys(sorted(names), Kind.Q4_0)
+        job = Work(plan.make(opened, gguf_file.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
+        digests = job.whole(folder / "plain.gguf")
+        write_manifest(folder / "manifests/plain.json", job.plan, digests, [folder / "plain.gguf"])
+        assert not [key for key in gguf_file.read(folder / "plain.gguf").metadata if key.startswith("split.")]
+        (folder / "scratch").mkdir()
+        made = job.find(folder, folder / "scratch")
+        job._assemble(made, folder / "out.gguf", folder / "scratch")
+        assert (folder / "out.gguf").read_bytes() == (folder / "plain.gguf").read_bytes()
+
+
+def test_tensors_of_the_same_bytes_are_made_into_files_of_their_own(made: Plan) -> None:
+    """A head can have a copy of the embeddings; two jobs can be at them at once."""
+    one, two = list(made.tensors)[:2]
+    same = replace(made, tensors={**made.tensors, two: made.tensors[one]})
+    assert same.keys()[one] == same.keys()[two] and pieces._digest(same, [one]) != pieces._digest(same, [two])
+
+
+def test_a_termination_does_not_wait_for_what_is_copied(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    finished(built, made, tmp_path / "a")
+    changed, written = with_other_types(made, "Q5_0", "attn_qkv"), list[int]()
+    append = gguf_file.append_run
+
+    def slow(sink: Any, infos: Any, payload: gguf_file.Payload) -> None:
+        def steps() -> Any:
+            for step in payload:
+                time.sleep(0.05)
+                written.append(1)
+                yield step
+
+        append(sink, infos, steps())
+
+    def terminated(self: Work, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
+        raise KeyboardInterrupt
+
+    job = work(built, changed)
+    (tmp_path / "scratch").mkdir()
+    reused = job.find(tmp_path, tmp_path / "scratch")
+    metadata = job._metadata(tmp_path / "scratch")
+    monkeypatch.setattr(Work, "_metadata", lambda self, scratch: metadata)
+    monkeypatch.setattr(Work, "_some", terminated)
+    monkeypatch.setattr(gguf_file, "append_run", slow)
+    monkeypatch.setattr(pieces, "CHUNK", 1000)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        job._assemble(reused, tmp_path / "b.gguf", tmp_path / "scratch")
+    assert time.monotonic() - start < 5 and len(written) < 10 < sum(tensor.piece.size for tensor in reused.values()) / 1000
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800", "loop", "fifo", "folder", "~", "/"])
@@ -529,6 +581,7 @@ def test_by_hand(built: Path, run: Run, tmp_path: Path) -> None:
     "wrong",
     ["--plan p.json --head Q8_0", "--plan p.json --piece 3/2", "--plan p.json --piece 0/2", "--plan p.json --type Q4_0", ""]
     + [f"--plan p.json --piece 1/2 {option}" for option in ("--manifest m.json", "--keep k.gguf", "--also a.gguf")]
+    + ["--plan p.json --piece 1/2"]
     + [f"--type Q4_0 {option}" for option in ("--piece 1/2", "--reuse r", "--manifest m.json", "--keep k.gguf", "--also a.gguf")],
 )
 def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: Path, wrong: str) -> None:
@@ -538,7 +591,7 @@ def test_what_does_not_go_together_is_refused(built: Path, run: Run, tmp_path: P
 def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_path: Path) -> None:
     """And the next run clears away what was left."""
     made.write(tmp_path / "plan.json")
-    out = tmp_path / "out"
+    out = tmp_path / "manifests"
     command = ["python", "workflow/scripts/quantize.py", str(source_of(built).path), "--plan", str(tmp_path / "plan.json")]
     command += ["--piece", "1/2", "--out", str(out)]
 

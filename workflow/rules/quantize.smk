@@ -47,7 +47,7 @@ rule imatrix:
 
 
 # <kind> is quantized, trunk or draft, <name> a variant or, of a part alone, a type. The plan alone decides what is to be quantized:
-# what reads the source has it as `ancient`. As a checkpoint, because only what it says can tell whether `quantize` has anything to
+# what reads the source has it as `ancient`, and the number of pieces, which depends on the machine, is no part of it. As a checkpoint, because only what it says can tell whether `quantize` has anything to
 # do; what follows that is done again all the same.
 checkpoint plan:
     input:
@@ -58,7 +58,8 @@ checkpoint plan:
         recipe=build.planned_recipe_if_any,
         imatrix=build.planned_imatrix_if_any,
     output:
-        "results/{model}/work/plans/{kind}/{name}.json",
+        plan="results/{model}/work/plans/{kind}/{name}.json",
+        pieces="results/{model}/work/plans/{kind}/{name}.pieces",
     log:
         "logs/{model}/plan-{kind}-{name}.log",
     wildcard_constraints:
@@ -73,7 +74,8 @@ checkpoint plan:
         "{wildcards.model}: plan {wildcards.name} ({wildcards.kind}: {params.options})"
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
-        " --digests {input.digests:q} --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
+        " --digests {input.digests:q} --threads {threads} --pieces {output.pieces:q} --out {output.plan:q}"
+        " 2>&1 | tee {log:q}"
 
 
 # What is made is no output, here and below: Snakemake would delete it before what it has can be used again.

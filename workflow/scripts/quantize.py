@@ -24,7 +24,7 @@ def main() -> None:
     """Parse the command line and quantize."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
-    parser.add_argument("--out", type=Path, help="the GGUF to write; with --piece a folder for several, with their manifests")
+    parser.add_argument("--out", type=Path, help="the GGUF to write; with --piece a folder for several: FOLDER/manifests")
     parser.add_argument("--dry-run", action="store_true", help="print the table, and stop")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help")
@@ -50,6 +50,8 @@ def main() -> None:
         parser.error("--reuse, --piece, --manifest, --also and --keep need --plan")
     if args.piece and (args.manifest or args.also or args.keep):
         parser.error("--piece writes manifests into --out, and takes none of --manifest, --also and --keep")
+    if args.piece and args.out and "manifests" not in args.out.absolute().parts:
+        parser.error(f"--out {args.out}: of a piece must be in a folder called manifests, where --reuse looks")
     piece = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", args.piece or "1/1")
     if piece is None or int(piece[1]) > int(piece[2]):
         parser.error("--piece: must be I/N with I from 1 to N, at most 999")

@@ -24,13 +24,17 @@ def main() -> None:
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="llama-quantize's folder (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="those of a quantization, which decide its pieces (default: all)")
+    parser.add_argument("--threads", type=int, default=0, help="those that a quantization will have (default: all)")
+    parser.add_argument("--pieces", type=Path, metavar="FILE", help="write in how many pieces it is best made on so many threads")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
     source = gguf_file.read(args.source)
     types = choose(source, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.bin)
     digests = read_json(args.digests) if args.digests else gguf_file.digests(args.source)
-    plan.make(source, digests, types, args.type, args.imatrix, args.bin, args.threads).write(args.out)
+    made = plan.make(source, digests, types, args.type, args.imatrix, args.bin)
+    if args.pieces:
+        atomic.write_json(args.pieces, made.pieces(args.threads))
+    made.write(args.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from . import quant_types
 from .code import code
 from .errors import ConfigError
 from .listing import Listing, gguf_files
-from .plan import Plan
 from .quantize import NO_HEAD, check_pattern, default_head, read_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
@@ -429,8 +428,8 @@ class Build:
         entry = self.entry(variant) if variant else {}
         count = 1 if wildcards.kind == "draft" else entry.get("pieces", model.get("pieces"))
         if count is None:
-            made = self._checkpoints.plan.get(model=wildcards.model, kind=wildcards.kind, name=wildcards.name).output[0]
-            count = Plan.read(Path(made)).pieces
+            made = self._checkpoints.plan.get(model=wildcards.model, kind=wildcards.kind, name=wildcards.name)
+            count = int(Path(made.output.pieces).read_text(encoding="utf-8"))
         folder = f"{WORK.format(model=wildcards.model)}/pieces/{wildcards.kind}/{wildcards.name}"
         return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)] if count > 1 else []
 

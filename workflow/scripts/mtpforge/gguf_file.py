@@ -396,7 +396,9 @@ def put(whole: Gguf, name: str, payload: Payload) -> None:
     place = whole.ranges[name]
     descriptor = os.open(whole.path, os.O_WRONLY)
     try:
-        append_run(Sink(descriptor, size=os.lseek(descriptor, place.offset, os.SEEK_SET)), [whole.tensors[name]], payload)
+        sink = Sink(descriptor, size=os.lseek(descriptor, place.offset, os.SEEK_SET))
+        append_run(sink, [whole.tensors[name]], payload)
+        sink.flush()
     finally:
         os.close(descriptor)
 

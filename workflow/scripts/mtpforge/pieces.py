@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 
 from gguf.constants import GGMLQuantizationType
 
@@ -25,14 +26,14 @@ from .errors import CheckpointError, ConfigError, GgufError
 from .gguf_file import PADDING, Gguf, TensorInfo, Value, squeezed
 from .plan import Plan, matrix_of, toolchain
 from .quantize import run, without_vocabulary
-from .ranges import FileRange, sha256
+from .ranges import CHUNK, FileRange, sha256
 
 WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
-what copying the rest takes: the source of the rest, and all of the result, are written twice."""
+what copying the rest takes, of which source and result are written twice."""
 
-AT_ONCE = 1 << 29
-"""Bytes of the source that a piece copies for one run of llama-quantize: more need more disk at a time, less mean more runs."""
+AT_ONCE = 1 << 27
+"""Bytes of the source, or one larger tensor, that are copied for a run of llama-quantize: more need more disk, less more runs."""
 
 MANIFESTS = "**/manifests/**/*.json"
 _PIECES = "/manifests/pieces/"
@@ -85,13 +86,14 @@ class Work:
     def piece(self, folder: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
         """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of all that it has.
 
-        They come as GGUFs in `folder`, each with its manifest, and of at most `AT_ONCE` bytes of the source: a kill loses no more.
-        The pieces can share a folder, in which what was made is found again however it is cut.
+        They come as GGUFs in `folder`, each with its manifest, of `AT_ONCE` bytes of the source: a kill loses no more. Pieces can
+        share a folder; what was made there is found again, however it is cut, where `reuse` has the folder in it.
         """
         names = cut(self.plan, self.source, count)[number - 1]
         with atomic.scratch_folder(folder / f"{number}-of-{count}") as scratch:
             found = self.find(reuse, scratch) if reuse else {}
-            made = self._sound({name: found[name] for name in names if name in found}, folder)
+            damaged = self._damaged(names, found, folder)
+            made = {name: found[name] for name in names if name in found and name not in damaged}
             digests = {name: tensor.digest for name, tensor in made.items()}
             for at_once in self._runs(name for name in names if name not in made):
                 out = folder / f"{_digest(self.plan, at_once)}.gguf"
@@ -182,7 +184,8 @@ class Work:
         part, said = without_vocabulary(self.source), self._some([smallest], scratch / "smallest.gguf", scratch).metadata
         names = list(said)
         own = {name: said[name] for name in names[names.index(PADDING) + 1 if PADDING in said else 0 :]}
-        return {k: v for k, v in self.source.metadata.items() if k not in own and (k in said or k not in part)} | own
+        kept = [key for key in self.source.metadata if key not in own and (key in said or key not in part)]
+        return {key: self.source.metadata[key] for key in kept} | own
 
     def _put(
         self, names: Collection[str], whole: Gguf, scratch: Path, beside: Collection[Future[str]] = ()
@@ -203,9 +206,17 @@ class Work:
     def _copying(self, made: Mapping[str, Made], whole: Gguf) -> Iterator[dict[str, Future[str]]]:
         """Put tensors into the whole while the block runs. Each gives its digest there, an empty one where it cannot be read."""
 
+        stopped = Event()
+
+        def steps(piece: FileRange) -> Iterator[FileRange]:
+            for done in range(0, piece.size, CHUNK):
+                if stopped.is_set():  # a termination does not wait for gigabytes
+                    raise CancelledError
+                yield replace(piece, offset=piece.offset + done, size=min(CHUNK, piece.size - done))
+
         def copy(name: str) -> str:
             try:
-                gguf_file.put(whole, name, [made[name].piece])
+                gguf_file.put(whole, name, steps(made[name].piece))
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -216,6 +227,7 @@ class Work:
         try:
             yield {name: pool.submit(copy, name) for name in made}
         finally:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
 
     def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
@@ -224,17 +236,18 @@ class Work:
         copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
         return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
 
-    def _sound(self, made: dict[str, Made], folder: Path) -> dict[str, Made]:
-        """Without what is damaged in `folder`, which is taken from the manifests there."""
-        own = {name: tensor for name, tensor in made.items() if tensor.path.resolve().parent == folder.resolve()}
+    def _damaged(self, names: Iterable[str], found: Mapping[str, Made], folder: Path) -> dict[str, Made]:
+        """What of these is damaged in `folder`. It is taken from the manifests there."""
+        inside = {name: tensor for name, tensor in found.items() if tensor.path.resolve().parent == folder.resolve()}
+        own = {name: inside[name] for name in names if name in inside}
         with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
             damaged = {name: own[name] for name, sound in zip(own, pool.map(_is_sound, own.values()), strict=True) if not sound}
         if damaged:
             self._warn(damaged)
-        for path in {tensor.path for tensor in damaged.values()}:
-            left = {name: tensor.digest for name, tensor in own.items() if tensor.path == path and name not in damaged}
+        for path in {tensor.path.resolve() for tensor in damaged.values()}:
+            left = {name: tensor.digest for name, tensor in inside.items() if tensor.path.resolve() == path and name not in damaged}
             write_manifest(path.with_suffix(".json"), self.plan, left, [path])
-        return {name: tensor for name, tensor in made.items() if name not in damaged}
+        return damaged
 
     def _warn(self, damaged: Mapping[str, Made]) -> None:
         what = f"{next(iter(damaged))} and {len(damaged) - 1} more"
@@ -280,7 +293,7 @@ def cut(plan: Plan, source: Gguf, count: int) -> list[list[str]]:
 def _digest(plan: Plan, names: Iterable[str]) -> str:
     """A name for a file with these tensors, which no file with others has."""
     keys = plan.keys()
-    return hashlib.sha256("".join(keys[name] for name in names).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(f"{name} {keys[name]}\n" for name in names).encode()).hexdigest()[:16]
 
 
 def write_manifest(path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]) -> None:

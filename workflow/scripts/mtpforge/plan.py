@@ -51,8 +51,7 @@ class Tensor:
 @dataclass(frozen=True)
 class Plan:
     """Of one file: its type, the sha256 of the source's metadata and of a sample of its tensors, the importance matrix (name and
-    sha256, or both empty), a digest of the toolchain, in how many pieces it is made where nothing is configured, and the tensors in
-    the order in which they will be written.
+    sha256, or both empty), a digest of the toolchain, and the tensors in the order in which they will be written.
     """
 
     file_type: str
@@ -61,7 +60,6 @@ class Plan:
     imatrix: str
     imatrix_sha256: str
     toolchain: str
-    pieces: int
     tensors: dict[str, Tensor]
 
     def types(self) -> mixture.Types:
@@ -83,6 +81,11 @@ class Plan:
         if sample(source) != self.sample:
             raise GgufError(f"{source.path}: has other weights than what the plan is for: make the plan again")
 
+    def pieces(self, threads: int) -> int:
+        """How many pieces it is made in, by what it takes on so many threads. No part of the plan: that is the same anywhere."""
+        seconds = sum(tensor.cost for tensor in self.tensors.values()) / programs.threads(threads)
+        return min(max(1, round(seconds / PIECE_SECONDS)), MOST_PIECES)
+
     def write(self, path: Path) -> None:
         """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""
         head = {name: value for name, value in vars(self).items() if name != "tensors"}
@@ -98,21 +101,19 @@ class Plan:
         try:
             value = read_json(path)
             tensors = {name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()}
-            pieces = int(value.pop("pieces"))
-            plan = cls(**{name: str(entry) for name, entry in value.items()}, pieces=pieces, tensors=tensors)
+            plan = cls(**{name: str(entry) for name, entry in value.items()}, tensors=tensors)
             types = {kind.name for kind in plan.types().values()}
             if plan.file_type not in quant_types.FILE_TYPES or not types <= quant_types.SECONDS.keys():
                 raise KeyError("a type that cannot be")
-            if not 1 <= pieces <= MOST_PIECES or any(tensor.cost < 0 for tensor in tensors.values()):
+            if any(tensor.cost < 0 for tensor in tensors.values()):
                 raise ValueError("a number that cannot be")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise GgufError(f"{path}: is no plan of a quantization ({error!r}): make it again") from None
         return plan
 
 
 def make(
-    source: Gguf, digests: Mapping[str, str], types: mixture.Types, file_type: str, matrix: Path | None, bin_dir: Path,
-    threads: int = 0,
+    source: Gguf, digests: Mapping[str, str], types: mixture.Types, file_type: str, matrix: Path | None, bin_dir: Path
 ) -> Plan:  # fmt: skip
     """The plan for a source whose `digests` are as `gguf_file.digests` has them. Raises GgufError."""
     if digests.keys() != {"header", *source.tensors}:
@@ -122,9 +123,7 @@ def make(
         name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
     }  # fmt: skip
     name, digest = matrix_of(matrix)
-    seconds = sum(tensor.cost for tensor in tensors.values()) / programs.threads(threads)
-    pieces = min(max(1, round(seconds / PIECE_SECONDS)), MOST_PIECES)
-    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), pieces, tensors)
+    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors)
 
 
 def sample(source: Gguf) -> str:

@@ -1,7 +1,5 @@
 """The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
 
-import re
-
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import ConfigError
@@ -78,12 +76,6 @@ _FALLBACK = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
     **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }  # fmt: skip
-
-
-def usual(file_type: str) -> str:
-    """The tensor type that most of a file of this type has."""
-    others = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "MXFP4_MOE": "MXFP4"}
-    return others.get(file_type) or (file_type if file_type in TENSOR_TYPES else re.sub("_[SML]$", "", file_type))
 
 
 def bits(name: str) -> float:

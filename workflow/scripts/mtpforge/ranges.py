@@ -31,7 +31,7 @@ Payload: TypeAlias = Iterable[FileRange | memoryview]
 
 
 class Sink:
-    """A file that grows at its end, by ranges of others or by buffers; its writing to the disk starts at once.
+    """A place in a file at which ranges of others, or buffers, are written; that they go to the disk starts at once.
 
     Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
     """
@@ -39,7 +39,7 @@ class Sink:
     def __init__(
         self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0, flush: bool = True
     ) -> None:  # fmt: skip
-        """`size` is that of the file, at whose end the descriptor stands; `grown` gets it after each step.
+        """`size` is the position at which the descriptor stands; `grown` gets it after each step.
 
         Without `flush` no writing to the disk is started.
         """
@@ -47,7 +47,7 @@ class Sink:
         self._flush = flush and hasattr(os, "posix_fadvise")
 
     def append(self, payload: Payload) -> int:
-        """Write all of `payload` at the end; the number of bytes written. Raises OSError."""
+        """Write all of `payload`; the number of bytes written. Raises OSError."""
         before = self.size
         for piece in payload:
             if isinstance(piece, FileRange):
@@ -59,7 +59,12 @@ class Sink:
     def _grow(self, count: int) -> None:
         self.size += count
         self._grown(self.size)
-        if self._flush and self.size - self._started >= CHUNK:
+        if self.size - self._started >= CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Let what has come since the last time be written to the disk."""
+        if self._flush:
             # Pages that are still to be written stay in memory; Linux only begins to write them.
             os.posix_fadvise(self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED)
             self._started = self.size
@@ -108,11 +113,11 @@ class Sink:
 
 def sha256(piece: FileRange) -> str:
     """The digest of a range of a file, read once and not held."""
-    digest = hashlib.sha256()
-    with piece.path.open("rb") as file:
+    digest, left = hashlib.sha256(), piece.size
+    buffer = memoryview(bytearray(min(left, 1 << 20)))  # stays in the processor's cache
+    with piece.path.open("rb", buffering=0) as file:
         file.seek(piece.offset)
-        left = piece.size
-        while left and (block := file.read(min(left, CHUNK))):
-            digest.update(block)
-            left -= len(block)
+        while left and (count := file.readinto(buffer[:left])):
+            digest.update(buffer[:count])
+            left -= count
     return digest.hexdigest()
