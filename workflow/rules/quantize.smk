@@ -47,8 +47,8 @@ rule imatrix:
 
 
 # <kind> is quantized, trunk or draft, <name> a variant or, of a part alone, a type. The plan alone decides what is to be quantized:
-# what reads the source has it as `ancient`, and the number of pieces, which depends on the machine, is no part of it. As a checkpoint, because only what it says can tell whether `quantize` has anything to
-# do; what follows that is done again all the same.
+# what reads the source has it as `ancient`, and the number of pieces, which depends on the machine, is no part of it. As a
+# checkpoint, because only what it says can tell whether `quantize` has anything to do; what follows that is done again all the same.
 checkpoint plan:
     input:
         code=code("quantize_plan.py"),
