@@ -1,7 +1,7 @@
 """CPU seconds that llama-quantize takes for 10^9 weights of each tensor type: the table SECONDS of mtpforge.quant_types.
 
-One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a small matrix takes,
-because the tables of some types take seconds to make. What a copy costs is not taken off.
+One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a smaller one takes, because
+tables of some types take seconds to make, and a run's first buffers their memory. What a copy costs is not taken off.
 
 example: costs.py --out results/bench/costs.json
 """
@@ -19,7 +19,9 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge import gguf_file, quant_types
 from mtpforge.gguf_file import TensorInfo, Value
 
-ROWS, FEW, COLUMNS = 8192, 64, 2048
+BUFFER, COLUMNS = 16, 2048  # MiB of float32, weights of a row
+FEW = BUFFER * (1 << 20) // 4 // COLUMNS  # rows, which fill that
+ROWS = 5 * FEW
 NAME = "blk.0.ffn_up.weight"
 
 
@@ -63,7 +65,7 @@ def main() -> None:
             write_source(source, rows)
         for kind in quant_types.TENSOR_TYPES:
             options = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
-            options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}"]
+            options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}", "--max-buffer-size", BUFFER]
             program = ROOT / "resources/toolchain/bin/llama-quantize"
             many, few = (cost_of(program, *options, source, out, "Q8_0", 1).cpu for source in sources.values())
             seconds[kind] = round((many - few) / ((ROWS - FEW) * COLUMNS) * 1e9, 1)

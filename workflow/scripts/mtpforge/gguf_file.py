@@ -381,10 +381,14 @@ def fill(
 
 
 def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
-    """Write the header, in place, and leave holes of zeros behind it, which `put` and others fill in any order."""
+    """Write the header, in place, and give the file its size; `put` and others fill the rest in any order.
+
+    What a file has there already stays till then, and so does its memory: to get another can take longer than to copy.
+    """
     first = header(metadata, infos)
     offsets = list(itertools.accumulate((aligned(info.size) for info in infos), initial=len(first)))
-    with path.open("wb") as file:
+    path.touch()
+    with path.open("r+b") as file:
         file.write(first)
         file.truncate(offsets[-1])
     ranges = {info.name: FileRange(path, offset, info.size) for info, offset in zip(infos, offsets, strict=False)}

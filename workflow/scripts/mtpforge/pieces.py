@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 from gguf.constants import GGMLQuantizationType
 
@@ -26,7 +26,7 @@ from .errors import CheckpointError, ConfigError, GgufError
 from .gguf_file import PADDING, Gguf, TensorInfo, Value, squeezed
 from .plan import Plan, matrix_of, toolchain
 from .quantize import run, without_vocabulary
-from .ranges import CHUNK, FileRange, sha256
+from .ranges import CHUNK, FileRange, forget, sha256
 
 WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
@@ -36,7 +36,6 @@ AT_ONCE = 1 << 27
 """Bytes of the source, or one larger tensor, that are copied for a run of llama-quantize: more need more disk, less more runs."""
 
 MANIFESTS = "**/manifests/**/*.json"
-_PIECES = "/manifests/pieces/"
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Made:
     piece: FileRange
     digest: str
     path: Path
+
+    @property
+    def of_piece(self) -> bool:
+        """Whether the file is gone when the whole is there."""
+        return "/manifests/pieces/" in self.path.as_posix()
 
 
 @dataclass(frozen=True)
@@ -143,9 +147,7 @@ class Work:
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
         tensors = gguf_file.contents(kept)
         metadata = gguf_file.padded(without_vocabulary(self.source), tensors, kept)
-        made = self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
-        part.unlink()
-        return made
+        return self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
 
     def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Tensors that are quantized at once: all that there are, or neighbours of at most `AT_ONCE` bytes."""
@@ -206,17 +208,21 @@ class Work:
     def _copying(self, made: Mapping[str, Made], whole: Gguf) -> Iterator[dict[str, Future[str]]]:
         """Put tensors into the whole while the block runs. Each gives its digest there, an empty one where it cannot be read."""
 
-        stopped = Event()
+        stopped, writing = Event(), Lock()
 
-        def steps(piece: FileRange) -> Iterator[FileRange]:
-            for done in range(0, piece.size, CHUNK):
+        def steps(tensor: Made) -> Iterator[FileRange]:
+            for done in range(0, tensor.piece.size, CHUNK):
                 if stopped.is_set():  # a termination does not wait for gigabytes
                     raise CancelledError
-                yield replace(piece, offset=piece.offset + done, size=min(CHUNK, piece.size - done))
+                step = replace(tensor.piece, offset=tensor.piece.offset + done, size=min(CHUNK, tensor.piece.size - done))
+                yield step
+                if tensor.of_piece:  # nobody else will read it: the next step gets its memory, where new one can take longer
+                    forget(step)
 
         def copy(name: str) -> str:
             try:
-                gguf_file.put(whole, name, steps(made[name].piece))
+                with writing:  # a file system lets one write to a file at a time, and others spin on a processor meanwhile
+                    gguf_file.put(whole, name, steps(made[name]))
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -258,7 +264,7 @@ class Work:
 
     def _report(self, made: Mapping[str, Made], of: Iterable[str]) -> None:
         names = list(of)
-        reused = {name: tensor for name, tensor in made.items() if _PIECES not in tensor.path.as_posix()}
+        reused = {name: tensor for name, tensor in made.items() if not tensor.of_piece}
         size, pieces = sum(tensor.piece.size for tensor in reused.values()), len(made) - len(reused)
         line = f"reused {size:,} bytes ({len(reused)} of {len(names)} tensors) from {_named(reused) or 'nothing'}; "
         line += (f"{pieces} from pieces; " if pieces else "") + f"quantized {len(names) - len(made)}"

@@ -111,6 +111,16 @@ class Sink:
         return done
 
 
+def forget(piece: FileRange) -> None:
+    """Free the memory that holds a range of a file, but for what is still to be written to the disk. Raises OSError."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(piece.path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, piece.offset, piece.size, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def sha256(piece: FileRange) -> str:
     """The digest of a range of a file, read once and not held."""
     digest, left = hashlib.sha256(), piece.size
