@@ -50,7 +50,7 @@ def cost_of(*command: object) -> Cost:
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"error: {command[1]} failed: {said.decode(errors='replace')[-1500:]}")
+        sys.exit(f"error: {' '.join(map(str, command))} failed: {said.decode(errors='replace')[-1500:]}")
     os.sync()
     unit = 1 if sys.platform == "darwin" else 1024
     return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)

@@ -1,7 +1,8 @@
-"""CPU seconds that llama-quantize takes for 10^9 weights of each tensor type: the table SECONDS of mtpforge.quant_types.
+"""CPU seconds that llama-quantize takes for 10^9 weights of each tensor type, and before it begins: SECONDS and TABLES of
+mtpforge.quant_types.
 
-One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a smaller one takes, because
-tables of some types take seconds to make, and a run's first buffers their memory. What a copy costs is not taken off.
+One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a smaller one takes,
+because tables of some types take seconds to make, and a run's first buffers their memory. What a copy costs is not taken off.
 
 example: costs.py --out results/bench/costs.json
 """
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/costs.json")
     args = parser.parse_args()
-    seconds = {}
+    costs: dict[str, dict[str, float]] = {"seconds": {}, "tables": {}}
     with tempfile.TemporaryDirectory() as folder:
         matrix, out = Path(folder) / "imatrix.gguf", Path(folder) / "out.gguf"
         write_matrix(matrix)
@@ -68,11 +69,12 @@ def main() -> None:
             options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}", "--max-buffer-size", BUFFER]
             program = ROOT / "resources/toolchain/bin/llama-quantize"
             many, few = (cost_of(program, *options, source, out, "Q8_0", 1).cpu for source in sources.values())
-            seconds[kind] = round((many - few) / ((ROWS - FEW) * COLUMNS) * 1e9, 1)
-            print(f"{kind}: {seconds[kind]}", file=sys.stderr, flush=True)
+            seconds = (many - few) / ((ROWS - FEW) * COLUMNS)
+            costs["seconds"][kind], costs["tables"][kind] = round(seconds * 1e9, 1), round(few - seconds * FEW * COLUMNS, 1)
+            print(f"{kind}: {costs['seconds'][kind]}, {costs['tables'][kind]}", file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(seconds, indent=1) + "\n")
-    print(json.dumps(seconds))
+    args.out.write_text(json.dumps(costs, indent=1) + "\n")
+    print(json.dumps(costs))
 
 
 if __name__ == "__main__":

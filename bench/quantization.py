@@ -1,9 +1,8 @@
 """How fast a quantization is beside one plain llama-quantize run, from nothing and after a changed recipe, and with two workers.
 
 Of a BF16 GGUF of Qwen3.5-2B's shapes as Q4_K_M, with a plan, digests and a manifest, as the workflow makes it; the source's digests
-are those that the conversion writes. What is compared takes turns of a second, in which the other is stopped: a machine's speed can
-drift by more, within minutes, than there is to see. The system may write to the disk meanwhile; a command has ended when all
-is there. That each result has the bytes of the plain run is checked.
+are those that the conversion writes. What is compared runs one after the other, each with the source in memory, and in the other
+order the next time; it has ended when all is on the disk. That each result has the bytes of the plain run is checked.
 
 example: quantization.py --out results/bench/quantization.json
 """
@@ -14,22 +13,17 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion import QWEN3_5_2B, ROOT, write_checkpoint
+from conversion import QWEN3_5_2B, ROOT, cost_of, write_checkpoint
 from mtpforge import errors, gguf_file
 from mtpforge.quantize import plan_overrides
 
 RECIPE = {"blk.([0-9]|1[0-4]).ffn_gate": "Q5_K", "attn_k.weight": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
-TURN = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -82,39 +76,6 @@ def shell(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
-def in_turns(*commands: str) -> list[float]:
-    """The seconds that each command took, of the turns in which it ran and the others were stopped."""
-    taken, running = [0.0] * len(commands), dict[int, subprocess.Popen[bytes]]()
-    left = list(range(len(commands)))
-    with tempfile.TemporaryFile() as said:
-        try:
-            while left:
-                for number in left[:]:
-                    start = time.monotonic()
-                    if number in running:
-                        os.killpg(running[number].pid, signal.SIGCONT)
-                    else:
-                        words = ["sh", "-c", commands[number]]
-                        running[number] = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, process_group=0)
-                    try:
-                        status = running[number].wait(TURN)
-                    except subprocess.TimeoutExpired:
-                        os.killpg(running[number].pid, signal.SIGSTOP)
-                    else:
-                        if status:
-                            said.seek(0)
-                            sys.exit(f"error: {commands[number]} failed: {said.read().decode(errors='replace')[-1500:]}")
-                        left.remove(number)
-                        os.sync()
-                    taken[number] += time.monotonic() - start
-        finally:
-            for number in left:
-                if number in running:
-                    with suppress(ProcessLookupError):  # one that failed, with all that it had started
-                        os.killpg(running[number].pid, signal.SIGKILL)
-    return taken
-
-
 def make_source(scratch: Path) -> Path:
     """The BF16 GGUF, made once."""
     checkpoint, out = write_checkpoint(scratch / "dense-24-layers", QWEN3_5_2B), scratch / "all.gguf"
@@ -132,11 +93,14 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
     taken: dict[str, list[list[float]]] = {"from nothing": [], "changed": [], "two workers": []}
 
     def compare(name: str, *commands: str) -> None:
-        subprocess.run(["cat", str(bench.source)], stdout=subprocess.DEVNULL, check=True)
-        os.sync()
-        order = -1 if len(taken[name]) % 2 else 1  # which of them is first changes: the second takes about a hundredth less
-        taken[name].append(in_turns(*commands[::order])[::order])
+        order = -1 if len(taken[name]) % 2 else 1  # the speed of a machine can change, and what the first leaves in memory
+        taken[name].append([wall(command) for command in commands[::order]][::order])
         print(f"{name}: {' and '.join(f'{value:.1f} s' for value in taken[name][-1])}", file=sys.stderr, flush=True)
+
+    def wall(command: str) -> float:
+        cost_of("cat", bench.source)
+        os.sync()
+        return cost_of("sh", "-c", command).wall
 
     def check(made: Path, expected: Path) -> None:
         if not filecmp.cmp(made, expected, shallow=False):
@@ -183,7 +147,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/quantization.json", help="JSON of all figures")
     parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 20 GB are used there")
-    parser.add_argument("--repeats", type=int, default=2, help="ten minutes each, best an even number (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="six to ten minutes each, best an even number (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama-quantize (default: all)")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from mtpforge.mixture import Types
 from mtpforge.pieces import Work, cut, write_manifest
 from mtpforge.plan import Plan
 from mtpforge.quantize import choose
+from mtpforge.ranges import FileRange
 
 
 def source_of(built: Path) -> Gguf:
@@ -421,6 +422,72 @@ def test_a_piece_is_made_little_by_little(built: Path, made: Plan, tmp_path: Pat
     runs.clear()
     work(built, made).piece(tmp_path / "all", 1, 1)
     assert [len(run) for run in runs] == [len(made.tensors)]  # there is nothing to copy
+
+
+def test_no_part_of_the_source_is_large(built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large matrix so many rows are made at a time: a model can have gigabytes in one, for which there is not always room."""
+    sizes, quantize = list[tuple[int, int]](), Work._quantize
+
+    def recorded(self: Work, source: Gguf, out: Path) -> Gguf:
+        sizes.append((sum(info.size for info in source.tensors.values()), source.path.stat().st_size))
+        return quantize(self, source, out)
+
+    limit, expected = 50_000, work(built, made).whole(tmp_path / "expected.gguf")
+    monkeypatch.setattr(Work, "_quantize", recorded)
+    monkeypatch.setattr(pieces, "AT_ONCE", limit)
+    for number in (1, 2):
+        make_piece(built, made, tmp_path, number, 2)
+    source = source_of(built)
+    assert max(source.tensors[name].size for name in source.tensors) > 5 * limit
+    assert max(size for size, _ in sizes) <= limit and max(size for _, size in sizes) < limit + 10_000
+    assert sum(size for size, _ in sizes) == sum(info.size for info in source.tensors.values())
+    assert work(built, made).whole(tmp_path / "b.gguf", tmp_path) == expected
+
+
+def test_tables_of_a_type_are_not_made_for_a_few_weights(built: Path, made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """IQ1_M takes nine CPU seconds before it begins: as long as for 65 million weights, which would be a run."""
+    monkeypatch.setattr(pieces, "AT_ONCE", 50_000)
+    many = [name for name in made.tensors if "ffn" in name]
+    runs = {kind: list(work(built, with_other_types(made, kind, "ffn"))._runs(many)) for kind in ("Q4_K", "IQ1_M")}
+    assert len(runs["Q4_K"]) > 10 and len(runs["IQ1_M"]) == 1 and [*runs["IQ1_M"][0]] == [n for run in runs["Q4_K"] for n in run]
+    assert quant_types.TABLES.keys() < quant_types.SECONDS.keys()
+
+
+def test_memory_of_what_nobody_else_reads_is_freed(
+    built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A piece's, as it is copied; that of a file that is somebody's result is not ours."""
+    forgotten, forget = list[FileRange](), pieces.forget
+
+    def recorded(piece: FileRange) -> None:
+        forgotten.append(piece)
+        forget(piece)
+
+    monkeypatch.setattr(pieces, "forget", recorded)
+    finished(built, made, tmp_path / "a")
+    work(built, made).whole(tmp_path / "b.gguf", tmp_path / "a")
+    assert not forgotten
+    make_piece(built, made, tmp_path / "c", 1, 1)
+    expected = gguf_file.digests(tmp_path / "b.gguf")
+    assert work(built, made).whole(tmp_path / "c.gguf", tmp_path / "c") == expected
+    sizes = [info.size for info in gguf_file.read(tmp_path / "c.gguf").tensors.values()]
+    assert sorted(piece.size for piece in forgotten) == sorted(sizes)
+
+
+def test_one_copies_at_a_time(built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock that the system has for a file would let the others spin; they hash meanwhile."""
+    finished(built, made, tmp_path / "a")
+    put, threads, most = gguf_file.put, list[int](), list[int]()
+
+    def counted(whole: Gguf, name: str, payload: gguf_file.Payload) -> None:
+        threads.append(1)
+        most.append(len(threads))
+        put(whole, name, payload)
+        threads.pop()
+
+    monkeypatch.setattr(gguf_file, "put", counted)
+    replace(work(built, made), threads=4).whole(tmp_path / "b.gguf", tmp_path)
+    assert max(most) == 1 and len(most) == len(made.tensors)
 
 
 def test_a_part_has_no_vocabulary_but_its_size(built: Path, made: Plan, tmp_path: Path) -> None:

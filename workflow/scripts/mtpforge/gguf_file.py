@@ -413,6 +413,14 @@ def view(source: Gguf, names: Iterable[str]) -> Gguf:
     return replace(source, tensors={n: source.tensors[n] for n in kept}, ranges={n: source.ranges[n] for n in kept})
 
 
+def rows(source: Gguf, name: str, start: int, count: int) -> Gguf:
+    """The same file with only `count` rows of a matrix in view, from `start` on."""
+    info, place = source.tensors[name], source.ranges[name]
+    size = place.size // info.shape[0]
+    some = replace(place, offset=place.offset + start * size, size=count * size)
+    return replace(source, tensors={name: replace(info, shape=(count, *info.shape[1:]))}, ranges={name: some})
+
+
 def contents(source: Gguf) -> list[tuple[TensorInfo, Payload]]:
     """Its tensors, to be written into another file."""
     return [(info, [source.ranges[name]]) for name, info in source.tensors.items()]

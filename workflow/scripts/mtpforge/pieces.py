@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType
 from . import atomic, gguf_file, programs, quant_types
 from .checkpoint import read_json
 from .errors import CheckpointError, ConfigError, GgufError
-from .gguf_file import PADDING, Gguf, TensorInfo, Value, squeezed
+from .gguf_file import ALIGNMENT, PADDING, Gguf, TensorInfo, Value, squeezed
 from .plan import Plan, matrix_of, toolchain
 from .quantize import run, without_vocabulary
 from .ranges import CHUNK, FileRange, forget, sha256
@@ -32,8 +32,9 @@ WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
 what copying the rest takes, of which source and result are written twice."""
 
-AT_ONCE = 1 << 27
-"""Bytes of the source, or one larger tensor, that are copied for a run of llama-quantize: more need more disk, less more runs."""
+AT_ONCE, TABLES = 1 << 27, 8
+"""Bytes of the source that are copied for a run of llama-quantize: more need more disk and memory, less more runs. Where it has to
+make tables first, as many as take so many times as long as these."""
 
 MANIFESTS = "**/manifests/**/*.json"
 
@@ -140,25 +141,45 @@ class Work:
         return run(source, out, self.plan.types(), self.plan.file_type, self.imatrix, self.threads, self.bin_dir, self.log)
 
     def _some(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
-        """Quantize these tensors to `out`, in place, from a part of the source that shares its blocks where it can."""
-        wanted, part = set(names), scratch / "part.gguf"
+        """Quantize these tensors to `out`, in place, from parts of the source that share its blocks where they can."""
+        wanted = set(names)
         if wanted == self.source.tensors.keys():
             return self._quantize(self.source, out)
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
+        name, info = next(iter(kept.tensors.items()))
+        step = self._at_once(name) * info.shape[0] // info.size // ALIGNMENT * ALIGNMENT or ALIGNMENT
+        if len(wanted) > 1 or len(info.shape) != 2 or step >= info.shape[0]:
+            return self._quantize(self._part(kept, scratch), out)
+        made = None
+        for start in range(0, info.shape[0], step):
+            count = min(step, info.shape[0] - start)
+            fresh = self._quantize(self._part(gguf_file.rows(kept, name, start, count), scratch), scratch / "rows.gguf")
+            made = made or gguf_file.lay_out(out, fresh.metadata, [self._info(name)])
+            gguf_file.put(gguf_file.rows(made, name, start, count), name, [fresh.ranges[name]])
+        assert made
+        return made
+
+    def _part(self, kept: Gguf, scratch: Path) -> Gguf:
+        """A file of what is in view of the source."""
         tensors = gguf_file.contents(kept)
         metadata = gguf_file.padded(without_vocabulary(self.source), tensors, kept)
-        return self._quantize(gguf_file.fill(part, metadata, tensors, flush=False), out)
+        return gguf_file.fill(scratch / "part.gguf", metadata, tensors, flush=False)
+
+    def _at_once(self, name: str) -> int:
+        """Bytes of the source that a run with this tensor has."""
+        info, kind = self.source.tensors[name], self.plan.tensors[name].type
+        weights = TABLES * quant_types.TABLES.get(kind, 0) / quant_types.SECONDS[kind] * 1e9
+        return max(AT_ONCE, int(weights * info.size / info.elements))
 
     def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Tensors that are quantized at once: all that there are, or neighbours of at most `AT_ONCE` bytes."""
+        """Tensors that are quantized at once: all that there are, or neighbours, or a larger one."""
         wanted = set(names)
-        limit = sys.maxsize if wanted == self.source.tensors.keys() else AT_ONCE
-        at_once, size = list[str](), 0
+        at_once, size, limit = list[str](), 0, sys.maxsize if wanted == self.source.tensors.keys() else 0
         for name in (name for name in self.source.tensors if name in wanted):
-            size += self.source.tensors[name].size
+            size, limit = size + self.source.tensors[name].size, max(limit, self._at_once(name))
             if at_once and size > limit:
                 yield at_once
-                at_once, size = [], self.source.tensors[name].size
+                at_once, size, limit = [], self.source.tensors[name].size, self._at_once(name)
             at_once.append(name)
         if at_once:
             yield at_once

@@ -63,12 +63,16 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
-# CPU seconds that llama-quantize takes for 10^9 weights of a type, at least 1: the mean of two runs of bench/costs.py. BF16 is a copy.
+# CPU seconds that llama-quantize takes for 10^9 weights of a type: the mean of two runs of bench/costs.py, at least 1. BF16 is a
+# copy.
 SECONDS = {
     "F32": 2, "F16": 3, "BF16": 1, "Q8_0": 4, "Q6_K": 29, "Q5_1": 2, "Q5_K": 55, "Q5_0": 2, "Q4_1": 1, "Q4_K": 64, "Q4_0": 1,
     "IQ4_NL": 180, "NVFP4": 25, "IQ4_XS": 180, "MXFP4": 5, "Q3_K": 12, "IQ3_S": 335, "IQ3_XXS": 471, "Q2_K": 56, "IQ2_S": 210,
     "IQ2_XS": 800, "IQ2_XXS": 395, "IQ1_M": 145, "IQ1_S": 152, "TQ2_0": 5, "TQ1_0": 4,
 }  # fmt: skip
+
+# And before it begins, for tables of the type, which it makes on all processors.
+TABLES = {"IQ3_S": 0.3, "IQ3_XXS": 0.1, "IQ2_S": 4.2, "IQ2_XS": 2.1, "IQ2_XXS": 0.9, "IQ1_M": 9.4, "IQ1_S": 9.2}
 
 # What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
 _FALLBACK = {
