@@ -99,7 +99,6 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
 
     def wall(command: str) -> float:
         cost_of("cat", bench.source)
-        os.sync()
         return cost_of("sh", "-c", command).wall
 
     def check(made: Path, expected: Path) -> None:
@@ -147,9 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/quantization.json", help="JSON of all figures")
     parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 20 GB are used there")
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="six to ten minutes each, best an even number (default: %(default)s)"
-    )
+    parser.add_argument("--repeats", type=int, default=2, help="ten minutes each, best an even number (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama-quantize (default: all)")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)

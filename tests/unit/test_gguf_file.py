@@ -88,6 +88,19 @@ def test_what_was_written_is_what_is_read(sample: Path, tmp_path: Path) -> None:
     assert gguf_file.fill(copy, opened.metadata, tensors) == gguf_file.read(copy)
 
 
+def test_of_what_a_file_had_before_nothing_stays(sample: Path, tmp_path: Path) -> None:
+    """Padding and the end are written, too; in place, as its memory is used again."""
+    opened, copy = gguf_file.read(sample), tmp_path / "copy.gguf"
+    uneven = TensorInfo("uneven", (3, 5), GGMLQuantizationType.F16)
+    tensors = [(uneven, [memoryview(bytes(range(30)))]), *gguf_file.contents(opened)]
+    gguf_file.write(tmp_path / "fresh.gguf", opened.metadata, tensors)
+    for size in (1, 2 * sample.stat().st_size):
+        copy.write_bytes(b"\xff" * size)
+        before = copy.stat().st_ino
+        gguf_file.fill(copy, opened.metadata, tensors)
+        assert copy.read_bytes() == (tmp_path / "fresh.gguf").read_bytes() and copy.stat().st_ino == before
+
+
 def test_a_payload_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="tensor x: 16 bytes are to be written, the source gave 8"):
         gguf_file.write(tmp_path / "out.gguf", {}, [(TensorInfo("x", (4,), F32), [memoryview(bytes(8))])])

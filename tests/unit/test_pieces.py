@@ -22,7 +22,7 @@ from mtpforge.mixture import Types
 from mtpforge.pieces import Work, cut, write_manifest
 from mtpforge.plan import Plan
 from mtpforge.quantize import choose
-from mtpforge.ranges import FileRange
+from mtpforge.ranges import FileRange, Sink
 
 
 def source_of(built: Path) -> Gguf:
@@ -449,20 +449,27 @@ def test_tables_of_a_type_are_not_made_for_a_few_weights(built: Path, made: Plan
     monkeypatch.setattr(pieces, "AT_ONCE", 50_000)
     many = [name for name in made.tensors if "ffn" in name]
     runs = {kind: list(work(built, with_other_types(made, kind, "ffn"))._runs(many)) for kind in ("Q4_K", "IQ1_M")}
-    assert len(runs["Q4_K"]) > 10 and len(runs["IQ1_M"]) == 1 and [*runs["IQ1_M"][0]] == [n for run in runs["Q4_K"] for n in run]
+    assert len(runs["Q4_K"]) > 10 and runs["IQ1_M"] == [[name for run in runs["Q4_K"] for name in run]]
     assert quant_types.TABLES.keys() < quant_types.SECONDS.keys()
 
 
 def test_memory_of_what_nobody_else_reads_is_freed(
     built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """A piece's, as it is copied; that of a file that is somebody's result is not ours."""
-    forgotten, forget = list[FileRange](), pieces.forget
+    """A piece's, once it is copied; that of a file that is somebody's result is not ours."""
+    copied, forgotten = list[FileRange](), list[FileRange]()
+    append, forget = Sink._append_range, pieces.forget
+
+    def appended(self: Sink, piece: FileRange) -> None:
+        append(self, piece)
+        copied.append(piece)
 
     def recorded(piece: FileRange) -> None:
+        assert piece in copied
         forgotten.append(piece)
         forget(piece)
 
+    monkeypatch.setattr(Sink, "_append_range", appended)
     monkeypatch.setattr(pieces, "forget", recorded)
     finished(built, made, tmp_path / "a")
     work(built, made).whole(tmp_path / "b.gguf", tmp_path / "a")
@@ -477,13 +484,14 @@ def test_memory_of_what_nobody_else_reads_is_freed(
 def test_one_copies_at_a_time(built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock that the system has for a file would let the others spin; they hash meanwhile."""
     finished(built, made, tmp_path / "a")
-    put, threads, most = gguf_file.put, list[int](), list[int]()
+    put, inside, most = gguf_file.put, list[int](), list[int]()
 
     def counted(whole: Gguf, name: str, payload: gguf_file.Payload) -> None:
-        threads.append(1)
-        most.append(len(threads))
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
         put(whole, name, payload)
-        threads.pop()
+        inside.pop()
 
     monkeypatch.setattr(gguf_file, "put", counted)
     replace(work(built, made), threads=4).whole(tmp_path / "b.gguf", tmp_path)

@@ -365,7 +365,7 @@ def fill(
 ) -> Gguf:
     """The same in place, for a name that is temporary already; what was written. Raises GgufError.
 
-    Without `flush`, for a file that will soon be gone, no writing to the disk is started.
+    Without `flush`, for a file that only a program is to read, no writing to the disk is started.
     """
     total = sum(aligned(info.size) for info, _ in tensors)
     whole = lay_out(path, metadata, [info for info, _ in tensors])

@@ -32,9 +32,9 @@ WORTH, COPIES = 0.1, 3.0
 """A file is assembled from parts where other files have done at least this share of the work, by its cost, and saved so many times
 what copying the rest takes, of which source and result are written twice."""
 
-AT_ONCE, TABLES = 1 << 27, 8
-"""Bytes of the source that are copied for a run of llama-quantize: more need more disk and memory, less more runs. Where it has to
-make tables first, as many as take so many times as long as these."""
+AT_ONCE, TIMES = 1 << 27, 8
+"""Bytes of the source that are copied for a run of llama-quantize, or all experts of a matrix: more need more disk and memory, less
+more runs. Where it has to make tables first, as many as take so many times as long as these."""
 
 MANIFESTS = "**/manifests/**/*.json"
 
@@ -49,8 +49,8 @@ class Made:
 
     @property
     def of_piece(self) -> bool:
-        """Whether the file is gone when the whole is there."""
-        return "/manifests/pieces/" in self.path.as_posix()
+        """Whether the file is a piece where the workflow has them, which are gone when the whole is there."""
+        return "/manifests/pieces/" in f"/{self.path.as_posix()}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Work:
     def piece(self, folder: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
         """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of all that it has.
 
-        They come as GGUFs in `folder`, each with its manifest, of `AT_ONCE` bytes of the source: a kill loses no more. Pieces can
-        share a folder; what was made there is found again, however it is cut, where `reuse` has the folder in it.
+        They come as GGUFs in `folder`, each with its manifest, of what is quantized at once: a kill loses no more than one. Pieces
+        can share a folder; what was made there is found again, however it is cut, where `reuse` has the folder in it.
         """
         names = cut(self.plan, self.source, count)[number - 1]
         with atomic.scratch_folder(folder / f"{number}-of-{count}") as scratch:
@@ -146,16 +146,16 @@ class Work:
         if wanted == self.source.tensors.keys():
             return self._quantize(self.source, out)
         kept = gguf_file.view(self.source, [name for name in self.source.tensors if name in wanted])
-        name, info = next(iter(kept.tensors.items()))
-        step = self._at_once(name) * info.shape[0] // info.size // ALIGNMENT * ALIGNMENT or ALIGNMENT
-        if len(wanted) > 1 or len(info.shape) != 2 or step >= info.shape[0]:
+        (name, info), *others = kept.tensors.items()
+        made, count = None, info.shape[0]
+        if others or len(info.shape) != 2 or count == 1 or info.size <= self._limit(name):
             return self._quantize(self._part(kept, scratch), out)
-        made = None
-        for start in range(0, info.shape[0], step):
-            count = min(step, info.shape[0] - start)
-            fresh = self._quantize(self._part(gguf_file.rows(kept, name, start, count), scratch), scratch / "rows.gguf")
+        step = self._limit(name) * count // info.size // ALIGNMENT * ALIGNMENT or ALIGNMENT
+        for start in range(0, count - 1, step):
+            size = step if start + step < count - 1 else count - start  # llama-quantize takes one row alone for no matrix
+            fresh = self._quantize(self._part(gguf_file.rows(kept, name, start, size), scratch), scratch / "rows.gguf")
             made = made or gguf_file.lay_out(out, fresh.metadata, [self._info(name)])
-            gguf_file.put(gguf_file.rows(made, name, start, count), name, [fresh.ranges[name]])
+            gguf_file.put(gguf_file.rows(made, name, start, size), name, [fresh.ranges[name]])
         assert made
         return made
 
@@ -165,10 +165,10 @@ class Work:
         metadata = gguf_file.padded(without_vocabulary(self.source), tensors, kept)
         return gguf_file.fill(scratch / "part.gguf", metadata, tensors, flush=False)
 
-    def _at_once(self, name: str) -> int:
-        """Bytes of the source that a run with this tensor has."""
+    def _limit(self, name: str) -> int:
+        """Bytes of the source that a run with this tensor may have."""
         info, kind = self.source.tensors[name], self.plan.tensors[name].type
-        weights = TABLES * quant_types.TABLES.get(kind, 0) / quant_types.SECONDS[kind] * 1e9
+        weights = TIMES * quant_types.TABLES.get(kind, 0) / quant_types.SECONDS[kind] * 1e9
         return max(AT_ONCE, int(weights * info.size / info.elements))
 
     def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
@@ -176,10 +176,10 @@ class Work:
         wanted = set(names)
         at_once, size, limit = list[str](), 0, sys.maxsize if wanted == self.source.tensors.keys() else 0
         for name in (name for name in self.source.tensors if name in wanted):
-            size, limit = size + self.source.tensors[name].size, max(limit, self._at_once(name))
+            size, limit = size + self.source.tensors[name].size, max(limit, self._limit(name))
             if at_once and size > limit:
                 yield at_once
-                at_once, size, limit = [], self.source.tensors[name].size, self._at_once(name)
+                at_once, size, limit = [], self.source.tensors[name].size, self._limit(name)
             at_once.append(name)
         if at_once:
             yield at_once
@@ -237,12 +237,12 @@ class Work:
                     raise CancelledError
                 step = replace(tensor.piece, offset=tensor.piece.offset + done, size=min(CHUNK, tensor.piece.size - done))
                 yield step
-                if tensor.of_piece:  # nobody else will read it: the next step gets its memory, where new one can take longer
+                if tensor.of_piece:  # it has been read for this: the next step gets its memory, where other can take longer
                     forget(step)
 
         def copy(name: str) -> str:
             try:
-                with writing:  # a file system lets one write to a file at a time, and others spin on a processor meanwhile
+                with writing:  # a file system lets one write to a file at a time; other copies would spin on a processor
                     gguf_file.put(whole, name, steps(made[name]))
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -250,7 +250,7 @@ class Work:
                 return ""
             return sha256(whole.ranges[name])
 
-        pool = ThreadPoolExecutor(self.threads or os.cpu_count())
+        pool = ThreadPoolExecutor(1 + programs.threads(self.threads))  # one waits for the disk while the others hash
         try:
             yield {name: pool.submit(copy, name) for name in made}
         finally:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -112,8 +113,8 @@ class Sink:
 
 
 def forget(piece: FileRange) -> None:
-    """Free the memory that holds a range of a file, but for what is still to be written to the disk. Raises OSError."""
-    if hasattr(os, "posix_fadvise"):
+    """Free the memory that holds a range of a file, where the system can, but for what is still to be written to the disk."""
+    with suppress(OSError, AttributeError):
         descriptor = os.open(piece.path, os.O_RDONLY)
         try:
             os.posix_fadvise(descriptor, piece.offset, piece.size, os.POSIX_FADV_DONTNEED)
