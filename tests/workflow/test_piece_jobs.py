@@ -142,7 +142,8 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
     before = finished()
     assert 2 <= len(before) < 4 and not (work / "quantized/IQ3_S.gguf").exists()
     assert repository.snakemake("--unlock").returncode == 0
-    jobs = run(repository, target=f"{MODEL}/work/quantized/IQ3_S.gguf")  # --until and a checkpoint can end in nothing to do
+    target = str(Path(MODEL, "work/quantized/IQ3_S.gguf"))  # --until and a checkpoint can end in nothing to do
+    jobs = run(repository, target=target)
     again = [name for name, written in finished().items() if before.get(name, written) != written]
     assert jobs["quantize"] == 1 and jobs["piece"] == 4 - len(before) + len(again), jobs
     assert len(again) <= 1  # the last, where the kill came before Snakemake had noted that it is finished: it has all it needs
@@ -155,7 +156,7 @@ def test_how_many_pieces_there_are_by_default_is_planned(repository: Repository)
     library = repository.path / "workflow/scripts/mtpforge/plan.py"
     library.write_text(library.read_text().replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3"))
     set_variants(repository, {"Q5_1": {}})
-    target = f"{MODEL}/work/quantized/Q5_1.gguf"
+    target = str(Path(MODEL, "work/quantized/Q5_1.gguf"))
     done = repository.snakemake(target=target)
     assert done.returncode == 0, done.stderr[-3000:]
     number = int((repository.path / MODEL / "work/plans/quantized/Q5_1.pieces").read_text())
