@@ -210,13 +210,60 @@ def end_with_eos(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
+def _change_tokenizer_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+
+
+def add_tokens(folder: Path) -> None:
+    """Tokens that only `tokenizer_config.json` names, as the seven audio tokens of real Qwen3.5 checkpoints."""
+
+    def token(content: str, special: bool, normalized: bool = False) -> dict[str, Any]:
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        return {"content": content, "special": special, "normalized": normalized, **flags}
+
+    def change(settings: dict[str, Any]) -> None:
+        settings["added_tokens_decoder"] |= {
+            "1268": token("<|audio_start|>", True),
+            "1269": token("<tts_pad>", False),
+            "1270": token("Ａudio\u2581text", False, normalized=False),
+            "1264": token("<tool_call>", True),
+        }
+        settings["additional_special_tokens"] += ["<think>", "<brand new>"]
+        settings["extra_special_tokens"] = {"audio_token": "<|audio_pad|>", "im_end": "<|im_end|>"}
+
+    _change_tokenizer_config(folder, change)
+
+
+def add_tokens_as_older_transformers(folder: Path) -> None:
+    """The same without `added_tokens_decoder`: in `added_tokens.json` and `special_tokens_map.json`."""
+    _change_tokenizer_config(folder, lambda settings: settings.pop("added_tokens_decoder"))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|audio_end|>": 1270, "<more>": 1269}))
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    roles = {
+        "eos_token": {"content": "<|im_end|>", **flags},
+        "additional_special_tokens": ["<think>", {"content": "<more>", **flags}],
+    }
+    (folder / "special_tokens_map.json").write_text(json.dumps(roles))
+
+
+FOLDERS: dict[str, Callable[[Path], None]] = {
+    "dense-eos": end_with_eos,
+    "dense-added-tokens": add_tokens,
+    "dense-added-tokens-older": add_tokens_as_older_transformers,
+}
+"""Name of a copy of the dense checkpoint -> what is changed in its folder."""
+
+
 def write_layout(name: str, parent: Path) -> Path:
     """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
     if name == "qwen3-next":
         return write_checkpoint(parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2)
-    if name == "dense-eos":
+    if name in FOLDERS:
         folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", parent / name))
-        end_with_eos(folder)
+        FOLDERS[name](folder)
         return folder
     if name not in LAYOUTS:
         return CHECKPOINTS / name
@@ -226,4 +273,4 @@ def write_layout(name: str, parent: Path) -> Path:
     return write_checkpoint(parent / name, CHECKPOINTS / embedded, config, tensors, shards)
 
 
-ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", "dense-eos")
+ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", *FOLDERS)

@@ -208,3 +208,25 @@ def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> N
     from hashlib import sha256
 
     assert sha256(tokenizer.PROBE.encode()).hexdigest() == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
+
+
+def test_tokens_named_beside_the_tokenizer_have_their_names_and_types(tmp_path: Path) -> None:
+    """Real Qwen3.5 checkpoints name seven tokens in tokenizer_config.json alone; they must not become padding."""
+    convert.convert(write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35")
+    opened = gguf_file.read(tmp_path / "F.gguf")
+    tokens, types = opened.get("tokenizer.ggml.tokens"), opened.get("tokenizer.ggml.token_type")
+    normal, control, user_defined, unused = 1, 3, 4, 5
+    assert dict(zip(tokens[1264:1274], types[1264:1274], strict=True)) == {
+        "<tool_call>": control, "</tool_call>": user_defined, "<think>": control, "</think>": user_defined,
+        "<|audio_start|>": control, "<tts_pad>": user_defined, tokens[1270]: user_defined, "<brand new>": control,
+        "<|audio_pad|>": control, "[PAD1273]": unused,
+    }  # fmt: skip
+    assert types[0] == normal
+
+
+@pytest.mark.parametrize("entry", [{"1268": "text"}, {"x": {"content": "a"}}, {"1268": {"content": 5}}, {"1268": {}}, []])
+def test_malformed_added_tokens_are_refused(tmp_path: Path, entry: Any) -> None:
+    checkpoint = changed(tmp_path)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": entry}))
+    assert "tokenizer" in refusal(checkpoint)

@@ -51,7 +51,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     text = read_text(path)
     # A process of its own: the package takes as long as all the rest, and a hostile file may end the process that reads it.
     answers, answer = Pipe(duplex=False)
-    beside = Process(target=_answer, args=(answer, text), daemon=True)
+    beside = Process(target=_answer, args=(answer, text, read_named(directory)), daemon=True)
     beside.start()
     answer.close()
     try:
@@ -88,30 +88,140 @@ class Package:
     """sha256 of the probe's ids."""
 
 
-def _answer(connection: Connection, text: str) -> None:
+@dataclass(frozen=True)
+class Named:
+    """The tokens that a checkpoint names beside `tokenizer.json`, each as a JSON object or as its text alone."""
+
+    listed: dict[int, dict[str, Any]]
+    """Tokens with their properties; the ids only order them, because the package numbers them itself."""
+    special: list[dict[str, Any] | str]
+    """Special tokens by role (eos_token, additional_special_tokens, ...), in the order in which transformers takes them."""
+    complete: bool
+    """Whether `listed` is an `added_tokens_decoder`; if not, the tokens of `tokenizer.json` belong to it too."""
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_QWEN2_ROLES = {"bos_token": None, "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+"""Roles that the Qwen2 tokenizer class fills by itself, and whose tokens it always marks as special."""
+
+
+def read_named(directory: Path) -> Named:
+    """Read the tokens that only `tokenizer_config.json`, `special_tokens_map.json` or `added_tokens.json` name.
+
+    Follows transformers 4.57: real Qwen3.5 checkpoints have seven tokens in `added_tokens_decoder` alone.
+    Raises CheckpointError if one of these files is malformed.
+    """
+    config = _read_optional(directory / "tokenizer_config.json")
+    try:
+        if "added_tokens_decoder" in config:
+            listed = {int(i): dict(token) for i, token in config["added_tokens_decoder"].items()}
+            return Named(listed, _special_tokens(config, listed), complete=True)
+        config |= _special_tokens_map(_read_optional(directory / "special_tokens_map.json"), config)
+        special = _special_tokens(config, {})
+        contents = {_content(token) for token in special}
+        listed = {}
+        for text, i in _read_optional(directory / "added_tokens.json").items():
+            listed[int(i)] = {"content": text, "special": text in contents, "normalized": text not in contents}
+        return Named(listed, special, complete=False)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{directory}: malformed tokens in tokenizer_config.json or beside it ({error!r})") from None
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _special_tokens_map(roles: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The older file of roles; its additional tokens extend those of the configuration."""
+    merged = {key: {**value, "special": True} if isinstance(value, dict) else value for key, value in roles.items()}
+    more = [
+        {**token, "special": True} if isinstance(token, dict) else token for token in roles.get("additional_special_tokens") or []
+    ]
+    if more:
+        merged["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *more]
+    return merged
+
+
+def _special_tokens(config: dict[str, Any], listed: dict[int, dict[str, Any]]) -> list[dict[str, Any] | str]:
+    known = {_content(token): token for token in listed.values()}
+    qwen2 = _QWEN2_ROLES if config.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast") else {}
+    found: list[dict[str, Any] | str] = []
+    for role in _ROLES:
+        token = config.get(role, qwen2.get(role))
+        if token is None:
+            continue
+        if isinstance(token, str) and token in known:
+            token = known[token]
+        elif isinstance(token, str) and role in qwen2:
+            token = {"content": token, "special": True, "normalized": False}
+        found.append(token)
+    extra = config.get("extra_special_tokens") or {}
+    more = [*(config.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]
+    for token in [*found, *more]:
+        _content(token)  # raises for what is no token
+    return [*found, *more]
+
+
+def _content(token: dict[str, Any] | str) -> str:
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is not a token")
+    return text
+
+
+def _answer(connection: Connection, text: str, named: Named) -> None:
     """In a process beside ours, which may not outgrow the machine: send what the package says, or says against the file."""
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the package's own words, where it panics
     try:
-        connection.send(ask_package(text))
+        connection.send(ask_package(text, named))
     except ValueError as error:
         connection.send(str(error))
 
 
-def ask_package(text: str) -> Package:
-    """Let the package load a `tokenizer.json`. Raises ValueError with what it says against it."""
+def ask_package(text: str, named: Named) -> Package:
+    """Let the package load a `tokenizer.json` and add the tokens named beside it. Raises ValueError with its complaint."""
     if re.search(r'"(padding|truncation)"\s*:\s*{', text):
         # They change no token, and a hostile padding length aborts the process.
         text = json.dumps({**json.loads(text), "padding": None, "truncation": None}, ensure_ascii=False)
     try:
         tokenizer = Tokenizer.from_str(text)
+        tokenizer.add_tokens(_missing(tokenizer, named))
         added = {i: (_normalized(tokenizer, token), token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
         return Package(added, sha256(str(tokenizer.encode(PROBE).ids).encode()).hexdigest())
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # it raises bare Exception, and where its own parser panics a BaseException
         raise ValueError(str(error).partition("\n")[0]) from None
+
+
+def _missing(tokenizer: Tokenizer, named: Named) -> list[AddedToken]:
+    """The tokens that transformers adds after it has loaded `tokenizer.json`, in its order.
+
+    It adds every listed token again, which only changes properties of a token that is there, such as whether it is special.
+    """
+    own = tokenizer.get_added_tokens_decoder()
+    listed = {i: _added_token(token) for i, token in named.listed.items()}
+    if not named.complete:
+        listed |= own
+    tokens = [token for _, token in sorted(listed.items())]
+    known = {token.content for token in (*own.values(), *tokens)}
+    special = {_content(token) for token in named.special}
+    for token in named.special:
+        added = _added_token(token)
+        if added not in tokens if isinstance(token, dict) else token not in known:
+            tokens.append(added)
+            known.add(added.content)
+    for added in tokens:
+        added.special = added.special or added.content in special
+    return tokens
+
+
+def _added_token(token: dict[str, Any] | str) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
 
 
 def _normalized(tokenizer: Tokenizer, token: AddedToken) -> str:
