@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, SCRIPTS, Run
@@ -14,7 +15,7 @@ from gguf.constants import GGUFValueType
 from mtpforge import convert, gguf_file, in_place, split
 from mtpforge.errors import ConfigError, ForgeError, GgufError
 from mtpforge.gguf_file import Gguf, Value
-from mtpforge.inject import PADDING, cost, inject, trunk_digests
+from mtpforge.inject import PADDING, cost, inject, trunk_digests, vocabulary_difference
 from mtpforge.ranges import BLOCK
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
@@ -146,6 +147,24 @@ def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_pa
         assert len(base(lambda m, key=key: m.update({key: many}))) < 1000
     odd = rewrite(parts["trunk"], tmp_path / "odd.gguf", lambda m: m.update({"split.tensors.count": many}))
     inject(odd, parts["head"], tmp_path / "out.gguf")  # means nothing in a single file
+
+
+def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(parts: dict[str, Path]) -> None:
+    """Publishers rename a pad token; injection and verification share this rule."""
+    right = gguf_file.read(parts["all"]).metadata
+    tokens, merges = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+
+    def found(key: str, change: Callable[[list[str]], object]) -> tuple[str, Any, Any] | None:
+        values = right[key].decode()
+        change(values)
+        return vocabulary_difference({**right, key: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING)}, right)
+
+    assert vocabulary_difference(right, right) is None
+    assert found(tokens, lambda values: values.__setitem__(1279, "<|PAD_TOKEN|>")) is None
+    assert found(tokens, lambda values: values.__setitem__(slice(1268, 1280), ["x"] * 12)) is None  # 12 of 1,280
+    assert found(tokens, lambda values: values.__setitem__(slice(1267, 1280), ["x"] * 13)) == ("token 1267", "x", "</think>")
+    assert found(tokens, lambda values: values.pop()) == ("the number of tokens", 1279, 1280)
+    assert (found(merges, lambda values: values.reverse()) or ("",))[0] == merges
 
 
 def test_a_per_layer_array_that_the_head_does_not_know_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -350,6 +369,7 @@ def test_a_killed_run_is_repaired_by_the_next(parts: dict[str, Path], own: Path,
 import os, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 from pathlib import Path
+from typing import Any
 from mtpforge import gguf_file, in_place
 from mtpforge.inject import inject
 {module}.{step} = lambda *_: os.kill(os.getpid(), 9)

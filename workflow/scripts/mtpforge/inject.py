@@ -6,12 +6,12 @@ the file system as it has in the base, so that both files can share it (see `ran
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType, Keys
 
 from . import atomic, convert, gguf_file, in_place, programs, quant_types, split
 from .errors import GgufError
@@ -290,8 +290,8 @@ def check_match(base: Gguf, head: Gguf) -> None:
     sides = _differing_keys(base, head)
     if (ours := _vocabulary(base)) != (theirs := _vocabulary(head)) and theirs is not None:
         sides.append(("the number of tokens", ours, theirs))
-    if differing := _differing_tokens(base, head):
-        sides.append((f"token {differing[0]}", *differing[1:]))
+    if differing := vocabulary_difference(base.metadata, head.metadata):
+        sides.append(differing)
     if sides:
         key, our, their = sides[0]
         raise GgufError(
@@ -318,12 +318,21 @@ def _vocabulary(opened: Gguf) -> int | None:
     return stated if isinstance(stated, int) else None
 
 
-def _differing_tokens(base: Gguf, head: Gguf) -> tuple[int, str, str] | None:
-    """The first token that is not the same, where more than one in a hundred are not: publishers rename some that are reserved."""
-    key = "tokenizer.ggml.tokens"
-    ours, theirs = base.metadata.get(key), head.metadata.get(key)
-    if ours is None or theirs is None or ours == theirs:
-        return None
-    pairs = enumerate(zip(base.get(key), head.get(key), strict=False))
-    differing = [(number, str(our), str(their)) for number, (our, their) in pairs if our != their]
-    return differing[0] if 100 * len(differing) > len(theirs) else None
+def vocabulary_difference(found: Mapping[str, Value], expected: Mapping[str, Value]) -> tuple[str, Any, Any] | None:
+    """What tells two vocabularies apart: its name, and what both sides have; None if a head fits both or one has none.
+
+    Up to one token in a hundred may have another text, because publishers rename reserved tokens. Merges must be equal.
+    """
+    key = Keys.Tokenizer.LIST
+    ours, theirs = found.get(key), expected.get(key)
+    if ours is not None and theirs is not None and ours != theirs:
+        if len(ours) != len(theirs):
+            return "the number of tokens", len(ours), len(theirs)
+        pairs = zip(ours.decode(), theirs.decode(), strict=True)
+        differing = [(f"token {number}", our, their) for number, (our, their) in enumerate(pairs) if our != their]
+        if 100 * len(differing) > len(theirs):
+            return differing[0]
+    ours, theirs = found.get(Keys.Tokenizer.MERGES), expected.get(Keys.Tokenizer.MERGES)
+    if ours is not None and theirs is not None and ours != theirs:
+        return Keys.Tokenizer.MERGES, f"a list of {len(ours)}", f"another list of {len(theirs)}"
+    return None

@@ -252,7 +252,7 @@ def chat_template(directory: Path) -> str | None:
 def check_metadata(opened: Gguf, expected: Mapping[str, Value], template: str | None, request: Request) -> list[Check]:
     """Each key has the value that conversion writes, but for what a quantization changes; and the chat template is the source's.
 
-    Of somebody else's base, keys of the architecture that both have, and the vocabulary.
+    Of somebody else's base, keys of the architecture that both have, and the vocabulary as injection compares it.
     """
     prefix, key_of_template, problems, compared = f"{opened.architecture}.", Keys.Tokenizer.CHAT_TEMPLATE, [], 0
     for key in expected.keys() | opened.metadata.keys():
@@ -261,13 +261,17 @@ def check_metadata(opened: Gguf, expected: Mapping[str, Value], template: str | 
             continue
         if not request.ours:
             theirs = key.startswith(prefix) and not key.endswith((".context_length", ".vocab_size"))
-            if ours is None or right is None or not (theirs or key in VOCABULARY):
+            if ours is None or right is None or not theirs:
                 continue
         compared += 1
         if ours is None or right is None:
             problems.append(f"{key} is missing" if ours is None else f"{key} does not belong there")
         elif ours != right and (request.ours or ours.decode() != right.decode()):  # number types differ between publishers
             problems.append(f"{key} is {_shown(ours)}, not {_shown(right)}")
+    if not request.ours:
+        compared += sum(key in expected and key in opened.metadata for key in VOCABULARY)
+        if difference := inject.vocabulary_difference(opened.metadata, expected):
+            problems.append("{} is {}, not {}".format(*difference))
     checks = [Check("metadata", not problems, _some(sorted(problems)) or f"{compared} keys as conversion writes them")]
     if request.ours:
         stored = opened.get(key_of_template)
