@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mtpforge.checkpoint import DTYPES
-from mtpforge.families import Hparams, Source, family_of
-from mtpforge.fp8 import scale_shape
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.families.table import Source
+from mtpforge.checkpoint.fp8 import scale_shape
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import DTYPES
 
 VOCABULARY = 248_320
 SHARD_BYTES = 4_000_000_000

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow/scripts"))
 
 from checkpoint import QWEN3_5_2B, QWEN3_5_35B_A3B, write_checkpoint  # noqa: E402
-from mtpforge import gguf_file  # noqa: E402
+from mtpforge.gguf import reader  # noqa: E402
 
 MODELS = {
     "dense, 12 layers": {**QWEN3_5_2B, "num_hidden_layers": 12},
@@ -99,9 +99,9 @@ def open_seconds(path: Path) -> float:
     """Reading the tensor table and all metadata of a converted file, the median of five."""
     times = []
     for _ in range(5):
-        gguf_file._last_strings.clear()
+        reader._last_strings.clear()
         start = time.perf_counter()
-        gguf_file.read(path)
+        reader.read(path)
         times.append(time.perf_counter() - start)
     return median(times)
 

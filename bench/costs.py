@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from conversion import ROOT, cost_of
 from gguf.constants import GGMLQuantizationType, GGUFValueType
-from mtpforge import gguf_file, quant_types
-from mtpforge.gguf_file import TensorInfo, Value
+from mtpforge.gguf import quant_types, writer
+from mtpforge.gguf.reader import TensorInfo, Value
 
 BUFFER, COLUMNS = 16, 2048  # MiB of float32, weights of a row
 FEW = BUFFER * (1 << 20) // 4 // COLUMNS  # rows, which fill that
@@ -35,7 +35,7 @@ def write_source(path: Path, rows: int) -> None:
     metadata["llama.attention.layer_norm_rms_epsilon"] = Value.of(1e-6, GGUFValueType.FLOAT32)
     weights = (np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
     info = TensorInfo(NAME, (rows, COLUMNS), GGMLQuantizationType.BF16)
-    gguf_file.write(path, metadata, [(info, [memoryview(weights.astype("<u2").tobytes())])])
+    writer.write(path, metadata, [(info, [memoryview(weights.astype("<u2").tobytes())])])
 
 
 def write_matrix(path: Path) -> None:
@@ -49,7 +49,7 @@ def write_matrix(path: Path) -> None:
     sums = np.random.default_rng(1).lognormal(0, 1, COLUMNS).astype("<f4").tobytes()
     kind = GGMLQuantizationType.F32
     parts = [(TensorInfo(f"{NAME}.in_sum2", (1, COLUMNS), kind), sums), (TensorInfo(f"{NAME}.counts", (1, 1), kind), b"\0\0\x80?")]
-    gguf_file.write(path, metadata, [(info, [memoryview(data)]) for info, data in parts])
+    writer.write(path, metadata, [(info, [memoryview(data)]) for info, data in parts])
 
 
 def main() -> None:

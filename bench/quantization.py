@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion import QWEN3_5_2B, ROOT, cost_of, write_checkpoint
-from mtpforge import errors, gguf_file
-from mtpforge.quantize import plan_overrides
+from mtpforge import errors
+from mtpforge.gguf import reader
+from mtpforge.quantize.recipe import plan_overrides
 
 RECIPE = {"blk.([0-9]|1[0-4]).ffn_gate": "Q5_K", "attn_k.weight": "Q5_K"}  # a tenth of the weights, which Q4_K_M has as Q4_K
 
@@ -41,7 +42,7 @@ class Bench:
 
     def plain(self, recipe: dict[str, str], name: str, threads: int) -> str:
         """A plain run."""
-        overrides = plan_overrides(gguf_file.read(self.source), "Q4_K_M", "Q8_0", list(recipe.items()))
+        overrides = plan_overrides(reader.read(self.source), "Q4_K_M", "Q8_0", list(recipe.items()))
         options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
         program = ROOT / "resources/toolchain/bin/llama-quantize"
         return shell(program, *options, self.source, self.work / f"{name}.gguf", "Q4_K_M", threads)
@@ -116,7 +117,7 @@ def measure(bench: Bench, threads: int, repeats: int) -> dict[str, Any]:
         compare("two workers", single, f"{two.fresh().plan({})} && {two.pieces('whole')}")
         check(one.work / "results/whole.gguf", plain)
         check(two.work / "results/whole.gguf", plain)
-    before, after = (gguf_file.read(path).tensors for path in (plain, changed))
+    before, after = (reader.read(path).tensors for path in (plain, changed))
     weights = sum(info.elements for info in before.values())
     touched = sum(info.elements for name, info in before.items() if after[name].type != info.type)
     return {"weights": weights, "changed": touched / weights, "seconds": taken}

@@ -10,8 +10,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from mtpforge import errors, toolchain
+from mtpforge import errors
 from mtpforge.errors import ToolchainError
+from mtpforge.llama_cpp import toolchain
 
 REQUIREMENT = Path(__file__).resolve().parents[1] / "envs" / "llama.cpp-older.txt"
 VERSION = "b10605"

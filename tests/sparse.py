@@ -5,7 +5,8 @@ import math
 import struct
 from pathlib import Path
 
-from mtpforge.families import Hparams, family_of
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.hparams import Hparams
 
 
 def write_sparse_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, MODELS
-from mtpforge import gguf_file, inject, quant_types, server, split
-from mtpforge.gguf_file import Gguf
-from mtpforge.quantize import quantize
+from mtpforge.gguf import quant_types, reader, split
+from mtpforge.gguf.head import head_only, trunk_digests, types_of
+from mtpforge.gguf.reader import Gguf
+from mtpforge.inject import inject
+from mtpforge.llama_cpp import server
+from mtpforge.quantize.llama_quantize import quantize
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
 HEADS = ("BF16", "Q8_0", "Q4_K")
@@ -37,7 +40,7 @@ class Bench:
     def _preserved(self, model: str, file_type: str, head: str) -> tuple[Gguf, float]:
         path = self.folder / f"{model}-{file_type}-with-{head}.gguf"
         quantize(self.part(model, "all"), path, file_type, head, bin_dir=self.programs)
-        return gguf_file.read(path), self.acceptance(model, path)
+        return reader.read(path), self.acceptance(model, path)
 
     def acceptance(self, model: str, path: Path) -> float:
         """The share of drafts that is accepted; fails where none is made."""
@@ -64,11 +67,11 @@ def test_it_accepts_as_the_file_that_kept_its_head(
     base = bench.base(model, file_type) if files == "single" else bench.shards(model, file_type)
     out = tmp_path / "out.gguf"
     inject.inject(base, bench.part(model, "head"), out, head, bench.programs)
-    made, (preserved, expected) = gguf_file.read(out), bench.preserved(model, file_type, head)
-    assert inject.trunk_digests(made) == inject.trunk_digests(gguf_file.read(bench.base(model, file_type)))
-    assert inject.types_of(inject.head_only(made)) == {head}
+    made, (preserved, expected) = reader.read(out), bench.preserved(model, file_type, head)
+    assert trunk_digests(made) == trunk_digests(reader.read(bench.base(model, file_type)))
+    assert types_of(head_only(made)) == {head}
     acceptance = bench.acceptance(model, out)
-    if inject.trunk_digests(made) == inject.trunk_digests(preserved):
+    if trunk_digests(made) == trunk_digests(preserved):
         assert acceptance == expected
     else:  # llama-quantize's mixes of types depend on the number of blocks
         assert acceptance >= expected - 0.1
@@ -86,6 +89,6 @@ def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head:
     """With the projection at a type of its own."""
     model, mixed = MODELS[0], f"{head},eh_proj=Q6_K"
     inject.inject(bench.base(model, "Q4_K_M"), bench.part(model, "head"), tmp_path / "out.gguf", mixed, bench.programs)
-    made = inject.head_only(gguf_file.read(tmp_path / "out.gguf"))
+    made = head_only(reader.read(tmp_path / "out.gguf"))
     assert made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K" and made.tensors["blk.4.attn_q.weight"].type.name == head
     assert bench.acceptance(model, tmp_path / "out.gguf") >= 0.7

@@ -16,11 +16,17 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from layouts import read_tensors, write_checkpoint
-from mtpforge import gguf_file, inject, quantize, server, upstream, verify
-from mtpforge.checkpoint import Checkpoint
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import proof
 from mtpforge.errors import GgufError
-from mtpforge.gguf_file import Gguf
-from mtpforge.quantize import head_blocks
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.head import head_blocks
+from mtpforge.gguf.reader import Gguf
+from mtpforge.inject import inject
+from mtpforge.llama_cpp import server
+from mtpforge.quantize import llama_quantize
+from mtpforge.verify.report import verify
+from mtpforge.verify.request import Request
 from other_architectures import HIDDEN, MODELS, write_model
 
 CONVERTER = ROOT / "resources" / "converter"
@@ -123,7 +129,7 @@ def test_the_file_is_upstreams_own_to_the_byte(made: Made, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
-    opened = gguf_file.read(made.file(name))
+    opened = reader.read(made.file(name))
     assert len(head_blocks(opened)) == BLOCKS.get(name, 1)
     assert all(f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in head_blocks(opened))
 
@@ -146,13 +152,13 @@ def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -
 
 
 def test_the_trunk_has_no_head(made: Made) -> None:
-    trunk, whole = (gguf_file.read(made.file(name)) for name in ("trunk", "glm"))
+    trunk, whole = (reader.read(made.file(name)) for name in ("trunk", "glm"))
     head = {name for name in whole.tensors if name.startswith(f"blk.{head_blocks(whole)[0]}.")}
     assert not head_blocks(trunk) and trunk.tensors.keys() == whole.tensors.keys() - head
 
 
 def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
-    opened = gguf_file.read(made.file("mmproj"))
+    opened = reader.read(made.file("mmproj"))
     assert opened.architecture == "clip" and opened.get("clip.has_vision_encoder") is True
     assert {info.type.name for info in opened.tensors.values()} == {"F16", "F32"}
     assert not any(name.startswith(("blk.", "token_embd")) for name in opened.tensors)
@@ -160,14 +166,14 @@ def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
 
 def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_path: Path) -> None:
     """llama-server sees a picture through a tower of zeros all the same: it only counts."""
-    good, checkpoint = gguf_file.read(made.file("mmproj")), Checkpoint(made.checkpoint("vision"))
-    upstream.prove(good, checkpoint, "mmproj")
+    good, checkpoint = reader.read(made.file("mmproj")), Checkpoint(made.checkpoint("vision"))
+    proof.prove(good, checkpoint, "mmproj")
     for name, piece in good.ranges.items():
         raw = bytearray(good.path.read_bytes())
         raw[piece.offset] ^= 1
         (tmp_path / "damaged.gguf").write_bytes(raw)
         with pytest.raises(GgufError, match=f"and {re.escape(name)} "):
-            upstream.prove(gguf_file.read(tmp_path / "damaged.gguf"), checkpoint, "mmproj")
+            proof.prove(reader.read(tmp_path / "damaged.gguf"), checkpoint, "mmproj")
 
 
 # ── drafting ──
@@ -176,10 +182,10 @@ def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_p
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolchain: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "quantized.gguf"
-    quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
+    llama_quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
     prompts = ("The quick brown fox", "def area(")
-    request = verify.Request(reference=made.file(name), file_type="Q4_0", head="Q8_0", prompts=prompts, min_acceptance=0.95)
-    report = verify.verify(out, request, toolchain)
+    request = Request(reference=made.file(name), file_type="Q4_0", head="Q8_0", prompts=prompts, min_acceptance=0.95)
+    report = verify(out, request, toolchain)
     checks = {check["name"]: check["detail"] for check in report["checks"]}
     last = ["loading"] if name in UNDRAFTED else ["drafting", "same text"]
     assert (
@@ -203,7 +209,7 @@ def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(made: Made, ru
 def swapped(source: Path, out: Path) -> Path:
     """A copy whose head takes the hidden state for the embedding, in each of its blocks."""
     shutil.copy(source, out)
-    opened = gguf_file.read(source)
+    opened = reader.read(source)
     with out.open("r+b") as file:
         for block in head_blocks(opened):
             piece = opened.ranges[f"blk.{block}.nextn.eh_proj.weight"]
@@ -236,10 +242,10 @@ def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(made: Made, toolch
 
 def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, tmp_path: Path) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
-    quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
+    llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
     inject.inject(base, made.file("draft"), out, "Q8_0", toolchain)
-    request = verify.Request(head="Q8_0", base=base, reference=made.file("glm"), prompts=("def area(",), min_acceptance=0.95)
-    report = verify.verify(out, request, toolchain)
+    request = Request(head="Q8_0", base=base, reference=made.file("glm"), prompts=("def area(",), min_acceptance=0.95)
+    report = verify(out, request, toolchain)
     assert {check["name"] for check in report["checks"]} >= {"inventory", "values", "trunk", "drafting", "same text"}
 
 
@@ -248,11 +254,9 @@ def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, 
 
 def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf:
     """A copy without the tensors that end with `drop`, and with the last bit of those that end with `flip` changed."""
-    opened = gguf_file.read(source)
-    gguf_file.write(
-        out, opened.metadata, [(info, [opened.ranges[n]]) for n, info in opened.tensors.items() if not n.endswith(drop)]
-    )
-    made = gguf_file.read(out)
+    opened = reader.read(source)
+    writer.write(out, opened.metadata, [(info, [opened.ranges[n]]) for n, info in opened.tensors.items() if not n.endswith(drop)])
+    made = reader.read(out)
     with out.open("r+b") as file:
         for name, piece in made.ranges.items():
             if name.endswith(flip) and name.startswith(f"blk.{head_blocks(made)[-1]}."):
@@ -260,7 +264,7 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
                 byte = file.read(1)[0]
                 file.seek(-1, 1)
                 file.write(bytes([byte ^ 1]))
-    return gguf_file.read(out)
+    return reader.read(out)
 
 
 @pytest.mark.parametrize(
@@ -279,10 +283,10 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
 )
 def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(made: Made, tmp_path: Path, name: str, ending: str) -> None:
     checkpoint = Checkpoint(made.checkpoint(name))
-    upstream.prove(rewrite(made.file(name), tmp_path / "same.gguf"), checkpoint, "all")
+    proof.prove(rewrite(made.file(name), tmp_path / "same.gguf"), checkpoint, "all")
     for fault in ({"drop": ending}, {"flip": ending}):
         with pytest.raises(GgufError, match="did not keep the tensors as they are") as caught:
-            upstream.prove(rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all")
+            proof.prove(rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all")
         assert ("none of what it wrote" in str(caught.value)) == ("drop" in fault)
 
 
@@ -294,27 +298,27 @@ def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) 
         if dtype == "BF16" and array.ndim > 1 and ".mlp.gate." not in name:
             tensors[name] = ("F32", ((array.astype(np.uint32) << 16) + 0x7000).view(np.float32))
     wide = write_checkpoint(tmp_path / "wide", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
-    upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(wide), "all")
+    proof.prove(reader.read(made.file("glm")), Checkpoint(wide), "all")
     tensors[key] = ("F32", (tensors[key][1].view(np.uint32) + 0x2000).view(np.float32))
     other = write_checkpoint(tmp_path / "other", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
     with pytest.raises(GgufError, match=re.escape(key)):
-        upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(other), "all")
+        proof.prove(reader.read(made.file("glm")), Checkpoint(other), "all")
 
 
 def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:
     shutil.copy(made.file("glm"), tmp_path / "faulty.gguf")
-    piece = gguf_file.read(made.file("glm")).ranges["blk.2.ffn_up_exps.weight"]
+    piece = reader.read(made.file("glm")).ranges["blk.2.ffn_up_exps.weight"]
     raw = bytearray((tmp_path / "faulty.gguf").read_bytes())
     half = piece.size // 2
     body = raw[piece.offset : piece.offset + piece.size]
     raw[piece.offset : piece.offset + piece.size] = body[half:] + body[:half]
     (tmp_path / "faulty.gguf").write_bytes(raw)
     with pytest.raises(GgufError, match=r"mlp\.experts\.0\.up_proj\.weight"):
-        upstream.prove(gguf_file.read(tmp_path / "faulty.gguf"), Checkpoint(made.checkpoint("glm")), "all")
+        proof.prove(reader.read(tmp_path / "faulty.gguf"), Checkpoint(made.checkpoint("glm")), "all")
 
 
 def test_a_head_that_upstream_does_not_declare_is_seen(made: Made) -> None:
     with pytest.raises(GgufError, match="1 blocks, upstream declares 0"):
-        upstream.prove(gguf_file.read(made.file("trunk")), Checkpoint(made.checkpoint("glm")), "all")
+        proof.prove(reader.read(made.file("trunk")), Checkpoint(made.checkpoint("glm")), "all")
     with pytest.raises(GgufError, match="in the trunk"):
-        upstream.prove(gguf_file.read(made.file("glm")), Checkpoint(made.checkpoint("glm")), "trunk")
+        proof.prove(reader.read(made.file("glm")), Checkpoint(made.checkpoint("glm")), "trunk")

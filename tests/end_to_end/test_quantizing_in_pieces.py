@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, CHECKPOINTS, MODELS
-from mtpforge import gguf_file, imatrix, pieces, plan, programs, quant_types, quantize
-from mtpforge.gguf_file import Gguf
-from mtpforge.pieces import Work
-from mtpforge.quantize import Recipe, choose, plan_overrides
+from mtpforge.gguf import quant_types, reader, writer
+from mtpforge.gguf.reader import Gguf
+from mtpforge.llama_cpp import process
+from mtpforge.quantize import imatrix, llama_quantize, manifest, plan
+from mtpforge.quantize.llama_quantize import choose
+from mtpforge.quantize.pieces import Work
+from mtpforge.quantize.recipe import Recipe, plan_overrides
 
 RECIPE = (("attn_q|ffn_down", "Q6_K"), ("blk.1.", "Q5_K"))
 
@@ -28,7 +31,7 @@ def matrices(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def source_of(built: Path, model: str) -> Gguf:
-    return gguf_file.read(built / f"results/{model}/work/convert/all.gguf")
+    return reader.read(built / f"results/{model}/work/convert/all.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,9 @@ def sources(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
     for model, left in lefts.items():
         whole = source_of(built, model)
-        kept = gguf_file.view(whole, [name for name in whole.tensors if not name.startswith(left)])
-        gguf_file.write(folder / f"{model}.gguf", whole.metadata, gguf_file.contents(kept))
-        sources[model] = gguf_file.read(folder / f"{model}.gguf")
+        kept = reader.view(whole, [name for name in whole.tensors if not name.startswith(left)])
+        writer.write(folder / f"{model}.gguf", whole.metadata, reader.contents(kept))
+        sources[model] = reader.read(folder / f"{model}.gguf")
     return sources
 
 
@@ -61,7 +64,7 @@ def work(
     source: Gguf, kind: str, head: str, recipe: Recipe = (), matrix: Path | None = None, said: list[str] | None = None
 ) -> Work:  # fmt: skip
     types = choose(source, kind, head, recipe, matrix, BIN)
-    made = plan.make(source, gguf_file.digests(source.path), types, kind, matrix, BIN)
+    made = plan.make(source, reader.digests(source.path), types, kind, matrix, BIN)
     return Work(made, source, matrix, 2, BIN, say=(said if said is not None else []).append)
 
 
@@ -72,11 +75,11 @@ def in_pieces(job: Work, folder: Path, count: int, said: list[str]) -> bytes:
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         of_pieces = list(workers.map(lambda number: job.piece(out, number, count, folder), range(1, count + 1)))
     held = [entry for digests in of_pieces for entry in digests.items()]
-    of_files = [gguf_file.digests(path) for path in out.glob("*.gguf")]
+    of_files = [reader.digests(path) for path in out.glob("*.gguf")]
     assert sorted(held) == sorted(entry for digests in of_files for entry in digests.items() if entry[0] != "header")
     assert sorted(name for name, _ in held) == sorted(job.source.tensors)
     whole = folder / "whole.gguf"
-    assert job.whole(whole, folder) == gguf_file.digests(whole)
+    assert job.whole(whole, folder) == reader.digests(whole)
     count = len(job.source.tensors)
     assert said[-1] == f"reused 0 bytes (0 of {count} tensors) from nothing; {count} from pieces; quantized 0"
     assert not [line for line in said if line.startswith("warning:")]
@@ -133,11 +136,11 @@ def test_the_same_bytes_of_a_matrix_that_is_made_some_rows_at_a_time(
 ) -> None:
     """Of which the last would be one, that is none for llama-quantize alone."""
     model, name = MODELS[0], "blk.3.attn_q.weight"
-    some_rows = gguf_file.rows(sources[model], name, 0, 257)
-    norm = gguf_file.view(sources[model], ["output_norm.weight"])
-    tensors = gguf_file.contents(some_rows) + gguf_file.contents(norm)
-    gguf_file.write(tmp_path / "in.gguf", sources[model].metadata, tensors)
-    source, matrix = gguf_file.read(tmp_path / "in.gguf"), matrices[model]
+    some_rows = reader.rows(sources[model], name, 0, 257)
+    norm = reader.view(sources[model], ["output_norm.weight"])
+    tensors = reader.contents(some_rows) + reader.contents(norm)
+    writer.write(tmp_path / "in.gguf", sources[model].metadata, tensors)
+    source, matrix = reader.read(tmp_path / "in.gguf"), matrices[model]
     job = work(source, "Q8_0", "Q8_0", ((re.escape(name), kind),), matrix)
     expected = job.whole(tmp_path / "whole.gguf")
     runs, quantize = list[int](), Work._quantize
@@ -150,7 +153,7 @@ def test_the_same_bytes_of_a_matrix_that_is_made_some_rows_at_a_time(
     monkeypatch.setattr(Work, "_quantize", counted)
     (tmp_path / "scratch").mkdir()
     made = job._some([name], tmp_path / "rows.gguf", tmp_path / "scratch")
-    assert gguf_file.digests(made.path)[name] == expected[name] and made.tensors[name].type.name == kind
+    assert reader.digests(made.path)[name] == expected[name] and made.tensors[name].type.name == kind
     assert runs == [128, 129]
 
 
@@ -160,11 +163,11 @@ def test_a_small_buffer_makes_the_same_bytes(
     """Experts with their rows of an importance matrix, a MiB at a time, as llama-quantize makes them of large tensors."""
     model = MODELS[1]
     source, matrix = sources[model], matrices[model]
-    assert programs.knows(BIN / "llama-quantize", quantize.BUFFER[0])
-    assert not programs.knows(BIN / "llama-quantize", "--no-such-option")
+    assert process.knows(BIN / "llama-quantize", llama_quantize.BUFFER[0])
+    assert not process.knows(BIN / "llama-quantize", "--no-such-option")
     assert max(info.elements * 6 for name, info in source.tensors.items() if "exps" in name) > 2 << 20
     expected = plain(source, tmp_path / "plain.gguf", "IQ4_XS", "Q8_0", (), matrix)
-    monkeypatch.setattr(quantize, "BUFFER", [quantize.BUFFER[0], "1"])
+    monkeypatch.setattr(llama_quantize, "BUFFER", [llama_quantize.BUFFER[0], "1"])
     assert work(source, "IQ4_XS", "Q8_0", (), matrix).whole(tmp_path / "one.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == expected
 
@@ -183,15 +186,15 @@ def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(built:
     for kind in ("Q4_K_S", "Q4_K_M"):
         job = work(source, kind, "Q8_0", said=said)
         out = tmp_path / f"{kind}.gguf"
-        pieces.write_manifest(tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out])
-    first, second = (gguf_file.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M"))
+        manifest.write_manifest(tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out])
+    first, second = (reader.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M"))
     same = [name for name in second if first[name].type == second[name].type]
     reused = sum(second[name].size for name in same)
     assert 0 < len(same) < len(second)
     assert f"reused {reused:,} bytes ({len(same)} of {len(second)} tensors) from {tmp_path / 'Q4_K_S.gguf'}; quantized " in said[1]
     assert (tmp_path / "Q4_K_M.gguf").read_bytes() == plain(source, tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", (), None)
     (tmp_path / "trunk").mkdir()
-    trunk = gguf_file.read(built / f"results/{model}/work/convert/trunk.gguf")
+    trunk = reader.read(built / f"results/{model}/work/convert/trunk.gguf")
     job = work(trunk, "Q4_K_M", "Q8_0", said=said)
     job.whole(tmp_path / "trunk/out.gguf", tmp_path)
     assert int(said[2].rsplit(" ", 1)[1]) < len(trunk.tensors) / 4

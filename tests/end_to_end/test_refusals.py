@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, MODELS, Run
 from layouts import read_tensors, write_checkpoint
-from mtpforge import gguf_file
-from mtpforge.gguf_file import TensorInfo, Value
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import TensorInfo, Value
 
 MOE, INJECTED = MODELS[1], "Q4_K_M-injected"
 
@@ -21,7 +21,7 @@ Change = Callable[[TensorInfo, bytearray], None]
 
 def damaged(source: Path, out: Path, change: Change, names: str = ".*") -> Path:
     """A copy of a GGUF of which the tensors with these names went through `change`, which works in place on their bytes."""
-    opened, raw = gguf_file.read(source), bytearray(source.read_bytes())
+    opened, raw = reader.read(source), bytearray(source.read_bytes())
     before = bytes(raw)
     for name, info in opened.tensors.items():
         if re.search(names, name):
@@ -168,12 +168,12 @@ def test_a_changed_bit_is_refused_by_the_digests_alone(built: Path, fails: Fails
 def test_other_metadata_is_refused(
     built: Path, fails: Fails, tmp_path: Path, model: str, key: str, change: Callable[[bytes], bytes], verdict: str
 ) -> None:
-    opened = gguf_file.read(built / "results" / model / f"{model}-Q8_0.gguf")
+    opened = reader.read(built / "results" / model / f"{model}-Q8_0.gguf")
     key = key if key.startswith("tokenizer.") else f"{opened.architecture}.{key}"
     other = Value(opened.metadata[key].type, change(opened.metadata[key].raw))
     assert other != opened.metadata[key]
     tensors = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
-    gguf_file.write(tmp_path / "faulty.gguf", {**opened.metadata, key: other}, tensors)
+    writer.write(tmp_path / "faulty.gguf", {**opened.metadata, key: other}, tensors)
     options = ("--publish", tmp_path / "final.gguf", *asked(built, model, "Q8_0"))
     message = fails("verify.py", tmp_path / "faulty.gguf", *options, out=tmp_path / "report.json")
     assert verdict.format(opened.architecture) in message and ";" not in message  # and nothing else is said against it
@@ -215,7 +215,7 @@ def test_a_file_without_a_head_is_refused(built: Path, fails: Fails, tmp_path: P
 
 def zero_end(source: Path, out: Path, name: str) -> Path:
     """A copy of a GGUF with the last third of one tensor zeroed."""
-    piece, raw = gguf_file.read(source).ranges[name], bytearray(source.read_bytes())
+    piece, raw = reader.read(source).ranges[name], bytearray(source.read_bytes())
     raw[piece.offset + piece.size * 2 // 3 : piece.offset + piece.size] = bytes(piece.size - piece.size * 2 // 3)
     out.write_bytes(raw)
     return out

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, MODELS
-from mtpforge import gguf_file, inject, server
-from mtpforge.gguf_file import Gguf
+from mtpforge.gguf import head, reader
+from mtpforge.gguf.reader import Gguf
+from mtpforge.llama_cpp import server
 from tokenizers import Tokenizer
 
 VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
@@ -35,11 +36,11 @@ def content(opened: Gguf, name: str) -> bytes:
 @pytest.mark.parametrize("model", MODELS)
 def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant: str) -> None:
     path = result(built, model, variant)
-    opened = gguf_file.read(path)
+    opened = reader.read(path)
     report = json.loads((built / "results" / model / "reports" / f"{model}-{variant}.json").read_text())
     assert all(check["passed"] for check in report["checks"]) and report["drafts"] > 0
     assert report["file"] == path.name and report["bytes"] == path.stat().st_size
-    assert inject.types_of(inject.head_only(opened)) == {HEADS[variant]} == {report["head"]}
+    assert head.types_of(head.head_only(opened)) == {HEADS[variant]} == {report["head"]}
     assert report["acceptance"] >= 0.6
 
 
@@ -51,7 +52,7 @@ def test_the_summary_has_a_line_for_each(built: Path) -> None:
 
 
 def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
-    tensors = gguf_file.read(result(built, "tiny-qwen3.5", "IQ3_S-mix")).tensors
+    tensors = reader.read(result(built, "tiny-qwen3.5", "IQ3_S-mix")).tensors
     assert tensors["blk.0.attn_qkv.weight"].type.name == "Q6_K"
     assert tensors["blk.0.ssm_out.weight"].type.name == "Q8_0"
     assert tensors["blk.0.ffn_up.weight"].type.name == "IQ3_S"
@@ -99,6 +100,6 @@ def test_injecting_equals_quantizing_the_whole(built: Path, run, tmp_path: Path,
         run("inject.py", base, "--head", work / "head.gguf", "--out", out),
     ):
         assert done.returncode == 0, done.stderr
-    injected, whole = gguf_file.read(out), gguf_file.read(result(built, model, "Q8_0"))
+    injected, whole = reader.read(out), reader.read(result(built, model, "Q8_0"))
     assert set(injected.tensors.values()) == set(whole.tensors.values())
     assert all(content(injected, name) == content(whole, name) for name in whole.tensors)

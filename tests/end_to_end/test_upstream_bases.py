@@ -20,9 +20,11 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, MODELS, ROOT, SCRIPTS
 from gguf.constants import GGUFValueType
-from mtpforge import gguf_file, server
-from mtpforge.gguf_file import Gguf, TensorInfo, Value
-from mtpforge.quantize import default_head, quantizable
+from mtpforge.gguf import reader
+from mtpforge.gguf.head import quantizable
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.llama_cpp import server
+from mtpforge.quantize.recipe import default_head
 
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON = CONVERTER / "environment" / "bin" / "python"
@@ -94,7 +96,7 @@ class Case:
 
     def shards(self) -> list[Gguf]:
         """The base's files: one, unless it is split."""
-        return [gguf_file.read(path) for path in sorted(self.base.parent.glob(self.base.name.replace("-00001-of-", "-?????-of-")))]
+        return [reader.read(path) for path in sorted(self.base.parent.glob(self.base.name.replace("-00001-of-", "-?????-of-")))]
 
 
 CASES = [(model, maker, name) for model in MODELS for maker in ("of_pinned", "of_older") for name in TYPES]
@@ -123,14 +125,14 @@ def tensors(*files: Gguf) -> list[tuple[TensorInfo, bytes]]:
 
 
 def test_every_tensor_of_the_base_is_there_byte_for_byte(case: Case) -> None:
-    base, injected = tensors(*case.shards()), tensors(gguf_file.read(case.out))
+    base, injected = tensors(*case.shards()), tensors(reader.read(case.out))
     block = case.shards()[0].get(f"{case.shards()[0].architecture}.block_count")
     assert injected[: len(base)] == base
     assert injected[len(base) :] and all(info.name.startswith(f"blk.{block}.") for info, _ in injected[len(base) :])
 
 
 def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) -> None:
-    base, injected = case.shards()[0], gguf_file.read(case.out)
+    base, injected = case.shards()[0], reader.read(case.out)
     kind = base.architecture
     expected, added = dict(base.metadata), len(injected.tensors) - sum(len(shard.tensors) for shard in case.shards())
     expected[f"{kind}.block_count"] = Value.of(base.get(f"{kind}.block_count") + 1, GGUFValueType.UINT32)
@@ -149,7 +151,7 @@ def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) ->
 
 
 def test_the_last_key_is_the_padding(case: Case) -> None:
-    key, value = list(gguf_file.read(case.out).metadata.items())[-1]
+    key, value = list(reader.read(case.out).metadata.items())[-1]
     assert key == "mtpforge.padding" and value.type is GGUFValueType.STRING
 
 
@@ -197,7 +199,7 @@ def test_it_drafts_as_a_file_that_kept_its_head(
     case: Case, preserved: Callable[[Case], Path], drafted: Callable[[Path, str], server.Completion]
 ) -> None:
     """The trunks being the same: older programs quantize to these types as the pinned ones do."""
-    reference = gguf_file.read(preserved(case))
+    reference = reader.read(preserved(case))
     assert dict(tensors(*case.shards())).items() <= dict(tensors(reference)).items()
     injected, kept = drafted(case.out, case.model), drafted(reference.path, case.model)
     assert (injected.tokens, injected.drafts, injected.accepted) == (kept.tokens, kept.drafts, kept.accepted)

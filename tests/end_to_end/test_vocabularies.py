@@ -7,19 +7,19 @@ import pytest
 from conftest import CHECKPOINTS, Run
 from gguf.constants import GGUFValueType
 from layouts import write_layout
-from mtpforge import gguf_file
-from mtpforge.gguf_file import Value
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import Value
 
 TOKENS = "tokenizer.ggml.tokens"
 
 
 def base_with(tokens: Callable[[list[str]], object], trunk: Path, out: Path) -> Path:
     """A copy of a trunk with its list of tokens changed, as a publisher would."""
-    opened = gguf_file.read(trunk)
+    opened = reader.read(trunk)
     values = opened.get(TOKENS)
     tokens(values)
     metadata = {**opened.metadata, TOKENS: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING)}
-    gguf_file.write(out, metadata, gguf_file.contents(opened))
+    writer.write(out, metadata, reader.contents(opened))
     return out
 
 

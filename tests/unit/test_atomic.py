@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS
-from mtpforge.atomic import link_or_copy, replacing, replacing_folder, write_json
 from mtpforge.errors import ForgeError
+from mtpforge.io.atomic import link_or_copy, replacing, replacing_folder, write_json
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from mtpforge.atomic import replacing\n"
+        "import os, signal, sys; from pathlib import Path; from mtpforge.io.atomic import replacing\n"
         "with replacing(Path(sys.argv[1])) as t: t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     target = tmp_path / "x"

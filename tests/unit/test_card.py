@@ -8,9 +8,10 @@ import yaml
 from conftest import ROOT
 from gguf.constants import GGUFValueType
 from huggingface_hub import ModelCard
-from mtpforge import card, runtimes
-from mtpforge.card import Result
-from mtpforge.gguf_file import Gguf, Value
+from mtpforge.gguf.reader import Gguf, Value
+from mtpforge.llama_cpp import runtimes
+from mtpforge.publish import card, serving
+from mtpforge.publish.result import Result
 
 TEMPLATE = ROOT / "workflow" / "templates" / "card.md"
 STAMP = {"llama.cpp": "0.5.0-dev", "commit": "0c1e57098"}
@@ -252,8 +253,8 @@ def test_the_lines_name_the_first_quantized_file_that_drafts_and_not_the_fastest
     ],
 )
 def test_a_file_that_drafts_comes_before_one_that_is_quantized(results: list[Result], variant: str) -> None:
-    found = card.best(results)
-    assert found is not None and found.name == f"Qwen3.5-4B-{variant}.gguf" and card.best([SIDECAR]) is None
+    found = serving.best(results)
+    assert found is not None and found.name == f"Qwen3.5-4B-{variant}.gguf" and serving.best([SIDECAR]) is None
 
 
 def test_for_another_file_it_says_what_changes() -> None:
@@ -333,7 +334,7 @@ NAMES += ["X-Q3_K.GGUF", "mtp-folder/X-MTP-Q5_K.gguf"]
     ],
 )
 def test_a_tag_is_resolved_as_llama_cpp_does(tag: str, name: str | None) -> None:
-    assert card.resolve(tag, NAMES) == name
+    assert serving.resolve(tag, NAMES) == name
 
 
 def test_a_file_that_no_tag_names_is_named_itself() -> None:

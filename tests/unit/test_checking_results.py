@@ -12,9 +12,11 @@ import pytest
 import yaml
 from conftest import SCRIPTS, Run
 from model_signing import verifying
-from mtpforge import provenance, results
 from mtpforge.build import Build
 from mtpforge.errors import ConfigError, VerificationError
+from mtpforge.io import ranges
+from mtpforge.publish import provenance, sums
+from mtpforge.publish.sums import Sums, check, collect, files_of, read_sums
 from repository import CONFIG
 
 MODEL = CONFIG["models"]["tiny-qwen3.5"]
@@ -50,7 +52,7 @@ def build(**keys: object) -> Build:
 def test_a_list_that_names_no_file_of_the_folder_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  twice\n{line}\n")
     with pytest.raises(VerificationError, match="line 2"):
-        results.read_sums(tmp_path / "SHA256SUMS")
+        read_sums(tmp_path / "SHA256SUMS")
 
 
 def write(folder: Path, name: str, content: bytes, statement: bool = True) -> dict[str, object]:
@@ -65,8 +67,8 @@ def write(folder: Path, name: str, content: bytes, statement: bool = True) -> di
     return report
 
 
-def sums(folder: Path) -> results.Sums:
-    return results.collect(folder, sorted(folder.glob("reports/*")), sorted(folder.glob("provenance/*")))
+def sums_of(folder: Path) -> Sums:
+    return collect(folder, sorted(folder.glob("reports/*")), sorted(folder.glob("provenance/*")))
 
 
 def older(path: Path, seconds: float) -> None:
@@ -77,28 +79,28 @@ def older(path: Path, seconds: float) -> None:
 def test_what_is_as_it_was_verified_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.gguf", b"content")
     read: list[str] = []
-    real = results.digest_of
-    monkeypatch.setattr(results, "digest_of", lambda path: read.append(path.name) or real(path))
-    assert sums(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" not in read
+    real = ranges.digest_of
+    monkeypatch.setattr(sums, "digest_of", lambda path: read.append(path.name) or real(path))
+    assert sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" not in read
     older(tmp_path / "reports/a.gguf.json", 60)  # touched since, or changed
-    assert sums(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" in read
+    assert sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" in read
 
 
 def test_what_was_changed_since_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.gguf", b"content")
     (tmp_path / "a.gguf").write_bytes(b"longer content")
     with pytest.raises(VerificationError, match="not of the size"):
-        sums(tmp_path)
+        sums_of(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"CONTENT")
     older(tmp_path / "reports/a.gguf.json", 60)
     with pytest.raises(VerificationError, match="has changed"):
-        sums(tmp_path)
+        sums_of(tmp_path)
 
 
 def test_a_split_file_is_listed_by_its_parts() -> None:
     parts = [{"name": f"X-{i}.gguf", "bytes": i, "sha256": str(i) * 64} for i in (1, 2)]
     report = {"file": "X", "bytes": 3, "sha256": "f" * 64, "files": parts}
-    assert list(results.files_of(report)) == [("X/X-1.gguf", 1, "1" * 64), ("X/X-2.gguf", 2, "2" * 64)]
+    assert list(files_of(report)) == [("X/X-1.gguf", 1, "1" * 64), ("X/X-2.gguf", 2, "2" * 64)]
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def folder(tmp_path: Path, built: Path) -> Path:
 
 
 def problems(folder: Path) -> list[str]:
-    return results.check(folder, lambda done, total: None)
+    return check(folder, lambda done, total: None)
 
 
 def test_each_way_in_which_a_folder_can_be_wrong_is_named(folder: Path) -> None:

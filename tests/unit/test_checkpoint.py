@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS
-from mtpforge.checkpoint import INDEX, Checkpoint, read_shard_header
+from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, read_shard_header
 from mtpforge.errors import CheckpointError
 
 Fails = Callable[..., str]

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT
+from gguf.constants import GGMLQuantizationType
 from layouts import ALL, eight_bit, read_tensors, write_checkpoint, write_layout, write_shard
-from mtpforge import convert, gguf_file, tokenizer
-from mtpforge.checkpoint import Checkpoint
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import native, tokenizer
+from mtpforge.convert.values import decode, encode
 from mtpforge.errors import CheckpointError
+from mtpforge.gguf import reader
 
 sys.path.append(str(ROOT / "tests" / "golden"))
 from digest import differences, digest
@@ -26,7 +29,7 @@ def test_conversion_equals_upstream(name: str, tmp_path: Path) -> None:
     golden = json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
     checkpoint, parts = write_layout(name, tmp_path), {}
     for part in golden["parts"]:
-        convert.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
+        native.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
         parts[part] = digest(tmp_path / f"{part}.gguf")
     assert parts.keys() == {"all", "trunk", "draft"}
     assert differences(golden, {"upstream": golden["upstream"], "parts": parts}) == []
@@ -36,9 +39,9 @@ def test_conversion_equals_upstream(name: str, tmp_path: Path) -> None:
 def test_the_head_alone_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
     checkpoint = write_layout(name, tmp_path)
     for part in ("all", "head"):
-        convert.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
+        native.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
     whole, head = (digest(tmp_path / f"{part}.gguf") for part in ("all", "head"))
-    block = gguf_file.read(tmp_path / "all.gguf").get(f"{'qwen35moe' if 'moe' in name else 'qwen35'}.block_count") - 1
+    block = reader.read(tmp_path / "all.gguf").get(f"{'qwen35moe' if 'moe' in name else 'qwen35'}.block_count") - 1
     assert head["tensors"] == {n: t for n, t in whole["tensors"].items() if n.startswith(f"blk.{block}.")}
     assert not any(key.startswith("tokenizer.") for key in head["metadata"])
 
@@ -55,7 +58,7 @@ def changed(tmp_path: Path, *, drop: str = "", config: dict[str, Any] | None = N
 def refusal(checkpoint: Path, part: str = "all", pre: str | None = "qwen35") -> str:
     out = checkpoint.parent / "out.gguf"
     with pytest.raises(CheckpointError) as caught:
-        convert.convert(checkpoint, out, part, pre)
+        native.convert(checkpoint, out, part, pre)
     assert not out.exists()
     return str(caught.value)
 
@@ -68,7 +71,7 @@ def test_a_head_in_a_file_of_its_own_is_found_beside_an_index_without_it(tmp_pat
     checkpoint = write_checkpoint(tmp_path / "tiny-qwen3.5", source, settings, trunk, shards=2)
     write_shard(checkpoint / "mtp.safetensors", head)
     for folder in (source, checkpoint):
-        convert.convert(folder, tmp_path / f"{folder.parent.name}.gguf", "all", "qwen35")
+        native.convert(folder, tmp_path / f"{folder.parent.name}.gguf", "all", "qwen35")
     one, other = (digest(tmp_path / f"{name}.gguf") for name in (source.parent.name, tmp_path.name))
     assert one["metadata"] == other["metadata"] and one["tensors"] == other["tensors"]
 
@@ -96,14 +99,14 @@ def test_an_fp8_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path: Path) -> None:
     checkpoint = changed(tmp_path, drop="mtp.")
     assert "lost its head" in refusal(checkpoint) and "head: none" in refusal(checkpoint)
-    convert.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
-    assert gguf_file.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
+    native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
+    assert reader.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
 
 
 def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(tmp_path: Path) -> None:
     checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": 0})
     assert "mtp_num_hidden_layers is 0" in refusal(checkpoint)
-    convert.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
+    native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
 
 
 def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refused(tmp_path: Path) -> None:
@@ -116,8 +119,8 @@ def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refu
         write_checkpoint(tmp_path / name, source, settings, {**tensors, "lm_head.weight": (dtype, matrix)})
         for name, matrix in (("copied", embeddings), ("changed", embeddings[::-1].copy()))
     )
-    convert.convert(copied, tmp_path / "copied.gguf", "all", "qwen35")
-    assert "output.weight" not in gguf_file.read(tmp_path / "copied.gguf").tensors
+    native.convert(copied, tmp_path / "copied.gguf", "all", "qwen35")
+    assert "output.weight" not in reader.read(tmp_path / "copied.gguf").tensors
     assert "tie_word_embeddings" in refusal(changed)
 
 
@@ -186,12 +189,12 @@ def test_a_tokenizer_that_would_not_be_written_as_upstream_does_is_refused(
 
 def test_rounding_to_bf16_is_to_nearest_even_and_refuses_nan() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.4e38, np.inf, 1e-40], np.float32)
-    kind = gguf_file.GGMLQuantizationType.BF16
-    rounded = convert.decode(np.frombuffer(convert.encode(values, kind), np.uint16), "BF16")
+    kind = GGMLQuantizationType.BF16
+    rounded = decode(np.frombuffer(encode(values, kind), np.uint16), "BF16")
     np.testing.assert_array_equal(rounded[:3], np.array([1.0, 1.0, 1.015625], np.float32))
     assert np.isinf(rounded[4]) and abs(rounded[5] - 1e-40) < 1e-41
     with pytest.raises(CheckpointError, match="NaN"):
-        convert.encode(np.array([np.nan], np.float32), kind)
+        encode(np.array([np.nan], np.float32), kind)
 
 
 def test_views_of_contiguous_bytes_are_copied_by_range_and_never_read() -> None:
@@ -212,8 +215,8 @@ def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> N
 
 def test_tokens_named_beside_the_tokenizer_have_their_names_and_types(tmp_path: Path) -> None:
     """Real Qwen3.5 checkpoints name seven tokens in tokenizer_config.json alone; they must not become padding."""
-    convert.convert(write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35")
-    opened = gguf_file.read(tmp_path / "F.gguf")
+    native.convert(write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35")
+    opened = reader.read(tmp_path / "F.gguf")
     tokens, types = opened.get("tokenizer.ggml.tokens"), opened.get("tokenizer.ggml.token_type")
     normal, control, user_defined, unused = 1, 3, 4, 5
     assert dict(zip(tokens[1264:1274], types[1264:1274], strict=True)) == {

@@ -1,8 +1,9 @@
 """The inventory of a GGUF follows from the configuration alone, and is that of the real models."""
 
 import pytest
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
-from mtpforge.families import Hparams, family_of
 
 DENSE = {
     "num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 9216, "vocab_size": 248320, "head_dim": 256,

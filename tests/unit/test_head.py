@@ -15,8 +15,9 @@ import pytest
 from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
-from mtpforge import head, verify
-from mtpforge.checkpoint import Checkpoint, CheckpointTensor
+from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.hub import head
+from mtpforge.verify.source import head_source
 from sparse import write_35b
 
 REPO = "Owner/model"
@@ -194,7 +195,8 @@ def test_a_shard_that_is_another_now_is_refused(client: Client) -> None:
 SMALL_PIECES = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from mtpforge import errors, head
+from mtpforge import errors
+from mtpforge.hub import head
 import fetch_head
 head.PIECE = 500_000
 del sys.argv[1]
@@ -241,10 +243,10 @@ def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client
     assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {"name", "bytes", "sha256"}
     tensors = client.tensors()
     confirmed = sum(tensor.shard == LAST for tensor in tensors.values())
-    assert verify.head_source(client.record) == {head.FIRST_USE: len(tensors)}
+    assert head_source(client.record) == {head.FIRST_USE: len(tensors)}
     (client.path / "records").mkdir()
     (client.path / f"{LAST}.json").rename(client.path / "records" / f"{LAST}.json")
-    assert verify.head_source(client.record) == {head.FIRST_USE: len(tensors) - confirmed, head.VERIFIED: confirmed}
+    assert head_source(client.record) == {head.FIRST_USE: len(tensors) - confirmed, head.VERIFIED: confirmed}
 
 
 def test_a_listing_that_lies_is_found_out_by_a_whole_shard(client: Client) -> None:

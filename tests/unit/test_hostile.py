@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
-from mtpforge import gguf_file, programs
 from mtpforge.errors import GgufError, ToolchainError
+from mtpforge.gguf import reader
+from mtpforge.llama_cpp.process import outputs
 
 Fails = Callable[..., str]
 
@@ -112,7 +113,7 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(checkpoint: Path, fails: Fails,
 
 def test_a_folder_is_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="is a directory"):
-        gguf_file.read(tmp_path)
+        reader.read(tmp_path)
 
 
 def test_no_output_where_it_cannot_be(checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
@@ -166,16 +167,17 @@ def test_a_termination_while_a_child_starts_ends_all_children(tmp_path: Path, ca
     """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
     program = f"""
 import os, pathlib, signal, subprocess
-from mtpforge import errors, programs
+from mtpforge import errors
+from mtpforge.llama_cpp import process
 execute, pids, sleep = subprocess.Popen._execute_child, pathlib.Path({str(tmp_path / "pids")!r}), ["sleep", "600"]
-def started(process, *arguments):
-    execute(process, *arguments)
+def started(child, *arguments):
+    execute(child, *arguments)
     with pids.open("a") as file:
-        print(process.pid, file=file)
+        print(child.pid, file=file)
     if len(pids.read_text().split()) == {children}:
         os.kill(os.getpid(), signal.SIGTERM)
 subprocess.Popen._execute_child = started
-errors.run(lambda: programs.{call})
+errors.run(lambda: process.{call})
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM
@@ -188,10 +190,10 @@ errors.run(lambda: programs.{call})
 
 def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(tmp_path: Path) -> None:
     much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than a pipe holds
-    assert [len(said.split()) for said in programs.outputs([much, ["echo", "a", "b"], much], tmp_path)] == [100_000, 2, 100_000]
+    assert [len(said.split()) for said in outputs([much, ["echo", "a", "b"], much], tmp_path)] == [100_000, 2, 100_000]
     start = time.monotonic()
     with pytest.raises(ToolchainError, match="sh failed with exit code 3: error: no such type"):
-        programs.outputs([["sleep", "0"], ["sh", "-c", "echo error: no such type >&2; exit 3"], ["sleep", "600"]], tmp_path)
+        outputs([["sleep", "0"], ["sh", "-c", "echo error: no such type >&2; exit 3"], ["sleep", "600"]], tmp_path)
     assert time.monotonic() - start < 60  # the last one was not waited for
 
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
-from mtpforge import remote
 from mtpforge.build import Build
-from mtpforge.checkpoint import Checkpoint
+from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
+from mtpforge.hub import remote
 from sparse import write_sparse_shard
 
 REPO = "Owner/tiny-qwen3.5"

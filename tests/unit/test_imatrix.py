@@ -8,9 +8,11 @@ import pytest
 from conftest import BIN, CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
-from mtpforge import gguf_file, imatrix, programs
 from mtpforge.errors import GgufError
-from mtpforge.gguf_file import TensorInfo, Value
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.llama_cpp import process
+from mtpforge.quantize import imatrix
 
 TEXT = CHECKPOINTS / "corpus.py"
 METADATA = {
@@ -31,13 +33,13 @@ def test_the_same_bytes_for_any_number_of_threads_and_anywhere(built: Path, run:
         assert done.returncode == 0, done.stderr
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
-    opened, tensors = gguf_file.read(out), gguf_file.read(source).tensors
+    opened, tensors = reader.read(out), reader.read(source).tensors
     assert opened.get("imatrix.datasets") == ["calibration.txt"] and opened.get("imatrix.chunk_size") == imatrix.CHUNK
     rows = imatrix.read(out)
     experts = "blk.0.ffn_down_exps.weight"
     assert rows["blk.0.attn_qkv.weight"] == 256 and rows.get(experts, 0) == (6 * 256 if experts in tensors else 0)
 
-    programs.call([BIN / "llama-imatrix", "-m", source, "--in-file", out, "-o", tmp_path / "old.dat", "--output-format", "dat"])
+    process.call([BIN / "llama-imatrix", "-m", source, "--in-file", out, "-o", tmp_path / "old.dat", "--output-format", "dat"])
     assert imatrix.read(tmp_path / "old.dat") == rows
 
 
@@ -89,7 +91,7 @@ def test_a_hostile_file_of_the_older_format_is_refused(tmp_path: Path, data: byt
 
 
 def write(path: Path, metadata: dict[str, Value], *tensors: TensorInfo) -> Path:
-    gguf_file.write(path, metadata, [(info, [memoryview(bytes(info.size))]) for info in tensors])
+    writer.write(path, metadata, [(info, [memoryview(bytes(info.size))]) for info in tensors])
     return path
 
 

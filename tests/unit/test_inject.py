@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from conftest import CHECKPOINTS, SCRIPTS, Run
 from gguf.constants import GGUFValueType
-from mtpforge import convert, gguf_file, in_place, split
+from mtpforge import in_place
+from mtpforge.convert import native
 from mtpforge.errors import ConfigError, ForgeError, GgufError
-from mtpforge.gguf_file import Gguf, Value
-from mtpforge.inject import PADDING, cost, inject, trunk_digests, vocabulary_difference
-from mtpforge.ranges import BLOCK
+from mtpforge.gguf import reader, split, writer
+from mtpforge.gguf.head import trunk_digests
+from mtpforge.gguf.reader import PADDING, Gguf, Value
+from mtpforge.inject.inject import cost, inject
+from mtpforge.inject.match import vocabulary_difference
+from mtpforge.io.ranges import BLOCK
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 
@@ -25,9 +29,9 @@ CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The dense checkpoint's parts, converted."""
     folder = tmp_path_factory.mktemp("parts")
-    for part in convert.PARTS:
-        convert.convert(CHECKPOINT, folder / f"{part}.gguf", part, "qwen35")
-    return {part: folder / f"{part}.gguf" for part in convert.PARTS}
+    for part in native.PARTS:
+        native.convert(CHECKPOINT, folder / f"{part}.gguf", part, "qwen35")
+    return {part: folder / f"{part}.gguf" for part in native.PARTS}
 
 
 def content(opened: Gguf, name: str) -> bytes:
@@ -41,11 +45,11 @@ def contents(opened: Gguf) -> dict[str, bytes]:
 
 def rewrite(source: Path, out: Path, change: Callable[[dict[str, Value]], object], drop: str = "\0") -> Path:
     """A copy with other metadata, without the tensors that begin with `drop`."""
-    opened = gguf_file.read(source)
+    opened = reader.read(source)
     metadata = dict(opened.metadata)
     change(metadata)
     kept = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items() if not name.startswith(drop)]
-    gguf_file.write(out, metadata, kept)
+    writer.write(out, metadata, kept)
     return out
 
 
@@ -63,7 +67,7 @@ def start_of_data(opened: Gguf) -> int:
 @pytest.mark.parametrize("head", ["head", "all", "checkpoint"])
 def test_trunk_and_head_make_the_whole(parts: dict[str, Path], head: str, tmp_path: Path) -> None:
     inject(parts["trunk"], CHECKPOINT if head == "checkpoint" else parts[head], tmp_path / "out.gguf")
-    whole, injected, base = (gguf_file.read(path) for path in (parts["all"], tmp_path / "out.gguf", parts["trunk"]))
+    whole, injected, base = (reader.read(path) for path in (parts["all"], tmp_path / "out.gguf", parts["trunk"]))
     assert injected.tensors == whole.tensors  # names, shapes and types
     assert all(content(injected, name) == content(whole, name) for name in whole.tensors)
     assert {k: v for k, v in injected.metadata.items() if k not in ("general.size_label", PADDING)} == {
@@ -80,7 +84,7 @@ def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Pa
         lambda m: m.update({"custom.key": Value(GGUFValueType.FLOAT32, b"\1\2\3\4")}),
     )
     inject(odd, parts["head"], tmp_path / "out.gguf")
-    base, out = gguf_file.read(odd), gguf_file.read(tmp_path / "out.gguf")
+    base, out = reader.read(odd), reader.read(tmp_path / "out.gguf")
     changed = {key for key, value in out.metadata.items() if base.metadata.get(key) != value}
     assert changed == {"qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.attention.recurrent_layers", PADDING}
     assert [key for key in out.metadata if key != "qwen35.nextn_predict_layers"] == [*base.metadata, PADDING]
@@ -92,7 +96,7 @@ def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Pa
 def test_a_base_of_an_older_converter_has_no_per_layer_array(parts: dict[str, Path], tmp_path: Path) -> None:
     old = rewrite(parts["trunk"], tmp_path / "old.gguf", lambda m: m.pop("qwen35.attention.recurrent_layers"))
     inject(old, parts["head"], tmp_path / "out.gguf")
-    assert "qwen35.attention.recurrent_layers" not in gguf_file.read(tmp_path / "out.gguf").metadata
+    assert "qwen35.attention.recurrent_layers" not in reader.read(tmp_path / "out.gguf").metadata
 
 
 def refusal(base: Path, head: Path, tmp_path: Path) -> str:
@@ -140,7 +144,7 @@ def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_pa
     assert "has no tensor of block 2, though it declares 4" in base(lambda m: None, "blk.2.")
     assert "the number of tokens is None in" in base(lambda m: None, "token_embd")
     assert "qwen35.rope.freq_base is None in" in base(lambda m: m.pop("qwen35.rope.freq_base"))
-    tokens = Value.of(gguf_file.read(parts["trunk"]).get("tokenizer.ggml.tokens")[::-1], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    tokens = Value.of(reader.read(parts["trunk"]).get("tokenizer.ggml.tokens")[::-1], GGUFValueType.ARRAY, GGUFValueType.STRING)
     assert "token 0 is" in base(lambda m: m.update({"tokenizer.ggml.tokens": tokens}), head="all")
     many = Value.of([1] * 100_000, GGUFValueType.ARRAY, GGUFValueType.UINT32)
     for key in ("qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.embedding_length", "split.count"):
@@ -151,7 +155,7 @@ def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_pa
 
 def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(parts: dict[str, Path]) -> None:
     """Publishers rename a pad token; injection and verification share this rule."""
-    right = gguf_file.read(parts["all"]).metadata
+    right = reader.read(parts["all"]).metadata
     tokens, merges = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
     def found(key: str, change: Callable[[list[str]], object]) -> tuple[str, Any, Any] | None:
@@ -178,30 +182,30 @@ def test_the_data_keeps_its_place_in_a_block_of_the_file_system(parts: dict[str,
         note = Value.of("x" * extra, GGUFValueType.STRING)
         base = rewrite(parts["trunk"], tmp_path / "base.gguf", lambda m, note=note: m.update({"a.note": note}))
         inject(base, parts["head"], tmp_path / "out.gguf")
-        assert (start_of_data(gguf_file.read(tmp_path / "out.gguf")) - start_of_data(gguf_file.read(base))) % BLOCK == 0
+        assert (start_of_data(reader.read(tmp_path / "out.gguf")) - start_of_data(reader.read(base))) % BLOCK == 0
 
 
 def test_a_head_that_is_declared_but_lost_is_put_back(parts: dict[str, Path], tmp_path: Path) -> None:
     """A checkpoint without its head that is converted by upstream makes such a file, which does not load."""
     base = rewrite(parts["all"], tmp_path / "base.gguf", lambda m: None, drop="blk.4.")
     inject(base, parts["head"], tmp_path / "out.gguf")
-    whole, made = gguf_file.read(parts["all"]), gguf_file.read(tmp_path / "out.gguf")
+    whole, made = reader.read(parts["all"]), reader.read(tmp_path / "out.gguf")
     assert contents(made) == contents(whole)
     assert {key: value for key, value in made.metadata.items() if key != PADDING} == whole.metadata
 
 
 def test_the_trunk_is_recorded_as_it_was_before_and_the_head_as_it_came(parts: dict[str, Path], tmp_path: Path) -> None:
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
-    before = trunk_digests(gguf_file.read(parts["trunk"]))
-    assert len(before) == 55 and before == trunk_digests(gguf_file.read(tmp_path / "out.gguf"))
-    head = gguf_file.digests(parts["head"])
+    before = trunk_digests(reader.read(parts["trunk"]))
+    assert len(before) == 55 and before == trunk_digests(reader.read(tmp_path / "out.gguf"))
+    head = reader.digests(parts["head"])
     assert json.loads((tmp_path / "trunk.json").read_text()) == before | {name: head[name] for name in head if name != "header"}
 
 
 def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
     """ik_llama.cpp has the same names; it knows no recurrent_layers, and Lemonade only a UINT32 (their sources, 2026)."""
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
-    made = gguf_file.read(tmp_path / "out.gguf")
+    made = reader.read(tmp_path / "out.gguf")
     for name in ("eh_proj", "enorm", "hnorm", "shared_head_norm"):
         assert f"blk.4.nextn.{name}.weight" in made.tensors
     assert made.metadata["qwen35.nextn_predict_layers"] == Value.of(1, GGUFValueType.UINT32)
@@ -215,8 +219,8 @@ def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None
     assert said == []
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", say=said.append)
     assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 27.1% on top of trunk.gguf"]
-    head = gguf_file.read(parts["head"])
-    assert "at Q4_K/Q8_0" in cost(gguf_file.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
+    head = reader.read(parts["head"])
+    assert "at Q4_K/Q8_0" in cost(reader.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
 
 
 # ── a base that has a head ──────────────────────────────────────────────────────────────────────────────────────────
@@ -229,10 +233,10 @@ def test_the_same_head_again_changes_nothing(parts: dict[str, Path], tmp_path: P
 
 
 def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
-    opened = gguf_file.read(parts["head"])
+    opened = reader.read(parts["head"])
     dead = tmp_path / "dead.gguf"
     zeros = [(info, [memoryview(bytes(info.size))]) for info in opened.tensors.values()]
-    gguf_file.write(dead, opened.metadata, zeros)
+    writer.write(dead, opened.metadata, zeros)
     inject(parts["trunk"], dead, tmp_path / "base.gguf")
     message = refusal(tmp_path / "base.gguf", parts["head"], tmp_path)
     assert "has another head (blk.4.attn_k.weight has other values)" in message and "--replace-head" in message
@@ -242,14 +246,14 @@ def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: P
 
 
 def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
-    opened = gguf_file.read(parts["all"])
+    opened = reader.read(parts["all"])
     order = sorted(opened.tensors, key=lambda name: (not name.startswith("blk.4."), name))
-    gguf_file.write(tmp_path / "base.gguf", opened.metadata, [(opened.tensors[name], [opened.ranges[name]]) for name in order])
+    writer.write(tmp_path / "base.gguf", opened.metadata, [(opened.tensors[name], [opened.ranges[name]]) for name in order])
     inject(tmp_path / "base.gguf", parts["head"], tmp_path / "same.gguf", replace_head=True)
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
     short = rewrite(tmp_path / "base.gguf", tmp_path / "short.gguf", lambda m: None, drop="blk.4.attn_k.")
     inject(short, parts["head"], tmp_path / "out.gguf", replace_head=True)
-    assert contents(gguf_file.read(tmp_path / "out.gguf")) == contents(opened)
+    assert contents(reader.read(tmp_path / "out.gguf")) == contents(opened)
 
 
 # ── a base in several files ─────────────────────────────────────────────────────────────────────────────────────────
@@ -264,7 +268,7 @@ def test_a_base_in_several_files_becomes_one(parts: dict[str, Path], shards: lis
     assert len(shards) == 3
     inject(shards[0], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
     inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf", digests=tmp_path / "expected.json")
-    made, expected = gguf_file.read(tmp_path / "out.gguf"), gguf_file.read(tmp_path / "expected.gguf")
+    made, expected = reader.read(tmp_path / "out.gguf"), reader.read(tmp_path / "expected.gguf")
     assert contents(made) == contents(expected)
     assert {**made.metadata, PADDING: None} == {**expected.metadata, PADDING: None}  # no split.* among them
     assert (tmp_path / "trunk.json").read_text() == (tmp_path / "expected.json").read_text()
@@ -272,11 +276,11 @@ def test_a_base_in_several_files_becomes_one(parts: dict[str, Path], shards: lis
 
 def test_a_base_in_several_files_keeps_them(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
     inject(shards[0], parts["head"], tmp_path / "out")
-    made = [gguf_file.read(tmp_path / "out" / path.name) for path in shards]
+    made = [reader.read(tmp_path / "out" / path.name) for path in shards]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in shards]
-    assert contents(split.read(made[0].path)) == contents(gguf_file.read(parts["all"]))
+    assert contents(split.read(made[0].path)) == contents(reader.read(parts["all"]))
     assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get("qwen35.block_count") == 5
-    for before, after in zip(map(gguf_file.read, shards), made, strict=True):
+    for before, after in zip(map(reader.read, shards), made, strict=True):
         assert set(before.tensors) <= set(after.tensors) and (start_of_data(after) - start_of_data(before)) % BLOCK == 0
         assert all(before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key for key in before.metadata)
 
@@ -297,7 +301,7 @@ def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], s
     swapped[1].write_bytes(shards[2].read_bytes())
     assert "says that it is file 2 of 3" in refusal(swapped[0], parts["head"], tmp_path)
     fewer = copied("fewer")
-    rewrite(shards[2], fewer[2], lambda m: None, drop=list(gguf_file.read(shards[2]).tensors)[-1])
+    rewrite(shards[2], fewer[2], lambda m: None, drop=list(reader.read(shards[2]).tensors)[-1])
     assert "55 tensors are in these files, it says, and 54 are there" in refusal(fewer[0], parts["head"], tmp_path)
     renamed = shards[0].rename(shards[0].with_name("renamed.gguf"))
     try:
@@ -364,14 +368,15 @@ def test_the_file_itself_becomes_what_a_copy_would(
 @pytest.mark.parametrize("step", ["append_run", "_make_room", "_write_header"])
 def test_a_killed_run_is_repaired_by_the_next(parts: dict[str, Path], own: Path, tmp_path: Path, step: str) -> None:
     """SIGKILL as a step begins: the file is then as it was, grown at its end, or without its header."""
-    module = "gguf_file" if step == "append_run" else "in_place"
+    module = "writer" if step == "append_run" else "in_place"
     program = f"""
 import os, sys
 sys.path.insert(0, {str(SCRIPTS)!r})
 from pathlib import Path
 from typing import Any
-from mtpforge import gguf_file, in_place
-from mtpforge.inject import inject
+from mtpforge import in_place
+from mtpforge.gguf import writer
+from mtpforge.inject.inject import inject
 {module}.{step} = lambda *_: os.kill(os.getpid(), 9)
 inject(Path({str(own)!r}), Path({str(parts["head"])!r}), None)
 """
@@ -414,7 +419,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(gguf_file, "append_run", full)
+        patched.setattr(writer, "append_run", full)
         inject(own, parts["head"], None)
     assert own.read_bytes() == parts["trunk"].read_bytes() and names_in(tmp_path) == {"own.gguf"}
 
@@ -473,7 +478,7 @@ def test_room_that_is_there_already_needs_no_moving(parts: dict[str, Path], tmp_
     padding = Value.of(" " * 3000, GGUFValueType.STRING)
     own = rewrite(parts["trunk"], tmp_path / "own.gguf", lambda m: m.update({PADDING: padding}))
     inject(own, parts["head"], None)
-    assert contents(gguf_file.read(own)) == contents(gguf_file.read(parts["all"])) and names_in(tmp_path) == {"own.gguf"}
+    assert contents(reader.read(own)) == contents(reader.read(parts["all"])) and names_in(tmp_path) == {"own.gguf"}
 
 
 def test_a_file_with_other_names_is_not_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
-from mtpforge import measure, perplexity
 from mtpforge.build import Build
 from mtpforge.errors import ConfigError, ToolchainError
-from mtpforge.server import Completion
+from mtpforge.llama_cpp.server import Completion
+from mtpforge.measure import perplexity, speed
+from mtpforge.measure.speed import _run, by_position, machine, recommend, together
 
 sys.path.insert(0, str(CHECKPOINTS))
 sys.path.insert(0, str(SCRIPTS))
@@ -54,40 +55,40 @@ OFF = total(0, 98, 100, 102)
 
 
 def test_the_fastest_is_recommended() -> None:
-    found = measure.recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3)
+    found = recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3)
     assert found == (2, "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without")
 
 
 def test_a_slow_head_is_not_recommended_and_that_is_said() -> None:
-    recommended, verdict = measure.recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
+    recommended, verdict = recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
     assert recommended == 0
     assert verdict == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
 
 
 @pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
 def test_within_the_spread_nothing_is_recommended(drafting: tuple[float, float, float]) -> None:
-    recommended, verdict = measure.recommend([OFF, total(1, *drafting)], 3)
+    recommended, verdict = recommend([OFF, total(1, *drafting)], 3)
     assert recommended == 0 and verdict.startswith("not faster than without by more than the spread")
 
 
 def test_without_a_head_nothing_is_recommended() -> None:
-    assert measure.recommend([OFF], 3) == (0, "there is no head to draft with")
+    assert recommend([OFF], 3) == (0, "there is no head to draft with")
 
 
 def test_what_was_measured_once_or_drafted_nothing_is_not_recommended() -> None:
     fast = total(1, 150, 155, 160)
-    assert measure.recommend([OFF, fast], 1)[0] == 0
-    assert measure.recommend([OFF, {**fast, "drafts": 0}], 3) == (0, "nothing was drafted: the head is dead")
-    assert measure.recommend([OFF, {**total(2, 180, 190, 200), "drafts": 0}, fast], 3)[0] == 1
+    assert recommend([OFF, fast], 1)[0] == 0
+    assert recommend([OFF, {**fast, "drafts": 0}], 3) == (0, "nothing was drafted: the head is dead")
+    assert recommend([OFF, {**total(2, 180, 190, 200), "drafts": 0}, fast], 3)[0] == 1
 
 
 def test_positions_are_read_for_each_request_that_drafted() -> None:
-    assert measure.by_position(LOG, [201, 0, 12]) == [[0.985, 0.582, 0.403], [], [0.5, 0.25, 0.0]]
+    assert by_position(LOG, [201, 0, 12]) == [[0.985, 0.582, 0.403], [], [0.5, 0.25, 0.0]]
 
 
 @pytest.mark.parametrize("drafts", [[201], [201, 12, 12], [0, 0]])
 def test_positions_that_do_not_fit_the_requests_are_not_guessed(drafts: list[int]) -> None:
-    assert measure.by_position(LOG, drafts) == [[] for _ in drafts]
+    assert by_position(LOG, drafts) == [[] for _ in drafts]
 
 
 def test_runs_are_put_together_over_kinds() -> None:
@@ -97,20 +98,20 @@ def test_runs_are_put_together_over_kinds() -> None:
         answers = [Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts]
         rates = [part[3] for part in parts]
         return [
-            measure._run(kind, "cold", n_max, answers[:1], rates[:1]),
-            measure._run(kind, "warm", n_max, answers[1:], rates[1:]),
+            _run(kind, "cold", n_max, answers[:1], rates[:1]),
+            _run(kind, "warm", n_max, answers[1:], rates[1:]),
         ]
 
     cold = (1.0, 0, 0, [])
-    off = measure.together(run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, [])
+    off = together(run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, [])
     assert (off["tokens_per_second"], off["spread"], off["acceptance"], off["speedup"]) == (20.0, [10.0, 30.0], None, 1.0)
     runs = run(2, "code", cold, (60.0, 30, 27, [1.0, 0.8])) + run(2, "prose", cold, (30.0, 10, 3, [0.6, 0.0]))
-    found = measure.together(runs, 2, [off])
+    found = together(runs, 2, [off])
     assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (40.0, 1.0, 2.0)
     assert (found["drafts"], found["accepted"], found["acceptance"]) == (40, 30, 0.75)
     assert found["by_position"] == [0.9, 0.6]
     runs += run(2, "structured", cold, (30.0, 10, 3, []))  # no line of it was logged
-    assert measure.together(runs, 2, [off])["by_position"] == [0.9, 0.6]
+    assert together(runs, 2, [off])["by_position"] == [0.9, 0.6]
 
 
 def test_what_llama_perplexity_says_is_read() -> None:
@@ -138,9 +139,9 @@ def test_what_was_cut_off_is_said_again(monkeypatch: pytest.MonkeyPatch, said: s
 def test_a_server_that_cannot_list_its_devices_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "llama-server").write_text("#!/bin/sh\nexec sleep 5\n")
     (tmp_path / "llama-server").chmod(0o755)
-    monkeypatch.setattr(measure, "DEVICES_LIMIT", 0.1)
+    monkeypatch.setattr(speed, "DEVICES_LIMIT", 0.1)
     with pytest.raises(ToolchainError, match="cannot list its devices"):
-        measure.machine(tmp_path)
+        machine(tmp_path)
 
 
 def test_the_size_of_logits() -> None:
@@ -250,4 +251,4 @@ def test_mistakes_are_refused_with_their_path(measured: dict[str, Any], message:
 
 def test_runs_are_json() -> None:
     answers = [Completion("", [1, 2], 10.0, 0, 0)]
-    assert json.loads(json.dumps(measure._run("code", "cold", 0, answers, [[]])))["acceptance"] is None
+    assert json.loads(json.dumps(_run("code", "cold", 0, answers, [[]])))["acceptance"] is None

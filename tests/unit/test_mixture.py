@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import MODELS
 from gguf.constants import GGMLQuantizationType as Kind
-from mtpforge import gguf_file, imatrix, mixture, quant_types
 from mtpforge.errors import ConfigError, ToolchainError
-from mtpforge.gguf_file import Gguf, TensorInfo
-from mtpforge.quantize import quantize
+from mtpforge.gguf import quant_types, reader, writer
+from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.quantize import imatrix, mixture
+from mtpforge.quantize.llama_quantize import quantize
 
 SHAPES = {
     "token_embd.weight": (1280, 256),
@@ -145,7 +146,7 @@ def test_what_the_table_says_is_what_is_written(
     path, log = built / f"results/{model}/work/convert/all.gguf", tmp_path / "log"
     quantize(path, tmp_path / "out.gguf", file_type, None, RECIPES[file_type], matrix, log=log)
     table = capsys.readouterr().out.strip()
-    written, original = gguf_file.read(tmp_path / "out.gguf"), gguf_file.read(path)
+    written, original = reader.read(tmp_path / "out.gguf"), reader.read(path)
     # The same table, made of the file that was written; the default types are the table's own.
     rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()[2:-2]]
     told = {name: chosen for pattern, _, chosen, _ in rows for name in expanded(pattern)}
@@ -168,10 +169,10 @@ def expanded(pattern: str) -> list[str]:
 
 
 def test_a_row_that_does_not_fit_a_type_falls_back_in_the_table_too(built: Path, tmp_path: Path) -> None:
-    opened = gguf_file.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
+    opened = reader.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
     odd = {"blk.0.ffn_down.weight": (256, 96), "blk.1.ffn_down.weight": (256, 40)}
     infos = [replace(info, shape=odd.get(name, info.shape)) for name, info in opened.tensors.items()]
-    gguf_file.write(tmp_path / "odd.gguf", opened.metadata, [(i, [replace(opened.ranges[i.name], size=i.size)]) for i in infos])
+    writer.write(tmp_path / "odd.gguf", opened.metadata, [(i, [replace(opened.ranges[i.name], size=i.size)]) for i in infos])
     quantize(tmp_path / "odd.gguf", tmp_path / "out.gguf", "IQ4_XS")  # which compares them too
-    written = gguf_file.read(tmp_path / "out.gguf").tensors
+    written = reader.read(tmp_path / "out.gguf").tensors
     assert [written[name].type.name for name in odd] == ["IQ4_NL", "F16"]

@@ -15,24 +15,28 @@ from typing import Any
 import pytest
 from conftest import BIN, Run
 from gguf.constants import GGMLQuantizationType as Kind
-from mtpforge import atomic, gguf_file, imatrix, pieces, plan, quant_types, split
+from gguf.constants import GGUFValueType
 from mtpforge.errors import ConfigError, ForgeError, GgufError
-from mtpforge.gguf_file import Gguf, TensorInfo, Value
-from mtpforge.mixture import Types
-from mtpforge.pieces import Work, cut, write_manifest
-from mtpforge.plan import Plan
-from mtpforge.quantize import choose
-from mtpforge.ranges import FileRange, Sink
+from mtpforge.gguf import quant_types, reader, split, writer
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.io import atomic, ranges
+from mtpforge.io.ranges import FileRange, Sink
+from mtpforge.quantize import imatrix, pieces, plan
+from mtpforge.quantize.llama_quantize import choose
+from mtpforge.quantize.manifest import write_manifest
+from mtpforge.quantize.mixture import Types
+from mtpforge.quantize.pieces import Work, cut
+from mtpforge.quantize.plan import Plan
 
 
 def source_of(built: Path) -> Gguf:
-    return gguf_file.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
+    return reader.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
 
 
 @pytest.fixture(scope="module")
 def made(built: Path) -> Plan:
     source = source_of(built)
-    return plan.make(source, gguf_file.digests(source.path), choose(source, "Q4_K_M", bin_dir=BIN), "Q4_K_M", None, BIN)
+    return plan.make(source, reader.digests(source.path), choose(source, "Q4_K_M", bin_dir=BIN), "Q4_K_M", None, BIN)
 
 
 def work(built: Path, made: Plan, said: list[str] | None = None) -> Work:
@@ -72,14 +76,14 @@ def test_a_key_changes_with_all_that_decides_the_bytes_and_nothing_else(made: Pl
 def test_a_row_of_an_importance_matrix_counts_for_its_tensor_alone(tmp_path: Path) -> None:
     def write(path: Path, first: float) -> dict[str, str]:
         metadata = {
-            "imatrix.datasets": Value.of(["text"], gguf_file.GGUFValueType.ARRAY, gguf_file.GGUFValueType.STRING),
-            "imatrix.chunk_count": Value.of(1, gguf_file.GGUFValueType.UINT32),
-            "imatrix.chunk_size": Value.of(512, gguf_file.GGUFValueType.UINT32),
+            "imatrix.datasets": Value.of(["text"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+            "imatrix.chunk_count": Value.of(1, GGUFValueType.UINT32),
+            "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT32),
         }
         values = {"a.in_sum2": first, "a.counts": 1.0, "b.in_sum2": 1.0, "b.counts": 1.0}
-        parts = [(TensorInfo(n, (1,), Kind.F32), [memoryview(bytes(Value.of(v, gguf_file.GGUFValueType.FLOAT32).raw))])
+        parts = [(TensorInfo(n, (1,), Kind.F32), [memoryview(bytes(Value.of(v, GGUFValueType.FLOAT32).raw))])
                  for n, v in values.items()]  # fmt: skip
-        gguf_file.write(path, metadata, parts)
+        writer.write(path, metadata, parts)
         return imatrix.digests(path)
 
     one, two = write(tmp_path / "one.gguf", 1.0), write(tmp_path / "two.gguf", 2.0)
@@ -115,7 +119,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_plan_for_another_source_or_matrix_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
-    trunk = gguf_file.read(built / "results/tiny-qwen3.5/work/convert/trunk.gguf")
+    trunk = reader.read(built / "results/tiny-qwen3.5/work/convert/trunk.gguf")
     with pytest.raises(GgufError, match="has other tensors or metadata than what the plan is for"):
         Work(made, trunk)
     (tmp_path / "my.dat").write_bytes(b"1")
@@ -135,7 +139,7 @@ def test_a_plan_for_other_weights_under_the_same_header_is_refused(built: Path, 
             file.seek(source_of(built).ranges[name].offset)
             file.write(bytes(64))
         with pytest.raises(GgufError, match=r"all\.gguf: has other weights than what the plan is for: make the plan again"):
-            Work(made, gguf_file.read(another), bin_dir=BIN)
+            Work(made, reader.read(another), bin_dir=BIN)
 
 
 def test_a_plan_for_another_toolchain_is_refused(built: Path, made: Plan, tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_every_type_has_a_cost() -> None:
 def test_what_a_finished_file_has_is_taken_also_where_it_was_moved(built: Path, made: Plan, tmp_path: Path) -> None:
     before, said = finished(built, made, tmp_path / "a"), list[str]()
     manifest = tmp_path / "a/manifests/out.json"
-    write_manifest(manifest, made, gguf_file.digests(before), [before, tmp_path / "published.gguf"])
+    write_manifest(manifest, made, reader.digests(before), [before, tmp_path / "published.gguf"])
     before.rename(tmp_path / "published.gguf")
     work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
     assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "published.gguf").read_bytes()
@@ -197,12 +201,12 @@ def test_what_a_finished_file_has_is_taken_also_where_it_was_moved(built: Path, 
 
 def test_damaged_bytes_are_quantized_anew_with_a_warning(built: Path, made: Plan, tmp_path: Path) -> None:
     before, said = finished(built, made, tmp_path / "a"), list[str]()
-    whole, place = before.read_bytes(), gguf_file.read(before).ranges["blk.1.ffn_down.weight"]
+    whole, place = before.read_bytes(), reader.read(before).ranges["blk.1.ffn_down.weight"]
     with before.open("r+b") as file:
         file.seek(place.offset + place.size // 2)
         file.write(bytes([whole[place.offset + place.size // 2] ^ 1]))
     digests = work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
-    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == gguf_file.digests(tmp_path / "b.gguf")
+    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == reader.digests(tmp_path / "b.gguf")
     assert said[0].startswith(f"warning: {before}: blk.1.ffn_down.weight ") and said[1].endswith("; quantized 1")
 
 
@@ -244,7 +248,7 @@ def test_a_file_that_goes_while_it_is_used_costs_at_most_the_time(
     during_the_work(monkeypatch, goes)
     if how == "gone and without links":
         monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
-    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected == gguf_file.digests(tmp_path / "b.gguf")
+    assert work(built, changed, said).whole(tmp_path / "b.gguf", tmp_path) == expected == reader.digests(tmp_path / "b.gguf")
     if how in ("gone", "replaced"):
         assert said[-1].endswith("; quantized 3") and len(said) == 1
     else:
@@ -258,9 +262,9 @@ def test_a_full_disk_is_no_reason_to_quantize_anew(
     """And stops what is quantized meanwhile."""
     changed = with_other_types(made, "Q5_0", "ffn_up", "ffn_down", "ffn_gate")
     finished(built, made, tmp_path / "a")
-    put, some, runs = gguf_file.put, Work._some, list[list[str]]()
+    put, some, runs = writer.put, Work._some, list[list[str]]()
 
-    def full(whole: Gguf, name: str, payload: gguf_file.Payload) -> None:
+    def full(whole: Gguf, name: str, payload: ranges.Payload) -> None:
         if changed.tensors[name] == made.tensors[name]:
             raise OSError(errno.ENOSPC, "no space left")
         put(whole, name, payload)
@@ -269,7 +273,7 @@ def test_a_full_disk_is_no_reason_to_quantize_anew(
         runs.append(list(names))
         return some(self, runs[-1], out, scratch)
 
-    monkeypatch.setattr(gguf_file, "put", full)
+    monkeypatch.setattr(writer, "put", full)
     monkeypatch.setattr(Work, "_some", recorded)
     monkeypatch.setattr(pieces, "AT_ONCE", 1)
     with pytest.raises(OSError, match="no space left"):
@@ -284,11 +288,11 @@ def test_what_goes_while_it_is_copied_is_quantized_anew(
 ) -> None:
     """Cut off in place, or overwritten; the digests are of what has been written."""
     before, said = finished(built, made, tmp_path / "a"), list[str]()
-    whole, places, put = before.read_bytes(), gguf_file.read(before).ranges, gguf_file.put
+    whole, places, put = before.read_bytes(), reader.read(before).ranges, writer.put
     middle = sorted(places.values(), key=lambda place: place.offset)[len(places) // 2].offset
     calls = list[str]()
 
-    def fading(into: Gguf, name: str, payload: gguf_file.Payload) -> None:
+    def fading(into: Gguf, name: str, payload: ranges.Payload) -> None:
         calls.append(name)
         if len(calls) == 2:
             if how == "torn":
@@ -297,9 +301,9 @@ def test_what_goes_while_it_is_copied_is_quantized_anew(
                 before.write_bytes(whole[:middle] + bytes(len(whole) - middle))
         put(into, name, payload)
 
-    monkeypatch.setattr(gguf_file, "put", fading)
+    monkeypatch.setattr(writer, "put", fading)
     digests = work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
-    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == gguf_file.digests(tmp_path / "b.gguf")
+    assert (tmp_path / "b.gguf").read_bytes() == whole and digests == reader.digests(tmp_path / "b.gguf")
     assert "cannot be read" in said[0] and 0 < int(said[-1].rsplit(" ", 1)[1]) < len(made.tensors)
 
 
@@ -323,7 +327,7 @@ def test_too_little_is_not_worth_a_second_copy(built: Path, made: Plan, tmp_path
     """Where only what costs next to nothing is there, llama-quantize writes the file itself."""
     source, said = source_of(built), list[str]()
     out, norms = finished(built, made, tmp_path / "a"), [name for name, tensor in made.tensors.items() if tensor.type == "F32"]
-    digests = {name: digest for name, digest in gguf_file.digests(out).items() if name in norms}
+    digests = {name: digest for name, digest in reader.digests(out).items() if name in norms}
     write_manifest(tmp_path / "a/manifests/out.json", made, digests, [out])
     (tmp_path / "scratch").mkdir()
     assert work(built, made).find(tmp_path, tmp_path / "scratch").keys() == set(norms) != set(source.tensors)
@@ -335,9 +339,9 @@ def test_too_little_is_not_worth_a_second_copy(built: Path, made: Plan, tmp_path
 def test_what_is_quantized_as_fast_as_it_is_copied_is_not_assembled(built: Path, tmp_path: Path, kind: str, used: bool) -> None:
     source, said = source_of(built), list[str]()
     types = choose(source, kind, recipe=[(".*", kind)], bin_dir=BIN)
-    chosen = plan.make(source, gguf_file.digests(source.path), types, kind, None, BIN)
+    chosen = plan.make(source, reader.digests(source.path), types, kind, None, BIN)
     out = finished(built, chosen, tmp_path / "a")
-    digests = {name: digest for name, digest in gguf_file.digests(out).items() if "ffn_up" in name or "ffn_gate" in name}
+    digests = {name: digest for name, digest in reader.digests(out).items() if "ffn_up" in name or "ffn_gate" in name}
     write_manifest(tmp_path / "a/manifests/out.json", chosen, digests, [out])
     work(built, chosen, said).whole(tmp_path / "b.gguf", tmp_path)
     assert ("reused 0 bytes" in said[0]) != used
@@ -349,7 +353,7 @@ def test_a_split_file_is_reused(built: Path, made: Plan, tmp_path: Path) -> None
     whole = before.read_bytes()
     split.split(before, tmp_path / "published", "parts", 10**6)
     assert len(list((tmp_path / "published").iterdir())) > 1
-    write_manifest(tmp_path / "a/manifests/out.json", made, gguf_file.digests(before), [before, tmp_path / "published"])
+    write_manifest(tmp_path / "a/manifests/out.json", made, reader.digests(before), [before, tmp_path / "published"])
     before.unlink()
     work(built, made, said).whole(tmp_path / "b.gguf", tmp_path)
     assert (tmp_path / "b.gguf").read_bytes() == whole and "quantized 0" in said[0] and "published/" in said[0]
@@ -364,7 +368,7 @@ def make_piece(built: Path, planned: Plan, folder: Path, number: int, count: int
 
 
 def files_of_pieces(folder: Path) -> dict[Path, dict[str, TensorInfo]]:
-    return {path: gguf_file.read(path).tensors for path in (folder / "manifests/pieces").glob("*.gguf")}
+    return {path: reader.read(path).tensors for path in (folder / "manifests/pieces").glob("*.gguf")}
 
 
 def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, tmp_path: Path) -> None:
@@ -374,7 +378,7 @@ def test_a_piece_that_is_made_again_keeps_what_it_has(built: Path, made: Plan, t
     assert make_piece(built, made, tmp_path, 1, 2).endswith("; quantized 0") and files_of_pieces(tmp_path) == first
     assert make_piece(built, made, tmp_path, 1, 3).endswith("; quantized 0") and files_of_pieces(tmp_path) == first
     (out,) = first
-    place = gguf_file.read(out).ranges["blk.0.ffn_up.weight"]
+    place = reader.read(out).ranges["blk.0.ffn_up.weight"]
     with out.open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(64))
@@ -458,7 +462,7 @@ def test_memory_of_what_nobody_else_reads_is_freed(
 ) -> None:  # fmt: skip
     """A piece's, once it is copied; that of a file that is somebody's result is not ours."""
     copied, forgotten = list[FileRange](), list[FileRange]()
-    append, forget = Sink._append_range, pieces.forget
+    append, forget = Sink._append_range, ranges.forget
 
     def appended(self: Sink, piece: FileRange) -> None:
         append(self, piece)
@@ -475,25 +479,25 @@ def test_memory_of_what_nobody_else_reads_is_freed(
     work(built, made).whole(tmp_path / "b.gguf", tmp_path / "a")
     assert not forgotten
     make_piece(built, made, tmp_path / "c", 1, 1)
-    expected = gguf_file.digests(tmp_path / "b.gguf")
+    expected = reader.digests(tmp_path / "b.gguf")
     assert work(built, made).whole(tmp_path / "c.gguf", tmp_path / "c") == expected
-    sizes = [info.size for info in gguf_file.read(tmp_path / "c.gguf").tensors.values()]
+    sizes = [info.size for info in reader.read(tmp_path / "c.gguf").tensors.values()]
     assert sorted(piece.size for piece in forgotten) == sorted(sizes)
 
 
 def test_one_copies_at_a_time(built: Path, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock that the system has for a file would let the others spin; they hash meanwhile."""
     finished(built, made, tmp_path / "a")
-    put, inside, most = gguf_file.put, list[int](), list[int]()
+    put, inside, most = writer.put, list[int](), list[int]()
 
-    def counted(whole: Gguf, name: str, payload: gguf_file.Payload) -> None:
+    def counted(whole: Gguf, name: str, payload: ranges.Payload) -> None:
         inside.append(1)
         most.append(len(inside))
         time.sleep(0.002)
         put(whole, name, payload)
         inside.pop()
 
-    monkeypatch.setattr(gguf_file, "put", counted)
+    monkeypatch.setattr(writer, "put", counted)
     replace(work(built, made), threads=4).whole(tmp_path / "b.gguf", tmp_path)
     assert max(most) == 1 and len(most) == len(made.tensors)
 
@@ -502,12 +506,12 @@ def test_a_part_has_no_vocabulary_but_its_size(built: Path, made: Plan, tmp_path
     """With which llama-quantize is longer than with many a tensor; the whole has it."""
     source = source_of(built)
     work(built, made).piece(tmp_path / "pieces", 1, 2)
-    (part,) = (gguf_file.read(path) for path in (tmp_path / "pieces").glob("*.gguf"))
+    (part,) = (reader.read(path) for path in (tmp_path / "pieces").glob("*.gguf"))
     assert not [key for key in part.metadata if key.startswith("tokenizer.")]
     assert part.get("qwen35.vocab_size") == len(source.metadata["tokenizer.ggml.tokens"]) > 1000
     finished(built, made, tmp_path / "a")
     work(built, made).whole(tmp_path / "b.gguf", tmp_path)
-    assert source.metadata.items() - gguf_file.read(tmp_path / "b.gguf").metadata.items() == {
+    assert source.metadata.items() - reader.read(tmp_path / "b.gguf").metadata.items() == {
         ("general.file_type", source.metadata["general.file_type"])
     }
 
@@ -516,17 +520,17 @@ def test_metadata_of_the_whole_is_that_of_llama_quantize(built: Path, tmp_path: 
     """With what it drops, what it moves, and of a source that has but one tensor."""
     source = source_of(built)
     name = "blk.0.ffn_up.weight"
-    split_keys = {key: Value.of(0, gguf_file.GGUFValueType.UINT16) for key in ("split.no", "split.count")}
+    split_keys = {key: Value.of(0, GGUFValueType.UINT16) for key in ("split.no", "split.count")}
     for number, names in enumerate(([name], [name, "blk.0.ffn_down.weight"])):
         folder = tmp_path / str(number)
         folder.mkdir()
-        gguf_file.write(folder / "in.gguf", split_keys | source.metadata, gguf_file.contents(gguf_file.view(source, names)))
-        opened = gguf_file.read(folder / "in.gguf")
+        writer.write(folder / "in.gguf", split_keys | source.metadata, reader.contents(reader.view(source, names)))
+        opened = reader.read(folder / "in.gguf")
         types: Types = dict.fromkeys(sorted(names), Kind.Q4_0)
-        job = Work(plan.make(opened, gguf_file.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
+        job = Work(plan.make(opened, reader.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
         digests = job.whole(folder / "plain.gguf")
         write_manifest(folder / "manifests/plain.json", job.plan, digests, [folder / "plain.gguf"])
-        assert not [key for key in gguf_file.read(folder / "plain.gguf").metadata if key.startswith("split.")]
+        assert not [key for key in reader.read(folder / "plain.gguf").metadata if key.startswith("split.")]
         (folder / "scratch").mkdir()
         made = job.find(folder, folder / "scratch")
         job._assemble(made, folder / "out.gguf", folder / "scratch")
@@ -545,9 +549,9 @@ def test_a_termination_does_not_wait_for_what_is_copied(
 ) -> None:  # fmt: skip
     finished(built, made, tmp_path / "a")
     changed, written = with_other_types(made, "Q5_0", "attn_qkv"), list[int]()
-    append = gguf_file.append_run
+    append = writer.append_run
 
-    def slow(sink: Any, infos: Any, payload: gguf_file.Payload) -> None:
+    def slow(sink: Any, infos: Any, payload: ranges.Payload) -> None:
         def steps() -> Any:
             for step in payload:
                 time.sleep(0.05)
@@ -565,7 +569,7 @@ def test_a_termination_does_not_wait_for_what_is_copied(
     metadata = job._metadata(tmp_path / "scratch")
     monkeypatch.setattr(Work, "_metadata", lambda self, scratch: metadata)
     monkeypatch.setattr(Work, "_some", terminated)
-    monkeypatch.setattr(gguf_file, "append_run", slow)
+    monkeypatch.setattr(writer, "append_run", slow)
     monkeypatch.setattr(pieces, "CHUNK", 1000)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -610,23 +614,23 @@ def test_two_at_once(built: Path, made: Plan, tmp_path: Path) -> None:
 
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:
-            assert all(digests == gguf_file.digests(tmp_path / n) for n, digests in zip(plans, pool.map(make, plans), strict=True))
+            assert all(digests == reader.digests(tmp_path / n) for n, digests in zip(plans, pool.map(make, plans), strict=True))
     for name, planned in plans.items():
-        assert gguf_file.digests(tmp_path / name) == work(built, planned).whole(tmp_path / "plain.gguf")
+        assert reader.digests(tmp_path / name) == work(built, planned).whole(tmp_path / "plain.gguf")
     with atomic.scratch_folder(tmp_path / "Q4_1.gguf"), pytest.raises(ForgeError, match="another process is writing it"):
         make("Q4_1.gguf")
 
 
 def test_the_padding_of_a_part_does_not_get_into_the_whole(built: Path, tmp_path: Path) -> None:
     """And one that the source has of its own stays as it is."""
-    source, own = source_of(built), {gguf_file.PADDING: Value.of("   ", gguf_file.GGUFValueType.STRING)}
+    source, own = source_of(built), {reader.PADDING: Value.of("   ", GGUFValueType.STRING)}
     for number, metadata in enumerate((source.metadata, {**source.metadata, **own})):
         folder = tmp_path / str(number)
         folder.mkdir()
-        gguf_file.write(folder / "in.gguf", metadata, gguf_file.contents(source))
-        opened = gguf_file.read(folder / "in.gguf")
+        writer.write(folder / "in.gguf", metadata, reader.contents(source))
+        opened = reader.read(folder / "in.gguf")
         types: Types = choose(opened, "Q4_0", bin_dir=BIN)
-        job = Work(plan.make(opened, gguf_file.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
+        job = Work(plan.make(opened, reader.digests(opened.path), types, "Q4_0", None, BIN), opened, None, 1, BIN)
         job.whole(folder / "plain.gguf")
         job.piece(folder / "manifests/pieces", 1, 2)
         job.whole(folder / "out.gguf", folder)
@@ -643,7 +647,7 @@ def test_by_hand(built: Path, run: Run, tmp_path: Path) -> None:
         keep = ("--manifest", results / f"manifests/{kind}.json", "--keep", results / f"manifests/{kind}.gguf")
         done = run("quantize.py", source, *options, *keep, "--out", out)
         assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / f"{kind}.json").read_text()) == gguf_file.digests(out)
+        assert json.loads((tmp_path / f"{kind}.json").read_text()) == reader.digests(out)
         assert (results / f"manifests/{kind}.gguf").samefile(out)
         out.unlink()
         said.append(done.stderr)
@@ -693,15 +697,15 @@ def test_killed_at_any_time_nothing_looks_finished(built: Path, made: Plan, tmp_
     (out / ".1-of-2.scratch/part.gguf").write_bytes(b"left behind")
     assert subprocess.run(command, cwd=built, capture_output=True).returncode == 0
     (finished,) = out.glob("*.gguf")
-    assert gguf_file.read(finished).tensors.keys() == set(cut(made, source_of(built), 2)[0])
+    assert reader.read(finished).tensors.keys() == set(cut(made, source_of(built), 2)[0])
     assert sorted(path.name for path in out.iterdir()) == [finished.name, f"{finished.stem}.json"]
 
 
 def test_padding_of_a_reused_file_is_not_taken(built: Path, made: Plan, tmp_path: Path) -> None:
     """No digest knows it, and it would be handed on from file to file."""
     out = finished(built, made, tmp_path / "a")
-    whole, opened = out.read_bytes(), gguf_file.read(out)
-    piece = next(piece for piece in opened.ranges.values() if piece.size % gguf_file.ALIGNMENT)
+    whole, opened = out.read_bytes(), reader.read(out)
+    piece = next(piece for piece in opened.ranges.values() if piece.size % reader.ALIGNMENT)
     with out.open("r+b") as file:
         file.seek(piece.offset + piece.size)
         file.write(b"\xff")

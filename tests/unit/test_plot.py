@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import SCRIPTS
-from mtpforge.svg import WIDE, WIDTH, Svg, ticks
+from mtpforge.report.svg import WIDE, WIDTH, Svg, ticks
 
 sys.path.insert(0, str(SCRIPTS))
 

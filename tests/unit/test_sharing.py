@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType
-from mtpforge import convert, gguf_file
-from mtpforge.gguf_file import TensorInfo
-from mtpforge.inject import inject, trunk_digests
+from mtpforge.convert import native
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.head import trunk_digests
+from mtpforge.gguf.reader import TensorInfo
+from mtpforge.inject.inject import inject
 
 MB = 1 << 20
 
@@ -44,16 +46,16 @@ def used(point: Path) -> int:
 @pytest.mark.parametrize("change_in_place", [False, True])
 def test_the_trunk_takes_no_room_a_second_time(mounted: Path, tmp_path: Path, change_in_place: bool) -> None:
     for part in ("trunk", "head"):
-        convert.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / f"{part}.gguf", part, "qwen35")
-    small = gguf_file.read(tmp_path / "trunk.gguf")
+        native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / f"{part}.gguf", part, "qwen35")
+    small = reader.read(tmp_path / "trunk.gguf")
     big = TensorInfo("output.weight", (8192, 4096), GGMLQuantizationType.BF16)
     noise = memoryview(np.random.default_rng(0).bytes(big.size))
     pieces = [(info, [small.ranges[name]]) for name, info in small.tensors.items()]
     base = mounted / "base.gguf"
-    gguf_file.write(base, small.metadata, [*pieces, (big, [noise])])
-    before, trunk = used(mounted), trunk_digests(gguf_file.read(base))
+    writer.write(base, small.metadata, [*pieces, (big, [noise])])
+    before, trunk = used(mounted), trunk_digests(reader.read(base))
     out = base if change_in_place else mounted / "out.gguf"
     inject(base, tmp_path / "head.gguf", None if change_in_place else out)
     assert used(mounted) - before < 8 * MB < big.size / 4
-    assert trunk_digests(gguf_file.read(out)) == trunk == trunk_digests(gguf_file.read(base))
-    assert len(gguf_file.read(out).tensors) == len(trunk) + 15
+    assert trunk_digests(reader.read(out)) == trunk == trunk_digests(reader.read(base))
+    assert len(reader.read(out).tensors) == len(trunk) + 15

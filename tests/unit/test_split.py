@@ -12,11 +12,17 @@ from pathlib import Path
 import pytest
 from conftest import BIN, CHECKPOINTS, MODELS, SCRIPTS, Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
-from mtpforge import convert, gguf_file, programs, verify
+from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError, VerificationError
-from mtpforge.gguf_file import TensorInfo, Value, aligned
-from mtpforge.ranges import sha256
-from mtpforge.split import check, names, parse_size, plan, split
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.names import shard_names
+from mtpforge.gguf.reader import TensorInfo, Value, aligned
+from mtpforge.gguf.split import check, parse_size, plan, split
+from mtpforge.io import ranges
+from mtpforge.io.ranges import sha256
+from mtpforge.llama_cpp import process, programs
+from mtpforge.verify import request
+from mtpforge.verify.report import publish_split
 
 M = 10**6
 
@@ -36,7 +42,7 @@ def edges(path: Path) -> Path:
     shapes = {"full": (125_000,), "padded": (124_993,), "row": (1, 4), "rows": (1, 2, 4)}
     infos = [TensorInfo(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()]
     data = bytes(range(250)) * 2000
-    gguf_file.write(path, metadata, [(info, [memoryview(data)[: info.size]]) for info in infos])
+    writer.write(path, metadata, [(info, [memoryview(data)[: info.size]]) for info in infos])
     return path
 
 
@@ -45,7 +51,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both embedded checkpoints converted (5.6 and 11.6 MB), and a file of edge cases (1 MB)."""
     folder = tmp_path_factory.mktemp("sources")
     for model in MODELS:
-        convert.convert(CHECKPOINTS / model, folder / f"{model}.gguf", "all", "qwen35")
+        native.convert(CHECKPOINTS / model, folder / f"{model}.gguf", "all", "qwen35")
     edges(folder / "edges.gguf")
     return {path.stem: path for path in folder.glob("*.gguf")}
 
@@ -57,7 +63,7 @@ def source(sources: dict[str, Path]) -> Path:
 
 def gguf_split(*arguments: object) -> None:
     """llama.cpp's own program; `make toolchain` builds it."""
-    programs.call([programs.find(BIN, "llama-gguf-split"), *map(str, arguments)])
+    process.call([programs.find(BIN, "llama-gguf-split"), *map(str, arguments)])
 
 
 def test_sizes_are_those_of_llama_gguf_split() -> None:
@@ -90,17 +96,17 @@ def test_the_files_are_those_of_llama_gguf_split(
     theirs.mkdir()
     gguf_split("--split", "--split-max-size", size, sources[name], theirs / "Some-4B.Q8_0")
     files = split(sources[name], ours, "Some-4B.Q8_0", parse_size(size))
-    assert files == [ours / name for name in names("Some-4B.Q8_0", count)] == sorted(ours.iterdir())
+    assert files == [ours / name for name in shard_names("Some-4B.Q8_0", count)] == sorted(ours.iterdir())
     assert files[-1].name == f"Some-4B.Q8_0-{count:05d}-of-{count:05d}.gguf"
     assert {file.name: file.read_bytes() for file in ours.iterdir()} == {file.name: file.read_bytes() for file in theirs.iterdir()}
-    assert check(gguf_file.read(sources[name]), files) == []
+    assert check(reader.read(sources[name]), files) == []
 
 
 def test_llama_gguf_split_merges_the_files_to_the_source(sources: dict[str, Path], tmp_path: Path) -> None:
-    source = gguf_file.read(sources["tiny-qwen3.5-moe"])
+    source = reader.read(sources["tiny-qwen3.5-moe"])
     files = split(source.path, tmp_path / "out", "x", 2 * M)
     gguf_split("--merge", files[0], tmp_path / "merged.gguf")
-    merged = gguf_file.read(tmp_path / "merged.gguf")
+    merged = reader.read(tmp_path / "merged.gguf")
     assert list(merged.tensors) == list(source.tensors)
     assert all(sha256(merged.ranges[name]) == sha256(source.ranges[name]) for name in source.tensors)
     assert {key: value for key, value in merged.metadata.items() if not key.startswith("split.")} == source.metadata
@@ -109,7 +115,7 @@ def test_llama_gguf_split_merges_the_files_to_the_source(sources: dict[str, Path
 
 
 def test_a_file_that_fits_stays_whole_under_the_plain_name(source: Path, tmp_path: Path) -> None:
-    weights = sum(gguf_file.aligned(info.size) for info in gguf_file.read(source).tensors.values())
+    weights = sum(reader.aligned(info.size) for info in reader.read(source).tensors.values())
     (file,) = split(source, tmp_path / "out", "x", weights)
     assert file == tmp_path / "out" / "x.gguf" and file.read_bytes() == source.read_bytes()
     assert file.samefile(source)  # no second copy of 40 GB on the disk
@@ -119,7 +125,7 @@ def test_a_file_that_fits_stays_whole_under_the_plain_name(source: Path, tmp_pat
 
 def test_a_limit_below_a_tensor_and_a_shard_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"600,000 bytes are too small: tensor token_embd\.weight .* takes 655,360"):
-        plan(gguf_file.read(source), 600_000)
+        plan(reader.read(source), 600_000)
     shard = split(source, tmp_path / "out", "x", M)[1]
     with pytest.raises(GgufError, match="is one shard of a split GGUF"):
         split(shard, tmp_path / "again", "x", M)
@@ -131,7 +137,7 @@ def test_progress_counts_the_bytes_of_all_files(source: Path, tmp_path: Path) ->
     split(source, tmp_path / "out", "x", M, lambda done, total: seen.append((done, total)))
     done, total = seen[-1]
     assert done == total and {all_of_it for _, all_of_it in seen} == {total}
-    assert sorted(seen) == seen and total == sum(aligned(info.size) for info in gguf_file.read(source).tensors.values())
+    assert sorted(seen) == seen and total == sum(aligned(info.size) for info in reader.read(source).tensors.values())
 
 
 @pytest.mark.parametrize("stem", ["", ".", "..", ".hidden", "a/b", "../x", "nul\0"])
@@ -169,7 +175,7 @@ def test_a_failure_leaves_the_folder_that_was_there(source: Path, tmp_path: Path
 
 def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from mtpforge.split import split\n"
+        "import os, signal, sys; from pathlib import Path; from mtpforge.gguf.split import split\n"
         "split(Path(sys.argv[1]), Path(sys.argv[2]), 'x', 10**6, lambda d, t: d > 2e6 and os.kill(os.getpid(), signal.SIGKILL))"
     )
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
@@ -182,14 +188,14 @@ def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_pa
 
 def rewritten(path: Path, change: Callable[[dict[str, Value], dict[str, TensorInfo]], object]) -> None:
     """The same file with other metadata or tensors."""
-    opened = gguf_file.read(path)
+    opened = reader.read(path)
     metadata, tensors = dict(opened.metadata), dict(opened.tensors)
     change(metadata, tensors)
     payload = [
         (info, [opened.ranges.get(name) or memoryview(bytes(info.size))])
         for name, info in tensors.items()
     ]  # fmt: skip
-    gguf_file.write(path, metadata, payload)
+    writer.write(path, metadata, payload)
 
 
 def number(key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT16) -> Callable[[Path], None]:
@@ -197,7 +203,7 @@ def number(key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT16) -> 
 
 
 def flip_a_bit(path: Path) -> None:
-    piece = list(gguf_file.read(path).ranges.values())[3]
+    piece = list(reader.read(path).ranges.values())[3]
     raw = bytearray(path.read_bytes())
     raw[piece.offset + piece.size - 1] ^= 1
     path.write_bytes(raw)
@@ -237,11 +243,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_faulty_file_is_seen(source: Path, tmp_path: Path, fault: Callable[[Path], object], named: str) -> None:
     files = split(source, tmp_path / "out", "x", M)
     fault(files[1])
-    assert named in ", ".join(check(gguf_file.read(source), files))
+    assert named in ", ".join(check(reader.read(source), files))
 
 
 def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_path: Path) -> None:
-    files, opened = split(source, tmp_path / "out", "x", M), gguf_file.read(source)
+    files, opened = split(source, tmp_path / "out", "x", M), reader.read(source)
     assert any("does not find" in problem for problem in check(opened, [files[1], files[0], *files[2:]]))
     assert any("does not find" in problem for problem in check(opened, files[:-1]))
     assert check(opened, []) == ["there are no files"]
@@ -256,7 +262,7 @@ def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_p
 
 def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"x is not published: files load: .*llama-server: missing"):
-        verify.publish_split(source, tmp_path / "x", M, verify.Request(prompts=("x",)), bin_dir=tmp_path)
+        publish_split(source, tmp_path / "x", M, request.Request(prompts=("x",)), bin_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,9 +272,9 @@ def test_a_verified_file_is_published_in_files_that_load_and_draft(source: Path,
     done = run("verify.py", source, *options, "--publish", folder, "--split", "2M")
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
-    whole = {path.name: gguf_file.FileRange(path, 0, path.stat().st_size) for path in folder.iterdir()}
+    whole = {path.name: ranges.FileRange(path, 0, path.stat().st_size) for path in folder.iterdir()}
     assert found["files"] == [{"name": name, "bytes": whole[name].size, "sha256": sha256(whole[name])} for name in sorted(whole)]
-    assert list(map(str, sorted(whole))) == names("tiny-BF16", 3) and found["file"] == "tiny-BF16"
+    assert list(map(str, sorted(whole))) == shard_names("tiny-BF16", 3) and found["file"] == "tiny-BF16"
     accepted = {entry["name"]: entry["detail"] for entry in found["checks"]}["files load"].split()
     assert int(accepted[0]) > 0 and "drafts accepted" in done.stdout
 
@@ -292,7 +298,7 @@ def test_a_split_that_cannot_be_is_refused_before_verification(
 def test_the_program(source: Path, run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
     done = run("split.py", source, "--max-size", "3M", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names("tiny-qwen3.5", 2)]
+    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in shard_names("tiny-qwen3.5", 2)]
     assert "is no size" in fails("split.py", source, "--max-size", "3 GB", out=tmp_path / "other")
     assert "no such file" in fails("split.py", tmp_path / "gone.gguf", "--max-size", "3M", out=tmp_path / "other")
     assert run("split.py", source, "--max-size", "9M", "--out", tmp_path / "one", "--name", "Named").returncode == 0

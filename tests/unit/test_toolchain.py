@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from mtpforge.errors import ToolchainError
-from mtpforge.toolchain import PROGRAMS, Recipe, is_whole, read_pin
+from mtpforge.llama_cpp.toolchain import PROGRAMS, Recipe, is_whole, read_pin
 
 PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"
 

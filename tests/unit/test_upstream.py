@@ -12,12 +12,18 @@ import summary
 from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from layouts import read_tensors, write_checkpoint
-from mtpforge import gguf_file, inject, quantize, upstream
-from mtpforge.checkpoint import Checkpoint
+from mtpforge.checkpoint.families.registry import FAMILIES
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.families import FAMILIES, Hparams
-from mtpforge.gguf_file import Gguf, TensorInfo, Value
-from mtpforge.ranges import Payload
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.head import head_blocks, head_only
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.inject import inject
+from mtpforge.io.ranges import Payload
+from mtpforge.llama_cpp import architectures
+from mtpforge.quantize import recipe
 from other_architectures import MODELS, write_model
 
 Fails = Callable[..., str]
@@ -31,13 +37,13 @@ def refusal(checkpoint: Path, part: str = "all") -> str:
 
 def test_no_architecture_of_ours_is_on_the_list() -> None:
     ours = {name for family in FAMILIES for name in family.huggingface_architectures}
-    assert not ours & upstream.ARCHITECTURES.keys()
+    assert not ours & architectures.ARCHITECTURES.keys()
 
 
 def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(fails: Fails, tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm", architectures=["KimiLinearForCausalLM"])
     message = fails("convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf")
-    assert "KimiLinearForCausalLM" in message and all(name in message for name in upstream.ARCHITECTURES)
+    assert "KimiLinearForCausalLM" in message and all(name in message for name in architectures.ARCHITECTURES)
 
 
 def test_a_missing_environment_is_an_error_that_says_what_makes_it(fails: Fails, tmp_path: Path) -> None:
@@ -141,13 +147,13 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
     infos = [
         TensorInfo(f"blk.{i}.{name}", (2, 2), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names
     ]
-    gguf_file.write(path, metadata, [(info, [memoryview(bytes(16))]) for info in infos])
-    return gguf_file.read(path)
+    writer.write(path, metadata, [(info, [memoryview(bytes(16))]) for info in infos])
+    return reader.read(path)
 
 
 def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> None:
     def reason(architecture: str, *names: str) -> str | None:
-        return upstream.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
+        return architectures.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
 
     assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
     assert reason("exaone-moe", "attn_q.weight") == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
@@ -157,10 +163,10 @@ def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> Non
 
 def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
     several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
-    assert quantize.plan_overrides(several, "Q4_0", None, ()) == [
+    assert recipe.plan_overrides(several, "Q4_0", None, ()) == [
         (rf"^blk\.{block}\.attn_q\.weight$", "Q8_0") for block in (9, 10, 11)
     ]
-    assert inject.head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
+    assert head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
 
 
 def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path: Path) -> None:
@@ -169,12 +175,12 @@ def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path:
         windows = Value.of(list(range(blocks)), GGUFValueType.ARRAY, GGUFValueType.UINT32)
         tensors: list[tuple[TensorInfo, Payload]] = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
         tensors += [(TensorInfo(name, (1,), GGMLQuantizationType.F32), [memoryview(bytes(4))]) for name in more]
-        gguf_file.write(path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors)
+        writer.write(path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors)
         return path.with_suffix(".gguf")
 
     base, head = with_windows(tmp_path / "base", 2, 0, ("blk.0.x", "blk.1.x")), with_windows(tmp_path / "head", 4, 2)
     inject.inject(base, head, tmp_path / "out.gguf")
-    made = gguf_file.read(tmp_path / "out.gguf")
+    made = reader.read(tmp_path / "out.gguf")
     assert (made.get("mimo2.block_count"), made.get("mimo2.nextn_predict_layers")) == (4, 2)
     assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[2:] == ["blk.2.attn_q.weight", "blk.3.attn_q.weight"]
 
@@ -182,7 +188,7 @@ def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path:
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])
 def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: int) -> None:
     with pytest.raises(GgufError, match="that cannot be"):
-        quantize.head_blocks(_declaring(tmp_path / "odd.gguf", heads))
+        head_blocks(_declaring(tmp_path / "odd.gguf", heads))
 
 
 def _declaring(path: Path, heads: int) -> Gguf:
@@ -199,8 +205,8 @@ def test_the_summary_says_where_drafting_is_not_possible() -> None:
 def test_latent_attention_is_split_by_head() -> None:
     hparams = Hparams({"num_attention_heads": 2, "qk_nope_head_dim": 3, "v_head_dim": 1})
     values = np.arange(2 * 4 * 5, dtype=np.float32).reshape(8, 5)
-    k, v = upstream.split_kv_b(values, hparams)
+    k, v = architectures.split_kv_b(values, hparams)
     assert k.shape == (2, 5, 3) and v.shape == (2, 1, 5)
     assert k[1, 4].tolist() == values[4:7, 4].tolist() and v[1].tolist() == values[7:8].tolist()
     with pytest.raises(CheckpointError, match="kv_b_proj has 7 rows"):
-        upstream.split_kv_b(values[:7], hparams)
+        architectures.split_kv_b(values[:7], hparams)

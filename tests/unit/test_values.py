@@ -10,11 +10,15 @@ from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from layouts import write_layout
-from mtpforge import convert, gguf_file, values, verify
-from mtpforge.checkpoint import Checkpoint
-from mtpforge.families import Hparams, family_of
-from mtpforge.gguf_file import Gguf, TensorInfo
-from mtpforge.server import Choice, Server
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import plan
+from mtpforge.convert import values as converted
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.llama_cpp.server import Choice, Server
+from mtpforge.verify import request, running, source, values
 
 Q8_0 = GGMLQuantizationType.Q8_0
 EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
@@ -25,11 +29,11 @@ def test_some_rows_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: P
     checkpoint = Checkpoint(write_layout(name, tmp_path))
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
     rng = np.random.default_rng(0)
-    for item in convert.plan(checkpoint, family, hparams, "all"):
-        whole = np.concatenate(list(convert.values(checkpoint, item))).reshape(-1, item.row.shape[-1])
+    for item in plan.plan(checkpoint, family, hparams, "all"):
+        whole = np.concatenate(list(converted.values(checkpoint, item))).reshape(-1, item.row.shape[-1])
         some = np.flatnonzero(rng.random(len(whole)) < 0.2)
         some = np.union1d(some, [len(whole) - 1])
-        assert np.array_equal(convert.rows(checkpoint, item, some), whole[some]), item.row.name
+        assert np.array_equal(converted.rows(checkpoint, item, some), whole[some]), item.row.name
 
 
 @pytest.mark.parametrize("shape", [(248_320, 64), (EXPERTS, ROWS, WIDTH), (300, 3, 4096), (2, 1 << 20), (2, 1, 1 << 20)])
@@ -54,8 +58,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gguf, np.ndarray]:
     info = TensorInfo("blk.0.ffn_up_exps.weight", (EXPERTS, ROWS, WIDTH), Q8_0)
     assert info.elements > values.LARGE
     path = tmp_path_factory.mktemp("large") / "large.gguf"
-    gguf_file.write(path, {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
-    return gguf_file.read(path), right
+    writer.write(path, {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
+    return reader.read(path), right
 
 
 def problem(large: tuple[Gguf, np.ndarray], right: np.ndarray) -> str:
@@ -91,8 +95,8 @@ def test_a_row_that_vanishes_in_a_scale_is_no_fault(tmp_path: Path) -> None:
     right = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
     right[5] = 1e-12
     info = TensorInfo("token_embd.weight", right.shape, Q8_0)
-    gguf_file.write(tmp_path / "f.gguf", {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
-    opened = gguf_file.read(tmp_path / "f.gguf")
+    writer.write(tmp_path / "f.gguf", {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
+    opened = reader.read(tmp_path / "f.gguf")
     assert not values.stored_rows(opened, info.name, np.array([5])).any()
     assert values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems == []
     right[5] = 0.05  # but one that is small and there is
@@ -129,8 +133,8 @@ CHOICES = [[Choice(7, 1, 2.0), Choice(8, 9, 0.05), Choice(9, 8, 1.0)], [Choice(1
 def test_text_may_differ_from_a_near_tie_on(
     monkeypatch: pytest.MonkeyPatch, drafted: list[list[int]], passed: bool, detail: str
 ) -> None:
-    monkeypatch.setattr(verify, "EQUAL", 3)
-    check = verify.check_same(drafted, CHOICES)
+    monkeypatch.setattr(running, "EQUAL", 3)
+    check = running.check_same(drafted, CHOICES)
     assert check.passed == passed and check.detail.startswith(detail)
 
 
@@ -144,8 +148,8 @@ def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(monkeypatch: p
     monkeypatch.setattr(Server, "ask", lambda *_: answer)
     choices = Server(0, 0).choices("prompt", 3)
     assert choices == [(5, 6, pytest.approx(1.0)), (178, None, 0.0), (897, 8, pytest.approx(2.0))]
-    assert verify.check_same([[5, 178, 897]], [choices]).passed and verify.check_same([[5, 4, 4]], [choices]).passed
-    assert not verify.check_same([[5, 178, 8]], [choices]).passed
+    assert running.check_same([[5, 178, 897]], [choices]).passed and running.check_same([[5, 4, 4]], [choices]).passed
+    assert not running.check_same([[5, 178, 8]], [choices]).passed
 
 
 @pytest.mark.parametrize(
@@ -158,13 +162,13 @@ def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(monkeypatch: p
 )
 def test_acceptance_beside_that_of_the_unquantized(tmp_path: Path, measured: dict[str, Any], passed: bool, detail: str) -> None:
     (tmp_path / "acceptance.json").write_text(json.dumps(measured))
-    assert verify.check_acceptance(0.75, tmp_path / "acceptance.json", 0.2) == verify.Check("acceptance", passed, detail)
+    assert running.check_acceptance(0.75, tmp_path / "acceptance.json", 0.2) == request.Check("acceptance", passed, detail)
 
 
 def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
     with (tmp_path / "huge.gguf").open("wb") as file:
         file.truncate(1 << 43)
-    assert "do not fit into" in verify.acceptance(tmp_path / "huge.gguf", verify.Request(), tmp_path)["skipped"]
+    assert "do not fit into" in running.acceptance(tmp_path / "huge.gguf", request.Request(), tmp_path)["skipped"]
 
 
 # ── templates ──
@@ -172,12 +176,12 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
 
 def test_the_template_of_a_checkpoint_is_found_where_it_may_stand(tmp_path: Path) -> None:
     settings = json.loads((CHECKPOINTS / "tiny-qwen3.5/tokenizer_config.json").read_text())
-    assert verify.chat_template(CHECKPOINTS / "tiny-qwen3.5") == settings["chat_template"]
-    assert verify.chat_template(tmp_path) is None
+    assert source.chat_template(CHECKPOINTS / "tiny-qwen3.5") == settings["chat_template"]
+    assert source.chat_template(tmp_path) is None
     (tmp_path / "chat_template.json").write_text('{"chat_template": "a"}')
-    assert verify.chat_template(tmp_path) == "a"
+    assert source.chat_template(tmp_path) == "a"
     (tmp_path / "chat_template.jinja").write_text("b")
-    assert verify.chat_template(tmp_path) == "b"
+    assert source.chat_template(tmp_path) == "b"
     named = [{"name": "tool_use", "template": "d"}, {"name": "default", "template": "c"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert verify.chat_template(tmp_path) == "c"
+    assert source.chat_template(tmp_path) == "c"

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mtpforge import gguf_file, inject, split
-from mtpforge.gguf_file import Gguf
+from mtpforge.gguf import head, reader, split
+from mtpforge.gguf.reader import Gguf
+from mtpforge.inject import inject
 from repository import CONFIG, Repository
 
 VARIANTS = {
@@ -33,7 +34,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain:
 
 
 def result(repository: Repository, variant: str) -> Gguf:
-    return gguf_file.read(repository.path / f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf")
+    return reader.read(repository.path / f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf")
 
 
 def report(repository: Repository, variant: str) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def report(repository: Repository, variant: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trunk_is_proven_to_be_the_base(repository: Repository, built: Path, variant: str) -> None:
-    made, base = result(repository, variant), gguf_file.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf")
-    assert inject.trunk_digests(made) == inject.trunk_digests(base)
+    made, base = result(repository, variant), reader.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf")
+    assert head.trunk_digests(made) == head.trunk_digests(base)
     proof = report(repository, variant)["trunk"]
     assert proof["tensors"] == 55 and proof["sha256_before"] == proof["sha256_after"]
 

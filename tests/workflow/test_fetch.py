@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from hub import COMMIT, Fault, Hub, serve
-from mtpforge import gguf_file, inject
+from mtpforge.gguf import head, reader
 from repository import CONFIG, Repository
 
 MODEL = "tiny-qwen3.5"
@@ -124,7 +124,7 @@ def test_an_importance_matrix_from_the_hub_is_used(tmp_path: Path, built: Path, 
     with serve({"They/matrices": theirs}) as hub:
         done = copy.snakemake(**environment(hub, tmp_path))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    made = gguf_file.read(copy.path / "results" / MODEL / f"{MODEL}-IQ4_XS.gguf")
+    made = reader.read(copy.path / "results" / MODEL / f"{MODEL}-IQ4_XS.gguf")
     assert made.get("quantize.imatrix.file") == "imatrix.gguf"  # no path of the machine that made it
 
 
@@ -143,8 +143,8 @@ def test_a_split_base_is_fetched_whole_and_given_its_head(tmp_path: Path, remote
     fetched = copy.path / f"resources/hub/They/base/{COMMIT}/base"
     assert len(files) > 1 and sorted(path.name for path in fetched.iterdir()) == files
     assert all((fetched / name).read_bytes() == (theirs / name).read_bytes() for name in files)
-    made = gguf_file.read(next((copy.path / "results").glob("*/*-theirs.gguf")))
-    assert inject.trunk_digests(made) == inject.trunk_digests(gguf_file.read(source))
+    made = reader.read(next((copy.path / "results").glob("*/*-theirs.gguf")))
+    assert head.trunk_digests(made) == head.trunk_digests(reader.read(source))
 
 
 def test_add_prints_an_entry(tmp_path: Path, remote: Path, toolchain: Path) -> None:

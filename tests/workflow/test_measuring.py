@@ -60,9 +60,9 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
     ("edited", "pending"),
     [
         ("measure.py", {"measure": 2, "summary": 1, **described(0)}),
-        ("mtpforge/measure.py", {"measure": 2, "summary": 1, **described(0)}),
+        ("mtpforge/measure/speed.py", {"measure": 2, "summary": 1, **described(0)}),
         ("verify.py", {"verify": 1, "verify_split": 1, "summary": 1, **described(2)}),
-        ("mtpforge/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)}),
+        ("mtpforge/measure/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)}),
     ],
 )
 def test_edited_code_measures_again_and_does_nothing_else(repository: Repository, edited: str, pending: dict[str, int]) -> None:

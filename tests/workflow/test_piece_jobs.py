@@ -153,7 +153,7 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
 
 def test_how_many_pieces_there_are_by_default_is_planned(repository: Repository) -> None:
     """Once: a run with other cores has nothing to do."""
-    library = repository.path / "workflow/scripts/mtpforge/plan.py"
+    library = repository.path / "workflow/scripts/mtpforge/quantize/plan.py"
     library.write_text(library.read_text().replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3"))
     set_variants(repository, {"Q5_1": {}})
     target = str(Path(MODEL, "work/quantized/Q5_1.gguf"))

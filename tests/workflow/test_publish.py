@@ -17,7 +17,7 @@ from hub import Fault, Hub, serve
 from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
-from mtpforge import gguf_file
+from mtpforge.io import ranges
 from repository import CONFIG, Repository
 
 MODEL, TARGET, TOKEN = "tiny-qwen3.5", "Owner/tiny-qwen3.5-MTP-GGUF", "hf_VerySecretToken"
@@ -204,7 +204,7 @@ def test_the_statement_says_what_a_file_is_made_of(repository: Repository) -> No
     found = {entry["name"]: entry.get("digest", {}).get("sha256") for entry in definition["resolvedDependencies"]}
     checkpoint = repository.path / f"tests/checkpoints/{MODEL}"
     for name in ("config.json", "model-00003-of-00004.safetensors"):
-        assert found[name] == gguf_file.sha256(gguf_file.FileRange(checkpoint / name, 0, (checkpoint / name).stat().st_size))
+        assert found[name] == ranges.sha256(ranges.FileRange(checkpoint / name, 0, (checkpoint / name).stat().st_size))
     assert {"llama-quantize", "llama-server", "mtpforge", "envs/run.txt", "envs/llama.cpp.txt"} <= found.keys()
     assert str(repository.path) not in text and "tests/checkpoints" not in text
     Statement.copy_from_pb(json_format.ParseDict(statement, statement_pb2.Statement())).validate()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
-from mtpforge import upstream
+from mtpforge.llama_cpp import architectures
 
 
 def test_the_graph_of_the_rules_is_snakemakes() -> None:
@@ -30,7 +30,7 @@ def test_the_table_of_other_architectures_is_the_list() -> None:
         r"^\| (\w+(?:, \w+)*)(?: \(.*\))? \| ([\w-]+) \| (yes|no|where)", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     written = {name: (kind, drafts != "no") for names, kind, drafts in rows for name in names.split(", ")}
-    assert written == {name: (entry.gguf, entry.drafts) for name, entry in upstream.ARCHITECTURES.items()}
+    assert written == {name: (entry.gguf, entry.drafts) for name, entry in architectures.ARCHITECTURES.items()}
 
 
 def test_the_table_of_results_lists_what_all_makes(built: Path) -> None:

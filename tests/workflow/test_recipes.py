@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS
-from mtpforge import gguf_file
+from mtpforge.gguf import reader
 from repository import CONFIG, Repository, described
 
 TEXT = "texts/calibration.txt"
@@ -42,14 +42,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
 def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Repository) -> None:
     results = repository.path / "results/tiny-qwen3.5"
     for variant in ("IQ2_XS", "IQ3_XXS"):
-        opened = gguf_file.read(results / f"tiny-qwen3.5-{variant}.gguf")
+        opened = reader.read(results / f"tiny-qwen3.5-{variant}.gguf")
         assert opened.tensors["blk.0.ffn_up.weight"].type.name == variant
         assert opened.get("quantize.imatrix.file") == MATRIX
         assert opened.get("quantize.imatrix.dataset") == "calibration.txt"
         report = json.loads((results / f"reports/tiny-qwen3.5-{variant}.json").read_text())
         assert report["accepted"] > 0 and all(check["passed"] for check in report["checks"])
         assert (repository.path / f"logs/tiny-qwen3.5/plan-quantized-{variant}.log").read_text().startswith("| tensor ")
-    assert gguf_file.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
+    assert reader.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
 
 
 def test_what_is_published_names_the_text_and_has_its_digest(repository: Repository) -> None:

@@ -48,11 +48,11 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
 def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None:
     library = repository.path / "workflow/scripts/mtpforge"
     after = {"verify": 2, "summary": 1, "provenance": 2, "card": 1, "sums": 1}
-    edit(library / "server.py")
+    edit(library / "llama_cpp/server.py")
     assert repository.pending() == {"acceptance": 1, **after}
-    edit(library / "quantize.py")
+    edit(library / "quantize/llama_quantize.py")
     assert repository.pending() == {"acceptance": 1, "plan": 1, "quantize": 1, **after}
-    edit(library / "tokenizer.py")
+    edit(library / "convert/tokenizer.py")
     assert repository.pending() == {"acceptance": 1, "convert": 1, "plan": 1, "quantize": 1, **after}
 
 

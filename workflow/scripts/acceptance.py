@@ -6,9 +6,12 @@ example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, programs
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
 from mtpforge.prompts import PROMPTS, read_prompts
-from mtpforge.verify import Request, acceptance
+from mtpforge.verify.request import Request
+from mtpforge.verify.running import acceptance
 
 
 def main() -> None:

@@ -5,9 +5,11 @@ example: add.py Qwen/Qwen3.5-4B
 
 import argparse
 
-from mtpforge import errors, head, hub, upstream
-from mtpforge.families import family_of
-from mtpforge.listing import REPOSITORY
+from mtpforge import errors
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.hub import download, head
+from mtpforge.hub.listing import REPOSITORY
+from mtpforge.llama_cpp import architectures
 
 
 def main() -> None:
@@ -22,12 +24,12 @@ def entry(repo: str) -> str:
     """The entry, for the family and the head that the checkpoint has. Raises DownloadError, CheckpointError."""
     if not REPOSITORY.fullmatch(repo):
         raise errors.DownloadError(f"{repo!r}: name a repository as OWNER/NAME (snakemake --cores 1 add --config repo=OWNER/NAME)")
-    listing = hub.resolve(repo, str(hub.model_info(repo).sha))
+    listing = download.resolve(repo, str(download.model_info(repo).sha))
     if not listing.tensors:
         raise errors.DownloadError(f"{repo}: has no *.safetensors: only such checkpoints can be converted")
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     architecture, about, converter, variant = head.architecture_in(listing), "", [], "{}"
-    if architecture in upstream.ARCHITECTURES:
+    if architecture in architectures.ARCHITECTURES:
         converter = ["    converter: llama.cpp"]
     elif tensors := head.head_tensors(listing, family_of(architecture)):
         about = f", {sum(tensor.size for tensor in tensors) / 1e9:.2f} GB of it the head"

@@ -7,9 +7,12 @@ import argparse
 import json
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file, split
-from mtpforge.card import Result, make
-from mtpforge.checkpoint import read_json
+from mtpforge import errors
+from mtpforge.gguf import names, reader
+from mtpforge.io import atomic
+from mtpforge.io.text import read_json
+from mtpforge.publish.card import make
+from mtpforge.publish.result import Result
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "card.md"
 
@@ -30,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     measured = {path.name: read_json(path) for path in args.measurements}
     results = [
-        Result(read_json(report), measured.get(report.name.replace(".split.json", ".json")), gguf_file.read(split.first_of(file)))
+        Result(read_json(report), measured.get(report.name.replace(".split.json", ".json")), reader.read(names.first_of(file)))
         for file, report in zip(args.files, args.reports, strict=True)
     ]
     atomic.write_text(args.out, make(args.about, results, args.checkpoint_card, read_json(args.toolchain), args.template))

@@ -6,7 +6,8 @@ example: check_results.py Qwen3.5-4B-MTP-GGUF
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress, results
+from mtpforge import errors, progress
+from mtpforge.publish import sums
 
 
 def main() -> None:
@@ -15,10 +16,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the folder, with its SHA256SUMS")
     args = parser.parse_args()
     with progress.bar(args.folder.name) as show:
-        problems = results.check(args.folder, show)
+        problems = sums.check(args.folder, show)
     if problems:
         raise errors.VerificationError(f"{args.folder}: {'; '.join(problems)}")
-    print(f"{args.folder}: all {len(results.read_sums(args.folder / results.SUMS))} files are as they were published")
+    print(f"{args.folder}: all {len(sums.read_sums(args.folder / sums.SUMS))} files are as they were published")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file, progress
-from mtpforge.convert import PARTS, convert
+from mtpforge import errors, progress
+from mtpforge.convert.native import PARTS, convert
+from mtpforge.gguf import reader
+from mtpforge.io import atomic
 
 PART = "the whole model (default), its trunk, its head alone, or the head with the shared embeddings as a draft model"
 
@@ -26,7 +28,7 @@ def main() -> None:
     with progress.bar(args.out.name) as show:
         convert(args.checkpoint, args.out, args.part, args.tokenizer_pre, show)
     if args.digests:
-        atomic.write_json(args.digests, gguf_file.digests(args.out, args.threads))
+        atomic.write_json(args.digests, reader.digests(args.out, args.threads))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file
-from mtpforge.upstream import PARTS, convert_upstream
+from mtpforge import errors
+from mtpforge.convert.upstream import PARTS, convert_upstream
+from mtpforge.gguf import reader
+from mtpforge.io import atomic
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.checkpoint)
     convert_upstream(args.checkpoint, args.out, args.converter, args.part, args.tokenizer_pre, args.log)
     if args.digests:
-        atomic.write_json(args.digests, gguf_file.digests(args.out))
+        atomic.write_json(args.digests, reader.digests(args.out))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, toolchain
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import toolchain
 
 
 def main() -> None:

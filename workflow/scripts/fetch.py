@@ -6,8 +6,10 @@ example: fetch.py files.json model-00001-of-00002.safetensors --folder Qwen3.5-4
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, hub
-from mtpforge.listing import Listing
+from mtpforge import errors
+from mtpforge.hub import download
+from mtpforge.hub.listing import Listing
+from mtpforge.io import atomic
 
 
 def main() -> None:
@@ -20,9 +22,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the record: name, bytes and sha256, as JSON")
     args = parser.parse_args()
     listing = Listing.read(args.listing)
-    record = hub.download(listing, args.name, args.folder, listing.companions(args.name))
+    record = download.download(listing, args.name, args.folder, listing.companions(args.name))
     if args.head and args.head.exists() and args.name.endswith(".safetensors"):
-        count = hub.confirm_head(args.head, args.folder / args.name)
+        count = download.confirm_head(args.head, args.folder / args.name)
         print(f"{args.name}: {count} tensors of the head that was fetched by itself are confirmed")
     atomic.write_json(args.out, record)
 

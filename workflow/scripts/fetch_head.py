@@ -6,8 +6,10 @@ example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, head
-from mtpforge.listing import Listing
+from mtpforge import errors
+from mtpforge.hub import head
+from mtpforge.hub.listing import Listing
+from mtpforge.io import atomic
 
 
 def main() -> None:

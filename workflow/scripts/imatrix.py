@@ -6,7 +6,10 @@ example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gg
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, imatrix, programs
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
+from mtpforge.quantize import imatrix
 
 
 def main() -> None:

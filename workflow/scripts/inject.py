@@ -8,8 +8,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtpforge import atomic, errors, inject, programs, progress
-from mtpforge.listing import gguf_files
+from mtpforge import errors, progress
+from mtpforge.gguf.names import gguf_files
+from mtpforge.inject import inject
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
 
 HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
 IN_PLACE = (

@@ -7,7 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from mtpforge import atomic, errors, provenance
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.publish import provenance
 
 
 def main() -> None:

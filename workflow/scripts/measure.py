@@ -10,10 +10,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from mtpforge import atomic, errors, perplexity, programs, split
-from mtpforge.measure import measure
+from mtpforge import errors
+from mtpforge.gguf import names
+from mtpforge.io import atomic
+from mtpforge.io.ranges import digest_of
+from mtpforge.llama_cpp import programs
+from mtpforge.measure import perplexity
+from mtpforge.measure.speed import measure
 from mtpforge.prompts import PROMPTS, read_prompts
-from mtpforge.provenance import digest_of
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
     parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where its programs are (default: %(default)s)")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
-    threads, file = programs.threads(args.threads), split.first_of(args.file)
+    threads, file = programs.threads(args.threads), names.first_of(args.file)
     distance: dict[str, Any] = {"perplexity": None, "kl_divergence": None}
     if args.reference_logits:
         distance = perplexity.against_reference(file, args.reference_logits, threads, args.bin)

@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtpforge import atomic, errors, split
-from mtpforge.quant_types import bits
-from mtpforge.svg import BLUE, FAINT, GREY, GRID, INK, WIDE, WIDTH, Svg, ticks
+from mtpforge import errors
+from mtpforge.gguf import split
+from mtpforge.gguf.names import first_of
+from mtpforge.gguf.quant_types import bits
+from mtpforge.io import atomic
+from mtpforge.report.svg import BLUE, FAINT, GREY, GRID, INK, WIDE, WIDTH, Svg, ticks
 
 LEFT, RIGHT = 40, 262  # where bars begin and end; their values stand to the right
 
@@ -160,7 +163,7 @@ def _label(svg: Svg, x: float, y: float, words: str, taken: list[tuple[float, fl
 
 def tensors(path: Path, known: dict[str, float]) -> Svg:
     """Of each kind of tensor its types, with how many blocks have them, and the range of its relative errors."""
-    opened = split.read(split.first_of(path))
+    opened = split.read(first_of(path))
     name = path.name.removesuffix(".gguf")
     svg = Svg("Tensors", f"{name}: types of the tensors of each name, darker with more bits, and how many there are of each.")
     if known:

@@ -7,8 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
-from mtpforge import atomic, errors, provenance, results
-from mtpforge.checkpoint import read_json
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.io.text import read_json
+from mtpforge.publish import provenance, sums
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
         dependencies += provenance.materials(json.loads(source), map(Path, evidence))
     dependencies += [*provenance.trunk(report), *provenance.toolchain(args.toolchain)]
     dependencies += [*provenance.locks(args.locks), provenance.pipeline(args.code)]
-    atomic.write_json(args.out, provenance.statement(results.files_of(report), args.parameters, dependencies))
+    atomic.write_json(args.out, provenance.statement(sums.files_of(report), args.parameters, dependencies))
 
 
 if __name__ == "__main__":

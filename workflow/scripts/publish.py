@@ -6,7 +6,8 @@ example: publish.py --private results/qwen3.5-4b OWNER/Qwen3.5-4B-MTP-GGUF --dry
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, publish
+from mtpforge import errors
+from mtpforge.publish import upload
 
 
 def main() -> None:
@@ -24,10 +25,10 @@ def main() -> None:
     if not targets:
         raise errors.ConfigError("nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`")
     for folder, repo, private in targets:
-        plan = publish.plan(Path(folder), repo, args.signed)
-        publish.tell(plan)
+        plan = upload.plan(Path(folder), repo, args.signed)
+        upload.tell(plan)
         if plan.missing and not args.dry_run:
-            print(f"{repo}: {publish.upload(plan, private, args.signed)}")
+            print(f"{repo}: {upload.upload(plan, private, args.signed)}")
 
 
 if __name__ == "__main__":

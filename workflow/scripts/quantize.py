@@ -16,8 +16,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file, pieces, plan, programs
-from mtpforge.quantize import quantize, read_recipe
+from mtpforge import errors
+from mtpforge.gguf import reader
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
+from mtpforge.quantize import manifest, pieces, plan
+from mtpforge.quantize.llama_quantize import quantize
+from mtpforge.quantize.recipe import read_recipe
 
 
 def main() -> None:
@@ -64,14 +69,14 @@ def main() -> None:
     recipe = read_recipe(args.tensors)
     quantize(args.source, out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
     if out and args.digests:
-        atomic.write_json(args.digests, gguf_file.digests(out, args.threads or None))
+        atomic.write_json(args.digests, reader.digests(out, args.threads or None))
 
 
 def as_planned(args: argparse.Namespace, number: int, count: int) -> None:
     """Make what the plan says, all of it or one piece."""
     if args.log:
         args.log.write_text("", encoding="utf-8")
-    planned, source = plan.Plan.read(args.plan), gguf_file.read(args.source)
+    planned, source = plan.Plan.read(args.plan), reader.read(args.source)
     work = pieces.Work(planned, source, args.imatrix, args.threads, args.bin, args.log, say)
     digests = work.piece(args.out, number, count, args.reuse) if args.piece else work.whole(args.out, args.reuse)
     names = [args.out, *args.also]
@@ -81,7 +86,7 @@ def as_planned(args: argparse.Namespace, number: int, count: int) -> None:
             os.link(args.out, temporary)
         names.append(args.keep)
     if args.manifest:
-        pieces.write_manifest(args.manifest, planned, digests, names)
+        manifest.write_manifest(args.manifest, planned, digests, names)
     if args.digests:
         atomic.write_json(args.digests, digests)
 

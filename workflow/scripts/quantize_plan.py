@@ -8,9 +8,14 @@ example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out p
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file, plan, programs
-from mtpforge.checkpoint import read_json
-from mtpforge.quantize import choose, read_recipe
+from mtpforge import errors
+from mtpforge.gguf import reader
+from mtpforge.io import atomic
+from mtpforge.io.text import read_json
+from mtpforge.llama_cpp import programs
+from mtpforge.quantize import plan
+from mtpforge.quantize.llama_quantize import choose
+from mtpforge.quantize.recipe import read_recipe
 
 
 def main() -> None:
@@ -28,9 +33,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=Path, metavar="FILE", help="write in how many pieces it is best made on so many threads")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
-    source = gguf_file.read(args.source)
+    source = reader.read(args.source)
     types = choose(source, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.bin)
-    digests = read_json(args.digests) if args.digests else gguf_file.digests(args.source)
+    digests = read_json(args.digests) if args.digests else reader.digests(args.source)
     made = plan.make(source, digests, types, args.type, args.imatrix, args.bin)
     if args.pieces:
         atomic.write_json(args.pieces, made.pieces(args.threads))

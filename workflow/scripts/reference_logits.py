@@ -6,8 +6,10 @@ example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, programs
-from mtpforge.perplexity import reference_logits
+from mtpforge import errors
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
+from mtpforge.measure.perplexity import reference_logits
 
 
 def main() -> None:

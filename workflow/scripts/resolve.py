@@ -7,8 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtpforge import errors, hub
-from mtpforge.listing import Listing
+from mtpforge import errors
+from mtpforge.hub import download
+from mtpforge.hub.listing import Listing
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     kept = args.out.with_name(f".{args.out.name}")  # Snakemake deletes the output of a job that fails, or runs again
     try:
-        listing = hub.resolve(args.repo, args.revision)
+        listing = download.resolve(args.repo, args.revision)
     except errors.DownloadError as error:
         if not kept.exists():
             raise

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from mtpforge import errors
-from mtpforge.atomic import replacing
+from mtpforge.io.atomic import replacing
 
 
 def main() -> None:

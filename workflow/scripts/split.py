@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from mtpforge import errors, progress
-from mtpforge.split import parse_size, split
+from mtpforge.gguf.split import parse_size, split
 
 
 def main() -> None:

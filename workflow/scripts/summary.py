@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mtpforge import atomic, errors
+from mtpforge import errors
+from mtpforge.io import atomic
 from mtpforge.table import markdown, size
 
 COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")

@@ -6,7 +6,8 @@ example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json 
 import argparse
 from pathlib import Path
 
-from mtpforge import errors, results
+from mtpforge import errors
+from mtpforge.publish.sums import SUMS, collect, surplus, write_sums
 
 
 def main() -> None:
@@ -16,9 +17,9 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, nargs="+", required=True, help="of verify.py, on the files that are published")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="what is published beside them: card, statements")
     args = parser.parse_args()
-    sums = results.collect(args.folder, args.reports, args.others)
-    results.write_sums(args.folder / results.SUMS, sums)
-    for name in results.surplus(args.folder, sums):
+    sums = collect(args.folder, args.reports, args.others)
+    write_sums(args.folder / SUMS, sums)
+    for name in surplus(args.folder, sums):
         print(f"{args.folder / name}: is not asked for any more and will not be published: delete it")
 
 

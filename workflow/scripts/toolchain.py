@@ -8,9 +8,9 @@ import argparse
 import os
 from pathlib import Path
 
-from mtpforge.atomic import write_json
 from mtpforge.errors import run
-from mtpforge.toolchain import adopt, built, install
+from mtpforge.io.atomic import write_json
+from mtpforge.llama_cpp.toolchain import adopt, built, install
 
 
 def main() -> None:

@@ -6,11 +6,16 @@ example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS 
 import argparse
 from pathlib import Path
 
-from mtpforge import atomic, errors, gguf_file, programs, progress
+from mtpforge import errors, progress
+from mtpforge.gguf import reader
+from mtpforge.gguf.split import check_target, parse_size, plan
+from mtpforge.io import atomic
+from mtpforge.llama_cpp import programs
 from mtpforge.prompts import PROMPTS, read_prompts
-from mtpforge.quantize import read_recipe
-from mtpforge.split import check_target, parse_size, plan
-from mtpforge.verify import Request, as_table, head_source, publish_split, verify
+from mtpforge.quantize.recipe import read_recipe
+from mtpforge.verify.report import publish_split, verify
+from mtpforge.verify.request import Request, as_table
+from mtpforge.verify.source import head_source
 
 
 def main() -> None:
@@ -78,7 +83,7 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
     if folder is None:
         raise errors.ConfigError("--split: nothing is published: --publish names the folder")
     limit = parse_size(size)
-    plan(gguf_file.read(file), limit)
+    plan(reader.read(file), limit)
     check_target(file, folder, folder.name)
     return limit
 

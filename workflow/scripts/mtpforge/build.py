@@ -16,11 +16,12 @@ from typing import Any, Protocol, cast
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from . import quant_types
-from .code import code
-from .errors import ConfigError
-from .listing import Listing, gguf_files
-from .quantize import NO_HEAD, check_pattern, default_head, read_head
+from mtpforge.code import code
+from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
+from mtpforge.gguf.names import gguf_files
+from mtpforge.hub.listing import Listing
+from mtpforge.quantize.recipe import NO_HEAD, check_pattern, default_head, read_head
 
 SCHEMA = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 WORK = "results/{model}/work"

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import atomic, gguf_file
-from .errors import ForgeError, GgufError
-from .gguf_file import Gguf, TensorInfo, Value, aligned
-from .ranges import BLOCK, FileRange, Payload, Sink, sha256
+from mtpforge.errors import ForgeError, GgufError
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value, aligned
+from mtpforge.io import atomic
+from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink, sha256
 
 _INSERT_RANGE = 0x20  # FALLOC_FL_INSERT_RANGE of linux/falloc.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # EINVAL: the file system's blocks are larger than ours
@@ -64,7 +65,7 @@ def insert(
         )
     if not base.ranges:
         return False
-    header = gguf_file.header(metadata, [*base.tensors.values(), *(info for info, _ in head)])
+    header = writer.header(metadata, [*base.tensors.values(), *(info for info, _ in head)])
     start, end = (pick(piece.offset + at * piece.size for piece in base.ranges.values()) for pick, at in ((min, 0), (max, 1)))
     size, shift = os.fstat(descriptor).st_size, len(header) - start
     if size not in (end, aligned(end)) or shift <= 0 or shift % BLOCK:
@@ -85,7 +86,7 @@ def insert(
         sink = Sink(descriptor, lambda written: progress(written - size, tail), size)
         sink.append([memoryview(bytes(aligned(end) - size))])
         for info, payload in head:
-            gguf_file.append_run(sink, [info], payload)
+            writer.append_run(sink, [info], payload)
         os.fsync(descriptor)
         moved = _make_room(descriptor, shift)
     finally:
@@ -109,9 +110,9 @@ def _repair(path: Path, descriptor: int) -> None:
         plan = json.loads(text)
         size, shifted, start, digest, edges = (plan[key] for key in ("size", "shifted", "start", "header", "edges"))
         there = os.fstat(descriptor).st_size
-        if size <= there <= shifted and sha256(FileRange(path, 0, start)) == digest and _edges(gguf_file.read(path)) == edges:
+        if size <= there <= shifted and sha256(FileRange(path, 0, start)) == digest and _edges(reader.read(path)) == edges:
             os.ftruncate(descriptor, size)  # nothing has been moved
-        elif there == shifted and edges.items() <= _edges(gguf_file.parse(path, header, there)).items():
+        elif there == shifted and edges.items() <= _edges(reader.parse(path, header, there)).items():
             _write_header(descriptor, header)
         else:
             raise GgufError("neither as it was nor as it would have been")

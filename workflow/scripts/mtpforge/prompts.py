@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .errors import ConfigError
+from mtpforge.errors import ConfigError
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 

@@ -1,0 +1,173 @@
+"""Reading a GGUF is strict and agrees with gguf-py; writing one streams, and appears whole or not at all."""
+
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from mtpforge.errors import GgufError
+from mtpforge.gguf import reader
+from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.writer import fill, write
+
+F32 = GGMLQuantizationType.F32
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Path:
+    """A file of every metadata type, written by gguf-py."""
+    path = tmp_path / "sample.gguf"
+    writer = GGUFWriter(path, "qwen35")
+    writer.add_uint32("a.u32", 7)
+    writer.add_int64("a.i64", -7)
+    writer.add_float64("a.f64", 0.5)
+    writer.add_bool("a.bool", True)
+    writer.add_string("a.text", "gr\u00fc\u00df dich")
+    writer.add_array("a.numbers", [1, -2, 3])
+    writer.add_array("a.texts", ["", "x", "\u4f60\u597d"])
+    writer.add_tensor("one", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("two", np.arange(4, dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_reader_agrees_with_gguf_py(sample: Path) -> None:
+    ours, theirs = reader.read(sample), GGUFReader(sample)
+    fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert {key: value.decode() for key, value in ours.metadata.items()} == fields
+    for tensor in theirs.tensors:
+        assert ours.tensors[tensor.name].shape == tuple(int(n) for n in reversed(tensor.shape))
+        assert ours.tensors[tensor.name].type == tensor.tensor_type
+        assert ours.ranges[tensor.name].offset == tensor.data_offset
+        assert ours.ranges[tensor.name].size == tensor.n_bytes
+
+
+def test_a_copy_made_from_the_parsed_parts_is_the_same_file(sample: Path, tmp_path: Path) -> None:
+    opened, copy = reader.read(sample), tmp_path / "copy.gguf"
+    write(copy, opened.metadata, [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()])
+    assert copy.read_bytes() == sample.read_bytes()
+
+
+def test_a_vocabulary_of_real_size_opens_fast(tmp_path: Path) -> None:
+    path, words = tmp_path / "large.gguf", [f"token {i}" for i in range(248_320)]
+    metadata = {"general.architecture": Value.of("qwen35", GGUFValueType.STRING)}
+    metadata["tokens"] = Value.of(words, GGUFValueType.ARRAY, GGUFValueType.STRING)
+    write(path, metadata, [])
+    start = time.process_time()
+    opened = reader.read(path)
+    assert time.process_time() - start < 2  # 0.05 s where nothing else runs; gguf-py takes seconds
+    assert len(opened.metadata["tokens"]) == len(words) and opened.get("tokens") == words
+
+
+def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: Path) -> None:
+    """The same is not walked through again; one of as many tokens, or of the same to some place, is."""
+    words, raw = [f"token {i}" for i in range(12_000)], dict[str, bytes]()
+    for name, last in (("first", "token 11999"), ("longer", "token eleven thousand nine hundred and ninety-nine"), ("shorter", "")):
+        metadata = {"tokens": Value.of([*words[:-1], last], GGUFValueType.ARRAY, GGUFValueType.STRING)}
+        metadata["after"] = Value.of(name, GGUFValueType.STRING)
+        write(tmp_path / name, metadata, [])
+        raw[name] = (tmp_path / name).read_bytes()
+    for name in ("first", "first", "longer", "longer", "shorter", "first"):
+        opened = reader.read(tmp_path / name)
+        assert opened.get("after") == name and opened.get("tokens")[:-1] == words[:-1]
+        for end in (len(raw[name]) // 2, len(raw[name]) - 60):
+            (tmp_path / "torn").write_bytes(raw[name][:end])
+            with pytest.raises(GgufError, match="truncated"):
+                reader.read(tmp_path / "torn")
+    assert 12_000 in reader._last_strings
+
+
+def test_what_was_written_is_what_is_read(sample: Path, tmp_path: Path) -> None:
+    opened, copy = reader.read(sample), tmp_path / "copy.gguf"
+    tensors = list(reversed(reader.contents(opened)))
+    assert fill(copy, opened.metadata, tensors) == reader.read(copy)
+
+
+def test_of_what_a_file_had_before_nothing_stays(sample: Path, tmp_path: Path) -> None:
+    """Padding and the end are written, too; in place, as its memory is used again."""
+    opened, copy = reader.read(sample), tmp_path / "copy.gguf"
+    uneven = TensorInfo("uneven", (3, 5), GGMLQuantizationType.F16)
+    tensors = [(uneven, [memoryview(bytes(range(30)))]), *reader.contents(opened)]
+    write(tmp_path / "fresh.gguf", opened.metadata, tensors)
+    for size in (1, 2 * sample.stat().st_size):
+        copy.write_bytes(b"\xff" * size)
+        before = copy.stat().st_ino
+        fill(copy, opened.metadata, tensors)
+        assert copy.read_bytes() == (tmp_path / "fresh.gguf").read_bytes() and copy.stat().st_ino == before
+
+
+def test_a_payload_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GgufError, match="tensor x: 16 bytes are to be written, the source gave 8"):
+        write(tmp_path / "out.gguf", {}, [(TensorInfo("x", (4,), F32), [memoryview(bytes(8))])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def packed(*, magic: bytes = b"GGUF", version: int = 3, tensors: int = 0, values: int = 0, rest: bytes = b"") -> bytes:
+    return magic + struct.pack("<IQQ", version, tensors, values) + rest
+
+
+def value(key: bytes, kind: int, data: bytes) -> bytes:
+    return string(key) + struct.pack("<I", kind) + data
+
+
+def tensor(name: bytes = b"x", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+PADDING = bytes(256)
+HOSTILE = {
+    "empty": b"",
+    "another format": packed(magic=b"GGML"),
+    "old version": packed(version=1),
+    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "more values than bytes": packed(values=1 << 60),
+    "more tensors than bytes": packed(tensors=1 << 60),
+    "key runs past the end": packed(values=1, rest=struct.pack("<Q", 60) + b"k" * 20),
+    "huge key": packed(values=1, rest=struct.pack("<Q", 1 << 62) + PADDING),
+    "key that is not UTF-8": packed(values=1, rest=value(b"\xff", 4, bytes(4)) + PADDING),
+    "unknown type": packed(values=1, rest=value(b"k", 99, bytes(8)) + PADDING),
+    "array of 2^62 numbers": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 4, 1 << 62)) + PADDING),
+    "array of 2^62 strings": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 8, 1 << 62)) + PADDING),
+    "array of arrays": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 9, 1)) + PADDING),
+    "string in an array past the end": packed(values=1, rest=value(b"k", 9, struct.pack("<IQQ", 8, 1, 1 << 40)) + PADDING),
+    "key twice": packed(values=2, rest=value(b"k", 4, bytes(4)) * 2 + PADDING),
+    "other alignment": packed(values=1, rest=value(b"general.alignment", 4, struct.pack("<I", 4096)) + PADDING),
+    "no dimension": packed(tensors=1, rest=tensor(shape=()) + PADDING),
+    "five dimensions": packed(tensors=1, rest=tensor(shape=(1,) * 5) + PADDING),
+    "zero rows": packed(tensors=1, rest=tensor(shape=(4, 0)) + PADDING),
+    "product overflows": packed(tensors=1, rest=tensor(shape=(1 << 32, 1 << 32)) + PADDING),
+    "unknown tensor type": packed(tensors=1, rest=tensor(kind=4) + PADDING),
+    "row no multiple of the block": packed(tensors=1, rest=tensor(shape=(100,), kind=8) + PADDING),
+    "name too long for ggml": packed(tensors=1, rest=tensor(name=b"n" * 64) + PADDING),
+    "name twice": packed(tensors=2, rest=tensor() + tensor(offset=32) + PADDING),
+    "gap before the data": packed(tensors=1, rest=tensor(offset=32) + PADDING),
+    "overlapping tensors": packed(tensors=2, rest=tensor() + tensor(name=b"y") + PADDING),
+    "data past the end": packed(tensors=1, rest=tensor(shape=(4096,)) + PADDING),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(content)
+    with pytest.raises(GgufError, match=r"hostile\.gguf"):
+        reader.read(path)
+
+
+def test_every_truncation_is_refused_or_lacks_only_padding(sample: Path, tmp_path: Path) -> None:
+    whole, cut = sample.read_bytes(), tmp_path / "cut.gguf"
+    end = max(piece.offset + piece.size for piece in reader.read(sample).ranges.values())
+    for length in range(0, end, 7):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(GgufError):
+            reader.read(cut)

@@ -1,0 +1,1 @@
+"""The families of architectures that mtpforge converts itself, one module each."""

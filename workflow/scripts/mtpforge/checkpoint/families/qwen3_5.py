@@ -1,0 +1,321 @@
+"""Qwen3.5, dense and mixture of experts (Qwen3.6 and 3.8 share their classes): tables of names, shapes and transforms.
+
+Blocks alternate between linear attention (a gated delta rule) and full attention; the head is one more block of full
+attention. Names and transforms follow llama.cpp's `conversion/qwen.py` at 0c1e57098, against which `tests/golden` proves
+them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from gguf import GGUFWriter, RopeScalingType
+from gguf.constants import GGMLQuantizationType
+
+from mtpforge.checkpoint.families.table import BF16, F32, Change, Family, Row, Source, View, identity, unchanged
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.errors import CheckpointError
+
+DEFAULT_MROPE_SECTIONS = [11, 11, 10]  # what the architecture assumes where a config omits them
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plus_one(values: np.ndarray) -> np.ndarray:
+    """Norms are stored as w - 1 and used as w. Leaving this out loads without a message and drafts nothing."""
+    return np.asarray(values + np.float32(1))
+
+
+def minus_exp(values: np.ndarray) -> np.ndarray:
+    """`A_log` to A = -exp(A_log), rounded correctly from float64, so that every machine gives the same bytes."""
+    return np.asarray(-np.exp(values.astype(np.float64)), dtype=np.float32)
+
+
+# ── views ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LinearHeads:
+    """Sizes of the linear attention: key and value heads, and how many rows or columns they take."""
+
+    def __init__(self, hp: Hparams) -> None:
+        self.keys, self.values = hp.count("linear_num_key_heads"), hp.count("linear_num_value_heads")
+        self.value_dim = hp.count("linear_value_head_dim")
+        self.key_rows = self.keys * hp.count("linear_key_head_dim")
+        self.value_rows = self.values * self.value_dim
+        self.channels = 2 * self.key_rows + self.value_rows
+        if self.values % self.keys:
+            raise CheckpointError(
+                f"config.json: linear_num_value_heads {self.values} is no multiple of linear_num_key_heads {self.keys}"
+            )
+
+    def tiled(self, width: int, axis: int = 0, first: int = 0) -> View:
+        """Value heads from grouped by key head to tiled over the key heads, as ggml broadcasts them.
+
+        A head has `width` entries on `axis`; what lies before `first` (queries and keys) stays where it is.
+        """
+        return unchanged if self.keys == self.values else partial(self._tile, width, axis, first)
+
+    def _tile(self, width: int, axis: int, first: int, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        (array,) = arrays
+        kept, heads = np.split(array, [first], axis)
+        grid = (self.keys, self.values // self.keys, width)
+        heads = heads.reshape(*heads.shape[:axis], *grid, *heads.shape[axis + 1 :]).swapaxes(axis, axis + 1)
+        return [kept, heads] if first else [heads]
+
+
+def squeezed(view: View) -> View:
+    """Drop axis 1 of a convolution's [channels, 1, kernel] before `view`."""
+    return lambda arrays: view([array.squeeze(1) for array in arrays])
+
+
+def half(which: int) -> View:
+    """Gate (0) or up (1) of a fused [experts, 2 * ff, hidden]."""
+
+    def view(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        rows = arrays[0].shape[1] // 2
+        return [arrays[0][:, which * rows : (which + 1) * rows]]
+
+    return view
+
+
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def matrix(name: str, source: str, *shape: int, view: View = unchanged, type: GGMLQuantizationType = BF16) -> Row:
+    """A weight that keeps its shape."""
+    return Row(name, shape, (Source((source,), shape, view),), type)
+
+
+def norm(name: str, source: str, size: int) -> Row:
+    """A norm that the checkpoint stores as w - 1."""
+    return Row(name, (size,), (Source((source,), (size,)),), F32, plus_one)
+
+
+Part = Callable[[Hparams, str, str], list[Row]]
+"""Rows of a part of a block, from the hyperparameters and the prefixes in the GGUF and in the checkpoint."""
+
+
+def full_attention(hp: Hparams, to: str, of: str) -> list[Row]:
+    """Gated attention: `q_proj` holds queries and gates, so it has twice the rows."""
+    hidden, dim = hp.count("hidden_size"), hp.count("head_dim")
+    queries, keys = hp.count("num_attention_heads") * dim, hp.count("num_key_value_heads") * dim
+    return [
+        matrix(f"{to}attn_q.weight", f"{of}self_attn.q_proj.weight", 2 * queries, hidden),
+        matrix(f"{to}attn_k.weight", f"{of}self_attn.k_proj.weight", keys, hidden),
+        matrix(f"{to}attn_v.weight", f"{of}self_attn.v_proj.weight", keys, hidden),
+        matrix(f"{to}attn_output.weight", f"{of}self_attn.o_proj.weight", hidden, queries),
+        norm(f"{to}attn_q_norm.weight", f"{of}self_attn.q_norm.weight", dim),
+        norm(f"{to}attn_k_norm.weight", f"{of}self_attn.k_norm.weight", dim),
+    ]
+
+
+def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
+    """The gated delta rule; its own norm is stored as it is used, unlike every other norm."""
+    hidden, kernel, heads = hp.count("hidden_size"), hp.count("linear_conv_kernel_dim"), LinearHeads(hp)
+    of += "linear_attn."
+    n, dim, channels, past_keys = heads.values, heads.value_dim, heads.channels, 2 * heads.key_rows
+
+    def vector(name: str, source: str, change: Change = identity) -> Row:
+        return Row(name, (n,), (Source((source,), (n,), heads.tiled(1)),), F32, change)
+
+    convolution = Source((f"{of}conv1d.weight",), (channels, 1, kernel), squeezed(heads.tiled(dim, first=past_keys)))
+    return [
+        matrix(f"{to}attn_qkv.weight", f"{of}in_proj_qkv.weight", channels, hidden, view=heads.tiled(dim, first=past_keys)),
+        matrix(f"{to}attn_gate.weight", f"{of}in_proj_z.weight", heads.value_rows, hidden, view=heads.tiled(dim)),
+        matrix(f"{to}ssm_alpha.weight", f"{of}in_proj_a.weight", n, hidden, view=heads.tiled(1)),
+        matrix(f"{to}ssm_beta.weight", f"{of}in_proj_b.weight", n, hidden, view=heads.tiled(1)),
+        matrix(f"{to}ssm_out.weight", f"{of}out_proj.weight", hidden, heads.value_rows, view=heads.tiled(dim, axis=1)),
+        Row(f"{to}ssm_conv1d.weight", (channels, kernel), (convolution,), F32),
+        vector(f"{to}ssm_a", f"{of}A_log", minus_exp),
+        vector(f"{to}ssm_dt.bias", f"{of}dt_bias"),
+        matrix(f"{to}ssm_norm.weight", f"{of}norm.weight", dim, type=F32),
+    ]
+
+
+def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
+    """Gate, up and down."""
+    if hp.get("num_experts"):
+        raise CheckpointError("config.json: num_experts in a dense architecture: `architectures` belongs to another model")
+    hidden, ff = hp.count("hidden_size"), hp.count("intermediate_size")
+    return [
+        matrix(f"{to}ffn_gate.weight", f"{of}mlp.gate_proj.weight", ff, hidden),
+        matrix(f"{to}ffn_up.weight", f"{of}mlp.up_proj.weight", ff, hidden),
+        matrix(f"{to}ffn_down.weight", f"{of}mlp.down_proj.weight", hidden, ff),
+    ]
+
+
+def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
+    """Router, experts (fused, or a matrix each) and a shared expert with its gate."""
+    hidden, n, of = hp.count("hidden_size"), hp.count("num_experts"), f"{of}mlp."
+    ff, shared = hp.count("moe_intermediate_size"), hp.count("shared_expert_intermediate_size")
+
+    def experts(projection: str, shape: tuple[int, int], fused: Source) -> Row:
+        single = Source(tuple(f"{of}experts.{e}.{projection}_proj.weight" for e in range(n)), shape)
+        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single))
+
+    gate_up, down = (f"{of}experts.gate_up_proj",), (f"{of}experts.down_proj",)
+    return [
+        matrix(f"{to}ffn_gate_inp.weight", f"{of}gate.weight", n, hidden, type=F32),
+        experts("down", (hidden, ff), Source(down, (n, hidden, ff))),
+        experts("gate", (ff, hidden), Source(gate_up, (n, 2 * ff, hidden), half(0))),
+        experts("up", (ff, hidden), Source(gate_up, (n, 2 * ff, hidden), half(1))),
+        matrix(f"{to}ffn_gate_inp_shexp.weight", f"{of}shared_expert_gate.weight", 1, hidden, type=F32),
+        matrix(f"{to}ffn_gate_shexp.weight", f"{of}shared_expert.gate_proj.weight", shared, hidden),
+        matrix(f"{to}ffn_up_shexp.weight", f"{of}shared_expert.up_proj.weight", shared, hidden),
+        matrix(f"{to}ffn_down_shexp.weight", f"{of}shared_expert.down_proj.weight", hidden, shared),
+    ]
+
+
+def layer_types(hp: Hparams) -> list[str]:
+    """`full_attention` or `linear_attention` for each trunk block. Raises CheckpointError."""
+    layers, interval = hp.count("num_hidden_layers"), hp.count("full_attention_interval", 4)
+    periodic = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    types = hp.get("layer_types", periodic)
+    if not isinstance(types, list) or len(types) != layers or any(t not in ("linear_attention", "full_attention") for t in types):
+        raise CheckpointError(f"config.json: layer_types must name linear_attention or full_attention for {layers} layers")
+    return types
+
+
+def block(hp: Hparams, to: str, of: str, attend: Part, mlp: Part) -> list[Row]:
+    """One block: two norms, attention and MLP of some kind."""
+    hidden = hp.count("hidden_size")
+    norms = [
+        norm(f"{to}attn_norm.weight", f"{of}input_layernorm.weight", hidden),
+        norm(f"{to}post_attention_norm.weight", f"{of}post_attention_layernorm.weight", hidden),
+    ]
+    return norms + attend(hp, to, of) + mlp(hp, to, of)
+
+
+def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
+    """Embeddings, blocks 0 to N-1, output norm and, unless it is tied, the output matrix."""
+    if hp.flag("attention_bias"):
+        raise CheckpointError("config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run")
+    hidden, vocabulary = hp.count("hidden_size"), hp.count("vocab_size")
+    rows = [matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, hidden)]
+    for i, attention in enumerate(layer_types(hp)):
+        attend = linear if attention == "linear_attention" else full_attention
+        rows += block(hp, f"blk.{i}.", f"model.layers.{i}.", attend, mlp)
+    rows.append(norm("output_norm.weight", "model.norm.weight", hidden))
+    if not hp.flag("tie_word_embeddings"):
+        rows.append(matrix("output.weight", "lm_head.weight", vocabulary, hidden))
+    return rows
+
+
+def head(hp: Hparams, mlp: Part) -> list[Row]:
+    """Block N. It shares the trunk's embeddings and output matrix, so it must not bring its own."""
+    if hp.flag("mtp_use_dedicated_embeddings"):
+        raise CheckpointError("config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them")
+    hidden, to = hp.count("hidden_size"), f"blk.{hp.count('num_hidden_layers')}."
+    return [
+        *block(hp, to, "mtp.layers.0.", full_attention, mlp),
+        matrix(f"{to}nextn.eh_proj.weight", "mtp.fc.weight", hidden, 2 * hidden),
+        norm(f"{to}nextn.enorm.weight", "mtp.pre_fc_norm_embedding.weight", hidden),
+        norm(f"{to}nextn.hnorm.weight", "mtp.pre_fc_norm_hidden.weight", hidden),
+        norm(f"{to}nextn.shared_head_norm.weight", "mtp.norm.weight", hidden),
+    ]
+
+
+# ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool = True) -> None:
+    """The architecture's keys in upstream's order; `hp` as in config.json, `head_blocks` 0 or 1.
+
+    `sections`: whether the architecture always has rope sections, also where a configuration leaves them out.
+    """
+    layers, dim = hp.count("num_hidden_layers"), hp.count("head_dim")
+    writer.add_block_count(layers + head_blocks)
+    writer.add_context_length(hp.count("max_position_embeddings"))
+    writer.add_embedding_length(hp.count("hidden_size"))
+    if hp.get("intermediate_size"):
+        writer.add_feed_forward_length(hp.count("intermediate_size"))
+    writer.add_head_count(hp.count("num_attention_heads"))
+    writer.add_head_count_kv(hp.count("num_key_value_heads"))
+    rope = rope_parameters(hp)
+    describe_rope(writer, rope)
+    writer.add_layer_norm_rms_eps(hp.number("rms_norm_eps"))
+    if hp.get("num_experts"):
+        writer.add_expert_count(hp.count("num_experts"))
+        writer.add_expert_used_count(hp.count("num_experts_per_tok"))
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    writer.add_file_type(32)  # MOSTLY_BF16
+    if hp.get("num_experts"):
+        writer.add_expert_feed_forward_length(hp.count("moe_intermediate_size"))
+        writer.add_expert_shared_feed_forward_length(hp.count("shared_expert_intermediate_size"))
+    if head_blocks:
+        writer.add_nextn_predict_layers(head_blocks)
+    describe_linear_attention(writer, hp, head_blocks)
+    factor = rope.number("partial_rotary_factor", 0.25)
+    if not 0 < factor <= 1:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor}")
+    writer.add_rope_dimension_count(int(dim * factor))
+    if sections and rope.get("mrope_section") is None:
+        writer.add_rope_dimension_sections([*DEFAULT_MROPE_SECTIONS, 0])
+
+
+def describe_linear_attention(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
+    """State sizes, and which blocks are recurrent: the head never is."""
+    heads = LinearHeads(hp)
+    writer.add_ssm_conv_kernel(hp.count("linear_conv_kernel_dim"))
+    writer.add_ssm_state_size(hp.count("linear_key_head_dim"))
+    writer.add_ssm_group_count(heads.keys)
+    writer.add_ssm_time_step_rank(heads.values)
+    writer.add_ssm_inner_size(heads.value_rows)
+    if hp.get("layer_types") is not None:
+        recurrent = [kind == "linear_attention" for kind in layer_types(hp)] + [False] * head_blocks
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
+    writer.add_full_attention_interval(hp.count("full_attention_interval", 4))
+
+
+def rope_parameters(hp: Hparams) -> Hparams:
+    """`rope_parameters` (or the older `rope_scaling`), completed from the top level as upstream does."""
+    given = hp.get("rope_parameters", hp.get("rope_scaling", {}))
+    if not isinstance(given, dict):
+        raise CheckpointError("config.json: rope_parameters must be an object")
+    shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    inherited = {key: hp.get(key) for key in shared if hp.get(key) is not None}
+    return Hparams({"rope_type": given.get("type"), **inherited, **given})
+
+
+def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
+    """Scaling (`default`, `linear` or `yarn`), sections of the multimodal rotation, and the base frequency."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "yarn"):
+        raise CheckpointError(f"config.json: rope_type {kind!r} is unknown: default, linear and yarn are")
+    if kind != "default":
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(rope.number("factor"))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope.count("original_max_position_embeddings"))
+        for key in ("extrapolation_factor", "attention_factor", "beta_fast", "beta_slow"):
+            if rope.get(key) is not None:
+                method = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}.get(key, key)
+                getattr(writer, f"add_rope_scaling_yarn_{method}")(rope.number(key))
+    if (sections := rope.get("mrope_section")) is not None:
+        if not isinstance(sections, list) or len(sections) not in (3, 4) or any(type(n) is not int for n in sections):
+            raise CheckpointError(f"config.json: mrope_section must be three or four integers, not {sections!r}")
+        writer.add_rope_dimension_sections([*sections, 0][:4])
+    if rope.get("rope_theta") is not None:
+        writer.add_rope_freq_base(rope.number("rope_theta"))
+
+
+VISION = ("model.visual.", "visual.")
+
+DENSE = Family(
+    gguf_architecture="qwen35",
+    huggingface_architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+    trunk=partial(trunk, mlp=dense_mlp),
+    head=partial(head, mlp=dense_mlp),
+    describe=describe,
+    ignored=VISION,
+)
+MOE = Family(
+    gguf_architecture="qwen35moe",
+    huggingface_architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    trunk=partial(trunk, mlp=expert_mlp),
+    head=partial(head, mlp=expert_mlp),
+    describe=describe,
+    ignored=VISION,
+)

@@ -1,0 +1,42 @@
+"""Hyperparameters of a checkpoint, read strictly from its config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtpforge.errors import CheckpointError
+
+
+class Hparams:
+    """The text model's hyperparameters: `config.json`, with `text_config` laid over it."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        text = config.get("text_config", {})
+        if not isinstance(text, dict):
+            raise CheckpointError("config.json: text_config must be an object")
+        self.values: dict[str, Any] = {**config, **text}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it stands, or `default` where it is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer below 2^31. Raises CheckpointError."""
+        value = self.get(key, default)
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number. Raises CheckpointError."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not abs(value) < 3e38:  # what a float32 holds
+            raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false, false where it is missing. Raises CheckpointError."""
+        value = self.get(key, False)
+        if type(value) is not bool:
+            raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")
+        return value

@@ -1,0 +1,245 @@
+"""A Hugging Face checkpoint on disk: its configuration, and its tensors, memory-mapped and unread until they are used.
+
+Everything in the folder is taken as hostile: JSON must have the expected types, names must be plain file names, byte
+ranges must tile each shard exactly, and index and shards must name the same tensors. Nothing is executed.
+"""
+
+import json
+import math
+import mmap
+import re
+import struct
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtpforge.errors import CheckpointError
+from mtpforge.io.ranges import FileRange, sha256
+from mtpforge.io.text import parse_json, read_json, read_text
+
+INDEX = "model.safetensors.index.json"
+HEAD_FILE = "mtp.safetensors"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_HEADER_LIMIT = 100 << 20  # as the safetensors library has it
+
+# safetensors' name of a type -> numpy's. BF16 and FP8 have none: they travel as raw integers of their size.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """One tensor of a shard: `shape` rows first, `offset` and `size` in bytes from the shard's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    size: int
+
+
+class Checkpoint:
+    """The checkpoint in `directory`. Raises CheckpointError where it is incomplete or malformed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory).resolve()  # its name is the model's, so "." must not stay "."
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint folder")
+        self.config = read_json(self.directory / "config.json")
+        self.tensors = _read_tensors(self.directory)
+        self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+
+    @property
+    def architecture(self) -> str:
+        """The first of `architectures` in config.json."""
+        return architecture_of(self.directory / "config.json", self.config)
+
+    def array(self, tensor: CheckpointTensor) -> np.ndarray:
+        """A read-only view of the tensor's bytes in its shard, of `tensor.shape`; BF16 and FP8 as raw integers."""
+        mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
+        return mapped.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def locate(self, view: np.ndarray) -> FileRange | None:
+        """Where the bytes of a C-contiguous view lie on disk; None if it is not a view of an `array` but a copy."""
+        address = view.__array_interface__["data"][0]
+        for shard, mapped in self._maps.items():
+            offset = address - mapped.__array_interface__["data"][0]
+            if 0 <= offset < mapped.size:
+                return FileRange(self.directory / shard, offset, view.nbytes)
+        return None
+
+    def digest(self, tensor: CheckpointTensor) -> str:
+        """The sha256 of the tensor's bytes."""
+        return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
+
+    def scatter(self, tensor: CheckpointTensor) -> None:
+        """Say that a few rows of it are going to be read, here and there: the system would read what lies around each too."""
+        mapped = self._map(tensor.shard)
+        if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.base.madvise(mmap.MADV_RANDOM, start, tensor.offset + tensor.size - start)
+
+    def release(self) -> None:
+        """Give mapped pages back to the system, which would count what was read as ours; they are read again if need be."""
+        for mapped in self._maps.values():
+            if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.base.madvise(mmap.MADV_DONTNEED)
+
+    def _map(self, shard: str) -> np.memmap[Any, np.dtype[np.uint8]]:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="r")
+        return self._maps[shard]
+
+
+def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The first of `architectures` in the config.json at `path`. Raises CheckpointError."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{path}: 'architectures' must be a list of names")
+    return names[0]
+
+
+def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
+    """All tensors by name, in the order of shard names and, within a shard, of its header."""
+    index = directory / INDEX
+    present = [path.name for path in directory.glob("*.safetensors")]
+    if not present and not index.exists():
+        raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
+    text = read_text(index) if index.exists() else None
+    return gather_tensors(directory, text, present, lambda shard: read_shard_header(directory / shard))
+
+
+def gather_tensors(
+    place: Path, index: str | None, present: Collection[str], read: Callable[[str], list[CheckpointTensor]]
+) -> dict[str, CheckpointTensor]:
+    """The tensors of a checkpoint whose shards' headers `read` gives, wherever it lies; `place` is named in messages.
+
+    `index` is the text of its index, if it has one; `present` are the names of all its safetensors files.
+    Raises CheckpointError where index and shards contradict each other.
+    """
+    expected = None if index is None else _parse_index(place / INDEX, index)
+    tensors = _read_shards(place, sorted(present if expected is None else set(expected.values())), read)
+    if expected is not None:
+        _check_index(place / INDEX, expected, tensors)
+        if HEAD_FILE not in expected.values() and HEAD_FILE in present:  # a head published beside an index without it
+            head = _read_shards(place, [HEAD_FILE], read)
+            if twice := sorted(head.keys() & tensors.keys()):
+                raise CheckpointError(f"{place}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}")
+            tensors |= head
+    return tensors
+
+
+def _read_shards(place: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]) -> dict[str, CheckpointTensor]:
+    tensors: dict[str, CheckpointTensor] = {}
+    for shard in shards:
+        for tensor in read(shard):
+            if tensor.name in tensors:
+                raise CheckpointError(f"{place}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _parse_index(path: Path, text: str) -> dict[str, str]:
+    weight_map = parse_json(path, text).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: 'weight_map' must map tensor names to shards")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(f"{path}: tensor {name}: {shard!r} is not a plain *.safetensors file name")
+    return weight_map
+
+
+def _check_index(path: Path, expected: Mapping[str, str], found: Mapping[str, CheckpointTensor]) -> None:
+    for name, shard in expected.items():
+        if name not in found or found[name].shard != shard:
+            raise CheckpointError(f"{path}: tensor {name} is not in {shard}: download that shard again")
+    if surplus := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} ({len(surplus)} in all): "
+            "the index belongs to another version of these shards"
+        )
+
+
+def read_shard_header(path: Path) -> list[CheckpointTensor]:
+    """The tensors of one safetensors file in the order of its header. Raises CheckpointError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = header_length(path, file.read(8), size)
+            return parse_shard_header(path, file.read(length), size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: shard is missing: download it again") from None
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """The length of a header whose shard of `size` bytes starts with the 8 bytes of `start`. Raises CheckpointError."""
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})")
+    return length
+
+
+def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:
+    """The tensors that a shard of `size` bytes has by its `header`, in its order. Raises CheckpointError."""
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
+    entries.pop("__metadata__", None)
+    start = 8 + len(header)
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
+    _check_tiling(path, tensors, start, size)
+    return tensors
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        if dtype not in DTYPES or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"type {dtype}, shape {shape}, range {begin}..{end}")
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error})") from None
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if size != end - begin:
+        raise CheckpointError(f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, its range has {end - begin:,}")
+    return CheckpointTensor(name, dtype, tuple(shape), path.name, start + begin, size)
+
+
+def _check_tiling(path: Path, tensors: list[CheckpointTensor], start: int, size: int) -> None:
+    """The ranges must follow each other without gap or overlap up to the file's end, as the format demands."""
+    position = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
+        if tensor.offset != position:
+            raise CheckpointError(f"{path}: tensor {tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
+        position += tensor.size
+    if position != size:
+        what = "truncated" if size < position else "has bytes that no tensor owns"
+        raise CheckpointError(f"{path}: {what}: {size:,} bytes, its header describes {position:,}: download it again")

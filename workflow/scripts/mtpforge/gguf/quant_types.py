@@ -1,0 +1,120 @@
+"""The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from mtpforge.errors import ConfigError
+
+# A file's type -> general.file_type, as `llama-quantize --help` of llama.cpp 0c1e57098 lists them.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18,
+    "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q5_1": 9,
+    "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q4_1": 3, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4_MOE": 38,
+    "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "IQ3_M": 27, "IQ3_S": 26, "IQ3_XS": 22, "IQ3_XXS": 23,
+    "Q2_K": 10, "Q2_K_S": 21, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19,
+    "IQ1_M": 31, "IQ1_S": 24, "TQ1_0": 36, "TQ2_0": 37,
+}  # fmt: skip
+
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+# What a tensor may be made into, finest first. Below 4 bits a head's agreement falls off a cliff (llama.cpp PR #28351).
+TENSOR_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "NVFP4", "IQ4_XS", "MXFP4",
+    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+)  # fmt: skip
+
+# Types, of a file (whose mixture has some of them) or of a tensor, that llama-quantize refuses without an importance matrix:
+# `tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp. A Q2_K tensor needs one in a Q2_K_S file.
+NEED_IMATRIX = (
+    "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+)  # fmt: skip
+
+# Of embeddings and output, which llama-imatrix does not cover, it asks nothing, and ends in a failed assertion for these.
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
+
+# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights); of types that
+# need an importance matrix, with an uneven one.
+RELATIVE_ERROR = {
+    "F32": 0.0,
+    "F16": 2.0**-11,
+    "BF16": 2.0**-8,
+    "Q8_0": 0.007,
+    "Q6_K": 0.023,
+    "Q5_K": 0.043,
+    "Q5_0": 0.058,
+    "Q5_1": 0.058,
+    "Q4_K": 0.087,
+    "IQ4_NL": 0.093,
+    "IQ4_XS": 0.094,
+    "NVFP4": 0.103,
+    "Q4_0": 0.116,
+    "Q4_1": 0.116,
+    "MXFP4": 0.133,
+    "Q3_K": 0.184,
+    "IQ3_S": 0.198,
+    "Q2_K": 0.343,
+    "IQ3_XXS": 0.217,
+    "IQ2_S": 0.316,
+    "IQ2_XS": 0.355,
+    "IQ2_XXS": 0.419,
+    "IQ1_M": 0.524,
+    "IQ1_S": 0.596,
+    "TQ1_0": 0.851,
+    "TQ2_0": 0.851,
+}
+
+# CPU seconds that llama-quantize takes for 10^9 weights of a type: the mean of two runs of bench/costs.py, at least 1. BF16 is a
+# copy.
+SECONDS = {
+    "F32": 2, "F16": 3, "BF16": 1, "Q8_0": 4, "Q6_K": 29, "Q5_1": 2, "Q5_K": 55, "Q5_0": 2, "Q4_1": 1, "Q4_K": 64, "Q4_0": 1,
+    "IQ4_NL": 180, "NVFP4": 25, "IQ4_XS": 180, "MXFP4": 5, "Q3_K": 12, "IQ3_S": 335, "IQ3_XXS": 471, "Q2_K": 56, "IQ2_S": 210,
+    "IQ2_XS": 800, "IQ2_XXS": 395, "IQ1_M": 145, "IQ1_S": 152, "TQ2_0": 5, "TQ1_0": 4,
+}  # fmt: skip
+
+# And in each run before it begins, for tables of the type, which it makes on all processors; those that take a second or more.
+TABLES = {"IQ2_S": 4.2, "IQ2_XS": 2.1, "IQ1_M": 9.4, "IQ1_S": 9.2}
+
+# What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
+_FALLBACK = {
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
+}  # fmt: skip
+
+
+def bits(name: str) -> float:
+    """Bits per weight of a tensor type."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    return 8 * size / block
+
+
+def fitting(name: str, row: int) -> str:
+    """The type that a tensor gets that is asked for at type `name`, where its rows have `row` values."""
+    for kind in (name, _FALLBACK.get(name, name)):
+        if row % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0:
+            return kind
+    return "F16"
+
+
+def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
+    """Whether llama-quantize can make the tensor of this name into this type only with a row for it in an importance matrix."""
+    if tensor in EMBEDDINGS:
+        return kind in _NEED_IMATRIX_EVEN_THERE
+    return kind in NEED_IMATRIX or (kind, file_type) == ("Q2_K", "Q2_K_S")
+
+
+def check_file_type(name: str) -> str:
+    """The name, if llama-quantize knows it. Raises ConfigError."""
+    if name not in FILE_TYPES:
+        raise ConfigError(f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}")
+    return name
+
+
+def check_tensor_type(name: str, low_bit: bool = True) -> GGMLQuantizationType:
+    """The type of that name; with `low_bit` false, one of at least 4 bits. Raises ConfigError."""
+    if name not in TENSOR_TYPES:
+        raise ConfigError(f"unknown tensor type {name!r}: llama.cpp has {', '.join(TENSOR_TYPES)}")
+    if not low_bit and bits(name) < 4:
+        raise ConfigError(
+            f"a head at {name} ({bits(name):.2f} bits) drafts badly: take Q4_K or better, or set allow_low_bit_head: true"
+        )
+    return GGMLQuantizationType[name]

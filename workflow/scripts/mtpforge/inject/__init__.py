@@ -1,0 +1,1 @@
+"""Injection of a head into a GGUF."""

@@ -1,0 +1,1 @@
+"""llama.cpp: its build, its programs, and what they support."""

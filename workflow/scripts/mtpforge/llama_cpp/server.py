@@ -1,0 +1,180 @@
+"""`llama-server` as a context manager: started on loopback, asked over HTTP, ended with its caller."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtpforge.errors import ToolchainError
+from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.process import running
+
+HOST = "127.0.0.1"
+START_LIMIT = 1800.0  # seconds: 70 GB from a slow disk take a while
+REQUEST_LIMIT = 3600.0
+
+# A proxy of the environment must not see, or break, what is said on loopback.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Choice(NamedTuple):
+    """A token that was chosen, the next best, and how far the log-probability of the first is above that of the second.
+
+    None and 0 where the server does not say: it tells nothing of a token that ends within a character.
+    """
+
+    token: int
+    second: int | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the server generated: text, tokens a second, drafted and accepted tokens (0 where it drafted nothing)."""
+
+    text: str
+    tokens: list[int]
+    tokens_per_second: float
+    drafts: int
+    accepted: int
+
+
+class Server:
+    """A running llama-server; made by `serve`."""
+
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
+
+    def completion(self, prompt: str, n_predict: int) -> Completion:
+        """Continue `prompt` greedily by at most `n_predict` tokens, without a prompt cache. Raises ToolchainError."""
+        request = {
+            "prompt": prompt,
+            "n_predict": n_predict,
+            "temperature": 0,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
+        answer = self.ask("/completion", request)
+        timings = answer.get("timings", {})
+        return Completion(
+            answer["content"],
+            answer.get("tokens", []),
+            float(timings.get("predicted_per_second", 0.0)),
+            # Both fields are missing where nothing was drafted: that is a dead head, not a pass.
+            int(timings.get("draft_n", 0)),
+            int(timings.get("draft_n_accepted", 0)),
+        )
+
+    def choices(self, prompt: str, n_predict: int) -> list[Choice]:
+        """Continue `prompt` greedily: each token beside the next best one. Raises ToolchainError."""
+        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False}
+        answer = self.ask("/completion", {**request, "return_tokens": True, "n_probs": 2})
+        told = deque(answer.get("completion_probabilities", []))
+        choices = []
+        for token in answer.get("tokens", []):
+            if not told or told[0]["id"] != token:
+                choices.append(Choice(token, None, 0.0))
+                continue
+            ranked: list[dict[str, Any]] = [*told.popleft()["top_logprobs"], {"id": None, "logprob": -math.inf}]
+            choices.append(Choice(token, ranked[1]["id"], float(ranked[0]["logprob"]) - float(ranked[1]["logprob"])))
+        return choices
+
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of `text`, with control tokens parsed."""
+        return list(self.ask("/tokenize", {"content": text, "parse_special": True})["tokens"])
+
+    def peak_memory(self) -> int | None:
+        """The largest resident size in bytes that it has had, pages of the mapped file among it; None where /proc does not tell."""
+        status = Path(f"/proc/{self.pid}/status")
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+        return int(peak[1]) * 1024 if peak else None
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request; its JSON answer. Raises ToolchainError with what the server said."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with _OPENER.open(request, timeout=REQUEST_LIMIT) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            raise ToolchainError(
+                f"llama-server answers {path} with {error.code}: {error.read(300).decode(errors='replace')}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ToolchainError(f"llama-server does not answer {path} ({error})") from None
+
+
+@contextlib.contextmanager
+def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = programs.DEFAULT_BIN) -> Iterator[Server]:
+    """Start llama-server on `model` and wait until it is ready; its output goes to `log`. Raises ToolchainError."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [
+        programs.find(bin_dir, "llama-server"),
+        "--model",
+        model,
+        "--host",
+        HOST,
+        "--port",
+        port,
+        "--parallel",
+        1,
+        "--offline",
+    ]
+    with (
+        log.open("wb") as output,
+        running(
+            [*map(str, command), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        ) as process,
+    ):
+        try:
+            server = Server(port, process.pid)
+            _wait_until_ready(server, process, model, log)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Our own for a program of llama.cpp, without LLAMA_ARG_*, which would change what we measure."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+
+
+def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", model: Path, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ToolchainError(f"llama-server cannot load {model}: {_reason(log)}")
+        with contextlib.suppress(ToolchainError):  # refused, or 503 while it loads
+            if server.ask("/health").get("status") == "ok":
+                return
+        time.sleep(0.05)
+    raise ToolchainError(f"llama-server is not ready after {START_LIMIT:.0f} s with {model}")
+
+
+def _reason(log: Path) -> str:
+    """The most telling line of a log: the first that speaks of an error, else the last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return (errors or lines[-1:] or ["it said nothing"])[0]
