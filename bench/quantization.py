@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion import QWEN3_5_2B, ROOT, cost_of, write_checkpoint
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.gguf import reader
 from mtpforge.quantize.recipe import plan_overrides
 
@@ -160,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

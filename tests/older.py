@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import toolchain
 
@@ -70,4 +70,4 @@ def _download(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

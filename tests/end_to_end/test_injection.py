@@ -9,7 +9,7 @@ from mtpforge.gguf import quant_types, reader, split
 from mtpforge.gguf.head import head_only, trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
-from mtpforge.llama_cpp import server
+from mtpforge.llama_cpp import programs
 from mtpforge.quantize.llama_quantize import quantize
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
@@ -46,7 +46,7 @@ class Bench:
         """The share of drafts that is accepted; fails where none is made."""
         prompt = sorted((CHECKPOINTS / model / "prompts").glob("*.txt"))[0].read_text()
         options = ["--ctx-size", "1024", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
-        with server.serve(path, self.folder / "server.log", options, self.programs) as running:
+        with programs.serve(path, self.folder / "server.log", options, self.programs) as running:
             answer = running.completion(prompt, 64)
         assert answer.drafts > 0
         return answer.accepted / answer.drafts

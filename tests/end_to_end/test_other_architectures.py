@@ -23,7 +23,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
-from mtpforge.llama_cpp import server
+from mtpforge.llama_cpp import programs
 from mtpforge.quantize import llama_quantize
 from mtpforge.verify.report import verify
 from mtpforge.verify.request import Request
@@ -235,7 +235,7 @@ def test_another_models_file_is_no_reference(made: Made, fails, tmp_path: Path) 
 
 def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(made: Made, toolchain: Path, tmp_path: Path) -> None:
     draft = ["--model-draft", str(made.file("draft")), "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
-    with server.serve(made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain) as running:
+    with programs.serve(made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain) as running:
         answer = running.completion("The quick brown fox", 100)
     assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
 

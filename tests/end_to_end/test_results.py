@@ -7,7 +7,7 @@ import pytest
 from conftest import CHECKPOINTS, MODELS
 from mtpforge.gguf import head, reader
 from mtpforge.gguf.reader import Gguf
-from mtpforge.llama_cpp import server
+from mtpforge.llama_cpp import programs
 from tokenizers import Tokenizer
 
 VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
@@ -63,7 +63,7 @@ def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
 def test_llama_cpp_accepts_what_the_torch_reference_accepts(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
     reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
     options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
-    with server.serve(result(built, model, "BF16"), tmp_path / "log", options, toolchain) as running:
+    with programs.serve(result(built, model, "BF16"), tmp_path / "log", options, toolchain) as running:
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
@@ -86,7 +86,7 @@ Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; ar
 @pytest.mark.parametrize("model", MODELS)
 def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
     expected = Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
-    with server.serve(result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain) as running:
+    with programs.serve(result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain) as running:
         assert running.tokenize(MIXED_TEXT) == expected
 
 

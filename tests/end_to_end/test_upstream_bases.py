@@ -23,7 +23,7 @@ from gguf.constants import GGUFValueType
 from mtpforge.gguf import reader
 from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value
-from mtpforge.llama_cpp import server
+from mtpforge.llama_cpp import programs, server
 from mtpforge.quantize.recipe import default_head
 
 CONVERTER = ROOT / "resources" / "converter"
@@ -189,7 +189,7 @@ def drafted(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     @cache
     def ask(path: Path, model: str) -> server.Completion:
-        with server.serve(path, log, options, toolchain) as running:
+        with programs.serve(path, log, options, toolchain) as running:
             return running.completion((CHECKPOINTS / model / "prompts/code.txt").read_text(), 64)
 
     return ask

@@ -195,12 +195,12 @@ def test_a_shard_that_is_another_now_is_refused(client: Client) -> None:
 SMALL_PIECES = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.hub import head
 import fetch_head
 head.PIECE = 500_000
 del sys.argv[1]
-errors.run(fetch_head.main)
+cli.run(fetch_head.main)
 """
 
 

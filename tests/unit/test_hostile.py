@@ -167,7 +167,7 @@ def test_a_termination_while_a_child_starts_ends_all_children(tmp_path: Path, ca
     """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
     program = f"""
 import os, pathlib, signal, subprocess
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.llama_cpp import process
 execute, pids, sleep = subprocess.Popen._execute_child, pathlib.Path({str(tmp_path / "pids")!r}), ["sleep", "600"]
 def started(child, *arguments):
@@ -177,7 +177,7 @@ def started(child, *arguments):
     if len(pids.read_text().split()) == {children}:
         os.kill(os.getpid(), signal.SIGTERM)
 subprocess.Popen._execute_child = started
-errors.run(lambda: process.{call})
+cli.run(lambda: process.{call})
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=SCRIPTS, timeout=60)
     assert ended.returncode == 128 + signal.SIGTERM

@@ -3,10 +3,9 @@
 example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.prompts import PROMPTS, read_prompts
@@ -16,7 +15,7 @@ from mtpforge.verify.running import acceptance
 
 def main() -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf")
     parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
     parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
@@ -30,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,9 +3,7 @@
 example: add.py Qwen/Qwen3.5-4B
 """
 
-import argparse
-
-from mtpforge import errors
+from mtpforge import cli, errors
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.hub import download, head
 from mtpforge.hub.listing import REPOSITORY
@@ -14,7 +12,7 @@ from mtpforge.llama_cpp import architectures
 
 def main() -> None:
     """Parse the command line and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("repo", help="repository, as OWNER/NAME")
     args = parser.parse_args()
     print(entry(args.repo))
@@ -49,4 +47,4 @@ def entry(repo: str) -> str:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

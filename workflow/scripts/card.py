@@ -3,11 +3,10 @@
 example: card.py --files F.gguf --reports report.json --about '{...}' --toolchain stamp.json --out README.md
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.gguf import names, reader
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
@@ -19,7 +18,7 @@ TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "card.md"
 
 def main() -> None:
     """Parse the command line and write the card."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--files", type=Path, nargs="+", required=True, help="the GGUFs, or folders of split ones")
     parser.add_argument("--reports", type=Path, nargs="+", required=True, help="of verify.py, on each, in the same order")
     parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="of measure.py, named as the reports are")
@@ -40,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,16 +3,15 @@
 example: check_results.py Qwen3.5-4B-MTP-GGUF
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import cli, errors, progress
 from mtpforge.publish import sums
 
 
 def main() -> None:
     """Parse the command line and check; exit code 1, with the names of what is wrong, where something is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="the folder, with its SHA256SUMS")
     args = parser.parse_args()
     with progress.bar(args.folder.name) as show:
@@ -23,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,10 +3,9 @@
 example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import cli, progress
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -16,7 +15,7 @@ PART = "the whole model (default), its trunk, its head alone, or the head with t
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, the safetensors shards and the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help=PART)
@@ -32,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,10 +3,9 @@
 example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.convert.upstream import PARTS, convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -14,7 +13,7 @@ from mtpforge.io import atomic
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="folder with config.json, the safetensors shards and the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument(
@@ -36,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -5,17 +5,16 @@ The stamp is written last: where it is, the rest is.
 example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt --out resources/converter/stamp.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import toolchain
 
 
 def main() -> None:
     """Parse the command line and set it up beside the stamp, in `source` and `environment`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--requirement", type=Path, required=True, help="requirements file with the source archive")
     parser.add_argument("--lock", type=Path, required=True, help="hashed requirements of the environment")
     parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
@@ -28,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,10 +3,9 @@
 example: fetch.py files.json model-00001-of-00002.safetensors --folder Qwen3.5-4B --out record.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
 from mtpforge.io import atomic
@@ -14,7 +13,7 @@ from mtpforge.io import atomic
 
 def main() -> None:
     """Parse the command line and fetch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
     parser.add_argument("name", help="which of its files")
     parser.add_argument("--folder", type=Path, required=True, help="where it goes; what is there already is kept")
@@ -30,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

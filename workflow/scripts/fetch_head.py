@@ -3,10 +3,9 @@
 example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.hub import head
 from mtpforge.hub.listing import Listing
 from mtpforge.io import atomic
@@ -14,7 +13,7 @@ from mtpforge.io import atomic
 
 def main() -> None:
     """Parse the command line and fetch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
     parser.add_argument("--folder", type=Path, required=True, help="where the small checkpoint goes")
     parser.add_argument("--whole", type=Path, metavar="DIR", help="where fetch.py puts whole shards: those there are read instead")
@@ -24,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,10 +3,9 @@
 example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gguf
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import imatrix
@@ -14,7 +13,7 @@ from mtpforge.quantize import imatrix
 
 def main() -> None:
     """Parse the command line and compute."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("model", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
     parser.add_argument("--text", type=Path, required=True, help="plain text like that which the model will see")
     parser.add_argument("--out", type=Path, required=True, help="the importance matrix to write, a GGUF")
@@ -27,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

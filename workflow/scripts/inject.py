@@ -4,11 +4,10 @@ example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --o
 A base in several files is named by its first, X-00001-of-0000N.gguf; --out is then one F.gguf, or a folder for as many files.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import cli, progress
 from mtpforge.gguf.names import gguf_files
 from mtpforge.inject import inject
 from mtpforge.io import atomic
@@ -23,7 +22,7 @@ IN_PLACE = (
 
 def main() -> None:
     """Parse the command line and inject."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("base", type=Path, metavar="BASE.gguf", help="the quantization without a head")
     parser.add_argument(
         "--head", type=Path, required=True, metavar="HEAD", help="a GGUF that has the head, or the checkpoint's folder"
@@ -55,4 +54,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,18 +3,17 @@
 example: materials.py '{"path": "Qwen3.5-4B"}' Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors --out materials.json
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.publish import provenance
 
 
 def main() -> None:
     """Parse the command line and write the list."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("source", type=json.loads, metavar="JSON", help="where they come from, as in config.yaml")
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the files, or the records of fetched ones")
     parser.add_argument("--out", type=Path, required=True, help="the list, as JSON")
@@ -23,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -5,12 +5,11 @@ A head that makes decoding slower is reported as that, and the recommended n_max
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
 
-import argparse
 import shlex
 from pathlib import Path
 from typing import Any
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.gguf import names
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
@@ -22,7 +21,7 @@ from mtpforge.prompts import PROMPTS, read_prompts
 
 def main() -> None:
     """Parse the command line, measure, and write what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="F.gguf", help="of a split one, the first file or the folder of them")
     parser.add_argument("--out", type=Path, required=True, help="the measurements, as JSON")
     parser.add_argument(
@@ -69,4 +68,4 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

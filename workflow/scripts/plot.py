@@ -3,7 +3,6 @@
 example: plot.py speed results/tiny-qwen3.5/measure/*.json --out speed.svg
 """
 
-import argparse
 import json
 import math
 import re
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtpforge import errors
+from mtpforge import cli, errors
 from mtpforge.gguf import split
 from mtpforge.gguf.names import first_of
 from mtpforge.gguf.quant_types import bits
@@ -26,7 +25,7 @@ Measurement = dict[str, Any]
 
 def main() -> None:
     """Parse the command line and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("figure", choices=[*FIGURES, "tensors"])
     parser.add_argument("measurements", type=Path, nargs="+", help="of measure.py; for tensors, one report of verify.py")
     parser.add_argument("--file", type=Path, metavar="F.gguf", help="for tensors, the file, or the folder of a split one")
@@ -236,4 +235,4 @@ FIGURES: dict[str, Callable[[Sequence[Measurement]], Svg]] = {"speed": speed, "a
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

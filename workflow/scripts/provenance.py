@@ -3,11 +3,10 @@
 example: provenance.py report.json --parameters '{}' --source files.json --toolchain stamp.json --out statement.json
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.publish import provenance, sums
@@ -15,7 +14,7 @@ from mtpforge.publish import provenance, sums
 
 def main() -> None:
     """Parse the command line and write the statement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("report", type=Path, metavar="REPORT.json", help="what verify.py wrote of the file")
     parser.add_argument("--parameters", type=json.loads, required=True, metavar="JSON", help="its part of the configuration")
     parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="what materials.py wrote of the checkpoint")
@@ -37,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,16 +3,15 @@
 example: publish.py --private results/qwen3.5-4b OWNER/Qwen3.5-4B-MTP-GGUF --dry-run
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli, errors
 from mtpforge.publish import upload
 
 
 def main() -> None:
     """Parse the command line, say what goes where, and upload it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     pair = ("FOLDER", "OWNER/NAME")
     parser.add_argument(
         "--private", nargs=2, action="append", default=[], metavar=pair, help="a repository that is made is private"
@@ -32,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

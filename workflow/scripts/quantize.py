@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
@@ -27,7 +27,7 @@ from mtpforge.quantize.recipe import read_recipe
 
 def main() -> None:
     """Parse the command line and quantize."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
     parser.add_argument("--out", type=Path, help="the GGUF to write; with --piece a folder for several: FOLDER/manifests")
     parser.add_argument("--dry-run", action="store_true", help="print the table, and stop")
@@ -97,4 +97,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

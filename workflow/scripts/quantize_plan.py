@@ -5,10 +5,9 @@ A table shows the types. The plan is the same where the work is.
 example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out plan.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
@@ -20,7 +19,7 @@ from mtpforge.quantize.recipe import read_recipe
 
 def main() -> None:
     """Parse the command line and plan."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
     parser.add_argument("--out", type=Path, required=True, help="the plan to write, a JSON file")
     parser.add_argument("--digests", type=Path, metavar="FILE", help="sha256 of its tensors, as convert.py wrote them")
@@ -43,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

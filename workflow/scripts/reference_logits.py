@@ -3,10 +3,9 @@
 example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 16 --out reference.logits
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure.perplexity import reference_logits
@@ -14,7 +13,7 @@ from mtpforge.measure.perplexity import reference_logits
 
 def main() -> None:
     """Parse the command line and write the logits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("model", type=Path, metavar="BF16.gguf")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="at least 1024 tokens")
     parser.add_argument("--chunks", type=int, default=16, help="of 512 tokens, at most so many (default: %(default)s)")
@@ -28,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

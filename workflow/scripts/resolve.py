@@ -3,18 +3,17 @@
 example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --out files.json
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli, errors
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
 
 
 def main() -> None:
     """Parse the command line and list."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("repo", help="repository, as OWNER/NAME")
     parser.add_argument("--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits")
     parser.add_argument("--out", type=Path, required=True, help="the listing, as JSON")
@@ -34,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

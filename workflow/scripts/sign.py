@@ -3,16 +3,15 @@
 example: sign.py results/qwen3.5-4b/SHA256SUMS --key private.pem --out results/qwen3.5-4b/SHA256SUMS.sig
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli, errors
 from mtpforge.io.atomic import replacing
 
 
 def main() -> None:
     """Parse the command line and sign."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, help="what is signed: a list of files with their sha256")
     parser.add_argument("--key", type=Path, required=True, help="a private elliptic-curve key, as PEM")
     parser.add_argument("--out", type=Path, required=True, help="the signature, a Sigstore bundle")
@@ -32,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,16 +3,15 @@
 example: split.py Qwen3.5-397B-A17B-Q4_K_M.gguf --max-size 48G --out Qwen3.5-397B-A17B-Q4_K_M
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import cli, progress
 from mtpforge.gguf.split import parse_size, split
 
 
 def main() -> None:
     """Parse the command line and split."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("source", type=Path, metavar="F.gguf")
     parser.add_argument("--max-size", required=True, metavar="SIZE", help="of one file: megabytes or gigabytes, as 500M or 48G")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a folder of its own, which is replaced")
@@ -26,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -3,12 +3,11 @@
 example: summary.py results/*/reports/*.json --measurements results/*/measure/*.json --out results/summary.md
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.table import markdown, size
 
@@ -17,7 +16,7 @@ COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_m
 
 def main() -> None:
     """Parse the command line, print the table and write it as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("reports", type=Path, nargs="+", help="reports of verify.py")
     parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="those of measure.py")
     parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
@@ -61,4 +60,4 @@ def speed(found: dict[str, Any] | None) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

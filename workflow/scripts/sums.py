@@ -3,16 +3,15 @@
 example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json --others results/qwen3.5-4b/README.md
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors
+from mtpforge import cli
 from mtpforge.publish.sums import SUMS, collect, surplus, write_sums
 
 
 def main() -> None:
     """Parse the command line and write the list."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="the folder of results")
     parser.add_argument("--reports", type=Path, nargs="+", required=True, help="of verify.py, on the files that are published")
     parser.add_argument("--others", type=Path, nargs="*", default=[], help="what is published beside them: card, statements")
@@ -24,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mtpforge.errors import run
+from mtpforge.cli import run
 from mtpforge.io.atomic import write_json
 from mtpforge.llama_cpp.toolchain import adopt, built, install
 

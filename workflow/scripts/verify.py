@@ -3,10 +3,9 @@
 example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --head Q8_0 --out report.json
 """
 
-import argparse
 from pathlib import Path
 
-from mtpforge import errors, progress
+from mtpforge import cli, errors, progress
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_target, parse_size, plan
 from mtpforge.io import atomic
@@ -20,7 +19,7 @@ from mtpforge.verify.source import head_source
 
 def main() -> None:
     """Parse the command line, verify, and publish where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="F.gguf")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
@@ -89,4 +88,4 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -99,14 +99,18 @@ def knows(program: str | Path, option: str) -> bool:
         return option in process.communicate()[0]
 
 
+def environment() -> dict[str, str]:
+    """Our environment without LLAMA_ARG_*, which would change what llama.cpp's programs make."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+
+
 def _heard(
-    command: Sequence[str | Path], environment: Mapping[str, str] | None, cwd: Path | None
+    command: Sequence[str | Path], given: Mapping[str, str] | None, cwd: Path | None
 ) -> AbstractContextManager["subprocess.Popen[str]"]:
     """A child whose output can be read as text."""
-    if environment is None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+    env = environment() if given is None else given
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return running([str(word) for word in command], **pipes, text=True, errors="replace", env=environment, cwd=cwd)
+    return running([str(word) for word in command], **pipes, text=True, errors="replace", env=env, cwd=cwd)
 
 
 def _check(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:

@@ -1,22 +1,128 @@
-"""Where llama.cpp's programs are, and how many threads they get."""
+"""The programs of llama.cpp that a folder has, and how they are called.
 
+`LlamaCpp` is what functions pass on: where the programs are, how many threads they get and which log they write to.
+"""
+
+import argparse
 import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.errors import ToolchainError
+from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.server import Server, started
 
-DEFAULT_BIN = Path("resources/toolchain/bin")
+DEFAULT_FOLDER = Path("resources/toolchain/bin")
+BUFFER = ("--max-buffer-size", "256")
+"""MiB of a tensor that llama-quantize works on at a time: the bytes are the same, and large tensors
+need no gigabytes of memory, which a virtual machine can take longer to provide than to quantize."""
+
+Argument = str | int | Path
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A folder of llama.cpp programs, the threads they get (0: all processors), and their log."""
+
+    folder: Path = DEFAULT_FOLDER
+    threads: int = 0
+    log: Path | None = None
+
+    @property
+    def processors(self) -> int:
+        """How many threads a program really gets: at most as many as there are processors."""
+        available = os.cpu_count() or 1
+        return min(self.threads or available, available)
+
+    def find(self, name: str) -> Path:
+        """The path of a program. Raises ToolchainError if it is missing."""
+        path = self.folder / name
+        if not os.access(path, os.X_OK):
+            raise ToolchainError(
+                f"{path}: missing or not executable: build it with `make toolchain`, or name another folder with --bin"
+            )
+        return path.resolve()
+
+    def quantize(self, arguments: Iterable[Argument], cwd: Path) -> None:
+        """Run llama-quantize in `cwd`; its output is appended to the log. Raises ToolchainError."""
+        program = self.find("llama-quantize")
+        buffer = BUFFER if process.knows(program, BUFFER[0]) else ()  # b10605 lacks the option
+        threads = (self.threads,) if self.threads else ()
+        self._call([program, *buffer, *arguments, *threads], cwd, append=True)
+
+    def dry_runs(self, runs: Iterable[Sequence[Argument]], cwd: Path) -> list[str]:
+        """What several `llama-quantize --dry-run` print, run side by side. Raises ToolchainError."""
+        program = self.find("llama-quantize")
+        return process.outputs([[program, "--dry-run", *map(_word, run)] for run in runs], cwd)
+
+    def imatrix(self, arguments: Iterable[Argument], cwd: Path) -> None:
+        """Run llama-imatrix in `cwd`. Raises ToolchainError."""
+        threads = ("-t", self.threads) if self.threads else ()
+        self._call([self.find("llama-imatrix"), *arguments, *threads], cwd)
+
+    def perplexity(self, arguments: Iterable[Argument]) -> str:
+        """Run llama-perplexity; what it prints. Raises ToolchainError."""
+        command = [self.find("llama-perplexity"), "--threads", self.processors, *arguments]
+        with tempfile.TemporaryDirectory() as scratch:
+            log = Path(scratch) / "log"
+            process.call(list(map(_word, command)), log)
+            return log.read_text(encoding="utf-8", errors="replace")
+
+    def gguf_split(self, arguments: Iterable[Argument]) -> None:
+        """Run llama-gguf-split. Raises ToolchainError."""
+        self._call([self.find("llama-gguf-split"), *arguments])
+
+    @contextmanager
+    def serve(self, model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+        """Start llama-server on `model` and wait until it is ready. Raises ToolchainError."""
+        command = [str(self.find("llama-server")), "--threads", str(self.processors)]
+        with started(command, model, log, options) as server:
+            yield server
+
+    def _call(self, command: Iterable[Argument], cwd: Path | None = None, append: bool = False) -> None:
+        process.call(list(map(_word, command)), self.log, cwd=cwd, append=append)
+
+
+def _word(argument: Argument) -> str:
+    return str(argument)
+
+
+def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
+    """Add --bin and --threads, and --log if the program keeps one."""
+    parser.add_argument(
+        "--bin", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
+        help="folder of llama.cpp's programs (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: all processors)")
+    if log:
+        parser.add_argument("--log", type=Path, metavar="FILE", help="keep everything that llama.cpp prints")
+
+
+def from_options(args: argparse.Namespace) -> LlamaCpp:
+    """The programs that the options of `add_options` name."""
+    return LlamaCpp(args.bin, args.threads, getattr(args, "log", None))
+
+
+# ── to be replaced by LlamaCpp, call by call ──
+
+DEFAULT_BIN = DEFAULT_FOLDER
 
 
 def find(bin_dir: Path, name: str) -> Path:
-    """The program's path. Raises ToolchainError where it is missing."""
-    path = Path(bin_dir) / name
-    if not os.access(path, os.X_OK):
-        raise ToolchainError(f"{path}: missing or not executable: `make toolchain` builds it, --bin names another folder")
-    return path.resolve()
+    """See LlamaCpp.find."""
+    return LlamaCpp(bin_dir).find(name)
 
 
 def threads(asked: int) -> int:
-    """How many threads a program gets: no more than there are processors, and 0 stands for all of them."""
-    processors = os.cpu_count() or 1
-    return min(asked or processors, processors)
+    """See LlamaCpp.processors."""
+    return LlamaCpp(threads=asked).processors
+
+
+@contextmanager
+def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = DEFAULT_BIN) -> Iterator[Server]:
+    """See LlamaCpp.serve."""
+    with started([str(find(bin_dir, "llama-server"))], model, log, options) as server:
+        yield server

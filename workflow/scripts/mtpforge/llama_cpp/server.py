@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import re
 import socket
 import subprocess
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtpforge.errors import ToolchainError
-from mtpforge.llama_cpp import programs
-from mtpforge.llama_cpp.process import running
+from mtpforge.llama_cpp import process
 
 HOST = "127.0.0.1"
 START_LIMIT = 1800.0  # seconds: 70 GB from a slow disk take a while
@@ -51,7 +49,7 @@ class Completion:
 
 
 class Server:
-    """A running llama-server; made by `serve`."""
+    """A running llama-server; made by `LlamaCpp.serve`."""
 
     def __init__(self, port: int, pid: int) -> None:
         self.port, self.pid = port, pid
@@ -116,55 +114,42 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = programs.DEFAULT_BIN) -> Iterator[Server]:
-    """Start llama-server on `model` and wait until it is ready; its output goes to `log`. Raises ToolchainError."""
+def started(command: Sequence[str], model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+    """Start llama-server (`command`) on `model` and wait until it is ready; it writes to `log`.
+
+    Raises ToolchainError.
+    """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    command = [
-        programs.find(bin_dir, "llama-server"),
-        "--model",
-        model,
-        "--host",
-        HOST,
-        "--port",
-        port,
-        "--parallel",
-        1,
-        "--offline",
-    ]
+    address = ["--host", HOST, "--port", str(port), "--parallel", "1", "--offline"]
     with (
         log.open("wb") as output,
-        running(
-            [*map(str, command), *options],
+        process.running(
+            [*command, "--model", str(model), *address, *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
-        ) as process,
+            env=process.environment(),
+        ) as child,
     ):
         try:
-            server = Server(port, process.pid)
-            _wait_until_ready(server, process, model, log)
+            server = Server(port, child.pid)
+            _wait_until_ready(server, child, model, log)
             yield server
         finally:
-            process.terminate()
+            child.terminate()
             try:
-                process.wait(timeout=20)
+                child.wait(timeout=20)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                child.kill()
+                child.wait()
 
 
-def environment() -> dict[str, str]:
-    """Our own for a program of llama.cpp, without LLAMA_ARG_*, which would change what we measure."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
-
-
-def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", model: Path, log: Path) -> None:
+def _wait_until_ready(server: Server, child: "subprocess.Popen[bytes]", model: Path, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if child.poll() is not None:
             raise ToolchainError(f"llama-server cannot load {model}: {_reason(log)}")
         with contextlib.suppress(ToolchainError):  # refused, or 503 while it loads
             if server.ask("/health").get("status") == "ok":

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
 from mtpforge.gguf import reader
-from mtpforge.llama_cpp import process, programs, server
+from mtpforge.llama_cpp import process, programs
 
 CONTEXT = 512  # tokens of a chunk; the second half of them is scored
 ATTEMPTS = 12
@@ -84,7 +84,7 @@ def _run(model: Path, options: list[object], threads: int, bin_dir: Path) -> str
     command = [program, "-m", model, "--ctx-size", CONTEXT, "--threads", threads, *options]
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
-        process.call([str(word) for word in command], log, server.environment())
+        process.call([str(word) for word in command], log, process.environment())
         return log.read_text(encoding="utf-8", errors="replace")
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from mtpforge.errors import ToolchainError
 from mtpforge.gguf import split
 from mtpforge.gguf.head import head_blocks
-from mtpforge.llama_cpp import architectures, programs, server, toolchain
+from mtpforge.llama_cpp import architectures, process, programs, server, toolchain
 
 N_PREDICT = 200  # tokens, as in verification
 DEVICES_LIMIT = 60.0  # seconds
@@ -94,7 +94,7 @@ def _serve(
         options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), "--spec-draft-p-min", "0"]
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
-        with server.serve(path, log, options, bin_dir) as running:
+        with programs.serve(path, log, options, bin_dir) as running:
             answers = [running.completion(prompt, N_PREDICT) for _ in range(1 + repeats)]
             memory = running.peak_memory()
             positions = _positions(log, [answer.drafts for answer in answers])
@@ -203,7 +203,7 @@ def machine(bin_dir: Path) -> dict[str, Any]:
     command: list[str | Path] = [programs.find(bin_dir, "llama-server"), "--list-devices"]
     try:
         listed = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT, env=server.environment()
+            command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT, env=process.environment()
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"llama-server cannot list its devices: {error}") from None

@@ -52,7 +52,7 @@ def check_drafting(opened: Gguf, request: Request, bin_dir: Path) -> tuple[list[
         options += ["--model-draft", str(opened.path)]
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with server.serve(request.target or opened.path, Path(scratch) / "server.log", options, bin_dir) as running:
+            with programs.serve(request.target or opened.path, Path(scratch) / "server.log", options, bin_dir) as running:
                 answers = [running.completion(prompt, N_PREDICT) for prompt in request.prompts]
         except ForgeError as error:
             return [Check("drafting" if drafting else "loading", False, str(error))], []
@@ -77,7 +77,7 @@ def check_without_drafting(opened: Gguf, request: Request, answers: Sequence[ser
     with tempfile.TemporaryDirectory() as scratch:
         try:
             model = request.target or opened.path
-            with server.serve(model, Path(scratch) / "server.log", _options(request), bin_dir) as running:
+            with programs.serve(model, Path(scratch) / "server.log", _options(request), bin_dir) as running:
                 choices = [running.choices(prompt, EQUAL) for prompt in request.prompts]
         except ForgeError as error:
             return Check("same text", False, str(error))
@@ -179,7 +179,7 @@ def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
 
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with server.serve(request.target, Path(scratch) / "server.log", options, bin_dir) as running:
+            with programs.serve(request.target, Path(scratch) / "server.log", options, bin_dir) as running:
                 seen = length(running, text, picture) - length(running, text)
         except ForgeError as error:
             return Check("seeing", False, str(error))

@@ -1,0 +1,38 @@
+"""What all programs of workflow/scripts share: their parser, and how they end."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+
+from mtpforge.errors import ForgeError, ToolchainError
+
+_LONGEST_MESSAGE = 2000  # characters: an input can bring megabytes into a message
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose description is a program's docstring, line breaks kept."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`. Expected errors end the program with `error: ...` and exit code 1, no traceback.
+
+    An interrupt gives exit code 130. A termination unwinds like one, so that temporary files are
+    removed and child processes end. Any other exception is a bug and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        main()
+    except ToolchainError as error:
+        sys.exit(f"error: {error}")  # may end with the last lines of a build log
+    except ForgeError as error:
+        text = " ".join(str(error).split())  # an input can bring line breaks into a message
+        shortened = text[:_LONGEST_MESSAGE] + " ..." if len(text) > _LONGEST_MESSAGE else text
+        sys.exit(f"error: {shortened}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+    except MemoryError:
+        sys.exit("error: out of memory")
+    except KeyboardInterrupt:
+        sys.exit(130)
