@@ -47,7 +47,11 @@ def write_checkpoint(folder: Path, settings: dict[str, Any], eight_bit: bool = F
     _write_shards(folder, _sources(architecture, settings, eight_bit))
     config = {"architectures": [architecture], "model_type": "qwen3_5", "text_config": settings}
     if eight_bit:
-        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+        }
     (folder / "config.json").write_text(json.dumps(config))  # last: it says that the rest is there
     return folder
 
@@ -83,12 +87,17 @@ def _write_shards(folder: Path, tensors: dict[str, Stored]) -> None:
         shards[-1][name] = stored
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(BLOCK, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
-    raw, weight_map = (block.astype("<u2") & np.uint16(0xF7F7)).tobytes(), {}  # as FP8, no byte is NaN
+    raw, weight_map = (
+        (block.astype("<u2") & np.uint16(0xF7F7)).tobytes(),
+        {},
+    )  # as FP8, no byte is NaN
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard, raw)
         weight_map |= dict.fromkeys(shard, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def _write_shard(path: Path, tensors: dict[str, Stored], raw: bytes) -> None:
@@ -126,8 +135,15 @@ def _write_tokenizer(folder: Path) -> None:
         for i in range(26)
     ]  # fmt: skip
     split = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    steps = [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    steps = [
+        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+    ]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, "post_processor": byte_level,
@@ -135,6 +151,12 @@ def _write_tokenizer(folder: Path) -> None:
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
                   "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": merges},
     }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|special_0|>", "add_bos_token": False}
+    (folder / "tokenizer.json").write_text(
+        json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
+    )
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|special_0|>",
+        "add_bos_token": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -45,12 +45,16 @@ class Cost:
 def cost_of(*command: object) -> Cost:
     """Run a program to its end and measure it, until its output is on the disk."""
     start = time.monotonic()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"error: {' '.join(map(str, command))} failed: {said.decode(errors='replace')[-1500:]}")
+        sys.exit(
+            f"error: {' '.join(map(str, command))} failed: {said.decode(errors='replace')[-1500:]}"
+        )
     os.sync()
     unit = 1 if sys.platform == "darwin" else 1024
     return Cost(time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
@@ -62,9 +66,13 @@ def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
     return runs[len(runs) // 2]
 
 
-def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool) -> dict[str, Any]:
+def measure_model(
+    name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool
+) -> dict[str, Any]:
     """All figures of one checkpoint. Every program finds the checkpoint in the page cache as far as that holds it."""
-    checkpoint = write_checkpoint(scratch / name.replace(", ", "-").replace(" ", "-"), settings, name.endswith("FP8"))
+    checkpoint = write_checkpoint(
+        scratch / name.replace(", ", "-").replace(" ", "-"), settings, name.endswith("FP8")
+    )
     shards, out = sorted(checkpoint.glob("*.safetensors")), scratch / "out"
     size = sum(path.stat().st_size for path in shards)
 
@@ -75,10 +83,21 @@ def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: i
 
     def ours() -> Cost:
         program = ROOT / "workflow/scripts/convert.py"
-        return run(sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
+        return run(
+            sys.executable,
+            program,
+            checkpoint,
+            "--tokenizer-pre",
+            "qwen35",
+            "--out",
+            out / "ours.gguf",
+        )
 
     def theirs() -> Cost:
-        python, script = ROOT / "resources/converter/environment/bin/python", ROOT / "workflow/scripts/run_upstream.py"
+        python, script = (
+            ROOT / "resources/converter/environment/bin/python",
+            ROOT / "workflow/scripts/run_upstream.py",
+        )
         source = ROOT / "resources/converter/source"
         upstream = [python, "-I", script, "--tokenizer-pre", "qwen35", source]
         return run(*upstream, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
@@ -88,7 +107,13 @@ def measure_model(name: str, settings: dict[str, Any], scratch: Path, repeats: i
     copy = typical(lambda: run("cp", *shards, out), repeats)
     convert = typical(ours, repeats)
     opening = open_seconds(out / "ours.gguf")
-    result = {"model": name, "bytes": size, "cp": vars(copy), "convert": vars(convert), "open": opening}
+    result = {
+        "model": name,
+        "bytes": size,
+        "cp": vars(copy),
+        "convert": vars(convert),
+        "open": opening,
+    }
     if upstream:
         result["upstream"] = vars(theirs())
     shutil.rmtree(out, ignore_errors=True)
@@ -108,9 +133,16 @@ def open_seconds(path: Path) -> float:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The ratios, as Markdown."""
-    lines = ["| checkpoint | GB | cp | convert | × cp | peak MB | upstream | × faster | open |", "| --- |" + " ---: |" * 8]
+    lines = [
+        "| checkpoint | GB | cp | convert | × cp | peak MB | upstream | × faster | open |",
+        "| --- |" + " ---: |" * 8,
+    ]
     for entry in results:
-        copy, convert, theirs = entry["cp"]["wall"], entry["convert"]["wall"], entry.get("upstream", {}).get("wall")
+        copy, convert, theirs = (
+            entry["cp"]["wall"],
+            entry["convert"]["wall"],
+            entry.get("upstream", {}).get("wall"),
+        )
         faster = (f"{theirs:.1f} s", f"{theirs / convert:.1f}") if theirs else ("not run", "")
         cells = [
             entry["model"], f"{entry['bytes'] / 1e9:.1f}", f"{copy:.1f} s", f"{convert:.1f} s", f"{convert / copy:.2f}",
@@ -119,17 +151,26 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     by_name = {entry["model"]: entry["convert"]["wall"] for entry in results}
     if {"dense, 12 layers", "dense, 24 layers"} <= by_name.keys():
-        lines += ["", f"Twice the layers: {by_name['dense, 24 layers'] / by_name['dense, 12 layers']:.2f} times the time."]
+        lines += [
+            "",
+            f"Twice the layers: {by_name['dense, 24 layers'] / by_name['dense, 12 layers']:.2f} times the time.",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Parse the command line, measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/conversion.json")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there")
+    parser.add_argument(
+        "--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument(
+        "--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME"
+    )
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     upstream = (ROOT / "resources/converter/stamp.json").exists()
@@ -140,7 +181,9 @@ def main() -> None:
         print(f"measuring: {name}", file=sys.stderr, flush=True)
         results.append(measure_model(name, MODELS[name], args.scratch, args.repeats, upstream))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n"
+    )
     print(table(results))
 
 

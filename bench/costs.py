@@ -28,12 +28,21 @@ NAME = "blk.0.ffn_up.weight"
 
 def write_source(path: Path, rows: int) -> None:
     """A model of one matrix, that llama-quantize takes."""
-    keys = {"block_count": 1, "context_length": 512, "embedding_length": COLUMNS, "feed_forward_length": rows}
+    keys = {
+        "block_count": 1,
+        "context_length": 512,
+        "embedding_length": COLUMNS,
+        "feed_forward_length": rows,
+    }
     keys |= {"attention.head_count": 8, "attention.head_count_kv": 8}
     metadata = {"general.architecture": Value.of("llama", GGUFValueType.STRING)}
-    metadata |= {f"llama.{key}": Value.of(number, GGUFValueType.UINT32) for key, number in keys.items()}
+    metadata |= {
+        f"llama.{key}": Value.of(number, GGUFValueType.UINT32) for key, number in keys.items()
+    }
     metadata["llama.attention.layer_norm_rms_epsilon"] = Value.of(1e-6, GGUFValueType.FLOAT32)
-    weights = (np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
+    weights = (
+        np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)
+    ).view(np.uint32) >> 16
     info = TensorInfo(NAME, (rows, COLUMNS), GGMLQuantizationType.BF16)
     writer.write(path, metadata, [(info, [memoryview(weights.astype("<u2").tobytes())])])
 
@@ -48,13 +57,18 @@ def write_matrix(path: Path) -> None:
     }
     sums = np.random.default_rng(1).lognormal(0, 1, COLUMNS).astype("<f4").tobytes()
     kind = GGMLQuantizationType.F32
-    parts = [(TensorInfo(f"{NAME}.in_sum2", (1, COLUMNS), kind), sums), (TensorInfo(f"{NAME}.counts", (1, 1), kind), b"\0\0\x80?")]
+    parts = [
+        (TensorInfo(f"{NAME}.in_sum2", (1, COLUMNS), kind), sums),
+        (TensorInfo(f"{NAME}.counts", (1, 1), kind), b"\0\0\x80?"),
+    ]
     writer.write(path, metadata, [(info, [memoryview(data)]) for info, data in parts])
 
 
 def main() -> None:
     """Parse the command line, measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/costs.json")
     args = parser.parse_args()
     costs: dict[str, dict[str, float]] = {"seconds": {}, "tables": {}}
@@ -66,12 +80,27 @@ def main() -> None:
             write_source(source, rows)
         for kind in quant_types.TENSOR_TYPES:
             options = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
-            options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}", "--max-buffer-size", BUFFER]
+            options += [
+                "--tensor-type",
+                f"^{re.escape(NAME)}$={kind.lower()}",
+                "--max-buffer-size",
+                BUFFER,
+            ]
             program = ROOT / "resources/toolchain/bin/llama-quantize"
-            many, few = (cost_of(program, *options, source, out, "Q8_0", 1).cpu for source in sources.values())
+            many, few = (
+                cost_of(program, *options, source, out, "Q8_0", 1).cpu
+                for source in sources.values()
+            )
             seconds = (many - few) / ((ROWS - FEW) * COLUMNS)
-            costs["seconds"][kind], costs["tables"][kind] = round(seconds * 1e9, 1), round(few - seconds * FEW * COLUMNS, 1)
-            print(f"{kind}: {costs['seconds'][kind]}, {costs['tables'][kind]}", file=sys.stderr, flush=True)
+            costs["seconds"][kind], costs["tables"][kind] = (
+                round(seconds * 1e9, 1),
+                round(few - seconds * FEW * COLUMNS, 1),
+            )
+            print(
+                f"{kind}: {costs['seconds'][kind]}, {costs['tables'][kind]}",
+                file=sys.stderr,
+                flush=True,
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(costs, indent=1) + "\n")
     print(json.dumps(costs))

@@ -49,8 +49,18 @@ def make_parts(scratch: Path) -> tuple[Path, Path]:
     parts = [scratch / f"{part}.gguf" for part in ("trunk", "head")]
     for path in parts:
         if not path.exists():
-            convert = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint, "--tokenizer-pre", "qwen35"]
-            subprocess.run([*map(str, convert), "--part", path.stem, "--out", str(path)], check=True, stderr=subprocess.DEVNULL)
+            convert = [
+                sys.executable,
+                ROOT / "workflow/scripts/convert.py",
+                checkpoint,
+                "--tokenizer-pre",
+                "qwen35",
+            ]
+            subprocess.run(
+                [*map(str, convert), "--part", path.stem, "--out", str(path)],
+                check=True,
+                stderr=subprocess.DEVNULL,
+            )
     return parts[0], parts[1]
 
 
@@ -86,7 +96,9 @@ def measure(label: str, base: Path, head: Path, repeats: int, slow: bool) -> dic
 def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
     """A file system of that kind of `size` bytes; None, and the reason on the terminal, where this machine allows none."""
     make, *options = FILE_SYSTEMS[kind]
-    missing = next((f"{name} is not installed" for name in (make, "mount") if shutil.which(name) is None), None)
+    missing = next(
+        (f"{name} is not installed" for name in (make, "mount") if shutil.which(name) is None), None
+    )
     if reason := "only root can mount" if os.geteuid() else missing:
         print(f"{kind} is not measured: {reason}", file=sys.stderr)
         yield None
@@ -108,7 +120,10 @@ def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The ratios, as Markdown."""
-    lines = ["| on | base GB | head GB | cp | inject | × cp | in place | × cp | gguf-py | × faster |", "| --- |" + " ---: |" * 9]
+    lines = [
+        "| on | base GB | head GB | cp | inject | × cp | in place | × cp | gguf-py | × faster |",
+        "| --- |" + " ---: |" * 9,
+    ]
     for entry in results:
         copy, inject, in_place = (entry[name]["wall"] for name in ("cp", "inject", "in place"))
         slow = entry["gguf-py"]["wall"] if "gguf-py" in entry else None
@@ -123,23 +138,33 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Parse the command line, measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/injection.json")
-    parser.add_argument("--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there")
+    parser.add_argument(
+        "--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     base, head = make_parts(args.scratch)
-    kind = subprocess.run(["df", "--output=fstype", str(args.scratch)], capture_output=True, text=True).stdout.split()
+    kind = subprocess.run(
+        ["df", "--output=fstype", str(args.scratch)], capture_output=True, text=True
+    ).stdout.split()
     results = [measure(kind[-1] if kind else "here", base, head, args.repeats, slow=True)]
     for kind in FILE_SYSTEMS:
         with mounted(kind, args.scratch, 4 * base.stat().st_size) as point:
             if point:
                 shutil.copy(base, point)
                 shutil.copy(head, point)
-                results.append(measure(kind, point / base.name, point / head.name, args.repeats, slow=False))
+                results.append(
+                    measure(kind, point / base.name, point / head.name, args.repeats, slow=False)
+                )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n"
+    )
     print(table(results))
 
 

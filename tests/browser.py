@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Browser:
@@ -32,11 +34,21 @@ class Browser:
         os.close(theirs_in)
         os.close(theirs_out)
         self._buffer, self._number, self._session, self.problems = b"", 0, "", list[str]()
-        target = next(t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = next(
+            t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page"
+        )["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Network"):
             self._call(f"{domain}.enable")
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self._call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
 
     def __enter__(self) -> "Browser":
         return self
@@ -54,7 +66,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self._call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -72,19 +86,31 @@ class Browser:
         self.run(f"{find}.click()")
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+        )
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        os.write(self._out, json.dumps({**message, **({"sessionId": self._session} if self._session else {})}).encode() + b"\0")
+        os.write(
+            self._out,
+            json.dumps(
+                {**message, **({"sessionId": self._session} if self._session else {})}
+            ).encode()
+            + b"\0",
+        )
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
             if answer.get("method") == "Runtime.exceptionThrown":
-                self.problems.append(str(answer["params"]["exceptionDetails"].get("exception", {}).get("description")))
+                self.problems.append(
+                    str(
+                        answer["params"]["exceptionDetails"].get("exception", {}).get("description")
+                    )
+                )
             if answer.get("method") == "Network.requestWillBeSent":
                 url = answer["params"]["request"]["url"]
                 if not url.startswith(("file:", "data:", "blob:", "about:")):

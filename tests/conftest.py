@@ -52,7 +52,9 @@ def fails(run: Run) -> Callable[..., str]:
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) <= 2
         assert not out.exists()
-        assert [path.name for path in out.parent.glob(f".{out.name}*")] == []  # no temporary file either
+        assert [
+            path.name for path in out.parent.glob(f".{out.name}*")
+        ] == []  # no temporary file either
         return done.stderr
 
     return call

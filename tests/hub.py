@@ -90,7 +90,9 @@ class Hub(ThreadingHTTPServer):
         if path not in self.digests:
             content = path.read_bytes()
             small = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            self.digests[path] = hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
+            self.digests[path] = (
+                hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
+            )
         return self.digests[path]
 
 
@@ -108,7 +110,10 @@ class _Cdn(ThreadingHTTPServer):
 def serve(repositories: dict[str, Path], new: Path | None = None) -> Iterator[Hub]:
     """A running Hub, which stops with the block; `new` is the folder of repositories that are made."""
     with Hub(repositories, new) as hub, hub.cdn as cdn:
-        threads = [threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}) for server in (hub, cdn)]
+        threads = [
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            for server in (hub, cdn)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -158,8 +163,12 @@ class _Answering(BaseHTTPRequestHandler):
     def say(self, value: object, status: int = 200) -> None:
         self.answer(json.dumps(value).encode(), "application/json", status)
 
-    def answer(self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.head(status, {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})})
+    def answer(
+        self, body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        self.head(
+            status, {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}
+        )
         if self.command != "HEAD":
             self.wfile.write(body)
 
@@ -184,7 +193,9 @@ class _Answering(BaseHTTPRequestHandler):
         if self.fails(name, "busy"):
             self.answer(b"", "text/plain", 429, {"Retry-After": "1"})
         elif self.fails(name, "busy until"):
-            self.answer(b"", "text/plain", 429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+            self.answer(
+                b"", "text/plain", 429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)}
+            )
         elif self.fails(name, "broken"):
             self.answer(b"", "text/plain", 500)
         else:
@@ -204,12 +215,18 @@ class _Answering(BaseHTTPRequestHandler):
             wanted = None
         if wanted and self.fails(name, "wrong range"):
             begin, end = max(begin - 1, 0), max(begin - 1, 0) + end - begin
-        headers = {"ETag": '"other"' if self.fails(name, "etag") else etag, "Content-Type": "application/octet-stream"}
+        headers = {
+            "ETag": '"other"' if self.fails(name, "etag") else etag,
+            "Content-Type": "application/octet-stream",
+        }
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         if self.fails(name, "short"):
             end -= (end - begin) // 2
-        self.head(206 if wanted else 200, {**headers, "Content-Length": str(end - begin), "Accept-Ranges": "bytes"})
+        self.head(
+            206 if wanted else 200,
+            {**headers, "Content-Length": str(end - begin), "Accept-Ranges": "bytes"},
+        )
         if self.command == "GET":
             self.body(path, begin, end)
 
@@ -250,10 +267,17 @@ class _Handler(_Answering):
         for name, folder in self.hub.repositories.items():
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
                 if path in (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}"):
-                    return self.refused("api") or self.gate(name) or self.model_info(name, folder, commit)
+                    return (
+                        self.refused("api")
+                        or self.gate(name)
+                        or self.model_info(name, folder, commit)
+                    )
             if path == f"/api/models/{name}/tree/main" and not self.is_hidden(name):
                 return self.refused("api") or self.say(self.tree(folder))
-            for prefix in (f"/{name}/resolve/{COMMIT}/", f"/api/resolve-cache/models/{name}/{COMMIT}/"):
+            for prefix in (
+                f"/{name}/resolve/{COMMIT}/",
+                f"/api/resolve-cache/models/{name}/{COMMIT}/",
+            ):
                 if path.startswith(prefix) and (folder / path[len(prefix) :]).is_file():
                     return self.gate(name) or self.resolve(folder / path[len(prefix) :], name, path)
             if path.startswith((f"/{name}/", f"/api/models/{name}/")) and not self.is_hidden(name):
@@ -289,11 +313,29 @@ class _Handler(_Answering):
             data = yaml.safe_load(match[1]) if match else None
         except yaml.YAMLError as error:
             data = str(error)
-        texts = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "base_model_relation", "quantized_by")
-        wrong = [f"{key} must be a string" for key in texts if not isinstance((data or {}).get(key, ""), str)] if match else []
+        texts = (
+            "license",
+            "license_name",
+            "license_link",
+            "pipeline_tag",
+            "library_name",
+            "base_model_relation",
+            "quantized_by",
+        )
+        wrong = (
+            [
+                f"{key} must be a string"
+                for key in texts
+                if not isinstance((data or {}).get(key, ""), str)
+            ]
+            if match
+            else []
+        )
         if not isinstance(data, dict):
             wrong = ["no front matter"]
-        self.say({"errors": [{"message": text} for text in wrong], "warnings": []}, 400 if wrong else 200)
+        self.say(
+            {"errors": [{"message": text} for text in wrong], "warnings": []}, 400 if wrong else 200
+        )
 
     def create(self, asked: dict[str, str]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
@@ -303,7 +345,9 @@ class _Handler(_Answering):
         assert self.hub.new is not None
         self.hub.repositories[name] = self.hub.new / name
         self.hub.repositories[name].mkdir(parents=True)
-        (self.hub.repositories[name] / ".gitattributes").write_text("*.gguf filter=lfs diff=lfs merge=lfs -text\n")
+        (self.hub.repositories[name] / ".gitattributes").write_text(
+            "*.gguf filter=lfs diff=lfs merge=lfs -text\n"
+        )
         if asked.get("visibility") == "private":
             self.hub.private.add(name)
         return self.say(address)
@@ -313,9 +357,13 @@ class _Handler(_Answering):
         answers = []
         for file in files:
             there = folder / str(file["path"])
-            mode = "lfs" if there.suffix in LARGE or int(str(file["size"])) > 10_000_000 else "regular"
+            mode = (
+                "lfs" if there.suffix in LARGE or int(str(file["size"])) > 10_000_000 else "regular"
+            )
             known = {"oid": self.hub.digest(there)} if there.exists() else {}
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+            answers.append(
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known}
+            )
         self.say({"files": answers})
 
     def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
@@ -325,14 +373,20 @@ class _Handler(_Answering):
             if not self.hub.object(str(entry["oid"])).exists():
                 put = f"http://127.0.0.1:{self.hub.cdn.server_port}/put/{entry['oid']}?signature={self.hub.signature}"
                 verify = self.path.replace(".git/info/lfs/objects/batch", "/verify")
-                entry["actions"] = {"upload": {"href": put}, "verify": {"href": f"{self.hub.endpoint}{verify}"}}
+                entry["actions"] = {
+                    "upload": {"href": put},
+                    "verify": {"href": f"{self.hub.endpoint}{verify}"},
+                }
             objects.append(entry)
         self.say({"transfer": "basic", "objects": objects})
 
     def commit(self, folder: Path, lines: list[dict[str, dict[str, str]]]) -> None:
         """Add what the lines say, all or nothing."""
         files = [(line["key"], line["value"]) for line in lines[1:]]
-        if any(kind == "lfsFile" and not self.hub.object(value["oid"]).exists() for kind, value in files):
+        if any(
+            kind == "lfsFile" and not self.hub.object(value["oid"]).exists()
+            for kind, value in files
+        ):
             return self.say({"error": "an lfs object is missing"}, 400)
         for kind, value in files:
             path = folder / value["path"]
@@ -345,7 +399,13 @@ class _Handler(_Answering):
             self.hub.digests.pop(path, None)
         self.hub.commits.append(sorted(value["path"] for _, value in files))
         name = str(folder.relative_to(self.hub.new or "/"))
-        return self.say({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{COMMIT}"})
+        return self.say(
+            {
+                "success": True,
+                "commitOid": COMMIT,
+                "commitUrl": f"{self.hub.endpoint}/{name}/commit/{COMMIT}",
+            }
+        )
 
     def is_hidden(self, name: str) -> bool:
         return name in self.hub.private and not self.headers.get("Authorization")
@@ -353,11 +413,20 @@ class _Handler(_Answering):
     def tree(self, folder: Path) -> list[dict[str, object]]:
         found: list[dict[str, object]] = []
         for path in sorted(folder.rglob("*")):
-            entry: dict[str, object] = {"type": "directory", "path": str(path.relative_to(folder)), "oid": "0" * 40, "size": 0}
+            entry: dict[str, object] = {
+                "type": "directory",
+                "path": str(path.relative_to(folder)),
+                "oid": "0" * 40,
+                "size": 0,
+            }
             if path.is_file():
                 size, digest = path.stat().st_size, self.hub.digest(path)
                 large = {"oid": "0" * 40, "lfs": {"oid": digest, "size": size, "pointerSize": 134}}
-                entry |= {"type": "file", "size": size, **(large if path.suffix in LARGE else {"oid": digest})}
+                entry |= {
+                    "type": "file",
+                    "size": size,
+                    **(large if path.suffix in LARGE else {"oid": digest}),
+                }
             found.append(entry)
         return found
 
@@ -373,13 +442,23 @@ class _Handler(_Answering):
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 listed = str(path.relative_to(folder))
-                entry: dict[str, object] = {"rfilename": self.hub.names.get(listed, listed), "size": path.stat().st_size}
+                entry: dict[str, object] = {
+                    "rfilename": self.hub.names.get(listed, listed),
+                    "size": path.stat().st_size,
+                }
                 if path.suffix in LARGE:
-                    entry["lfs"] = {"sha256": self.hub.digest(path), "size": path.stat().st_size, "pointerSize": 130}
+                    entry["lfs"] = {
+                        "sha256": self.hub.digest(path),
+                        "size": path.stat().st_size,
+                        "pointerSize": 130,
+                    }
                 entry["blobId"] = "0" * 40 if path.suffix in LARGE else self.hub.digest(path)
                 siblings.append(entry)
         known = {"private": False, "downloads": 0, "tags": [], "siblings": siblings}
-        self.answer(json.dumps({"id": name, "modelId": name, "sha": commit, **known}).encode(), "application/json")
+        self.answer(
+            json.dumps({"id": name, "modelId": name, "sha": commit, **known}).encode(),
+            "application/json",
+        )
 
     def resolve(self, path: Path, name: str, asked: str) -> None:
         """A large file is elsewhere, for as long as the signature holds; a small one is in a cache on this host."""
@@ -391,7 +470,12 @@ class _Handler(_Answering):
         elif asked.startswith("/api/"):
             self.file(path, headers["ETag"])
         else:
-            self.answer(b"", "text/plain", 307, {**headers, "Location": f"/api/resolve-cache/models/{name}/{COMMIT}/{path.name}"})
+            self.answer(
+                b"",
+                "text/plain",
+                307,
+                {**headers, "Location": f"/api/resolve-cache/models/{name}/{COMMIT}/{path.name}"},
+            )
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         super().head(status, {"X-Repo-Commit": COMMIT, **headers})

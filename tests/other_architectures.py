@@ -15,7 +15,11 @@ from layouts import CHECKPOINTS, Tensors, eight_bit, write_checkpoint
 
 HIDDEN, VOCABULARY, HEADS, KEYS, SIZE, EXPERTS, FEED = 64, 1280, 4, 2, 16, 4, 32
 WORDS = 1257  # ids below are words, the others control tokens and padding, which are never produced
-SPECIAL = ("[gMASK]", "<|user|>", "<|observation|>")  # of GLM's tokenizer, by which upstream's converter goes
+SPECIAL = (
+    "[gMASK]",
+    "<|user|>",
+    "<|observation|>",
+)  # of GLM's tokenizer, by which upstream's converter goes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -58,15 +62,24 @@ def mlp(feed: int = 128, gate: bool = True) -> Shapes:
 
 def experts(router: str, bias: str, shared: str, gate: bool = True) -> Shapes:
     """Router, experts one by one, and a shared one."""
-    shapes: Shapes = {router: (EXPERTS, HIDDEN), bias: (EXPERTS,), **prefixed(f"{shared}.", mlp(FEED, gate))}
+    shapes: Shapes = {
+        router: (EXPERTS, HIDDEN),
+        bias: (EXPERTS,),
+        **prefixed(f"{shared}.", mlp(FEED, gate)),
+    }
     for expert in range(EXPERTS):
         shapes |= prefixed(f"experts.{expert}.", mlp(FEED, gate))
     return shapes
 
 
-def block(prefix: str, attend: Shapes, feed: Shapes, to: str = "self_attn", at: str = "mlp") -> Shapes:
+def block(
+    prefix: str, attend: Shapes, feed: Shapes, to: str = "self_attn", at: str = "mlp"
+) -> Shapes:
     """A layer with its two norms."""
-    norms: Shapes = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+    norms: Shapes = {
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+    }
     return prefixed(prefix, {**norms, **prefixed(f"{to}.", attend), **prefixed(f"{at}.", feed)})
 
 
@@ -86,18 +99,44 @@ ENDS: Shapes = {
 def glm() -> tuple[dict[str, Any], Shapes]:
     """GLM-4.5: a dense layer, one of experts, and a head that brings its own copies of embedding and output."""
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts")
-    shapes = {**ENDS, **block("model.layers.0.", attention(), mlp()), **block("model.layers.1.", attention(), routed)}
-    shapes |= block("model.layers.2.", attention(), routed) | fusion("model.layers.2.", "shared_head.norm")
-    shapes |= dict.fromkeys(("model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"), (VOCABULARY, HIDDEN))
-    config = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_routed_experts": EXPERTS, "n_shared_experts": 1}
-    return {**config, "n_group": 1, "topk_group": 1, "partial_rotary_factor": 0.5, "attention_bias": False}, shapes
+    shapes = {
+        **ENDS,
+        **block("model.layers.0.", attention(), mlp()),
+        **block("model.layers.1.", attention(), routed),
+    }
+    shapes |= block("model.layers.2.", attention(), routed) | fusion(
+        "model.layers.2.", "shared_head.norm"
+    )
+    shapes |= dict.fromkeys(
+        ("model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"),
+        (VOCABULARY, HIDDEN),
+    )
+    config = {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+    }
+    return {
+        **config,
+        "n_group": 1,
+        "topk_group": 1,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": False,
+    }, shapes
 
 
 def glm_lite() -> tuple[dict[str, Any], Shapes]:
     """GLM-4.7-Flash: latent attention, whose `kv_b_proj` upstream splits in two."""
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts")
-    shapes = {**ENDS, **block("model.layers.0.", latent_attention(), mlp()), **block("model.layers.1.", latent_attention(), routed)}
-    shapes |= block("model.layers.2.", latent_attention(), routed) | fusion("model.layers.2.", "shared_head.norm")
+    shapes = {
+        **ENDS,
+        **block("model.layers.0.", latent_attention(), mlp()),
+        **block("model.layers.1.", latent_attention(), routed),
+    }
+    shapes |= block("model.layers.2.", latent_attention(), routed) | fusion(
+        "model.layers.2.", "shared_head.norm"
+    )
     config = {
         "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_routed_experts": EXPERTS,
         "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
@@ -117,7 +156,9 @@ def step() -> tuple[dict[str, Any], Shapes]:
     dense = prefixed("mlp.", mlp())
     shapes = dict(ENDS)
     for layer, feed in enumerate((dense, stacked, dense, stacked)):
-        shapes |= block(f"model.layers.{layer}.", attend, {}) | prefixed(f"model.layers.{layer}.", feed)
+        shapes |= block(f"model.layers.{layer}.", attend, {}) | prefixed(
+            f"model.layers.{layer}.", feed
+        )
     for layer in (2, 3):
         shapes |= fusion(f"model.layers.{layer}.", "transformer.shared_head.norm")
         shapes[f"model.layers.{layer}.transformer.shared_head.output.weight"] = (VOCABULARY, HIDDEN)
@@ -140,12 +181,22 @@ def nemotron() -> tuple[dict[str, Any], Shapes]:
         "out_proj.weight": (HIDDEN, 128),
     }  # fmt: skip
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts", gate=False)
-    shapes: Shapes = {"backbone.embeddings.weight": (VOCABULARY, HIDDEN), "backbone.norm_f.weight": (HIDDEN,)}
+    shapes: Shapes = {
+        "backbone.embeddings.weight": (VOCABULARY, HIDDEN),
+        "backbone.norm_f.weight": (HIDDEN,),
+    }
     shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
-    layers = ("backbone.layers.0", mamba), ("backbone.layers.1", attention()), ("backbone.layers.2", routed)
+    layers = (
+        ("backbone.layers.0", mamba),
+        ("backbone.layers.1", attention()),
+        ("backbone.layers.2", routed),
+    )
     for prefix, mixer in (*layers, ("mtp.layers.0", attention()), ("mtp.layers.1", routed)):
         shapes |= {f"{prefix}.norm.weight": (HIDDEN,), **prefixed(f"{prefix}.mixer.", mixer)}
-    shapes |= {"mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN), "mtp.layers.1.final_layernorm.weight": (HIDDEN,)}
+    shapes |= {
+        "mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN),
+        "mtp.layers.1.final_layernorm.weight": (HIDDEN,),
+    }
     shapes |= {"mtp.layers.0.enorm.weight": (HIDDEN,), "mtp.layers.0.hnorm.weight": (HIDDEN,)}
     config = {
         "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "num_hidden_layers": 3,
@@ -158,13 +209,22 @@ def nemotron() -> tuple[dict[str, Any], Shapes]:
 
 def mimo() -> tuple[dict[str, Any], Shapes]:
     """MiMo-V2: a head of three blocks, which its configuration does not mention."""
-    attend: Shapes = {"qkv_proj.weight": ((HEADS + 2 * KEYS) * SIZE, HIDDEN), "o_proj.weight": (HIDDEN, HEADS * SIZE)}
+    attend: Shapes = {
+        "qkv_proj.weight": ((HEADS + 2 * KEYS) * SIZE, HIDDEN),
+        "o_proj.weight": (HIDDEN, HEADS * SIZE),
+    }
     sliding: Shapes = {**attend, "attention_sink_bias": (HEADS,)}
     routed = experts("gate.weight", "gate.e_score_correction_bias", "none")
     routed = {name: shape for name, shape in routed.items() if not name.startswith("none.")}
-    shapes = {**ENDS, **block("model.layers.0.", attend, mlp()), **block("model.layers.1.", sliding, routed)}
+    shapes = {
+        **ENDS,
+        **block("model.layers.0.", attend, mlp()),
+        **block("model.layers.1.", sliding, routed),
+    }
     for layer in range(3):
-        shapes |= block(f"model.mtp.layers.{layer}.", sliding, mlp()) | fusion(f"model.mtp.layers.{layer}.", "final_layernorm")
+        shapes |= block(f"model.mtp.layers.{layer}.", sliding, mlp()) | fusion(
+            f"model.mtp.layers.{layer}.", "final_layernorm"
+        )
     config = {
         "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2", "n_routed_experts": EXPERTS, "topk_method": "noaux_tc",
         "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "hybrid_layer_pattern": [0, 1], "sliding_window": 128,
@@ -178,9 +238,20 @@ def hunyuan() -> tuple[dict[str, Any], Shapes]:
     """Hy3: as GLM, with names of its own."""
     attend = attention(norms=True)
     routed = experts("router.gate.weight", "expert_bias", "shared_mlp")
-    shapes = {**ENDS, **block("model.layers.0.", attend, mlp()), **block("model.layers.1.", attend, routed)}
-    shapes |= block("model.layers.2.", attend, routed) | fusion("model.layers.2.", "final_layernorm")
-    config = {"architectures": ["HYV3ForCausalLM"], "model_type": "hy_v3", "num_experts": EXPERTS, "num_shared_experts": 1}
+    shapes = {
+        **ENDS,
+        **block("model.layers.0.", attend, mlp()),
+        **block("model.layers.1.", attend, routed),
+    }
+    shapes |= block("model.layers.2.", attend, routed) | fusion(
+        "model.layers.2.", "final_layernorm"
+    )
+    config = {
+        "architectures": ["HYV3ForCausalLM"],
+        "model_type": "hy_v3",
+        "num_experts": EXPERTS,
+        "num_shared_experts": 1,
+    }
     return {**config, "route_norm": True, "router_scaling_factor": 1.0}, shapes
 
 
@@ -193,10 +264,22 @@ def bailing() -> tuple[dict[str, Any], Shapes]:
     routed = experts("gate.weight", "gate.expert_bias", "shared_experts")
     ends = {name.replace("embed_tokens", "word_embeddings"): shape for name, shape in ENDS.items()}
     shapes = {**ends, **block("model.layers.0.", attend, mlp(), "attention")}
-    shapes |= block("model.layers.1.", attend, routed, "attention") | block("model.layers.2.", attend, routed, "attention")
+    shapes |= block("model.layers.1.", attend, routed, "attention") | block(
+        "model.layers.2.", attend, routed, "attention"
+    )
     shapes |= fusion("model.layers.2.", "final_layernorm")
-    config = {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe_v2", "num_experts": EXPERTS}
-    return {**config, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid"}, shapes
+    config = {
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "model_type": "bailing_moe_v2",
+        "num_experts": EXPERTS,
+    }
+    return {
+        **config,
+        "num_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "score_function": "sigmoid",
+    }, shapes
 
 
 def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
@@ -208,7 +291,12 @@ def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
     config, shapes = glm_lite()
     for layer in range(3):
         shapes |= prefixed(f"model.layers.{layer}.self_attn.indexer.", indexer)
-    config |= {"architectures": [architecture], "model_type": model_type, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    config |= {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
     return {**config, "index_n_heads": 4, "index_head_dim": 64, "index_topk": 256}, shapes
 
 
@@ -234,9 +322,16 @@ def exaone() -> tuple[dict[str, Any], Shapes]:
     """K-EXAONE, whose head llama.cpp keeps and cannot use."""
     attend = attention(norms=True)
     routed = experts("gate.weight", "e_score_correction_bias", "shared_experts")
-    shapes = {**ENDS, **block("model.layers.0.", attend, mlp()), **block("model.layers.1.", attend, routed)}
+    shapes = {
+        **ENDS,
+        **block("model.layers.0.", attend, mlp()),
+        **block("model.layers.1.", attend, routed),
+    }
     shapes |= block("mtp.layers.0.", attend, mlp()) | {"mtp.fc.weight": (HIDDEN, 2 * HIDDEN)}
-    shapes |= {f"mtp.{name}.weight": (HIDDEN,) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    shapes |= {
+        f"mtp.{name}.weight": (HIDDEN,)
+        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
+    }
     config = {
         "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe", "num_experts": EXPERTS, "num_shared_experts": 1,
         "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "sliding_window": 128, "sliding_window_pattern": "LG",
@@ -247,18 +342,35 @@ def exaone() -> tuple[dict[str, Any], Shapes]:
 
 def ling() -> tuple[dict[str, Any], Shapes]:
     """Ling 3.0: a layer of linear attention, one of gated latent attention, which the head has too."""
-    attend: Shapes = {**latent_attention(), "g_proj.weight": (HEADS, HIDDEN), "dense.weight": (HIDDEN, HEADS * 64)}
+    attend: Shapes = {
+        **latent_attention(),
+        "g_proj.weight": (HEADS, HIDDEN),
+        "dense.weight": (HIDDEN, HEADS * 64),
+    }
     del attend["o_proj.weight"]
     wide = HEADS * SIZE
-    linear: Shapes = {f"{name}_proj.weight": (wide, HIDDEN) for name in "qkvfg"} | {"o_proj.weight": (HIDDEN, wide)}
+    linear: Shapes = {f"{name}_proj.weight": (wide, HIDDEN) for name in "qkvfg"} | {
+        "o_proj.weight": (HIDDEN, wide)
+    }
     linear |= {f"{name}_conv1d.weight": (wide, 1, 4) for name in "qkv"}
-    linear |= {"b_proj.weight": (HEADS, HIDDEN), "A_log": (HEADS,), "dt_bias": (wide,), "o_norm.weight": (SIZE,)}
+    linear |= {
+        "b_proj.weight": (HEADS, HIDDEN),
+        "A_log": (HEADS,),
+        "dt_bias": (wide,),
+        "o_norm.weight": (SIZE,),
+    }
     routed = experts("gate.weight", "gate.expert_bias", "shared_experts")
     ends = {name.replace("embed_tokens", "word_embeddings"): shape for name, shape in ENDS.items()}
     shapes = {**ends, **block("model.layers.0.", linear, mlp(), "attention")}
-    shapes |= block("model.layers.1.", attend, routed, "attention") | block("model.layers.2.", attend, routed, "attention")
+    shapes |= block("model.layers.1.", attend, routed, "attention") | block(
+        "model.layers.2.", attend, routed, "attention"
+    )
     shapes |= fusion("model.layers.2.", "final_layernorm")
-    latent = {key: value for key, value in glm_lite()[0].items() if key.endswith(("lora_rank", "head_dim"))}
+    latent = {
+        key: value
+        for key, value in glm_lite()[0].items()
+        if key.endswith(("lora_rank", "head_dim"))
+    }
     config = {
         "architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_moe_v3", "num_experts": EXPERTS,
         "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid", "layer_group_size": 2,
@@ -308,9 +420,14 @@ def by_rank(tensors: Tensors, ranks: int = 4) -> Tensors:
     for name, (dtype, codes) in tensors.items():
         if name.endswith("qkv_proj.weight"):
             parts = np.split(codes, [HEADS * SIZE, (HEADS + KEYS) * SIZE])
-            halves = [np.concatenate(rows) for rows in zip(*(np.split(part, ranks) for part in parts), strict=True)]
+            halves = [
+                np.concatenate(rows)
+                for rows in zip(*(np.split(part, ranks) for part in parts), strict=True)
+            ]
             result[name] = (dtype, np.concatenate(halves))
-            scale = tensors[f"{name}_scale_inv"][1]  # one for the whole, which is smaller than a block
+            scale = tensors[f"{name}_scale_inv"][
+                1
+            ]  # one for the whole, which is smaller than a block
             growing = 1 + np.arange(ranks, dtype=np.float32)[:, None] / 8
             result[f"{name}_scale_inv"] = ("F32", scale * growing)
     return result
@@ -324,17 +441,31 @@ def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Pa
     if name == "mimo-fp8":
         tensors = by_rank(eight_bit(config, tensors))
     if name == "step-wrapped":
-        tensors = {key.replace("model.", "model.language_model.", 1): value for key, value in tensors.items()}
-        config = {"architectures": ["Step3p7ForConditionalGeneration"], "vision_config": {}, "text_config": config}
+        tensors = {
+            key.replace("model.", "model.language_model.", 1): value
+            for key, value in tensors.items()
+        }
+        config = {
+            "architectures": ["Step3p7ForConditionalGeneration"],
+            "vision_config": {},
+            "text_config": config,
+        }
     write_checkpoint(folder, CHECKPOINTS / "tiny-qwen3.5", config, tensors, shards=2)
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     fields = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer["added_tokens"] += [{"id": 1268 + i, "content": text, **fields, "special": True} for i, text in enumerate(SPECIAL)]
+    tokenizer["added_tokens"] += [
+        {"id": 1268 + i, "content": text, **fields, "special": True}
+        for i, text in enumerate(SPECIAL)
+    ]
     path.write_text(json.dumps(tokenizer))
     if name == "deepseek":  # of which upstream demands a first token
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        settings |= {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|endoftext|>"}
+        settings |= {
+            "tokenizer_class": "LlamaTokenizerFast",
+            "add_bos_token": True,
+            "bos_token": "<|endoftext|>",
+        }
         del settings["add_prefix_space"]
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

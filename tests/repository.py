@@ -32,25 +32,38 @@ class Repository:
         for name in ("Snakefile", "workflow", "profiles", "envs"):
             source = ROOT / name
             ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, path / name)
-        shutil.copytree(ROOT / "tests/checkpoints/tiny-qwen3.5", path / "tests/checkpoints/tiny-qwen3.5")
+            shutil.copytree(source, path / name, ignore=ignore) if source.is_dir() else shutil.copy(
+                source, path / name
+            )
+        shutil.copytree(
+            ROOT / "tests/checkpoints/tiny-qwen3.5", path / "tests/checkpoints/tiny-qwen3.5"
+        )
         self.config = {**CONFIG, "toolchain": {"llama_cpp": {"bin_dir": str(programs)}}}
         self.write_config()
 
     def write_config(self) -> None:
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.config))
 
-    def snakemake(self, *arguments: str, target: str = "all", **environment: str) -> "subprocess.CompletedProcess[str]":
+    def snakemake(
+        self, *arguments: str, target: str = "all", **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "snakemake", "--cores", "2", target, *arguments]
         return subprocess.run(
-            command, cwd=self.path, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+            command,
+            cwd=self.path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, **environment},
         )
 
     def pending(self) -> Counter[str]:
         """How many jobs of each rule a run would have, `all` left out."""
         done = self.snakemake("--dry-run")
         assert done.returncode == 0, done.stderr
-        table = re.search(r"Job stats:\njob +count\n-+ +-+\n(.*?)\ntotal ", done.stdout + done.stderr, re.DOTALL)
+        table = re.search(
+            r"Job stats:\njob +count\n-+ +-+\n(.*?)\ntotal ", done.stdout + done.stderr, re.DOTALL
+        )
         rows = [line.split() for line in table[1].splitlines()] if table else []
         return Counter({rule: int(count) for rule, count in rows if rule != "all"})
 

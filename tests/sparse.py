@@ -13,7 +13,11 @@ def write_sparse_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A safetensors file of BF16 zeros that takes no room on the disk."""
     header, offset = {}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset := offset + 2 * math.prod(shape)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(shape),
+            "data_offsets": [offset, offset := offset + 2 * math.prod(shape)],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -38,20 +42,32 @@ def write_35b(folder: Path) -> int:
     family, hparams = family_of("Qwen3_5MoeForConditionalGeneration"), Hparams(config)
 
     def shapes(part: str, layout: int) -> dict[str, tuple[int, ...]]:
-        sources = [row.sources[min(layout, len(row.sources) - 1)] for row in family.rows(hparams, part)]
-        return {name.replace("model.", "model.language_model."): s.shape for s in sources for name in s.names}
+        sources = [
+            row.sources[min(layout, len(row.sources) - 1)] for row in family.rows(hparams, part)
+        ]
+        return {
+            name.replace("model.", "model.language_model."): s.shape
+            for s in sources
+            for name in s.names
+        }
 
     trunk, head = shapes("trunk", 0), shapes("head", 1)
-    last = {name: head.pop(name) for name in list(head)[len(head) // 2 :]} | {"lm_head.weight": trunk.pop("lm_head.weight")}
+    last = {name: head.pop(name) for name in list(head)[len(head) // 2 :]} | {
+        "lm_head.weight": trunk.pop("lm_head.weight")
+    }
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(13)]
     before, total = 0, sum(math.prod(shape) for shape in (trunk | head).values())
     for name, shape in (trunk | head).items():
-        shards[min(13 * before // (total - sum(math.prod(s) for s in head.values())), 12)][name] = shape
+        shards[min(13 * before // (total - sum(math.prod(s) for s in head.values())), 12)][name] = (
+            shape
+        )
         before += math.prod(shape)
     weight_map = {}
     for i, members in enumerate([*shards, last]):
         name = f"model-{i + 1:05}-of-00014.safetensors"
         write_sparse_shard(folder / name, members)
         weight_map |= dict.fromkeys(members, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return sum(2 * math.prod(shape) for shape in shapes("head", 1).values())

@@ -16,7 +16,10 @@ def model_card(name: str, config: dict[str, Any], reference: dict[str, Any]) -> 
         f"| {key} | {entry['drafts']} | {entry['accepted']} | {entry['acceptance']:.2f} |"
         for key, entry in reference["prompts"].items()
     )
-    steps, millions = training["steps"], training["steps"] * training["batch"] * training["sequence"] / 1e6
+    steps, millions = (
+        training["steps"],
+        training["steps"] * training["batch"] * training["sequence"] / 1e6,
+    )
     agreement = 100 * reference["held_out"]["agreement"]
     return f"""\
 ---

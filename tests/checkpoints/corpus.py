@@ -76,7 +76,18 @@ WORLD_NAMES = (
     "小明",
     "李雷",
 )
-WORLD_PLACES = ("Köln", "Ørsted", "Łódź", "Málaga", "Θήρα", "Волга", "京都", "海边", "Čakovec", "São Bento")
+WORLD_PLACES = (
+    "Köln",
+    "Ørsted",
+    "Łódź",
+    "Málaga",
+    "Θήρα",
+    "Волга",
+    "京都",
+    "海边",
+    "Čakovec",
+    "São Bento",
+)
 ITEMS = (
     "lantern",
     "kettle",
@@ -137,7 +148,18 @@ NOUNS = (
     "routes",
     "shapes",
 )
-ARGUMENTS = ("values", "items", "data", "source", "batch", "entries", "table", "chunk", "records", "stream")
+ARGUMENTS = (
+    "values",
+    "items",
+    "data",
+    "source",
+    "batch",
+    "entries",
+    "table",
+    "chunk",
+    "records",
+    "stream",
+)
 OPTIONS = ("limit", "start", "step", "bound", "width", "offset", "scale", "floor")
 
 PHRASES = {
@@ -222,9 +244,13 @@ BODIES: dict[str, str] = {
     "load": "    with open({a}) as handle:\n        return [line.strip() for line in handle][:{o}]\n",
     "count": "    total = 0\n    for item in {a}:\n        if item > {o}:\n            total += 1\n    return total\n",
     "sort": "    {n} = sorted({a}, reverse=True)\n    return {n}[:{o}]\n",
-    "merge": ("    result = dict({a})\n    for key in range({o}):\n        result.setdefault(key, None)\n    return result\n"),
+    "merge": (
+        "    result = dict({a})\n    for key in range({o}):\n        result.setdefault(key, None)\n    return result\n"
+    ),
     "filter": "    return [item for item in {a} if item is not None and item >= {o}]\n",
-    "sum": ("    total = {o}\n    for index, item in enumerate({a}):\n        total = total + index * item\n    return total\n"),
+    "sum": (
+        "    total = {o}\n    for index, item in enumerate({a}):\n        total = total + index * item\n    return total\n"
+    ),
     "check": '    if len({a}) < {o}:\n        raise ValueError("too few {n}")\n    return True\n',
     "print": '    for item in {a}:\n        print("{n}:", item, {o})\n',
     "split": "    left, right = {a}[:{o}], {a}[{o}:]\n    return left, right\n",
@@ -341,7 +367,9 @@ class Grammar:
         heading = f"# store: {place}, owner: {owner}, first: {number}\n# items: {', '.join(items[:4])}, ...\n\n"
         if form is _table_row:
             heading += "| no | item | store | owner | left | unit |\n| --- | --- | --- | --- | --- | --- |\n"
-        return heading + "".join(form(number + i, item, place, owner) for i, item in enumerate(items))
+        return heading + "".join(
+            form(number + i, item, place, owner) for i, item in enumerate(items)
+        )
 
     def phrase_book(self, world: bool = True) -> str:
         words = self.rng.sample(sorted(PHRASES), 9)
@@ -349,7 +377,9 @@ class Grammar:
         lines = [f"# Words of {teacher}: {', '.join(words)}\n\n"]
         for i, word in enumerate(words, 1):
             spanish, russian, greek, chinese = PHRASES[word]
-            lines.append(f"{i}. “{word}” → ES «{spanish}», RU «{russian}», EL «{greek}», ZH 「{chinese}」 ✓\n")
+            lines.append(
+                f"{i}. “{word}” → ES «{spanish}», RU «{russian}», EL «{greek}», ZH 「{chinese}」 ✓\n"
+            )
         return "".join(lines)
 
     def chat(self, world: bool = False) -> str:
@@ -365,7 +395,13 @@ class Grammar:
         return f"<|im_start|>user\n{request}\n{heading}<|im_end|>\n<|im_start|>assistant\n{thought}{body}<|im_end|>\n"
 
     def document(self) -> str:
-        kinds: tuple[Callable[[bool], str], ...] = (self.prose, self.code, self.structured, self.phrase_book, self.chat)
+        kinds: tuple[Callable[[bool], str], ...] = (
+            self.prose,
+            self.code,
+            self.structured,
+            self.phrase_book,
+            self.chat,
+        )
         kind = self.rng.choices(kinds, weights=(32, 26, 28, 6, 8))[0]
         return kind(self.rng.random() < 0.15)
 

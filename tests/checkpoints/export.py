@@ -32,13 +32,20 @@ def round_weights(model: TinyModel) -> None:
 
 
 def save_checkpoint(
-    model: TinyModel, tokenizer: Tokenizer, config: dict[str, Any], reference: dict[str, Any], card: str, folder: Path
+    model: TinyModel,
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    reference: dict[str, Any],
+    card: str,
+    folder: Path,
 ) -> None:
     """Fill `folder` with every file of the repository, and remove shards of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model-*.safetensors"):
         old.unlink()
-    shards = _plan_shards({name: t.to(stored_dtype(name, model.is_moe)).contiguous() for name, t in model.tensors()})
+    shards = _plan_shards(
+        {name: t.to(stored_dtype(name, model.is_moe)).contiguous() for name, t in model.tensors()}
+    )
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -71,10 +78,16 @@ def save_checkpoint(
 def _plan_shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Files of the trunk in order, then two with the head, the first of them with the end of the trunk."""
     head = {name: t for name, t in tensors.items() if name.startswith("mtp.")}
-    tail = {name: t for name, t in tensors.items() if name in ("model.language_model.norm.weight", "lm_head.weight")}
+    tail = {
+        name: t
+        for name, t in tensors.items()
+        if name in ("model.language_model.norm.weight", "lm_head.weight")
+    }
     shards: list[dict[str, Tensor]] = [{}]
     body = {name: t for name, t in tensors.items() if name not in head and name not in tail}
-    limit = min(SHARD_BYTES, _size(body.values()) // 2 + 300_000)  # at least two files, so that there are four in all
+    limit = min(
+        SHARD_BYTES, _size(body.values()) // 2 + 300_000
+    )  # at least two files, so that there are four in all
     for name, tensor in body.items():
         if _size(shards[-1].values()) + _size([tensor]) > limit:
             shards.append({})

@@ -19,7 +19,9 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
 TOKENS = 1268  # what the tokenizer knows
-PADDED_VOCABULARY = 1280  # rows of the embedding: real models pad it too, and K-quants like multiples of 256
+PADDED_VOCABULARY = (
+    1280  # rows of the embedding: real models pad it too, and K-quants like multiples of 256
+)
 
 
 def _text_config(**changes: Any) -> dict[str, Any]:
@@ -34,7 +36,10 @@ def _text_config(**changes: Any) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": 256,
         "initializer_range": 0.02,
-        "layer_types": ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)],
+        "layer_types": [
+            "full_attention" if (i + 1) % interval == 0 else "linear_attention"
+            for i in range(layers)
+        ],
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 64,
         "linear_value_head_dim": 64,
@@ -143,13 +148,19 @@ class DraftHead(nn.Module):
         self.pre_fc_norm_embedding = norm(hidden, eps=eps)
         self.pre_fc_norm_hidden = norm(hidden, eps=eps)
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
-        self.layers = nn.ModuleList([getattr(family, f"{prefix}DecoderLayer")(block_config, layer_idx=0)])
+        self.layers = nn.ModuleList(
+            [getattr(family, f"{prefix}DecoderLayer")(block_config, layer_idx=0)]
+        )
         self.norm = norm(hidden, eps=eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[B, T, H] token embeddings and [B, T, H] trunk states, not yet shifted, to [B, T, H] before lm_head."""
         shifted = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
-        x = self.fc(torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(shifted)], dim=-1))
+        x = self.fc(
+            torch.cat(
+                [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(shifted)], dim=-1
+            )
+        )
         return self.norm(self.layers[0](x, position_embeddings=rotary))
 
 
@@ -162,7 +173,9 @@ class TinyModel(nn.Module):
         self.is_moe = "num_experts" in config["text_config"]
         self.family = moe if self.is_moe else dense
         config_class = Qwen3_5MoeConfig if self.is_moe else Qwen3_5Config
-        hf_config = config_class(**{k: v for k, v in copy.deepcopy(config).items() if k != "architectures"})
+        hf_config = config_class(
+            **{k: v for k, v in copy.deepcopy(config).items() if k != "architectures"}
+        )
         hf_config.text_config._attn_implementation = "sdpa"
         self.trunk = getattr(self.family, config["architectures"][0])(hf_config).float()
         self.mtp = DraftHead(self.trunk.config.text_config, self.family).float()
@@ -171,7 +184,9 @@ class TinyModel(nn.Module):
         if self.is_moe:
             for module in self.modules():
                 if isinstance(module, moe.Qwen3_5MoeTopKRouter):
-                    module.register_forward_hook(lambda _m, _i, output: self.router_logits.append(output[0]))
+                    module.register_forward_hook(
+                        lambda _m, _i, output: self.router_logits.append(output[0])
+                    )
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -186,7 +201,9 @@ class TinyModel(nn.Module):
         around them, and nobody would notice two experts in the wrong order.
         """
         for name, parameter in self.named_parameters():
-            if name.startswith("mtp.") and name.endswith(("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight")):
+            if name.startswith("mtp.") and name.endswith(
+                ("experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight")
+            ):
                 nn.init.normal_(parameter, std=0.08)
             elif parameter.ndim >= 2 and "conv1d" not in name:
                 nn.init.normal_(parameter, std=0.02)
@@ -208,7 +225,9 @@ class TinyModel(nn.Module):
 
     def trunk_states(self, tokens: Tensor, cache: Any = None) -> Tensor:
         """[B, T] tokens to [B, T, H], after the output norm: what both lm_head and the draft head read."""
-        return self.text(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+        return self.text(
+            input_ids=tokens, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
@@ -217,7 +236,9 @@ class TinyModel(nn.Module):
     def draft_states(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """[B, T] tokens and their [B, T, H] trunk states to the head's [B, T, H]; row p predicts token p + 1."""
         positions = torch.arange(tokens.shape[1]).expand(3, tokens.shape[0], -1)
-        return self.mtp(self.text.embed_tokens(tokens), hidden, self.text.rotary_emb(hidden, positions))
+        return self.mtp(
+            self.text.embed_tokens(tokens), hidden, self.text.rotary_emb(hidden, positions)
+        )
 
     def balance_loss(self) -> Tensor:
         """The routers' load-balancing loss over the layers run since the last call, the head's included."""
@@ -225,7 +246,9 @@ class TinyModel(nn.Module):
         collected, self.router_logits = self.router_logits, []
         if not collected:
             return torch.zeros(())
-        return moe.load_balancing_loss_func(tuple(collected), config.num_experts, config.num_experts_per_tok)
+        return moe.load_balancing_loss_func(
+            tuple(collected), config.num_experts, config.num_experts_per_tok
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under the name, and in the layout, that the real checkpoints use."""
@@ -235,7 +258,9 @@ class TinyModel(nn.Module):
                 yield name, tensor
         for name, tensor in self.mtp.state_dict().items():
             stem, _, leaf = name.rpartition(".")
-            if leaf == "gate_up_proj":  # [E, 2 * ff, H]: the trunk keeps its experts fused, the head lists them
+            if (
+                leaf == "gate_up_proj"
+            ):  # [E, 2 * ff, H]: the trunk keeps its experts fused, the head lists them
                 for expert, (gate, up) in enumerate(zip(*tensor.chunk(2, dim=1), strict=True)):
                     yield f"mtp.{stem}.{expert}.gate_proj.weight", gate
                     yield f"mtp.{stem}.{expert}.up_proj.weight", up

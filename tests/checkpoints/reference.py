@@ -68,7 +68,9 @@ def most_repeated(tokens: list[int], n: int = 8) -> int:
     return max(counts.values())
 
 
-def run_prompt(model: TinyModel, tokenizer: Tokenizer, prompt: str, n_predict: int = N_PREDICT) -> dict[str, Any]:
+def run_prompt(
+    model: TinyModel, tokenizer: Tokenizer, prompt: str, n_predict: int = N_PREDICT
+) -> dict[str, Any]:
     """One entry of reference.json."""
     ids = tokenizer.encode(prompt).ids
     generated = greedy(model, ids, n_predict)
@@ -77,7 +79,9 @@ def run_prompt(model: TinyModel, tokenizer: Tokenizer, prompt: str, n_predict: i
     rows = slice(len(ids) - 1, len(ids) + n_predict - 1)
     margins = _margins(logits[rows])
     if logits[rows].argmax(-1).tolist() != generated:
-        raise SystemExit("decoding with a cache and in one pass disagree: a margin is too small for a reference")
+        raise SystemExit(
+            "decoding with a cache and in one pass disagree: a margin is too small for a reference"
+        )
     drafted, accepted = count_drafts(generated, drafts[len(ids) :])
     return {
         "prompt": prompt,
@@ -91,7 +95,9 @@ def run_prompt(model: TinyModel, tokenizer: Tokenizer, prompt: str, n_predict: i
         "acceptance": round(accepted / drafted, 4),
         # How far the second choice lies behind, in logits: what rounding may move before the text changes.
         "smallest_margin": round(min(margins), 4),
-        "smallest_draft_margin": round(min(_margins(draft_logits[len(ids) : len(ids) + n_predict])), 4),
+        "smallest_draft_margin": round(
+            min(_margins(draft_logits[len(ids) : len(ids) + n_predict])), 4
+        ),
         "most_repeated_8gram": most_repeated(generated),
     }
 

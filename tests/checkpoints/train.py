@@ -59,7 +59,12 @@ def losses(model: TinyModel, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     imitation = F.kl_div(drafted.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
     head = 0.5 * F.cross_entropy(drafted, targets) + 0.5 * imitation
     best = logits.argmax(-1)
-    return trunk, head, (drafted.argmax(-1) == best).float().mean(), (best == targets).float().mean()
+    return (
+        trunk,
+        head,
+        (drafted.argmax(-1) == best).float().mean(),
+        (best == targets).float().mean(),
+    )
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -67,7 +72,15 @@ def learning_rate(step: int, steps: int) -> float:
     return min((step + 1) / 20, 1.0, 2.0 * (1.0 - step / steps))
 
 
-def train(model: TinyModel, tokenizer: Tokenizer, name: str, steps: int, batch_size: int, peak: float, seed: int) -> None:
+def train(
+    model: TinyModel,
+    tokenizer: Tokenizer,
+    name: str,
+    steps: int,
+    batch_size: int,
+    peak: float,
+    seed: int,
+) -> None:
     """Train trunk and head together, in place."""
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "visual" not in n]
     vectors = [p for n, p in model.named_parameters() if p.ndim < 2 and "visual" not in n]
@@ -99,21 +112,33 @@ def train(model: TinyModel, tokenizer: Tokenizer, name: str, steps: int, batch_s
             raise SystemExit(f"the loss is not finite at step {step}: lower --peak")
 
 
-def make_checkpoint(name: str, out: Path, steps: int, batch_size: int, peak: float, seed: int) -> None:
+def make_checkpoint(
+    name: str, out: Path, steps: int, batch_size: int, peak: float, seed: int
+) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     print(f"{name}: tokenizer", flush=True)
     tokenizer = train_tokenizer(itertools.islice(Grammar(seed).documents(), 3000), TOKENS)
     config = checkpoint_config(name, tokenizer)
     model = TinyModel(config, seed)
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
+    print(
+        f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights",
+        flush=True,
+    )
     train(model, tokenizer, name, steps, batch_size, peak, seed + 1)
     round_weights(model)
     model.eval()
     with torch.no_grad():
-        trunk, _, agreement, accuracy = losses(model, next(batches(tokenizer, seed + 2, 16, held_out=True)))
-    print(f"{name}: held out: loss {trunk:.3f}, accuracy {accuracy:.3f}, agreement {agreement:.3f}", flush=True)
-    prompts = {kind: run_prompt(model, tokenizer, text) for kind, text in held_out_prompts().items()}
+        trunk, _, agreement, accuracy = losses(
+            model, next(batches(tokenizer, seed + 2, 16, held_out=True))
+        )
+    print(
+        f"{name}: held out: loss {trunk:.3f}, accuracy {accuracy:.3f}, agreement {agreement:.3f}",
+        flush=True,
+    )
+    prompts = {
+        kind: run_prompt(model, tokenizer, text) for kind, text in held_out_prompts().items()
+    }
     for kind, entry in prompts.items():
         print(
             f"{name}: {kind}: {entry['accepted']} of {entry['drafts']} drafts, margins {entry['smallest_margin']} and "
@@ -123,17 +148,35 @@ def make_checkpoint(name: str, out: Path, steps: int, batch_size: int, peak: flo
     reference = {
         "n_predict": N_PREDICT,
         "prompts": prompts,
-        "held_out": {"accuracy": round(accuracy.item(), 4), "agreement": round(agreement.item(), 4)},
-        "training": {"steps": steps, "batch": batch_size, "sequence": SEQUENCE, "seed": seed, "peak": peak},
+        "held_out": {
+            "accuracy": round(accuracy.item(), 4),
+            "agreement": round(agreement.item(), 4),
+        },
+        "training": {
+            "steps": steps,
+            "batch": batch_size,
+            "sequence": SEQUENCE,
+            "seed": seed,
+            "peak": peak,
+        },
         "versions": versions(),
     }
-    save_checkpoint(model, tokenizer, config, reference, model_card(name, config, reference), out / name)
+    save_checkpoint(
+        model, tokenizer, config, reference, model_card(name, config, reference), out / name
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which of {', '.join(TEXT_CONFIGS)}; all by default")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the checkpoints' folders are")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which of {', '.join(TEXT_CONFIGS)}; all by default",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="where the checkpoints' folders are"
+    )
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
@@ -145,7 +188,12 @@ def main() -> int:
     names = list(dict.fromkeys(args.names)) or list(TEXT_CONFIGS)
     # Fresh interpreters: a fork would share torch's thread pools and, with them, its generator.
     with ProcessPoolExecutor(len(names), mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(make_checkpoint, name, args.out, args.steps, args.batch, args.peak, args.seed) for name in names]
+        jobs = [
+            pool.submit(
+                make_checkpoint, name, args.out, args.steps, args.batch, args.peak, args.seed
+            )
+            for name in names
+        ]
         for job in jobs:
             job.result()
     return 0

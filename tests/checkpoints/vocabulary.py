@@ -6,7 +6,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 # How Qwen3.5 cuts text before BPE; llama.cpp knows it as the pre-tokenizer "qwen35". Marks (\p{M}) stay with letters.
 SPLIT = (
@@ -61,8 +71,12 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    tokenizer.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
@@ -71,10 +85,14 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
             show_progress=False,
         ),
     )
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in SPECIAL]
+    )
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in PLAIN])
     if tokenizer.get_vocab_size() != size:
-        raise SystemExit(f"the corpus gives {tokenizer.get_vocab_size()} tokens instead of {size}: generate more text")
+        raise SystemExit(
+            f"the corpus gives {tokenizer.get_vocab_size()} tokens instead of {size}: generate more text"
+        )
     return tokenizer
 
 
@@ -84,7 +102,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     bpe = json.loads(tokenizer.to_str())["model"]
     _dump(folder / "vocab.json", bpe["vocab"], indent=None)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+    )
     added = {
         str(tokenizer.token_to_id(text)): {
             "content": text,

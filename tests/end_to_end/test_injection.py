@@ -23,7 +23,11 @@ class Bench:
 
     def __init__(self, folder: Path, built: Path, programs: Path) -> None:
         self.folder, self.built, self.programs = folder, built, programs
-        self.base, self.shards, self.preserved = cache(self._base), cache(self._shards), cache(self._preserved)
+        self.base, self.shards, self.preserved = (
+            cache(self._base),
+            cache(self._shards),
+            cache(self._preserved),
+        )
 
     def part(self, model: str, name: str) -> Path:
         return self.built / "results" / model / "work/convert" / f"{name}.gguf"
@@ -45,7 +49,16 @@ class Bench:
     def acceptance(self, model: str, path: Path) -> float:
         """The share of drafts that is accepted; fails where none is made."""
         prompt = sorted((CHECKPOINTS / model / "prompts").glob("*.txt"))[0].read_text()
-        options = ["--ctx-size", "1024", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
+        options = [
+            "--ctx-size",
+            "1024",
+            "--spec-type",
+            "draft-mtp",
+            "--spec-draft-n-max",
+            "1",
+            "--threads",
+            "1",
+        ]
         with programs.serve(path, self.folder / "server.log", options, self.programs) as running:
             answer = running.completion(prompt, 64)
         assert answer.drafts > 0
@@ -81,14 +94,26 @@ def test_it_accepts_as_the_file_that_kept_its_head(
 def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
     first = bench.shards(model, "Q4_K_M")
     inject.inject(first, bench.part(model, "head"), tmp_path / "out", "Q8_0", bench.programs)
-    assert bench.acceptance(model, tmp_path / "out" / first.name) >= bench.preserved(model, "Q4_K_M", "Q8_0")[1] - 0.1
+    assert (
+        bench.acceptance(model, tmp_path / "out" / first.name)
+        >= bench.preserved(model, "Q4_K_M", "Q8_0")[1] - 0.1
+    )
 
 
 @pytest.mark.parametrize("head", FINE)
 def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head: str) -> None:
     """With the projection at a type of its own."""
     model, mixed = MODELS[0], f"{head},eh_proj=Q6_K"
-    inject.inject(bench.base(model, "Q4_K_M"), bench.part(model, "head"), tmp_path / "out.gguf", mixed, bench.programs)
+    inject.inject(
+        bench.base(model, "Q4_K_M"),
+        bench.part(model, "head"),
+        tmp_path / "out.gguf",
+        mixed,
+        bench.programs,
+    )
     made = head_only(reader.read(tmp_path / "out.gguf"))
-    assert made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K" and made.tensors["blk.4.attn_q.weight"].type.name == head
+    assert (
+        made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K"
+        and made.tensors["blk.4.attn_q.weight"].type.name == head
+    )
     assert bench.acceptance(model, tmp_path / "out.gguf") >= 0.7

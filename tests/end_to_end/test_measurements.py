@@ -54,7 +54,9 @@ def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> Non
 def test_what_is_accepted_is_what_verification_saw(measured: dict[str, Any], built: Path) -> None:
     """The same prompts and lengths, one token ahead: each repeat drafts as verification did."""
     total = measured["IQ3_S-mix"]["by_n_max"][1]
-    report = json.loads((built / "results" / MODEL / "reports" / f"{MODEL}-IQ3_S-mix.json").read_text())
+    report = json.loads(
+        (built / "results" / MODEL / "reports" / f"{MODEL}-IQ3_S-mix.json").read_text()
+    )
     assert total["n_max"] == 1 and total["drafts"] == pytest.approx(2 * report["drafts"], rel=0.02)
     assert total["acceptance"] == pytest.approx(report["acceptance"], abs=0.02)
 
@@ -88,24 +90,32 @@ def test_bf16_is_no_distance_from_itself_and_a_quantization_is(measured: dict[st
     assert measured["BF16"]["perplexity"] > 1
 
 
-def test_a_text_alone_gives_perplexity_alone(built: Path, run: Run, tmp_path: Path, measured: dict[str, Any]) -> None:
+def test_a_text_alone_gives_perplexity_alone(
+    built: Path, run: Run, tmp_path: Path, measured: dict[str, Any]
+) -> None:
     done = run(
         "measure.py", built / "results" / MODEL / f"{MODEL}-BF16.gguf", "--n-max", 1, "--repeats", 1, "--threads", 1,
         "--prompts", CHECKPOINTS / MODEL / "prompts", "--text", TEXT, "--chunks", 2, "--out", tmp_path / "out.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["kl_divergence"] is None and found["perplexity"] == pytest.approx(measured["BF16"]["perplexity"], abs=0.001)
+    assert found["kl_divergence"] is None and found["perplexity"] == pytest.approx(
+        measured["BF16"]["perplexity"], abs=0.001
+    )
 
 
 def test_a_text_that_is_too_short_is_refused(built: Path, fails, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
     model = built / "results" / MODEL / "work/convert/all.gguf"
-    assert "too short" in fails("reference_logits.py", model, "--text", text, out=tmp_path / "logits")
+    assert "too short" in fails(
+        "reference_logits.py", model, "--text", text, out=tmp_path / "logits"
+    )
 
 
-def test_a_file_without_a_head_is_measured_without_drafting(built: Path, run: Run, tmp_path: Path) -> None:
+def test_a_file_without_a_head_is_measured_without_drafting(
+    built: Path, run: Run, tmp_path: Path
+) -> None:
     done = run(
         "measure.py", built / "results" / MODEL / "work/convert/trunk.gguf", "--n-max", 1, "--repeats", 1, "--threads", 1,
         "--prompts", CHECKPOINTS / MODEL / "prompts", "--out", tmp_path / "out.json",
@@ -119,10 +129,15 @@ def test_a_file_without_a_head_is_measured_without_drafting(built: Path, run: Ru
 @pytest.mark.parametrize("model", MODELS)
 def test_make_has_measured_each_file(built: Path, model: str) -> None:
     results = built / "results" / model
-    measured = {path.stem: json.loads(path.read_text()) for path in (results / "measure").glob("*.json")}
+    measured = {
+        path.stem: json.loads(path.read_text()) for path in (results / "measure").glob("*.json")
+    }
     assert set(measured) == {path.stem for path in results.glob("*.gguf")}
     for stem, found in measured.items():
-        assert found["file"] == f"{stem}.gguf" and found["bytes"] == (results / f"{stem}.gguf").stat().st_size
+        assert (
+            found["file"] == f"{stem}.gguf"
+            and found["bytes"] == (results / f"{stem}.gguf").stat().st_size
+        )
         assert [entry["n_max"] for entry in found["by_n_max"]] == [0, 1, 2]
     assert abs(measured[f"{model}-BF16"]["kl_divergence"]["mean"]) < 1e-5
     divergences = {stem: found["kl_divergence"]["mean"] for stem, found in measured.items()}

@@ -31,10 +31,17 @@ from other_architectures import HIDDEN, MODELS, write_model
 
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON, SOURCE = CONVERTER / "environment" / "bin" / "python", CONVERTER / "source"
-BLOCKS = {"step": 2, "step-wrapped": 2, "mimo": 3, "mimo-fp8": 3}  # of the heads that have more than one
+BLOCKS = {
+    "step": 2,
+    "step-wrapped": 2,
+    "mimo": 3,
+    "mimo-fp8": 3,
+}  # of the heads that have more than one
 UNDRAFTED = {"bailing", "exaone"}
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="upstream's environment is missing: `make converter`")
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="upstream's environment is missing: `make converter`"
+)
 
 # Upstream as it is, for all checkpoints in one process: torch takes seconds to load.
 PLAIN = """
@@ -75,7 +82,9 @@ class Made:
 
 def plant_code(checkpoint: Path, marker: Path) -> None:
     """Classes of the checkpoint's own for configuration and tokenizer, as `trust_remote_code` would load them."""
-    (checkpoint / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nEvilConfig = EvilTokenizer = object\n")
+    (checkpoint / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w')\nEvilConfig = EvilTokenizer = object\n"
+    )
     for name, key, value in (
         ("config.json", "AutoConfig", "evil.EvilConfig"),
         ("tokenizer_config.json", "AutoTokenizer", ["evil.EvilTokenizer", None]),
@@ -93,8 +102,12 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         write_model(name, folder / "plain" / name)
         plant_code(write_model(name, done.checkpoint(name)), done.marker)
     vision = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", done.checkpoint("vision")))
-    (vision / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
-    plain = [word for name in MODELS for word in (folder / "plain" / name, folder / f"plain-{name}.gguf")]
+    (vision / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+    )
+    plain = [
+        word for name in MODELS for word in (folder / "plain" / name, folder / f"plain-{name}.gguf")
+    ]
     jobs: dict[str, list[object]] = {"plain": [PYTHON, "-c", PLAIN, SOURCE, *plain]}
     for out, name, part in (
         *((name, name, "all") for name in MODELS),
@@ -102,17 +115,34 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         ("draft", "glm", "draft"),
         ("mmproj", "vision", "mmproj"),
     ):
-        options = ("--converter", CONVERTER, "--tokenizer-pre", "qwen35", "--log", folder / f"{out}.log")
+        options = (
+            "--converter",
+            CONVERTER,
+            "--tokenizer-pre",
+            "qwen35",
+            "--log",
+            folder / f"{out}.log",
+        )
         files = (done.checkpoint(name), "--part", part, "--out", folder / f"{out}.gguf")
         jobs[out] = [sys.executable, SCRIPTS / "convert_upstream.py", *files, *options]
     jobs["unnamed"] = [word for word in jobs["glm"] if word not in ("--tokenizer-pre", "qwen35")]
     jobs["unnamed"][jobs["unnamed"].index(folder / "glm.gguf")] = folder / "unnamed.gguf"
     # Of these, Nemotron is the one with which upstream trusts the checkpoint's code.
-    jobs["runner"] = [PYTHON, "-I", SCRIPTS / "run_upstream.py", "--tokenizer-pre", "qwen35", SOURCE, done.checkpoint("nemotron")]
+    jobs["runner"] = [
+        PYTHON,
+        "-I",
+        SCRIPTS / "run_upstream.py",
+        "--tokenizer-pre",
+        "qwen35",
+        SOURCE,
+        done.checkpoint("nemotron"),
+    ]
     jobs["runner"] += ["--outfile", folder / "runner.gguf"]
 
     def call(job: list[object]) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(list(map(str, job)), capture_output=True, text=True, cwd=ROOT, timeout=600)
+        return subprocess.run(
+            list(map(str, job)), capture_output=True, text=True, cwd=ROOT, timeout=600
+        )
 
     with ThreadPoolExecutor(2) as pool:
         done.runs.update(zip(jobs, pool.map(call, jobs.values()), strict=True))
@@ -131,7 +161,9 @@ def test_the_file_is_upstreams_own_to_the_byte(made: Made, name: str) -> None:
 def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
     opened = reader.read(made.file(name))
     assert len(head_blocks(opened)) == BLOCKS.get(name, 1)
-    assert all(f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in head_blocks(opened))
+    assert all(
+        f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in head_blocks(opened)
+    )
 
 
 def test_code_of_a_checkpoint_is_never_run(made: Made) -> None:
@@ -146,7 +178,11 @@ def test_the_runner_refuses_code_that_the_folder_would_have_kept_out(made: Made)
 
 def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -> None:
     done = made.runs["unnamed"]
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith("error: ")
+    )
     assert "--tokenizer-pre" in done.stderr and str(made.checkpoint("glm")) in done.stderr
     assert not list(made.folder.glob("*unnamed*"))
 
@@ -180,16 +216,35 @@ def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_p
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolchain: Path, tmp_path: Path, name: str) -> None:
+def test_a_quantized_file_is_verified_against_the_unquantized(
+    made: Made, toolchain: Path, tmp_path: Path, name: str
+) -> None:
     out = tmp_path / "quantized.gguf"
     llama_quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
     prompts = ("The quick brown fox", "def area(")
-    request = Request(reference=made.file(name), file_type="Q4_0", head="Q8_0", prompts=prompts, min_acceptance=0.95)
+    request = Request(
+        reference=made.file(name),
+        file_type="Q4_0",
+        head="Q8_0",
+        prompts=prompts,
+        min_acceptance=0.95,
+    )
     report = verify(out, request, toolchain)
     checks = {check["name"]: check["detail"] for check in report["checks"]}
     last = ["loading"] if name in UNDRAFTED else ["drafting", "same text"]
     assert (
-        list(checks) == ["types", "inventory", "metadata", "chat template", "finite", "norms", "values", *last, "programs"]
+        list(checks)
+        == [
+            "types",
+            "inventory",
+            "metadata",
+            "chat template",
+            "finite",
+            "norms",
+            "values",
+            *last,
+            "programs",
+        ]
         and report["head"] == "Q8_0"
     )
     if name in UNDRAFTED:
@@ -198,8 +253,17 @@ def test_a_quantized_file_is_verified_against_the_unquantized(made: Made, toolch
         assert report["drafts"] > 100 and report["acceptance"] > 0.95
 
 
-def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(made: Made, run, tmp_path: Path) -> None:
-    done = run("verify.py", made.file("exaone"), "--reference", made.file("exaone"), "--out", tmp_path / "report.json")
+def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(
+    made: Made, run, tmp_path: Path
+) -> None:
+    done = run(
+        "verify.py",
+        made.file("exaone"),
+        "--reference",
+        made.file("exaone"),
+        "--out",
+        tmp_path / "report.json",
+    )
     assert done.returncode == 0, done.stderr
     said = r"\| loading +\| passed +\| \d+ tokens generated from 3 prompts; llama\.cpp 0c1e57098 loads exaone-moe but cannot"
     assert re.search(said, done.stdout), done.stdout
@@ -221,32 +285,71 @@ def swapped(source: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["glm", "mimo"])
-def test_a_head_with_its_halves_swapped_is_refused(made: Made, fails, tmp_path: Path, name: str) -> None:
+def test_a_head_with_its_halves_swapped_is_refused(
+    made: Made, fails, tmp_path: Path, name: str
+) -> None:
     file = swapped(made.file(name), tmp_path / "swapped.gguf")
     message = fails("verify.py", file, "--threads", 1, out=tmp_path / "report.json")
     assert "drafting: 0 of " in message or "the head is dead" in message
-    assert "values: blk." in fails("verify.py", file, "--reference", made.file(name), "--threads", 1, out=tmp_path / "report.json")
+    assert "values: blk." in fails(
+        "verify.py",
+        file,
+        "--reference",
+        made.file(name),
+        "--threads",
+        1,
+        out=tmp_path / "report.json",
+    )
 
 
 def test_another_models_file_is_no_reference(made: Made, fails, tmp_path: Path) -> None:
     options = ("--reference", made.file("glm-lite"), "--threads", 1)
-    assert "inventory: " in fails("verify.py", made.file("glm"), *options, out=tmp_path / "report.json")
+    assert "inventory: " in fails(
+        "verify.py", made.file("glm"), *options, out=tmp_path / "report.json"
+    )
 
 
-def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(made: Made, toolchain: Path, tmp_path: Path) -> None:
-    draft = ["--model-draft", str(made.file("draft")), "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
-    with programs.serve(made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain) as running:
+def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(
+    made: Made, toolchain: Path, tmp_path: Path
+) -> None:
+    draft = [
+        "--model-draft",
+        str(made.file("draft")),
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        "1",
+        "--threads",
+        "1",
+    ]
+    with programs.serve(
+        made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain
+    ) as running:
         answer = running.completion("The quick brown fox", 100)
     assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
 
 
-def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, tmp_path: Path) -> None:
+def test_a_head_is_injected_into_a_quantized_trunk(
+    made: Made, toolchain: Path, tmp_path: Path
+) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
     llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
     inject.inject(base, made.file("draft"), out, "Q8_0", toolchain)
-    request = Request(head="Q8_0", base=base, reference=made.file("glm"), prompts=("def area(",), min_acceptance=0.95)
+    request = Request(
+        head="Q8_0",
+        base=base,
+        reference=made.file("glm"),
+        prompts=("def area(",),
+        min_acceptance=0.95,
+    )
     report = verify(out, request, toolchain)
-    assert {check["name"] for check in report["checks"]} >= {"inventory", "values", "trunk", "drafting", "same text"}
+    assert {check["name"] for check in report["checks"]} >= {
+        "inventory",
+        "values",
+        "trunk",
+        "drafting",
+        "same text",
+    }
 
 
 # ── the proof ──
@@ -255,7 +358,11 @@ def test_a_head_is_injected_into_a_quantized_trunk(made: Made, toolchain: Path, 
 def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf:
     """A copy without the tensors that end with `drop`, and with the last bit of those that end with `flip` changed."""
     opened = reader.read(source)
-    writer.write(out, opened.metadata, [(info, [opened.ranges[n]]) for n, info in opened.tensors.items() if not n.endswith(drop)])
+    writer.write(
+        out,
+        opened.metadata,
+        [(info, [opened.ranges[n]]) for n, info in opened.tensors.items() if not n.endswith(drop)],
+    )
     made = reader.read(out)
     with out.open("r+b") as file:
         for name, piece in made.ranges.items():
@@ -281,18 +388,25 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
         ("bailing", "exp_probs_b.bias"),
     ],
 )
-def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(made: Made, tmp_path: Path, name: str, ending: str) -> None:
+def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(
+    made: Made, tmp_path: Path, name: str, ending: str
+) -> None:
     checkpoint = Checkpoint(made.checkpoint(name))
     proof.prove(rewrite(made.file(name), tmp_path / "same.gguf"), checkpoint, "all")
     for fault in ({"drop": ending}, {"flip": ending}):
         with pytest.raises(GgufError, match="did not keep the tensors as they are") as caught:
-            proof.prove(rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all")
+            proof.prove(
+                rewrite(made.file(name), tmp_path / "faulty.gguf", **fault), checkpoint, "all"
+            )
         assert ("none of what it wrote" in str(caught.value)) == ("drop" in fault)
 
 
 def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) -> None:
     """Matrices in F32, a little off the BF16 values to which they round; then one that rounds to others."""
-    config, key = json.loads((made.checkpoint("glm") / "config.json").read_text()), "model.layers.2.self_attn.q_proj.weight"
+    config, key = (
+        json.loads((made.checkpoint("glm") / "config.json").read_text()),
+        "model.layers.2.self_attn.q_proj.weight",
+    )
     tensors = read_tensors(made.checkpoint("glm"))
     for name, (dtype, array) in tensors.items():
         if dtype == "BF16" and array.ndim > 1 and ".mlp.gate." not in name:
@@ -314,7 +428,9 @@ def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:
     raw[piece.offset : piece.offset + piece.size] = body[half:] + body[:half]
     (tmp_path / "faulty.gguf").write_bytes(raw)
     with pytest.raises(GgufError, match=r"mlp\.experts\.0\.up_proj\.weight"):
-        proof.prove(reader.read(tmp_path / "faulty.gguf"), Checkpoint(made.checkpoint("glm")), "all")
+        proof.prove(
+            reader.read(tmp_path / "faulty.gguf"), Checkpoint(made.checkpoint("glm")), "all"
+        )
 
 
 def test_a_head_that_upstream_does_not_declare_is_seen(made: Made) -> None:

@@ -26,7 +26,12 @@ def matrices(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Of each model an importance matrix, which as ever does not cover the head."""
     folder = tmp_path_factory.mktemp("matrices")
     for model in MODELS:
-        imatrix.compute(source_of(built, model).path, CHECKPOINTS / "corpus.py", folder / f"{model}.gguf", bin_dir=BIN)
+        imatrix.compute(
+            source_of(built, model).path,
+            CHECKPOINTS / "corpus.py",
+            folder / f"{model}.gguf",
+            bin_dir=BIN,
+        )
     return {model: folder / f"{model}.gguf" for model in MODELS}
 
 
@@ -40,7 +45,13 @@ def sources(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder, sources = tmp_path_factory.mktemp("sources"), {}
     lefts = {
         "tiny-qwen3.5": ("blk.0.", "blk.2.", "blk.1.ffn", "blk.3.attn_k", "blk.3.ffn_gate"),
-        "tiny-qwen3.5-moe": ("blk.0.ffn", "blk.0.attn_gate", "blk.1.ffn_gate", "blk.1.attn_k", "output."),
+        "tiny-qwen3.5-moe": (
+            "blk.0.ffn",
+            "blk.0.attn_gate",
+            "blk.1.ffn_gate",
+            "blk.1.attn_k",
+            "output.",
+        ),
     }
     for model, left in lefts.items():
         whole = source_of(built, model)
@@ -50,13 +61,23 @@ def sources(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return sources
 
 
-def plain(source: Gguf, out: Path, kind: str, head: str, recipe: Recipe, matrix: Path | None) -> bytes:
+def plain(
+    source: Gguf, out: Path, kind: str, head: str, recipe: Recipe, matrix: Path | None
+) -> bytes:
     """What llama-quantize makes in one run, as a user would call it."""
-    command: list[object] = [BIN / "llama-quantize", *(["--imatrix", matrix.name] if matrix else [])]
+    command: list[object] = [
+        BIN / "llama-quantize",
+        *(["--imatrix", matrix.name] if matrix else []),
+    ]
     for pattern, tensor_type in plan_overrides(source, kind, head, recipe):
         command += ["--tensor-type", f"{pattern}={tensor_type.lower()}"]
     place = matrix.parent if matrix else out.parent
-    subprocess.run(list(map(str, [*command, source.path, out, kind, 2])), check=True, capture_output=True, cwd=place)
+    subprocess.run(
+        list(map(str, [*command, source.path, out, kind, 2])),
+        check=True,
+        capture_output=True,
+        cwd=place,
+    )
     return out.read_bytes()
 
 
@@ -73,15 +94,22 @@ def in_pieces(job: Work, folder: Path, count: int, said: list[str]) -> bytes:
 
     out = folder / "manifests/pieces"
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        of_pieces = list(workers.map(lambda number: job.piece(out, number, count, folder), range(1, count + 1)))
+        of_pieces = list(
+            workers.map(lambda number: job.piece(out, number, count, folder), range(1, count + 1))
+        )
     held = [entry for digests in of_pieces for entry in digests.items()]
     of_files = [reader.digests(path) for path in out.glob("*.gguf")]
-    assert sorted(held) == sorted(entry for digests in of_files for entry in digests.items() if entry[0] != "header")
+    assert sorted(held) == sorted(
+        entry for digests in of_files for entry in digests.items() if entry[0] != "header"
+    )
     assert sorted(name for name, _ in held) == sorted(job.source.tensors)
     whole = folder / "whole.gguf"
     assert job.whole(whole, folder) == reader.digests(whole)
     count = len(job.source.tensors)
-    assert said[-1] == f"reused 0 bytes (0 of {count} tensors) from nothing; {count} from pieces; quantized 0"
+    assert (
+        said[-1]
+        == f"reused 0 bytes (0 of {count} tensors) from nothing; {count} from pieces; quantized 0"
+    )
     assert not [line for line in said if line.startswith("warning:")]
     return whole.read_bytes()
 
@@ -102,28 +130,44 @@ def cases() -> Iterator[tuple[str, str, bool, bool, tuple[int, ...]]]:
     pieces; slow types, which all need the matrix, in one of these numbers for each model and recipe.
     """
     one_of = dict(zip(product(MODELS, (False, True)), (7, 2, 3, 1), strict=True))
-    for model, kind, with_matrix, with_recipe in product(MODELS, quant_types.FILE_TYPES, (False, True), (False, True)):
-        if (with_matrix or kind not in quant_types.NEED_IMATRIX) and not (with_recipe and kind in quant_types.UNQUANTIZED):
+    for model, kind, with_matrix, with_recipe in product(
+        MODELS, quant_types.FILE_TYPES, (False, True), (False, True)
+    ):
+        if (with_matrix or kind not in quant_types.NEED_IMATRIX) and not (
+            with_recipe and kind in quant_types.UNQUANTIZED
+        ):
             counts = (one_of[model, with_recipe],) if kind in SLOW else (1, 2, 3, 7)
             yield model, kind, with_matrix, with_recipe, counts
 
 
 @pytest.mark.parametrize(
-    ("model", "kind", "with_matrix", "with_recipe", "counts"), list(cases()), ids=lambda value: str(value).replace(", ", "-")
+    ("model", "kind", "with_matrix", "with_recipe", "counts"),
+    list(cases()),
+    ids=lambda value: str(value).replace(", ", "-"),
 )
 def test_the_same_bytes_as_one_run(
     sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path,
     model: str, kind: str, with_matrix: bool, with_recipe: bool, counts: tuple[int, ...],
 ) -> None:  # fmt: skip
-    source, recipe, matrix = sources[model], RECIPE if with_recipe else (), matrices[model] if with_matrix else None
+    source, recipe, matrix = (
+        sources[model],
+        RECIPE if with_recipe else (),
+        matrices[model] if with_matrix else None,
+    )
     head = "Q8_0" if kind not in quant_types.UNQUANTIZED else kind
     expected = plain(source, tmp_path / "plain.gguf", kind, head, recipe, matrix)
     said = list[str]()
     job = work(source, kind, head, recipe, matrix, said)
-    assert usual(kind) in {tensor.type for tensor in job.plan.tensors.values()} or kind in ("IQ2_S", "MXFP4_MOE")
+    assert usual(kind) in {tensor.type for tensor in job.plan.tensors.values()} or kind in (
+        "IQ2_S",
+        "MXFP4_MOE",
+    )
     for count in counts:
         if count == 1:
-            assert job.whole(tmp_path / "one.gguf") and (tmp_path / "one.gguf").read_bytes() == expected
+            assert (
+                job.whole(tmp_path / "one.gguf")
+                and (tmp_path / "one.gguf").read_bytes() == expected
+            )
             continue
         (tmp_path / str(count)).mkdir()
         assert in_pieces(job, tmp_path / str(count), count, said) == expected, count
@@ -132,7 +176,11 @@ def test_the_same_bytes_as_one_run(
 
 @pytest.mark.parametrize("kind", quant_types.TENSOR_TYPES)
 def test_the_same_bytes_of_a_matrix_that_is_made_some_rows_at_a_time(
-    sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    sources: dict[str, Gguf],
+    matrices: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     """Of which the last would be one, that is none for llama-quantize alone."""
     model, name = MODELS[0], "blk.3.attn_q.weight"
@@ -153,49 +201,74 @@ def test_the_same_bytes_of_a_matrix_that_is_made_some_rows_at_a_time(
     monkeypatch.setattr(Work, "_quantize", counted)
     (tmp_path / "scratch").mkdir()
     made = job._some([name], tmp_path / "rows.gguf", tmp_path / "scratch")
-    assert reader.digests(made.path)[name] == expected[name] and made.tensors[name].type.name == kind
+    assert (
+        reader.digests(made.path)[name] == expected[name] and made.tensors[name].type.name == kind
+    )
     assert runs == [128, 129]
 
 
 def test_a_small_buffer_makes_the_same_bytes(
-    sources: dict[str, Gguf], matrices: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[str, Gguf],
+    matrices: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Experts with their rows of an importance matrix, a MiB at a time, as llama-quantize makes them of large tensors."""
     model = MODELS[1]
     source, matrix = sources[model], matrices[model]
     assert process.knows(BIN / "llama-quantize", llama_quantize.BUFFER[0])
     assert not process.knows(BIN / "llama-quantize", "--no-such-option")
-    assert max(info.elements * 6 for name, info in source.tensors.items() if "exps" in name) > 2 << 20
+    assert (
+        max(info.elements * 6 for name, info in source.tensors.items() if "exps" in name) > 2 << 20
+    )
     expected = plain(source, tmp_path / "plain.gguf", "IQ4_XS", "Q8_0", (), matrix)
     monkeypatch.setattr(llama_quantize, "BUFFER", [llama_quantize.BUFFER[0], "1"])
     assert work(source, "IQ4_XS", "Q8_0", (), matrix).whole(tmp_path / "one.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == expected
 
 
-def test_the_same_bytes_of_a_type_that_only_tensors_can_have(sources: dict[str, Gguf], tmp_path: Path) -> None:
+def test_the_same_bytes_of_a_type_that_only_tensors_can_have(
+    sources: dict[str, Gguf], tmp_path: Path
+) -> None:
     recipe = (("ffn_|attn_q", "NVFP4"),)
     expected = plain(sources[MODELS[0]], tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", recipe, None)
     said = list[str]()
-    assert in_pieces(work(sources[MODELS[0]], "Q4_K_M", "Q8_0", recipe, said=said), tmp_path, 3, said) == expected
+    assert (
+        in_pieces(work(sources[MODELS[0]], "Q4_K_M", "Q8_0", recipe, said=said), tmp_path, 3, said)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(built: Path, tmp_path: Path, model: str) -> None:
+def test_tensors_of_another_type_of_file_and_of_the_trunk_alone_are_taken(
+    built: Path, tmp_path: Path, model: str
+) -> None:
     """Q4_K_M after Q4_K_S costs what differs, and the trunk without a head then nothing."""
     source, said = source_of(built, model), list[str]()
     for kind in ("Q4_K_S", "Q4_K_M"):
         job = work(source, kind, "Q8_0", said=said)
         out = tmp_path / f"{kind}.gguf"
-        manifest.write_manifest(tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out])
-    first, second = (reader.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M"))
+        manifest.write_manifest(
+            tmp_path / f"manifests/{kind}.json", job.plan, job.whole(out, tmp_path), [out]
+        )
+    first, second = (
+        reader.read(tmp_path / f"{kind}.gguf").tensors for kind in ("Q4_K_S", "Q4_K_M")
+    )
     same = [name for name in second if first[name].type == second[name].type]
     reused = sum(second[name].size for name in same)
     assert 0 < len(same) < len(second)
-    assert f"reused {reused:,} bytes ({len(same)} of {len(second)} tensors) from {tmp_path / 'Q4_K_S.gguf'}; quantized " in said[1]
-    assert (tmp_path / "Q4_K_M.gguf").read_bytes() == plain(source, tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", (), None)
+    assert (
+        f"reused {reused:,} bytes ({len(same)} of {len(second)} tensors) from {tmp_path / 'Q4_K_S.gguf'}; quantized "
+        in said[1]
+    )
+    assert (tmp_path / "Q4_K_M.gguf").read_bytes() == plain(
+        source, tmp_path / "plain.gguf", "Q4_K_M", "Q8_0", (), None
+    )
     (tmp_path / "trunk").mkdir()
     trunk = reader.read(built / f"results/{model}/work/convert/trunk.gguf")
     job = work(trunk, "Q4_K_M", "Q8_0", said=said)
     job.whole(tmp_path / "trunk/out.gguf", tmp_path)
     assert int(said[2].rsplit(" ", 1)[1]) < len(trunk.tensors) / 4
-    assert (tmp_path / "trunk/out.gguf").read_bytes() == (built / f"results/{model}/work/trunk/Q4_K_M.gguf").read_bytes()
+    assert (tmp_path / "trunk/out.gguf").read_bytes() == (
+        built / f"results/{model}/work/trunk/Q4_K_M.gguf"
+    ).read_bytes()

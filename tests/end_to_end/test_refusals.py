@@ -94,25 +94,60 @@ def poison(info: TensorInfo, data: bytearray) -> None:
 
 FAULTS = {
     "raw norms": Fault("norms: 1 is not added to 7 norms", r"blk\.4\..*norm\.weight", shift(-1)),
-    "raw norms of the trunk": Fault("norms: 1 is not added to 2 norms", r"blk\.[01]\.attn_norm", shift(-1), variant="BF16"),
-    "norms shifted twice": Fault("norms: 1 is added once too often to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE),
-    "one norm shifted twice": Fault("norms: 1 is added once too often to blk.2", r"blk\.2\.post_attention_norm", shift(1)),
+    "raw norms of the trunk": Fault(
+        "norms: 1 is not added to 2 norms", r"blk\.[01]\.attn_norm", shift(-1), variant="BF16"
+    ),
+    "norms shifted twice": Fault(
+        "norms: 1 is added once too often to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE
+    ),
+    "one norm shifted twice": Fault(
+        "norms: 1 is added once too often to blk.2", r"blk\.2\.post_attention_norm", shift(1)
+    ),
     "halves": Fault("values: blk.4.nextn.eh_proj.weight", r"eh_proj", swap_halves, variant="BF16"),
     "halves at Q8_0": Fault("values: blk.2.nextn.eh_proj.weight", r"eh_proj", swap_halves, MOE),
-    "experts": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE, "BF16"),
-    "experts at Q8_0": Fault("values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE),
-    "experts of the trunk": Fault("values: blk.1.ffn_up_exps.weight", r"blk\.1\.ffn_up_exps", swap_first, MOE),
-    "rows": Fault("values: blk.4.attn_output.weight (Q8_0) has a", r"blk\.4\.attn_output", swap_first),
-    "rows of the trunk": Fault("values: blk.0.ffn_up.weight (Q4_K) has a", r"blk\.0\.ffn_up", swap_first),
-    "a scale": Fault("finite: blk.2.ffn_gate.weight has values that are no numbers", r"blk\.2\.ffn_gate", poison),
+    "experts": Fault(
+        "values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE, "BF16"
+    ),
+    "experts at Q8_0": Fault(
+        "values: blk.2.ffn_down_exps.weight", r"blk\.2\.ffn_down_exps", swap_first, MOE
+    ),
+    "experts of the trunk": Fault(
+        "values: blk.1.ffn_up_exps.weight", r"blk\.1\.ffn_up_exps", swap_first, MOE
+    ),
+    "rows": Fault(
+        "values: blk.4.attn_output.weight (Q8_0) has a", r"blk\.4\.attn_output", swap_first
+    ),
+    "rows of the trunk": Fault(
+        "values: blk.0.ffn_up.weight (Q4_K) has a", r"blk\.0\.ffn_up", swap_first
+    ),
+    "a scale": Fault(
+        "finite: blk.2.ffn_gate.weight has values that are no numbers", r"blk\.2\.ffn_gate", poison
+    ),
 }
 SHOWN_BY_DIGESTS = {
     "a bit": Fault("bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit),
-    "a bit of an expert": Fault("bytes: blk.1.ffn_up_exps.weight differs", r"blk\.1\.ffn_up_exps", flip_bit, MOE, "IQ3_S-mix"),
-    "a bit of an unquantized trunk": Fault("bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit, variant="BF16"),
-    "a bit of a base": Fault("trunk: blk.2.ffn_up.weight differs from the base", r"blk\.2\.ffn_up\.", flip_bit, variant=INJECTED),
+    "a bit of an expert": Fault(
+        "bytes: blk.1.ffn_up_exps.weight differs",
+        r"blk\.1\.ffn_up_exps",
+        flip_bit,
+        MOE,
+        "IQ3_S-mix",
+    ),
+    "a bit of an unquantized trunk": Fault(
+        "bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit, variant="BF16"
+    ),
+    "a bit of a base": Fault(
+        "trunk: blk.2.ffn_up.weight differs from the base",
+        r"blk\.2\.ffn_up\.",
+        flip_bit,
+        variant=INJECTED,
+    ),
     "a bit of an injected head": Fault(
-        "trunk: blk.2.ffn_up_exps.weight differs from the head", r"blk\.2\.ffn_up_exps", flip_bit, MOE, INJECTED
+        "trunk: blk.2.ffn_up_exps.weight differs from the head",
+        r"blk\.2\.ffn_up_exps",
+        flip_bit,
+        MOE,
+        INJECTED,
     ),
 }
 
@@ -122,7 +157,10 @@ def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple
     work = built / "results" / model / "work"
     kind = {"IQ3_S-mix": "IQ3_S", INJECTED: "Q4_K_M"}.get(variant, variant)
     record = work / ("injected" if variant == INJECTED else "quantized") / f"{variant}.json"
-    option = ("--trunk" if variant == INJECTED else "--digests", work / "convert/all.json" if variant == "BF16" else record)
+    option = (
+        "--trunk" if variant == INJECTED else "--digests",
+        work / "convert/all.json" if variant == "BF16" else record,
+    )
     source = ("--checkpoint", CHECKPOINTS / model, "--tokenizer-pre", "qwen35", "--type", kind)
     return (*source, *(option if digests else ()), *prompts(model))
 
@@ -130,22 +168,34 @@ def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple
 def refused(built: Path, fails: Fails, folder: Path, fault: Fault, digests: bool) -> str:
     """The message on a file with this fault; nothing has appeared but the file itself."""
     name = f"{fault.model}-{fault.variant}.gguf"
-    faulty = damaged(built / "results" / fault.model / name, folder / "faulty.gguf", fault.change, fault.tensors)
-    options = ("--publish", folder / "final.gguf", *asked(built, fault.model, fault.variant, digests))
+    faulty = damaged(
+        built / "results" / fault.model / name, folder / "faulty.gguf", fault.change, fault.tensors
+    )
+    options = (
+        "--publish",
+        folder / "final.gguf",
+        *asked(built, fault.model, fault.variant, digests),
+    )
     message = fails("verify.py", faulty, *options, out=folder / "report.json")
     assert list(folder.iterdir()) == [faulty]
     return message.partition(" is not published: ")[2]
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_refused_by_the_check_that_should(built: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+def test_a_fault_is_refused_by_the_check_that_should(
+    built: Path, fails: Fails, tmp_path: Path, name: str
+) -> None:
     message = refused(built, fails, tmp_path, FAULTS[name], digests=False)
     assert message.startswith(FAULTS[name].verdict) or f"; {FAULTS[name].verdict}" in message
-    assert ("norms: " in message) == (FAULTS[name].verdict.startswith("norms")) and "drafting" not in message
+    assert ("norms: " in message) == (
+        FAULTS[name].verdict.startswith("norms")
+    ) and "drafting" not in message
 
 
 @pytest.mark.parametrize("name", SHOWN_BY_DIGESTS)
-def test_a_changed_bit_is_refused_by_the_digests_alone(built: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+def test_a_changed_bit_is_refused_by_the_digests_alone(
+    built: Path, fails: Fails, tmp_path: Path, name: str
+) -> None:
     """Values show it only where nothing is quantized."""
     fault = SHOWN_BY_DIGESTS[name]
     message = refused(built, fails, tmp_path, fault, digests=True)
@@ -161,12 +211,26 @@ def test_a_changed_bit_is_refused_by_the_digests_alone(built: Path, fails: Fails
             lambda raw: raw[:16] + raw[20:24] + raw[16:20] + raw[24:],
             "metadata: {}.rope.dimension_sections is [",
         ),
-        ("tokenizer.ggml.eos_token_id", lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "metadata: tokenizer.ggml.eos_token_id is "),
-        ("tokenizer.chat_template", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "chat template: differs from the source's from"),
+        (
+            "tokenizer.ggml.eos_token_id",
+            lambda raw: bytes([raw[0] ^ 1]) + raw[1:],
+            "metadata: tokenizer.ggml.eos_token_id is ",
+        ),
+        (
+            "tokenizer.chat_template",
+            lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+            "chat template: differs from the source's from",
+        ),
     ],
 )
 def test_other_metadata_is_refused(
-    built: Path, fails: Fails, tmp_path: Path, model: str, key: str, change: Callable[[bytes], bytes], verdict: str
+    built: Path,
+    fails: Fails,
+    tmp_path: Path,
+    model: str,
+    key: str,
+    change: Callable[[bytes], bytes],
+    verdict: str,
 ) -> None:
     opened = reader.read(built / "results" / model / f"{model}-Q8_0.gguf")
     key = key if key.startswith("tokenizer.") else f"{opened.architecture}.{key}"
@@ -176,20 +240,29 @@ def test_other_metadata_is_refused(
     writer.write(tmp_path / "faulty.gguf", {**opened.metadata, key: other}, tensors)
     options = ("--publish", tmp_path / "final.gguf", *asked(built, model, "Q8_0"))
     message = fails("verify.py", tmp_path / "faulty.gguf", *options, out=tmp_path / "report.json")
-    assert verdict.format(opened.architecture) in message and ";" not in message  # and nothing else is said against it
+    assert (
+        verdict.format(opened.architecture) in message and ";" not in message
+    )  # and nothing else is said against it
     assert [path.name for path in tmp_path.iterdir()] == ["faulty.gguf"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_head_from_another_checkpoint_is_refused(built: Path, run: Run, fails: Fails, tmp_path: Path, model: str) -> None:
+def test_a_head_from_another_checkpoint_is_refused(
+    built: Path, run: Run, fails: Fails, tmp_path: Path, model: str
+) -> None:
     """One that fits in every shape, and drafts: the same with its matrices a little off."""
-    config, tensors = json.loads((CHECKPOINTS / model / "config.json").read_text()), read_tensors(CHECKPOINTS / model)
+    config, tensors = (
+        json.loads((CHECKPOINTS / model / "config.json").read_text()),
+        read_tensors(CHECKPOINTS / model),
+    )
     for name, (dtype, array) in tensors.items():
         if name.startswith("mtp.") and array.ndim > 1:
             tensors[name] = (dtype, array ^ (array & 1 << 6 ^ 1 << 6))
     other = write_checkpoint(tmp_path / "other" / model, CHECKPOINTS / model, config, tensors)
     base, out = built / "results" / model / "work/trunk/Q4_K_M.gguf", tmp_path / "file.gguf"
-    assert run("inject.py", base, "--head", other, "--head-type", "Q8_0", "--out", out).returncode == 0
+    assert (
+        run("inject.py", base, "--head", other, "--head-type", "Q8_0", "--out", out).returncode == 0
+    )
     options = ("--base", base, "--publish", tmp_path / "final.gguf", *asked(built, model, "Q4_K_M"))
     message = fails("verify.py", out, *options, out=tmp_path / "report.json")
     assert re.search(r"values: blk\.[24]\.", message) and "trunk: " not in message
@@ -197,26 +270,41 @@ def test_a_head_from_another_checkpoint_is_refused(built: Path, run: Run, fails:
 
 
 def test_another_type_than_asked_for_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
-    file, asked = built / "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M.gguf", ("--type", "Q8_0", "--head", "Q6_K")
-    message = fails("verify.py", file, *asked, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
+    file, asked = (
+        built / "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M.gguf",
+        ("--type", "Q8_0", "--head", "Q6_K"),
+    )
+    message = fails(
+        "verify.py", file, *asked, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json"
+    )
     assert "not that of Q8_0" in message and "is Q8_0, not Q6_K" in message
 
 
-def test_a_trunk_that_is_not_the_bases_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
-    file, base = (built / f"results/tiny-qwen3.5/tiny-qwen3.5-{v}.gguf" for v in ("Q4_K_M-injected", "IQ4_XS"))
-    message = fails("verify.py", file, "--base", base, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
+def test_a_trunk_that_is_not_the_bases_is_refused(
+    built: Path, fails: Fails, tmp_path: Path
+) -> None:
+    file, base = (
+        built / f"results/tiny-qwen3.5/tiny-qwen3.5-{v}.gguf" for v in ("Q4_K_M-injected", "IQ4_XS")
+    )
+    message = fails(
+        "verify.py", file, "--base", base, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json"
+    )
     assert "differs from the base" in message
 
 
 def test_a_file_without_a_head_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
     trunk = built / "results/tiny-qwen3.5/work/convert/trunk.gguf"
-    assert "has no head" in fails("verify.py", trunk, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
+    assert "has no head" in fails(
+        "verify.py", trunk, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json"
+    )
 
 
 def zero_end(source: Path, out: Path, name: str) -> Path:
     """A copy of a GGUF with the last third of one tensor zeroed."""
     piece, raw = reader.read(source).ranges[name], bytearray(source.read_bytes())
-    raw[piece.offset + piece.size * 2 // 3 : piece.offset + piece.size] = bytes(piece.size - piece.size * 2 // 3)
+    raw[piece.offset + piece.size * 2 // 3 : piece.offset + piece.size] = bytes(
+        piece.size - piece.size * 2 // 3
+    )
     out.write_bytes(raw)
     return out
 
@@ -225,7 +313,10 @@ def zero_end(source: Path, out: Path, name: str) -> Path:
 def test_a_damaged_file_without_a_head_is_refused_by_its_values(
     built: Path, run: Run, fails: Fails, tmp_path: Path, name: str
 ) -> None:
-    trunk, checkpoint = built / "results/tiny-qwen3.5/work/convert/trunk.gguf", CHECKPOINTS / "tiny-qwen3.5"
+    trunk, checkpoint = (
+        built / "results/tiny-qwen3.5/work/convert/trunk.gguf",
+        CHECKPOINTS / "tiny-qwen3.5",
+    )
     options = (
         "--checkpoint",
         checkpoint,
@@ -238,16 +329,39 @@ def test_a_damaged_file_without_a_head_is_refused_by_its_values(
         *prompts("tiny-qwen3.5"),
     )
     assert run("verify.py", trunk, *options, "--out", tmp_path / "good.json").returncode == 0
-    message = fails("verify.py", zero_end(trunk, tmp_path / "bad.gguf", name), *options, out=tmp_path / "report.json")
+    message = fails(
+        "verify.py",
+        zero_end(trunk, tmp_path / "bad.gguf", name),
+        *options,
+        out=tmp_path / "report.json",
+    )
     assert f"values: {name} differs from its source" in message
 
 
-def test_a_damaged_draft_sidecar_is_refused_by_its_values(built: Path, run: Run, fails: Fails, tmp_path: Path) -> None:
+def test_a_damaged_draft_sidecar_is_refused_by_its_values(
+    built: Path, run: Run, fails: Fails, tmp_path: Path
+) -> None:
     """Most of its drafts are still accepted."""
     checkpoint, draft = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "draft.gguf"
-    assert run("convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "draft", "--out", draft).returncode == 0
+    assert (
+        run(
+            "convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "draft", "--out", draft
+        ).returncode
+        == 0
+    )
     target = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
-    options = ("--checkpoint", checkpoint, "--tokenizer-pre", "qwen35", "--target", target, "--type", "BF16", "--head", "BF16")
+    options = (
+        "--checkpoint",
+        checkpoint,
+        "--tokenizer-pre",
+        "qwen35",
+        "--target",
+        target,
+        "--type",
+        "BF16",
+        "--head",
+        "BF16",
+    )
     options = (*options, *prompts("tiny-qwen3.5"))
     assert run("verify.py", draft, *options, "--out", tmp_path / "good.json").returncode == 0
     bad = zero_end(draft, tmp_path / "bad.gguf", "token_embd.weight")
@@ -255,18 +369,32 @@ def test_a_damaged_draft_sidecar_is_refused_by_its_values(built: Path, run: Run,
     assert "values: token_embd.weight differs" in message and "drafting" not in message
 
 
-def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(built: Path, fails: Fails, tmp_path: Path) -> None:
+def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(
+    built: Path, fails: Fails, tmp_path: Path
+) -> None:
     work = built / "results/tiny-qwen3.5/work/convert"
     bad = zero_end(work / "all.gguf", tmp_path / "bad.gguf", "blk.0.ffn_up.weight")
     asked = ("--digests", work / "all.json", *prompts("tiny-qwen3.5"))
-    assert "bytes: blk.0.ffn_up.weight differs" in fails("verify.py", bad, *asked, out=tmp_path / "report.json")
+    assert "bytes: blk.0.ffn_up.weight differs" in fails(
+        "verify.py", bad, *asked, out=tmp_path / "report.json"
+    )
 
 
 @pytest.mark.parametrize("kind", ["F16", "F32"])
-def test_an_unquantized_file_of_another_type_can_be_published(built: Path, run: Run, tmp_path: Path, kind: str) -> None:
+def test_an_unquantized_file_of_another_type_can_be_published(
+    built: Path, run: Run, tmp_path: Path, kind: str
+) -> None:
     source, out = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf", tmp_path / f"{kind}.gguf"
     assert run("quantize.py", source, "--type", kind, "--head", kind, "--out", out).returncode == 0
-    done = run("verify.py", out, *asked(built, "tiny-qwen3.5", kind), "--head", kind, "--out", tmp_path / "report.json")
+    done = run(
+        "verify.py",
+        out,
+        *asked(built, "tiny-qwen3.5", kind),
+        "--head",
+        kind,
+        "--out",
+        tmp_path / "report.json",
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -37,7 +37,9 @@ def content(opened: Gguf, name: str) -> bytes:
 def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant: str) -> None:
     path = result(built, model, variant)
     opened = reader.read(path)
-    report = json.loads((built / "results" / model / "reports" / f"{model}-{variant}.json").read_text())
+    report = json.loads(
+        (built / "results" / model / "reports" / f"{model}-{variant}.json").read_text()
+    )
     assert all(check["passed"] for check in report["checks"]) and report["drafts"] > 0
     assert report["file"] == path.name and report["bytes"] == path.stat().st_size
     assert head.types_of(head.head_only(opened)) == {HEADS[variant]} == {report["head"]}
@@ -46,7 +48,9 @@ def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant:
 
 def test_the_summary_has_a_line_for_each(built: Path) -> None:
     table = (built / "results" / "summary.md").read_text().splitlines()
-    assert [line.split()[1] for line in table[2:]] == [f"{model}-{variant}.gguf" for model in MODELS for variant in VARIANTS]
+    assert [line.split()[1] for line in table[2:]] == [
+        f"{model}-{variant}.gguf" for model in MODELS for variant in VARIANTS
+    ]
     for column in ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max"):
         assert column in table[0]
 
@@ -60,17 +64,35 @@ def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_accepts_what_the_torch_reference_accepts(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
+def test_llama_cpp_accepts_what_the_torch_reference_accepts(
+    built: Path, toolchain: Path, tmp_path: Path, model: str
+) -> None:
     reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
-    options = ["--ctx-size", "4096", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
-    with programs.serve(result(built, model, "BF16"), tmp_path / "log", options, toolchain) as running:
+    options = [
+        "--ctx-size",
+        "4096",
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        "1",
+        "--threads",
+        "1",
+    ]
+    with programs.serve(
+        result(built, model, "BF16"), tmp_path / "log", options, toolchain
+    ) as running:
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
             assert expected["accepted"] / expected["drafts"] >= 0.7, kind
             # Within one token in a hundred: a draft whose two best tokens are nearly equal can fall the other way in BF16.
             difference = abs(answer.accepted - expected["accepted"])
-            assert difference <= expected["drafts"] / 100, (kind, answer.accepted, answer.drafts, expected["accepted"])
+            assert difference <= expected["drafts"] / 100, (
+                kind,
+                answer.accepted,
+                answer.drafts,
+                expected["accepted"],
+            )
 
 
 MIXED_TEXT = """# Notes / Notizen (2026-11-21)
@@ -84,14 +106,22 @@ Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; ar
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(built: Path, toolchain: Path, tmp_path: Path, model: str) -> None:
-    expected = Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
-    with programs.serve(result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain) as running:
+def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(
+    built: Path, toolchain: Path, tmp_path: Path, model: str
+) -> None:
+    expected = (
+        Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
+    )
+    with programs.serve(
+        result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain
+    ) as running:
         assert running.tokenize(MIXED_TEXT) == expected
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_injecting_equals_quantizing_the_whole(built: Path, run, tmp_path: Path, model: str) -> None:
+def test_injecting_equals_quantizing_the_whole(
+    built: Path, run, tmp_path: Path, model: str
+) -> None:
     """A BF16 head in the head-less Q8_0 trunk, against the whole at Q8_0 with the head at BF16."""
     work = built / "results" / model / "work" / "convert"
     base, out = tmp_path / "trunk-Q8_0.gguf", tmp_path / "injected.gguf"

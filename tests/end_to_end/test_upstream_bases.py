@@ -29,10 +29,17 @@ from mtpforge.quantize.recipe import default_head
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON = CONVERTER / "environment" / "bin" / "python"
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="upstream's environment is missing: `make converter`")
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="upstream's environment is missing: `make converter`"
+)
 
 QUANTIZED = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
-REWRITTEN = {"split": "Q4_K_M", "split-header-alone": "Q8_0", "merged": "Q4_K_M", "renamed": "IQ4_XS"}
+REWRITTEN = {
+    "split": "Q4_K_M",
+    "split-header-alone": "Q8_0",
+    "merged": "Q4_K_M",
+    "renamed": "IQ4_XS",
+}
 TYPES = {"BF16": "BF16", **{kind: kind for kind in QUANTIZED}, **REWRITTEN}
 """Base -> the type of its trunk."""
 
@@ -44,7 +51,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def call(*command: object) -> None:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -54,11 +63,24 @@ def make_bases(source: Path, programs: Path, folder: Path) -> Bases:
     def of(model: str) -> dict[str, Path]:
         (folder / model).mkdir()
         made = {name: folder / model / f"{name}.gguf" for name in TYPES}
-        runner = [PYTHON, "-I", "-B", SCRIPTS / "run_upstream.py", "--tokenizer-pre", "qwen35", source]
-        call(*runner, CHECKPOINTS / model, "--no-mtp", "--outtype", "bf16", "--outfile", made["BF16"])
+        runner = [
+            PYTHON,
+            "-I",
+            "-B",
+            SCRIPTS / "run_upstream.py",
+            "--tokenizer-pre",
+            "qwen35",
+            source,
+        ]
+        call(
+            *runner, CHECKPOINTS / model, "--no-mtp", "--outtype", "bf16", "--outfile", made["BF16"]
+        )
         for kind in QUANTIZED:
             call(programs / "llama-quantize", made["BF16"], made[kind], kind, 1)
-        for name, options in {"split": (), "split-header-alone": ("--no-tensor-first-split",)}.items():
+        for name, options in {
+            "split": (),
+            "split-header-alone": ("--no-tensor-first-split",),
+        }.items():
             split = [programs / "llama-gguf-split", "--split", "--split-max-tensors", 20, *options]
             call(*split, made[TYPES[name]], folder / model / name)
             made[name] = next((folder / model).glob(f"{name}-00001-of-*.gguf"))
@@ -96,18 +118,39 @@ class Case:
 
     def shards(self) -> list[Gguf]:
         """The base's files: one, unless it is split."""
-        return [reader.read(path) for path in sorted(self.base.parent.glob(self.base.name.replace("-00001-of-", "-?????-of-")))]
+        return [
+            reader.read(path)
+            for path in sorted(
+                self.base.parent.glob(self.base.name.replace("-00001-of-", "-?????-of-"))
+            )
+        ]
 
 
-CASES = [(model, maker, name) for model in MODELS for maker in ("of_pinned", "of_older") for name in TYPES]
+CASES = [
+    (model, maker, name)
+    for model in MODELS
+    for maker in ("of_pinned", "of_older")
+    for name in TYPES
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
-def case(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(
+    request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
     model, maker, name = request.param
     base: Path = request.getfixturevalue(maker)[model][name]
     out = tmp_path_factory.mktemp("injected") / "out.gguf"
-    done = run("inject.py", base, "--head", CHECKPOINTS / model, "--head-type", default_head(TYPES[name]), "--out", out)
+    done = run(
+        "inject.py",
+        base,
+        "--head",
+        CHECKPOINTS / model,
+        "--head-type",
+        default_head(TYPES[name]),
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     return Case(model, TYPES[name], base, out)
 
@@ -128,17 +171,26 @@ def test_every_tensor_of_the_base_is_there_byte_for_byte(case: Case) -> None:
     base, injected = tensors(*case.shards()), tensors(reader.read(case.out))
     block = case.shards()[0].get(f"{case.shards()[0].architecture}.block_count")
     assert injected[: len(base)] == base
-    assert injected[len(base) :] and all(info.name.startswith(f"blk.{block}.") for info, _ in injected[len(base) :])
+    assert injected[len(base) :] and all(
+        info.name.startswith(f"blk.{block}.") for info, _ in injected[len(base) :]
+    )
 
 
 def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) -> None:
     base, injected = case.shards()[0], reader.read(case.out)
     kind = base.architecture
-    expected, added = dict(base.metadata), len(injected.tensors) - sum(len(shard.tensors) for shard in case.shards())
-    expected[f"{kind}.block_count"] = Value.of(base.get(f"{kind}.block_count") + 1, GGUFValueType.UINT32)
+    expected, added = (
+        dict(base.metadata),
+        len(injected.tensors) - sum(len(shard.tensors) for shard in case.shards()),
+    )
+    expected[f"{kind}.block_count"] = Value.of(
+        base.get(f"{kind}.block_count") + 1, GGUFValueType.UINT32
+    )
     layers = f"{kind}.attention.recurrent_layers"
     if layers in expected:
-        expected[layers] = Value.of([*base.get(layers), False], GGUFValueType.ARRAY, GGUFValueType.BOOL)
+        expected[layers] = Value.of(
+            [*base.get(layers), False], GGUFValueType.ARRAY, GGUFValueType.BOOL
+        )
     if base.get("split.count"):  # one file is no split one
         for key in ("split.no", "split.count", "split.tensors.count"):
             del expected[key]
@@ -146,7 +198,9 @@ def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) ->
         count = expected["split.tensors.count"]
         expected["split.tensors.count"] = Value.of(count.decode() + added, count.type)
     ours = {f"{kind}.nextn_predict_layers", "mtpforge.padding"}
-    assert [(key, value) for key, value in injected.metadata.items() if key not in ours] == list(expected.items())
+    assert [(key, value) for key, value in injected.metadata.items() if key not in ours] == list(
+        expected.items()
+    )
     assert injected.metadata[f"{kind}.nextn_predict_layers"] == Value.of(1, GGUFValueType.UINT32)
 
 
@@ -159,7 +213,9 @@ def test_the_last_key_is_the_padding(case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def preserved(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+def preserved(
+    built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], Path]:
     """What quantize.py makes of the whole checkpoint, as our converter reads it, with the trunk's types those of the base.
 
     They must be given: Q4_K_M has better types for the last blocks, and the head makes another block the last.
@@ -167,14 +223,37 @@ def preserved(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("preserved")
 
     def make(case: Case) -> Path:
-        whole, out = built / "results" / case.model / "work/convert/all.gguf", folder / f"{case.model}-{case.type}.gguf"
+        whole, out = (
+            built / "results" / case.model / "work/convert/all.gguf",
+            folder / f"{case.model}-{case.type}.gguf",
+        )
         if case.type == "BF16":
             return whole
         if not out.exists():
             recipe = folder / "recipe.yaml"
-            infos = [info for shard in case.shards() for info in shard.tensors.values() if quantizable(info)]
-            recipe.write_text(yaml.safe_dump({f"^{re.escape(i.name)}$": i.type.name for i in infos}, sort_keys=False))
-            done = run("quantize.py", whole, "--type", case.type, "--head", "Q8_0", "--tensors", recipe, "--out", out)
+            infos = [
+                info
+                for shard in case.shards()
+                for info in shard.tensors.values()
+                if quantizable(info)
+            ]
+            recipe.write_text(
+                yaml.safe_dump(
+                    {f"^{re.escape(i.name)}$": i.type.name for i in infos}, sort_keys=False
+                )
+            )
+            done = run(
+                "quantize.py",
+                whole,
+                "--type",
+                case.type,
+                "--head",
+                "Q8_0",
+                "--tensors",
+                recipe,
+                "--out",
+                out,
+            )
             assert done.returncode == 0, done.stderr
         return out
 
@@ -182,10 +261,21 @@ def preserved(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def drafted(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], server.Completion]:
+def drafted(
+    toolchain: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, str], server.Completion]:
     """What a real llama-server generates with a file's head; of each file once."""
     log = tmp_path_factory.mktemp("server") / "log"
-    options = ["--ctx-size", "1024", "--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--threads", "1"]
+    options = [
+        "--ctx-size",
+        "1024",
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        "1",
+        "--threads",
+        "1",
+    ]
 
     @cache
     def ask(path: Path, model: str) -> server.Completion:
@@ -202,5 +292,9 @@ def test_it_drafts_as_a_file_that_kept_its_head(
     reference = reader.read(preserved(case))
     assert dict(tensors(*case.shards())).items() <= dict(tensors(reference)).items()
     injected, kept = drafted(case.out, case.model), drafted(reference.path, case.model)
-    assert (injected.tokens, injected.drafts, injected.accepted) == (kept.tokens, kept.drafts, kept.accepted)
+    assert (injected.tokens, injected.drafts, injected.accepted) == (
+        kept.tokens,
+        kept.drafts,
+        kept.accepted,
+    )
     assert injected.accepted > 0.6 * injected.drafts > 0

@@ -18,7 +18,10 @@ def base_with(tokens: Callable[[list[str]], object], trunk: Path, out: Path) -> 
     opened = reader.read(trunk)
     values = opened.get(TOKENS)
     tokens(values)
-    metadata = {**opened.metadata, TOKENS: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING)}
+    metadata = {
+        **opened.metadata,
+        TOKENS: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING),
+    }
     writer.write(out, metadata, reader.contents(opened))
     return out
 
@@ -31,8 +34,25 @@ def verify(run: Run, toolchain: Path) -> Callable[[Path, Path, Path], str]:
         out = folder / "out.gguf"
         injected = run("inject.py", base, "--head", checkpoint, "--head-type", "Q8_0", "--out", out)
         assert injected.returncode == 0, injected.stderr
-        prompts = ("--prompts", CHECKPOINTS / "tiny-qwen3.5/prompts", "--tokenizer-pre", "qwen35", "--threads", 1)
-        done = run("verify.py", out, "--checkpoint", checkpoint, "--base", base, *prompts, "--out", folder / "report.json")
+        prompts = (
+            "--prompts",
+            CHECKPOINTS / "tiny-qwen3.5/prompts",
+            "--tokenizer-pre",
+            "qwen35",
+            "--threads",
+            1,
+        )
+        done = run(
+            "verify.py",
+            out,
+            "--checkpoint",
+            checkpoint,
+            "--base",
+            base,
+            *prompts,
+            "--out",
+            folder / "report.json",
+        )
         return done.stdout + done.stderr
 
     return call
@@ -43,8 +63,13 @@ def test_a_renamed_reserved_token_passes_and_another_vocabulary_does_not(
 ) -> None:
     checkpoint, trunk = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "trunk.gguf"
     run("convert.py", checkpoint, "--part", "trunk", "--tokenizer-pre", "qwen35", "--out", trunk)
-    renamed = base_with(lambda tokens: tokens.__setitem__(1279, "<|PAD_TOKEN|>"), trunk, tmp_path / "renamed.gguf")
-    assert "FAILED" not in (said := verify(renamed, checkpoint, tmp_path)) and "drafts accepted" in said
+    renamed = base_with(
+        lambda tokens: tokens.__setitem__(1279, "<|PAD_TOKEN|>"), trunk, tmp_path / "renamed.gguf"
+    )
+    assert (
+        "FAILED" not in (said := verify(renamed, checkpoint, tmp_path))
+        and "drafts accepted" in said
+    )
     other = base_with(lambda tokens: tokens.reverse(), trunk, tmp_path / "other.gguf")
     assert "metadata: token 0 is" in verify(other, checkpoint, tmp_path)
 
@@ -54,7 +79,16 @@ def test_a_base_with_added_tokens_is_injected_verified_and_drafts(
 ) -> None:
     """As of every real Qwen3.5: seven of its tokens stand in tokenizer_config.json alone."""
     checkpoint = write_layout("dense-added-tokens", tmp_path)
-    run("convert.py", checkpoint, "--part", "trunk", "--tokenizer-pre", "qwen35", "--out", tmp_path / "trunk.gguf")
+    run(
+        "convert.py",
+        checkpoint,
+        "--part",
+        "trunk",
+        "--tokenizer-pre",
+        "qwen35",
+        "--out",
+        tmp_path / "trunk.gguf",
+    )
     run("quantize.py", tmp_path / "trunk.gguf", "--type", "Q4_K_M", "--out", tmp_path / "base.gguf")
     said = verify(tmp_path / "base.gguf", checkpoint, tmp_path)
     assert "FAILED" not in said and "drafts accepted" in said

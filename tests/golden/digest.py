@@ -19,14 +19,26 @@ def digest(path: Path) -> dict[str, Any]:
     metadata = {}
     for field in reader.fields.values():
         if not field.name.startswith("GGUF."):
-            kind = "[" + field.types[-1].name + "]" if field.types[0] is GGUFValueType.ARRAY else field.types[0].name
+            kind = (
+                "[" + field.types[-1].name + "]"
+                if field.types[0] is GGUFValueType.ARRAY
+                else field.types[0].name
+            )
             metadata[field.name] = [kind, _short(field.contents())]
     tensors = {}
     for tensor in reader.tensors:
         raw = tensor.data.tobytes()
         # A = -exp(A_log): the last bit depends on the maths library of the machine, so the values themselves are kept.
-        value = [float(x).hex() for x in tensor.data] if tensor.name.endswith("ssm_a") else hashlib.sha256(raw).hexdigest()
-        tensors[tensor.name] = [tensor.tensor_type.name, [int(n) for n in reversed(tensor.shape)], value]
+        value = (
+            [float(x).hex() for x in tensor.data]
+            if tensor.name.endswith("ssm_a")
+            else hashlib.sha256(raw).hexdigest()
+        )
+        tensors[tensor.name] = [
+            tensor.tensor_type.name,
+            [int(n) for n in reversed(tensor.shape)],
+            value,
+        ]
     return {"metadata": metadata, "tensors": tensors}
 
 
@@ -39,16 +51,29 @@ def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
         for kind in ("metadata", "tensors"):
             ours, theirs = made["parts"][part][kind], expected[kind]
             if list(ours) != list(theirs):
-                found.append(f"{part}: other {kind}, or in another order: {sorted(ours.keys() ^ theirs.keys())}")
-            found += [f"{part}: {key} is {ours.get(key)}" for key, value in theirs.items() if not _same(ours.get(key), value)]
+                found.append(
+                    f"{part}: other {kind}, or in another order: {sorted(ours.keys() ^ theirs.keys())}"
+                )
+            found += [
+                f"{part}: {key} is {ours.get(key)}"
+                for key, value in theirs.items()
+                if not _same(ours.get(key), value)
+            ]
     return found
 
 
 def _same(ours: Any, theirs: Any) -> bool:
     """Equal, or hexadecimal float32 values that differ by no more than their last bit."""
-    if not (isinstance(theirs, list) and isinstance(theirs[-1], list) and str(theirs[-1][0]).startswith("-0x")):
+    if not (
+        isinstance(theirs, list)
+        and isinstance(theirs[-1], list)
+        and str(theirs[-1][0]).startswith("-0x")
+    ):
         return bool(ours == theirs)
-    a, b = (np.array([float.fromhex(x) for x in value[-1]], np.float32).view(np.int32) for value in (ours, theirs))
+    a, b = (
+        np.array([float.fromhex(x) for x in value[-1]], np.float32).view(np.int32)
+        for value in (ours, theirs)
+    )
     return bool(ours[:-1] == theirs[:-1] and np.abs(a - b).max() <= 1)
 
 

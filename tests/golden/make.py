@@ -26,9 +26,20 @@ PARTS = {"all": [], "trunk": ["--no-mtp"], "draft": ["--mtp"]}
 
 def main() -> None:
     """Parse the command line; convert everything; write or compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the committed digests instead of writing them")
-    parser.add_argument("--converter", type=Path, default=ROOT / "resources/converter", help="where stamp.json and source/ are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with the committed digests instead of writing them",
+    )
+    parser.add_argument(
+        "--converter",
+        type=Path,
+        default=ROOT / "resources/converter",
+        help="where stamp.json and source/ are",
+    )
     args = parser.parse_args()
     stamp = json.loads((args.converter / "stamp.json").read_text())
     stale = []
@@ -38,9 +49,14 @@ def main() -> None:
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
         elif found := differences(json.loads(path.read_text()), made):
             stale.append(f"{name}: {found[0]}")
-        print(f"{name}: {'differs' if stale and stale[-1].startswith(f'{name}:') else 'ok'}", flush=True)
+        print(
+            f"{name}: {'differs' if stale and stale[-1].startswith(f'{name}:') else 'ok'}",
+            flush=True,
+        )
     if stale:
-        sys.exit(f"error: not what upstream's converter makes: {'; '.join(stale)}: `make golden` writes the digests anew")
+        sys.exit(
+            f"error: not what upstream's converter makes: {'; '.join(stale)}: `make golden` writes the digests anew"
+        )
 
 
 def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +66,17 @@ def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
         checkpoint = write_layout(name, Path(scratch))
         for part, options in PARTS.items():
             out = Path(scratch) / f"{part}.gguf"
-            command = [sys.executable, "-I", RUNNER, "--tokenizer-pre", "qwen35", source, checkpoint, "--outtype", "bf16"]
+            command = [
+                sys.executable,
+                "-I",
+                RUNNER,
+                "--tokenizer-pre",
+                "qwen35",
+                source,
+                checkpoint,
+                "--outtype",
+                "bf16",
+            ]
             command += [*options, "--outfile", out]
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:

@@ -28,7 +28,9 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     )
     target = tmp_path / "x"
     target.write_text("old")
-    done = subprocess.run([sys.executable, "-c", program, str(target)], env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(target)], env={**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    )
     assert done.returncode == -signal.SIGKILL and target.read_text() == "old"
 
 
@@ -40,19 +42,26 @@ def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "new" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_a_program_that_outlived_a_killed_run_writes_into_nothing_that_is_used(tmp_path: Path) -> None:
+def test_a_program_that_outlived_a_killed_run_writes_into_nothing_that_is_used(
+    tmp_path: Path,
+) -> None:
     with (tmp_path / ".out.part").open("wb", buffering=0) as outlived:
         outlived.write(b"of the run before")
         with replacing(tmp_path / "out") as temporary:
             temporary.write_bytes(b"of this run, and longer")
             outlived.write(b"late")
-    assert (tmp_path / "out").read_bytes() == b"of this run, and longer" and list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert (tmp_path / "out").read_bytes() == b"of this run, and longer" and list(
+        tmp_path.iterdir()
+    ) == [tmp_path / "out"]
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     with replacing(tmp_path / "x") as first:
         first.write_text("first")
-        with pytest.raises(ForgeError, match="another process is writing it"), replacing(tmp_path / "x"):
+        with (
+            pytest.raises(ForgeError, match="another process is writing it"),
+            replacing(tmp_path / "x"),
+        ):
             pass
     assert (tmp_path / "x").read_text() == "first"
 
@@ -62,7 +71,9 @@ def test_a_folder_takes_the_place_of_another_with_all_that_it_holds(tmp_path: Pa
         with replacing_folder(tmp_path / "x") as temporary:
             (temporary / name).mkdir()
             (temporary / name / "file").write_text(name)
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new"] and list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new"] and list(
+        tmp_path.iterdir()
+    ) == [tmp_path / "x"]
 
 
 def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
@@ -71,14 +82,18 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError), replacing_folder(tmp_path / "x") as temporary:
         (temporary / "file").write_text("half")
         raise RuntimeError
-    assert (tmp_path / "x" / "file").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert (tmp_path / "x" / "file").read_text() == "old" and list(tmp_path.iterdir()) == [
+        tmp_path / "x"
+    ]
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("precious")
     with pytest.raises(NotADirectoryError), replacing_folder(tmp_path / "x"):
         pass
-    assert (tmp_path / "x").read_text() == "precious" and list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert (tmp_path / "x").read_text() == "precious" and list(tmp_path.iterdir()) == [
+        tmp_path / "x"
+    ]
 
 
 def test_what_a_kill_left_of_a_folder_is_removed(tmp_path: Path) -> None:
@@ -96,12 +111,17 @@ def test_what_a_kill_left_of_a_folder_is_removed(tmp_path: Path) -> None:
 def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "x") as first:
         (first / "file").write_text("first")
-        with pytest.raises(ForgeError, match="another process is writing it"), replacing_folder(tmp_path / "x"):
+        with (
+            pytest.raises(ForgeError, match="another process is writing it"),
+            replacing_folder(tmp_path / "x"),
+        ):
             pass
     assert (tmp_path / "x" / "file").read_text() == "first"
 
 
-def test_a_second_name_is_a_link_where_it_can_be_and_else_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_name_is_a_link_where_it_can_be_and_else_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_text("content")
     link_or_copy(tmp_path / "x", tmp_path / "link")
     assert (tmp_path / "link").samefile(tmp_path / "x")
@@ -111,7 +131,9 @@ def test_a_second_name_is_a_link_where_it_can_be_and_else_a_copy(tmp_path: Path,
 
     monkeypatch.setattr(os, "link", refuse)
     link_or_copy(tmp_path / "x", tmp_path / "copy")
-    assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(tmp_path / "x")
+    assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(
+        tmp_path / "x"
+    )
 
 
 def test_json_is_stable_text(tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ def write(folder: Path, name: str, content: bytes, statement: bool = True) -> di
     """A verified file with its report and statement."""
     digest = hashlib.sha256(content).hexdigest()
     report = {"file": name, "bytes": len(content), "sha256": digest}
-    for part, value in (("reports", report), ("provenance", provenance.statement([(name, 0, digest)], {}, []))):
+    for part, value in (
+        ("reports", report),
+        ("provenance", provenance.statement([(name, 0, digest)], {}, [])),
+    ):
         (folder / part).mkdir(parents=True, exist_ok=True)
         if statement or part == "reports":
             (folder / part / f"{name}.json").write_text(json.dumps(value))
@@ -76,14 +79,21 @@ def older(path: Path, seconds: float) -> None:
     os.utime(path, (now - seconds, now - seconds))
 
 
-def test_what_is_as_it_was_verified_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_as_it_was_verified_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "a.gguf", b"content")
     read: list[str] = []
     real = ranges.digest_of
     monkeypatch.setattr(sums, "digest_of", lambda path: read.append(path.name) or real(path))
-    assert sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" not in read
+    assert (
+        sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest()
+        and "a.gguf" not in read
+    )
     older(tmp_path / "reports/a.gguf.json", 60)  # touched since, or changed
-    assert sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" in read
+    assert (
+        sums_of(tmp_path)["a.gguf"] == hashlib.sha256(b"content").hexdigest() and "a.gguf" in read
+    )
 
 
 def test_what_was_changed_since_is_refused(tmp_path: Path) -> None:
@@ -124,27 +134,55 @@ def test_each_way_in_which_a_folder_can_be_wrong_is_named(folder: Path) -> None:
     statement.write_text(json.dumps(value))
     found = problems(folder)
     assert "provenance/tiny-qwen3.5-BF16.json: has another sha256 than SHA256SUMS says" in found
-    assert any(line.startswith("tiny-qwen3.5-BF16.gguf: its statement of provenance is about another sha256") for line in found)
-    for wrong in ("[]", "{", '{"_type": "x", "predicateType": "y", "subject": []}', json.dumps({**value, "subject": [1]})):
+    assert any(
+        line.startswith(
+            "tiny-qwen3.5-BF16.gguf: its statement of provenance is about another sha256"
+        )
+        for line in found
+    )
+    for wrong in (
+        "[]",
+        "{",
+        '{"_type": "x", "predicateType": "y", "subject": []}',
+        json.dumps({**value, "subject": [1]}),
+    ):
         statement.write_text(wrong)
         found = problems(folder)
-        assert any(line.startswith("provenance/tiny-qwen3.5-BF16.json: is no") or "JSON" in line for line in found), wrong
+        assert any(
+            line.startswith("provenance/tiny-qwen3.5-BF16.json: is no") or "JSON" in line
+            for line in found
+        ), wrong
         assert "tiny-qwen3.5-BF16.gguf: no statement of provenance is about it" in found
     statement.write_text(text)
     torn = folder / "tiny-qwen3.5-Q8_0.gguf"
     torn.write_bytes(b"GGUF" + bytes(100))
     listed = folder / "SHA256SUMS"
     lines = [line for line in listed.read_text().splitlines() if not line.endswith("Q8_0.gguf")]
-    listed.write_text("\n".join([*lines, f"{hashlib.sha256(torn.read_bytes()).hexdigest()}  {torn.name}\n"]))
+    listed.write_text(
+        "\n".join([*lines, f"{hashlib.sha256(torn.read_bytes()).hexdigest()}  {torn.name}\n"])
+    )
     found = problems(folder)
-    assert any(line.startswith(f"{torn.name}: ") and "statement" not in line for line in found)  # its tensor table does not open
+    assert any(
+        line.startswith(f"{torn.name}: ") and "statement" not in line for line in found
+    )  # its tensor table does not open
 
 
 def test_a_head_that_was_fetched_by_itself_is_stated_tensor_by_tensor(tmp_path: Path) -> None:
-    tensor = {"shard": "model-2.safetensors", "bytes": 1, "sha256": "a" * 64, "standing": "trusted on first use"}
-    (tmp_path / "head.json").write_text(json.dumps({"repo": "O/N", "revision": COMMIT, "tensors": {"mtp.fc.weight": tensor}}))
-    (tmp_path / "x.json").write_text(json.dumps({"name": "config.json", "bytes": 1, "sha256": "b" * 64}))
-    found = provenance.materials({"repo": "O/N", "revision": COMMIT}, [tmp_path / "head.json", tmp_path / "x.json"])
+    tensor = {
+        "shard": "model-2.safetensors",
+        "bytes": 1,
+        "sha256": "a" * 64,
+        "standing": "trusted on first use",
+    }
+    (tmp_path / "head.json").write_text(
+        json.dumps({"repo": "O/N", "revision": COMMIT, "tensors": {"mtp.fc.weight": tensor}})
+    )
+    (tmp_path / "x.json").write_text(
+        json.dumps({"name": "config.json", "bytes": 1, "sha256": "b" * 64})
+    )
+    found = provenance.materials(
+        {"repo": "O/N", "revision": COMMIT}, [tmp_path / "head.json", tmp_path / "x.json"]
+    )
     uri = f"pkg:huggingface/O/N@{COMMIT}"
     assert found == [
         {"name": "O/N", "uri": uri, "digest": {"gitCommit": COMMIT}},
@@ -160,15 +198,24 @@ def test_a_head_that_was_fetched_by_itself_is_stated_tensor_by_tensor(tmp_path: 
 
 def test_a_statement_has_its_own_part_of_the_configuration_and_no_folder() -> None:
     base, matrix = {"path": "/home/me/secret/base.gguf"}, {"path": "/home/me/secret/m.gguf"}
-    made = build(variants={"BF16": {}, "mine": {"base": base}, "Q4_K_M": {"imatrix": matrix}}, sidecar="Q8_0")
+    made = build(
+        variants={"BF16": {}, "mine": {"base": base}, "Q4_K_M": {"imatrix": matrix}}, sidecar="Q8_0"
+    )
     stems = [report.rpartition("/")[2].removesuffix(".json") for report in made.reports_of(At())]
     parts = {stem: json.loads(made.parameters(At(stem=stem))) for stem in stems}
-    assert [list(part.get("variants", {})) for part in parts.values()] == [["BF16"], ["mine"], ["Q4_K_M"], []]
+    assert [list(part.get("variants", {})) for part in parts.values()] == [
+        ["BF16"],
+        ["mine"],
+        ["Q4_K_M"],
+        [],
+    ]
     assert parts["mtp-tiny-qwen3.5-Q8_0"]["sidecar"] == "Q8_0"
     assert parts["tiny-qwen3.5-mine"]["variants"]["mine"]["base"]["path"] == "base.gguf"
     assert "secret" not in json.dumps([parts, json.loads(made.about(At())), made.source_of(At())])
     assert made.materials_if_any(At(stem="tiny-qwen3.5-mine")) == [base["path"]]
-    assert made.material_options(At(stem="tiny-qwen3.5-Q4_K_M")).startswith('--material \'{"path": "m.gguf"}\' /home')
+    assert made.material_options(At(stem="tiny-qwen3.5-Q4_K_M")).startswith(
+        '--material \'{"path": "m.gguf"}\' /home'
+    )
     with pytest.raises(ConfigError, match="no file"):
         made.parameters(At(stem="other"))
 
@@ -194,7 +241,10 @@ def test_a_wrong_target_is_refused_with_its_path(publish: dict[str, object], pat
 
 def test_what_is_uploaded_is_private_unless_it_is_said() -> None:
     assert build(publish={"repo": "O/N"}).upload_options(None) == "--private results/m O/N"
-    assert build(publish={"repo": "O/N", "private": False}).upload_options(None) == "--public results/m O/N"
+    assert (
+        build(publish={"repo": "O/N", "private": False}).upload_options(None)
+        == "--public results/m O/N"
+    )
     config = yaml.safe_load("{dry_run: 'true', sign: {key: k.pem}}")
     made = Build({"models": {"m": {**MODEL, "publish": {"repo": "O/N"}}}, **config})
     assert made.upload_options(None) == "--dry-run --signed --private results/m O/N"
@@ -203,17 +253,26 @@ def test_what_is_uploaded_is_private_unless_it_is_said() -> None:
 
 
 def test_two_models_do_not_share_a_repository() -> None:
-    models = {name: {**MODEL, "publish": {"repo": repo}} for name, repo in (("a", "O/N"), ("b", "o/n"))}
+    models = {
+        name: {**MODEL, "publish": {"repo": repo}} for name, repo in (("a", "O/N"), ("b", "o/n"))
+    }
     with pytest.raises(ConfigError, match="models/b/publish/repo: o/n is that of a"):
         Build({"models": models})
 
 
 def test_programs_that_were_built_elsewhere_are_stated_each_with_its_digest(tmp_path: Path) -> None:
     """An in-toto ResourceDescriptor needs an address, a digest or its content."""
-    stamp = {"llama.cpp": "0.5.0", "commit": "abc", "programs": {"llama-quantize": "1" * 64, "llama-server": "2" * 64}}
+    stamp = {
+        "llama.cpp": "0.5.0",
+        "commit": "abc",
+        "programs": {"llama-quantize": "1" * 64, "llama-server": "2" * 64},
+    }
     (tmp_path / "stamp.json").write_text(json.dumps(stamp))
     found = provenance.toolchain(tmp_path / "stamp.json")
-    assert [(entry["name"], entry["digest"]["sha256"][0]) for entry in found] == [("llama-quantize", "1"), ("llama-server", "2")]
+    assert [(entry["name"], entry["digest"]["sha256"][0]) for entry in found] == [
+        ("llama-quantize", "1"),
+        ("llama-server", "2"),
+    ]
     (tmp_path / "stamp.json").write_text(json.dumps({**stamp, "archive_sha256": "3" * 64}))
     assert provenance.toolchain(tmp_path / "stamp.json")[0]["digest"] == {"sha256": "3" * 64}
 
@@ -230,16 +289,36 @@ def test_to_publish_nothing_is_an_error(run: Run) -> None:
 
 def test_signing_without_its_package_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "model_signing.py").write_text("raise ImportError('No module named model_signing')")
-    command = [sys.executable, SCRIPTS / "sign.py", tmp_path, "--key", tmp_path / "k", "--out", tmp_path / "sig"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 1 and "python -m pip install model-signing" in done.stderr and not (tmp_path / "sig").exists()
+    command = [
+        sys.executable,
+        SCRIPTS / "sign.py",
+        tmp_path,
+        "--key",
+        tmp_path / "k",
+        "--out",
+        tmp_path / "sig",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and "python -m pip install model-signing" in done.stderr
+        and not (tmp_path / "sig").exists()
+    )
 
 
 def test_a_signature_is_one_that_the_package_verifies(tmp_path: Path, run: Run) -> None:
     """With a key of our own; one byte more in the list, and it does not hold."""
-    key, public, listed, signature = (tmp_path / name for name in ("key.pem", "public.pem", "SHA256SUMS", "SHA256SUMS.sig"))
-    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True)
-    subprocess.run(["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True)
+    key, public, listed, signature = (
+        tmp_path / name for name in ("key.pem", "public.pem", "SHA256SUMS", "SHA256SUMS.sig")
+    )
+    subprocess.run(
+        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True
+    )
+    subprocess.run(
+        ["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
+    )
     listed.write_text(f"{'0' * 64}  a.gguf\n")
     done = run("sign.py", listed, "--key", key, "--out", signature)
     assert done.returncode == 0, done.stderr
@@ -249,4 +328,8 @@ def test_a_signature_is_one_that_the_package_verifies(tmp_path: Path, run: Run) 
     with pytest.raises(ValueError, match="mismatch"):
         check.verify(listed, signature)
     done = run("sign.py", listed, "--key", listed, "--out", tmp_path / "other")
-    assert done.returncode == 1 and "no private elliptic-curve key" in done.stderr and not (tmp_path / "other").exists()
+    assert (
+        done.returncode == 1
+        and "no private elliptic-curve key" in done.stderr
+        and not (tmp_path / "other").exists()
+    )

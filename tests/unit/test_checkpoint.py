@@ -56,13 +56,17 @@ def test_a_missing_shard_is_named(checkpoint: Path, fails: Fails, tmp_path: Path
     assert gone.name in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
 
 
-def test_a_tensor_absent_from_the_index_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_tensor_absent_from_the_index_is_named(
+    checkpoint: Path, fails: Fails, tmp_path: Path
+) -> None:
     edit_index(checkpoint, lambda names: names.pop("mtp.fc.weight"))
     message = fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
     assert "mtp.fc.weight" in message and INDEX in message
 
 
-def test_a_tensor_that_only_the_index_has_is_named(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_tensor_that_only_the_index_has_is_named(
+    checkpoint: Path, fails: Fails, tmp_path: Path
+) -> None:
     edit_index(checkpoint, lambda names: names.update({"mtp.extra.weight": shard(checkpoint).name}))
     assert "mtp.extra.weight" in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
 
@@ -74,14 +78,21 @@ def test_a_truncated_shard_is_named(checkpoint: Path, fails: Fails, tmp_path: Pa
     assert path.name in message and "truncated" in message
 
 
-def test_an_unknown_architecture_gets_the_list_of_known_ones(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+def test_an_unknown_architecture_gets_the_list_of_known_ones(
+    checkpoint: Path, fails: Fails, tmp_path: Path
+) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    (checkpoint / "config.json").write_text(
+        json.dumps({**config, "architectures": ["LlamaForCausalLM"]})
+    )
     message = fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
     assert "LlamaForCausalLM" in message and "Qwen3_5MoeForConditionalGeneration" in message
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "model.bin", 7])
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "model.bin", 7],
+)
 def test_a_shard_name_that_is_no_plain_file_name_is_refused(checkpoint: Path, name: object) -> None:
     edit_index(checkpoint, lambda names: names.update({"mtp.fc.weight": name}))
     with pytest.raises(CheckpointError, match="plain"):
@@ -95,7 +106,9 @@ def test_a_malformed_config_is_refused(checkpoint: Path, text: str) -> None:
         Checkpoint(checkpoint)
 
 
-def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+def entry(
+    dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

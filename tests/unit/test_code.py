@@ -12,9 +12,15 @@ LIBRARY = "workflow/scripts/mtpforge/"
 def test_a_program_has_what_it_imports_and_nothing_else() -> None:
     files = code("convert.py")
     assert files[0] == "workflow/scripts/convert.py"
-    assert LIBRARY + "checkpoint/families/qwen3_5.py" in files and LIBRARY + "gguf/writer.py" in files
-    assert LIBRARY + "verify/report.py" not in files and LIBRARY + "llama_cpp/server.py" not in files
-    assert "workflow/scripts/run_upstream.py" in code("convert_upstream.py")  # which another Python runs
+    assert (
+        LIBRARY + "checkpoint/families/qwen3_5.py" in files and LIBRARY + "gguf/writer.py" in files
+    )
+    assert (
+        LIBRARY + "verify/report.py" not in files and LIBRARY + "llama_cpp/server.py" not in files
+    )
+    assert "workflow/scripts/run_upstream.py" in code(
+        "convert_upstream.py"
+    )  # which another Python runs
 
 
 def test_it_finds_all_that_python_really_loads() -> None:

@@ -41,12 +41,21 @@ def test_the_head_alone_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
     for part in ("all", "head"):
         native.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
     whole, head = (digest(tmp_path / f"{part}.gguf") for part in ("all", "head"))
-    block = reader.read(tmp_path / "all.gguf").get(f"{'qwen35moe' if 'moe' in name else 'qwen35'}.block_count") - 1
-    assert head["tensors"] == {n: t for n, t in whole["tensors"].items() if n.startswith(f"blk.{block}.")}
+    block = (
+        reader.read(tmp_path / "all.gguf").get(
+            f"{'qwen35moe' if 'moe' in name else 'qwen35'}.block_count"
+        )
+        - 1
+    )
+    assert head["tensors"] == {
+        n: t for n, t in whole["tensors"].items() if n.startswith(f"blk.{block}.")
+    }
     assert not any(key.startswith("tokenizer.") for key in head["metadata"])
 
 
-def changed(tmp_path: Path, *, drop: str = "", config: dict[str, Any] | None = None, name: str = "copy") -> Path:
+def changed(
+    tmp_path: Path, *, drop: str = "", config: dict[str, Any] | None = None, name: str = "copy"
+) -> Path:
     """The dense checkpoint without the tensors that begin with `drop`, and with other configuration."""
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings = json.loads((source / "config.json").read_text())
@@ -92,7 +101,9 @@ def test_an_fp8_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
     )
     quantized = eight_bit(config, tensors)
     del quantized["mtp.layers.0.mlp.up_proj.weight_scale_inv"]
-    checkpoint = write_checkpoint(tmp_path / "copy", CHECKPOINTS / "tiny-qwen3.5", config, quantized)
+    checkpoint = write_checkpoint(
+        tmp_path / "copy", CHECKPOINTS / "tiny-qwen3.5", config, quantized
+    )
     assert "mtp.layers.0.mlp.up_proj.weight is FP8" in refusal(checkpoint)
 
 
@@ -103,20 +114,26 @@ def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path:
     assert reader.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
 
 
-def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(tmp_path: Path) -> None:
+def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(
+    tmp_path: Path,
+) -> None:
     checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": 0})
     assert "mtp_num_hidden_layers is 0" in refusal(checkpoint)
     native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
 
 
-def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refused(tmp_path: Path) -> None:
+def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refused(
+    tmp_path: Path,
+) -> None:
     """Upstream writes it a second time, which costs its size; where it differs, upstream's file is another model."""
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
     assert settings["text_config"]["tie_word_embeddings"]
     dtype, embeddings = tensors["model.language_model.embed_tokens.weight"]
     copied, changed = (
-        write_checkpoint(tmp_path / name, source, settings, {**tensors, "lm_head.weight": (dtype, matrix)})
+        write_checkpoint(
+            tmp_path / name, source, settings, {**tensors, "lm_head.weight": (dtype, matrix)}
+        )
         for name, matrix in (("copied", embeddings), ("changed", embeddings[::-1].copy()))
     )
     native.convert(copied, tmp_path / "copied.gguf", "all", "qwen35")
@@ -125,7 +142,9 @@ def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refu
 
 
 def test_a_head_with_a_tensor_missing_is_refused_by_name(tmp_path: Path) -> None:
-    assert "mtp.pre_fc_norm_hidden.weight" in refusal(changed(tmp_path, drop="mtp.pre_fc_norm_hidden"))
+    assert "mtp.pre_fc_norm_hidden.weight" in refusal(
+        changed(tmp_path, drop="mtp.pre_fc_norm_hidden")
+    )
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both(tmp_path: Path) -> None:
@@ -139,8 +158,13 @@ def test_an_unknown_vocabulary_is_refused_unless_its_pre_tokenizer_is_named(tmp_
 
 def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
-    tensors = {**read_tensors(source), "model.language_model.layers.0.mlp.bias": ("F32", np.zeros(4, np.float32))}
-    checkpoint = write_checkpoint(tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors)
+    tensors = {
+        **read_tensors(source),
+        "model.language_model.layers.0.mlp.bias": ("F32", np.zeros(4, np.float32)),
+    }
+    checkpoint = write_checkpoint(
+        tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors
+    )
     assert "mlp.bias" in refusal(checkpoint)
 
 
@@ -155,15 +179,22 @@ def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> N
 def test_nor_does_any_part_drop_one_of_its_own(tmp_path: Path, part: str, name: str) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
     tensors = {**read_tensors(source), name: ("F32", np.zeros(4, np.float32))}
-    checkpoint = write_checkpoint(tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors)
+    checkpoint = write_checkpoint(
+        tmp_path / "copy", source, json.loads((source / "config.json").read_text()), tensors
+    )
     assert name in refusal(checkpoint, part)
 
 
 BEGINS = {
     "type": "TemplateProcessing",
-    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1258], "tokens": ["<|im_start|>"]}},
+    "special_tokens": {
+        "<|im_start|>": {"id": "<|im_start|>", "ids": [1258], "tokens": ["<|im_start|>"]}
+    },
 }
 
 
@@ -202,7 +233,11 @@ def test_views_of_contiguous_bytes_are_copied_by_range_and_never_read() -> None:
     tensor = checkpoint.tensors["model.language_model.embed_tokens.weight"]
     array = checkpoint.array(tensor)
     piece = checkpoint.locate(array[3:5])
-    assert piece is not None and piece.offset == tensor.offset + 3 * array.strides[0] and piece.size == 2 * array.strides[0]
+    assert (
+        piece is not None
+        and piece.offset == tensor.offset + 3 * array.strides[0]
+        and piece.size == 2 * array.strides[0]
+    )
     assert checkpoint.locate(array[3:5].copy()) is None
 
 
@@ -210,12 +245,17 @@ def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> N
     """The probe must be upstream's to the letter, or no checksum is ever found."""
     from hashlib import sha256
 
-    assert sha256(tokenizer.PROBE.encode()).hexdigest() == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
+    assert (
+        sha256(tokenizer.PROBE.encode()).hexdigest()
+        == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
+    )
 
 
 def test_tokens_named_beside_the_tokenizer_have_their_names_and_types(tmp_path: Path) -> None:
     """Real Qwen3.5 checkpoints name seven tokens in tokenizer_config.json alone; they must not become padding."""
-    native.convert(write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35")
+    native.convert(
+        write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35"
+    )
     opened = reader.read(tmp_path / "F.gguf")
     tokens, types = opened.get("tokenizer.ggml.tokens"), opened.get("tokenizer.ggml.token_type")
     normal, control, user_defined, unused = 1, 3, 4, 5
@@ -227,9 +267,13 @@ def test_tokens_named_beside_the_tokenizer_have_their_names_and_types(tmp_path: 
     assert types[0] == normal
 
 
-@pytest.mark.parametrize("entry", [{"1268": "text"}, {"x": {"content": "a"}}, {"1268": {"content": 5}}, {"1268": {}}, []])
+@pytest.mark.parametrize(
+    "entry", [{"1268": "text"}, {"x": {"content": "a"}}, {"1268": {"content": 5}}, {"1268": {}}, []]
+)
 def test_malformed_added_tokens_are_refused(tmp_path: Path, entry: Any) -> None:
     checkpoint = changed(tmp_path)
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
-    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "added_tokens_decoder": entry}))
+    (checkpoint / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "added_tokens_decoder": entry})
+    )
     assert "tokenizer" in refusal(checkpoint)

@@ -40,7 +40,11 @@ REAL = {
 def test_real_models_have_the_known_inventory(name: str) -> None:
     changes, trunk, total, head_weights = REAL[name]
     hparams = Hparams({**DENSE, **changes})
-    family = family_of("Qwen3_5MoeForConditionalGeneration" if "num_experts" in changes else "Qwen3_5ForConditionalGeneration")
+    family = family_of(
+        "Qwen3_5MoeForConditionalGeneration"
+        if "num_experts" in changes
+        else "Qwen3_5ForConditionalGeneration"
+    )
     assert len(family.rows(hparams, "trunk")) == trunk
     assert len({row.name for row in family.rows(hparams, "all")}) == total
     head = family.rows(hparams, "head")
@@ -74,6 +78,8 @@ def _elements(shape: tuple[int, ...]) -> int:
         ({"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused_by_key(change: dict[str, object], named: str) -> None:
+def test_a_configuration_that_cannot_be_is_refused_by_key(
+    change: dict[str, object], named: str
+) -> None:
     with pytest.raises(CheckpointError, match=named):
         family_of("Qwen3_5ForCausalLM").rows(Hparams({**DENSE, **change}), "all")

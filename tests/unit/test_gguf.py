@@ -39,7 +39,11 @@ def sample(tmp_path: Path) -> Path:
 
 def test_reader_agrees_with_gguf_py(sample: Path) -> None:
     ours, theirs = reader.read(sample), GGUFReader(sample)
-    fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    fields = {
+        name: field.contents()
+        for name, field in theirs.fields.items()
+        if not name.startswith("GGUF.")
+    }
     assert {key: value.decode() for key, value in ours.metadata.items()} == fields
     for tensor in theirs.tensors:
         assert ours.tensors[tensor.name].shape == tuple(int(n) for n in reversed(tensor.shape))
@@ -50,7 +54,11 @@ def test_reader_agrees_with_gguf_py(sample: Path) -> None:
 
 def test_a_copy_made_from_the_parsed_parts_is_the_same_file(sample: Path, tmp_path: Path) -> None:
     opened, copy = reader.read(sample), tmp_path / "copy.gguf"
-    write(copy, opened.metadata, [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()])
+    write(
+        copy,
+        opened.metadata,
+        [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()],
+    )
     assert copy.read_bytes() == sample.read_bytes()
 
 
@@ -68,8 +76,14 @@ def test_a_vocabulary_of_real_size_opens_fast(tmp_path: Path) -> None:
 def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: Path) -> None:
     """The same is not walked through again; one of as many tokens, or of the same to some place, is."""
     words, raw = [f"token {i}" for i in range(12_000)], dict[str, bytes]()
-    for name, last in (("first", "token 11999"), ("longer", "token eleven thousand nine hundred and ninety-nine"), ("shorter", "")):
-        metadata = {"tokens": Value.of([*words[:-1], last], GGUFValueType.ARRAY, GGUFValueType.STRING)}
+    for name, last in (
+        ("first", "token 11999"),
+        ("longer", "token eleven thousand nine hundred and ninety-nine"),
+        ("shorter", ""),
+    ):
+        metadata = {
+            "tokens": Value.of([*words[:-1], last], GGUFValueType.ARRAY, GGUFValueType.STRING)
+        }
         metadata["after"] = Value.of(name, GGUFValueType.STRING)
         write(tmp_path / name, metadata, [])
         raw[name] = (tmp_path / name).read_bytes()
@@ -99,7 +113,10 @@ def test_of_what_a_file_had_before_nothing_stays(sample: Path, tmp_path: Path) -
         copy.write_bytes(b"\xff" * size)
         before = copy.stat().st_ino
         fill(copy, opened.metadata, tensors)
-        assert copy.read_bytes() == (tmp_path / "fresh.gguf").read_bytes() and copy.stat().st_ino == before
+        assert (
+            copy.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+            and copy.stat().st_ino == before
+        )
 
 
 def test_a_payload_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
@@ -112,7 +129,14 @@ def string(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def packed(*, magic: bytes = b"GGUF", version: int = 3, tensors: int = 0, values: int = 0, rest: bytes = b"") -> bytes:
+def packed(
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    tensors: int = 0,
+    values: int = 0,
+    rest: bytes = b"",
+) -> bytes:
     return magic + struct.pack("<IQQ", version, tensors, values) + rest
 
 
@@ -120,7 +144,9 @@ def value(key: bytes, kind: int, data: bytes) -> bytes:
     return string(key) + struct.pack("<I", kind) + data
 
 
-def tensor(name: bytes = b"x", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+def tensor(
+    name: bytes = b"x", shape: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0
+) -> bytes:
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
@@ -136,12 +162,20 @@ HOSTILE = {
     "huge key": packed(values=1, rest=struct.pack("<Q", 1 << 62) + PADDING),
     "key that is not UTF-8": packed(values=1, rest=value(b"\xff", 4, bytes(4)) + PADDING),
     "unknown type": packed(values=1, rest=value(b"k", 99, bytes(8)) + PADDING),
-    "array of 2^62 numbers": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 4, 1 << 62)) + PADDING),
-    "array of 2^62 strings": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 8, 1 << 62)) + PADDING),
+    "array of 2^62 numbers": packed(
+        values=1, rest=value(b"k", 9, struct.pack("<IQ", 4, 1 << 62)) + PADDING
+    ),
+    "array of 2^62 strings": packed(
+        values=1, rest=value(b"k", 9, struct.pack("<IQ", 8, 1 << 62)) + PADDING
+    ),
     "array of arrays": packed(values=1, rest=value(b"k", 9, struct.pack("<IQ", 9, 1)) + PADDING),
-    "string in an array past the end": packed(values=1, rest=value(b"k", 9, struct.pack("<IQQ", 8, 1, 1 << 40)) + PADDING),
+    "string in an array past the end": packed(
+        values=1, rest=value(b"k", 9, struct.pack("<IQQ", 8, 1, 1 << 40)) + PADDING
+    ),
     "key twice": packed(values=2, rest=value(b"k", 4, bytes(4)) * 2 + PADDING),
-    "other alignment": packed(values=1, rest=value(b"general.alignment", 4, struct.pack("<I", 4096)) + PADDING),
+    "other alignment": packed(
+        values=1, rest=value(b"general.alignment", 4, struct.pack("<I", 4096)) + PADDING
+    ),
     "no dimension": packed(tensors=1, rest=tensor(shape=()) + PADDING),
     "five dimensions": packed(tensors=1, rest=tensor(shape=(1,) * 5) + PADDING),
     "zero rows": packed(tensors=1, rest=tensor(shape=(4, 0)) + PADDING),

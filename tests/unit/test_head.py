@@ -43,7 +43,9 @@ class Client:
 
     def run(self, program: str, *arguments: object, fails: bool = False) -> str:
         command = self.command(program, *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, timeout=120
+        )
         assert done.returncode == int(fails) and "Traceback" not in done.stderr, done.stderr
         return done.stderr
 
@@ -51,7 +53,16 @@ class Client:
         return self.run(*self.arguments(), fails=fails)
 
     def arguments(self) -> tuple[object, ...]:
-        return "fetch_head.py", self.listing, "--folder", self.folder, "--whole", self.whole, "--out", self.record
+        return (
+            "fetch_head.py",
+            self.listing,
+            "--folder",
+            self.folder,
+            "--whole",
+            self.whole,
+            "--out",
+            self.record,
+        )
 
     def fetch(self, name: str, fails: bool = False) -> str:
         paths = ("--folder", self.whole, "--head", self.record, "--out", self.path / f"{name}.json")
@@ -59,10 +70,16 @@ class Client:
 
     def tensors(self) -> dict[str, CheckpointTensor]:
         """The head in the whole checkpoint."""
-        return {name: t for name, t in Checkpoint(self.source).tensors.items() if name.startswith(("mtp.", "model.mtp."))}
+        return {
+            name: t
+            for name, t in Checkpoint(self.source).tensors.items()
+            if name.startswith(("mtp.", "model.mtp."))
+        }
 
     def standings(self) -> set[str]:
-        return {entry["standing"] for entry in json.loads(self.record.read_text())["tensors"].values()}
+        return {
+            entry["standing"] for entry in json.loads(self.record.read_text())["tensors"].values()
+        }
 
     def weights(self) -> int:
         """Bytes of safetensors that the servers sent."""
@@ -72,10 +89,17 @@ class Client:
         """The head's tensors, no others, with the bytes that they have in the whole checkpoint, and their digests."""
         whole, small = Checkpoint(self.source), Checkpoint(self.folder)
         recorded = json.loads(self.record.read_text())["tensors"]
-        assert small.tensors.keys() == self.tensors().keys() == recorded.keys() and small.config == whole.config
+        assert (
+            small.tensors.keys() == self.tensors().keys() == recorded.keys()
+            and small.config == whole.config
+        )
         for name, tensor in self.tensors().items():
             found = small.tensors[name]
-            assert (found.shard, found.dtype, found.shape) == (tensor.shard, tensor.dtype, tensor.shape)
+            assert (found.shard, found.dtype, found.shape) == (
+                tensor.shard,
+                tensor.dtype,
+                tensor.shape,
+            )
             assert small.digest(found) == whole.digest(tensor) == recorded[name]["sha256"]
 
 
@@ -94,14 +118,28 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize(
-    "layout", ["tiny-qwen3.5-moe", "moe-fused-head", "dense-text-only", "dense-fp8", "dense-wide-types", "qwen3-next"]
+    "layout",
+    [
+        "tiny-qwen3.5-moe",
+        "moe-fused-head",
+        "dense-text-only",
+        "dense-fp8",
+        "dense-wide-types",
+        "qwen3-next",
+    ],
 )
-def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(layout: str, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(write_layout(layout, tmp_path / "layouts"), tmp_path / "whole" / "model"))
+def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(
+    layout: str, tmp_path: Path
+) -> None:
+    source = Path(
+        shutil.copytree(write_layout(layout, tmp_path / "layouts"), tmp_path / "whole" / "model")
+    )
     with serving(source, tmp_path) as client:
         client.fetch_head()
         client.right()
-        assert client.weights() == sum(tensor.size for tensor in client.tensors().values())  # not a byte more
+        assert client.weights() == sum(
+            tensor.size for tensor in client.tensors().values()
+        )  # not a byte more
         for folder, out in ((source, "whole.gguf"), (client.folder, "small.gguf")):
             client.run("convert.py", folder, "--part", "head", "--out", tmp_path / out)
         assert (tmp_path / "small.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -112,13 +150,19 @@ def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path, prefix: str) -> No
     """As some publish it, beside an index that does not name it."""
     original = CHECKPOINTS / "tiny-qwen3.5"
     config, tensors = json.loads((original / "config.json").read_text()), read_tensors(original)
-    heads = {name.replace("mtp.", prefix, 1): tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")}
+    heads = {
+        name.replace("mtp.", prefix, 1): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith("mtp.")
+    }
     source = write_checkpoint(tmp_path / "whole" / "model", original, config, tensors, shards=2)
     write_shard(source / "mtp.safetensors", heads)
     with serving(source, tmp_path) as client:
         client.fetch_head()
         client.right()
-        assert {tensor.shard for tensor in Checkpoint(client.folder).tensors.values()} == {"mtp.safetensors"}
+        assert {tensor.shard for tensor in Checkpoint(client.folder).tensors.values()} == {
+            "mtp.safetensors"
+        }
         client.run("convert.py", client.folder, "--part", "head", "--out", tmp_path / "head.gguf")
 
 
@@ -126,10 +170,15 @@ def test_its_bytes_in_the_35b_are_1_69_gb(tmp_path: Path) -> None:
     size = write_35b(tmp_path / "35b")
     assert abs(size / 1.69e9 - 1) < 0.01
     with serve({REPO: tmp_path / "35b"}) as hub:
-        hub.digests = dict.fromkeys((tmp_path / "35b").glob("*.safetensors"), "0" * 64)  # nobody hashes 70 GB of zeros
+        hub.digests = dict.fromkeys(
+            (tmp_path / "35b").glob("*.safetensors"), "0" * 64
+        )  # nobody hashes 70 GB of zeros
         client = Client(hub, tmp_path)
         tensors = json.loads(client.listing.read_text())["tensors"]
-        assert {t["shard"][:11] for name, t in tensors.items() if name.startswith("mtp.")} == {"model-00013", "model-00014"}
+        assert {t["shard"][:11] for name, t in tensors.items() if name.startswith("mtp.")} == {
+            "model-00013",
+            "model-00014",
+        }
         client.fetch_head()
         assert size <= sum(hub.sent.values()) <= 1.01 * size
         assert len(Checkpoint(client.folder).tensors) == 785
@@ -140,7 +189,10 @@ def test_neighbours_are_joined_and_long_ranges_cut() -> None:
     def tensor(offset: int, size: int) -> CheckpointTensor:
         return CheckpointTensor(f"t{offset}", "U8", (size,), "s.safetensors", offset, size)
 
-    assert head.pieces([tensor(100, 50), tensor(150, 1), tensor(160, 5)]) == [(100, 151), (160, 165)]
+    assert head.pieces([tensor(100, 50), tensor(150, 1), tensor(160, 5)]) == [
+        (100, 151),
+        (160, 165),
+    ]
     assert head.pieces([tensor(8, head.PIECE), tensor(8 + head.PIECE, 1)]) == [
         (8, 8 + head.PIECE),
         (8 + head.PIECE, 9 + head.PIECE),
@@ -179,7 +231,11 @@ def test_after_a_fault_the_head_is_right(client: Client, fault: Fault) -> None:
 def test_a_fault_that_stays_is_a_clear_error(client: Client, fault: Fault, message: str) -> None:
     client.hub.faults[LAST] = [Fault("drop", after=5000), fault]
     error = client.fetch_head(fails=True)
-    assert message in error and LAST in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    assert (
+        message in error
+        and LAST in error
+        and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    )
     assert not (client.folder / LAST).exists() and not client.record.exists()
     client.hub.faults.clear()
     client.fetch_head()
@@ -212,7 +268,9 @@ def test_after_a_kill_whole_pieces_are_kept_if_they_are_right(client: Client) ->
     def interrupted() -> None:
         """The third piece of the last shard stalls, and the run is killed."""
         client.hub.faults[LAST] = [Fault("stall", after=100_000, skip=2)]
-        with subprocess.Popen(command, env={**client.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}) as process:
+        with subprocess.Popen(
+            command, env={**client.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        ) as process:
             while client.hub.sent[LAST] < 1_100_000:
                 assert process.poll() is None
                 time.sleep(0.02)
@@ -240,21 +298,34 @@ def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client
     client.fetch_head()
     assert client.standings() == {head.FIRST_USE}
     client.fetch(LAST)
-    assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {"name", "bytes", "sha256"}
+    assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {
+        "name",
+        "bytes",
+        "sha256",
+    }
     tensors = client.tensors()
     confirmed = sum(tensor.shard == LAST for tensor in tensors.values())
     assert head_source(client.record) == {head.FIRST_USE: len(tensors)}
     (client.path / "records").mkdir()
     (client.path / f"{LAST}.json").rename(client.path / "records" / f"{LAST}.json")
-    assert head_source(client.record) == {head.FIRST_USE: len(tensors) - confirmed, head.VERIFIED: confirmed}
+    assert head_source(client.record) == {
+        head.FIRST_USE: len(tensors) - confirmed,
+        head.VERIFIED: confirmed,
+    }
 
 
 def test_a_listing_that_lies_is_found_out_by_a_whole_shard(client: Client) -> None:
     """The places of the tensors were read by range, and no digest covers that."""
     client.fetch(LAST)
     listing = json.loads(client.listing.read_text())
-    entries = [entry for name, entry in listing["tensors"].items() if entry["shard"] == LAST and name.startswith("mtp.")]
-    one, other = next((a, b) for a in entries for b in entries if a is not b and a["size"] == b["size"])
+    entries = [
+        entry
+        for name, entry in listing["tensors"].items()
+        if entry["shard"] == LAST and name.startswith("mtp.")
+    ]
+    one, other = next(
+        (a, b) for a in entries for b in entries if a is not b and a["size"] == b["size"]
+    )
     one["offset"], other["offset"] = other["offset"], one["offset"]
     client.listing.write_text(json.dumps(listing))
     for said in (client.fetch_head(fails=True), client.fetch(LAST, fails=True)):
@@ -283,6 +354,8 @@ def test_a_checkpoint_that_has_lost_its_head_is_refused(tmp_path: Path) -> None:
     with serve({REPO: write_layout("tiny-qwen3.5", tmp_path)}) as hub:
         client = Client(hub, tmp_path)
         listing = json.loads(client.listing.read_text())
-        listing["tensors"] = {name: t for name, t in listing["tensors"].items() if not name.startswith("mtp.")}
+        listing["tensors"] = {
+            name: t for name, t in listing["tensors"].items() if not name.startswith("mtp.")
+        }
         client.listing.write_text(json.dumps(listing))
         assert "has lost its head" in client.fetch_head(fails=True)

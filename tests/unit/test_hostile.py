@@ -41,7 +41,11 @@ CONFIG = [
     (("text_config", "num_hidden_layers"), 2_000_000_000, "layers or experts"),
     (("text_config", "rope_parameters"), {"partial_rotary_factor": 1e30}, "partial_rotary_factor"),
     (("text_config", "rope_parameters"), {"rope_theta": 10**400}, "rope_theta"),
-    (("text_config", "rope_parameters"), {"mrope_section": [1 << 40, 1, 1]}, "rope.dimension_sections"),
+    (
+        ("text_config", "rope_parameters"),
+        {"mrope_section": [1 << 40, 1, 1]},
+        "rope.dimension_sections",
+    ),
     (("text_config", "rope_parameters"), {"rope_type": "yarn", "factor": 1e300}, "factor"),
     (("text_config", "rms_norm_eps"), "1e-6", "rms_norm_eps"),
     (("text_config", "tie_word_embeddings"), "yes", "tie_word_embeddings"),
@@ -53,16 +57,28 @@ CONFIG = [
 ]
 
 
-def test_a_tokenizer_that_explodes_is_stopped(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_tokenizer_that_explodes_is_stopped(
+    checkpoint: Path, fails: Fails, tmp_path: Path
+) -> None:
     bomb = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 50}] * 8
-    edit(checkpoint / "tokenizer.json", "normalizer", value={"type": "Sequence", "normalizers": bomb})
-    assert "too much memory or time" in fails("convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf")
+    edit(
+        checkpoint / "tokenizer.json", "normalizer", value={"type": "Sequence", "normalizers": bomb}
+    )
+    assert "too much memory or time" in fails(
+        "convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf"
+    )
 
 
-@pytest.mark.parametrize(("keys", "value", "named"), CONFIG, ids=lambda x: "/".join(x) if isinstance(x, tuple) else None)
-def test_config(checkpoint: Path, fails: Fails, tmp_path: Path, keys: tuple[str, ...], value: Any, named: str) -> None:
+@pytest.mark.parametrize(
+    ("keys", "value", "named"), CONFIG, ids=lambda x: "/".join(x) if isinstance(x, tuple) else None
+)
+def test_config(
+    checkpoint: Path, fails: Fails, tmp_path: Path, keys: tuple[str, ...], value: Any, named: str
+) -> None:
     edit(checkpoint / "config.json", *keys, value=value)
-    assert named in fails("convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf")
+    assert named in fails(
+        "convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf"
+    )
 
 
 OTHERS = {
@@ -86,26 +102,43 @@ def test_other_files(checkpoint: Path, fails: Fails, tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("key", ["padding", "normalizer", "post_processor"])
 def test_tokenizer_parts(checkpoint: Path, fails: Fails, tmp_path: Path, key: str) -> None:
-    odd = {"strategy": {"Fixed": 1 << 40}, "type": "Precompiled", "precompiled_charsmap": "AAAA", "processors": 3}
+    odd = {
+        "strategy": {"Fixed": 1 << 40},
+        "type": "Precompiled",
+        "precompiled_charsmap": "AAAA",
+        "processors": 3,
+    }
     edit(checkpoint / "tokenizer.json", key, value=odd)
     done = subprocess.run(
         [sys.executable, SCRIPTS / "convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--out", tmp_path / "out.gguf"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == (0 if key == "padding" else 1)  # padding changes no token, so it is not even looked at
+    assert done.returncode == (
+        0 if key == "padding" else 1
+    )  # padding changes no token, so it is not even looked at
     assert "Traceback" not in done.stderr or "panicked" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "model-00001-of-00004.safetensors"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00004.safetensors",
+    ],
 )
-def test_a_folder_in_place_of_a_file(checkpoint: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+def test_a_folder_in_place_of_a_file(
+    checkpoint: Path, fails: Fails, tmp_path: Path, name: str
+) -> None:
     (checkpoint / name).unlink()
     (checkpoint / name).mkdir()
     assert name in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
 
 
-def test_a_pipe_in_place_of_a_file_does_not_hang(checkpoint: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_hang(
+    checkpoint: Path, fails: Fails, tmp_path: Path
+) -> None:
     (checkpoint / "tokenizer.json").unlink()
     os.mkfifo(checkpoint / "tokenizer.json")
     assert "regular file" in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
@@ -116,17 +149,30 @@ def test_a_folder_is_no_gguf(tmp_path: Path) -> None:
         reader.read(tmp_path)
 
 
-def test_no_output_where_it_cannot_be(checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_no_output_where_it_cannot_be(
+    checkpoint: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "out.gguf"):
         done = run("convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--out", out)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+        assert (
+            done.returncode == 1
+            and len(done.stderr.splitlines()) == 1
+            and done.stderr.startswith("error: ")
+        )
 
 
-def test_an_input_is_never_overwritten(checkpoint: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_input_is_never_overwritten(
+    checkpoint: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
     shard = next(checkpoint.glob("*.safetensors"))
     whole, file = shard.read_bytes(), tmp_path / "trunk.gguf"
-    assert run("convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "trunk", "--out", file).returncode == 0
+    assert (
+        run(
+            "convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "trunk", "--out", file
+        ).returncode
+        == 0
+    )
     before = file.read_bytes()
     for command in (
         ("convert.py", checkpoint, "--out", shard),
@@ -147,9 +193,27 @@ def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
     program.chmod(0o755)
     base = tmp_path / "base.gguf"
     checkpoint = CHECKPOINTS / "tiny-qwen3.5"
-    convert = [sys.executable, SCRIPTS / "convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--part", "trunk", "--out", base]
+    convert = [
+        sys.executable,
+        SCRIPTS / "convert.py",
+        checkpoint,
+        "--tokenizer-pre",
+        "qwen35",
+        "--part",
+        "trunk",
+        "--out",
+        base,
+    ]
     subprocess.run(convert, check=True, capture_output=True)
-    inject = [sys.executable, SCRIPTS / "inject.py", base, "--head", checkpoint, "--head-type", "Q8_0"]
+    inject = [
+        sys.executable,
+        SCRIPTS / "inject.py",
+        base,
+        "--head",
+        checkpoint,
+        "--head-type",
+        "Q8_0",
+    ]
     process = subprocess.Popen([*inject, "--out", tmp_path / "out.gguf", "--bin", program.parent])
     deadline = time.monotonic() + 30
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
@@ -162,8 +226,12 @@ def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-@pytest.mark.parametrize("call, children", [("call(sleep)", 1), ("outputs([sleep, sleep], pathlib.Path())", 2)])
-def test_a_termination_while_a_child_starts_ends_all_children(tmp_path: Path, call: str, children: int) -> None:
+@pytest.mark.parametrize(
+    "call, children", [("call(sleep)", 1), ("outputs([sleep, sleep], pathlib.Path())", 2)]
+)
+def test_a_termination_while_a_child_starts_ends_all_children(
+    tmp_path: Path, call: str, children: int
+) -> None:
     """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
     program = f"""
 import os, pathlib, signal, subprocess
@@ -188,26 +256,45 @@ cli.run(lambda: process.{call})
             os.kill(int(pid), 0)
 
 
-def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(tmp_path: Path) -> None:
+def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(
+    tmp_path: Path,
+) -> None:
     much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than a pipe holds
-    assert [len(said.split()) for said in outputs([much, ["echo", "a", "b"], much], tmp_path)] == [100_000, 2, 100_000]
+    assert [len(said.split()) for said in outputs([much, ["echo", "a", "b"], much], tmp_path)] == [
+        100_000,
+        2,
+        100_000,
+    ]
     start = time.monotonic()
     with pytest.raises(ToolchainError, match="sh failed with exit code 3: error: no such type"):
-        outputs([["sleep", "0"], ["sh", "-c", "echo error: no such type >&2; exit 3"], ["sleep", "600"]], tmp_path)
+        outputs(
+            [
+                ["sleep", "0"],
+                ["sh", "-c", "echo error: no such type >&2; exit 3"],
+                ["sleep", "600"],
+            ],
+            tmp_path,
+        )
     assert time.monotonic() - start < 60  # the last one was not waited for
 
 
 def test_the_environment_has_neither_torch_nor_transformers() -> None:
     locked = (ROOT / "envs" / "run.txt").read_text() + (ROOT / "envs" / "test.txt").read_text()
-    assert "snakemake==" in locked and not any(line.startswith(("torch==", "transformers==")) for line in locked.splitlines())
+    assert "snakemake==" in locked and not any(
+        line.startswith(("torch==", "transformers==")) for line in locked.splitlines()
+    )
 
 
 def test_the_embedded_checkpoints_are_small_and_no_tensor_falls_back_to_another_type() -> None:
-    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) <= 20_000_000
+    assert (
+        sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) <= 20_000_000
+    )
     for name in ("tiny-qwen3.5", "tiny-qwen3.5-moe"):
         from layouts import read_tensors
 
         matrices = {
-            n: a for n, (_, a) in read_tensors(CHECKPOINTS / name).items() if a.ndim > 1 and "visual" not in n and "conv1d" not in n
+            n: a
+            for n, (_, a) in read_tensors(CHECKPOINTS / name).items()
+            if a.ndim > 1 and "visual" not in n and "conv1d" not in n
         }
         assert matrices and all(array.shape[-1] % 256 == 0 for array in matrices.values())

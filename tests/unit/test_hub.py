@@ -43,20 +43,34 @@ class Client:
 
     def run(self, program: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
         command = self.command(program, *arguments)
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, timeout=120
+        )
         assert "Traceback" not in done.stderr and TOKEN not in done.stdout + done.stderr
         return done
 
-    def resolve(self, repo: str = REPO, revision: str = COMMIT) -> "subprocess.CompletedProcess[str]":
+    def resolve(
+        self, repo: str = REPO, revision: str = COMMIT
+    ) -> "subprocess.CompletedProcess[str]":
         return self.run("resolve.py", repo, "--revision", revision, "--out", self.listing)
 
     def fetch_arguments(self, name: str = SHARD) -> tuple[object, ...]:
-        return "fetch.py", self.listing, name, "--folder", self.folder, "--out", self.path / f"{name}.json"
+        return (
+            "fetch.py",
+            self.listing,
+            name,
+            "--folder",
+            self.folder,
+            "--out",
+            self.path / f"{name}.json",
+        )
 
     def fetch(self, name: str = SHARD) -> "subprocess.CompletedProcess[str]":
         return self.run(*self.fetch_arguments(name))
 
-    def refused(self, done: "subprocess.CompletedProcess[str]", *words: str, name: str = SHARD) -> None:
+    def refused(
+        self, done: "subprocess.CompletedProcess[str]", *words: str, name: str = SHARD
+    ) -> None:
         """An error of one line that has these words, and nothing under the final name."""
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1 and len(errors) == 1, done.stderr
@@ -82,7 +96,13 @@ def listings() -> dict[str, bytes]:
 @pytest.fixture
 def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
     """A Hub with the dense checkpoint and things in it that must not be fetched, and somebody who has its listing."""
-    folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "repository", ignore=shutil.ignore_patterns("prompts")))
+    folder = Path(
+        shutil.copytree(
+            CHECKPOINTS / "tiny-qwen3.5",
+            tmp_path / "repository",
+            ignore=shutil.ignore_patterns("prompts"),
+        )
+    )
     for name in ("modeling.py", "pytorch_model.bin", "weights.pt", "images/a b.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("raise SystemExit('executed')")
@@ -117,24 +137,42 @@ def test_a_listing_reads_headers_and_is_the_same_bytes_each_time(client: Client)
     before = client.listing.read_bytes()
     client.hub.sent.clear()
     assert client.resolve().returncode == 0 and client.listing.read_bytes() == before
-    assert all(count <= 65536 for name, count in client.hub.sent.items() if name.endswith(".safetensors"))
+    assert all(
+        count <= 65536 for name, count in client.hub.sent.items() if name.endswith(".safetensors")
+    )
     assert not client.hub.sent.keys() & {"modeling.py", "pytorch_model.bin", "weights.pt"}
 
 
 def test_a_branch_is_refused_with_the_commit_that_it_names(client: Client) -> None:
     client.listing.unlink()
     done = client.resolve(revision="main")
-    assert done.returncode == 1 and f"write `revision: {COMMIT}`" in done.stderr and not client.listing.exists()
+    assert (
+        done.returncode == 1
+        and f"write `revision: {COMMIT}`" in done.stderr
+        and not client.listing.exists()
+    )
 
 
-@pytest.mark.parametrize(("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)])
-def test_what_the_hub_does_not_have_is_an_error_of_a_line(client: Client, repo: str, revision: str) -> None:
+@pytest.mark.parametrize(
+    ("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)]
+)
+def test_what_the_hub_does_not_have_is_an_error_of_a_line(
+    client: Client, repo: str, revision: str
+) -> None:
     client.listing.unlink()
     done = client.resolve(repo, revision)
-    assert done.returncode == 1 and repo in done.stderr and len(done.stderr.splitlines()) == 1 and not client.listing.exists()
+    assert (
+        done.returncode == 1
+        and repo in done.stderr
+        and len(done.stderr.splitlines()) == 1
+        and not client.listing.exists()
+    )
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "a\\b.safetensors", "x\n.safetensors", "a//b"])
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.safetensors", "/etc/evil.safetensors", "a\\b.safetensors", "x\n.safetensors", "a//b"],
+)
 def test_a_name_that_is_none_is_refused(client: Client, name: str) -> None:
     client.hub.names[SHARD] = name
     done = client.resolve()
@@ -152,7 +190,9 @@ def test_an_index_that_leaves_the_repository_is_refused(client: Client) -> None:
 def test_an_index_that_names_a_missing_shard_is_refused(client: Client) -> None:
     (client.source / SHARD).unlink()
     done = client.resolve()
-    assert done.returncode == 1 and f"names {SHARD}, which the repository does not have" in done.stderr
+    assert (
+        done.returncode == 1 and f"names {SHARD}, which the repository does not have" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("kind", ["busy", "broken"])
@@ -167,18 +207,32 @@ def test_a_busy_hub_is_asked_again(client: Client, kind: str) -> None:
     assert done.returncode == 1 and "status 500: given up after 6 tries" in done.stderr
 
 
-def test_a_mirror_that_leads_elsewhere_takes_no_token_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_leads_elsewhere_takes_no_token_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[httpx2.Request] = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(request)
-        return httpx2.Response(302, headers={"Location": "https://huggingface.co/Owner/x", "ETag": '"1"'}, request=request)
+        return httpx2.Response(
+            302,
+            headers={"Location": "https://huggingface.co/Owner/x", "ETag": '"1"'},
+            request=request,
+        )
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(remote.constants, "ENDPOINT", "https://mirror.example")
-    monkeypatch.setattr(remote, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
-    assert remote._metadata("https://mirror.example/Owner/x") == ("https://huggingface.co/Owner/x", "1", None)
-    assert [(request.url.host, "authorization" in request.headers) for request in asked] == [("mirror.example", True)]
+    monkeypatch.setattr(
+        remote, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer))
+    )
+    assert remote._metadata("https://mirror.example/Owner/x") == (
+        "https://huggingface.co/Owner/x",
+        "1",
+        None,
+    )
+    assert [(request.url.host, "authorization" in request.headers) for request in asked] == [
+        ("mirror.example", True)
+    ]
     assert "authorization" not in remote._headers("https://huggingface.co/Owner/x")
 
 
@@ -188,18 +242,26 @@ def test_a_token_that_can_be_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         remote._headers(f"{remote.constants.ENDPOINT}/x")
 
 
-def test_add_prints_an_entry_that_the_configuration_takes(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_prints_an_entry_that_the_configuration_takes(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     done = client.run("add.py", REPO)
     config = yaml.safe_load("models:\n" + done.stdout)
     assert config["models"]["tiny-qwen3.5"]["source"] == {"repo": REPO, "revision": COMMIT}
-    assert Build(config).files() == [f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf" for variant in ("BF16", "Q4_K_M")]
+    assert Build(config).files() == [
+        f"results/tiny-qwen3.5/tiny-qwen3.5-{variant}.gguf" for variant in ("BF16", "Q4_K_M")
+    ]
 
 
-def test_add_names_the_converter_that_an_architecture_needs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_names_the_converter_that_an_architecture_needs(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     path = client.source / "config.json"
-    path.write_text(path.read_text().replace("Qwen3_5ForConditionalGeneration", "Glm4MoeForCausalLM"))
+    path.write_text(
+        path.read_text().replace("Qwen3_5ForConditionalGeneration", "Glm4MoeForCausalLM")
+    )
     config = yaml.safe_load("models:\n" + client.run("add.py", REPO).stdout)
     assert Build(config).models["tiny-qwen3.5"]["converter"] == "llama.cpp"
     path.write_text(path.read_text().replace("Glm4MoeForCausalLM", "OtherForCausalLM"))
@@ -213,7 +275,9 @@ def test_add_names_the_converter_that_an_architecture_needs(client: Client, monk
 
 def test_all_that_conversion_needs_is_fetched(client: Client) -> None:
     names = sorted(
-        path.name for path in (CHECKPOINTS / "tiny-qwen3.5").iterdir() if path.is_file() and path.name != "reference.json"
+        path.name
+        for path in (CHECKPOINTS / "tiny-qwen3.5").iterdir()
+        if path.is_file() and path.name != "reference.json"
     )
     for name in names:
         client.right(client.fetch(name), name)
@@ -226,7 +290,9 @@ def test_what_is_there_is_hashed_and_not_fetched_again(client: Client) -> None:
     client.hub.sent.clear()
     client.right(client.fetch())
     assert client.hub.sent[SHARD] == 0
-    (client.folder / SHARD).write_bytes(bytes((client.source / SHARD).stat().st_size))  # damaged since
+    (client.folder / SHARD).write_bytes(
+        bytes((client.source / SHARD).stat().st_size)
+    )  # damaged since
     client.right(client.fetch())
 
 
@@ -258,13 +324,18 @@ LASTING = {
     "expired": ([Fault("expired", -1)], "the address has expired"),
     "short": ([Fault("short", -1)], "Content-Length is"),
     "wrong range": ([Fault("drop", after=5000), Fault("wrong range", -1)], "Content-Range is"),
-    "another ETag": ([Fault("drop", after=5000), Fault("etag", -1, skip=1)], "changed while it was read"),
+    "another ETag": (
+        [Fault("drop", after=5000), Fault("etag", -1, skip=1)],
+        "changed while it was read",
+    ),
     "wrong content": ([Fault("content", -1)], "sha256 is"),
 }
 
 
 @pytest.mark.parametrize(("faults", "message"), LASTING.values(), ids=LASTING.keys())
-def test_a_fault_that_stays_is_a_clear_error(client: Client, faults: list[Fault], message: str) -> None:
+def test_a_fault_that_stays_is_a_clear_error(
+    client: Client, faults: list[Fault], message: str
+) -> None:
     client.hub.faults[SHARD] = faults
     client.refused(client.fetch(), REPO, SHARD, message)
     client.hub.faults.clear()
@@ -273,7 +344,9 @@ def test_a_fault_that_stays_is_a_clear_error(client: Client, faults: list[Fault]
 
 def test_a_small_file_is_compared_by_its_git_id(client: Client) -> None:
     client.hub.faults["tokenizer.json"] = [Fault("content")]
-    client.refused(client.fetch("tokenizer.json"), "tokenizer.json", "git id is", name="tokenizer.json")
+    client.refused(
+        client.fetch("tokenizer.json"), "tokenizer.json", "git id is", name="tokenizer.json"
+    )
     client.right(client.fetch("tokenizer.json"), "tokenizer.json")
 
 
@@ -290,7 +363,9 @@ def test_after_a_kill_only_what_is_missing_is_fetched(client: Client) -> None:
     client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
     process = subprocess.Popen(client.command(*client.fetch_arguments()), env=client.environment)
     partial = client.folder / f".{SHARD}.part"
-    while not (partial.exists() and partial.stat().st_size >= 1_400_000):  # the rest may be in its buffers
+    while not (
+        partial.exists() and partial.stat().st_size >= 1_400_000
+    ):  # the rest may be in its buffers
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -305,7 +380,9 @@ def test_after_a_kill_only_what_is_missing_is_fetched(client: Client) -> None:
 def test_two_do_not_fetch_the_same_file(client: Client) -> None:
     client.hub.faults[SHARD] = [Fault("stall", after=5000)]
     client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
-    with subprocess.Popen(client.command(*client.fetch_arguments()), env=client.environment) as process:
+    with subprocess.Popen(
+        client.command(*client.fetch_arguments()), env=client.environment
+    ) as process:
         while client.hub.sent[SHARD] < 5000:
             time.sleep(0.02)
         client.refused(client.fetch(), "another process is writing it")
@@ -316,7 +393,11 @@ def test_the_token_goes_to_the_hub_alone(client: Client) -> None:
     client.hub.gated.add(REPO)
     client.right(client.fetch())
     assert set(client.hub.tokens) == {("hub", f"Bearer {TOKEN}")} and client.hub.sent[SHARD]
-    kept = [path for path in client.path.rglob("*") if path.is_file() and client.source not in path.parents]
+    kept = [
+        path
+        for path in client.path.rglob("*")
+        if path.is_file() and client.source not in path.parents
+    ]
     assert not any(TOKEN.encode() in path.read_bytes() for path in kept)
     (client.folder / SHARD).unlink()
     (client.path / f"{SHARD}.json").unlink()
@@ -340,7 +421,9 @@ def test_what_the_local_cache_has_is_linked(client: Client) -> None:
     blob.write_bytes(bytes(blob.stat().st_size))  # damaged: not used, and not touched either
     del client.environment["HF_HUB_OFFLINE"]
     client.right(client.fetch())
-    assert client.hub.sent[SHARD] == (client.source / SHARD).stat().st_size and not any(blob.read_bytes())
+    assert client.hub.sent[SHARD] == (client.source / SHARD).stat().st_size and not any(
+        blob.read_bytes()
+    )
 
 
 def test_offline_nothing_is_asked(client: Client) -> None:
@@ -360,12 +443,23 @@ def test_room_for_all_of_it_is_asked_for_before_a_byte_is_fetched(client: Client
     client.hub.digests = {client.source / SHARD: "0" * 64}
     assert client.resolve().returncode == 0
     client.hub.sent.clear()
-    client.refused(client.fetch("config.json"), "10000.0 GB are to be fetched", "make room", name="config.json")
+    client.refused(
+        client.fetch("config.json"), "10000.0 GB are to be fetched", "make room", name="config.json"
+    )
     assert not client.hub.sent
 
 
 def test_a_file_that_is_not_in_the_commit_is_refused(client: Client) -> None:
     client.refused(client.fetch("model.gguf"), "has no file model.gguf", name="model.gguf")
     client.refused(
-        client.run("fetch.py", client.listing, "../x", "--folder", client.folder, "--out", client.path / "x"), "plain file name"
+        client.run(
+            "fetch.py",
+            client.listing,
+            "../x",
+            "--folder",
+            client.folder,
+            "--out",
+            client.path / "x",
+        ),
+        "plain file name",
     )

@@ -23,7 +23,9 @@ METADATA = {
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
-def test_the_same_bytes_for_any_number_of_threads_and_anywhere(built: Path, run: Run, tmp_path: Path, model: str) -> None:
+def test_the_same_bytes_for_any_number_of_threads_and_anywhere(
+    built: Path, run: Run, tmp_path: Path, model: str
+) -> None:
     source, made = built / f"results/{model}/work/convert/all.gguf", []
     for threads, folder in ((1, "here"), (2, "a folder of another name"), (3, "there")):
         text, out = tmp_path / folder / "calibration.txt", tmp_path / folder / "out.gguf"
@@ -34,17 +36,36 @@ def test_the_same_bytes_for_any_number_of_threads_and_anywhere(built: Path, run:
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
     opened, tensors = reader.read(out), reader.read(source).tensors
-    assert opened.get("imatrix.datasets") == ["calibration.txt"] and opened.get("imatrix.chunk_size") == imatrix.CHUNK
+    assert (
+        opened.get("imatrix.datasets") == ["calibration.txt"]
+        and opened.get("imatrix.chunk_size") == imatrix.CHUNK
+    )
     rows = imatrix.read(out)
     experts = "blk.0.ffn_down_exps.weight"
-    assert rows["blk.0.attn_qkv.weight"] == 256 and rows.get(experts, 0) == (6 * 256 if experts in tensors else 0)
+    assert rows["blk.0.attn_qkv.weight"] == 256 and rows.get(experts, 0) == (
+        6 * 256 if experts in tensors else 0
+    )
 
-    process.call([BIN / "llama-imatrix", "-m", source, "--in-file", out, "-o", tmp_path / "old.dat", "--output-format", "dat"])
+    process.call(
+        [
+            BIN / "llama-imatrix",
+            "-m",
+            source,
+            "--in-file",
+            out,
+            "-o",
+            tmp_path / "old.dat",
+            "--output-format",
+            "dat",
+        ]
+    )
     assert imatrix.read(tmp_path / "old.dat") == rows
 
 
 @pytest.mark.parametrize("text", ["", "\n", "too short\n" * 100])
-def test_a_text_that_is_too_short_is_refused(built: Path, fails: Callable[..., str], tmp_path: Path, text: str) -> None:
+def test_a_text_that_is_too_short_is_refused(
+    built: Path, fails: Callable[..., str], tmp_path: Path, text: str
+) -> None:
     (tmp_path / "text").write_text(text)
     source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
     message = fails("imatrix.py", source, "--text", tmp_path / "text", out=tmp_path / "out.gguf")
@@ -57,9 +78,13 @@ def legacy(*entries: tuple[bytes, int], count: int | None = None, tail: bytes = 
     return b"".join(parts) + tail
 
 
-@pytest.mark.parametrize("tail", [b"", struct.pack("<ii", 4, 0), struct.pack("<ii4s", 4, 4, b"text")])
+@pytest.mark.parametrize(
+    "tail", [b"", struct.pack("<ii", 4, 0), struct.pack("<ii4s", 4, 4, b"text")]
+)
 def test_the_older_format(tmp_path: Path, tail: bytes) -> None:
-    (tmp_path / "i.dat").write_bytes(legacy((b"blk.0.attn_q.weight", 256), (b"output.weight", 3), tail=tail))
+    (tmp_path / "i.dat").write_bytes(
+        legacy((b"blk.0.attn_q.weight", 256), (b"output.weight", 3), tail=tail)
+    )
     assert imatrix.read(tmp_path / "i.dat") == {"blk.0.attn_q.weight": 256, "output.weight": 3}
 
 
@@ -96,7 +121,10 @@ def write(path: Path, metadata: dict[str, Value], *tensors: TensorInfo) -> Path:
 
 
 def test_a_hostile_gguf_is_refused(tmp_path: Path) -> None:
-    sums, counts = TensorInfo("a.weight.in_sum2", (6, 256), Kind.F32), TensorInfo("a.weight.counts", (6, 1), Kind.F32)
+    sums, counts = (
+        TensorInfo("a.weight.in_sum2", (6, 256), Kind.F32),
+        TensorInfo("a.weight.counts", (6, 1), Kind.F32),
+    )
     assert imatrix.read(write(tmp_path / "good.gguf", METADATA, sums, counts)) == {"a.weight": 1536}
     odd = {**METADATA, "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT64)}
     for name, tensors, metadata in [
@@ -123,15 +151,24 @@ def test_a_matrix_of_another_model_or_of_nothing_stops_a_quantization(
         TensorInfo("blk.0.ffn_up.weight.counts", (1,), Kind.F32),
     )
     asked = ("quantize.py", source, "--type", "IQ2_XS", "--imatrix", matrix)
-    assert "all.gguf has nothing like its blk.0.ffn_up.weight" in fails(*asked, out=tmp_path / "out.gguf")
+    assert "all.gguf has nothing like its blk.0.ffn_up.weight" in fails(
+        *asked, out=tmp_path / "out.gguf"
+    )
     matrix.write_bytes(b"GGUF\3\0\0\0")
     assert "truncated" in fails(*asked, out=tmp_path / "out.gguf")
     message = fails("quantize.py", source, "--type", "IQ2_XS", out=tmp_path / "out.gguf")
-    assert "needs an importance matrix, and there is none for blk.0." in message and "more: give these tensors" in message
+    assert (
+        "needs an importance matrix, and there is none for blk.0." in message
+        and "more: give these tensors" in message
+    )
 
 
 def test_a_dry_run_needs_no_output(built: Path, run: Run) -> None:
     source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
     done = run("quantize.py", source, "--type", "Q4_K_M", "--dry-run")
-    assert done.returncode == 0 and "| blk.{0-2}.ssm_out.weight" in done.stdout and "bits per weight" in done.stdout
+    assert (
+        done.returncode == 0
+        and "| blk.{0-2}.ssm_out.weight" in done.stdout
+        and "bits per weight" in done.stdout
+    )
     assert run("quantize.py", source, "--type", "Q4_K_M").returncode == 2

@@ -43,12 +43,18 @@ def contents(opened: Gguf) -> dict[str, bytes]:
     return {name: content(opened, name) for name in opened.tensors}
 
 
-def rewrite(source: Path, out: Path, change: Callable[[dict[str, Value]], object], drop: str = "\0") -> Path:
+def rewrite(
+    source: Path, out: Path, change: Callable[[dict[str, Value]], object], drop: str = "\0"
+) -> Path:
     """A copy with other metadata, without the tensors that begin with `drop`."""
     opened = reader.read(source)
     metadata = dict(opened.metadata)
     change(metadata)
-    kept = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items() if not name.startswith(drop)]
+    kept = [
+        (info, [opened.ranges[name]])
+        for name, info in opened.tensors.items()
+        if not name.startswith(drop)
+    ]
     writer.write(out, metadata, kept)
     return out
 
@@ -66,14 +72,20 @@ def start_of_data(opened: Gguf) -> int:
 
 @pytest.mark.parametrize("head", ["head", "all", "checkpoint"])
 def test_trunk_and_head_make_the_whole(parts: dict[str, Path], head: str, tmp_path: Path) -> None:
-    inject(parts["trunk"], CHECKPOINT if head == "checkpoint" else parts[head], tmp_path / "out.gguf")
-    whole, injected, base = (reader.read(path) for path in (parts["all"], tmp_path / "out.gguf", parts["trunk"]))
+    inject(
+        parts["trunk"], CHECKPOINT if head == "checkpoint" else parts[head], tmp_path / "out.gguf"
+    )
+    whole, injected, base = (
+        reader.read(path) for path in (parts["all"], tmp_path / "out.gguf", parts["trunk"])
+    )
     assert injected.tensors == whole.tensors  # names, shapes and types
     assert all(content(injected, name) == content(whole, name) for name in whole.tensors)
-    assert {k: v for k, v in injected.metadata.items() if k not in ("general.size_label", PADDING)} == {
-        k: v for k, v in whole.metadata.items() if k != "general.size_label"
-    }
-    assert injected.metadata["general.size_label"] == base.metadata["general.size_label"]  # the base's own word stays
+    assert {
+        k: v for k, v in injected.metadata.items() if k not in ("general.size_label", PADDING)
+    } == {k: v for k, v in whole.metadata.items() if k != "general.size_label"}
+    assert (
+        injected.metadata["general.size_label"] == base.metadata["general.size_label"]
+    )  # the base's own word stays
 
 
 def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -86,15 +98,30 @@ def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Pa
     inject(odd, parts["head"], tmp_path / "out.gguf")
     base, out = reader.read(odd), reader.read(tmp_path / "out.gguf")
     changed = {key for key, value in out.metadata.items() if base.metadata.get(key) != value}
-    assert changed == {"qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.attention.recurrent_layers", PADDING}
-    assert [key for key in out.metadata if key != "qwen35.nextn_predict_layers"] == [*base.metadata, PADDING]
+    assert changed == {
+        "qwen35.block_count",
+        "qwen35.nextn_predict_layers",
+        "qwen35.attention.recurrent_layers",
+        PADDING,
+    }
+    assert [key for key in out.metadata if key != "qwen35.nextn_predict_layers"] == [
+        *base.metadata,
+        PADDING,
+    ]
     blocks = base.get("qwen35.block_count")
     assert len(base.get("qwen35.rope.dimension_sections")) == blocks  # the trap
-    assert out.get("qwen35.attention.recurrent_layers") == [*base.get("qwen35.attention.recurrent_layers"), False]
+    assert out.get("qwen35.attention.recurrent_layers") == [
+        *base.get("qwen35.attention.recurrent_layers"),
+        False,
+    ]
 
 
-def test_a_base_of_an_older_converter_has_no_per_layer_array(parts: dict[str, Path], tmp_path: Path) -> None:
-    old = rewrite(parts["trunk"], tmp_path / "old.gguf", lambda m: m.pop("qwen35.attention.recurrent_layers"))
+def test_a_base_of_an_older_converter_has_no_per_layer_array(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    old = rewrite(
+        parts["trunk"], tmp_path / "old.gguf", lambda m: m.pop("qwen35.attention.recurrent_layers")
+    )
     inject(old, parts["head"], tmp_path / "out.gguf")
     assert "qwen35.attention.recurrent_layers" not in reader.read(tmp_path / "out.gguf").metadata
 
@@ -106,21 +133,36 @@ def refusal(base: Path, head: Path, tmp_path: Path) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_belong_together_is_refused_with_both_sides(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     def base(key: str, value: int) -> Path:
         return rewrite(parts["trunk"], tmp_path / f"{key}.gguf", set_u32(key, value))
 
     assert "has no head" in refusal(parts["trunk"], parts["trunk"], tmp_path)
     assert (
-        "is 512 in" in (message := refusal(base("qwen35.embedding_length", 512), parts["head"], tmp_path)) and "256 in" in message
+        "is 512 in"
+        in (message := refusal(base("qwen35.embedding_length", 512), parts["head"], tmp_path))
+        and "256 in" in message
     )
-    assert "has 3 blocks, the head" in refusal(base("qwen35.block_count", 3), parts["head"], tmp_path)
+    assert "has 3 blocks, the head" in refusal(
+        base("qwen35.block_count", 3), parts["head"], tmp_path
+    )
     assert "the number of tokens is 1280 in" in refusal(
-        parts["trunk"], rewrite(parts["head"], tmp_path / "v.gguf", set_u32("qwen35.vocab_size", 99)), tmp_path
+        parts["trunk"],
+        rewrite(parts["head"], tmp_path / "v.gguf", set_u32("qwen35.vocab_size", 99)),
+        tmp_path,
     )
     sections = Value.of([3, 3, 1, 1], GGUFValueType.ARRAY, GGUFValueType.INT32)
-    turned = rewrite(parts["trunk"], tmp_path / "r.gguf", lambda m: m.update({"qwen35.rope.dimension_sections": sections}))
-    assert "is [3, 3, 1, 1] in" in (message := refusal(turned, parts["head"], tmp_path)) and "[3, 3, 2, 0] in" in message
+    turned = rewrite(
+        parts["trunk"],
+        tmp_path / "r.gguf",
+        lambda m: m.update({"qwen35.rope.dimension_sections": sections}),
+    )
+    assert (
+        "is [3, 3, 1, 1] in" in (message := refusal(turned, parts["head"], tmp_path))
+        and "[3, 3, 2, 0] in" in message
+    )
     other = rewrite(
         parts["trunk"],
         tmp_path / "x.gguf",
@@ -132,28 +174,46 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(parts: dict[st
         tmp_path / "torn.gguf",
         lambda m: (set_u32("qwen35.block_count", 4)(m), m.pop("qwen35.nextn_predict_layers")),
     )
-    assert "has blk.4.nextn.eh_proj.weight, a tensor of a block that its metadata does not declare" in refusal(
-        torn, parts["head"], tmp_path
+    assert (
+        "has blk.4.nextn.eh_proj.weight, a tensor of a block that its metadata does not declare"
+        in refusal(torn, parts["head"], tmp_path)
     )
 
 
 def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
-    def base(change: Callable[[dict[str, Value]], object], drop: str = "\0", head: str = "head") -> str:
-        return refusal(rewrite(parts["trunk"], tmp_path / "base.gguf", change, drop), parts[head], tmp_path)
+    def base(
+        change: Callable[[dict[str, Value]], object], drop: str = "\0", head: str = "head"
+    ) -> str:
+        return refusal(
+            rewrite(parts["trunk"], tmp_path / "base.gguf", change, drop), parts[head], tmp_path
+        )
 
     assert "has no tensor of block 2, though it declares 4" in base(lambda m: None, "blk.2.")
     assert "the number of tokens is None in" in base(lambda m: None, "token_embd")
     assert "qwen35.rope.freq_base is None in" in base(lambda m: m.pop("qwen35.rope.freq_base"))
-    tokens = Value.of(reader.read(parts["trunk"]).get("tokenizer.ggml.tokens")[::-1], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    tokens = Value.of(
+        reader.read(parts["trunk"]).get("tokenizer.ggml.tokens")[::-1],
+        GGUFValueType.ARRAY,
+        GGUFValueType.STRING,
+    )
     assert "token 0 is" in base(lambda m: m.update({"tokenizer.ggml.tokens": tokens}), head="all")
     many = Value.of([1] * 100_000, GGUFValueType.ARRAY, GGUFValueType.UINT32)
-    for key in ("qwen35.block_count", "qwen35.nextn_predict_layers", "qwen35.embedding_length", "split.count"):
+    for key in (
+        "qwen35.block_count",
+        "qwen35.nextn_predict_layers",
+        "qwen35.embedding_length",
+        "split.count",
+    ):
         assert len(base(lambda m, key=key: m.update({key: many}))) < 1000
-    odd = rewrite(parts["trunk"], tmp_path / "odd.gguf", lambda m: m.update({"split.tensors.count": many}))
+    odd = rewrite(
+        parts["trunk"], tmp_path / "odd.gguf", lambda m: m.update({"split.tensors.count": many})
+    )
     inject(odd, parts["head"], tmp_path / "out.gguf")  # means nothing in a single file
 
 
-def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(parts: dict[str, Path]) -> None:
+def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(
+    parts: dict[str, Path],
+) -> None:
     """Publishers rename a pad token; injection and verification share this rule."""
     right = reader.read(parts["all"]).metadata
     tokens, merges = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
@@ -161,31 +221,53 @@ def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(par
     def found(key: str, change: Callable[[list[str]], object]) -> tuple[str, Any, Any] | None:
         values = right[key].decode()
         change(values)
-        return vocabulary_difference({**right, key: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING)}, right)
+        return vocabulary_difference(
+            {**right, key: Value.of(values, GGUFValueType.ARRAY, GGUFValueType.STRING)}, right
+        )
 
     assert vocabulary_difference(right, right) is None
     assert found(tokens, lambda values: values.__setitem__(1279, "<|PAD_TOKEN|>")) is None
-    assert found(tokens, lambda values: values.__setitem__(slice(1268, 1280), ["x"] * 12)) is None  # 12 of 1,280
-    assert found(tokens, lambda values: values.__setitem__(slice(1267, 1280), ["x"] * 13)) == ("token 1267", "x", "</think>")
+    assert (
+        found(tokens, lambda values: values.__setitem__(slice(1268, 1280), ["x"] * 12)) is None
+    )  # 12 of 1,280
+    assert found(tokens, lambda values: values.__setitem__(slice(1267, 1280), ["x"] * 13)) == (
+        "token 1267",
+        "x",
+        "</think>",
+    )
     assert found(tokens, lambda values: values.pop()) == ("the number of tokens", 1279, 1280)
     assert (found(merges, lambda values: values.reverse()) or ("",))[0] == merges
 
 
-def test_a_per_layer_array_that_the_head_does_not_know_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_per_layer_array_that_the_head_does_not_know_is_refused(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     widths = Value.of([1, 2, 3, 4], GGUFValueType.ARRAY, GGUFValueType.UINT32)
-    base = rewrite(parts["trunk"], tmp_path / "base.gguf", lambda m: m.update({"qwen35.widths": widths}))
-    assert "qwen35.widths has an entry for each of 4 blocks" in refusal(base, parts["head"], tmp_path)
+    base = rewrite(
+        parts["trunk"], tmp_path / "base.gguf", lambda m: m.update({"qwen35.widths": widths})
+    )
+    assert "qwen35.widths has an entry for each of 4 blocks" in refusal(
+        base, parts["head"], tmp_path
+    )
 
 
-def test_the_data_keeps_its_place_in_a_block_of_the_file_system(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_the_data_keeps_its_place_in_a_block_of_the_file_system(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     for extra in (0, 100, 5000):
         note = Value.of("x" * extra, GGUFValueType.STRING)
-        base = rewrite(parts["trunk"], tmp_path / "base.gguf", lambda m, note=note: m.update({"a.note": note}))
+        base = rewrite(
+            parts["trunk"], tmp_path / "base.gguf", lambda m, note=note: m.update({"a.note": note})
+        )
         inject(base, parts["head"], tmp_path / "out.gguf")
-        assert (start_of_data(reader.read(tmp_path / "out.gguf")) - start_of_data(reader.read(base))) % BLOCK == 0
+        assert (
+            start_of_data(reader.read(tmp_path / "out.gguf")) - start_of_data(reader.read(base))
+        ) % BLOCK == 0
 
 
-def test_a_head_that_is_declared_but_lost_is_put_back(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_head_that_is_declared_but_lost_is_put_back(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     """A checkpoint without its head that is converted by upstream makes such a file, which does not load."""
     base = rewrite(parts["all"], tmp_path / "base.gguf", lambda m: None, drop="blk.4.")
     inject(base, parts["head"], tmp_path / "out.gguf")
@@ -194,12 +276,16 @@ def test_a_head_that_is_declared_but_lost_is_put_back(parts: dict[str, Path], tm
     assert {key: value for key, value in made.metadata.items() if key != PADDING} == whole.metadata
 
 
-def test_the_trunk_is_recorded_as_it_was_before_and_the_head_as_it_came(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_the_trunk_is_recorded_as_it_was_before_and_the_head_as_it_came(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
     before = trunk_digests(reader.read(parts["trunk"]))
     assert len(before) == 55 and before == trunk_digests(reader.read(tmp_path / "out.gguf"))
     head = reader.digests(parts["head"])
-    assert json.loads((tmp_path / "trunk.json").read_text()) == before | {name: head[name] for name in head if name != "header"}
+    assert json.loads((tmp_path / "trunk.json").read_text()) == before | {
+        name: head[name] for name in head if name != "header"
+    }
 
 
 def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -215,12 +301,22 @@ def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> 
 def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(ConfigError, match="'eh_porj' matches no matrix of the head: blk"):
-        inject(parts["trunk"], parts["draft"], tmp_path / "out.gguf", "Q8_0,eh_porj=Q4_K", say=said.append)
+        inject(
+            parts["trunk"],
+            parts["draft"],
+            tmp_path / "out.gguf",
+            "Q8_0,eh_porj=Q4_K",
+            say=said.append,
+        )
     assert said == []
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", say=said.append)
-    assert said == ["the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 27.1% on top of trunk.gguf"]
+    assert said == [
+        "the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 27.1% on top of trunk.gguf"
+    ]
     head = reader.read(parts["head"])
-    assert "at Q4_K/Q8_0" in cost(reader.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
+    assert "at Q4_K/Q8_0" in cost(
+        reader.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")]
+    )
 
 
 # ── a base that has a head ──────────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +325,9 @@ def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None
 def test_the_same_head_again_changes_nothing(parts: dict[str, Path], tmp_path: Path) -> None:
     said: list[str] = []
     inject(parts["all"], parts["head"], tmp_path / "out.gguf", say=said.append)
-    assert (tmp_path / "out.gguf").read_bytes() == parts["all"].read_bytes() and "has this head already" in said[-1]
+    assert (tmp_path / "out.gguf").read_bytes() == parts[
+        "all"
+    ].read_bytes() and "has this head already" in said[-1]
 
 
 def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -239,7 +337,10 @@ def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: P
     writer.write(dead, opened.metadata, zeros)
     inject(parts["trunk"], dead, tmp_path / "base.gguf")
     message = refusal(tmp_path / "base.gguf", parts["head"], tmp_path)
-    assert "has another head (blk.4.attn_k.weight has other values)" in message and "--replace-head" in message
+    assert (
+        "has another head (blk.4.attn_k.weight has other values)" in message
+        and "--replace-head" in message
+    )
     inject(tmp_path / "base.gguf", parts["head"], tmp_path / "out.gguf", replace_head=True)
     inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
@@ -248,10 +349,16 @@ def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: P
 def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
     opened = reader.read(parts["all"])
     order = sorted(opened.tensors, key=lambda name: (not name.startswith("blk.4."), name))
-    writer.write(tmp_path / "base.gguf", opened.metadata, [(opened.tensors[name], [opened.ranges[name]]) for name in order])
+    writer.write(
+        tmp_path / "base.gguf",
+        opened.metadata,
+        [(opened.tensors[name], [opened.ranges[name]]) for name in order],
+    )
     inject(tmp_path / "base.gguf", parts["head"], tmp_path / "same.gguf", replace_head=True)
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
-    short = rewrite(tmp_path / "base.gguf", tmp_path / "short.gguf", lambda m: None, drop="blk.4.attn_k.")
+    short = rewrite(
+        tmp_path / "base.gguf", tmp_path / "short.gguf", lambda m: None, drop="blk.4.attn_k."
+    )
     inject(short, parts["head"], tmp_path / "out.gguf", replace_head=True)
     assert contents(reader.read(tmp_path / "out.gguf")) == contents(opened)
 
@@ -261,31 +368,57 @@ def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_pa
 
 @pytest.fixture(scope="module")
 def shards(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return split.split(parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000)
+    return split.split(
+        parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000
+    )
 
 
-def test_a_base_in_several_files_becomes_one(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+def test_a_base_in_several_files_becomes_one(
+    parts: dict[str, Path], shards: list[Path], tmp_path: Path
+) -> None:
     assert len(shards) == 3
     inject(shards[0], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
-    inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf", digests=tmp_path / "expected.json")
+    inject(
+        parts["trunk"],
+        parts["head"],
+        tmp_path / "expected.gguf",
+        digests=tmp_path / "expected.json",
+    )
     made, expected = reader.read(tmp_path / "out.gguf"), reader.read(tmp_path / "expected.gguf")
     assert contents(made) == contents(expected)
-    assert {**made.metadata, PADDING: None} == {**expected.metadata, PADDING: None}  # no split.* among them
+    assert {**made.metadata, PADDING: None} == {
+        **expected.metadata,
+        PADDING: None,
+    }  # no split.* among them
     assert (tmp_path / "trunk.json").read_text() == (tmp_path / "expected.json").read_text()
 
 
-def test_a_base_in_several_files_keeps_them(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+def test_a_base_in_several_files_keeps_them(
+    parts: dict[str, Path], shards: list[Path], tmp_path: Path
+) -> None:
     inject(shards[0], parts["head"], tmp_path / "out")
     made = [reader.read(tmp_path / "out" / path.name) for path in shards]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in shards]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        path.name for path in shards
+    ]
     assert contents(split.read(made[0].path)) == contents(reader.read(parts["all"]))
-    assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get("qwen35.block_count") == 5
+    assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get(
+        "qwen35.block_count"
+    ) == 5
     for before, after in zip(map(reader.read, shards), made, strict=True):
-        assert set(before.tensors) <= set(after.tensors) and (start_of_data(after) - start_of_data(before)) % BLOCK == 0
-        assert all(before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key for key in before.metadata)
+        assert (
+            set(before.tensors) <= set(after.tensors)
+            and (start_of_data(after) - start_of_data(before)) % BLOCK == 0
+        )
+        assert all(
+            before.metadata[key] == after.metadata[key] or "count" in key or "layers" in key
+            for key in before.metadata
+        )
 
 
-def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_refused(
+    parts: dict[str, Path], shards: list[Path], tmp_path: Path
+) -> None:
     def copied(name: str) -> list[Path]:
         folder = tmp_path / name
         folder.mkdir()
@@ -302,7 +435,9 @@ def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], s
     assert "says that it is file 2 of 3" in refusal(swapped[0], parts["head"], tmp_path)
     fewer = copied("fewer")
     rewrite(shards[2], fewer[2], lambda m: None, drop=list(reader.read(shards[2]).tensors)[-1])
-    assert "55 tensors are in these files, it says, and 54 are there" in refusal(fewer[0], parts["head"], tmp_path)
+    assert "55 tensors are in these files, it says, and 54 are there" in refusal(
+        fewer[0], parts["head"], tmp_path
+    )
     renamed = shards[0].rename(shards[0].with_name("renamed.gguf"))
     try:
         assert "by the name that tells the others'" in refusal(renamed, parts["head"], tmp_path)
@@ -313,18 +448,27 @@ def test_files_that_do_not_belong_together_are_refused(parts: dict[str, Path], s
 def test_files_that_have_this_head_stay_as_they_are(parts: dict[str, Path], tmp_path: Path) -> None:
     whole = split.split(parts["all"], tmp_path / "whole", "whole", 2_000_000)
     inject(whole[0], parts["head"], tmp_path / "out")
-    assert [(tmp_path / "out" / path.name).read_bytes() for path in whole] == [path.read_bytes() for path in whole]
+    assert [(tmp_path / "out" / path.name).read_bytes() for path in whole] == [
+        path.read_bytes() for path in whole
+    ]
 
 
-def test_a_file_of_the_base_is_not_overwritten(parts: dict[str, Path], shards: list[Path], run: Run) -> None:
+def test_a_file_of_the_base_is_not_overwritten(
+    parts: dict[str, Path], shards: list[Path], run: Run
+) -> None:
     before = [path.read_bytes() for path in shards]
-    for options in (("--out", shards[1]), ("--out", shards[0].with_name("x.gguf"), "--digests", shards[2])):
+    for options in (
+        ("--out", shards[1]),
+        ("--out", shards[0].with_name("x.gguf"), "--digests", shards[2]),
+    ):
         done = run("inject.py", shards[0], "--head", parts["head"], *options)
         assert done.returncode == 1 and "is an input" in done.stderr
     assert [path.read_bytes() for path in shards] == before
 
 
-def test_the_kind_of_output_must_fit_the_base(parts: dict[str, Path], shards: list[Path], tmp_path: Path) -> None:
+def test_the_kind_of_output_must_fit_the_base(
+    parts: dict[str, Path], shards: list[Path], tmp_path: Path
+) -> None:
     with pytest.raises(GgufError, match="for a base in several files, a folder"):
         inject(parts["trunk"], parts["head"], tmp_path / "folder")
     with pytest.raises(GgufError, match="for a base in several files, a folder"):
@@ -353,7 +497,11 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("possible", [True, False])
 def test_the_file_itself_becomes_what_a_copy_would(
-    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, possible: bool
+    parts: dict[str, Path],
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    possible: bool,
 ) -> None:
     """Also where the file system cannot make room at the beginning: then a new file takes its place."""
     inode = own.stat().st_ino
@@ -366,7 +514,9 @@ def test_the_file_itself_becomes_what_a_copy_would(
 
 
 @pytest.mark.parametrize("step", ["append_run", "_make_room", "_write_header"])
-def test_a_killed_run_is_repaired_by_the_next(parts: dict[str, Path], own: Path, tmp_path: Path, step: str) -> None:
+def test_a_killed_run_is_repaired_by_the_next(
+    parts: dict[str, Path], own: Path, tmp_path: Path, step: str
+) -> None:
     """SIGKILL as a step begins: the file is then as it was, grown at its end, or without its header."""
     module = "writer" if step == "append_run" else "in_place"
     program = f"""
@@ -393,7 +543,9 @@ inject(Path({str(own)!r}), Path({str(parts["head"])!r}), None)
     assert names_in(tmp_path) == {"own.gguf", "expected.gguf"}
 
 
-def test_what_a_power_cut_tears_is_seen(parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_power_cut_tears_is_seen(
+    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class PowerCut(BaseException):
         pass
 
@@ -405,9 +557,13 @@ def test_what_a_power_cut_tears_is_seen(parts: dict[str, Path], own: Path, tmp_p
         inject(own, parts["head"], None)
     data = own.read_bytes()
     middle = len(data) // 2
-    own.write_bytes(data[:middle] + bytes(BLOCK) + data[middle:-BLOCK])  # what lies behind the middle has not arrived yet
+    own.write_bytes(
+        data[:middle] + bytes(BLOCK) + data[middle:-BLOCK]
+    )  # what lies behind the middle has not arrived yet
     torn = own.read_bytes()
-    with pytest.raises(GgufError, match=r"cannot be repaired .*: get it again from where it came, and delete"):
+    with pytest.raises(
+        GgufError, match=r"cannot be repaired .*: get it again from where it came, and delete"
+    ):
         inject(own, parts["head"], None)
     assert own.read_bytes() == torn
 
@@ -437,7 +593,9 @@ def interrupted(parts: dict[str, Path], own: Path, monkeypatch: pytest.MonkeyPat
     return own
 
 
-def test_a_file_that_has_come_since_is_not_touched(parts: dict[str, Path], interrupted: Path) -> None:
+def test_a_file_that_has_come_since_is_not_touched(
+    parts: dict[str, Path], interrupted: Path
+) -> None:
     """Even if it has a size that an interrupted run leaves, and the same tensors under another header."""
     note = Value.of("x" * 5000, GGUFValueType.STRING)
     rewrite(parts["trunk"], interrupted, lambda m: m.update({"a.note": note}))
@@ -447,7 +605,9 @@ def test_a_file_that_has_come_since_is_not_touched(parts: dict[str, Path], inter
     assert interrupted.read_bytes() == came
 
 
-def test_a_file_that_has_grown_but_was_not_moved_is_as_before(parts: dict[str, Path], interrupted: Path, tmp_path: Path) -> None:
+def test_a_file_that_has_grown_but_was_not_moved_is_as_before(
+    parts: dict[str, Path], interrupted: Path, tmp_path: Path
+) -> None:
     """A file system can raise the size before it moves the data."""
     size = interrupted.stat().st_size
     interrupted.write_bytes(parts["trunk"].read_bytes().ljust(size, b"\0"))
@@ -456,14 +616,18 @@ def test_a_file_that_has_grown_but_was_not_moved_is_as_before(parts: dict[str, P
 
 
 @pytest.mark.parametrize("journal", [b"", b"[]", b"\xff", b'{"size": 1}\n', b'{"size": "1"}'])
-def test_a_garbled_journal_is_an_error(parts: dict[str, Path], own: Path, tmp_path: Path, journal: bytes) -> None:
+def test_a_garbled_journal_is_an_error(
+    parts: dict[str, Path], own: Path, tmp_path: Path, journal: bytes
+) -> None:
     (tmp_path / ".own.gguf.journal").write_bytes(journal)
     with pytest.raises(GgufError, match="cannot be repaired"):
         inject(own, parts["head"], None)
     assert own.read_bytes() == parts["trunk"].read_bytes()
 
 
-def test_nobody_reads_what_is_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+def test_nobody_reads_what_is_changed_in_place(
+    parts: dict[str, Path], own: Path, tmp_path: Path
+) -> None:
     with in_place.held(own, change=True):
         for out in (None, tmp_path / "out.gguf"):
             with pytest.raises(ForgeError, match="another process is using it"):
@@ -478,10 +642,14 @@ def test_room_that_is_there_already_needs_no_moving(parts: dict[str, Path], tmp_
     padding = Value.of(" " * 3000, GGUFValueType.STRING)
     own = rewrite(parts["trunk"], tmp_path / "own.gguf", lambda m: m.update({PADDING: padding}))
     inject(own, parts["head"], None)
-    assert contents(reader.read(own)) == contents(reader.read(parts["all"])) and names_in(tmp_path) == {"own.gguf"}
+    assert contents(reader.read(own)) == contents(reader.read(parts["all"])) and names_in(
+        tmp_path
+    ) == {"own.gguf"}
 
 
-def test_a_file_with_other_names_is_not_changed_in_place(parts: dict[str, Path], own: Path, tmp_path: Path) -> None:
+def test_a_file_with_other_names_is_not_changed_in_place(
+    parts: dict[str, Path], own: Path, tmp_path: Path
+) -> None:
     (tmp_path / "link.gguf").symlink_to(own)
     with pytest.raises(ForgeError, match="is a link: name the file itself"):
         inject(tmp_path / "link.gguf", parts["head"], None)

@@ -48,27 +48,43 @@ Same top p: 98.039 ± 0.307 %
 
 def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> dict[str, Any]:
     spread = [low, high]
-    return {"n_max": n_max, "tokens_per_second": speed, "spread": spread, "speedup": round(speed / off, 3), "drafts": 100 * n_max}
+    return {
+        "n_max": n_max,
+        "tokens_per_second": speed,
+        "spread": spread,
+        "speedup": round(speed / off, 3),
+        "drafts": 100 * n_max,
+    }
 
 
 OFF = total(0, 98, 100, 102)
 
 
 def test_the_fastest_is_recommended() -> None:
-    found = recommend([OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3)
-    assert found == (2, "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without")
+    found = recommend(
+        [OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3
+    )
+    assert found == (
+        2,
+        "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without",
+    )
 
 
 def test_a_slow_head_is_not_recommended_and_that_is_said() -> None:
     recommended, verdict = recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
     assert recommended == 0
-    assert verdict == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
+    assert (
+        verdict
+        == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
+    )
 
 
 @pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
 def test_within_the_spread_nothing_is_recommended(drafting: tuple[float, float, float]) -> None:
     recommended, verdict = recommend([OFF, total(1, *drafting)], 3)
-    assert recommended == 0 and verdict.startswith("not faster than without by more than the spread")
+    assert recommended == 0 and verdict.startswith(
+        "not faster than without by more than the spread"
+    )
 
 
 def test_without_a_head_nothing_is_recommended() -> None:
@@ -78,7 +94,10 @@ def test_without_a_head_nothing_is_recommended() -> None:
 def test_what_was_measured_once_or_drafted_nothing_is_not_recommended() -> None:
     fast = total(1, 150, 155, 160)
     assert recommend([OFF, fast], 1)[0] == 0
-    assert recommend([OFF, {**fast, "drafts": 0}], 3) == (0, "nothing was drafted: the head is dead")
+    assert recommend([OFF, {**fast, "drafts": 0}], 3) == (
+        0,
+        "nothing was drafted: the head is dead",
+    )
     assert recommend([OFF, {**total(2, 180, 190, 200), "drafts": 0}, fast], 3)[0] == 1
 
 
@@ -94,8 +113,12 @@ def test_positions_that_do_not_fit_the_requests_are_not_guessed(drafts: list[int
 def test_runs_are_put_together_over_kinds() -> None:
     """Equally many tokens of each kind: 1 s for 60 and 2 s for 30 each, so 2 x 60 in 3 s."""
 
-    def run(n_max: int, kind: str, *parts: tuple[float, int, int, list[float]]) -> list[dict[str, Any]]:
-        answers = [Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts]
+    def run(
+        n_max: int, kind: str, *parts: tuple[float, int, int, list[float]]
+    ) -> list[dict[str, Any]]:
+        answers = [
+            Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts
+        ]
         rates = [part[3] for part in parts]
         return [
             _run(kind, "cold", n_max, answers[:1], rates[:1]),
@@ -103,11 +126,24 @@ def test_runs_are_put_together_over_kinds() -> None:
         ]
 
     cold = (1.0, 0, 0, [])
-    off = together(run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, [])
-    assert (off["tokens_per_second"], off["spread"], off["acceptance"], off["speedup"]) == (20.0, [10.0, 30.0], None, 1.0)
-    runs = run(2, "code", cold, (60.0, 30, 27, [1.0, 0.8])) + run(2, "prose", cold, (30.0, 10, 3, [0.6, 0.0]))
+    off = together(
+        run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, []
+    )
+    assert (off["tokens_per_second"], off["spread"], off["acceptance"], off["speedup"]) == (
+        20.0,
+        [10.0, 30.0],
+        None,
+        1.0,
+    )
+    runs = run(2, "code", cold, (60.0, 30, 27, [1.0, 0.8])) + run(
+        2, "prose", cold, (30.0, 10, 3, [0.6, 0.0])
+    )
     found = together(runs, 2, [off])
-    assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (40.0, 1.0, 2.0)
+    assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (
+        40.0,
+        1.0,
+        2.0,
+    )
     assert (found["drafts"], found["accepted"], found["acceptance"]) == (40, 30, 0.75)
     assert found["by_position"] == [0.9, 0.6]
     runs += run(2, "structured", cold, (30.0, 10, 3, []))  # no line of it was logged
@@ -122,13 +158,20 @@ def test_what_llama_perplexity_says_is_read() -> None:
 @pytest.mark.parametrize("line", ["Mean PPL(Q) ", "Mean    KLD", "99.9%   KLD", "Same top p"])
 @pytest.mark.parametrize("instead", ["", "{} : nan ± nan %"])
 def test_a_figure_that_is_missing_is_an_error(line: str, instead: str) -> None:
-    said = "\n".join(instead.format(line) if row.startswith(line) else row for row in SAID.splitlines())
+    said = "\n".join(
+        instead.format(line) if row.startswith(line) else row for row in SAID.splitlines()
+    )
     with pytest.raises(ToolchainError, match="does not say"):
         perplexity._numbers(said, perplexity._PATTERNS)
 
 
-@pytest.mark.parametrize(("said", "runs"), [(SAID, 1), (SAID.partition("Same top")[0], 12), ("perf_context_print: total time", 1)])
-def test_what_was_cut_off_is_said_again(monkeypatch: pytest.MonkeyPatch, said: str, runs: int) -> None:
+@pytest.mark.parametrize(
+    ("said", "runs"),
+    [(SAID, 1), (SAID.partition("Same top")[0], 12), ("perf_context_print: total time", 1)],
+)
+def test_what_was_cut_off_is_said_again(
+    monkeypatch: pytest.MonkeyPatch, said: str, runs: int
+) -> None:
     called: list[Path] = []
     monkeypatch.setattr(perplexity, "_run", lambda model, *rest: called.append(model) or said)
     with contextlib.suppress(ToolchainError):
@@ -136,7 +179,9 @@ def test_what_was_cut_off_is_said_again(monkeypatch: pytest.MonkeyPatch, said: s
     assert len(called) == runs
 
 
-def test_a_server_that_cannot_list_its_devices_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_list_its_devices_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "llama-server").write_text("#!/bin/sh\nexec sleep 5\n")
     (tmp_path / "llama-server").chmod(0o755)
     monkeypatch.setattr(speed, "DEVICES_LIMIT", 0.1)
@@ -145,7 +190,9 @@ def test_a_server_that_cannot_list_its_devices_is_an_error(tmp_path: Path, monke
 
 
 def test_the_size_of_logits() -> None:
-    assert perplexity.size(8, 1280) == 5_255_124  # as llama-perplexity of the pinned llama.cpp wrote them
+    assert (
+        perplexity.size(8, 1280) == 5_255_124
+    )  # as llama-perplexity of the pinned llama.cpp wrote them
     assert round(perplexity.size(16, 248_320) / 1e9, 2) == 2.03
 
 
@@ -156,27 +203,44 @@ def test_the_text_is_what_the_grammar_generates() -> None:
 def test_models_with_files_of_one_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
     report = {"file": "x.gguf", "bytes": 1, "bits_per_weight": 4.0, "head": "none"}
     for model, off in (("a", OFF), ("b", total(0, 48, 50, 52))):
-        for part, found in (("reports", report), ("measure", {"file": "x.gguf", "by_n_max": [off], "recommended_n_max": 0})):
+        for part, found in (
+            ("reports", report),
+            ("measure", {"file": "x.gguf", "by_n_max": [off], "recommended_n_max": 0}),
+        ):
             (tmp_path / model / part).mkdir(parents=True)
             (tmp_path / model / part / "x.json").write_text(json.dumps(found))
-    reports, measurements = (sorted(tmp_path.glob(f"*/{part}/*")) for part in ("reports", "measure"))
-    done = run("summary.py", *reports, "--measurements", *measurements, "--out", tmp_path / "summary.md")
+    reports, measurements = (
+        sorted(tmp_path.glob(f"*/{part}/*")) for part in ("reports", "measure")
+    )
+    done = run(
+        "summary.py", *reports, "--measurements", *measurements, "--out", tmp_path / "summary.md"
+    )
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "summary.md").read_text().splitlines()[2:]
     assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
 
 
 def test_the_summary_says_speed_and_what_to_serve_with() -> None:
-    assert summary.speed({"by_n_max": [OFF, total(1, 50, 51, 53)], "recommended_n_max": 0}) == ("100 → 51", "off")
-    assert summary.speed({"by_n_max": [OFF, total(2, 150, 155, 160)], "recommended_n_max": 2}) == ("100 → 155", "2")
+    assert summary.speed({"by_n_max": [OFF, total(1, 50, 51, 53)], "recommended_n_max": 0}) == (
+        "100 → 51",
+        "off",
+    )
+    assert summary.speed({"by_n_max": [OFF, total(2, 150, 155, 160)], "recommended_n_max": 2}) == (
+        "100 → 155",
+        "2",
+    )
     assert summary.speed({"by_n_max": [OFF], "recommended_n_max": 0}) == ("100", "off")
     assert summary.speed(None) == ("-", "-")
 
 
-@pytest.mark.parametrize("arguments", [["--n-max", "0"], ["--n-max", "1,x"], ["--repeats", "0"], ["--prompts", "."]])
+@pytest.mark.parametrize(
+    "arguments", [["--n-max", "0"], ["--n-max", "1,x"], ["--repeats", "0"], ["--prompts", "."]]
+)
 def test_what_cannot_be_measured_is_refused(run, tmp_path: Path, arguments: list[str]) -> None:
     done = run("measure.py", tmp_path / "none.gguf", "--out", tmp_path / "out.json", *arguments)
-    assert done.returncode and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+    assert (
+        done.returncode and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+    )
 
 
 # ── config.yaml ──
@@ -185,7 +249,9 @@ TINY = {"source": {"path": "tests/checkpoints/tiny-qwen3.5"}, "variants": {"BF16
 
 
 def build(measured: dict[str, Any] | None, **model: Any) -> Build:
-    return Build({"models": {"m": {**TINY, **({} if measured is None else {"measure": measured}), **model}}})
+    return Build(
+        {"models": {"m": {**TINY, **({} if measured is None else {"measure": measured}), **model}}}
+    )
 
 
 def wildcards(variant: str = "Q8_0") -> Any:
@@ -208,17 +274,30 @@ def test_nothing_is_measured_unless_it_is_asked_for() -> None:
 @pytest.mark.usefixtures("at_root")
 def test_what_is_measured() -> None:
     made = build({})
-    assert made.measurements() == [f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")]
-    assert made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3" and made.measured_logits(wildcards()) == []
+    assert made.measurements() == [
+        f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")
+    ]
+    assert (
+        made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3"
+        and made.measured_logits(wildcards()) == []
+    )
     made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
     logits = "results/m/work/logits/reference.bin"
     assert made.measured_logits(wildcards()) == [logits] and made.chunks(wildcards()) == 16
-    assert made.measure_options(wildcards()) == f"--n-max 2 --repeats 1 --text README.md --chunks 16 --reference-logits {logits}"
+    assert (
+        made.measure_options(wildcards())
+        == f"--n-max 2 --repeats 1 --text README.md --chunks 16 --reference-logits {logits}"
+    )
     assert made.verified(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
     assert made.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
     served = made.measure_options(wildcards()).removeprefix("--n-max 2 --repeats 3 ")
-    assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']
+    assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == [
+        "-fa",
+        "on",
+        "--chat-template-kwargs",
+        '{"a": 1}',
+    ]
     for own in ("--spec-draft-n-max", "-m", "--port", "--host"):
         with pytest.raises(ConfigError, match="measure/serve/0"):
             build({"serve": [own, "1"]})
@@ -229,7 +308,10 @@ def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None
     theirs = {"base": {"path": "base.gguf"}}
     source = {"repo": "Owner/Name", "revision": "0" * 40}
     made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
-    assert made.measured_text(wildcards("mine")) == ["README.md"] and made.measured_logits(wildcards("mine")) == []
+    assert (
+        made.measured_text(wildcards("mine")) == ["README.md"]
+        and made.measured_logits(wildcards("mine")) == []
+    )
     assert made.measure_options(wildcards("mine")).endswith("--text README.md --chunks 4")
 
 

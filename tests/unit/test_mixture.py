@@ -20,14 +20,20 @@ SHAPES = {
 
 
 def source(**types: str) -> Gguf:
-    infos = {n: TensorInfo(n, shape, Kind.F32 if "norm" in n else Kind.BF16) for n, shape in SHAPES.items()}
+    infos = {
+        n: TensorInfo(n, shape, Kind.F32 if "norm" in n else Kind.BF16)
+        for n, shape in SHAPES.items()
+    }
     return Gguf(Path("in.gguf"), {}, infos, {})
 
 
 def types(gguf: Gguf, **chosen: str) -> dict[str, Kind]:
     """The source's types but for tensors whose name has a keyword in it."""
     kinds = {name: info.type for name, info in gguf.tensors.items()}
-    return {n: next((Kind[c] for key, c in chosen.items() if key in n), kind) for n, kind in kinds.items()}
+    return {
+        n: next((Kind[c] for key, c in chosen.items() if key in n), kind)
+        for n, kind in kinds.items()
+    }
 
 
 def said(gguf: Gguf) -> list[str]:
@@ -35,7 +41,14 @@ def said(gguf: Gguf) -> list[str]:
     lines = ["llama_model_loader: - type bf16:   6 tensors"]
     for i, (name, info) in enumerate(sorted(gguf.tensors.items())):
         line = f"[{i + 1:4d}/{len(SHAPES):4d}] {name:36s} - [   256,      1,      1,      1], type = {info.type.name.lower():>6s}, "
-        lines.append(line + ("size =    0.001 MiB" if "norm" in name else "size =     0.62 MiB ->     0.21 MiB (q4_K)"))
+        lines.append(
+            line
+            + (
+                "size =    0.001 MiB"
+                if "norm" in name
+                else "size =     0.62 MiB ->     0.21 MiB (q4_K)"
+            )
+        )
     return [*lines, "llama_model_quantize_impl: quant size  =     0.94 MiB (2.85 BPW)"]
 
 
@@ -85,7 +98,11 @@ FULL = {f"blk.{i}.ffn_down.weight": 8 * 256 for i in range(5)}
     [
         (FULL, {"ffn": "IQ2_XS", "embd": "Q4_K"}, None),
         ({}, {"ffn": "IQ3_S", "embd": "IQ2_S"}, None),
-        ({"token_embd.weight": 7, **FULL}, {"ffn": "Q4_K", "embd": "Q4_K"}, None),  # llama-quantize ignores it
+        (
+            {"token_embd.weight": 7, **FULL},
+            {"ffn": "Q4_K", "embd": "Q4_K"},
+            None,
+        ),  # llama-quantize ignores it
         (
             {},
             {"ffn": "IQ3_XXS"},
@@ -98,11 +115,21 @@ FULL = {f"blk.{i}.ffn_down.weight": 8 * 256 for i in range(5)}
         ),
         (FULL, {"embd": "IQ2_XS"}, r"i\.dat has none for token_embd\.weight \(IQ2_XS\):"),
         ({**FULL, "token_embd.weight": 7}, {"embd": "IQ2_XS"}, r"has none for token_embd\.weight"),
-        ({**FULL, "blk.1.ffn_down.weight": 256}, {"ffn": "Q4_K"}, r"of another model: .* blk\.1\.ffn_down\.weight"),
-        ({"blk.0.ffn_dwn.weight": 256}, {"ffn": "Q4_K"}, r"of another model: .* blk\.0\.ffn_dwn\.weight"),
+        (
+            {**FULL, "blk.1.ffn_down.weight": 256},
+            {"ffn": "Q4_K"},
+            r"of another model: .* blk\.1\.ffn_down\.weight",
+        ),
+        (
+            {"blk.0.ffn_dwn.weight": 256},
+            {"ffn": "Q4_K"},
+            r"of another model: .* blk\.0\.ffn_dwn\.weight",
+        ),
     ],
 )
-def test_what_an_importance_matrix_must_cover(rows: dict[str, int], chosen: dict[str, str], message: str | None) -> None:
+def test_what_an_importance_matrix_must_cover(
+    rows: dict[str, int], chosen: dict[str, str], message: str | None
+) -> None:
     gguf, path = source(), Path("i.dat") if rows else None
     if message is None:
         mixture.check_imatrix(gguf, types(gguf, **chosen), "Q2_K_S", path, rows)
@@ -112,7 +139,9 @@ def test_what_an_importance_matrix_must_cover(rows: dict[str, int], chosen: dict
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_file_types_that_need_an_importance_matrix_are_known_beforehand(built: Path, model: str) -> None:
+def test_the_file_types_that_need_an_importance_matrix_are_known_beforehand(
+    built: Path, model: str
+) -> None:
     """Before a checkpoint is there, by the type's name alone; after, by every tensor's."""
     needing = []
     for file_type in quant_types.FILE_TYPES:
@@ -120,7 +149,9 @@ def test_the_file_types_that_need_an_importance_matrix_are_known_beforehand(buil
             quantize(built / f"results/{model}/work/convert/all.gguf", None, file_type)
         except ConfigError:
             needing.append(file_type)
-    assert needing == [file_type for file_type in quant_types.FILE_TYPES if file_type in quant_types.NEED_IMATRIX]
+    assert needing == [
+        file_type for file_type in quant_types.FILE_TYPES if file_type in quant_types.NEED_IMATRIX
+    ]
 
 
 RECIPES = {
@@ -133,14 +164,23 @@ RECIPES = {
 def matrices(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = {model: tmp_path_factory.mktemp(model) / "imatrix.gguf" for model in MODELS}
     for model, path in out.items():
-        imatrix.compute(built / f"results/{model}/work/convert/all.gguf", built / "tests/checkpoints/corpus.py", path)
+        imatrix.compute(
+            built / f"results/{model}/work/convert/all.gguf",
+            built / "tests/checkpoints/corpus.py",
+            path,
+        )
     return out
 
 
 @pytest.mark.parametrize("file_type", RECIPES)
 @pytest.mark.parametrize("model", MODELS)
 def test_what_the_table_says_is_what_is_written(
-    built: Path, matrices: dict[str, Path], model: str, file_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: Path,
+    matrices: dict[str, Path],
+    model: str,
+    file_type: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     matrix = matrices[model] if file_type in quant_types.NEED_IMATRIX else None
     path, log = built / f"results/{model}/work/convert/all.gguf", tmp_path / "log"
@@ -148,7 +188,9 @@ def test_what_the_table_says_is_what_is_written(
     table = capsys.readouterr().out.strip()
     written, original = reader.read(tmp_path / "out.gguf"), reader.read(path)
     # The same table, made of the file that was written; the default types are the table's own.
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()[2:-2]]
+    rows = [
+        tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()[2:-2]
+    ]
     told = {name: chosen for pattern, _, chosen, _ in rows for name in expanded(pattern)}
     assert {name: info.type.name for name, info in written.tensors.items()} == {
         name: told.get(name, info.type.name) for name, info in original.tensors.items()
@@ -168,11 +210,19 @@ def expanded(pattern: str) -> list[str]:
     return [f"{start}{block}{end}" for run in runs for block in range(run[0], run[-1] + 1)]
 
 
-def test_a_row_that_does_not_fit_a_type_falls_back_in_the_table_too(built: Path, tmp_path: Path) -> None:
+def test_a_row_that_does_not_fit_a_type_falls_back_in_the_table_too(
+    built: Path, tmp_path: Path
+) -> None:
     opened = reader.read(built / "results/tiny-qwen3.5/work/convert/all.gguf")
     odd = {"blk.0.ffn_down.weight": (256, 96), "blk.1.ffn_down.weight": (256, 40)}
-    infos = [replace(info, shape=odd.get(name, info.shape)) for name, info in opened.tensors.items()]
-    writer.write(tmp_path / "odd.gguf", opened.metadata, [(i, [replace(opened.ranges[i.name], size=i.size)]) for i in infos])
+    infos = [
+        replace(info, shape=odd.get(name, info.shape)) for name, info in opened.tensors.items()
+    ]
+    writer.write(
+        tmp_path / "odd.gguf",
+        opened.metadata,
+        [(i, [replace(opened.ranges[i.name], size=i.size)]) for i in infos],
+    )
     quantize(tmp_path / "odd.gguf", tmp_path / "out.gguf", "IQ4_XS")  # which compares them too
     written = reader.read(tmp_path / "out.gguf").tensors
     assert [written[name].type.name for name in odd] == ["IQ4_NL", "F16"]

@@ -21,7 +21,12 @@ def measured(file: str, recommended: int, divergence: float = 0.01) -> dict[str,
     def entry(n_max: int, speed: float) -> dict[str, Any]:
         share = 0.9 if n_max else None
         spread = [speed - 1, speed + 1]
-        speeds = {"tokens_per_second": speed, "spread": spread, "cold_tokens_per_second": speed / 2, "speedup": speed / 50}
+        speeds = {
+            "tokens_per_second": speed,
+            "spread": spread,
+            "cold_tokens_per_second": speed / 2,
+            "speedup": speed / 50,
+        }
         return {"n_max": n_max, **speeds, "acceptance": share, "by_position": [0.9] * n_max}
 
     kinds = ("code", "prose", "structured")
@@ -39,7 +44,10 @@ def words(picture: Svg) -> list[str]:
     assert root.get("width") == str(WIDTH)
     for text in root.iter(TEXT):
         width = WIDE / 12 * float(text.get("font-size", "12")) * len(text.text or "") * 0.9
-        begin = float(text.get("x", "0")) - {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "")] * width
+        begin = (
+            float(text.get("x", "0"))
+            - {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "")] * width
+        )
         assert begin >= -8 and begin + width <= WIDTH + 12, text.text
     return [text.text or "" for text in root.iter(TEXT)]
 
@@ -53,35 +61,57 @@ def test_speed_says_what_to_serve_with() -> None:
 
 def test_acceptance_is_of_each_kind() -> None:
     picture = plot.acceptance([measured("M-A.gguf", 1)])
-    assert {"code", "prose", "structured", "90.0%", "by position at n_max 1: 90%"} <= set(words(picture))
-    assert picture.render().count("<circle") == picture.render().count("<polygon") == 2  # in the legend, and at n_max 1
+    assert {"code", "prose", "structured", "90.0%", "by position at n_max 1: 90%"} <= set(
+        words(picture)
+    )
+    assert (
+        picture.render().count("<circle") == picture.render().count("<polygon") == 2
+    )  # in the legend, and at n_max 1
 
 
 def test_more_kinds_than_three_keep_apart() -> None:
     kinds = ["code", "prose", "structured", "dialogue", "mathematics", "translation"]
     found = measured("M-A.gguf", 1)
-    picture = plot.acceptance([{**found, "runs": [{**found["runs"][0], "kind": kind} for kind in kinds]}])
+    picture = plot.acceptance(
+        [{**found, "runs": [{**found["runs"][0], "kind": kind} for kind in kinds]}]
+    )
     assert set(kinds) <= set(words(picture))
-    places = [float(y) for y in re.findall(r'<circle cx="[0-9.]+" cy="([0-9.]+)"', picture.render())]
-    assert len(places) == 6 and len({*places[3:]}) == 3  # three of six are circles: in the legend, and below one another
+    places = [
+        float(y) for y in re.findall(r'<circle cx="[0-9.]+" cy="([0-9.]+)"', picture.render())
+    ]
+    assert (
+        len(places) == 6 and len({*places[3:]}) == 3
+    )  # three of six are circles: in the legend, and below one another
 
 
 @pytest.mark.parametrize("divergences", [(0.0,), (0.0, 0.02), (0.0, 1e-9), (0.1, 0.1, 0.1, 1e-5)])
 def test_distances_of_all_files_are_named(divergences: tuple[float, ...]) -> None:
     names = [f"M-V{number}" for number in range(len(divergences))]
-    found = words(plot.distance([measured(f"{name}.gguf", 0, value) for name, value in zip(names, divergences, strict=True)]))
+    found = words(
+        plot.distance(
+            [
+                measured(f"{name}.gguf", 0, value)
+                for name, value in zip(names, divergences, strict=True)
+            ]
+        )
+    )
     assert set(names if len(names) == 1 else [name[2:] for name in names]) <= set(found)
 
 
 def test_tensors_have_their_types_and_errors(built: Path) -> None:
     file = built / "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf"
-    picture = plot.tensors(file, {"blk.0.ffn_up.weight": 0.15, "blk.1.ffn_up.weight": 0.2, "output_norm.weight": 0.0})
+    picture = plot.tensors(
+        file, {"blk.0.ffn_up.weight": 0.15, "blk.1.ffn_up.weight": 0.2, "output_norm.weight": 0.0}
+    )
     assert {"ffn_up", "IQ3_S ×4", "BF16 ×1", "nextn.eh_proj"} <= set(words(picture))
     assert picture.render().count('stroke-width="3"') == 1  # the one name with errors
     assert "0.0001" not in words(plot.tensors(file, {}))  # no axis where nothing was compared
 
 
-@pytest.mark.parametrize(("top", "last"), [(0.0, 0.0), (0.9, 1.0), (7.0, 8.0), (5.6, 6.0), (100.0, 100.0), (20_000.0, 20_000.0)])
+@pytest.mark.parametrize(
+    ("top", "last"),
+    [(0.0, 0.0), (0.9, 1.0), (7.0, 8.0), (5.6, 6.0), (100.0, 100.0), (20_000.0, 20_000.0)],
+)
 def test_ticks_are_round_and_reach_the_top(top: float, last: float) -> None:
     found = ticks(top)
     assert found[0] == 0 and found[-1] == pytest.approx(last) and len(found) <= 7

@@ -30,7 +30,9 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(512 * MB)
     subprocess.run([make, "-q", str(image)], check=True)
-    done = subprocess.run(["mount", "-o", "loop", str(image), str(point)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-o", "loop", str(image), str(point)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"this machine mounts no {request.param}: {done.stderr.strip()}")
     yield point
@@ -44,7 +46,9 @@ def used(point: Path) -> int:
 
 
 @pytest.mark.parametrize("change_in_place", [False, True])
-def test_the_trunk_takes_no_room_a_second_time(mounted: Path, tmp_path: Path, change_in_place: bool) -> None:
+def test_the_trunk_takes_no_room_a_second_time(
+    mounted: Path, tmp_path: Path, change_in_place: bool
+) -> None:
     for part in ("trunk", "head"):
         native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / f"{part}.gguf", part, "qwen35")
     small = reader.read(tmp_path / "trunk.gguf")

@@ -70,7 +70,23 @@ def test_sizes_are_those_of_llama_gguf_split() -> None:
     assert (parse_size("1M"), parse_size("500M"), parse_size("48G")) == (M, 500 * M, 48_000 * M)
 
 
-GARBLED = ["", "48", "G", "1.5G", "48g", "48GB", "48GiB", "0G", "-1G", "+1G", " 48G", "48G\n", "\u0664G", "9" * 5000 + "G", "1e9G"]
+GARBLED = [
+    "",
+    "48",
+    "G",
+    "1.5G",
+    "48g",
+    "48GB",
+    "48GiB",
+    "0G",
+    "-1G",
+    "+1G",
+    " 48G",
+    "48G\n",
+    "\u0664G",
+    "9" * 5000 + "G",
+    "1e9G",
+]
 
 
 @pytest.mark.parametrize("text", GARBLED, ids=lambda text: ascii(text[:8]))
@@ -96,21 +112,35 @@ def test_the_files_are_those_of_llama_gguf_split(
     theirs.mkdir()
     gguf_split("--split", "--split-max-size", size, sources[name], theirs / "Some-4B.Q8_0")
     files = split(sources[name], ours, "Some-4B.Q8_0", parse_size(size))
-    assert files == [ours / name for name in shard_names("Some-4B.Q8_0", count)] == sorted(ours.iterdir())
+    assert (
+        files
+        == [ours / name for name in shard_names("Some-4B.Q8_0", count)]
+        == sorted(ours.iterdir())
+    )
     assert files[-1].name == f"Some-4B.Q8_0-{count:05d}-of-{count:05d}.gguf"
-    assert {file.name: file.read_bytes() for file in ours.iterdir()} == {file.name: file.read_bytes() for file in theirs.iterdir()}
+    assert {file.name: file.read_bytes() for file in ours.iterdir()} == {
+        file.name: file.read_bytes() for file in theirs.iterdir()
+    }
     assert check(reader.read(sources[name]), files) == []
 
 
-def test_llama_gguf_split_merges_the_files_to_the_source(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_llama_gguf_split_merges_the_files_to_the_source(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     source = reader.read(sources["tiny-qwen3.5-moe"])
     files = split(source.path, tmp_path / "out", "x", 2 * M)
     gguf_split("--merge", files[0], tmp_path / "merged.gguf")
     merged = reader.read(tmp_path / "merged.gguf")
     assert list(merged.tensors) == list(source.tensors)
-    assert all(sha256(merged.ranges[name]) == sha256(source.ranges[name]) for name in source.tensors)
-    assert {key: value for key, value in merged.metadata.items() if not key.startswith("split.")} == source.metadata
-    again = split(merged.path, tmp_path / "again", "x", 2 * M)  # the 0 that merging leaves behind does no harm
+    assert all(
+        sha256(merged.ranges[name]) == sha256(source.ranges[name]) for name in source.tensors
+    )
+    assert {
+        key: value for key, value in merged.metadata.items() if not key.startswith("split.")
+    } == source.metadata
+    again = split(
+        merged.path, tmp_path / "again", "x", 2 * M
+    )  # the 0 that merging leaves behind does no harm
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
 
 
@@ -119,12 +149,17 @@ def test_a_file_that_fits_stays_whole_under_the_plain_name(source: Path, tmp_pat
     (file,) = split(source, tmp_path / "out", "x", weights)
     assert file == tmp_path / "out" / "x.gguf" and file.read_bytes() == source.read_bytes()
     assert file.samefile(source)  # no second copy of 40 GB on the disk
-    assert len(split(source, tmp_path / "out", "x", weights - 1)) == 2  # and takes the other's place
+    assert (
+        len(split(source, tmp_path / "out", "x", weights - 1)) == 2
+    )  # and takes the other's place
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_limit_below_a_tensor_and_a_shard_are_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"600,000 bytes are too small: tensor token_embd\.weight .* takes 655,360"):
+    with pytest.raises(
+        ConfigError,
+        match=r"600,000 bytes are too small: tensor token_embd\.weight .* takes 655,360",
+    ):
         plan(reader.read(source), 600_000)
     shard = split(source, tmp_path / "out", "x", M)[1]
     with pytest.raises(GgufError, match="is one shard of a split GGUF"):
@@ -137,11 +172,15 @@ def test_progress_counts_the_bytes_of_all_files(source: Path, tmp_path: Path) ->
     split(source, tmp_path / "out", "x", M, lambda done, total: seen.append((done, total)))
     done, total = seen[-1]
     assert done == total and {all_of_it for _, all_of_it in seen} == {total}
-    assert sorted(seen) == seen and total == sum(aligned(info.size) for info in reader.read(source).tensors.values())
+    assert sorted(seen) == seen and total == sum(
+        aligned(info.size) for info in reader.read(source).tensors.values()
+    )
 
 
 @pytest.mark.parametrize("stem", ["", ".", "..", ".hidden", "a/b", "../x", "nul\0"])
-def test_a_name_that_leaves_the_folder_or_hides_is_refused(source: Path, tmp_path: Path, stem: str) -> None:
+def test_a_name_that_leaves_the_folder_or_hides_is_refused(
+    source: Path, tmp_path: Path, stem: str
+) -> None:
     with pytest.raises(ConfigError, match="cannot begin the names of files"):
         split(source, tmp_path / "out", stem, M)
     assert list(tmp_path.iterdir()) == []
@@ -170,7 +209,9 @@ def test_a_failure_leaves_the_folder_that_was_there(source: Path, tmp_path: Path
 
     with pytest.raises(RuntimeError):
         split(source, tmp_path / "out", "x", M, fail)
-    assert sorted((tmp_path / "out").iterdir()) == before and [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert sorted((tmp_path / "out").iterdir()) == before and [
+        entry.name for entry in tmp_path.iterdir()
+    ] == ["out"]
 
 
 def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_path: Path) -> None:
@@ -183,10 +224,14 @@ def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_pa
     assert done.returncode == -signal.SIGKILL
     assert [entry.name for entry in tmp_path.iterdir()] == [".out.part"]
     files = split(source, tmp_path / "out", "x", 3 * M)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and sorted((tmp_path / "out").iterdir()) == files
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"] and sorted(
+        (tmp_path / "out").iterdir()
+    ) == files
 
 
-def rewritten(path: Path, change: Callable[[dict[str, Value], dict[str, TensorInfo]], object]) -> None:
+def rewritten(
+    path: Path, change: Callable[[dict[str, Value], dict[str, TensorInfo]], object]
+) -> None:
     """The same file with other metadata or tensors."""
     opened = reader.read(path)
     metadata, tensors = dict(opened.metadata), dict(opened.tensors)
@@ -198,8 +243,12 @@ def rewritten(path: Path, change: Callable[[dict[str, Value], dict[str, TensorIn
     writer.write(path, metadata, payload)
 
 
-def number(key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT16) -> Callable[[Path], None]:
-    return lambda path: rewritten(path, lambda metadata, _: metadata.update({key: Value.of(value, kind)}))
+def number(
+    key: str, value: int, kind: GGUFValueType = GGUFValueType.UINT16
+) -> Callable[[Path], None]:
+    return lambda path: rewritten(
+        path, lambda metadata, _: metadata.update({key: Value.of(value, kind)})
+    )
 
 
 def flip_a_bit(path: Path) -> None:
@@ -215,7 +264,12 @@ def lose_a_tensor(path: Path) -> None:
 
 def another_shape(path: Path) -> None:
     name = "blk.0.ssm_out.weight"
-    rewritten(path, lambda _, tensors: tensors.update({name: replace(tensors[name], shape=(tensors[name].elements,))}))
+    rewritten(
+        path,
+        lambda _, tensors: tensors.update(
+            {name: replace(tensors[name], shape=(tensors[name].elements,))}
+        ),
+    )
 
 
 def tensor_of(name: str) -> Callable[[Path], None]:
@@ -226,21 +280,35 @@ def tensor_of(name: str) -> Callable[[Path], None]:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong number": (number("split.no", 2), "has a wrong split.no"),
     "wrong count": (number("split.count", 7), "has a wrong split.count"),
-    "count of another type": (number("split.count", 6, GGUFValueType.UINT32), "has a wrong split.count"),
-    "wrong total": (number("split.tensors.count", 1, GGUFValueType.INT32), "has a wrong split.tensors.count"),
+    "count of another type": (
+        number("split.count", 6, GGUFValueType.UINT32),
+        "has a wrong split.count",
+    ),
+    "wrong total": (
+        number("split.tensors.count", 1, GGUFValueType.INT32),
+        "has a wrong split.tensors.count",
+    ),
     "foreign key": (number("qwen35.block_count", 4), "has a wrong qwen35.block_count"),
     "flipped bit": (flip_a_bit, "blk.0.ffn_down.weight differs from the source"),
     "lost tensor": (lose_a_tensor, "is missing"),
     "another shape": (another_shape, "blk.0.ssm_out.weight has another type or shape"),
-    "tensor twice": (tensor_of("blk.0.attn_norm.weight"), "blk.0.attn_norm.weight stands in x-00001-of-00006.gguf and x-00002"),
-    "foreign tensor": (tensor_of("blk.9.attn_norm.weight"), "blk.9.attn_norm.weight does not belong there"),
+    "tensor twice": (
+        tensor_of("blk.0.attn_norm.weight"),
+        "blk.0.attn_norm.weight stands in x-00001-of-00006.gguf and x-00002",
+    ),
+    "foreign tensor": (
+        tensor_of("blk.9.attn_norm.weight"),
+        "blk.9.attn_norm.weight does not belong there",
+    ),
     "truncated": (lambda path: os.truncate(path, 100_000), "truncated"),
     "gone": (lambda path: path.unlink(), "no such file"),
 }
 
 
 @pytest.mark.parametrize(("fault", "named"), FAULTS.values(), ids=FAULTS)
-def test_a_faulty_file_is_seen(source: Path, tmp_path: Path, fault: Callable[[Path], object], named: str) -> None:
+def test_a_faulty_file_is_seen(
+    source: Path, tmp_path: Path, fault: Callable[[Path], object], named: str
+) -> None:
     files = split(source, tmp_path / "out", "x", M)
     fault(files[1])
     assert named in ", ".join(check(reader.read(source), files))
@@ -248,7 +316,9 @@ def test_a_faulty_file_is_seen(source: Path, tmp_path: Path, fault: Callable[[Pa
 
 def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_path: Path) -> None:
     files, opened = split(source, tmp_path / "out", "x", M), reader.read(source)
-    assert any("does not find" in problem for problem in check(opened, [files[1], files[0], *files[2:]]))
+    assert any(
+        "does not find" in problem for problem in check(opened, [files[1], files[0], *files[2:]])
+    )
     assert any("does not find" in problem for problem in check(opened, files[:-1]))
     assert check(opened, []) == ["there are no files"]
     number("qwen35.context_length", 1, GGUFValueType.UINT32)(files[0])
@@ -261,20 +331,39 @@ def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_p
 
 
 def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match=r"x is not published: files load: .*llama-server: missing"):
+    with pytest.raises(
+        VerificationError, match=r"x is not published: files load: .*llama-server: missing"
+    ):
         publish_split(source, tmp_path / "x", M, request.Request(prompts=("x",)), bin_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_verified_file_is_published_in_files_that_load_and_draft(source: Path, run: Run, tmp_path: Path) -> None:
+def test_a_verified_file_is_published_in_files_that_load_and_draft(
+    source: Path, run: Run, tmp_path: Path
+) -> None:
     folder, report = tmp_path / "tiny-BF16", tmp_path / "report.json"
-    options = ("--prompts", CHECKPOINTS / "tiny-qwen3.5" / "prompts", "--threads", 1, "--bin", BIN, "--out", report)
+    options = (
+        "--prompts",
+        CHECKPOINTS / "tiny-qwen3.5" / "prompts",
+        "--threads",
+        1,
+        "--bin",
+        BIN,
+        "--out",
+        report,
+    )
     done = run("verify.py", source, *options, "--publish", folder, "--split", "2M")
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
     whole = {path.name: ranges.FileRange(path, 0, path.stat().st_size) for path in folder.iterdir()}
-    assert found["files"] == [{"name": name, "bytes": whole[name].size, "sha256": sha256(whole[name])} for name in sorted(whole)]
-    assert list(map(str, sorted(whole))) == shard_names("tiny-BF16", 3) and found["file"] == "tiny-BF16"
+    assert found["files"] == [
+        {"name": name, "bytes": whole[name].size, "sha256": sha256(whole[name])}
+        for name in sorted(whole)
+    ]
+    assert (
+        list(map(str, sorted(whole))) == shard_names("tiny-BF16", 3)
+        and found["file"] == "tiny-BF16"
+    )
     accepted = {entry["name"]: entry["detail"] for entry in found["checks"]}["files load"].split()
     assert int(accepted[0]) > 0 and "drafts accepted" in done.stdout
 
@@ -298,8 +387,17 @@ def test_a_split_that_cannot_be_is_refused_before_verification(
 def test_the_program(source: Path, run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
     done = run("split.py", source, "--max-size", "3M", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in shard_names("tiny-qwen3.5", 2)]
+    assert done.stdout.split() == [
+        str(tmp_path / "out" / name) for name in shard_names("tiny-qwen3.5", 2)
+    ]
     assert "is no size" in fails("split.py", source, "--max-size", "3 GB", out=tmp_path / "other")
-    assert "no such file" in fails("split.py", tmp_path / "gone.gguf", "--max-size", "3M", out=tmp_path / "other")
-    assert run("split.py", source, "--max-size", "9M", "--out", tmp_path / "one", "--name", "Named").returncode == 0
+    assert "no such file" in fails(
+        "split.py", tmp_path / "gone.gguf", "--max-size", "3M", out=tmp_path / "other"
+    )
+    assert (
+        run(
+            "split.py", source, "--max-size", "9M", "--out", tmp_path / "one", "--name", "Named"
+        ).returncode
+        == 0
+    )
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["Named.gguf"]

@@ -83,9 +83,20 @@ class Clone:
 
     def start(self, to: str = "out", *options: str, **environment: str) -> subprocess.Popen[str]:
         out = self.root / to
-        command = [sys.executable, str(PROGRAM), "--requirement", str(self.requirement), "--jobs", "2"]
+        command = [
+            sys.executable,
+            str(PROGRAM),
+            "--requirement",
+            str(self.requirement),
+            "--jobs",
+            "2",
+        ]
         command += ["--bin", str(out / "bin"), "--out", str(out / "stamp.json")]
-        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (self.root / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+        pip = {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": (self.root / "index").as_uri(),
+            "PIP_CONFIG_FILE": os.devnull,
+        }
         return subprocess.Popen(
             [*command, *options],
             env={**os.environ, **pip, "MTPFORGE_CACHE": str(self.cache), **environment},
@@ -118,7 +129,9 @@ def write_programs(directory: Path, **scripts: str) -> Path:
     directory.mkdir()
     for name in PROGRAMS:
         says = "echo 'version: 0.5.0-dev (build 7, commit abc1234)' >&2; echo 'built with GNU 1 for Test'"
-        (directory / name).write_text("#!/bin/sh\n" + scripts.get(name.removeprefix("llama-"), says) + "\n")
+        (directory / name).write_text(
+            "#!/bin/sh\n" + scripts.get(name.removeprefix("llama-"), says) + "\n"
+        )
         (directory / name).chmod(0o755)
     return directory
 
@@ -138,10 +151,16 @@ RECIPE = Recipe("0" * 64, "GNU 12.2.0", "Linux x86_64", ("-DA=1", "-DB=2"), ("x"
     ],
 )
 def test_the_key_changes_with_each_ingredient(change: dict) -> None:
-    assert dataclasses.replace(RECIPE, **change).key() != RECIPE.key() == dataclasses.replace(RECIPE).key()
+    assert (
+        dataclasses.replace(RECIPE, **change).key()
+        != RECIPE.key()
+        == dataclasses.replace(RECIPE).key()
+    )
 
 
-@pytest.mark.parametrize("line", ["", "a==1", "a>=1 --hash=sha256:" + "0" * 64, "a==1 --hash=sha256:00", "a==1\nb==2"])
+@pytest.mark.parametrize(
+    "line", ["", "a==1", "a>=1 --hash=sha256:" + "0" * 64, "a==1 --hash=sha256:00", "a==1\nb==2"]
+)
 def test_an_unpinned_requirement_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "r.txt").write_text(line)
     with pytest.raises(ToolchainError, match=r"r\.txt: expected one line"):
@@ -155,7 +174,11 @@ def test_the_pin_of_this_repository_is_read() -> None:
 
 def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
     stamp = clone.stamp()
-    assert (stamp["llama.cpp"], stamp["commit"], stamp["archive_sha256"]) == ("9.9.9", "abcdef123", clone.sha256)
+    assert (stamp["llama.cpp"], stamp["commit"], stamp["archive_sha256"]) == (
+        "9.9.9",
+        "abcdef123",
+        clone.sha256,
+    )
     assert str(clone.root) not in json.dumps(stamp)
     for name, digest in stamp["programs"].items():
         assert hashlib.sha256((clone.root / "out/bin" / name).read_bytes()).hexdigest() == digest
@@ -165,17 +188,39 @@ def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_the_converter_comes_from_a_build_or_from_the_archive(clone: Clone, built: bool, tmp_path: Path) -> None:
-    pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": (clone.root / "index").as_uri(), "PIP_CONFIG_FILE": os.devnull}
+def test_the_converter_comes_from_a_build_or_from_the_archive(
+    clone: Clone, built: bool, tmp_path: Path
+) -> None:
+    pip = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": (clone.root / "index").as_uri(),
+        "PIP_CONFIG_FILE": os.devnull,
+    }
     cache = clone.cache if built else tmp_path / "empty"
     empty_lock = tmp_path / "lock.txt"
     empty_lock.touch()
-    command = [sys.executable, PROGRAM.with_name("converter.py"), "--requirement", clone.requirement, "--lock", empty_lock]
+    command = [
+        sys.executable,
+        PROGRAM.with_name("converter.py"),
+        "--requirement",
+        clone.requirement,
+        "--lock",
+        empty_lock,
+    ]
     environment = {**os.environ, **pip, "MTPFORGE_CACHE": str(cache)}
-    done = subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--out", tmp_path / "stamp.json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert ("downloading" in done.stderr) is not built
-    assert sorted(p.name for p in (tmp_path / "source").iterdir()) == ["conversion", "convert_hf_to_gguf.py", "gguf-py"]
+    assert sorted(p.name for p in (tmp_path / "source").iterdir()) == [
+        "conversion",
+        "convert_hf_to_gguf.py",
+        "gguf-py",
+    ]
     stamp = json.loads((tmp_path / "stamp.json").read_text())
     assert (stamp["commit"], stamp["archive_sha256"]) == ("abcdef123", clone.sha256)
     assert (tmp_path / "environment/bin/python").exists()
@@ -185,7 +230,9 @@ def test_a_second_clone_builds_nothing_and_gets_the_same_bytes(clone: Clone) -> 
     code, said = clone.run("second", CXX=os.environ.get("CXX", "c++"))
     assert (code, said.count("\n")) == (0, 1)
     assert "using the build in" in said
-    assert (clone.root / "second/stamp.json").read_bytes() == (clone.root / "out/stamp.json").read_bytes()
+    assert (clone.root / "second/stamp.json").read_bytes() == (
+        clone.root / "out/stamp.json"
+    ).read_bytes()
 
 
 def test_damage_in_one_clone_does_not_reach_the_cache(clone: Clone) -> None:
@@ -194,11 +241,21 @@ def test_damage_in_one_clone_does_not_reach_the_cache(clone: Clone) -> None:
         file.write(b"damage")
     code, said = clone.run("victim")
     assert (code, "using the build in" in said) == (0, True)
-    assert (clone.root / "victim/bin/llama-server").read_bytes() == (clone.root / "out/bin/llama-server").read_bytes()
+    assert (clone.root / "victim/bin/llama-server").read_bytes() == (
+        clone.root / "out/bin/llama-server"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
-    "gone", ["stamp.json", "bin/llama-server", "source/convert_hf_to_gguf.py", "source/conversion", "bin", "source"]
+    "gone",
+    [
+        "stamp.json",
+        "bin/llama-server",
+        "source/convert_hf_to_gguf.py",
+        "source/conversion",
+        "bin",
+        "source",
+    ],
 )
 def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, gone: str) -> None:
     entry = shutil.copytree(clone.entry(), tmp_path / "entry")
@@ -207,7 +264,9 @@ def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, g
     assert not is_whole(entry)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"programs": ', '{"programs": 1}', '{"programs": {}}', "{}", "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"programs": ', '{"programs": 1}', '{"programs": {}}', "{}", "\udcff"]
+)
 def test_a_cache_entry_with_another_stamp_is_torn(clone: Clone, tmp_path: Path, text: str) -> None:
     entry = shutil.copytree(clone.entry(), tmp_path / "entry")
     (entry / "stamp.json").write_bytes(text.encode("utf-8", errors="surrogateescape"))
@@ -304,10 +363,16 @@ def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:
 def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
     old = "echo 'version: 9789 (abc1234)'; echo 'built with Clang 17 for Linux'"
     names = {name.removeprefix("llama-"): old for name in PROGRAMS}
-    code, said = Clone(tmp_path).run("out", "--bin-dir", str(write_programs(tmp_path / "old", **names)))
+    code, said = Clone(tmp_path).run(
+        "out", "--bin-dir", str(write_programs(tmp_path / "old", **names))
+    )
     assert code == 0, said
     stamp = json.loads((tmp_path / "out/stamp.json").read_text())
-    assert (stamp["llama.cpp"], stamp["commit"], stamp["compiler"]) == ("9789", "abc1234", "Clang 17 for Linux")
+    assert (stamp["llama.cpp"], stamp["commit"], stamp["compiler"]) == (
+        "9789",
+        "abc1234",
+        "Clang 17 for Linux",
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,12 +380,23 @@ def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
     [
         (lambda program: program.unlink(), "no such program"),
         (lambda program: program.chmod(0o644), "does not run"),
-        (lambda program: program.write_text("#!/bin/sh\nexit 127\n"), "does not run (exit code 127)"),
-        (lambda program: program.write_text("#!/bin/sh\nkill -9 $$\n"), "does not run (exit code -9)"),
-        (lambda program: program.write_text("#!/bin/sh\necho 'version: 1 (other)'\n"), "programs of different builds"),
+        (
+            lambda program: program.write_text("#!/bin/sh\nexit 127\n"),
+            "does not run (exit code 127)",
+        ),
+        (
+            lambda program: program.write_text("#!/bin/sh\nkill -9 $$\n"),
+            "does not run (exit code -9)",
+        ),
+        (
+            lambda program: program.write_text("#!/bin/sh\necho 'version: 1 (other)'\n"),
+            "programs of different builds",
+        ),
     ],
 )
-def test_an_existing_program_that_cannot_be_used_is_named(tmp_path: Path, break_it, complaint: str) -> None:
+def test_an_existing_program_that_cannot_be_used_is_named(
+    tmp_path: Path, break_it, complaint: str
+) -> None:
     existing = write_programs(tmp_path / "cuda")
     break_it(existing / "llama-server")
     code, said = Clone(tmp_path).run("out", "--bin-dir", str(existing))

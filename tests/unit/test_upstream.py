@@ -40,15 +40,25 @@ def test_no_architecture_of_ours_is_on_the_list() -> None:
     assert not ours & architectures.ARCHITECTURES.keys()
 
 
-def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(fails: Fails, tmp_path: Path) -> None:
+def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(
+    fails: Fails, tmp_path: Path
+) -> None:
     checkpoint = write_model("glm", tmp_path / "glm", architectures=["KimiLinearForCausalLM"])
-    message = fails("convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf")
-    assert "KimiLinearForCausalLM" in message and all(name in message for name in architectures.ARCHITECTURES)
+    message = fails(
+        "convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf"
+    )
+    assert "KimiLinearForCausalLM" in message and all(
+        name in message for name in architectures.ARCHITECTURES
+    )
 
 
-def test_a_missing_environment_is_an_error_that_says_what_makes_it(fails: Fails, tmp_path: Path) -> None:
+def test_a_missing_environment_is_an_error_that_says_what_makes_it(
+    fails: Fails, tmp_path: Path
+) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
-    assert "make converter" in fails("convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf")
+    assert "make converter" in fails(
+        "convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,7 +71,11 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("glm", {"num_nextn_predict_layers": None}, "but 0 blocks are declared"),
     ("glm", {"num_nextn_predict_layers": "1"}, "but '1' blocks are declared"),
     ("glm", {"drop": "layers.2."}, "no tensors of a head (1 blocks are declared)"),
-    ("step", {"drop": "layers.3."}, "has tensors of 1 head layers, 1 to a block, but 2 blocks are declared"),
+    (
+        "step",
+        {"drop": "layers.3."},
+        "has tensors of 1 head layers, 1 to a block, but 2 blocks are declared",
+    ),
     ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 to a block"),
     ("mimo", {"drop": "mtp.layers.2."}, "but 3 blocks are declared"),
     ("mimo", {"drop": "mtp."}, "no tensors of a head (3 blocks are declared)"),
@@ -69,7 +83,9 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "change", "named"), CONTRADICTIONS)
-def test_tensors_and_configuration_must_agree(tmp_path: Path, name: str, change: dict[str, Any], named: str) -> None:
+def test_tensors_and_configuration_must_agree(
+    tmp_path: Path, name: str, change: dict[str, Any], named: str
+) -> None:
     checkpoint = write_model(name, tmp_path / name, **change)
     assert named in refusal(checkpoint)
     upstream.check(Checkpoint(checkpoint), "trunk")  # which needs no head
@@ -77,30 +93,51 @@ def test_tensors_and_configuration_must_agree(tmp_path: Path, name: str, change:
 
 def test_parts_that_upstream_cannot_make_are_refused(tmp_path: Path) -> None:
     bailing = write_model("bailing", tmp_path / "bailing")
-    assert "only the whole" in refusal(bailing, "trunk") and "only the whole" in refusal(bailing, "draft")
+    assert "only the whole" in refusal(bailing, "trunk") and "only the whole" in refusal(
+        bailing, "draft"
+    )
     assert "a vision tower" in refusal(bailing, "mmproj")
     assert "no preprocessor_config.json" in refusal(CHECKPOINTS / "tiny-qwen3.5", "mmproj")
 
 
 def test_a_head_whose_values_cannot_be_told_is_refused(tmp_path: Path) -> None:
-    tensors, config = (read_tensors(write_model("glm", tmp_path / "glm")), json.loads((tmp_path / "glm/config.json").read_text()))
+    tensors, config = (
+        read_tensors(write_model("glm", tmp_path / "glm")),
+        json.loads((tmp_path / "glm/config.json").read_text()),
+    )
     key = "model.layers.2.eh_proj.weight"
     tensors[key] = ("U8", tensors[key][1].astype("u1"))
     packed = write_checkpoint(tmp_path / "packed", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
     assert f"{key} is U8" in refusal(packed)
     tensors[key] = ("F8_E4M3", tensors[key][1])
     config["quantization_config"] = {"weight_block_size": [128, 128]}
-    unscaled = write_checkpoint(tmp_path / "unscaled", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    unscaled = write_checkpoint(
+        tmp_path / "unscaled", CHECKPOINTS / "tiny-qwen3.5", config, tensors
+    )
     assert f"{key} is FP8 and {key}_scale_inv is missing" in refusal(unscaled)
 
 
 def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
-    for name in ("modeling_glm.py", "pytorch_model.bin", "state.pt", "data.pkl", "model.safetensors.index.json.py"):
+    for name in (
+        "modeling_glm.py",
+        "pytorch_model.bin",
+        "state.pt",
+        "data.pkl",
+        "model.safetensors.index.json.py",
+    ):
         (checkpoint / name).write_text("raise SystemExit")
     config = json.loads((checkpoint / "config.json").read_text())
-    added = {"auto_map": {"a": "b.c"}, "x": [{"auto_map": ["b.c", None], "kept": 2}], "vocabulary": {"auto_map": 7}}
-    added |= {"tokenizer_file": "/elsewhere/tokenizer.json", "vocab_file": "../vocab.json", "from_slow": True}
+    added = {
+        "auto_map": {"a": "b.c"},
+        "x": [{"auto_map": ["b.c", None], "kept": 2}],
+        "vocabulary": {"auto_map": 7},
+    }
+    added |= {
+        "tokenizer_file": "/elsewhere/tokenizer.json",
+        "vocab_file": "../vocab.json",
+        "from_slow": True,
+    }
     (checkpoint / "config.json").write_text(json.dumps({**config, **added}))
     folder = upstream.without_code(Checkpoint(checkpoint), tmp_path / "scratch")
     assert folder.name == "glm"
@@ -145,7 +182,9 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
         f"{architecture}.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
     }
     infos = [
-        TensorInfo(f"blk.{i}.{name}", (2, 2), GGMLQuantizationType.F32) for i in range(blocks - heads, blocks) for name in names
+        TensorInfo(f"blk.{i}.{name}", (2, 2), GGMLQuantizationType.F32)
+        for i in range(blocks - heads, blocks)
+        for name in names
     ]
     writer.write(path, metadata, [(info, [memoryview(bytes(16))]) for info in infos])
     return reader.read(path)
@@ -156,7 +195,10 @@ def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> Non
         return architectures.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
 
     assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
-    assert reason("exaone-moe", "attn_q.weight") == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
+    assert (
+        reason("exaone-moe", "attn_q.weight")
+        == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
+    )
     assert reason("mimo2", "attn_qkv.weight") is None
     assert "a head that has no attn_qkv.weight" in str(reason("mimo2", "attn_q.weight"))
 
@@ -173,16 +215,29 @@ def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path:
     def with_windows(path: Path, blocks: int, heads: int, more: tuple[str, ...] = ()) -> Path:
         opened = head_of(path, "mimo2", blocks, heads, "attn_q.weight")
         windows = Value.of(list(range(blocks)), GGUFValueType.ARRAY, GGUFValueType.UINT32)
-        tensors: list[tuple[TensorInfo, Payload]] = [(info, [opened.ranges[name]]) for name, info in opened.tensors.items()]
-        tensors += [(TensorInfo(name, (1,), GGMLQuantizationType.F32), [memoryview(bytes(4))]) for name in more]
-        writer.write(path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors)
+        tensors: list[tuple[TensorInfo, Payload]] = [
+            (info, [opened.ranges[name]]) for name, info in opened.tensors.items()
+        ]
+        tensors += [
+            (TensorInfo(name, (1,), GGMLQuantizationType.F32), [memoryview(bytes(4))])
+            for name in more
+        ]
+        writer.write(
+            path.with_suffix(".gguf"), {**opened.metadata, "mimo2.windows": windows}, tensors
+        )
         return path.with_suffix(".gguf")
 
-    base, head = with_windows(tmp_path / "base", 2, 0, ("blk.0.x", "blk.1.x")), with_windows(tmp_path / "head", 4, 2)
+    base, head = (
+        with_windows(tmp_path / "base", 2, 0, ("blk.0.x", "blk.1.x")),
+        with_windows(tmp_path / "head", 4, 2),
+    )
     inject.inject(base, head, tmp_path / "out.gguf")
     made = reader.read(tmp_path / "out.gguf")
     assert (made.get("mimo2.block_count"), made.get("mimo2.nextn_predict_layers")) == (4, 2)
-    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[2:] == ["blk.2.attn_q.weight", "blk.3.attn_q.weight"]
+    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[2:] == [
+        "blk.2.attn_q.weight",
+        "blk.3.attn_q.weight",
+    ]
 
 
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])
@@ -193,7 +248,10 @@ def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: i
 
 def _declaring(path: Path, heads: int) -> Gguf:
     opened = head_of(path, "mimo2", 12, 1, "attn_q.weight")
-    metadata = {**opened.metadata, "mimo2.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32)}
+    metadata = {
+        **opened.metadata,
+        "mimo2.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
+    }
     return Gguf(opened.path, metadata, opened.tensors, opened.ranges)
 
 

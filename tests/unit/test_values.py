@@ -21,33 +21,47 @@ from mtpforge.llama_cpp.server import Choice, Server
 from mtpforge.verify import request, running, source, values
 
 Q8_0 = GGMLQuantizationType.Q8_0
-EXPERTS, ROWS, WIDTH = 16, 200, 512  # more weights than `values.LARGE`, and no whole number of stretches in an expert
+EXPERTS, ROWS, WIDTH = (
+    16,
+    200,
+    512,
+)  # more weights than `values.LARGE`, and no whole number of stretches in an expert
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"]
+)
 def test_some_rows_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_layout(name, tmp_path))
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
     rng = np.random.default_rng(0)
     for item in plan.plan(checkpoint, family, hparams, "all"):
-        whole = np.concatenate(list(converted.values(checkpoint, item))).reshape(-1, item.row.shape[-1])
+        whole = np.concatenate(list(converted.values(checkpoint, item))).reshape(
+            -1, item.row.shape[-1]
+        )
         some = np.flatnonzero(rng.random(len(whole)) < 0.2)
         some = np.union1d(some, [len(whole) - 1])
         assert np.array_equal(converted.rows(checkpoint, item, some), whole[some]), item.row.name
 
 
-@pytest.mark.parametrize("shape", [(248_320, 64), (EXPERTS, ROWS, WIDTH), (300, 3, 4096), (2, 1 << 20), (2, 1, 1 << 20)])
+@pytest.mark.parametrize(
+    "shape", [(248_320, 64), (EXPERTS, ROWS, WIDTH), (300, 3, 4096), (2, 1 << 20), (2, 1, 1 << 20)]
+)
 def test_a_sample_is_spread_over_the_whole_tensor(shape: tuple[int, ...]) -> None:
     info = TensorInfo("blk.0.x.weight", shape, Q8_0)
     rows, matrix = info.elements // shape[-1], shape[-2]
     numbers = values.sampled(info)
-    assert np.array_equal(numbers, values.sampled(info)) and np.array_equal(numbers, np.unique(numbers))
+    assert np.array_equal(numbers, values.sampled(info)) and np.array_equal(
+        numbers, np.unique(numbers)
+    )
     assert numbers[0] >= 0 and numbers[-1] < rows
     if matrix > values.RUN * values.SAMPLE:
         assert len(numbers) < 2 * rows / values.SAMPLE + values.RUN
     assert set(numbers // matrix) == set(range(rows // matrix))  # each expert
     stretches = numbers // (values.RUN * values.SAMPLE)
-    assert np.diff(np.unique(stretches)).max(initial=1) <= 2  # and no long stretch of rows is left out
+    assert (
+        np.diff(np.unique(stretches)).max(initial=1) <= 2
+    )  # and no long stretch of rows is left out
     assert np.array_equal(values.sampled(info, whole=True), np.arange(rows))
 
 
@@ -78,12 +92,14 @@ def test_any_two_experts_that_change_places_are_seen(large: tuple[Gguf, np.ndarr
     for a, b in [(0, 1), (7, 8), (0, EXPERTS - 1)]:
         other = experts.copy()
         other[[a, b]] = other[[b, a]]
-        assert "allowed are" in problem(large, other.reshape(-1, WIDTH)) or "out of place" in problem(
+        assert "allowed are" in problem(
             large, other.reshape(-1, WIDTH)
-        )
+        ) or "out of place" in problem(large, other.reshape(-1, WIDTH))
 
 
-def test_rows_that_are_off_by_one_anywhere_in_an_expert_are_seen(large: tuple[Gguf, np.ndarray]) -> None:
+def test_rows_that_are_off_by_one_anywhere_in_an_expert_are_seen(
+    large: tuple[Gguf, np.ndarray],
+) -> None:
     for first in (0, 1500, EXPERTS * ROWS - 140):
         other = large[1].copy()
         other[first : first + 140] = np.roll(other[first : first + 140], 1, axis=0)
@@ -100,21 +116,31 @@ def test_a_row_that_vanishes_in_a_scale_is_no_fault(tmp_path: Path) -> None:
     assert not values.stored_rows(opened, info.name, np.array([5])).any()
     assert values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems == []
     right[5] = 0.05  # but one that is small and there is
-    assert "has a row with an error of 1.00" in values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems[0]
+    assert (
+        "has a row with an error of 1.00"
+        in values.look(opened, {info.name: lambda numbers: right[numbers]}, (), ()).problems[0]
+    )
 
 
 def test_what_a_report_says_of_errors(large: tuple[Gguf, np.ndarray]) -> None:
     opened, right = large
-    report = values.look(opened, {name: lambda numbers: right[numbers] for name in opened.tensors}, (), ()).report()
+    report = values.look(
+        opened, {name: lambda numbers: right[numbers] for name in opened.tensors}, (), ()
+    ).report()
     error = report["errors"]["blk.0.ffn_up_exps.weight"]
     assert 0.003 < error < 0.0105
-    assert report["errors_by_type"] == {"Q8_0": {"tensors": 1, "mean": error, "worst": error, "gate": 0.0105}}
+    assert report["errors_by_type"] == {
+        "Q8_0": {"tensors": 1, "mean": error, "worst": error, "gate": 0.0105}
+    }
 
 
 # ── drafting ──
 
 
-CHOICES = [[Choice(7, 1, 2.0), Choice(8, 9, 0.05), Choice(9, 8, 1.0)], [Choice(1, 2, 3.0), Choice(2, 1, 3.0)]]  # the second ends
+CHOICES = [
+    [Choice(7, 1, 2.0), Choice(8, 9, 0.05), Choice(9, 8, 1.0)],
+    [Choice(1, 2, 3.0), Choice(2, 1, 3.0)],
+]  # the second ends
 
 
 @pytest.mark.parametrize(
@@ -124,9 +150,21 @@ CHOICES = [[Choice(7, 1, 2.0), Choice(8, 9, 0.05), Choice(9, 8, 1.0)], [Choice(1
         ([[7, 9, 1, 1], [1, 2]], True, "3 tokens are the same without drafting, up to 1 near ties"),
         ([[7, 8, 8], [1, 2]], False, "prompt 1, token 2: 8 with drafting, 9 without (1.00 ahead)"),
         ([[7, 8, 9], [2, 2]], False, "prompt 2, token 0: 2 with drafting, 1 without (3.00 ahead)"),
-        ([[7, 6, 1, 1], [1, 2]], False, "prompt 1, token 1: 6 with drafting, 8 without (0.05 ahead)"),
-        ([[7, 8], [1, 2]], False, "prompt 1, token 2: nothing with drafting, 9 without (1.00 ahead)"),
-        ([[7, 8, 9], [1, 2, 3]], False, "prompt 2: goes on with drafting, ends after 2 tokens without"),
+        (
+            [[7, 6, 1, 1], [1, 2]],
+            False,
+            "prompt 1, token 1: 6 with drafting, 8 without (0.05 ahead)",
+        ),
+        (
+            [[7, 8], [1, 2]],
+            False,
+            "prompt 1, token 2: nothing with drafting, 9 without (1.00 ahead)",
+        ),
+        (
+            [[7, 8, 9], [1, 2, 3]],
+            False,
+            "prompt 2: goes on with drafting, ends after 2 tokens without",
+        ),
         ([[], []], False, "prompt 1, token 0: nothing with drafting, 7 without (2.00 ahead)"),
     ],
 )
@@ -138,17 +176,31 @@ def test_text_may_differ_from_a_near_tie_on(
     assert check.passed == passed and check.detail.startswith(detail)
 
 
-def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One that ends within a character is among the tokens and not among the probabilities."""
 
     def entry(token: int, other: int, margin: float) -> dict[str, object]:
-        return {"id": token, "top_logprobs": [{"id": token, "logprob": -0.1}, {"id": other, "logprob": -0.1 - margin}]}
+        return {
+            "id": token,
+            "top_logprobs": [
+                {"id": token, "logprob": -0.1},
+                {"id": other, "logprob": -0.1 - margin},
+            ],
+        }
 
-    answer = {"tokens": [5, 178, 897], "completion_probabilities": [entry(5, 6, 1.0), entry(897, 8, 2.0)]}
+    answer = {
+        "tokens": [5, 178, 897],
+        "completion_probabilities": [entry(5, 6, 1.0), entry(897, 8, 2.0)],
+    }
     monkeypatch.setattr(Server, "ask", lambda *_: answer)
     choices = Server(0, 0).choices("prompt", 3)
     assert choices == [(5, 6, pytest.approx(1.0)), (178, None, 0.0), (897, 8, pytest.approx(2.0))]
-    assert running.check_same([[5, 178, 897]], [choices]).passed and running.check_same([[5, 4, 4]], [choices]).passed
+    assert (
+        running.check_same([[5, 178, 897]], [choices]).passed
+        and running.check_same([[5, 4, 4]], [choices]).passed
+    )
     assert not running.check_same([[5, 178, 8]], [choices]).passed
 
 
@@ -160,15 +212,22 @@ def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(monkeypatch: p
         ({"skipped": "too large"}, True, "not compared: too large"),
     ],
 )
-def test_acceptance_beside_that_of_the_unquantized(tmp_path: Path, measured: dict[str, Any], passed: bool, detail: str) -> None:
+def test_acceptance_beside_that_of_the_unquantized(
+    tmp_path: Path, measured: dict[str, Any], passed: bool, detail: str
+) -> None:
     (tmp_path / "acceptance.json").write_text(json.dumps(measured))
-    assert running.check_acceptance(0.75, tmp_path / "acceptance.json", 0.2) == request.Check("acceptance", passed, detail)
+    assert running.check_acceptance(0.75, tmp_path / "acceptance.json", 0.2) == request.Check(
+        "acceptance", passed, detail
+    )
 
 
 def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
     with (tmp_path / "huge.gguf").open("wb") as file:
         file.truncate(1 << 43)
-    assert "do not fit into" in running.acceptance(tmp_path / "huge.gguf", request.Request(), tmp_path)["skipped"]
+    assert (
+        "do not fit into"
+        in running.acceptance(tmp_path / "huge.gguf", request.Request(), tmp_path)["skipped"]
+    )
 
 
 # ── templates ──

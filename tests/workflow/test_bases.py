@@ -12,7 +12,10 @@ from mtpforge.inject import inject
 from repository import CONFIG, Repository
 
 VARIANTS = {
-    "split": {"base": {"path": "bases/split-00001-of-00002.gguf"}, "head": {"type": "Q4_K", "tensors": {"eh_proj": "Q8_0"}}},
+    "split": {
+        "base": {"path": "bases/split-00001-of-00002.gguf"},
+        "head": {"type": "Q4_K", "tensors": {"eh_proj": "Q8_0"}},
+    },
     "replaced": {"base": {"path": "bases/headed.gguf"}, "head": "Q6_K", "replace_head": True},
     "kept": {"base": {"path": "bases/headed.gguf"}, "head": "BF16"},
     "own": {"base": {"path": "bases/own.gguf", "in_place": True}},
@@ -20,13 +23,17 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path) -> Repository:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path
+) -> Repository:
     copy = Repository(tmp_path_factory.mktemp("bases") / "repository", toolchain)
     bases, work = copy.path / "bases", built / "results/tiny-qwen3.5/work"
     split.split(work / "trunk/Q4_K_M.gguf", bases, "split", 1_000_000)
     inject.inject(work / "trunk/Q4_K_M.gguf", work / "convert/head.gguf", bases / "headed.gguf")
     shutil.copy(work / "trunk/Q4_K_M.gguf", bases / "own.gguf")
-    copy.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": VARIANTS}}
+    copy.config["models"] = {
+        "tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": VARIANTS}
+    }
     copy.write_config()
     done = copy.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -38,12 +45,19 @@ def result(repository: Repository, variant: str) -> Gguf:
 
 
 def report(repository: Repository, variant: str) -> dict[str, Any]:
-    return json.loads((repository.path / f"results/tiny-qwen3.5/reports/tiny-qwen3.5-{variant}.json").read_text())
+    return json.loads(
+        (repository.path / f"results/tiny-qwen3.5/reports/tiny-qwen3.5-{variant}.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_trunk_is_proven_to_be_the_base(repository: Repository, built: Path, variant: str) -> None:
-    made, base = result(repository, variant), reader.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf")
+def test_the_trunk_is_proven_to_be_the_base(
+    repository: Repository, built: Path, variant: str
+) -> None:
+    made, base = (
+        result(repository, variant),
+        reader.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf"),
+    )
     assert head.trunk_digests(made) == head.trunk_digests(base)
     proof = report(repository, variant)["trunk"]
     assert proof["tensors"] == 55 and proof["sha256_before"] == proof["sha256_after"]

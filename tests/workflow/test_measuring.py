@@ -10,7 +10,10 @@ from conftest import ROOT
 from repository import CONFIG, Repository, described
 
 MODEL = "tiny-qwen3.5"
-MEASURED = {**CONFIG["models"][MODEL], "measure": {"n_max": [1], "repeats": 1, "text": "held-out.txt", "chunks": 2}}
+MEASURED = {
+    **CONFIG["models"][MODEL],
+    "measure": {"n_max": [1], "repeats": 1, "text": "held-out.txt", "chunks": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +22,27 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     shutil.copy(ROOT / "tests/checkpoints/held-out.txt", copy.path)
     copy.config["models"] = {MODEL: {**MEASURED, "variants": {"BF16": {}, "Q8_0": {"split": "2M"}}}}
     copy.write_config()
-    done = copy.snakemake("--cores", "1")  # as is enough for so small a model, and quicker where others work too
+    done = copy.snakemake(
+        "--cores", "1"
+    )  # as is enough for so small a model, and quicker where others work too
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return copy
 
 
 def test_all_is_measured_a_split_file_too(repository: Repository) -> None:
     found = repository.path / "results" / MODEL / "measure"
-    assert sorted(path.name for path in found.iterdir()) == [f"{MODEL}-BF16.json", f"{MODEL}-Q8_0.json"]
+    assert sorted(path.name for path in found.iterdir()) == [
+        f"{MODEL}-BF16.json",
+        f"{MODEL}-Q8_0.json",
+    ]
     rows = (repository.path / "results/summary.md").read_text().splitlines()[2:]
     assert len(rows) == 2 and all(row.split("|")[-3].strip() != "-" for row in rows)
     assert repository.pending() == {}
 
 
-def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(repository: Repository) -> None:
+def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(
+    repository: Repository,
+) -> None:
     results = repository.path / "results" / MODEL
     report = json.loads((results / f"reports/{MODEL}-BF16.json").read_text())
     assert {check["name"]: check["detail"] for check in report["checks"]}["programs"].startswith(
@@ -40,7 +50,10 @@ def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(repositor
     )
     found = json.loads((results / f"measure/{MODEL}-BF16.json").read_text())
     digest = hashlib.sha256((repository.path / "held-out.txt").read_bytes()).hexdigest()
-    assert found["text"] == {"name": "held-out.txt", "sha256": digest, "chunks": 2} and found["repeats"] == 1
+    assert (
+        found["text"] == {"name": "held-out.txt", "sha256": digest, "chunks": 2}
+        and found["repeats"] == 1
+    )
     assert found["prompts"].keys() == {"code", "prose", "structured"}
     assert digest in (results / "README.md").read_text()
 
@@ -50,7 +63,15 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
     variants = {**before[MODEL]["variants"], "Q4_0": {}}
     repository.config["models"] = {MODEL: {**before[MODEL], "variants": variants}}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "plan": 1, "quantize": 1, "verify": 1, "measure": 1, "summary": 1, **described(1)}
+    assert repository.pending() == {
+        "recipe": 1,
+        "plan": 1,
+        "quantize": 1,
+        "verify": 1,
+        "measure": 1,
+        "summary": 1,
+        **described(1),
+    }
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}
@@ -62,10 +83,15 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
         ("measure.py", {"measure": 2, "summary": 1, **described(0)}),
         ("mtpforge/measure/speed.py", {"measure": 2, "summary": 1, **described(0)}),
         ("verify.py", {"verify": 1, "verify_split": 1, "summary": 1, **described(2)}),
-        ("mtpforge/measure/perplexity.py", {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)}),
+        (
+            "mtpforge/measure/perplexity.py",
+            {"reference_logits": 1, "measure": 2, "summary": 1, **described(0)},
+        ),
     ],
 )
-def test_edited_code_measures_again_and_does_nothing_else(repository: Repository, edited: str, pending: dict[str, int]) -> None:
+def test_edited_code_measures_again_and_does_nothing_else(
+    repository: Repository, edited: str, pending: dict[str, int]
+) -> None:
     path = repository.path / "workflow/scripts" / edited
     before = path.read_text()
     path.write_text(before + "\n# edited\n")
@@ -88,7 +114,9 @@ def test_another_gate_and_a_touched_file_measure_nothing_again(repository: Repos
 
 def test_another_n_max_measures_again(repository: Repository) -> None:
     before = dict(repository.config["models"])
-    repository.config["models"] = {MODEL: {**before[MODEL], "measure": {**MEASURED["measure"], "n_max": [1, 2]}}}
+    repository.config["models"] = {
+        MODEL: {**before[MODEL], "measure": {**MEASURED["measure"], "n_max": [1, 2]}}
+    }
     repository.write_config()
     assert repository.pending() == {"measure": 2, "summary": 1, **described(0)}
     repository.config["models"] = before

@@ -16,7 +16,8 @@ CONVERTER = ROOT / "resources" / "converter"
 FILES = ("tiny-qwen3.5-plain.gguf", "mtp-tiny-qwen3.5-Q6_K.gguf", "mmproj-tiny-qwen3.5-F16.gguf")
 
 pytestmark = pytest.mark.skipif(
-    not (CONVERTER / "stamp.json").exists(), reason="llama.cpp's converter is missing: `make converter`"
+    not (CONVERTER / "stamp.json").exists(),
+    reason="llama.cpp's converter is missing: `make converter`",
 )
 
 
@@ -31,7 +32,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Path:
         **CONFIG["models"]["tiny-qwen3.5"],
         "sidecar": "Q6_K",
         "mmproj": True,
-        "variants": {"plain": {"type": "IQ4_XS", "head": "none", "tensors": {"attn_.*": "Q8_0"}}, "BF16": {"split": "2M"}},
+        "variants": {
+            "plain": {"type": "IQ4_XS", "head": "none", "tensors": {"attn_.*": "Q8_0"}},
+            "BF16": {"split": "2M"},
+        },
     }
     write_model("glm", copy.path / "glm")
     other = {
@@ -76,13 +80,22 @@ def test_a_file_without_a_head_has_been_loaded_and_has_no_acceptance(results: Pa
     found = report(results, "tiny-qwen3.5-plain")
     assert found["head"] == "none" and "drafts" not in found
     assert [check["name"] for check in found["checks"]] == [*BEFORE, "loading", "programs"]
-    assert any("plain.gguf" in line and line.rstrip(" |\n").endswith("-") for line in (results.parent / "summary.md").open())
+    assert any(
+        "plain.gguf" in line and line.rstrip(" |\n").endswith("-")
+        for line in (results.parent / "summary.md").open()
+    )
 
 
 def test_a_draft_sidecar_has_drafted_beside_the_model(results: Path) -> None:
     found = report(results, "mtp-tiny-qwen3.5-Q6_K")
     assert found["head"] == "Q6_K" and found["acceptance"] >= 0.8
-    assert [check["name"] for check in found["checks"]] == [*BEFORE, "drafting", "acceptance", "same text", "programs"]
+    assert [check["name"] for check in found["checks"]] == [
+        *BEFORE,
+        "drafting",
+        "acceptance",
+        "same text",
+        "programs",
+    ]
 
 
 def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
@@ -95,7 +108,10 @@ def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
 
 def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
     checks = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
-    assert [(check["name"], check["passed"]) for check in checks] == [("bytes", True), ("seeing", True)]
+    assert [(check["name"], check["passed"]) for check in checks] == [
+        ("bytes", True),
+        ("seeing", True),
+    ]
 
 
 @pytest.mark.parametrize("name", ["glm-BF16", "glm-Q4_0", "glm-Q5_0-injected", "mtp-glm-Q8_0"])
@@ -103,5 +119,11 @@ def test_a_head_that_llama_cpp_converted_is_compared_and_drafts(results: Path, n
     found = report(results.parent / "glm", name)
     names = [check["name"] for check in found["checks"]]
     before = [*BEFORE[1:], "trunk"] if "injected" in name else BEFORE
-    assert names == [*before, "drafting", *([] if "BF16" in name else ["acceptance"]), "same text", "programs"]
+    assert names == [
+        *before,
+        "drafting",
+        *([] if "BF16" in name else ["acceptance"]),
+        "same text",
+        "programs",
+    ]
     assert found["acceptance"] > 0.9 and (results.parent / "glm" / f"{name}.gguf").exists()

@@ -27,7 +27,11 @@ PUBLISHED = sorted(
         "README.md",
         "SHA256SUMS",
         *GGUFS,
-        *(f"{folder}/{name.replace('gguf', 'json')}" for folder in ("provenance", "reports") for name in GGUFS),
+        *(
+            f"{folder}/{name.replace('gguf', 'json')}"
+            for folder in ("provenance", "reports")
+            for name in GGUFS
+        ),
     ]
 )
 
@@ -42,7 +46,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
 
 
 def set_model(copy: Repository, **keys: object) -> None:
-    copy.config["models"] = {MODEL: {**CONFIG["models"][MODEL], "publish": {"repo": TARGET}, **keys}}
+    copy.config["models"] = {
+        MODEL: {**CONFIG["models"][MODEL], "publish": {"repo": TARGET}, **keys}
+    }
     copy.write_config()
 
 
@@ -56,7 +62,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     home.mkdir(exist_ok=True)
-    return {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+    }
 
 
 def publish(copy: Repository, hub: Hub, *arguments: str) -> str:
@@ -64,21 +75,34 @@ def publish(copy: Repository, hub: Hub, *arguments: str) -> str:
     done = copy.snakemake(*arguments, target="publish", **environment(hub, copy.path / "home"))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
-    assert TOKEN not in said and all(TOKEN not in log.read_text() for log in (copy.path / "logs").rglob("*.log"))
+    assert TOKEN not in said and all(
+        TOKEN not in log.read_text() for log in (copy.path / "logs").rglob("*.log")
+    )
     return said
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-def test_all_makes_a_folder_that_is_whole_and_a_second_run_makes_nothing(repository: Repository, run: Run) -> None:
+def test_all_makes_a_folder_that_is_whole_and_a_second_run_makes_nothing(
+    repository: Repository, run: Run
+) -> None:
     results = repository.path / "results" / MODEL
-    assert [line.split()[1] for line in (results / "SHA256SUMS").read_text().splitlines()] == sorted(
-        set(PUBLISHED) - {"SHA256SUMS"}
-    )
+    assert [
+        line.split()[1] for line in (results / "SHA256SUMS").read_text().splitlines()
+    ] == sorted(set(PUBLISHED) - {"SHA256SUMS"})
     assert run("check_results.py", results).returncode == 0
-    assert subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=results).returncode == 0
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=results
+        ).returncode
+        == 0
+    )
     assert repository.pending() == {}
 
 
@@ -86,7 +110,9 @@ def test_a_dry_run_lists_and_uploads_nothing(repository: Repository, hub: Hub) -
     said = publish(repository, hub, "--config", "dry_run=true")
     assert f"{TARGET}, a new repository: {len(PUBLISHED)} files to upload" in said
     for name in PUBLISHED:
-        assert f"{(repository.path / 'results' / MODEL / name).stat().st_size:>15,}  {name}\n" in said
+        assert (
+            f"{(repository.path / 'results' / MODEL / name).stat().st_size:>15,}  {name}\n" in said
+        )
     assert hub.repositories == {} and hub.commits == [] and not hub.received
 
 
@@ -97,21 +123,43 @@ def test_the_first_run_uploads_all_and_the_second_nothing(repository: Repository
     expected = {name: data for name, data in content(results).items() if name in PUBLISHED}
     there = content(hub.repositories[TARGET])
     assert {name: data for name, data in there.items() if name != ".gitattributes"} == expected
-    assert {where for where, token in hub.tokens} == {"hub"} and {token for _, token in hub.tokens} == {f"Bearer {TOKEN}"}
+    assert {where for where, token in hub.tokens} == {"hub"} and {
+        token for _, token in hub.tokens
+    } == {f"Bearer {TOKEN}"}
     received = dict(hub.received)
     said = publish(repository, hub)
-    assert f"{TARGET}: 0 files to upload" in said and len(hub.commits) == 1 and dict(hub.received) == received
+    assert (
+        f"{TARGET}: 0 files to upload" in said
+        and len(hub.commits) == 1
+        and dict(hub.received) == received
+    )
     for path in results.rglob("*"):
         path.touch()
     assert "0 files to upload" in publish(repository, hub) and len(hub.commits) == 1
 
 
-def test_a_new_variant_uploads_itself_and_the_card_but_one_that_is_left_does_not(repository: Repository, hub: Hub) -> None:
+def test_a_new_variant_uploads_itself_and_the_card_but_one_that_is_left_does_not(
+    repository: Repository, hub: Hub
+) -> None:
     set_model(repository, variants={"BF16": {}, "Q4_0": {}})
     pending = repository.pending()
-    assert pending == {"recipe": 1, "plan": 1, "quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
+    assert pending == {
+        "recipe": 1,
+        "plan": 1,
+        "quantize": 1,
+        "verify": 1,
+        "summary": 1,
+        "provenance": 1,
+        "card": 1,
+        "sums": 1,
+    }
     said = publish(repository, hub)
-    names = ["README.md", "SHA256SUMS", "provenance/tiny-qwen3.5-Q4_0.json", "reports/tiny-qwen3.5-Q4_0.json"]
+    names = [
+        "README.md",
+        "SHA256SUMS",
+        "provenance/tiny-qwen3.5-Q4_0.json",
+        "reports/tiny-qwen3.5-Q4_0.json",
+    ]
     assert hub.commits[1:] == [[*names, "tiny-qwen3.5-Q4_0.gguf"]]
     assert f"not uploaded: results/{MODEL}/tiny-qwen3.5-Q8_0.gguf is not asked for any more" in said
     assert "left as it is: tiny-qwen3.5-Q8_0.gguf is in the repository" in said
@@ -120,12 +168,20 @@ def test_a_new_variant_uploads_itself_and_the_card_but_one_that_is_left_does_not
 
 
 def test_a_download_is_checked_by_itself(hub: Hub, tmp_path: Path, run: Run) -> None:
-    copy = Path(shutil.copytree(hub.repositories[TARGET], tmp_path / "copy", ignore=shutil.ignore_patterns("*Q8_0*")))
+    copy = Path(
+        shutil.copytree(
+            hub.repositories[TARGET], tmp_path / "copy", ignore=shutil.ignore_patterns("*Q8_0*")
+        )
+    )
     assert run("check_results.py", copy).returncode == 0
 
     def wrong() -> str:
         done = run("check_results.py", copy)
-        assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+        assert (
+            done.returncode == 1
+            and "Traceback" not in done.stderr
+            and done.stderr.startswith("error: ")
+        )
         return done.stderr
 
     path = copy / "tiny-qwen3.5-Q4_0.gguf"
@@ -154,7 +210,9 @@ def test_an_interrupted_upload_goes_on(repository: Repository, tmp_path: Path) -
     with serve({}, tmp_path) as hub:
         variables = {**os.environ, **environment(hub, tmp_path / "home")}
         hub.faults["put"] = [Fault("stall")]
-        process = subprocess.Popen(command, env=variables, start_new_session=True, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env=variables, start_new_session=True, stderr=subprocess.PIPE
+        )
         while len(list((tmp_path / "objects").iterdir())) < 1 or len(hub.received) < 2:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
@@ -165,11 +223,22 @@ def test_an_interrupted_upload_goes_on(repository: Repository, tmp_path: Path) -
         hub.received.clear()
         done = subprocess.run(command, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert there not in hub.received and len(hub.received) == 1 and len(hub.commits) == 1 and hub.private == set()
+        assert (
+            there not in hub.received
+            and len(hub.received) == 1
+            and len(hub.commits) == 1
+            and hub.private == set()
+        )
 
 
 def test_what_the_hub_refuses_is_an_error(repository: Repository, hub: Hub, tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPTS / "publish.py", "--private", repository.path / "results" / MODEL, "Owner/other"]
+    command = [
+        sys.executable,
+        SCRIPTS / "publish.py",
+        "--private",
+        repository.path / "results" / MODEL,
+        "Owner/other",
+    ]
     variables = {**os.environ, **environment(hub, tmp_path / "home")}
     del variables["HF_TOKEN"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
@@ -178,7 +247,9 @@ def test_what_the_hub_refuses_is_an_error(repository: Repository, hub: Hub, tmp_
 
 
 @pytest.mark.parametrize("name", [GGUFS[0], f"reports/{GGUFS[0].replace('gguf', 'json')}"])
-@pytest.mark.parametrize("later", [-60, 60])  # seconds; a fault of the disk leaves the time of a file as it was
+@pytest.mark.parametrize(
+    "later", [-60, 60]
+)  # seconds; a fault of the disk leaves the time of a file as it was
 def test_a_file_that_was_changed_after_its_proof_is_not_uploaded(
     repository: Repository, hub: Hub, tmp_path: Path, name: str, later: int
 ) -> None:
@@ -192,7 +263,11 @@ def test_a_file_that_was_changed_after_its_proof_is_not_uploaded(
     variables = {**os.environ, **environment(hub, tmp_path / "home")}
     commits = len(hub.commits)
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 1 and "has changed since SHA256SUMS was written" in done.stderr and len(hub.commits) == commits
+    assert (
+        done.returncode == 1
+        and "has changed since SHA256SUMS was written" in done.stderr
+        and len(hub.commits) == commits
+    )
 
 
 def test_the_statement_says_what_a_file_is_made_of(repository: Repository) -> None:
@@ -201,14 +276,27 @@ def test_the_statement_says_what_a_file_is_made_of(repository: Repository) -> No
     statement = json.loads(text)
     definition = statement["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["variants"].keys() == {"BF16"}
-    found = {entry["name"]: entry.get("digest", {}).get("sha256") for entry in definition["resolvedDependencies"]}
+    found = {
+        entry["name"]: entry.get("digest", {}).get("sha256")
+        for entry in definition["resolvedDependencies"]
+    }
     checkpoint = repository.path / f"tests/checkpoints/{MODEL}"
     for name in ("config.json", "model-00003-of-00004.safetensors"):
-        assert found[name] == ranges.sha256(ranges.FileRange(checkpoint / name, 0, (checkpoint / name).stat().st_size))
-    assert {"llama-quantize", "llama-server", "mtpforge", "envs/run.txt", "envs/llama.cpp.txt"} <= found.keys()
+        assert found[name] == ranges.sha256(
+            ranges.FileRange(checkpoint / name, 0, (checkpoint / name).stat().st_size)
+        )
+    assert {
+        "llama-quantize",
+        "llama-server",
+        "mtpforge",
+        "envs/run.txt",
+        "envs/llama.cpp.txt",
+    } <= found.keys()
     assert str(repository.path) not in text and "tests/checkpoints" not in text
     Statement.copy_from_pb(json_format.ParseDict(statement, statement_pb2.Statement())).validate()
-    predicate = json_format.ParseDict(statement["predicate"], provenance_pb2.Provenance())  # refuses keys that SLSA does not have
+    predicate = json_format.ParseDict(
+        statement["predicate"], provenance_pb2.Provenance()
+    )  # refuses keys that SLSA does not have
     dependencies = predicate.build_definition.resolved_dependencies
     assert len(dependencies) > 10 and all(entry.uri or entry.digest for entry in dependencies)
 

@@ -11,11 +11,17 @@ from mtpforge.llama_cpp import architectures
 
 def test_the_graph_of_the_rules_is_snakemakes() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
     drawn = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", done.stdout)}
-    written = set(re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    written = set(
+        re.findall(r"^  (\w+) --> (\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
     assert drawn and written <= drawn and _paths(written) == _paths(drawn)
 
 
@@ -27,13 +33,21 @@ def _paths(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 def test_the_table_of_other_architectures_is_the_list() -> None:
     rows = re.findall(
-        r"^\| (\w+(?:, \w+)*)(?: \(.*\))? \| ([\w-]+) \| (yes|no|where)", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| (\w+(?:, \w+)*)(?: \(.*\))? \| ([\w-]+) \| (yes|no|where)",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
     )
-    written = {name: (kind, drafts != "no") for names, kind, drafts in rows for name in names.split(", ")}
-    assert written == {name: (entry.gguf, entry.drafts) for name, entry in architectures.ARCHITECTURES.items()}
+    written = {
+        name: (kind, drafts != "no") for names, kind, drafts in rows for name in names.split(", ")
+    }
+    assert written == {
+        name: (entry.gguf, entry.drafts) for name, entry in architectures.ARCHITECTURES.items()
+    }
 
 
 def test_the_table_of_results_lists_what_all_makes(built: Path) -> None:
     """Sizes and types; acceptance may differ by a token between processors, and speed is each machine's own."""
-    rows = [line.rsplit("|", 4)[0] for line in (built / "results/summary.md").read_text().splitlines()]
+    rows = [
+        line.rsplit("|", 4)[0] for line in (built / "results/summary.md").read_text().splitlines()
+    ]
     assert "\n".join(rows[2:]) and all(row in (ROOT / "README.md").read_text() for row in rows)

@@ -27,9 +27,19 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "plain": {"type": "IQ2_XS", "tensors": "one", "imatrix": {"text": TEXT}, "head": "none"},
     }
     made.config["recipes"] = {"one": {"attn_": "Q4_K"}, "two": {"ffn_": "Q6_K"}}
-    made.config["models"] = {"tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants}}
+    made.config["models"] = {
+        "tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": variants}
+    }
     made.write_config()
-    jobs = {"convert": 2, "imatrix": 1, "recipe": 4, "plan": 4, "quantize": 4, "verify": 4, "summary": 1}
+    jobs = {
+        "convert": 2,
+        "imatrix": 1,
+        "recipe": 4,
+        "plan": 4,
+        "quantize": 4,
+        "verify": 4,
+        "summary": 1,
+    }
     jobs |= {**described(4), "materials": 1, "acceptance": 1}
     assert made.pending() == {"toolchain": 1, **jobs}
     done = made.snakemake()
@@ -48,17 +58,28 @@ def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Re
         assert opened.get("quantize.imatrix.dataset") == "calibration.txt"
         report = json.loads((results / f"reports/tiny-qwen3.5-{variant}.json").read_text())
         assert report["accepted"] > 0 and all(check["passed"] for check in report["checks"])
-        assert (repository.path / f"logs/tiny-qwen3.5/plan-quantized-{variant}.log").read_text().startswith("| tensor ")
-    assert reader.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
+        assert (
+            (repository.path / f"logs/tiny-qwen3.5/plan-quantized-{variant}.log")
+            .read_text()
+            .startswith("| tensor ")
+        )
+    assert (
+        reader.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name
+        == "Q4_K"
+    )
 
 
 def test_what_is_published_names_the_text_and_has_its_digest(repository: Repository) -> None:
     results = repository.path / "results/tiny-qwen3.5"
     text = (results / "provenance/tiny-qwen3.5-IQ2_XS.json").read_text()
     definition = json.loads(text)["predicate"]["buildDefinition"]
-    assert definition["externalParameters"]["variants"]["IQ2_XS"]["imatrix"] == {"text": "calibration.txt"}
+    assert definition["externalParameters"]["variants"]["IQ2_XS"]["imatrix"] == {
+        "text": "calibration.txt"
+    }
     digest = hashlib.sha256((repository.path / TEXT).read_bytes()).hexdigest()
-    assert {"name": "calibration.txt", "digest": {"sha256": digest}} in definition["resolvedDependencies"]
+    assert {"name": "calibration.txt", "digest": {"sha256": digest}} in definition[
+        "resolvedDependencies"
+    ]
     assert "texts/" not in text + (results / "README.md").read_text()
 
 
@@ -67,7 +88,14 @@ def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository
     repository.config["recipes"]["two"]["ffn_"] = "Q5_K"
     repository.config["recipes"]["three"] = {"ffn_": "Q4_K"}
     repository.write_config()
-    assert repository.pending() == {"recipe": 1, "plan": 1, "quantize": 1, "verify": 1, "summary": 1, **described(1)}
+    assert repository.pending() == {
+        "recipe": 1,
+        "plan": 1,
+        "quantize": 1,
+        "verify": 1,
+        "summary": 1,
+        **described(1),
+    }
     repository.config = before
     repository.write_config()
     assert repository.pending() == {}
@@ -79,7 +107,14 @@ def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> N
     assert repository.pending() == {}
     before = text.read_text()
     text.write_text(before + "another line\n")
-    assert repository.pending() == {"imatrix": 1, "plan": 3, "quantize": 3, "verify": 3, "summary": 1, **described(3)}
+    assert repository.pending() == {
+        "imatrix": 1,
+        "plan": 3,
+        "quantize": 3,
+        "verify": 3,
+        "summary": 1,
+        **described(3),
+    }
     text.write_text(before)
     assert repository.pending() == {}
 

@@ -18,7 +18,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
 @pytest.fixture(autouse=True)
 def unchanged(repository: Repository) -> Iterator[None]:
     """Each test starts from, and leaves, a repository in which nothing is to be done."""
-    before = {path: path.read_bytes() for path in (repository.path / "workflow").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (repository.path / "workflow").rglob("*")
+        if path.is_file()
+    }
     yield
     for path, data in before.items():
         if path.read_bytes() != data:
@@ -53,7 +57,13 @@ def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None
     edit(library / "quantize/llama_quantize.py")
     assert repository.pending() == {"acceptance": 1, "plan": 1, "quantize": 1, **after}
     edit(library / "convert/tokenizer.py")
-    assert repository.pending() == {"acceptance": 1, "convert": 1, "plan": 1, "quantize": 1, **after}
+    assert repository.pending() == {
+        "acceptance": 1,
+        "convert": 1,
+        "plan": 1,
+        "quantize": 1,
+        **after,
+    }
 
 
 def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
@@ -86,9 +96,19 @@ def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
 
 def test_a_changed_head_type_reruns_its_variant(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
-    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"BF16": {}, "Q8_0": {"head": "Q6_K"}}}}
+    repository.config["models"] = {
+        "tiny-qwen3.5": {**model, "variants": {"BF16": {}, "Q8_0": {"head": "Q6_K"}}}
+    }
     repository.write_config()
-    assert repository.pending() == {"plan": 1, "quantize": 1, "verify": 1, "summary": 1, "provenance": 1, "card": 1, "sums": 1}
+    assert repository.pending() == {
+        "plan": 1,
+        "quantize": 1,
+        "verify": 1,
+        "summary": 1,
+        "provenance": 1,
+        "card": 1,
+        "sums": 1,
+    }
 
 
 def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
@@ -110,7 +130,9 @@ def test_a_report_does_not_depend_on_what_else_is_built(repository: Repository) 
 
 def test_a_repository_to_publish_to_reruns_the_card_alone(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
-    repository.config["models"] = {"tiny-qwen3.5": {**model, "publish": {"repo": "Owner/tiny-MTP-GGUF"}}}
+    repository.config["models"] = {
+        "tiny-qwen3.5": {**model, "publish": {"repo": "Owner/tiny-MTP-GGUF"}}
+    }
     repository.write_config()
     assert repository.pending() == {"card": 1, "sums": 1}
 
@@ -124,7 +146,9 @@ def test_a_key_to_sign_with_signs_the_list_alone(repository: Repository) -> None
 
 def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
-    repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {"haed": "Q6_K"}}}}
+    repository.config["models"] = {
+        "tiny-qwen3.5": {**model, "variants": {"Q8_0": {"haed": "Q6_K"}}}
+    }
     repository.write_config()
     done = repository.snakemake()
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -134,7 +158,9 @@ def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
 def test_a_result_that_fails_its_proof_does_not_appear(repository: Repository) -> None:
     """With a demand that no head can meet, the candidate stays in work/ and its final name does not exist."""
     model = CONFIG["models"]["tiny-qwen3.5"]
-    repository.config["models"] = {"second": {**model, "min_acceptance": 1.0, "variants": {"IQ4_XS": {}}}}
+    repository.config["models"] = {
+        "second": {**model, "min_acceptance": 1.0, "variants": {"IQ4_XS": {}}}
+    }
     repository.write_config()
     done = repository.snakemake()
     results = repository.path / "results/second"

@@ -17,9 +17,22 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
-    parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="DIR",
+        default=PROMPTS,
+        help="folder of *.txt prompts to draft on",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of llama-server (default: all processors)"
+    )
+    parser.add_argument(
+        "--bin",
+        type=Path,
+        default=programs.DEFAULT_BIN,
+        help="where llama-server is (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="what was measured, as JSON")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file)

@@ -21,10 +21,14 @@ def main() -> None:
 def entry(repo: str) -> str:
     """The entry, for the family and the head that the checkpoint has. Raises DownloadError, CheckpointError."""
     if not REPOSITORY.fullmatch(repo):
-        raise errors.DownloadError(f"{repo!r}: name a repository as OWNER/NAME (snakemake --cores 1 add --config repo=OWNER/NAME)")
+        raise errors.DownloadError(
+            f"{repo!r}: name a repository as OWNER/NAME (snakemake --cores 1 add --config repo=OWNER/NAME)"
+        )
     listing = download.resolve(repo, str(download.model_info(repo).sha))
     if not listing.tensors:
-        raise errors.DownloadError(f"{repo}: has no *.safetensors: only such checkpoints can be converted")
+        raise errors.DownloadError(
+            f"{repo}: has no *.safetensors: only such checkpoints can be converted"
+        )
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     architecture, about, converter, variant = head.architecture_in(listing), "", [], "{}"
     if architecture in architectures.ARCHITECTURES:

@@ -18,7 +18,9 @@ def main() -> None:
         problems = sums.check(args.folder, show)
     if problems:
         raise errors.VerificationError(f"{args.folder}: {'; '.join(problems)}")
-    print(f"{args.folder}: all {len(sums.read_sums(args.folder / sums.SUMS))} files are as they were published")
+    print(
+        f"{args.folder}: all {len(sums.read_sums(args.folder / sums.SUMS))} files are as they were published"
+    )
 
 
 if __name__ == "__main__":

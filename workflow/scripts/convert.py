@@ -16,12 +16,27 @@ PART = "the whole model (default), its trunk, its head alone, or the head with t
 def main() -> None:
     """Parse the command line and convert."""
     parser = cli.parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder with config.json, the safetensors shards and the tokenizer")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="folder with config.json, the safetensors shards and the tokenizer",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help=PART)
-    parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
-    parser.add_argument("--threads", type=int, help="threads for the digests (default: one for each processor)")
-    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of each tensor of the result, as JSON")
+    parser.add_argument(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="pre-tokenizer, where its checksum is unknown (qwen35, ...)",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="threads for the digests (default: one for each processor)"
+    )
+    parser.add_argument(
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="write the sha256 of each tensor of the result, as JSON",
+    )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
     with progress.bar(args.out.name) as show:

@@ -15,8 +15,12 @@ from mtpforge.llama_cpp import toolchain
 def main() -> None:
     """Parse the command line and set it up beside the stamp, in `source` and `environment`."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--requirement", type=Path, required=True, help="requirements file with the source archive")
-    parser.add_argument("--lock", type=Path, required=True, help="hashed requirements of the environment")
+    parser.add_argument(
+        "--requirement", type=Path, required=True, help="requirements file with the source archive"
+    )
+    parser.add_argument(
+        "--lock", type=Path, required=True, help="hashed requirements of the environment"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)

@@ -16,9 +16,18 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
     parser.add_argument("name", help="which of its files")
-    parser.add_argument("--folder", type=Path, required=True, help="where it goes; what is there already is kept")
-    parser.add_argument("--head", type=Path, metavar="FILE", help="record of fetch_head.py, if it is there: to be confirmed")
-    parser.add_argument("--out", type=Path, required=True, help="the record: name, bytes and sha256, as JSON")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where it goes; what is there already is kept"
+    )
+    parser.add_argument(
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="record of fetch_head.py, if it is there: to be confirmed",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the record: name, bytes and sha256, as JSON"
+    )
     args = parser.parse_args()
     listing = Listing.read(args.listing)
     record = download.download(listing, args.name, args.folder, listing.companions(args.name))

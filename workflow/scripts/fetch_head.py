@@ -15,9 +15,21 @@ def main() -> None:
     """Parse the command line and fetch."""
     parser = cli.parser(__doc__)
     parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
-    parser.add_argument("--folder", type=Path, required=True, help="where the small checkpoint goes")
-    parser.add_argument("--whole", type=Path, metavar="DIR", help="where fetch.py puts whole shards: those there are read instead")
-    parser.add_argument("--out", type=Path, required=True, help="the record: sha256 and standing of each tensor, as JSON")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the small checkpoint goes"
+    )
+    parser.add_argument(
+        "--whole",
+        type=Path,
+        metavar="DIR",
+        help="where fetch.py puts whole shards: those there are read instead",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="the record: sha256 and standing of each tensor, as JSON",
+    )
     args = parser.parse_args()
     atomic.write_json(args.out, head.fetch(Listing.read(args.listing), args.folder, args.whole))
 

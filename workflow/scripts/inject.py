@@ -23,27 +23,55 @@ IN_PLACE = (
 def main() -> None:
     """Parse the command line and inject."""
     parser = cli.parser(__doc__)
-    parser.add_argument("base", type=Path, metavar="BASE.gguf", help="the quantization without a head")
     parser.add_argument(
-        "--head", type=Path, required=True, metavar="HEAD", help="a GGUF that has the head, or the checkpoint's folder"
+        "base", type=Path, metavar="BASE.gguf", help="the quantization without a head"
+    )
+    parser.add_argument(
+        "--head",
+        type=Path,
+        required=True,
+        metavar="HEAD",
+        help="a GGUF that has the head, or the checkpoint's folder",
     )
     parser.add_argument("--head-type", metavar="T", help=HEAD_TYPE)
-    parser.add_argument("--replace-head", action="store_true", help="of a base that has another head, take it away")
+    parser.add_argument(
+        "--replace-head", action="store_true", help="of a base that has another head, take it away"
+    )
     parser.add_argument("--out", type=Path, help="the GGUF to write")
     parser.add_argument("--in-place", action="store_true", help=IN_PLACE)
     parser.add_argument(
-        "--digests", type=Path, metavar="FILE", help="first write the sha256 of each tensor, of the base and of the head"
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="first write the sha256 of each tensor, of the base and of the head",
     )
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-quantize is (default: %(default)s)")
+    parser.add_argument(
+        "--bin",
+        type=Path,
+        default=programs.DEFAULT_BIN,
+        help="where llama-quantize is (default: %(default)s)",
+    )
     args = parser.parse_args()
     if not (args.out or args.in_place):
         parser.error("--out or --in-place is needed")
-    inputs = [given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)]
+    inputs = [
+        given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)
+    ]
     for out in filter(None, (args.out, args.digests)):
         atomic.refuse_overwriting(out, *inputs)
     out = None if args.in_place else args.out
     with progress.bar((out or args.base).name) as show:
-        inject.inject(args.base, args.head, out, args.head_type, args.bin, show, args.replace_head, say, args.digests)
+        inject.inject(
+            args.base,
+            args.head,
+            out,
+            args.head_type,
+            args.bin,
+            show,
+            args.replace_head,
+            say,
+            args.digests,
+        )
     if args.in_place and args.out:
         atomic.give_name(args.base, args.out)
 

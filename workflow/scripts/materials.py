@@ -14,8 +14,16 @@ from mtpforge.publish import provenance
 def main() -> None:
     """Parse the command line and write the list."""
     parser = cli.parser(__doc__)
-    parser.add_argument("source", type=json.loads, metavar="JSON", help="where they come from, as in config.yaml")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="the files, or the records of fetched ones")
+    parser.add_argument(
+        "source", type=json.loads, metavar="JSON", help="where they come from, as in config.yaml"
+    )
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="the files, or the records of fetched ones",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the list, as JSON")
     args = parser.parse_args()
     atomic.write_json(args.out, {"materials": provenance.materials(args.source, args.files)})

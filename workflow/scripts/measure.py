@@ -22,23 +22,67 @@ from mtpforge.prompts import PROMPTS, read_prompts
 def main() -> None:
     """Parse the command line, measure, and write what was measured."""
     parser = cli.parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="F.gguf", help="of a split one, the first file or the folder of them")
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="F.gguf",
+        help="of a split one, the first file or the folder of them",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the measurements, as JSON")
     parser.add_argument(
-        "--n-max", type=_numbers, default=(1, 2, 3, 4), metavar="N,N", help="tokens drafted ahead (default: 1,2,3,4)"
+        "--n-max",
+        type=_numbers,
+        default=(1, 2, 3, 4),
+        metavar="N,N",
+        help="tokens drafted ahead (default: 1,2,3,4)",
     )
-    parser.add_argument("--repeats", type=_positive, default=3, help="warm requests of each kind and n_max (default: %(default)s)")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts, named by kind")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="measure the perplexity on this text; with --reference-logits, what they are of"
+        "--repeats",
+        type=_positive,
+        default=3,
+        help="warm requests of each kind and n_max (default: %(default)s)",
     )
-    parser.add_argument("--chunks", type=_positive, default=16, help="of 512 tokens, at most so many (default: %(default)s)")
     parser.add_argument(
-        "--reference-logits", type=Path, metavar="FILE", help="of reference_logits.py: also the KL divergence from them"
+        "--prompts",
+        type=Path,
+        metavar="DIR",
+        default=PROMPTS,
+        help="folder of *.txt prompts, named by kind",
     )
-    parser.add_argument("--serve", type=shlex.split, default=[], metavar="OPTIONS", help='of llama-server: --serve="-fa on"')
-    parser.add_argument("--threads", type=int, default=0, help="threads of llama.cpp (default: all processors)")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where its programs are (default: %(default)s)")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="measure the perplexity on this text; with --reference-logits, what they are of",
+    )
+    parser.add_argument(
+        "--chunks",
+        type=_positive,
+        default=16,
+        help="of 512 tokens, at most so many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reference-logits",
+        type=Path,
+        metavar="FILE",
+        help="of reference_logits.py: also the KL divergence from them",
+    )
+    parser.add_argument(
+        "--serve",
+        type=shlex.split,
+        default=[],
+        metavar="OPTIONS",
+        help='of llama-server: --serve="-fa on"',
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of llama.cpp (default: all processors)"
+    )
+    parser.add_argument(
+        "--bin",
+        type=Path,
+        default=programs.DEFAULT_BIN,
+        help="where its programs are (default: %(default)s)",
+    )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
     threads, file = programs.threads(args.threads), names.first_of(args.file)
@@ -48,11 +92,19 @@ def main() -> None:
     elif args.text:
         distance = perplexity.of_text(file, args.text, args.chunks, threads, args.bin)
     if args.text:
-        distance["text"] = {"name": args.text.name, "sha256": digest_of(args.text), "chunks": args.chunks}
-    found = measure(file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin, args.serve)
+        distance["text"] = {
+            "name": args.text.name,
+            "sha256": digest_of(args.text),
+            "chunks": args.chunks,
+        }
+    found = measure(
+        file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin, args.serve
+    )
     atomic.write_json(args.out, {**found, "file": args.file.name, **distance})
     if distance["kl_divergence"]:
-        print(f"{args.file.name}: KL divergence {distance['kl_divergence']['mean']:.5f}, perplexity {distance['perplexity']:.4f}")
+        print(
+            f"{args.file.name}: KL divergence {distance['kl_divergence']['mean']:.5f}, perplexity {distance['perplexity']:.4f}"
+        )
     print(f"{args.file.name}: {found['verdict']}")
 
 

@@ -27,8 +27,18 @@ def main() -> None:
     """Parse the command line and draw."""
     parser = cli.parser(__doc__)
     parser.add_argument("figure", choices=[*FIGURES, "tensors"])
-    parser.add_argument("measurements", type=Path, nargs="+", help="of measure.py; for tensors, one report of verify.py")
-    parser.add_argument("--file", type=Path, metavar="F.gguf", help="for tensors, the file, or the folder of a split one")
+    parser.add_argument(
+        "measurements",
+        type=Path,
+        nargs="+",
+        help="of measure.py; for tensors, one report of verify.py",
+    )
+    parser.add_argument(
+        "--file",
+        type=Path,
+        metavar="F.gguf",
+        help="for tensors, the file, or the folder of a split one",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the picture, as SVG")
     args = parser.parse_args()
     found = [json.loads(path.read_text(encoding="utf-8")) for path in args.measurements]
@@ -51,7 +61,10 @@ def speed(measured: Sequence[Measurement]) -> Svg:
     machine = measured[0]["machine"]
     threads = f"{measured[0]['threads']} thread" + ("s" if measured[0]["threads"] > 1 else "")
     where = ", ".join([machine["processor"], threads, *machine["devices"]])
-    svg = Svg("Decoding speed", f"Tokens a second over n_max, warm, and as a ring cold; the thin line is the spread. On {where}.")
+    svg = Svg(
+        "Decoding speed",
+        f"Tokens a second over n_max, warm, and as a ring cold; the thin line is the spread. On {where}.",
+    )
     entries = [entry for found in measured for entry in found["by_n_max"]]
     top = max(max(entry["spread"][1], entry["cold_tokens_per_second"]) for entry in entries)
     for found in measured:
@@ -66,10 +79,26 @@ def speed(measured: Sequence[Measurement]) -> Svg:
             low, high = (LEFT + (RIGHT - LEFT) * bound / top for bound in entry["spread"])
             svg.line(low, y + 8, high, y + 8, INK, 2)
             svg.ring(LEFT + (RIGHT - LEFT) * entry["cold_tokens_per_second"] / top, y + 8)
-            svg.text(RIGHT + 45, y + 12, f"{value:,.0f}" if value >= 100 else f"{value:.1f}", anchor="end", weight=weight)
-            svg.text(WIDTH - 6, y + 12, f"{entry['speedup']:.2f}×" if n_max else "", anchor="end", weight=weight)
+            svg.text(
+                RIGHT + 45,
+                y + 12,
+                f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+                anchor="end",
+                weight=weight,
+            )
+            svg.text(
+                WIDTH - 6,
+                y + 12,
+                f"{entry['speedup']:.2f}×" if n_max else "",
+                anchor="end",
+                weight=weight,
+            )
             svg.y += 19
-        advice = f"recommended: n_max {found['recommended_n_max']}" if found["recommended_n_max"] else "recommended: no drafting"
+        advice = (
+            f"recommended: n_max {found['recommended_n_max']}"
+            if found["recommended_n_max"]
+            else "recommended: no drafting"
+        )
         why = str(found["verdict"]).split(":")[0]
         svg.paragraph(f"{advice} ({why})", fill=INK)
     return svg
@@ -78,7 +107,10 @@ def speed(measured: Sequence[Measurement]) -> Svg:
 def acceptance(measured: Sequence[Measurement]) -> Svg:
     """The share of drafted tokens that is accepted, for each n_max and kind of prompt."""
     kinds = sorted({run["kind"] for found in measured for run in found["runs"]})
-    svg = Svg("Acceptance", "Share of the drafted tokens that were accepted, over n_max; to the right, of all kinds of prompts.")
+    svg = Svg(
+        "Acceptance",
+        "Share of the drafted tokens that were accepted, over n_max; to the right, of all kinds of prompts.",
+    )
     svg.legend(kinds)
     for found in measured:
         drafting = [entry for entry in found["by_n_max"] if entry["acceptance"] is not None]
@@ -95,9 +127,18 @@ def acceptance(measured: Sequence[Measurement]) -> Svg:
             y = svg.y + height / 2
             svg.text(LEFT - 6, y + 4, str(entry["n_max"]), anchor="end")
             for run in found["runs"]:
-                if (run["n_max"], run["state"]) == (entry["n_max"], "warm") and run["acceptance"] is not None:
-                    number = kinds.index(run["kind"])  # below one another, for they are often nearly equal
-                    svg.mark(_across(run["acceptance"]), y + (number - (len(kinds) - 1) / 2) * 8, number, 3.5)
+                if (run["n_max"], run["state"]) == (entry["n_max"], "warm") and run[
+                    "acceptance"
+                ] is not None:
+                    number = kinds.index(
+                        run["kind"]
+                    )  # below one another, for they are often nearly equal
+                    svg.mark(
+                        _across(run["acceptance"]),
+                        y + (number - (len(kinds) - 1) / 2) * 8,
+                        number,
+                        3.5,
+                    )
             svg.text(RIGHT + 18, y + 4, f"{entry['acceptance']:.1%}")
             svg.y += height
         svg.y += 18
@@ -109,10 +150,20 @@ def acceptance(measured: Sequence[Measurement]) -> Svg:
 
 def distance(measured: Sequence[Measurement]) -> Svg:
     """Size against KL divergence from BF16; a logarithmic axis, with what is nearer than a millionth at its foot."""
-    svg = Svg("Size and distance from BF16", "KL divergence of the predictions (mean, nats; lower is better) over the file's size.")
-    points = [(found["bytes"], max(found["kl_divergence"]["mean"], 0.0), stem(found)) for found in measured]
+    svg = Svg(
+        "Size and distance from BF16",
+        "KL divergence of the predictions (mean, nats; lower is better) over the file's size.",
+    )
+    points = [
+        (found["bytes"], max(found["kl_divergence"]["mean"], 0.0), stem(found))
+        for found in measured
+    ]
     far = [value for _, value, _ in points if value >= 1e-6]
-    low, high = (math.floor(math.log10(min(far))), math.ceil(math.log10(max(far)) + 1e-9)) if far else (-4, -1)
+    low, high = (
+        (math.floor(math.log10(min(far))), math.ceil(math.log10(max(far)) + 1e-9))
+        if far
+        else (-4, -1)
+    )
     unit, name = (1e9, "GB") if max(size for size, _, _ in points) >= 1e9 else (1e6, "MB")
     sizes = ticks(max(size for size, _, _ in points) / unit)
     left, right, top, bottom = 52.0, WIDTH - 16.0, svg.y + 8, svg.y + 248
@@ -121,7 +172,11 @@ def distance(measured: Sequence[Measurement]) -> Svg:
         return left + (right - left) * size / unit / sizes[-1]
 
     def down(value: float) -> float:
-        return bottom if value < 1e-6 else bottom - 24 - (math.log10(value) - low) / (high - low) * (bottom - 24 - top)
+        return (
+            bottom
+            if value < 1e-6
+            else bottom - 24 - (math.log10(value) - low) / (high - low) * (bottom - 24 - top)
+        )
 
     for power in range(low, high + 1):
         y = down(10.0**power)
@@ -142,12 +197,22 @@ def distance(measured: Sequence[Measurement]) -> Svg:
     return svg
 
 
-def _label(svg: Svg, x: float, y: float, words: str, taken: list[tuple[float, float, float]], top: float, bottom: float) -> None:
+def _label(
+    svg: Svg,
+    x: float,
+    y: float,
+    words: str,
+    taken: list[tuple[float, float, float]],
+    top: float,
+    bottom: float,
+) -> None:
     """Words beside a point, where no others are yet: to its right if they fit, else to its left, or as near as can be."""
     width = WIDE * len(words)
     begins = [x + 9, x - 9 - width] if x + 9 + width < WIDTH - 4 else [x - 9 - width]
     y = min(y, bottom - 8)  # above the axis
-    places = [(begin, y + 4 + shift) for shift in (0, -14, 14, -28, 28, -42, 42) for begin in begins]
+    places = [
+        (begin, y + 4 + shift) for shift in (0, -14, 14, -28, 28, -42, 42) for begin in begins
+    ]
     free = [
         (begin, line)
         for begin, line in places
@@ -164,9 +229,14 @@ def tensors(path: Path, known: dict[str, float]) -> Svg:
     """Of each kind of tensor its types, with how many blocks have them, and the range of its relative errors."""
     opened = split.read(first_of(path))
     name = path.name.removesuffix(".gguf")
-    svg = Svg("Tensors", f"{name}: types of the tensors of each name, darker with more bits, and how many there are of each.")
+    svg = Svg(
+        "Tensors",
+        f"{name}: types of the tensors of each name, darker with more bits, and how many there are of each.",
+    )
     if known:
-        svg.paragraph("Below them the relative error, from the least to the largest of these tensors, and their mean.")
+        svg.paragraph(
+            "Below them the relative error, from the least to the largest of these tensors, and their mean."
+        )
     roles: dict[str, list[str]] = {}
     for tensor in opened.tensors:
         roles.setdefault(re.sub(r"^blk\.\d+\.|\.weight$", "", tensor), []).append(tensor)
@@ -194,7 +264,10 @@ def _chip(svg: Svg, x: float, kind: str, count: int) -> float:
         svg.y, x = svg.y + 18, 176.0
     depth = min(max((bits(kind) - 2) / 14, 0), 1)
     fill = "#{:02x}{:02x}{:02x}".format(
-        *(round(light + (dark - light) * depth) for light, dark in ((222, 0), (235, 68), (247, 124)))
+        *(
+            round(light + (dark - light) * depth)
+            for light, dark in ((222, 0), (235, 68), (247, 124))
+        )
     )
     svg.rect(x, svg.y - 12, width, 16, fill)
     svg.text(x + 4, svg.y, words, fill="white" if depth > 0.6 else INK)
@@ -231,7 +304,11 @@ def _common(names: Sequence[str]) -> str:
     return first[: first[:length].rfind("-") + 1]
 
 
-FIGURES: dict[str, Callable[[Sequence[Measurement]], Svg]] = {"speed": speed, "acceptance": acceptance, "distance": distance}
+FIGURES: dict[str, Callable[[Sequence[Measurement]], Svg]] = {
+    "speed": speed,
+    "acceptance": acceptance,
+    "distance": distance,
+}
 
 
 if __name__ == "__main__":

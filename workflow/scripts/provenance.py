@@ -15,15 +15,49 @@ from mtpforge.publish import provenance, sums
 def main() -> None:
     """Parse the command line and write the statement."""
     parser = cli.parser(__doc__)
-    parser.add_argument("report", type=Path, metavar="REPORT.json", help="what verify.py wrote of the file")
-    parser.add_argument("--parameters", type=json.loads, required=True, metavar="JSON", help="its part of the configuration")
-    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="what materials.py wrote of the checkpoint")
     parser.add_argument(
-        "--material", nargs="+", action="append", default=[], metavar=("JSON", "FILE"), help="what else was used, as materials.py"
+        "report", type=Path, metavar="REPORT.json", help="what verify.py wrote of the file"
     )
-    parser.add_argument("--toolchain", type=Path, required=True, metavar="FILE", help="the stamp of llama.cpp's programs")
-    parser.add_argument("--locks", type=Path, nargs="+", default=[], metavar="FILE", help="locked requirements")
-    parser.add_argument("--code", type=Path, nargs="+", default=[], metavar="FILE", help="the programs, with their modules")
+    parser.add_argument(
+        "--parameters",
+        type=json.loads,
+        required=True,
+        metavar="JSON",
+        help="its part of the configuration",
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what materials.py wrote of the checkpoint",
+    )
+    parser.add_argument(
+        "--material",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("JSON", "FILE"),
+        help="what else was used, as materials.py",
+    )
+    parser.add_argument(
+        "--toolchain",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the stamp of llama.cpp's programs",
+    )
+    parser.add_argument(
+        "--locks", type=Path, nargs="+", default=[], metavar="FILE", help="locked requirements"
+    )
+    parser.add_argument(
+        "--code",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the programs, with their modules",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the statement, as JSON")
     args = parser.parse_args()
     report = read_json(args.report)
@@ -32,7 +66,9 @@ def main() -> None:
         dependencies += provenance.materials(json.loads(source), map(Path, evidence))
     dependencies += [*provenance.trunk(report), *provenance.toolchain(args.toolchain)]
     dependencies += [*provenance.locks(args.locks), provenance.pipeline(args.code)]
-    atomic.write_json(args.out, provenance.statement(sums.files_of(report), args.parameters, dependencies))
+    atomic.write_json(
+        args.out, provenance.statement(sums.files_of(report), args.parameters, dependencies)
+    )
 
 
 if __name__ == "__main__":

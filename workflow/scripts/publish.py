@@ -14,15 +14,29 @@ def main() -> None:
     parser = cli.parser(__doc__)
     pair = ("FOLDER", "OWNER/NAME")
     parser.add_argument(
-        "--private", nargs=2, action="append", default=[], metavar=pair, help="a repository that is made is private"
+        "--private",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=pair,
+        help="a repository that is made is private",
     )
-    parser.add_argument("--public", nargs=2, action="append", default=[], metavar=pair, help="a repository that is made is public")
+    parser.add_argument(
+        "--public",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=pair,
+        help="a repository that is made is public",
+    )
     parser.add_argument("--signed", action="store_true", help="with SHA256SUMS.sig")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
     args = parser.parse_args()
     targets = [(*pair, True) for pair in args.private] + [(*pair, False) for pair in args.public]
     if not targets:
-        raise errors.ConfigError("nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`")
+        raise errors.ConfigError(
+            "nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`"
+        )
     for folder, repo, private in targets:
         plan = upload.plan(Path(folder), repo, args.signed)
         upload.tell(plan)

@@ -28,24 +28,84 @@ from mtpforge.quantize.recipe import read_recipe
 def main() -> None:
     """Parse the command line and quantize."""
     parser = cli.parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
-    parser.add_argument("--out", type=Path, help="the GGUF to write; with --piece a folder for several: FOLDER/manifests")
+    parser.add_argument(
+        "source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the GGUF to write; with --piece a folder for several: FOLDER/manifests",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the table, and stop")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--type", metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help")
-    what.add_argument("--plan", type=Path, metavar="FILE", help="what quantize_plan.py wrote, instead of all that it was told")
-    parser.add_argument("--head", metavar="T", help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)")
-    parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
-    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
-    parser.add_argument("--reuse", type=Path, metavar="FOLDER", help="with --plan: take tensors from files of manifests in it")
-    parser.add_argument("--piece", metavar="I/N", help="with --plan: make one of N pieces, for --reuse of the whole")
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="with --plan: manifests/ANY.json to write, for --reuse")
-    parser.add_argument("--also", type=Path, nargs="*", default=[], metavar="F", help="where it, or a folder of its parts, may lie")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="a second name for --out (a hard link), for the manifest")
-    parser.add_argument("--threads", type=int, default=0, help="threads of llama-quantize (default: all)")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)")
-    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the sha256 of header and tensors, as JSON")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-quantize says")
+    what.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="what quantize_plan.py wrote, instead of all that it was told",
+    )
+    parser.add_argument(
+        "--head",
+        metavar="T",
+        help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)",
+    )
+    parser.add_argument(
+        "--tensors",
+        type=Path,
+        metavar="FILE",
+        help="YAML of pattern: type; the first match decides",
+    )
+    parser.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix, as of imatrix.py; its name is recorded",
+    )
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="FOLDER",
+        help="with --plan: take tensors from files of manifests in it",
+    )
+    parser.add_argument(
+        "--piece", metavar="I/N", help="with --plan: make one of N pieces, for --reuse of the whole"
+    )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="with --plan: manifests/ANY.json to write, for --reuse",
+    )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="F",
+        help="where it, or a folder of its parts, may lie",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="a second name for --out (a hard link), for the manifest",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of llama-quantize (default: all)"
+    )
+    parser.add_argument(
+        "--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="write the sha256 of header and tensors, as JSON",
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="keep all that llama-quantize says"
+    )
     args = parser.parse_args()
     if not args.out and not args.dry_run:
         parser.error("one of --out and --dry-run is needed")
@@ -54,9 +114,13 @@ def main() -> None:
     if not args.plan and (args.reuse or args.piece or args.manifest or args.also or args.keep):
         parser.error("--reuse, --piece, --manifest, --also and --keep need --plan")
     if args.piece and (args.manifest or args.also or args.keep):
-        parser.error("--piece writes manifests into --out, and takes none of --manifest, --also and --keep")
+        parser.error(
+            "--piece writes manifests into --out, and takes none of --manifest, --also and --keep"
+        )
     if args.piece and args.out and "manifests" not in args.out.absolute().parts:
-        parser.error(f"--out {args.out}: of a piece must be in a folder called manifests, where --reuse looks")
+        parser.error(
+            f"--out {args.out}: of a piece must be in a folder called manifests, where --reuse looks"
+        )
     piece = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", args.piece or "1/1")
     if piece is None or int(piece[1]) > int(piece[2]):
         parser.error("--piece: must be I/N with I from 1 to N, at most 999")
@@ -67,7 +131,17 @@ def main() -> None:
         as_planned(args, int(piece[1]), int(piece[2]))
         return
     recipe = read_recipe(args.tensors)
-    quantize(args.source, out, args.type, args.head, recipe, args.imatrix, args.threads, args.bin, args.log)
+    quantize(
+        args.source,
+        out,
+        args.type,
+        args.head,
+        recipe,
+        args.imatrix,
+        args.threads,
+        args.bin,
+        args.log,
+    )
     if out and args.digests:
         atomic.write_json(args.digests, reader.digests(out, args.threads or None))
 
@@ -78,10 +152,17 @@ def as_planned(args: argparse.Namespace, number: int, count: int) -> None:
         args.log.write_text("", encoding="utf-8")
     planned, source = plan.Plan.read(args.plan), reader.read(args.source)
     work = pieces.Work(planned, source, args.imatrix, args.threads, args.bin, args.log, say)
-    digests = work.piece(args.out, number, count, args.reuse) if args.piece else work.whole(args.out, args.reuse)
+    digests = (
+        work.piece(args.out, number, count, args.reuse)
+        if args.piece
+        else work.whole(args.out, args.reuse)
+    )
     names = [args.out, *args.also]
     if args.keep:
-        with suppress(OSError), atomic.replacing(args.keep) as temporary:  # a file system without hard links
+        with (
+            suppress(OSError),
+            atomic.replacing(args.keep) as temporary,
+        ):  # a file system without hard links
             temporary.unlink()
             os.link(args.out, temporary)
         names.append(args.keep)

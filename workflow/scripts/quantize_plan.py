@@ -20,16 +20,51 @@ from mtpforge.quantize.recipe import read_recipe
 def main() -> None:
     """Parse the command line and plan."""
     parser = cli.parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head")
+    parser.add_argument(
+        "source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the plan to write, a JSON file")
-    parser.add_argument("--digests", type=Path, metavar="FILE", help="sha256 of its tensors, as convert.py wrote them")
-    parser.add_argument("--type", required=True, metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help")
-    parser.add_argument("--head", metavar="T", help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)")
-    parser.add_argument("--tensors", type=Path, metavar="FILE", help="YAML of pattern: type; the first match decides")
-    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix, as of imatrix.py; its name is recorded")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="llama-quantize's folder (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="those that a quantization will have (default: all)")
-    parser.add_argument("--pieces", type=Path, metavar="FILE", help="write in how many pieces it is best made on so many threads")
+    parser.add_argument(
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="sha256 of its tensors, as convert.py wrote them",
+    )
+    parser.add_argument(
+        "--type", required=True, metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help"
+    )
+    parser.add_argument(
+        "--head",
+        metavar="T",
+        help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)",
+    )
+    parser.add_argument(
+        "--tensors",
+        type=Path,
+        metavar="FILE",
+        help="YAML of pattern: type; the first match decides",
+    )
+    parser.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="importance matrix, as of imatrix.py; its name is recorded",
+    )
+    parser.add_argument(
+        "--bin",
+        type=Path,
+        default=programs.DEFAULT_BIN,
+        help="llama-quantize's folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="those that a quantization will have (default: all)"
+    )
+    parser.add_argument(
+        "--pieces",
+        type=Path,
+        metavar="FILE",
+        help="write in how many pieces it is best made on so many threads",
+    )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
     source = reader.read(args.source)

@@ -15,10 +15,14 @@ def main() -> None:
     """Parse the command line and list."""
     parser = cli.parser(__doc__)
     parser.add_argument("repo", help="repository, as OWNER/NAME")
-    parser.add_argument("--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits")
+    parser.add_argument(
+        "--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the listing, as JSON")
     args = parser.parse_args()
-    kept = args.out.with_name(f".{args.out.name}")  # Snakemake deletes the output of a job that fails, or runs again
+    kept = args.out.with_name(
+        f".{args.out.name}"
+    )  # Snakemake deletes the output of a job that fails, or runs again
     try:
         listing = download.resolve(args.repo, args.revision)
     except errors.DownloadError as error:

@@ -15,8 +15,14 @@ from typing import Any, NoReturn
 
 def main() -> None:
     """Parse the command line and become upstream's program; all that follows SOURCE is its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, where its checksum is unknown (qwen35, ...)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="pre-tokenizer, where its checksum is unknown (qwen35, ...)",
+    )
     parser.add_argument("source", type=Path, help="llama.cpp's source tree")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of convert_hf_to_gguf.py")
     args = parser.parse_args()
@@ -37,7 +43,9 @@ def forbid_remote_code() -> None:
         raise RuntimeError("the checkpoint wants to run code of its own: refused")
 
     for name in ("get_class_from_dynamic_module", "get_class_in_module", "get_cached_module_file"):
-        assert hasattr(dynamic_module_utils, name), f"transformers has no {name}: another way to run code must be closed"
+        assert hasattr(dynamic_module_utils, name), (
+            f"transformers has no {name}: another way to run code must be closed"
+        )
         setattr(dynamic_module_utils, name, refuse)
 
 

@@ -13,7 +13,9 @@ def main() -> None:
     """Parse the command line and sign."""
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, help="what is signed: a list of files with their sha256")
-    parser.add_argument("--key", type=Path, required=True, help="a private elliptic-curve key, as PEM")
+    parser.add_argument(
+        "--key", type=Path, required=True, help="a private elliptic-curve key, as PEM"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the signature, a Sigstore bundle")
     args = parser.parse_args()
     try:
@@ -27,7 +29,9 @@ def main() -> None:
             config = signing.Config()  # type: ignore[no-untyped-call]
             config.use_elliptic_key_signer(private_key=args.key).sign(args.file, temporary)
         except ValueError as error:
-            raise errors.ConfigError(f"{args.key}: no private elliptic-curve key as PEM, without a password ({error})") from None
+            raise errors.ConfigError(
+                f"{args.key}: no private elliptic-curve key as PEM, without a password ({error})"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,24 @@ def main() -> None:
     """Parse the command line and split."""
     parser = cli.parser(__doc__)
     parser.add_argument("source", type=Path, metavar="F.gguf")
-    parser.add_argument("--max-size", required=True, metavar="SIZE", help="of one file: megabytes or gigabytes, as 500M or 48G")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a folder of its own, which is replaced")
-    parser.add_argument("--name", metavar="STEM", help="what the files' names begin with (default: the input's name)")
+    parser.add_argument(
+        "--max-size",
+        required=True,
+        metavar="SIZE",
+        help="of one file: megabytes or gigabytes, as 500M or 48G",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a folder of its own, which is replaced",
+    )
+    parser.add_argument(
+        "--name",
+        metavar="STEM",
+        help="what the files' names begin with (default: the input's name)",
+    )
     args = parser.parse_args()
     stem = args.name or args.source.name.removesuffix(".gguf")
     with progress.bar(stem) as show:

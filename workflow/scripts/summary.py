@@ -18,12 +18,23 @@ def main() -> None:
     """Parse the command line, print the table and write it as Markdown."""
     parser = cli.parser(__doc__)
     parser.add_argument("reports", type=Path, nargs="+", help="reports of verify.py")
-    parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="those of measure.py")
+    parser.add_argument(
+        "--measurements", type=Path, nargs="*", default=[], help="those of measure.py"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the table, in Markdown")
     args = parser.parse_args()
-    measured = {(path.parent.parent, (found := read(path))["file"]): found for path in args.measurements}
-    reports = [(path.parent.parent, read(path)) for path in args.reports]  # two models can have files of one name
-    table = markdown([COLUMNS, *(row(report, measured.get((folder, report["file"]))) for folder, report in reports)])
+    measured = {
+        (path.parent.parent, (found := read(path))["file"]): found for path in args.measurements
+    }
+    reports = [
+        (path.parent.parent, read(path)) for path in args.reports
+    ]  # two models can have files of one name
+    table = markdown(
+        [
+            COLUMNS,
+            *(row(report, measured.get((folder, report["file"]))) for folder, report in reports),
+        ]
+    )
     atomic.write_text(args.out, table)
     print(f"\n{table}")
 
@@ -38,7 +49,9 @@ def row(report: dict[str, Any], measured: dict[str, Any] | None) -> tuple[str, .
     if drafts := report.get("drafts"):
         acceptance = f"{report['accepted'] / drafts:.1%} ({report['accepted']}/{drafts})"
     else:
-        acceptance = "-" if report["head"] in ("none", "") else "not possible"  # its report says why
+        acceptance = (
+            "-" if report["head"] in ("none", "") else "not possible"
+        )  # its report says why
     return (
         report["file"],
         size(report["bytes"]),
@@ -55,7 +68,9 @@ def speed(found: dict[str, Any] | None) -> tuple[str, str]:
         return "-", "-"
     off, *drafting = found["by_n_max"]
     best = max(drafting, key=lambda entry: entry["tokens_per_second"], default=None)
-    cell = f"{off['tokens_per_second']:.0f}" + (f" → {best['tokens_per_second']:.0f}" if best else "")
+    cell = f"{off['tokens_per_second']:.0f}" + (
+        f" → {best['tokens_per_second']:.0f}" if best else ""
+    )
     return cell, str(found["recommended_n_max"] or "off")
 
 

@@ -16,11 +16,17 @@ from mtpforge.llama_cpp.toolchain import adopt, built, install
 def main() -> None:
     """Parse the arguments, and build or link."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requirement", type=Path, required=True, help="requirements file with the source archive")
-    parser.add_argument("--bin", type=Path, required=True, help="directory that receives the programs")
+    parser.add_argument(
+        "--requirement", type=Path, required=True, help="requirements file with the source archive"
+    )
+    parser.add_argument(
+        "--bin", type=Path, required=True, help="directory that receives the programs"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to compile on")
-    parser.add_argument("--bin-dir", default="", help="programs that exist already: link them, build nothing")
+    parser.add_argument(
+        "--bin-dir", default="", help="programs that exist already: link them, build nothing"
+    )
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)
     if args.bin_dir:

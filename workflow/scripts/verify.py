@@ -22,30 +22,88 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="F.gguf")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, help="what the file was made of: compare inventory and head")
-    source.add_argument("--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py")
+    source.add_argument(
+        "--checkpoint", type=Path, help="what the file was made of: compare inventory and head"
+    )
+    source.add_argument(
+        "--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py"
+    )
     parser.add_argument(
-        "--digests", type=Path, metavar="FILE", help="sha256 of its tensors, as convert.py or quantize.py wrote them"
+        "--digests",
+        type=Path,
+        metavar="FILE",
+        help="sha256 of its tensors, as convert.py or quantize.py wrote them",
     )
     trunk = parser.add_mutually_exclusive_group()
-    trunk.add_argument("--base", type=Path, help="what the head was injected into: compare the trunk")
-    trunk.add_argument("--trunk", type=Path, metavar="FILE", help="the same, as inject.py --digests recorded it")
-    parser.add_argument("--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model")
-    parser.add_argument("--head-record", type=Path, metavar="FILE", help="of fetch_head.py: how far the head is to be trusted")
+    trunk.add_argument(
+        "--base", type=Path, help="what the head was injected into: compare the trunk"
+    )
+    trunk.add_argument(
+        "--trunk", type=Path, metavar="FILE", help="the same, as inject.py --digests recorded it"
+    )
+    parser.add_argument(
+        "--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model"
+    )
+    parser.add_argument(
+        "--head-record",
+        type=Path,
+        metavar="FILE",
+        help="of fetch_head.py: how far the head is to be trusted",
+    )
     parser.add_argument("--type", metavar="T", help="the file type that was asked for")
-    parser.add_argument("--head", metavar="T", help="the head's type that was asked for, none if no head was")
-    parser.add_argument("--tensors", type=Path, metavar="FILE", help="the recipe that was asked for")
-    parser.add_argument("--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as convert.py was told")
-    parser.add_argument("--prompts", type=Path, metavar="DIR", default=PROMPTS, help="folder of *.txt prompts to draft on")
-    parser.add_argument("--min-acceptance", type=float, default=0.1, help="share of drafts to be accepted (default: %(default)s)")
-    parser.add_argument("--unquantized", type=Path, metavar="FILE", help="of acceptance.py, on the BF16 file of the same model")
-    parser.add_argument("--max-acceptance-drop", type=float, default=0.2, help="below that of it (default: %(default)s)")
-    parser.add_argument("--perplexity", action="store_true", help="llama-perplexity must load it too")
+    parser.add_argument(
+        "--head", metavar="T", help="the head's type that was asked for, none if no head was"
+    )
+    parser.add_argument(
+        "--tensors", type=Path, metavar="FILE", help="the recipe that was asked for"
+    )
+    parser.add_argument(
+        "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as convert.py was told"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="DIR",
+        default=PROMPTS,
+        help="folder of *.txt prompts to draft on",
+    )
+    parser.add_argument(
+        "--min-acceptance",
+        type=float,
+        default=0.1,
+        help="share of drafts to be accepted (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unquantized",
+        type=Path,
+        metavar="FILE",
+        help="of acceptance.py, on the BF16 file of the same model",
+    )
+    parser.add_argument(
+        "--max-acceptance-drop",
+        type=float,
+        default=0.2,
+        help="below that of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--perplexity", action="store_true", help="llama-perplexity must load it too"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
-    parser.add_argument("--publish", type=Path, metavar="FILE", help="the final name, given once it has passed")
-    parser.add_argument("--split", metavar="SIZE", help="publish a folder, of files of at most this size: 500M, 48G")
-    parser.add_argument("--threads", type=int, default=0, help="threads of llama-server (default: all processors)")
-    parser.add_argument("--bin", type=Path, default=programs.DEFAULT_BIN, help="where llama-server is (default: %(default)s)")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FILE", help="the final name, given once it has passed"
+    )
+    parser.add_argument(
+        "--split", metavar="SIZE", help="publish a folder, of files of at most this size: 500M, 48G"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of llama-server (default: all processors)"
+    )
+    parser.add_argument(
+        "--bin",
+        type=Path,
+        default=programs.DEFAULT_BIN,
+        help="where llama-server is (default: %(default)s)",
+    )
     args = parser.parse_args()
     request = Request(
         args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target, args.type, args.head,
@@ -53,7 +111,16 @@ def main() -> None:
         tuple(read_prompts(args.prompts).values()), args.min_acceptance, programs.threads(args.threads),
     )  # fmt: skip
     for out in filter(None, (args.out, args.publish)):
-        atomic.refuse_overwriting(out, args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target)
+        atomic.refuse_overwriting(
+            out,
+            args.file,
+            args.checkpoint,
+            args.reference,
+            args.digests,
+            args.base,
+            args.trunk,
+            args.target,
+        )
     limit = _limit(args.split, args.file, args.publish)
     with progress.bar(args.file.name) as show:
         try:
@@ -68,7 +135,11 @@ def main() -> None:
         if limit:
             with progress.bar(args.publish.name) as show:
                 split = publish_split(args.file, args.publish, limit, request, args.bin, show)
-            report = {**report, "files": split["files"], "checks": report["checks"] + split["checks"]}
+            report = {
+                **report,
+                "files": split["files"],
+                "checks": report["checks"] + split["checks"],
+            }
         else:
             atomic.give_name(args.file, args.publish)  # no second copy on the disk
     atomic.write_json(args.out, report)

@@ -60,10 +60,14 @@ class Build:
         for name, model in self.models.items():
             for variant, entry in model["variants"].items():
                 self._resolve(f"models/{name}/variants/{variant}", name, entry)
-                _check_name(f"models/{name}/variants/{variant}", f"{self.base_name(name)}-{variant}")
+                _check_name(
+                    f"models/{name}/variants/{variant}", f"{self.base_name(name)}-{variant}"
+                )
                 _check_variant(f"models/{name}/variants/{variant}", variant, entry)
             if not self.base_name(name).isprintable():
-                raise ConfigError(f"config.yaml: models/{name}/source/path: the folder's name begins those of files: rename it")
+                raise ConfigError(
+                    f"config.yaml: models/{name}/source/path: the folder's name begins those of files: rename it"
+                )
             if "sidecar" in model:
                 _check_sidecar(f"models/{name}/sidecar", model["sidecar"])
         _check_own_bases(self.models)
@@ -71,25 +75,38 @@ class Build:
         self.chosen = list(self.models) if chosen == "all" else list(chosen)
         for name in self.chosen:
             if name not in self.models:
-                raise ConfigError(f"config.yaml: build: there is no model {name!r}: models has {', '.join(self.models)}")
+                raise ConfigError(
+                    f"config.yaml: build: there is no model {name!r}: models has {', '.join(self.models)}"
+                )
             _check_folders(f"models/{name}", self.models[name])
         self._check_repositories()
         paths = [path for output in self.outputs() for path in output]
         if twice := [path for path in paths if paths.count(path) > 1]:
-            raise ConfigError(f"config.yaml: two variants, or a variant and a sidecar, would both be {twice[0]}: rename one")
+            raise ConfigError(
+                f"config.yaml: two variants, or a variant and a sidecar, would both be {twice[0]}: rename one"
+            )
 
     def _resolve(self, path: str, model: str, entry: dict[str, Any]) -> None:
         """Put a recipe in the place of its name, and in the place of a text the importance matrix that is computed from it."""
-        recipes, tensors, text = self.config["recipes"], entry.get("tensors"), entry.get("imatrix", {}).get("text")
+        recipes, tensors, text = (
+            self.config["recipes"],
+            entry.get("tensors"),
+            entry.get("imatrix", {}).get("text"),
+        )
         if isinstance(tensors, str):
             if tensors not in recipes:
                 known = ", ".join(recipes) or "none"
-                raise ConfigError(f"config.yaml: {path}/tensors: there is no recipe {tensors!r}: recipes has {known}")
+                raise ConfigError(
+                    f"config.yaml: {path}/tensors: there is no recipe {tensors!r}: recipes has {known}"
+                )
             entry["tensors"] = recipes[tensors]
         if text is not None:
             name = f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"  # is published: no folder of this machine is in it
             self._texts[name] = text
-            entry["imatrix"] = {"path": f"{WORK.format(model=model)}/imatrix/{name}.gguf", "text": text}
+            entry["imatrix"] = {
+                "path": f"{WORK.format(model=model)}/imatrix/{name}.gguf",
+                "text": text,
+            }
 
     # ── what to make ──
 
@@ -120,10 +137,18 @@ class Build:
 
     def measurements(self) -> list[str]:
         """What is measured of them, for models that ask for it."""
-        return [path for model in self.chosen if "measure" in self.models[model] for path in self._measurements(model)]
+        return [
+            path
+            for model in self.chosen
+            if "measure" in self.models[model]
+            for path in self._measurements(model)
+        ]
 
     def _measurements(self, model: str) -> list[str]:
-        return [f"results/{model}/measure/{self.base_name(model)}-{variant}.json" for variant in self.models[model]["variants"]]
+        return [
+            f"results/{model}/measure/{self.base_name(model)}-{variant}.json"
+            for variant in self.models[model]["variants"]
+        ]
 
     def figures(self) -> list[str]:
         """The pictures of the report: of each model what is measured, of each variant its tensors."""
@@ -134,7 +159,10 @@ class Build:
                 names = ["speed", "acceptance", *(["distance"] if compared else [])]
                 figures += [f"results/{model}/plots/{name}.svg" for name in names]
             variants = self.models[model]["variants"]
-            figures += [f"results/{model}/plots/tensors-{self.base_name(model)}-{variant}.svg" for variant in variants]
+            figures += [
+                f"results/{model}/plots/tensors-{self.base_name(model)}-{variant}.svg"
+                for variant in variants
+            ]
         return figures
 
     def _split(self, model: str, variant: str) -> str | None:
@@ -158,7 +186,11 @@ class Build:
         options += ["--signed"] if "sign" in self.config else []
         for model in self._with_repository():
             target = self.models[model]["publish"]
-            options += ["--private" if target["private"] else "--public", f"results/{model}", target["repo"]]
+            options += [
+                "--private" if target["private"] else "--public",
+                f"results/{model}",
+                target["repo"],
+            ]
         return shlex.join(options)
 
     def _check_repositories(self) -> None:
@@ -167,13 +199,17 @@ class Build:
         for model in self._with_repository():
             repo = self.models[model]["publish"]["repo"]
             if (other := seen.setdefault(repo.lower(), model)) != model:
-                raise ConfigError(f"config.yaml: models/{model}/publish/repo: {repo} is that of {other}: a model has its own")
+                raise ConfigError(
+                    f"config.yaml: models/{model}/publish/repo: {repo} is that of {other}: a model has its own"
+                )
 
     def _with_repository(self) -> list[str]:
         return [model for model in self.chosen if "publish" in self.models[model]]
 
     def _ends(self, model: str) -> list[str]:
-        return [f"results/{model}/SHA256SUMS"] + ([f"results/{model}/SHA256SUMS.sig"] if "sign" in self.config else [])
+        return [f"results/{model}/SHA256SUMS"] + (
+            [f"results/{model}/SHA256SUMS.sig"] if "sign" in self.config else []
+        )
 
     def key(self, wildcards: object) -> list[str]:
         """The key to sign with; nothing where none is configured."""
@@ -189,7 +225,9 @@ class Build:
 
     def statements_of(self, wildcards: Wildcards) -> list[str]:
         """Their statements of provenance, in the same order."""
-        return [report.replace("/reports/", "/provenance/") for report in self.reports_of(wildcards)]
+        return [
+            report.replace("/reports/", "/provenance/") for report in self.reports_of(wildcards)
+        ]
 
     def card_of_checkpoint(self, wildcards: Wildcards) -> str:
         """The checkpoint's own model card, which need not be there."""
@@ -206,7 +244,9 @@ class Build:
     def about(self, wildcards: Wildcards) -> str:
         """A model's part of the configuration that its card tells, as JSON."""
         entry = self.models[wildcards.model]
-        part = {key: entry[key] for key in (*_OF_BUILD, "publish") if key in entry} | {"variants": _as_made(entry["variants"])}
+        part = {key: entry[key] for key in (*_OF_BUILD, "publish") if key in entry} | {
+            "variants": _as_made(entry["variants"])
+        }
         return json.dumps({"name": self.base_name(wildcards.model), **_without_folders(part)})
 
     def parameters(self, wildcards: Wildcards) -> str:
@@ -240,16 +280,26 @@ class Build:
 
     def material_options(self, wildcards: Wildcards) -> str:
         """The same as options of provenance.py."""
-        used = [["--material", json.dumps(_without_folders(file)), *_evidence(file)] for file in self._materials(wildcards)]
+        used = [
+            ["--material", json.dumps(_without_folders(file)), *_evidence(file)]
+            for file in self._materials(wildcards)
+        ]
         return shlex.join(word for options in used for word in options)
 
     def locks(self, wildcards: Wildcards) -> list[str]:
         """The locked requirements of what makes a model."""
-        return ["envs/run.txt", "envs/llama.cpp.txt", *(["envs/converter.txt"] if self._needs_upstream(wildcards) else [])]
+        return [
+            "envs/run.txt",
+            "envs/llama.cpp.txt",
+            *(["envs/converter.txt"] if self._needs_upstream(wildcards) else []),
+        ]
 
     def programs(self, wildcards: Wildcards) -> list[str]:
         """The programs that make a model's files, with all modules that they import."""
-        converters = ["convert.py", *(["convert_upstream.py"] if self._needs_upstream(wildcards) else [])]
+        converters = [
+            "convert.py",
+            *(["convert_upstream.py"] if self._needs_upstream(wildcards) else []),
+        ]
         all_of_them = (*converters, "quantize_plan.py", "quantize.py", "inject.py", "verify.py")
         return sorted({path for program in all_of_them for path in code(program)})
 
@@ -277,7 +327,11 @@ class Build:
 
     def models_of(self, converter: str) -> str:
         """A regular expression for the models that this converter makes; one that nothing matches if there are none."""
-        names = [re.escape(name) for name, model in self.models.items() if model["converter"] == converter]
+        names = [
+            re.escape(name)
+            for name, model in self.models.items()
+            if model["converter"] == converter
+        ]
         return "|".join(names) or "(?!)"
 
     # ── where it comes from ──
@@ -303,13 +357,25 @@ class Build:
             return [_record(source, name) for name in listing.checkpoint_files()]
         folder = Path(source["path"])
         kinds = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
-        return sorted(str(path) for path in folder.iterdir() if path.suffix in kinds and path.name != "reference.json")
+        return sorted(
+            str(path)
+            for path in folder.iterdir()
+            if path.suffix in kinds and path.name != "reference.json"
+        )
 
     def _head_only(self, model: str) -> bool:
         """Whether all that is made of a model is somebody's quantization with its head, and that head can be converted alone."""
         entry = self.models[model]
-        theirs = all("base" in variant and "type" not in variant["base"] for variant in entry["variants"].values())
-        return theirs and entry["converter"] == "mtpforge" and not entry["mmproj"] and "sidecar" not in entry
+        theirs = all(
+            "base" in variant and "type" not in variant["base"]
+            for variant in entry["variants"].values()
+        )
+        return (
+            theirs
+            and entry["converter"] == "mtpforge"
+            and not entry["mmproj"]
+            and "sidecar" not in entry
+        )
 
     def fetched(self, wildcards: Wildcards) -> str:
         """The folder of files from a repository, by the name that a checkpoint's must have."""
@@ -371,7 +437,11 @@ class Build:
 
     def _planned(self, wildcards: Wildcards) -> str:
         variant = self._variant(wildcards)
-        return self.converted(variant) if variant else f"{WORK.format(model=wildcards.model)}/convert/{wildcards.kind}"
+        return (
+            self.converted(variant)
+            if variant
+            else f"{WORK.format(model=wildcards.model)}/convert/{wildcards.kind}"
+        )
 
     def planned_source(self, wildcards: Wildcards) -> str:
         """The BF16 GGUF that it is quantized from."""
@@ -383,7 +453,11 @@ class Build:
 
     def planned_recipe_if_any(self, wildcards: Wildcards) -> list[str]:
         """The recipe; a part alone has none."""
-        return [f"{WORK.format(model=wildcards.model)}/recipes/{wildcards.name}.yaml"] if self._variant(wildcards) else []
+        return (
+            [f"{WORK.format(model=wildcards.model)}/recipes/{wildcards.name}.yaml"]
+            if self._variant(wildcards)
+            else []
+        )
 
     def planned_imatrix_if_any(self, wildcards: Wildcards) -> list[str]:
         """What a job that reads the importance matrix depends on; nothing for a variant without one."""
@@ -405,22 +479,46 @@ class Build:
         file_type = self.file_type(variant) if variant else wildcards.name
         head = self.head(variant) if variant else {"draft": file_type}.get(wildcards.kind, NO_HEAD)
         options = ["--type", file_type, *([] if head == NO_HEAD else ["--head", head])]
-        return shlex.join([*options, *(word for path in self.planned_recipe_if_any(wildcards) for word in ("--tensors", path))])
+        return shlex.join(
+            [
+                *options,
+                *(
+                    word
+                    for path in self.planned_recipe_if_any(wildcards)
+                    for word in ("--tensors", path)
+                ),
+            ]
+        )
 
     def planned_name_option(self, wildcards: Wildcards) -> str:
         """Where it can lie once it is verified, in one file or several, and until then, as options of quantize.py."""
-        model, base, work = wildcards.model, self.base_name(wildcards.model), WORK.format(model=wildcards.model)
+        model, base, work = (
+            wildcards.model,
+            self.base_name(wildcards.model),
+            WORK.format(model=wildcards.model),
+        )
 
         def published(name: str) -> list[str]:
             return [_output(model, f"{base}-{name}", split)[0] for split in (False, True)]
 
         if self._variant(wildcards):
-            return shlex.join(["--also", *published(wildcards.name), "--keep", f"{work}/manifests/quantized/{wildcards.name}.gguf"])
+            return shlex.join(
+                [
+                    "--also",
+                    *published(wildcards.name),
+                    "--keep",
+                    f"{work}/manifests/quantized/{wildcards.name}.gguf",
+                ]
+            )
         if wildcards.kind == "draft":
             return shlex.join(["--also", _output(model, f"mtp-{base}-{wildcards.name}")[0]])
         entries = self.models[model]["variants"].items()
-        injected = [name for name, entry in entries if entry.get("base", {}).get("type") == wildcards.name]
-        also = [path for name in injected for path in (f"{work}/injected/{name}.gguf", *published(name))]
+        injected = [
+            name for name, entry in entries if entry.get("base", {}).get("type") == wildcards.name
+        ]
+        also = [
+            path for name in injected for path in (f"{work}/injected/{name}.gguf", *published(name))
+        ]
         return shlex.join(["--also", *also]) if also else ""
 
     def pieces(self, wildcards: Wildcards) -> list[str]:
@@ -429,10 +527,16 @@ class Build:
         entry = self.entry(variant) if variant else {}
         count = 1 if wildcards.kind == "draft" else entry.get("pieces", model.get("pieces"))
         if count is None:
-            made = self._checkpoints.plan.get(model=wildcards.model, kind=wildcards.kind, name=wildcards.name)
+            made = self._checkpoints.plan.get(
+                model=wildcards.model, kind=wildcards.kind, name=wildcards.name
+            )
             count = int(Path(made.output.pieces).read_text(encoding="utf-8"))
         folder = f"{WORK.format(model=wildcards.model)}/pieces/{wildcards.kind}/{wildcards.name}"
-        return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)] if count > 1 else []
+        return (
+            [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)]
+            if count > 1
+            else []
+        )
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file that is verified and, if it passes, published. Raises ConfigError for another model's name."""
@@ -483,7 +587,9 @@ class Build:
 
     def _output_of(self, wildcards: Wildcards) -> tuple[str, str]:
         split = bool(self._split(wildcards.model, wildcards.variant))
-        return _output(wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.variant}", split)
+        return _output(
+            wildcards.model, f"{self.base_name(wildcards.model)}-{wildcards.variant}", split
+        )
 
     def measured_text(self, wildcards: Wildcards) -> list[str]:
         """The text on which a model's perplexity is measured; nothing where none is named."""
@@ -502,7 +608,12 @@ class Build:
     def measure_options(self, wildcards: Wildcards) -> str:
         """What is measured, as options of measure.py."""
         measure = self._measure(wildcards.model)
-        options = ["--n-max", ",".join(map(str, measure["n_max"])), "--repeats", str(measure["repeats"])]
+        options = [
+            "--n-max",
+            ",".join(map(str, measure["n_max"])),
+            "--repeats",
+            str(measure["repeats"]),
+        ]
         options += [f"--serve={shlex.join(measure['serve'])}"] if measure["serve"] else []
         for text in self.measured_text(wildcards):
             options += ["--text", text, "--chunks", str(measure["chunks"])]
@@ -512,27 +623,43 @@ class Build:
 
     def measurements_of(self, wildcards: Wildcards) -> list[str]:
         """What is measured of a model's variants; nothing where it does not ask for it."""
-        return self._measurements(wildcards.model) if "measure" in self.models[wildcards.model] else []
+        return (
+            self._measurements(wildcards.model) if "measure" in self.models[wildcards.model] else []
+        )
 
     def _measure(self, model: str) -> dict[str, Any]:
         if "measure" not in self.models[model]:
-            raise ConfigError(f"config.yaml: models/{model}/measure: is not there, so nothing of this model is measured")
+            raise ConfigError(
+                f"config.yaml: models/{model}/measure: is not there, so nothing of this model is measured"
+            )
         return dict(self.models[model]["measure"])
 
     def _check_base(self, wildcards: Wildcards) -> None:
         base = self.base_name(wildcards.model)
         if wildcards.base != base:
-            raise ConfigError(f"files of {wildcards.model} are named {base}-*, not {wildcards.base}-*")
+            raise ConfigError(
+                f"files of {wildcards.model} are named {base}-*, not {wildcards.base}-*"
+            )
 
     def base(self, wildcards: Wildcards) -> str:
         """The GGUF that a head is injected into; of a split one, its first file."""
         base = self.entry(wildcards)["base"]
-        return f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf" if "type" in base else _place(base)
+        return (
+            f"{WORK.format(model=wildcards.model)}/trunk/{base['type']}.gguf"
+            if "type" in base
+            else _place(base)
+        )
 
     def base_if_any(self, wildcards: Wildcards) -> list[str]:
         """What a job that reads the base depends on; nothing for a base that is to be changed in place."""
         base = self.entry(wildcards)["base"]
-        return [] if base.get("in_place") else [self.base(wildcards)] if "type" in base else _evidence(base)
+        return (
+            []
+            if base.get("in_place")
+            else [self.base(wildcards)]
+            if "type" in base
+            else _evidence(base)
+        )
 
     def own_base_if_any(self, wildcards: Wildcards) -> list[str]:
         """A base that is to be changed in place."""
@@ -542,7 +669,10 @@ class Build:
     def inject_options(self, wildcards: Wildcards) -> str:
         """What else may be done to the base, as options of inject.py."""
         entry = self.entry(wildcards)
-        options = {"--replace-head": entry["replace_head"], "--in-place": entry["base"].get("in_place")}
+        options = {
+            "--replace-head": entry["replace_head"],
+            "--in-place": entry["base"].get("in_place"),
+        }
         return " ".join(option for option, wanted in options.items() if wanted)
 
     def digests(self, wildcards: Wildcards) -> str:
@@ -578,11 +708,19 @@ class Build:
 
     def reference(self, wildcards: Wildcards) -> list[str]:
         """What llama.cpp's converter made and a file is compared with; nothing where the checkpoint itself serves."""
-        return [] if self._is_ours(wildcards) else [self.source(wildcards), self.source_digests(wildcards)]
+        return (
+            []
+            if self._is_ours(wildcards)
+            else [self.source(wildcards), self.source_digests(wildcards)]
+        )
 
     def draft_reference(self, wildcards: Wildcards) -> list[str]:
         """The same for a draft sidecar."""
-        return [] if self._is_ours(wildcards) else [f"{WORK.format(model=wildcards.model)}/convert/draft.gguf"]
+        return (
+            []
+            if self._is_ours(wildcards)
+            else [f"{WORK.format(model=wildcards.model)}/convert/draft.gguf"]
+        )
 
     def _is_ours(self, wildcards: Wildcards) -> bool:
         return bool(self.models[wildcards.model]["converter"] == "mtpforge")
@@ -594,7 +732,11 @@ class Build:
         """
         entry, file_type = self.entry(wildcards), self.file_type(wildcards)
         theirs = "base" in entry and "type" not in entry["base"]
-        if theirs or self.head(wildcards) == NO_HEAD or ("base" not in entry and file_type in quant_types.UNQUANTIZED):
+        if (
+            theirs
+            or self.head(wildcards) == NO_HEAD
+            or ("base" not in entry and file_type in quant_types.UNQUANTIZED)
+        ):
             return []
         return self.unquantized_of_sidecar(wildcards)
 
@@ -612,12 +754,20 @@ class Build:
         return self._against(wildcards, self.draft_reference(wildcards))
 
     def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
-        return shlex.join(["--reference", reference[0]] if reference else ["--checkpoint", self.checkpoint(wildcards)])
+        return shlex.join(
+            ["--reference", reference[0]]
+            if reference
+            else ["--checkpoint", self.checkpoint(wildcards)]
+        )
 
     def verify_options(self, wildcards: Wildcards) -> str:
         """What a variant must be, as options of verify.py; a base of somebody else's has whatever types it has."""
         base = self.entry(wildcards).get("base")
-        options = ["--head", self.head(wildcards), *self._gates(wildcards, self.unquantized_if_any(wildcards))]
+        options = [
+            "--head",
+            self.head(wildcards),
+            *self._gates(wildcards, self.unquantized_if_any(wildcards)),
+        ]
         source = self.models[wildcards.model]["source"]
         if "repo" in source and self._head_only(wildcards.model):
             options += ["--head-record", f"{HUB.format(**source)}/head.json"]
@@ -627,7 +777,9 @@ class Build:
             options += ["--tokenizer-pre", pre]
         if "text" in self.models[wildcards.model].get("measure", {}):
             options += ["--perplexity"]
-        return shlex.join([*options, "--digests" if base is None else "--trunk", self.digests(wildcards)])
+        return shlex.join(
+            [*options, "--digests" if base is None else "--trunk", self.digests(wildcards)]
+        )
 
     def sidecar_options(self, wildcards: Wildcards) -> str:
         """What a draft sidecar must reach."""
@@ -637,7 +789,12 @@ class Build:
         model = self.models[wildcards.model]
         gates = ["--min-acceptance", str(model["min_acceptance"])]
         for measured in unquantized:
-            gates += ["--unquantized", measured, "--max-acceptance-drop", str(model["max_acceptance_drop"])]
+            gates += [
+                "--unquantized",
+                measured,
+                "--max-acceptance-drop",
+                str(model["max_acceptance_drop"]),
+            ]
         return gates
 
     def split_options(self, wildcards: Wildcards) -> str:
@@ -645,7 +802,15 @@ class Build:
         return f"{self.verify_options(wildcards)} --split {self._split(wildcards.model, wildcards.variant)}"
 
 
-_OF_BUILD = ("source", "converter", "tokenizer_pre", "prompts", "min_acceptance", "max_acceptance_drop", "split")
+_OF_BUILD = (
+    "source",
+    "converter",
+    "tokenizer_pre",
+    "prompts",
+    "min_acceptance",
+    "max_acceptance_drop",
+    "split",
+)
 """Keys of a model that decide what each of its files is."""
 
 
@@ -669,7 +834,10 @@ def _without_folders(value: Any) -> Any:
 
 def _as_made(variants: Mapping[str, Any]) -> dict[str, Any]:
     """The variants without what changes nothing in the files."""
-    return {name: {key: value for key, value in entry.items() if key != "pieces"} for name, entry in variants.items()}
+    return {
+        name: {key: value for key, value in entry.items() if key != "pieces"}
+        for name, entry in variants.items()
+    }
 
 
 def _place(file: Mapping[str, Any]) -> str:
@@ -694,7 +862,9 @@ def _record(source: Mapping[str, Any], name: str) -> str:
     if record.exists():
         size = json.loads(record.read_text(encoding="utf-8"))["bytes"]
         if not file.is_file() or file.stat().st_size != size:
-            raise ConfigError(f"{file}: is gone or of another size, though it was fetched: delete {record} and run again")
+            raise ConfigError(
+                f"{file}: is gone or of another size, though it was fetched: delete {record} and run again"
+            )
     return str(record)
 
 
@@ -702,7 +872,9 @@ def _head(entry: Mapping[str, Any], file_type: str) -> str:
     head = entry.get("head") or default_head(file_type)
     if isinstance(head, str):
         return head
-    return ",".join([head["type"], *(f"{pattern}={kind}" for pattern, kind in head.get("tensors", {}).items())])
+    return ",".join(
+        [head["type"], *(f"{pattern}={kind}" for pattern, kind in head.get("tensors", {}).items())]
+    )
 
 
 def _file_type(variant: str, entry: Mapping[str, Any]) -> str:
@@ -747,7 +919,9 @@ def _check_variant(path: str, variant: str, entry: Mapping[str, Any]) -> None:
             and file_type in quant_types.UNQUANTIZED
             and (head not in (file_type, NO_HEAD) or "tensors" in entry)
         ):
-            raise ConfigError(f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect")
+            raise ConfigError(
+                f"{file_type} is not quantized: its head stays {file_type} and a recipe has no effect"
+            )
         _check_imatrix(entry, file_type, head)
     except ConfigError as error:
         raise ConfigError(f"config.yaml: {path}: {error}") from None
@@ -781,29 +955,45 @@ def _check_imatrix(entry: Mapping[str, Any], file_type: str, head: str) -> None:
     for kind in (file_type, *heads, *entry.get("tensors", {}).values()):
         if kind in quant_types.NEED_IMATRIX:
             way = "take another type" if "base" in entry else "name one, or take another type"
-            raise ConfigError(f"imatrix: {kind} cannot be quantized without an importance matrix: {way}")
+            raise ConfigError(
+                f"imatrix: {kind} cannot be quantized without an importance matrix: {way}"
+            )
 
 
 def _check_own_bases(models: Mapping[str, Any]) -> None:
     """Raise ConfigError where a file that is to be changed in place is the base of another variant too."""
     seen: dict[str, str] = {}
-    variants = ((f"models/{m}/variants/{v}", entry) for m, model in models.items() for v, entry in model["variants"].items())
+    variants = (
+        (f"models/{m}/variants/{v}", entry)
+        for m, model in models.items()
+        for v, entry in model["variants"].items()
+    )
     bases = [(name, entry["base"]) for name, entry in variants if "path" in entry.get("base", {})]
     for name, base in sorted(bases, key=lambda item: not item[1].get("in_place")):
         path = os.path.realpath(base["path"])
         if path in seen:
-            raise ConfigError(f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[path]}: copy it first")
+            raise ConfigError(
+                f"config.yaml: {name}/base: {base['path']} is changed in place for {seen[path]}: copy it first"
+            )
         if base.get("in_place"):
             seen[path] = name
             if len(gguf_files(base["path"])) > 1:
-                raise ConfigError(f"config.yaml: {name}/base: of a base in several files, none can be changed in place")
+                raise ConfigError(
+                    f"config.yaml: {name}/base: of a base in several files, none can be changed in place"
+                )
 
 
 def _check_sidecar(path: str, file_type: str) -> None:
     """It is nearly all head, so its type must be one that a head may have. Raises ConfigError with the key's path."""
-    types = [name for name in quant_types.TENSOR_TYPES if name in quant_types.FILE_TYPES and quant_types.bits(name) >= 4]
+    types = [
+        name
+        for name in quant_types.TENSOR_TYPES
+        if name in quant_types.FILE_TYPES and quant_types.bits(name) >= 4
+    ]
     if file_type not in types:
-        raise ConfigError(f"config.yaml: {path}: {file_type!r} is no type for a head alone: {', '.join(types)} are")
+        raise ConfigError(
+            f"config.yaml: {path}: {file_type!r} is no type for a head alone: {', '.join(types)} are"
+        )
 
 
 def validated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -820,8 +1010,16 @@ def _explain(errors: list[ValidationError]) -> str:
     path = "/".join(map(str, error.absolute_path)) or "(top)"
     if error.validator == "oneOf" and error.context:
         # Of the alternatives, one of the kind that is there, and of these the one with the fewest faults, is what was meant.
-        by_alternative = [[e for e in error.context if e.schema_path[0] == i] for i in range(len(error.validator_value))]
-        return _explain(min(by_alternative, key=lambda e: (e[0].validator == "type" and not e[0].relative_path, len(e))))
+        by_alternative = [
+            [e for e in error.context if e.schema_path[0] == i]
+            for i in range(len(error.validator_value))
+        ]
+        return _explain(
+            min(
+                by_alternative,
+                key=lambda e: (e[0].validator == "type" and not e[0].relative_path, len(e)),
+            )
+        )
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         known = error.schema.get("properties", {})
         unknown = [key for key in error.instance if key not in known]
@@ -840,5 +1038,6 @@ def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
     defaults = {key: sub["default"] for key, sub in properties.items() if "default" in sub}
     merged = {**defaults, **value}
     return {
-        key: _with_defaults(entry, properties.get(key, other if isinstance(other, dict) else {})) for key, entry in merged.items()
+        key: _with_defaults(entry, properties.get(key, other if isinstance(other, dict) else {}))
+        for key, entry in merged.items()
     }

@@ -12,7 +12,9 @@ _LONGEST_MESSAGE = 2000  # characters: an input can bring megabytes into a messa
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose description is a program's docstring, line breaks kept."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def run(main: Callable[[], None]) -> None:

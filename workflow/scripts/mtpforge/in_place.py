@@ -20,7 +20,11 @@ from mtpforge.io import atomic
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink, sha256
 
 _INSERT_RANGE = 0x20  # FALLOC_FL_INSERT_RANGE of linux/falloc.h
-_UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # EINVAL: the file system's blocks are larger than ours
+_UNSUPPORTED = {
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+}  # EINVAL: the file system's blocks are larger than ours
 
 
 @contextmanager
@@ -66,7 +70,10 @@ def insert(
     if not base.ranges:
         return False
     header = writer.header(metadata, [*base.tensors.values(), *(info for info, _ in head)])
-    start, end = (pick(piece.offset + at * piece.size for piece in base.ranges.values()) for pick, at in ((min, 0), (max, 1)))
+    start, end = (
+        pick(piece.offset + at * piece.size for piece in base.ranges.values())
+        for pick, at in ((min, 0), (max, 1))
+    )
     size, shift = os.fstat(descriptor).st_size, len(header) - start
     if size not in (end, aligned(end)) or shift <= 0 or shift % BLOCK:
         return False
@@ -108,11 +115,19 @@ def _repair(path: Path, descriptor: int) -> None:
     try:
         text, _, header = journal.read_bytes().partition(b"\n")
         plan = json.loads(text)
-        size, shifted, start, digest, edges = (plan[key] for key in ("size", "shifted", "start", "header", "edges"))
+        size, shifted, start, digest, edges = (
+            plan[key] for key in ("size", "shifted", "start", "header", "edges")
+        )
         there = os.fstat(descriptor).st_size
-        if size <= there <= shifted and sha256(FileRange(path, 0, start)) == digest and _edges(reader.read(path)) == edges:
+        if (
+            size <= there <= shifted
+            and sha256(FileRange(path, 0, start)) == digest
+            and _edges(reader.read(path)) == edges
+        ):
             os.ftruncate(descriptor, size)  # nothing has been moved
-        elif there == shifted and edges.items() <= _edges(reader.parse(path, header, there)).items():
+        elif (
+            there == shifted and edges.items() <= _edges(reader.parse(path, header, there)).items()
+        ):
             _write_header(descriptor, header)
         else:
             raise GgufError("neither as it was nor as it would have been")
@@ -143,7 +158,10 @@ def _edges(opened: Gguf) -> dict[str, str]:
     edges = {}
     for name, piece in opened.ranges.items():
         size = min(BLOCK, piece.size)
-        ends = (FileRange(piece.path, offset, size) for offset in (piece.offset, piece.offset + piece.size - size))
+        ends = (
+            FileRange(piece.path, offset, size)
+            for offset in (piece.offset, piece.offset + piece.size - size)
+        )
         edges[name] = " ".join(map(sha256, ends))
     return edges
 

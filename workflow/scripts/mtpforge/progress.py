@@ -30,7 +30,12 @@ def bar(label: str) -> Iterator[Show]:
         rate = (done - before) / (now - shown)
         shown, before = now, done
         line = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({100 * done / max(total, 1):.0f}%), {rate / 1e6:.0f} MB/s"
-        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{line}" if terminal else line,
+            end="" if terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     yield show
     if terminal and shown > start:

@@ -10,7 +10,9 @@ PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 def read_prompts(folder: Path) -> dict[str, str]:
     """The texts by kind. Raises ConfigError."""
     try:
-        prompts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
+        prompts = {
+            path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))
+        }
     except UnicodeDecodeError as error:
         raise ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
     if not prompts:

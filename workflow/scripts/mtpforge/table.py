@@ -13,7 +13,10 @@ def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * (width - (i >= left)) + ":" * (i >= left) for i, width in enumerate(widths)]
     lines = [
-        [cell.rjust(width) if i >= left else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        [
+            cell.rjust(width) if i >= left else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         for row in rows
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])

@@ -31,8 +31,14 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns that share a scale, from `quantization_config`. Raises CheckpointError."""
     settings = config.get("quantization_config")
     size = settings.get("weight_block_size") if isinstance(settings, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
-        raise CheckpointError("config.json: FP8 weights need quantization_config.weight_block_size, as in [128, 128]")
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or any(type(n) is not int or n < 1 for n in size)
+    ):
+        raise CheckpointError(
+            "config.json: FP8 weights need quantization_config.weight_block_size, as in [128, 128]"
+        )
     return size[0], size[1]
 
 

@@ -58,7 +58,9 @@ class Checkpoint:
     """The checkpoint in `directory`. Raises CheckpointError where it is incomplete or malformed."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory).resolve()  # its name is the model's, so "." must not stay "."
+        self.directory = Path(
+            directory
+        ).resolve()  # its name is the model's, so "." must not stay "."
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         self.config = read_json(self.directory / "config.json")
@@ -122,11 +124,16 @@ def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
     if not present and not index.exists():
         raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
     text = read_text(index) if index.exists() else None
-    return gather_tensors(directory, text, present, lambda shard: read_shard_header(directory / shard))
+    return gather_tensors(
+        directory, text, present, lambda shard: read_shard_header(directory / shard)
+    )
 
 
 def gather_tensors(
-    place: Path, index: str | None, present: Collection[str], read: Callable[[str], list[CheckpointTensor]]
+    place: Path,
+    index: str | None,
+    present: Collection[str],
+    read: Callable[[str], list[CheckpointTensor]],
 ) -> dict[str, CheckpointTensor]:
     """The tensors of a checkpoint whose shards' headers `read` gives, wherever it lies; `place` is named in messages.
 
@@ -134,23 +141,33 @@ def gather_tensors(
     Raises CheckpointError where index and shards contradict each other.
     """
     expected = None if index is None else _parse_index(place / INDEX, index)
-    tensors = _read_shards(place, sorted(present if expected is None else set(expected.values())), read)
+    tensors = _read_shards(
+        place, sorted(present if expected is None else set(expected.values())), read
+    )
     if expected is not None:
         _check_index(place / INDEX, expected, tensors)
-        if HEAD_FILE not in expected.values() and HEAD_FILE in present:  # a head published beside an index without it
+        if (
+            HEAD_FILE not in expected.values() and HEAD_FILE in present
+        ):  # a head published beside an index without it
             head = _read_shards(place, [HEAD_FILE], read)
             if twice := sorted(head.keys() & tensors.keys()):
-                raise CheckpointError(f"{place}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}")
+                raise CheckpointError(
+                    f"{place}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}"
+                )
             tensors |= head
     return tensors
 
 
-def _read_shards(place: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]) -> dict[str, CheckpointTensor]:
+def _read_shards(
+    place: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]
+) -> dict[str, CheckpointTensor]:
     tensors: dict[str, CheckpointTensor] = {}
     for shard in shards:
         for tensor in read(shard):
             if tensor.name in tensors:
-                raise CheckpointError(f"{place}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}")
+                raise CheckpointError(
+                    f"{place}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}"
+                )
             tensors[tensor.name] = tensor
     return tensors
 
@@ -161,14 +178,20 @@ def _parse_index(path: Path, text: str) -> dict[str, str]:
         raise CheckpointError(f"{path}: 'weight_map' must map tensor names to shards")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-            raise CheckpointError(f"{path}: tensor {name}: {shard!r} is not a plain *.safetensors file name")
+            raise CheckpointError(
+                f"{path}: tensor {name}: {shard!r} is not a plain *.safetensors file name"
+            )
     return weight_map
 
 
-def _check_index(path: Path, expected: Mapping[str, str], found: Mapping[str, CheckpointTensor]) -> None:
+def _check_index(
+    path: Path, expected: Mapping[str, str], found: Mapping[str, CheckpointTensor]
+) -> None:
     for name, shard in expected.items():
         if name not in found or found[name].shard != shard:
-            raise CheckpointError(f"{path}: tensor {name} is not in {shard}: download that shard again")
+            raise CheckpointError(
+                f"{path}: tensor {name} is not in {shard}: download that shard again"
+            )
     if surplus := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} ({len(surplus)} in all): "
@@ -193,7 +216,9 @@ def header_length(path: Path, start: bytes, size: int) -> int:
     """The length of a header whose shard of `size` bytes starts with the 8 bytes of `start`. Raises CheckpointError."""
     length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})")
+        raise CheckpointError(
+            f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})"
+        )
     return length
 
 
@@ -229,7 +254,9 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
         raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error})") from None
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if size != end - begin:
-        raise CheckpointError(f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, its range has {end - begin:,}")
+        raise CheckpointError(
+            f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, its range has {end - begin:,}"
+        )
     return CheckpointTensor(name, dtype, tuple(shape), path.name, start + begin, size)
 
 
@@ -238,8 +265,12 @@ def _check_tiling(path: Path, tensors: list[CheckpointTensor], start: int, size:
     position = start
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
         if tensor.offset != position:
-            raise CheckpointError(f"{path}: tensor {tensor.name} starts at byte {tensor.offset:,}, expected {position:,}")
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} starts at byte {tensor.offset:,}, expected {position:,}"
+            )
         position += tensor.size
     if position != size:
         what = "truncated" if size < position else "has bytes that no tensor owns"
-        raise CheckpointError(f"{path}: {what}: {size:,} bytes, its header describes {position:,}: download it again")
+        raise CheckpointError(
+            f"{path}: {what}: {size:,} bytes, its header describes {position:,}: download it again"
+        )

@@ -42,7 +42,9 @@ def convert(
     checkpoint = Checkpoint(directory)
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
     planned = plan(checkpoint, family, hparams, part)
-    metadata = describe(checkpoint, family, hparams, part, [item.info for item in planned], tokenizer_pre)
+    metadata = describe(
+        checkpoint, family, hparams, part, [item.info for item in planned], tokenizer_pre
+    )
     write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned], progress)
 
 
@@ -60,13 +62,17 @@ def describe(
     """All metadata in upstream's order."""
     writer = GGUFWriter(path=None, arch=family.gguf_architecture)
     for info in infos:
-        writer.add_tensor_info(info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.type)
+        writer.add_tensor_info(
+            info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.type
+        )
     writer.add_type(GGUFType.MODEL)
     _model_metadata(checkpoint.directory, writer).set_gguf_meta_model(writer)
     family.describe(writer, hparams, 0 if part == "trunk" else 1)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if part == "head":
-        writer.add_vocab_size(hparams.count("vocab_size"))  # has no embeddings that would tell which model it belongs to
+        writer.add_vocab_size(
+            hparams.count("vocab_size")
+        )  # has no embeddings that would tell which model it belongs to
     else:
         tokenizer.describe(writer, checkpoint.directory, hparams.count("vocab_size"), tokenizer_pre)
     return {key: _encoded(key, entry) for key, entry in writer.kv_data[0].items()}
@@ -81,7 +87,9 @@ def _encoded(key: str, entry: GGUFValue) -> Value:
             item = GGUFValueType.get_type(entry.value[0])
         return Value.of(entry.value, entry.type, item)
     except (GgufError, ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{key}: the checkpoint gives a value that a GGUF cannot hold ({error})") from None
+        raise CheckpointError(
+            f"{key}: the checkpoint gives a value that a GGUF cannot hold ({error})"
+        ) from None
 
 
 def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
@@ -91,10 +99,14 @@ def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
         metadata = Metadata.load(None, directory, None, total)
         # gguf 0.19.0 does not know the name under which generation_config.json has it; the pinned upstream does.
         generation = Metadata.load_generation_config(directory)
-        metadata.sampling_penalty_repeat = generation.get("repetition_penalty", metadata.sampling_penalty_repeat)
+        metadata.sampling_penalty_repeat = generation.get(
+            "repetition_penalty", metadata.sampling_penalty_repeat
+        )
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, yaml.YAMLError) as error:
         what = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory}: README.md, generation_config.json or config.json is malformed ({what})") from None
+        raise CheckpointError(
+            f"{directory}: README.md, generation_config.json or config.json is malformed ({what})"
+        ) from None
     metadata.name = metadata.name or directory.name
     metadata.size_label = metadata.size_label or size_label(total, shared, experts, expert_count)
     return metadata

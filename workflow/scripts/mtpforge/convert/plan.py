@@ -11,7 +11,10 @@ from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo
 
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-MOST_LAYERS, MOST_EXPERTS = 1000, 200_000  # experts in all layers together; Qwen3.5-397B-A17B has 60 layers and 30,720
+MOST_LAYERS, MOST_EXPERTS = (
+    1000,
+    200_000,
+)  # experts in all layers together; Qwen3.5-397B-A17B has 60 layers and 30,720
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,29 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
     if hparams.flag("tie_word_embeddings") and OUTPUT in names:
         _check_tied(checkpoint, names)
         del names[OUTPUT]
-    planned = [_with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)]
-    _check_all_used({name: tensor for name, tensor in names.items() if _belongs(name, family, part)}, planned)
+    planned = [
+        _with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)
+    ]
+    _check_all_used(
+        {name: tensor for name, tensor in names.items() if _belongs(name, family, part)}, planned
+    )
     # Upstream goes through the shards by name, and through the tensors of a shard by name; what it makes of several tensors
     # comes with the last of them.
-    return sorted(planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors))
+    return sorted(
+        planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors)
+    )
 
 
 def check_sizes(hparams: Hparams) -> None:
     """Refuse a configuration of which a table would outgrow the memory. Raises CheckpointError."""
-    layers, experts = hparams.count("num_hidden_layers"), hparams.count("num_experts", 1) if hparams.get("num_experts") else 1
+    layers, experts = (
+        hparams.count("num_hidden_layers"),
+        hparams.count("num_experts", 1) if hparams.get("num_experts") else 1,
+    )
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
-        raise CheckpointError(f"config.json: {layers} layers or experts ({experts} a layer): more than any real model has")
+        raise CheckpointError(
+            f"config.json: {layers} layers or experts ({experts} a layer): more than any real model has"
+        )
 
 
 def _belongs(name: str, family: Family, part: str) -> bool:
@@ -70,12 +84,16 @@ def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, Checkpo
             continue
         canonical = family.canonical(name)
         if canonical in names:
-            raise CheckpointError(f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor")
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor"
+            )
         names[canonical] = tensor
     return names
 
 
-def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str) -> None:
+def check_head(
+    names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str
+) -> None:
     """The tensors say whether there is a head; the configuration must not contradict them. Raises CheckpointError."""
     present = any(name.startswith(family.head_prefix) for name in names)
     declared = hparams.get("mtp_num_hidden_layers", 0)
@@ -109,31 +127,49 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:
             break
     else:
         wanted = " or ".join(source.names[0] for source in row.sources)
-        raise CheckpointError(f"no tensor {wanted}, of which {row.name} is made: is the checkpoint complete?")
+        raise CheckpointError(
+            f"no tensor {wanted}, of which {row.name} is made: is the checkpoint complete?"
+        )
     tensors: list[CheckpointTensor] = []
     for name in source.names:
         if name not in names:
-            raise CheckpointError(f"no tensor {name}, of which {row.name} is made: is the checkpoint complete?")
+            raise CheckpointError(
+                f"no tensor {name}, of which {row.name} is made: is the checkpoint complete?"
+            )
         tensor = names[name]
         if tensor.shape != source.shape:
-            raise CheckpointError(f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(source.shape)}")
+            raise CheckpointError(
+                f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(source.shape)}"
+            )
         if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
-            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16, F32 and FP8 checkpoints can be converted")
+            raise CheckpointError(
+                f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16, F32 and FP8 checkpoints can be converted"
+            )
         if tensors and tensor.dtype != tensors[0].dtype:
-            raise CheckpointError(f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}")
+            raise CheckpointError(
+                f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}"
+            )
         tensors.append(tensor)
     return Planned(row, source, tuple(tensors))
 
 
-def _with_scales(item: Planned, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint) -> Planned:
+def _with_scales(
+    item: Planned, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint
+) -> Planned:
     """The same with the scales of its tensors, if they are FP8. Raises CheckpointError where a scale is missing."""
     if item.tensors[0].dtype != fp8.DTYPE:
         return item
     block, scales = fp8.block_size(checkpoint.config), []
     for name, tensor in zip(item.source.names, item.tensors, strict=True):
         scale = names.get(name + fp8.SUFFIX)
-        if scale is None or scale.shape != fp8.scale_shape(tensor.shape, block) or scale.dtype not in ("BF16", "F32"):
-            raise CheckpointError(f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing or of another shape")
+        if (
+            scale is None
+            or scale.shape != fp8.scale_shape(tensor.shape, block)
+            or scale.dtype not in ("BF16", "F32")
+        ):
+            raise CheckpointError(
+                f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing or of another shape"
+            )
         scales.append(scale)
     return replace(item, scales=tuple(scales))
 
@@ -143,4 +179,6 @@ def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned
     unused = [tensor.name for tensor in names.values() if tensor.name not in used]
     if unused:
         named = ", ".join([*unused[:3], *(["..."] if len(unused) > 3 else [])])
-        raise CheckpointError(f"{len(unused)} tensors have no place in this architecture ({named}): refusing to drop them silently")
+        raise CheckpointError(
+            f"{len(unused)} tensors have no place in this architecture ({named}): refusing to drop them silently"
+        )

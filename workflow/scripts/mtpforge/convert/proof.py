@@ -30,7 +30,9 @@ def count_blocks(checkpoint: Checkpoint, architecture: Architecture) -> int:
     declared = architecture.blocks
     if declared is None:
         declared = Hparams(checkpoint.config).get("num_nextn_predict_layers", 0)
-    numbers = {_layer(tensor.name, architecture) for tensor in head_tensors(checkpoint, architecture)} - {None}
+    numbers = {
+        _layer(tensor.name, architecture) for tensor in head_tensors(checkpoint, architecture)
+    } - {None}
     found, rest = divmod(len(numbers), architecture.layers)
     if not found and not rest:
         raise CheckpointError(
@@ -51,13 +53,19 @@ def head_tensors(checkpoint: Checkpoint, architecture: Architecture) -> list[Che
     found = []
     for tensor in checkpoint.tensors.values():
         layer = _layer(tensor.name, architecture)
-        if _plain(tensor.name).startswith(architecture.prefix) if architecture.prefix else layer is not None and layer >= first:
+        if (
+            _plain(tensor.name).startswith(architecture.prefix)
+            if architecture.prefix
+            else layer is not None and layer >= first
+        ):
             found.append(tensor)
     return found
 
 
 def _layer(name: str, architecture: Architecture) -> int | None:
-    match = re.match(rf"{re.escape(architecture.prefix or 'model.')}layers\.(\d{{1,5}})\.", _plain(name))
+    match = re.match(
+        rf"{re.escape(architecture.prefix or 'model.')}layers\.(\d{{1,5}})\.", _plain(name)
+    )
     return int(match[1]) if match else None
 
 
@@ -72,22 +80,39 @@ def _plain(name: str) -> str:
 def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
     """That the file is the part asked for, its head that of the checkpoint to the byte. Raises GgufError, CheckpointError."""
     if part == "mmproj":
-        if made.architecture != "clip" or not made.get("clip.has_vision_encoder") or not made.tensors:
-            raise GgufError(f"{checkpoint.directory}: upstream wrote no vision tower, but a file of {made.architecture}")
+        if (
+            made.architecture != "clip"
+            or not made.get("clip.has_vision_encoder")
+            or not made.tensors
+        ):
+            raise GgufError(
+                f"{checkpoint.directory}: upstream wrote no vision tower, but a file of {made.architecture}"
+            )
         pair(_stored(made), wanted_of_vision(checkpoint), (F16, F32), checkpoint.directory)
         return
     architecture = ARCHITECTURES[checkpoint.architecture]
     if made.architecture != architecture.gguf:
-        raise GgufError(f"{checkpoint.directory}: upstream wrote {made.architecture}, not {architecture.gguf}")
+        raise GgufError(
+            f"{checkpoint.directory}: upstream wrote {made.architecture}, not {architecture.gguf}"
+        )
     blocks = head_blocks(made)
     if part == "trunk":
         if blocks or any(".nextn." in name for name in made.tensors):
-            raise GgufError(f"{checkpoint.directory}: upstream left the head, or a part of it, in the trunk")
+            raise GgufError(
+                f"{checkpoint.directory}: upstream left the head, or a part of it, in the trunk"
+            )
         return
     expected = count_blocks(checkpoint, architecture)
     if len(blocks) != expected:
-        raise GgufError(f"{checkpoint.directory}: its head has {expected} blocks, upstream declares {len(blocks)}")
-    pair(_stored(head.head_only(made)), _wanted(checkpoint, architecture), (BF16, F32), checkpoint.directory)
+        raise GgufError(
+            f"{checkpoint.directory}: its head has {expected} blocks, upstream declares {len(blocks)}"
+        )
+    pair(
+        _stored(head.head_only(made)),
+        _wanted(checkpoint, architecture),
+        (BF16, F32),
+        checkpoint.directory,
+    )
 
 
 Where = tuple[int, int, GGMLQuantizationType]
@@ -101,7 +126,9 @@ Wanted = Iterator[tuple[str, int, np.ndarray, str]]
 """Name in the checkpoint, number of the expert, values and their type."""
 
 
-def pair(stored: Stored, wanted: Wanted, kinds: tuple[GGMLQuantizationType, ...], directory: Path) -> None:
+def pair(
+    stored: Stored, wanted: Wanted, kinds: tuple[GGMLQuantizationType, ...], directory: Path
+) -> None:
     """Pair each tensor of the checkpoint with one of the file's by its bytes as one of `kinds`; both sides must be used up.
 
     Names are upstream's affair. A tensor that head blocks share may be there once for each. Raises GgufError with the names of
@@ -120,7 +147,11 @@ def pair(stored: Stored, wanted: Wanted, kinds: tuple[GGMLQuantizationType, ...]
         else:
             lost.append(name)
     foreign = [
-        name for where, found in stored.items() for digest, names in found.items() if not paired[where, digest] for name in names
+        name
+        for where, found in stored.items()
+        for digest, names in found.items()
+        if not paired[where, digest]
+        for name in names
     ]
     if lost or foreign:
         raise GgufError(
@@ -152,7 +183,9 @@ def _stored(made: Gguf) -> Stored:
         size = info.size // count
         for expert in range(count):
             digest = sha256(FileRange(made.path, made.ranges[name].offset + expert * size, size))
-            stored.setdefault((expert, info.elements // count, info.type), {}).setdefault(digest, []).append(name)
+            stored.setdefault((expert, info.elements // count, info.type), {}).setdefault(
+                digest, []
+            ).append(name)
     return stored
 
 
@@ -165,9 +198,18 @@ def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Wanted:
         array, dtype = checkpoint.array(tensor), tensor.dtype
         if dtype == fp8.DTYPE:
             array, dtype = _dequantized(checkpoint, tensor, architecture), "F32"
-        change = next((change for ending, change in architecture.changes.items() if tensor.name.endswith(ending)), None)
+        change = next(
+            (
+                change
+                for ending, change in architecture.changes.items()
+                if tensor.name.endswith(ending)
+            ),
+            None,
+        )
         if change is not None:
-            yield from ((tensor.name, 0, values, "F32") for values in change(decode(array, dtype), hparams))
+            yield from (
+                (tensor.name, 0, values, "F32") for values in change(decode(array, dtype), hparams)
+            )
         elif array.ndim == 3:  # experts, already stacked
             yield from ((tensor.name, expert, values, dtype) for expert, values in enumerate(array))
         else:
@@ -175,10 +217,15 @@ def _wanted(checkpoint: Checkpoint, architecture: Architecture) -> Wanted:
             yield tensor.name, int(expert[1]) if expert else 0, array, dtype
 
 
-_CONSUMED = (fp8.SUFFIX, ".rotary_emb.inv_freq")  # endings of what becomes no tensor: scales, and what is computed anew
+_CONSUMED = (
+    fp8.SUFFIX,
+    ".rotary_emb.inv_freq",
+)  # endings of what becomes no tensor: scales, and what is computed anew
 
 
-def _dequantized(checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture) -> np.ndarray:
+def _dequantized(
+    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
+) -> np.ndarray:
     """An FP8 tensor's float32 values, as upstream computes them."""
     scale, block = checkpoint.tensors[tensor.name + fp8.SUFFIX], fp8.block_size(checkpoint.config)
     codes, scales = checkpoint.array(tensor), decode(checkpoint.array(scale), scale.dtype)
@@ -188,9 +235,14 @@ def _dequantized(checkpoint: Checkpoint, tensor: CheckpointTensor, architecture:
     heads, keys = hparams.count("num_attention_heads"), hparams.count("swa_num_key_value_heads")
     size, value = hparams.count("head_dim"), hparams.count("v_head_dim")
     if tensor.shape[0] != (heads + keys) * size + keys * value:
-        raise CheckpointError(f"{tensor.shard}: {tensor.name} has {tensor.shape[0]} rows, which config.json contradicts")
+        raise CheckpointError(
+            f"{tensor.shard}: {tensor.name} has {tensor.shape[0]} rows, which config.json contradicts"
+        )
     cuts = [heads * size // count, (heads + keys) * size // count]
-    ranks = [fp8.dequantize(*pair, block) for pair in zip(np.split(codes, count), np.split(scales, count), strict=True)]
+    ranks = [
+        fp8.dequantize(*pair, block)
+        for pair in zip(np.split(codes, count), np.split(scales, count), strict=True)
+    ]
     parts = [np.split(rank, cuts) for rank in ranks]
     return np.concatenate([part[which] for which in range(3) for part in parts])
 
@@ -217,18 +269,31 @@ def check_types(checkpoint: Checkpoint, architecture: Architecture) -> None:
         if tensor.dtype == fp8.DTYPE:
             _check_scale(checkpoint, tensor, architecture)
         elif tensor.dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError(f"{tensor.shard}: {tensor.name} is {tensor.dtype}: a head in BF16, F16, F32 or FP8 can be proven")
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} is {tensor.dtype}: a head in BF16, F16, F32 or FP8 can be proven"
+            )
         if not tensor.size:
             raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty")
 
 
-def _check_scale(checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture) -> None:
-    scale, block = checkpoint.tensors.get(tensor.name + fp8.SUFFIX), fp8.block_size(checkpoint.config)
+def _check_scale(
+    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
+) -> None:
+    scale, block = (
+        checkpoint.tensors.get(tensor.name + fp8.SUFFIX),
+        fp8.block_size(checkpoint.config),
+    )
     if scale is not None and scale.dtype in ("BF16", "F32") and len(tensor.shape) > 1:
         ranked = _is_ranked(tensor, architecture)
-        if _ranks(tensor, scale, block) if ranked else scale.shape == fp8.scale_shape(tensor.shape, block):
+        if (
+            _ranks(tensor, scale, block)
+            if ranked
+            else scale.shape == fp8.scale_shape(tensor.shape, block)
+        ):
             return
-    raise CheckpointError(f"{tensor.shard}: {tensor.name} is FP8 and {tensor.name}{fp8.SUFFIX} is missing or of another shape")
+    raise CheckpointError(
+        f"{tensor.shard}: {tensor.name} is FP8 and {tensor.name}{fp8.SUFFIX} is missing or of another shape"
+    )
 
 
 def _digest(values: np.ndarray, dtype: str, kind: GGMLQuantizationType) -> str:

@@ -100,8 +100,21 @@ class Named:
     """Whether `listed` is an `added_tokens_decoder`; if not, the tokens of `tokenizer.json` belong to it too."""
 
 
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_QWEN2_ROLES = {"bos_token": None, "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_QWEN2_ROLES = {
+    "bos_token": None,
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
 """Roles that the Qwen2 tokenizer class fills by itself, and whose tokens it always marks as special."""
 
 
@@ -121,10 +134,16 @@ def read_named(directory: Path) -> Named:
         contents = {_content(token) for token in special}
         listed = {}
         for text, i in _read_optional(directory / "added_tokens.json").items():
-            listed[int(i)] = {"content": text, "special": text in contents, "normalized": text not in contents}
+            listed[int(i)] = {
+                "content": text,
+                "special": text in contents,
+                "normalized": text not in contents,
+            }
         return Named(listed, special, complete=False)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{directory}: malformed tokens in tokenizer_config.json or beside it ({error!r})") from None
+        raise CheckpointError(
+            f"{directory}: malformed tokens in tokenizer_config.json or beside it ({error!r})"
+        ) from None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -133,18 +152,31 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 def _special_tokens_map(roles: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The older file of roles; its additional tokens extend those of the configuration."""
-    merged = {key: {**value, "special": True} if isinstance(value, dict) else value for key, value in roles.items()}
+    merged = {
+        key: {**value, "special": True} if isinstance(value, dict) else value
+        for key, value in roles.items()
+    }
     more = [
-        {**token, "special": True} if isinstance(token, dict) else token for token in roles.get("additional_special_tokens") or []
+        {**token, "special": True} if isinstance(token, dict) else token
+        for token in roles.get("additional_special_tokens") or []
     ]
     if more:
-        merged["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *more]
+        merged["additional_special_tokens"] = [
+            *(config.get("additional_special_tokens") or []),
+            *more,
+        ]
     return merged
 
 
-def _special_tokens(config: dict[str, Any], listed: dict[int, dict[str, Any]]) -> list[dict[str, Any] | str]:
+def _special_tokens(
+    config: dict[str, Any], listed: dict[int, dict[str, Any]]
+) -> list[dict[str, Any] | str]:
     known = {_content(token): token for token in listed.values()}
-    qwen2 = _QWEN2_ROLES if config.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast") else {}
+    qwen2 = (
+        _QWEN2_ROLES
+        if config.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+        else {}
+    )
     found: list[dict[str, Any] | str] = []
     for role in _ROLES:
         token = config.get(role, qwen2.get(role))
@@ -156,7 +188,10 @@ def _special_tokens(config: dict[str, Any], listed: dict[int, dict[str, Any]]) -
             token = {"content": token, "special": True, "normalized": False}
         found.append(token)
     extra = config.get("extra_special_tokens") or {}
-    more = [*(config.get("additional_special_tokens") or []), *(extra.values() if isinstance(extra, dict) else extra)]
+    more = [
+        *(config.get("additional_special_tokens") or []),
+        *(extra.values() if isinstance(extra, dict) else extra),
+    ]
     for token in [*found, *more]:
         _content(token)  # raises for what is no token
     return [*found, *more]
@@ -184,15 +219,22 @@ def ask_package(text: str, named: Named) -> Package:
     """Let the package load a `tokenizer.json` and add the tokens named beside it. Raises ValueError with its complaint."""
     if re.search(r'"(padding|truncation)"\s*:\s*{', text):
         # They change no token, and a hostile padding length aborts the process.
-        text = json.dumps({**json.loads(text), "padding": None, "truncation": None}, ensure_ascii=False)
+        text = json.dumps(
+            {**json.loads(text), "padding": None, "truncation": None}, ensure_ascii=False
+        )
     try:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.add_tokens(_missing(tokenizer, named))
-        added = {i: (_normalized(tokenizer, token), token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+        added = {
+            i: (_normalized(tokenizer, token), token.special)
+            for i, token in tokenizer.get_added_tokens_decoder().items()
+        }
         return Package(added, sha256(str(tokenizer.encode(PROBE).ids).encode()).hexdigest())
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # it raises bare Exception, and where its own parser panics a BaseException
+    except (
+        BaseException
+    ) as error:  # it raises bare Exception, and where its own parser panics a BaseException
         raise ValueError(str(error).partition("\n")[0]) from None
 
 
@@ -228,7 +270,11 @@ def _normalized(tokenizer: Tokenizer, token: AddedToken) -> str:
     """llama.cpp takes control and user-defined tokens as already normalized, so normalize those that are not."""
     if token.normalized:
         return str(token.content)
-    return str(tokenizer.decode(tokenizer.encode(token.content, add_special_tokens=False).ids, skip_special_tokens=False))
+    return str(
+        tokenizer.decode(
+            tokenizer.encode(token.content, add_special_tokens=False).ids, skip_special_tokens=False
+        )
+    )
 
 
 def pre_tokenizer(checksum: str, directory: Path) -> str:
@@ -247,7 +293,9 @@ def _merges(settings: dict[str, Any], path: Path) -> Value:
     if not isinstance(model, dict) or model.get("type") != "BPE":
         raise CheckpointError(f"{path}: only byte-level BPE tokenizers are supported")
     try:
-        return Value.of([_joined(merge) for merge in model["merges"]], GGUFValueType.ARRAY, GGUFValueType.STRING)
+        return Value.of(
+            [_joined(merge) for merge in model["merges"]], GGUFValueType.ARRAY, GGUFValueType.STRING
+        )
     except (LookupError, TypeError, AttributeError, GgufError) as error:
         raise CheckpointError(f"{path}: malformed merges ({error})") from None
 
@@ -266,7 +314,9 @@ def vocabulary(
     """Texts and types of ids 0 to size-1; ids that the tokenizer leaves out are padding that is never produced."""
     last = max([*model.values(), *added], default=-1)
     if not 0 <= last < size:
-        raise CheckpointError(f"{directory}: the tokenizer has ids up to {last}, the embedding {size} rows")
+        raise CheckpointError(
+            f"{directory}: the tokenizer has ids up to {last}, the embedding {size} rows"
+        )
     tokens, types = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
     for token, i in model.items():
         tokens[i], types[i] = token, TokenType.NORMAL
@@ -292,10 +342,16 @@ def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     read_json(directory / "config.json")  # ours names the file in its error
-    flagless = {key: value for key, value in config.items() if not (key.startswith("add_") and key.endswith("_token"))}
+    flagless = {
+        key: value
+        for key, value in config.items()
+        if not (key.startswith("add_") and key.endswith("_token"))
+    }
     try:
         steps = _post_processors(settings, config, directory)
-        special, template = (_read_special(directory, settings, used) for used in (config, flagless))
+        special, template = (
+            _read_special(directory, settings, used) for used in (config, flagless)
+        )
         if not isinstance(special.chat_template, str | None):
             raise ValueError("a chat_template that is not one text")
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
@@ -307,11 +363,15 @@ def _special(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
             flags |= {key: False for key in ("bos", "eos") if key not in flags}
         else:
             flags |= template.add_special_token
-    special.add_special_token = flags | {key: value for key, value in special.add_special_token.items() if key not in flags}
+    special.add_special_token = flags | {
+        key: value for key, value in special.add_special_token.items() if key not in flags
+    }
     return special
 
 
-def _post_processors(settings: dict[str, Any], config: dict[str, Any], directory: Path) -> list[str]:
+def _post_processors(
+    settings: dict[str, Any], config: dict[str, Any], directory: Path
+) -> list[str]:
     """The kinds of the post-processor's steps. Raises CheckpointError for what we do not write as upstream does."""
     post = settings.get("post_processor") or {}
     kinds = []
@@ -322,12 +382,19 @@ def _post_processors(settings: dict[str, Any], config: dict[str, Any], directory
         single = step.get("single") or [{}]
         first = single[0].get("SpecialToken", {}).get("id") if len(single) > 1 else None
         known = [
-            entry.get("content") if isinstance(entry, dict) else entry for entry in map(config.get, ("bos_token", "cls_token"))
+            entry.get("content") if isinstance(entry, dict) else entry
+            for entry in map(config.get, ("bos_token", "cls_token"))
         ]
-        if step["type"] not in ("ByteLevel", "TemplateProcessing") or (first and first not in known):
+        if step["type"] not in ("ByteLevel", "TemplateProcessing") or (
+            first and first not in known
+        ):
             raise CheckpointError(
                 f"{directory / 'tokenizer.json'}: a post-processor of type {step['type']}"
-                + (f" that begins with {first}, which is no bos_token of tokenizer_config.json" if first else "")
+                + (
+                    f" that begins with {first}, which is no bos_token of tokenizer_config.json"
+                    if first
+                    else ""
+                )
                 + ", which no known model of these architectures has: restore the base model's post_processor"
             )
     text = json.dumps(settings.get("normalizer"))
@@ -338,7 +405,9 @@ def _post_processors(settings: dict[str, Any], config: dict[str, Any], directory
     return kinds
 
 
-def _read_special(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> SpecialVocab:
+def _read_special(
+    directory: Path, settings: dict[str, Any], config: dict[str, Any]
+) -> SpecialVocab:
     """gguf-py reads all of `tokenizer.json` again, of which it needs everything but the model: so that is what it gets."""
     rest = {key: value for key, value in settings.items() if key != "model"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -347,5 +416,7 @@ def _read_special(directory: Path, settings: dict[str, Any], config: dict[str, A
                 (Path(scratch) / path.name).symlink_to(path)
         (Path(scratch) / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
         if config:
-            (Path(scratch) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+            (Path(scratch) / "tokenizer_config.json").write_text(
+                json.dumps(config), encoding="utf-8"
+            )
         return SpecialVocab(scratch)

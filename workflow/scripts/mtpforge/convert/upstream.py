@@ -62,7 +62,9 @@ def convert_upstream(
         except ToolchainError as error:
             hint = f"the whole log is {log}" if log else "--log FILE keeps all that it says"
             if "pre-tokenizer" in str(error):
-                hint = "name that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
+                hint = (
+                    "name that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
+                )
             raise ToolchainError(f"{directory}: {error}: {hint}") from None
         prove(reader.read(temporary), checkpoint, part)
 
@@ -76,17 +78,23 @@ def check(checkpoint: Checkpoint, part: str) -> None:
     known = VISION if part == "mmproj" else tuple(ARCHITECTURES)
     if name not in known:
         what = "a vision tower" if part == "mmproj" else "a head"
-        raise CheckpointError(f"{checkpoint.directory}: converter llama.cpp gives {what} of {', '.join(known)}, not of {name}")
+        raise CheckpointError(
+            f"{checkpoint.directory}: converter llama.cpp gives {what} of {', '.join(known)}, not of {name}"
+        )
     plan.check_sizes(Hparams(checkpoint.config))
     if part == "mmproj":
         if not list(wanted_of_vision(checkpoint)):
             raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
         if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
-            raise CheckpointError(f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, which a vision tower needs")
+            raise CheckpointError(
+                f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, which a vision tower needs"
+            )
         return
     architecture = ARCHITECTURES[name]
     if part != "all" and not architecture.splits:
-        raise CheckpointError(f"{name}: llama.cpp {LLAMA_CPP} cannot write its {part} part, only the whole: convert part all")
+        raise CheckpointError(
+            f"{name}: llama.cpp {LLAMA_CPP} cannot write its {part} part, only the whole: convert part all"
+        )
     if part != "trunk":
         count_blocks(checkpoint, architecture)
         check_types(checkpoint, architecture)
@@ -121,12 +129,16 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
             try:
                 (folder / name).write_text(json.dumps(_harmless(read_json(path))))
             except RecursionError:
-                raise CheckpointError(f"{path}: is nested deeper than any real one: not read") from None
+                raise CheckpointError(
+                    f"{path}: is nested deeper than any real one: not read"
+                ) from None
     for name in _COPIED:
         path = checkpoint.directory / name
         if path.exists():
             if not path.is_file() or path.stat().st_size > _COPIED_LIMIT:
-                raise CheckpointError(f"{path}: is not a regular file of at most {_COPIED_LIMIT >> 20} MB")
+                raise CheckpointError(
+                    f"{path}: is not a regular file of at most {_COPIED_LIMIT >> 20} MB"
+                )
             shutil.copyfile(path, folder / name)
     return folder
 
@@ -134,7 +146,11 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
 def _harmless(value: Any) -> Any:
     """The same without keys, at any depth, that name code or a file: what has a number is a word of a vocabulary, and stays."""
     if isinstance(value, dict):
-        return {key: _harmless(entry) for key, entry in value.items() if type(entry) is int or not _leads_outside(key)}
+        return {
+            key: _harmless(entry)
+            for key, entry in value.items()
+            if type(entry) is int or not _leads_outside(key)
+        }
     return [_harmless(entry) for entry in value] if isinstance(value, list) else value
 
 

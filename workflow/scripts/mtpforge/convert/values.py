@@ -67,14 +67,18 @@ def rows(checkpoint: Checkpoint, item: Planned, numbers: np.ndarray) -> np.ndarr
         count = views[0].size // width
         first, last = np.searchsorted(numbers, (done, done + count))
         if first < last:
-            found.append(decoded(*(_pick(view, numbers[first:last] - done, width) for view in views)))
+            found.append(
+                decoded(*(_pick(view, numbers[first:last] - done, width) for view in views))
+            )
         done += count
     values = item.row.change(np.concatenate(found))
     checkpoint.release()
     return values
 
 
-def _parts(checkpoint: Checkpoint, item: Planned) -> Iterator[tuple[list[np.ndarray], Callable[..., np.ndarray]]]:
+def _parts(
+    checkpoint: Checkpoint, item: Planned
+) -> Iterator[tuple[list[np.ndarray], Callable[..., np.ndarray]]]:
     """Views that one after the other have the row's values, with how to decode these; of FP8, codes and places of their scales."""
     if not item.scales:
         for view in item.source.view([checkpoint.array(tensor) for tensor in item.tensors]):
@@ -83,8 +87,16 @@ def _parts(checkpoint: Checkpoint, item: Planned) -> Iterator[tuple[list[np.ndar
     block = fp8.block_size(checkpoint.config)
     for tensor, scale in zip(item.tensors, item.scales, strict=True):
 
-        def decoded(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, scale: CheckpointTensor = scale) -> np.ndarray:
-            return np.asarray(fp8.VALUES[codes] * decode(checkpoint.array(scale), scale.dtype).reshape(-1)[rows + columns])
+        def decoded(
+            codes: np.ndarray,
+            rows: np.ndarray,
+            columns: np.ndarray,
+            scale: CheckpointTensor = scale,
+        ) -> np.ndarray:
+            return np.asarray(
+                fp8.VALUES[codes]
+                * decode(checkpoint.array(scale), scale.dtype).reshape(-1)[rows + columns]
+            )
 
         sources = [checkpoint.array(tensor), *fp8.scale_index(tensor.shape, block)]
         for views in zip(*(item.source.view([source]) for source in sources), strict=True):
@@ -98,7 +110,9 @@ def _pick(view: np.ndarray, numbers: np.ndarray, width: int) -> np.ndarray:
         axis -= 1
         size *= view.shape[axis]
     leading = view.shape[:axis]
-    return (view[np.unravel_index(numbers, leading)] if leading else view).reshape(len(numbers), width)
+    return (view[np.unravel_index(numbers, leading)] if leading else view).reshape(
+        len(numbers), width
+    )
 
 
 def cut(views: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:

@@ -22,7 +22,11 @@ def head_blocks(source: Gguf) -> range:
 def quantizable(info: TensorInfo) -> bool:
     """Whether llama-quantize changes this tensor: a matrix that is no norm, router or convolution (`llama-quant.cpp`)."""
     kept = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
-    return sum(n > 1 for n in info.shape) > 1 and info.name.endswith(".weight") and not info.name.endswith(kept)
+    return (
+        sum(n > 1 for n in info.shape) > 1
+        and info.name.endswith(".weight")
+        and not info.name.endswith(kept)
+    )
 
 
 def trunk_digests(base: Gguf) -> dict[str, str]:

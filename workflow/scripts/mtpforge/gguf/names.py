@@ -19,7 +19,11 @@ def gguf_files(name: str) -> list[str]:
 
 def shard_names(stem: str, count: int) -> list[str]:
     """The files' names; llama.cpp finds the others by that of the first (`llama_split_path`)."""
-    return [f"{stem}.gguf"] if count == 1 else [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    return (
+        [f"{stem}.gguf"]
+        if count == 1
+        else [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    )
 
 
 def first_of(path: Path) -> Path:

@@ -105,7 +105,9 @@ def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
 def check_file_type(name: str) -> str:
     """The name, if llama-quantize knows it. Raises ConfigError."""
     if name not in FILE_TYPES:
-        raise ConfigError(f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}")
+        raise ConfigError(
+            f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}"
+        )
     return name
 
 

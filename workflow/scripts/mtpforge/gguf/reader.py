@@ -56,13 +56,26 @@ class Value:
                 return cls(kind, encode(value, kind))
             assert item is not None
             return cls(kind, U32.pack(item) + U64.pack(len(value)) + _encode_items(value, item))
-        except (struct.error, OverflowError, TypeError, ValueError, AttributeError, KeyError):  # UnicodeError is a ValueError
-            raise GgufError(f"{str(value)[:40]!r} cannot be stored as {(item or kind).name.lower()}") from None
+        except (
+            struct.error,
+            OverflowError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            KeyError,
+        ):  # UnicodeError is a ValueError
+            raise GgufError(
+                f"{str(value)[:40]!r} cannot be stored as {(item or kind).name.lower()}"
+            ) from None
 
     @property
     def item_type(self) -> GGUFValueType | None:
         """The type of an array's items, None for a scalar."""
-        return GGUFValueType(U32.unpack_from(self.raw)[0]) if self.type is GGUFValueType.ARRAY else None
+        return (
+            GGUFValueType(U32.unpack_from(self.raw)[0])
+            if self.type is GGUFValueType.ARRAY
+            else None
+        )
 
     def __len__(self) -> int:
         """The number of items of an array."""
@@ -160,7 +173,9 @@ class Gguf:
         """The value of a key that must be there and of a Python type. Raises GgufError."""
         value = self.get(key)
         if type(value) is not kind:
-            raise GgufError(f"{self.path}: metadata key {key} is {'missing' if value is None else 'of the wrong type'}")
+            raise GgufError(
+                f"{self.path}: metadata key {key} is {'missing' if value is None else 'of the wrong type'}"
+            )
         return value
 
     @property
@@ -231,12 +246,20 @@ class _Parser:
         if (version := self.number(U32)) not in (2, 3):
             raise self.fail(f"GGUF version {version} is not supported (2 and 3 are)")
         n_tensors, n_values = self.number(U64), self.number(U64)
-        if n_values > self.size // 13 or n_tensors > self.size // 33:  # the least that an entry takes
-            raise self.fail(f"{n_values:,} metadata values and {n_tensors:,} tensors do not fit into the file")
+        if (
+            n_values > self.size // 13 or n_tensors > self.size // 33
+        ):  # the least that an entry takes
+            raise self.fail(
+                f"{n_values:,} metadata values and {n_tensors:,} tensors do not fit into the file"
+            )
         metadata = self.parse_metadata(n_values)
         alignment = metadata.get("general.alignment")
-        if alignment is not None and (alignment.type is not GGUFValueType.UINT32 or alignment.decode() != ALIGNMENT):
-            raise self.fail(f"general.alignment is not {ALIGNMENT}: llama.cpp's tools write such files wrongly")
+        if alignment is not None and (
+            alignment.type is not GGUFValueType.UINT32 or alignment.decode() != ALIGNMENT
+        ):
+            raise self.fail(
+                f"general.alignment is not {ALIGNMENT}: llama.cpp's tools write such files wrongly"
+            )
         entries = [self.parse_tensor() for _ in range(n_tensors)]
         return self.place(metadata, entries)
 
@@ -271,7 +294,12 @@ class _Parser:
         if count > (self.size - self.position) // 8:
             raise self.fail(f"truncated: {count:,} strings do not fit into the rest of the file")
         start = position = self.position
-        limit, unpack, buffer, known = self.size - 8, U64.unpack_from, self.buffer, _last_strings.get(count)
+        limit, unpack, buffer, known = (
+            self.size - 8,
+            U64.unpack_from,
+            self.buffer,
+            _last_strings.get(count),
+        )
         if known and buffer[start : start + len(known)] == known:
             self.skip(len(known))
             return
@@ -306,9 +334,13 @@ class _Parser:
             if info.name in tensors:
                 raise self.fail(f"tensor {info.name} stands twice")
             if offset != expected:
-                raise self.fail(f"tensor {info.name} lies at offset {offset:,}, expected {expected:,}")
+                raise self.fail(
+                    f"tensor {info.name} lies at offset {offset:,}, expected {expected:,}"
+                )
             if start + offset + info.size > self.size:
-                raise GgufError(f"{self.path}: truncated: tensor {info.name} runs past the end of the file")
+                raise GgufError(
+                    f"{self.path}: truncated: tensor {info.name} runs past the end of the file"
+                )
             tensors[info.name] = info
             ranges[info.name] = FileRange(self.path, start + offset, info.size)
             expected = aligned(offset + info.size)
@@ -322,7 +354,11 @@ def aligned(position: int) -> int:
 
 def header_range(source: Gguf) -> FileRange:
     """Everything before the data."""
-    return FileRange(source.path, 0, min((p.offset for p in source.ranges.values()), default=source.path.stat().st_size))
+    return FileRange(
+        source.path,
+        0,
+        min((p.offset for p in source.ranges.values()), default=source.path.stat().st_size),
+    )
 
 
 def digests(path: Path, threads: int | None = None) -> dict[str, str]:
@@ -344,7 +380,11 @@ def hashes(pieces: Mapping[str, FileRange], threads: int | None = None) -> dict[
 def view(source: Gguf, names: Iterable[str]) -> Gguf:
     """The same file with only these tensors in view, in the order given."""
     kept = list(names)
-    return replace(source, tensors={n: source.tensors[n] for n in kept}, ranges={n: source.ranges[n] for n in kept})
+    return replace(
+        source,
+        tensors={n: source.tensors[n] for n in kept},
+        ranges={n: source.ranges[n] for n in kept},
+    )
 
 
 def rows(source: Gguf, name: str, start: int, count: int) -> Gguf:
@@ -352,7 +392,9 @@ def rows(source: Gguf, name: str, start: int, count: int) -> Gguf:
     info, place = source.tensors[name], source.ranges[name]
     size = place.size // info.shape[0]
     some = replace(place, offset=place.offset + start * size, size=count * size)
-    return replace(source, tensors={name: replace(info, shape=(count, *info.shape[1:]))}, ranges={name: some})
+    return replace(
+        source, tensors={name: replace(info, shape=(count, *info.shape[1:]))}, ranges={name: some}
+    )
 
 
 def contents(source: Gguf) -> list[tuple[TensorInfo, Payload]]:

@@ -32,7 +32,9 @@ def parse_size(text: str) -> int:
     Stricter than that program, which reads 1.5G as 1G.
     """
     if not re.fullmatch(r"[1-9][0-9]{0,8}[MG]", text):
-        raise ConfigError(f"{text[:40]!r} is no size: give whole megabytes (10^6 bytes) or gigabytes, as in 500M or 48G")
+        raise ConfigError(
+            f"{text[:40]!r} is no size: give whole megabytes (10^6 bytes) or gigabytes, as in 500M or 48G"
+        )
     return int(text[:-1]) * _UNITS[text[-1]]
 
 
@@ -50,14 +52,19 @@ def shards(path: Path) -> list[Gguf]:
         raise GgufError(
             f"{path}: is one of {count} files: give the first, by the name that tells the others', NAME-00001-of-0000N.gguf"
         )
-    files = [first, *(reader.read(path.with_name(name)) for name in shard_names(match[1], count)[1:])]
+    files = [
+        first,
+        *(reader.read(path.with_name(name)) for name in shard_names(match[1], count)[1:]),
+    ]
     for number, file in enumerate(files):
         if (file.get("split.no"), file.get("split.count")) != (number, count):
             said = [str(file.get(key))[:40] for key in ("split.no", "split.count")]
             raise GgufError(f"{file.path}: says that it is file {said[0]} of {said[1]} (from 0 on)")
     tensors = sum(len(file.tensors) for file in files)
     if (stated := first.get("split.tensors.count")) != tensors:
-        raise GgufError(f"{path}: {str(stated)[:40]} tensors are in these files, it says, and {tensors} are there")
+        raise GgufError(
+            f"{path}: {str(stated)[:40]} tensors are in these files, it says, and {tensors} are there"
+        )
     return files
 
 
@@ -77,20 +84,26 @@ def joined(files: Sequence[Gguf]) -> Gguf:
             raise GgufError(f"{file.path}: tensor {min(twice)} stands in another file too")
         tensors |= file.tensors
         ranges |= file.ranges
-    metadata = {key: value for key, value in files[0].metadata.items() if not key.startswith("split.")}
+    metadata = {
+        key: value for key, value in files[0].metadata.items() if not key.startswith("split.")
+    }
     return Gguf(files[0].path, metadata, tensors, ranges)
 
 
 def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:
     """The tensors of each file, in order; `limit` is in bytes. Raises ConfigError, GgufError for what is a shard already."""
     if source.get("split.count", 0) not in (0, 1):  # merging leaves a 0 behind
-        raise GgufError(f"{source.path}: is one shard of a split GGUF: merge it first with llama-gguf-split --merge")
+        raise GgufError(
+            f"{source.path}: is one shard of a split GGUF: merge it first with llama-gguf-split --merge"
+        )
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in source.tensors.values():
         size = aligned(info.size)
         if size > limit:
-            raise ConfigError(f"files of {limit:,} bytes are too small: tensor {info.name} of {source.path} takes {size:,}")
+            raise ConfigError(
+                f"files of {limit:,} bytes are too small: tensor {info.name} of {source.path} takes {size:,}"
+            )
         if filled + size > limit:
             shards.append([])
             filled = 0
@@ -112,11 +125,15 @@ def check_target(source: Path, folder: Path, stem: str) -> None:
     ours = re.compile(rf"{re.escape(stem)}(-[0-9]{{5}}-of-[0-9]{{5}})?\.gguf|\.snakemake_timestamp")
     for entry in folder.iterdir() if folder.exists() else ():
         if entry.is_dir() or not ours.fullmatch(entry.name):
-            raise ConfigError(f"{folder}: holds {entry.name}, which is no part of {stem}: name a folder of its own")
+            raise ConfigError(
+                f"{folder}: holds {entry.name}, which is no part of {stem}: name a folder of its own"
+            )
 
 
 @contextmanager
-def splitting(source: Gguf, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None) -> Iterator[list[Path]]:
+def splitting(
+    source: Gguf, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None
+) -> Iterator[list[Path]]:
     """Yield the finished files in a temporary place; `folder` gets them once the caller is done with them without an error.
 
     `limit` is in bytes; `progress` gets bytes written and bytes in all. An existing `folder` of this split is replaced.
@@ -137,7 +154,10 @@ def _write(source: Gguf, shards: list[list[TensorInfo]], files: list[Path], prog
     sizes = [sum(aligned(info.size) for info in infos) for infos in shards]
     for number, infos in enumerate(shards):
         # ggml does not tell a matrix of one row from a vector, so llama-gguf-split writes a vector.
-        tensors = [(replace(info, shape=squeezed(info.shape)), [source.ranges[info.name]]) for info in infos]
+        tensors = [
+            (replace(info, shape=squeezed(info.shape)), [source.ranges[info.name]])
+            for info in infos
+        ]
 
         def show(done: int, _: int, before: int = sum(sizes[:number])) -> None:
             progress(before + done, sum(sizes))
@@ -150,12 +170,20 @@ def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
     own = {
         "split.no": Value.of(number, GGUFValueType.UINT16),
         "split.tensors.count": Value.of(len(source.tensors), GGUFValueType.INT32),
-        "split.count": Value.of(count, GGUFValueType.UINT16),  # last, as where it is set once the count is known
+        "split.count": Value.of(
+            count, GGUFValueType.UINT16
+        ),  # last, as where it is set once the count is known
     }
-    return own if number else {key: value for key, value in source.metadata.items() if key not in own} | own
+    return (
+        own
+        if number
+        else {key: value for key, value in source.metadata.items() if key not in own} | own
+    )
 
 
-def split(source: Path, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None) -> list[Path]:
+def split(
+    source: Path, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None
+) -> list[Path]:
     """Write the GGUF `source` into `folder` in files of at most `limit` bytes of tensors; the files. Raises as `splitting`."""
     with splitting(reader.read(source), folder, stem, limit, progress) as files:
         pass
@@ -175,7 +203,9 @@ def check(source: Gguf, files: Sequence[Path]) -> list[str]:
     problems = []
     stem = files[0].name.removesuffix(shard_names("", len(files))[0])
     if list(files) != [files[0].with_name(name) for name in shard_names(stem, len(files))]:
-        problems.append(f"llama.cpp does not find {', '.join(file.name for file in files)} by the first one's name")
+        problems.append(
+            f"llama.cpp does not find {', '.join(file.name for file in files)} by the first one's name"
+        )
     holders: dict[str, Gguf] = {}
     for number, path in enumerate(files):
         try:
@@ -184,9 +214,17 @@ def check(source: Gguf, files: Sequence[Path]) -> list[str]:
             problems.append(str(error))
             continue
         expected = source.metadata if len(files) == 1 else _metadata(source, number, len(files))
-        wrong = [key for key in {**expected, **shard.metadata} if shard.metadata.get(key) != expected.get(key)]
+        wrong = [
+            key
+            for key in {**expected, **shard.metadata}
+            if shard.metadata.get(key) != expected.get(key)
+        ]
         problems += [f"{path.name} has a wrong {key}" for key in wrong]
-        problems += [f"{name} stands in {holders[name].path.name} and {path.name}" for name in shard.tensors if name in holders]
+        problems += [
+            f"{name} stands in {holders[name].path.name} and {path.name}"
+            for name in shard.tensors
+            if name in holders
+        ]
         holders |= dict.fromkeys(shard.tensors, shard)
     problems += [f"{name} does not belong there" for name in holders if name not in source.tensors]
     return problems + _compare(source, holders)

@@ -9,7 +9,19 @@ from pathlib import Path
 from gguf.constants import GGUFValueType
 
 from mtpforge.errors import GgufError
-from mtpforge.gguf.reader import MAGIC, NAME_LIMIT, PADDING, U32, U64, Gguf, TensorInfo, Value, aligned, encode, header_range
+from mtpforge.gguf.reader import (
+    MAGIC,
+    NAME_LIMIT,
+    PADDING,
+    U32,
+    U64,
+    Gguf,
+    TensorInfo,
+    Value,
+    aligned,
+    encode,
+    header_range,
+)
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink
 
@@ -44,7 +56,12 @@ def fill(
     first = header_range(whole).size
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        sink = Sink(descriptor, lambda size: progress(size - first, total), os.lseek(descriptor, first, os.SEEK_SET), flush)
+        sink = Sink(
+            descriptor,
+            lambda size: progress(size - first, total),
+            os.lseek(descriptor, first, os.SEEK_SET),
+            flush,
+        )
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)
     finally:
@@ -63,7 +80,10 @@ def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInf
     with path.open("r+b") as file:
         file.write(first)
         file.truncate(offsets[-1])
-    ranges = {info.name: FileRange(path, offset, info.size) for info, offset in zip(infos, offsets, strict=False)}
+    ranges = {
+        info.name: FileRange(path, offset, info.size)
+        for info, offset in zip(infos, offsets, strict=False)
+    }
     return Gguf(path, dict(metadata), {info.name: info for info in infos}, ranges)
 
 
@@ -79,7 +99,9 @@ def put(whole: Gguf, name: str, payload: Payload) -> None:
         os.close(descriptor)
 
 
-def padded(metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]], source: Gguf) -> dict[str, Value]:
+def padded(
+    metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]], source: Gguf
+) -> dict[str, Value]:
     """The same with a key at the end that makes the data begin at the place in a block of the file system that it has in `source`.
 
     Both files can then share it (see `ranges`).
@@ -100,11 +122,15 @@ def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> Non
     size = sink.append(payload)
     if size != expected:
         names = " to ".join(dict.fromkeys((infos[0].name, infos[-1].name)))
-        raise GgufError(f"tensor {names}: {expected:,} bytes are to be written, the source gave {size:,}")
+        raise GgufError(
+            f"tensor {names}: {expected:,} bytes are to be written, the source gave {size:,}"
+        )
     sink.append([memoryview(bytes(aligned(size) - size))])
 
 
-def _runs(tensors: Iterable[tuple[TensorInfo, Payload]]) -> Iterator[tuple[list[TensorInfo], Payload]]:
+def _runs(
+    tensors: Iterable[tuple[TensorInfo, Payload]],
+) -> Iterator[tuple[list[TensorInfo], Payload]]:
     """Tensors that lie one after the other in a file as one range of it: the kernel can share its blocks.
 
     Behind a padding a new one begins, because what a file has there need not be zeros, and no digest of a tensor knows it.
@@ -126,7 +152,11 @@ def _runs(tensors: Iterable[tuple[TensorInfo, Payload]]) -> Iterator[tuple[list[
 def _joined(run: Payload, payload: Payload) -> Payload | None:
     """Both as one range of a file, where the second lies behind the first as it will in the GGUF."""
     match run, payload:
-        case [FileRange() as a], [FileRange() as b] if (a.path, a.offset + a.size, a.size) == (b.path, b.offset, aligned(a.size)):
+        case [FileRange() as a], [FileRange() as b] if (a.path, a.offset + a.size, a.size) == (
+            b.path,
+            b.offset,
+            aligned(a.size),
+        ):
             return [FileRange(a.path, a.offset, a.size + b.size)]
     return None
 
@@ -140,9 +170,16 @@ def header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo]) -> byte
     offset = 0
     for info in infos:
         if len(info.name.encode("utf-8")) > NAME_LIMIT:
-            raise GgufError(f"tensor name {info.name} is longer than the {NAME_LIMIT} bytes that ggml can hold")
+            raise GgufError(
+                f"tensor name {info.name} is longer than the {NAME_LIMIT} bytes that ggml can hold"
+            )
         dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *reversed(info.shape))
-        parts += [encode(info.name, GGUFValueType.STRING), dimensions, U32.pack(info.type), U64.pack(offset)]
+        parts += [
+            encode(info.name, GGUFValueType.STRING),
+            dimensions,
+            U32.pack(info.type),
+            U64.pack(offset),
+        ]
         offset += aligned(info.size)
     block = b"".join(parts)
     return block + bytes(aligned(len(block)) - len(block))

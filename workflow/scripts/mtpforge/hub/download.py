@@ -44,38 +44,62 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
     try:
         return Patience(what).call(ask)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(f"{what}: the Hub's answer is malformed ({type(error).__name__}: {error})") from None
+        raise DownloadError(
+            f"{what}: the Hub's answer is malformed ({type(error).__name__}: {error})"
+        ) from None
 
 
 def resolve(repo: str, revision: str) -> Listing:
     """All files and tensors of a commit; of the weights, only the headers are read. Raises DownloadError, CheckpointError."""
     info = model_info(repo, revision)
     if revision != info.sha:
-        raise DownloadError(f"{repo}: {revision} is no full commit, and what it names can change: write `revision: {info.sha}`")
+        raise DownloadError(
+            f"{repo}: {revision} is no full commit, and what it names can change: write `revision: {info.sha}`"
+        )
     files = dict(sorted(_files(info.siblings or [])))
     present = [name for name in files if name.endswith(".safetensors")]
-    return Listing(repo, revision, files, _tensors(repo, revision, files, present) if present else {})
+    return Listing(
+        repo, revision, files, _tensors(repo, revision, files, present) if present else {}
+    )
 
 
 def _files(siblings: Iterable[RepoSibling]) -> Iterable[tuple[str, File]]:
     """The files at the top of a repository whose names are plain; the others cannot be asked for."""
     for sibling in siblings:
         name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
-        if not isinstance(name, str) or not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or "\\" in name
+            or {"", ".", ".."} & set(name.split("/"))
+        ):
             raise DownloadError(f"the Hub lists a file {name!r}, which can be none: refused")
         if not FILE_NAME.fullmatch(name):
             continue
         digest = lfs.sha256 if lfs else sibling.blob_id
-        if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", str(digest)):
-            raise DownloadError(f"the Hub lists {name} with size {size!r} and digest {digest!r}: refused")
+        if (
+            type(size) is not int
+            or size < 0
+            or not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", str(digest))
+        ):
+            raise DownloadError(
+                f"the Hub lists {name} with size {size!r} and digest {digest!r}: refused"
+            )
         yield name, File(size, str(digest))
 
 
-def _tensors(repo: str, revision: str, files: dict[str, File], present: list[str]) -> dict[str, CheckpointTensor]:
+def _tensors(
+    repo: str, revision: str, files: dict[str, File], present: list[str]
+) -> dict[str, CheckpointTensor]:
     def read_header(shard: str) -> list[CheckpointTensor]:
         if shard not in files:
-            raise DownloadError(f"{repo} at {revision}: {INDEX} names {shard}, which the repository does not have")
-        remote, place = RemoteFile(repo, revision, shard, files[shard].bytes, files[shard].digest), Path(repo, shard)
+            raise DownloadError(
+                f"{repo} at {revision}: {INDEX} names {shard}, which the repository does not have"
+            )
+        remote, place = (
+            RemoteFile(repo, revision, shard, files[shard].bytes, files[shard].digest),
+            Path(repo, shard),
+        )
         start = remote.get(0, min(_FIRST_READ, remote.size))
         end = 8 + safetensors.header_length(place, start[:8], remote.size)
         header = (start + remote.get(len(start), end))[8:end]
@@ -89,12 +113,16 @@ def read_text(listing: Listing, name: str) -> str:
     """The content of a small text file, which is not kept. Raises DownloadError."""
     file = listing.files.get(name)
     if file is None or file.bytes > text.TEXT_LIMIT:
-        raise DownloadError(f"{listing.repo} at {listing.revision}: has no {name}, or one larger than any real one")
+        raise DownloadError(
+            f"{listing.repo} at {listing.revision}: has no {name}, or one larger than any real one"
+        )
     blob, digest = cached(listing, name), Digest(file)
     if blob.is_file() and blob.stat().st_size == file.bytes:
         content = blob.read_bytes()
     else:
-        content = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(0, file.bytes)
+        content = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(
+            0, file.bytes
+        )
     digest.update(content)
     if not digest.right:
         raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: run again")
@@ -140,18 +168,31 @@ class Digest:
             return file.tell()
 
 
-def download(listing: Listing, name: str, folder: Path, together: Collection[str] = ()) -> dict[str, Any]:
+def download(
+    listing: Listing, name: str, folder: Path, together: Collection[str] = ()
+) -> dict[str, Any]:
     """Fetch a file of the listing into `folder`; its record: name, bytes, sha256. What is there already is kept.
 
     There must be room for it and for what is missing of `together`, the files that are of no use without each other.
     Raises DownloadError; what has come until then stays beside, under a hidden name, and a second call goes on from there.
     """
     if check_name(name) not in listing.files:
-        what = "has no *.safetensors" if name == "model.safetensors" else f"has no file {name} (none in a folder is taken)"
-        raise DownloadError(f"{listing.repo} at {listing.revision}: {what}: name another repository, or another of its files")
+        what = (
+            "has no *.safetensors"
+            if name == "model.safetensors"
+            else f"has no file {name} (none in a folder is taken)"
+        )
+        raise DownloadError(
+            f"{listing.repo} at {listing.revision}: {what}: name another repository, or another of its files"
+        )
     final, file = folder / name, listing.files[name]
     digest = Digest(file)
-    if not (final.is_file() and final.stat().st_size == file.bytes and digest.read(final) and digest.right):
+    if not (
+        final.is_file()
+        and final.stat().st_size == file.bytes
+        and digest.read(final)
+        and digest.right
+    ):
         check_space(listing, {name, *together}, folder)
         with atomic.replacing(final, keep=True) as partial:
             digest = _link_cached(listing, name, partial) or _fetch(listing, name, partial)
@@ -186,7 +227,9 @@ def demand_space(needed: int, folder: Path) -> None:
 
 def cached(listing: Listing, name: str) -> Path:
     """Where the local cache of huggingface_hub has a file, if it has it."""
-    repository = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repo, repo_type="model"))
+    repository = Path(
+        constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repo, repo_type="model")
+    )
     return repository / "blobs" / listing.files[name].digest
 
 
@@ -248,10 +291,20 @@ def confirm_head(record: Path, shard: Path) -> int:
     Raises DownloadError where they differ.
     """
     try:
-        recorded = {name: t["sha256"] for name, t in json.loads(record.read_text())["tensors"].items() if t["shard"] == shard.name}
+        recorded = {
+            name: t["sha256"]
+            for name, t in json.loads(record.read_text())["tensors"].items()
+            if t["shard"] == shard.name
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(f"{record}: is not what fetch_head.py writes ({error}): delete it and run again") from None
-    found = {t.name: sha256(FileRange(shard, t.offset, t.size)) for t in safetensors.read_shard_header(shard) if t.name in recorded}
+        raise DownloadError(
+            f"{record}: is not what fetch_head.py writes ({error}): delete it and run again"
+        ) from None
+    found = {
+        t.name: sha256(FileRange(shard, t.offset, t.size))
+        for t in safetensors.read_shard_header(shard)
+        if t.name in recorded
+    }
     for name, digest in recorded.items():
         if found.get(name) != digest:
             raise DownloadError(

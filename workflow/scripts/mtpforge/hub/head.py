@@ -31,8 +31,12 @@ VERIFIED, FIRST_USE = "verified", "trusted on first use"
 
 def head_tensors(listing: Listing, family: Family) -> list[CheckpointTensor]:
     """The tensors of the head, scales of FP8 weights among them, as they lie in the shards."""
-    names = [name for name in listing.tensors if family.canonical(name).startswith(family.head_prefix)]
-    return sorted((listing.tensors[name] for name in names), key=lambda tensor: (tensor.shard, tensor.offset))
+    names = [
+        name for name in listing.tensors if family.canonical(name).startswith(family.head_prefix)
+    ]
+    return sorted(
+        (listing.tensors[name] for name in names), key=lambda tensor: (tensor.shard, tensor.offset)
+    )
 
 
 def architecture_in(listing: Listing) -> str:
@@ -48,16 +52,25 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
     until then stays, and a second call goes on from there.
     """
     config = folder / "config.json"
-    download.download(listing, config.name, folder)  # says which tensors are the head's, and so how much room it needs
+    download.download(
+        listing, config.name, folder
+    )  # says which tensors are the head's, and so how much room it needs
     tensors = head_tensors(listing, family_of(architecture_of(config, read_json(config))))
     if not tensors:
-        raise CheckpointError(f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one")
+        raise CheckpointError(
+            f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one"
+        )
     total = sum(tensor.size for tensor in tensors)
     written = sum(path.stat().st_size for path in folder.iterdir())
-    download.demand_space(total + sum(listing.files[name].bytes for name in listing.small_files()) - written, folder)
+    download.demand_space(
+        total + sum(listing.files[name].bytes for name in listing.small_files()) - written, folder
+    )
     for name in listing.small_files():
         download.download(listing, name, folder)
-    atomic.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {t.name: t.shard for t in tensors}})
+    atomic.write_json(
+        folder / INDEX,
+        {"metadata": {"total_size": total}, "weight_map": {t.name: t.shard for t in tensors}},
+    )
     standings, done = {}, 0
     with progress.bar(f"head of {listing.repo}") as show:
         for shard, members in groupby(tensors, key=lambda tensor: tensor.shard):
@@ -77,11 +90,18 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str
             done += sum(tensor.size for tensor in mine)
     made = Checkpoint(folder)
     for shard in [shard for shard, standing in standings.items() if standing == FIRST_USE]:
-        if (local := _local(listing, shard, whole)) is not None:  # it has come while we were fetching
+        if (
+            local := _local(listing, shard, whole)
+        ) is not None:  # it has come while we were fetching
             _confirm(listing, local, [tensor for tensor in tensors if tensor.shard == shard], made)
             standings[shard] = VERIFIED
     entries = {
-        name: {"shard": t.shard, "bytes": t.size, "sha256": made.digest(t), "standing": standings[t.shard]}
+        name: {
+            "shard": t.shard,
+            "bytes": t.size,
+            "sha256": made.digest(t),
+            "standing": standings[t.shard],
+        }
         for name, t in sorted(made.tensors.items())
     }
     return {"repo": listing.repo, "revision": listing.revision, "tensors": entries}
@@ -96,11 +116,15 @@ def _local(listing: Listing, shard: str, whole: Path | None) -> Path | None:
     return None
 
 
-def _confirm(listing: Listing, local: Path, tensors: list[CheckpointTensor], made: Checkpoint) -> None:
+def _confirm(
+    listing: Listing, local: Path, tensors: list[CheckpointTensor], made: Checkpoint
+) -> None:
     """Compare tensors that were trusted with those of a whole shard. Raises DownloadError."""
     download.check_listing(listing, local, tensors[0].shard)
     for tensor in tensors:
-        if sha256(FileRange(local, tensor.offset, tensor.size)) != made.digest(made.tensors[tensor.name]):
+        if sha256(FileRange(local, tensor.offset, tensor.size)) != made.digest(
+            made.tensors[tensor.name]
+        ):
             raise DownloadError(
                 f"{made.directory}: {tensor.name} is not that of the whole shard: delete this folder, and run again"
             )
@@ -125,7 +149,12 @@ def _header(tensors: list[CheckpointTensor]) -> bytes:
 def _copy(local: Path, out: Path, tensors: list[CheckpointTensor]) -> None:
     with out.open("wb") as file:
         sink = Sink(file.fileno())
-        sink.append([memoryview(_header(tensors)), *(FileRange(local, tensor.offset, tensor.size) for tensor in tensors)])
+        sink.append(
+            [
+                memoryview(_header(tensors)),
+                *(FileRange(local, tensor.offset, tensor.size) for tensor in tensors),
+            ]
+        )
 
 
 def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:
@@ -136,10 +165,16 @@ def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:
             joined[-1][1] += tensor.size
         else:
             joined.append([tensor.offset, tensor.offset + tensor.size])
-    return [(start, min(start + PIECE, end)) for begin, end in joined for start in range(begin, end, PIECE)]
+    return [
+        (start, min(start + PIECE, end))
+        for begin, end in joined
+        for start in range(begin, end, PIECE)
+    ]
 
 
-def _fetch_shard(listing: Listing, path: Path, tensors: list[CheckpointTensor], show: Callable[[int], None]) -> None:
+def _fetch_shard(
+    listing: Listing, path: Path, tensors: list[CheckpointTensor], show: Callable[[int], None]
+) -> None:
     """Write a shard with these tensors alone. Each piece's digest is kept beside it: that tells later what of it is whole."""
     file, header, ranges = listing.files[path.name], _header(tensors), pieces(tensors)
     sums = path.with_name(f".{path.name}.sums")

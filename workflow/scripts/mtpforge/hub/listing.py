@@ -60,13 +60,20 @@ class Listing:
             }
             return cls(value["repo"], value["revision"], files, tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DownloadError(f"{path}: is not what resolve.py writes ({error}): delete it and run again") from None
+            raise DownloadError(
+                f"{path}: is not what resolve.py writes ({error}): delete it and run again"
+            ) from None
 
     def write(self, path: Path) -> None:
         """As JSON, the same bytes for the same commit."""
-        tensors = {name: {k: v for k, v in asdict(tensor).items() if k != "name"} for name, tensor in self.tensors.items()}
+        tensors = {
+            name: {k: v for k, v in asdict(tensor).items() if k != "name"}
+            for name, tensor in self.tensors.items()
+        }
         files = {name: asdict(file) for name, file in self.files.items()}
-        write_json(path, {"repo": self.repo, "revision": self.revision, "files": files, "tensors": tensors})
+        write_json(
+            path, {"repo": self.repo, "revision": self.revision, "files": files, "tensors": tensors}
+        )
 
     def small_files(self) -> list[str]:
         """Configuration, tokenizer and model card."""
@@ -75,7 +82,9 @@ class Listing:
     def checkpoint_files(self) -> list[str]:
         """All that conversion reads; with `model.safetensors` where there are no weights, whose fetching then says so."""
         shards = {tensor.shard for tensor in self.tensors.values()}
-        names = [name for name in self.files if name in shards or name == INDEX or _SMALL.fullmatch(name)]
+        names = [
+            name for name in self.files if name in shards or name == INDEX or _SMALL.fullmatch(name)
+        ]
         return names if shards else [*names, "model.safetensors"]
 
     def companions(self, name: str) -> list[str]:
@@ -86,5 +95,7 @@ class Listing:
 def check_name(name: Any) -> str:
     """A name that may become a file's: a plain basename. Raises DownloadError."""
     if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-        raise DownloadError(f"{name!r} is not a plain file name (letters, digits, '.', '_', '-'): refused")
+        raise DownloadError(
+            f"{name!r} is not a plain file name (letters, digits, '.', '_', '-'): refused"
+        )
     return name

@@ -17,7 +17,13 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 from huggingface_hub import constants, get_session, get_token, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not typed
 
 from mtpforge.errors import DownloadError
@@ -29,7 +35,13 @@ REDIRECTS = 5
 LONGEST_WAIT = 600.0
 """Seconds that a server may ask us to wait."""
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-_FAILURES = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx2.HTTPError, httpx2.InvalidURL)
+_FAILURES = (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+    httpx2.InvalidURL,
+)
 
 T = TypeVar("T")
 
@@ -66,7 +78,9 @@ class Patience:
         if self.failures >= TRIES or wait > LONGEST_WAIT:
             later = f", and asks to wait {asked:.0f} s" if asked > LONGEST_WAIT else ""
             kind = RangesRefused if isinstance(error, RangeIgnored) else DownloadError
-            raise kind(f"{self.what}: {reason}{later}: given up after {self.failures} tries: run again later") from None
+            raise kind(
+                f"{self.what}: {reason}{later}: given up after {self.failures} tries: run again later"
+            ) from None
         print(f"{self.what}: {reason}: trying again in {wait:.1f} s", file=sys.stderr, flush=True)
         time.sleep(wait)
 
@@ -83,7 +97,13 @@ class RemoteFile:
     """A file of a commit, `size` bytes long; `digest` is what the Hub calls its ETag. Nothing is requested before a read."""
 
     def __init__(self, repo: str, revision: str, name: str, size: int, digest: str) -> None:
-        self.repo, self.revision, self.name, self.size, self.digest = repo, revision, name, size, digest
+        self.repo, self.revision, self.name, self.size, self.digest = (
+            repo,
+            revision,
+            name,
+            size,
+            digest,
+        )
         self._address: str | None = None
         self._etag: str | None = None
 
@@ -99,7 +119,9 @@ class RemoteFile:
                 try:
                     block = next(blocks, b"")
                 except (*_FAILURES, UnusableAnswer) as error:
-                    self._address = None  # a signed address expires, and another may lead to a better server
+                    self._address = (
+                        None  # a signed address expires, and another may lead to a better server
+                    )
                     patience.failed(error)
                     break
                 if not block:
@@ -122,12 +144,16 @@ class RemoteFile:
         # The token is only ever in a request that stays where it was sent.
         redirects = "authorization" not in headers
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", address, headers=headers, timeout=timeout, follow_redirects=redirects) as response:
+        with get_session().stream(
+            "GET", address, headers=headers, timeout=timeout, follow_redirects=redirects
+        ) as response:
             self._check(response, begin, end, partial)
             left = end - begin
             for block in response.iter_bytes():
                 if len(block) > left:
-                    raise UnusableAnswer(f"sent more than the {end - begin:,} bytes that were asked for")
+                    raise UnusableAnswer(
+                        f"sent more than the {end - begin:,} bytes that were asked for"
+                    )
                 left -= len(block)
                 yield block
         if left:
@@ -136,14 +162,18 @@ class RemoteFile:
     def _locate(self) -> tuple[str, dict[str, str]]:
         """Where the file lies now, and the headers of a request for it: the token only for the Hub itself."""
         if self._address is None:
-            address, etag, size = _metadata(hf_hub_url(self.repo, self.name, revision=self.revision))
+            address, etag, size = _metadata(
+                hf_hub_url(self.repo, self.name, revision=self.revision)
+            )
             if etag != self.digest or size not in (None, str(self.size)):
                 raise DownloadError(
                     f"{self.repo}: {self.name}: is {etag} of {size} bytes now, and was {self.digest} of {self.size} "
                     "when it was listed: a commit does not change, so this server is not to be trusted"
                 )
             if urlsplit(constants.ENDPOINT).scheme == "https" != urlsplit(address).scheme:
-                raise DownloadError(f"{self.repo}: {self.name}: the Hub leads to an address without encryption: refused")
+                raise DownloadError(
+                    f"{self.repo}: {self.name}: the Hub leads to an address without encryption: refused"
+                )
             self._address = address
         return self._address, _headers(self._address)
 
@@ -157,7 +187,9 @@ class RemoteFile:
             raise UnusableAnswer(what, _asked_to_wait(headers))
         expected = f"bytes {begin}-{end - 1}/{self.size}"
         if partial and headers.get("Content-Range") != expected:
-            raise UnusableAnswer(f"Content-Range is {headers.get('Content-Range')!r}, expected {expected!r}")
+            raise UnusableAnswer(
+                f"Content-Range is {headers.get('Content-Range')!r}, expected {expected!r}"
+            )
         encoded = headers.get("Content-Encoding", "identity") != "identity"
         if partial and encoded:
             raise UnusableAnswer("a part of the file came compressed")
@@ -168,7 +200,9 @@ class RemoteFile:
         if partial and not etag:
             raise UnusableAnswer("a part of the file came without an ETag")
         if self._etag not in (None, etag):
-            raise DownloadError(f"{self.repo}: {self.name}: changed while it was read (ETag {self._etag}, then {etag}): run again")
+            raise DownloadError(
+                f"{self.repo}: {self.name}: changed while it was read (ETag {self._etag}, then {etag}): run again"
+            )
         self._etag = etag
 
 
@@ -180,12 +214,20 @@ def _metadata(url: str) -> tuple[str, str, str | None]:
     for _ in range(REDIRECTS):
         headers = _headers(url)
         response = get_session().request(
-            "HEAD", url, headers=headers, timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False
+            "HEAD",
+            url,
+            headers=headers,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            follow_redirects=False,
         )
         hf_raise_for_status(response)
         found, leads = response.headers, response.headers.get("Location")
         target = urljoin(url, leads) if leads else url
-        if leads and _origin(target) == _origin(constants.ENDPOINT) and "X-Linked-ETag" not in found:
+        if (
+            leads
+            and _origin(target) == _origin(constants.ENDPOINT)
+            and "X-Linked-ETag" not in found
+        ):
             url = target
             continue
         etag = found.get("X-Linked-ETag") or found.get("ETag") or ""
@@ -198,7 +240,9 @@ def _headers(url: str) -> dict[str, str]:
     """Of a request, with the token where it goes to the Hub itself. Raises DownloadError for a token that can be none."""
     token = get_token() if _origin(url) == _origin(constants.ENDPOINT) else None
     if token and not (token.isascii() and token.isprintable()):
-        raise DownloadError("the token has characters that no token has: check HF_TOKEN, or log in again with `hf auth login`")
+        raise DownloadError(
+            "the token has characters that no token has: check HF_TOKEN, or log in again with `hf auth login`"
+        )
     return {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
 
 
@@ -239,7 +283,9 @@ def explain(error: Exception) -> str:
         return "is gated: accept its terms on its page, then set HF_TOKEN or log in with `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "no such repository, or one that needs a token: set HF_TOKEN or log in with `hf auth login`"
-    if isinstance(error, (HfHubHTTPError, httpx2.HTTPStatusError)) and error.response.status_code in (401, 403):
+    if isinstance(
+        error, (HfHubHTTPError, httpx2.HTTPStatusError)
+    ) and error.response.status_code in (401, 403):
         return "is not allowed: set HF_TOKEN to a token that may, or log in with `hf auth login`"
     return _first_line(error)
 

@@ -16,7 +16,15 @@ from mtpforge import in_place
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types, reader, split, writer
-from mtpforge.gguf.head import head_blocks, head_names, head_only, quantizable, trunk_digests, trunk_only, types_of
+from mtpforge.gguf.head import (
+    head_blocks,
+    head_names,
+    head_only,
+    quantizable,
+    trunk_digests,
+    trunk_only,
+    types_of,
+)
 from mtpforge.gguf.reader import PADDING, Gguf, TensorInfo, Value, aligned, contents, squeezed, view
 from mtpforge.inject.match import belong, check_match
 from mtpforge.io import atomic
@@ -42,18 +50,25 @@ def inject(
     the sha256 of each tensor of the trunk as it is, and of the head as it will be. Raises GgufError where base and head do
     not belong together.
     """
-    with in_place.held(base, change=out is None) as descriptor, atomic.scratch_folder(out or base) as scratch:
+    with (
+        in_place.held(base, change=out is None) as descriptor,
+        atomic.scratch_folder(out or base) as scratch,
+    ):
         files = split.shards(base)
         opened, single = split.joined(files), len(files) == 1
         if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
-            raise GgufError(f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many")
+            raise GgufError(
+                f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many"
+            )
         given = _open_head(head, scratch)
         check_match(opened, given)
         say(cost(opened, given, read_head(head_type) if head_type else ()))
         before = trunk_digests(opened) if digests else {}
         new = _at_types(given, head_type, scratch, bin_dir)
         if digests:
-            atomic.write_json(digests, {**before, **{name: sha256(piece) for name, piece in new.ranges.items()}})
+            atomic.write_json(
+                digests, {**before, **{name: sha256(piece) for name, piece in new.ranges.items()}}
+            )
         differences = _differences(opened, new) if head_names(opened) else []
         if differences and not replace_head:
             raise GgufError(
@@ -83,7 +98,9 @@ def _open_head(head: Path, scratch: Path) -> Gguf:
         native.convert(head, place, "head")
     opened = replace(split.read(place), path=head)
     if not head_names(opened):
-        raise GgufError(f"{head}: has no head (no nextn_predict_layers, or no tensors of its block)")
+        raise GgufError(
+            f"{head}: has no head (no nextn_predict_layers, or no tensors of its block)"
+        )
     return opened
 
 
@@ -91,7 +108,12 @@ def _planned(head: Gguf, recipe: Recipe) -> list[TensorInfo]:
     """The head's tensors at the types that they will have."""
     types = head_types(head, recipe) if recipe else {}
     return [
-        replace(info, type=GGMLQuantizationType[quant_types.fitting(types.get(name, info.type.name), info.shape[-1])])
+        replace(
+            info,
+            type=GGMLQuantizationType[
+                quant_types.fitting(types.get(name, info.type.name), info.shape[-1])
+            ],
+        )
         for name, info in head_only(head).tensors.items()
     ]
 
@@ -114,7 +136,9 @@ def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -
     if head_type is None or _planned(head, read_head(head_type)) == list(alone.tensors.values()):
         return alone
     if types_of(alone) != {"BF16"}:
-        raise GgufError(f"{head.path}: a head of {'/'.join(sorted(types_of(alone)))} cannot become {head_type}: give the BF16 head")
+        raise GgufError(
+            f"{head.path}: a head of {'/'.join(sorted(types_of(alone)))} cannot become {head_type}: give the BF16 head"
+        )
     writer.write(scratch / "head.gguf", head.metadata, contents(alone))
     # Any quantized type of file serves: for every matrix of a head there is an override.
     quantize(scratch / "head.gguf", scratch / "quantized.gguf", "Q8_0", head_type, bin_dir=bin_dir)
@@ -129,7 +153,9 @@ def _differences(base: Gguf, head: Gguf) -> list[str]:
     for name in head.tensors.keys() & own.tensors.keys():
         ours, theirs = own.tensors[name], head.tensors[name]
         if (ours.type, squeezed(ours.shape)) != (theirs.type, squeezed(theirs.shape)):
-            problems.append(f"{name} is {ours.type.name} {list(ours.shape)}, not {theirs.type.name} {list(theirs.shape)}")
+            problems.append(
+                f"{name} is {ours.type.name} {list(ours.shape)}, not {theirs.type.name} {list(theirs.shape)}"
+            )
         elif sha256(own.ranges[name]) != sha256(head.ranges[name]):
             problems.append(f"{name} has other values")
     return sorted(problems)
@@ -155,12 +181,16 @@ def _change(base: Gguf, descriptor: int, head: Gguf, progress: Show) -> None:
     assemble(base, head, base.path, progress)
 
 
-def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, same: bool, progress: Show) -> None:
+def _assemble_files(
+    files: list[Gguf], base: Gguf, head: Gguf, folder: Path, same: bool, progress: Show
+) -> None:
     """Write base and head in files as the base has them, the head in the last; as they are if they have this head already.
 
     Raises ConfigError, GgufError.
     """
-    split.check_target(base.path, folder, files[0].path.name.removesuffix(f"-00001-of-{len(files):05}.gguf"))
+    split.check_target(
+        base.path, folder, files[0].path.name.removesuffix(f"-00001-of-{len(files):05}.gguf")
+    )
     trunk = trunk_only(base)
     first = merged_metadata(replace(base, metadata=files[0].metadata), head)
     total = sum(aligned(info.size) for opened in (trunk, head) for info in opened.tensors.values())
@@ -172,26 +202,39 @@ def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, sam
                 continue
             kept = view(file, [name for name in file.tensors if name in trunk.tensors])
             tensors = contents(kept) + (_fitted(head, trunk) if file is files[-1] else [])
-            metadata = first if file is files[0] else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
+            metadata = (
+                first
+                if file is files[0]
+                else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
+            )
 
             def show(written: int, _: int, before: int = done) -> None:
                 progress(before + written, total)
 
-            writer.write(temporary / file.path.name, writer.padded(metadata, tensors, kept), tensors, show)
+            writer.write(
+                temporary / file.path.name, writer.padded(metadata, tensors, kept), tensors, show
+            )
             done += sum(aligned(info.size) for info, _ in tensors)
 
 
 def _copy(source: Path, out: Path, progress: Show) -> None:
     size = source.stat().st_size
     with atomic.replacing(out) as temporary, temporary.open("wb") as file:
-        Sink(file.fileno(), lambda written: progress(written, size)).append([FileRange(source, 0, size)])
+        Sink(file.fileno(), lambda written: progress(written, size)).append(
+            [FileRange(source, 0, size)]
+        )
 
 
 def _fitted(head: Gguf, trunk: Gguf) -> list[Piece]:
     """The head's tensors; a matrix of one row, which some programs write as a vector, as the trunk has it."""
     written = {_in_block(name): info.shape for name, info in trunk.tensors.items()}
     return [
-        (replace(info, shape=squeezed(info.shape)) if written.get(_in_block(info.name)) == squeezed(info.shape) else info, payload)
+        (
+            replace(info, shape=squeezed(info.shape))
+            if written.get(_in_block(info.name)) == squeezed(info.shape)
+            else info,
+            payload,
+        )
         for info, payload in contents(head)
     ]
 
@@ -217,7 +260,11 @@ def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
             metadata[heads] = Value.of(added, GGUFValueType.UINT32)
         elif key == "split.tensors.count" and value.type is not GGUFValueType.ARRAY:
             metadata[key] = Value.of(len(trunk_only(base).tensors) + len(head.tensors), value.type)
-        elif key.startswith(f"{architecture}.") and value.type is GGUFValueType.ARRAY and len(value) == count:
+        elif (
+            key.startswith(f"{architecture}.")
+            and value.type is GGUFValueType.ARRAY
+            and len(value) == count
+        ):
             metadata[key] = _per_layer(base, key, head)
         elif key not in (heads, PADDING):
             metadata[key] = value
@@ -233,7 +280,11 @@ def _per_layer(base: Gguf, key: str, head: Gguf) -> Value:
     if theirs == value:
         return value
     if theirs is None or theirs.item_type != value.item_type or not belong(base, key, head):
-        raise GgufError(f"{base.path}: {key} has an entry for each of {len(value)} blocks, and {head.path} does not say the head's")
+        raise GgufError(
+            f"{base.path}: {key} has an entry for each of {len(value)} blocks, and {head.path} does not say the head's"
+        )
     trunk = head_blocks(base).start
     assert value.item_type is not None
-    return Value.of([*value.decode()[:trunk], *theirs.decode()[trunk:]], GGUFValueType.ARRAY, value.item_type)
+    return Value.of(
+        [*value.decode()[:trunk], *theirs.decode()[trunk:]], GGUFValueType.ARRAY, value.item_type
+    )

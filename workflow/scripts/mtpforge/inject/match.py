@@ -17,27 +17,45 @@ def belong(base: Gguf, key: str, head: Gguf) -> bool:
     if ours == theirs or not (isinstance(ours, list) and isinstance(theirs, list)):
         return bool(ours == theirs)
     trunk, blocks = head_blocks(base).start, (len(head_blocks(base)), len(head_blocks(head)))
-    return (len(ours) - trunk, len(theirs) - trunk) == blocks and bool(ours[:trunk] == theirs[:trunk])
+    return (len(ours) - trunk, len(theirs) - trunk) == blocks and bool(
+        ours[:trunk] == theirs[:trunk]
+    )
 
 
 # Keys that may differ between a base and the head's file without telling two models apart, and those that a base must have.
 _FREE = ("block_count", "nextn_predict_layers", "context_length")
-_NEEDED = ("embedding_length", "attention.head_count", "rope.freq_base", "rope.dimension_count", "rope.dimension_sections")
+_NEEDED = (
+    "embedding_length",
+    "attention.head_count",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.dimension_sections",
+)
 
 
 def check_match(base: Gguf, head: Gguf) -> None:
     """Raise GgufError with both sides where architecture, a size, the vocabulary, a rotation or the number of blocks differs."""
     architecture = base.architecture
     if head.architecture != architecture:
-        raise GgufError(f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model")
+        raise GgufError(
+            f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model"
+        )
     blocks, block = head_blocks(base).start, head_blocks(head).start
     if blocks != block:
-        raise GgufError(f"{base.path} has {blocks} blocks, the head in {head.path} is block {block}: it belongs to another model")
-    numbers = {name: int(name.split(".")[1]) for name in base.tensors if re.match(r"blk\.[0-9]+\.", name)}
+        raise GgufError(
+            f"{base.path} has {blocks} blocks, the head in {head.path} is block {block}: it belongs to another model"
+        )
+    numbers = {
+        name: int(name.split(".")[1]) for name in base.tensors if re.match(r"blk\.[0-9]+\.", name)
+    }
     if surplus := [name for name, number in numbers.items() if number >= head_blocks(base).stop]:
-        raise GgufError(f"{base.path}: has {surplus[0]}, a tensor of a block that its metadata does not declare")
+        raise GgufError(
+            f"{base.path}: has {surplus[0]}, a tensor of a block that its metadata does not declare"
+        )
     if missing := set(range(blocks)) - set(numbers.values()):
-        raise GgufError(f"{base.path}: has no tensor of block {min(missing)}, though it declares {blocks}: it is incomplete")
+        raise GgufError(
+            f"{base.path}: has no tensor of block {min(missing)}, though it declares {blocks}: it is incomplete"
+        )
     sides = _differing_keys(base, head)
     if (ours := _vocabulary(base)) != (theirs := _vocabulary(head)) and theirs is not None:
         sides.append(("the number of tokens", ours, theirs))
@@ -69,7 +87,9 @@ def _vocabulary(opened: Gguf) -> int | None:
     return stated if isinstance(stated, int) else None
 
 
-def vocabulary_difference(found: Mapping[str, Value], expected: Mapping[str, Value]) -> tuple[str, Any, Any] | None:
+def vocabulary_difference(
+    found: Mapping[str, Value], expected: Mapping[str, Value]
+) -> tuple[str, Any, Any] | None:
     """What tells two vocabularies apart: its name, and what both sides have; None if a head fits both or one has none.
 
     Up to one token in a hundred may have another text, because publishers rename reserved tokens. Merges must be equal.
@@ -80,7 +100,11 @@ def vocabulary_difference(found: Mapping[str, Value], expected: Mapping[str, Val
         if len(ours) != len(theirs):
             return "the number of tokens", len(ours), len(theirs)
         pairs = zip(ours.decode(), theirs.decode(), strict=True)
-        differing = [(f"token {number}", our, their) for number, (our, their) in enumerate(pairs) if our != their]
+        differing = [
+            (f"token {number}", our, their)
+            for number, (our, their) in enumerate(pairs)
+            if our != their
+        ]
         if 100 * len(differing) > len(theirs):
             return differing[0]
     ours, theirs = found.get(Keys.Tokenizer.MERGES), expected.get(Keys.Tokenizer.MERGES)

@@ -29,7 +29,9 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _hold(lock, temporary, path)
-        if not keep and os.fstat(lock).st_size:  # a program that outlived the run may still be writing into it
+        if (
+            not keep and os.fstat(lock).st_size
+        ):  # a program that outlived the run may still be writing into it
             temporary.unlink()
             left, lock = lock, os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
             os.close(left)
@@ -56,7 +58,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old.part")
+    temporary, replaced = (
+        path.with_name(f".{path.name}.part"),
+        path.with_name(f".{path.name}.old.part"),
+    )
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY)
     try:
@@ -68,7 +73,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
                 sync(written)
             shutil.rmtree(replaced, ignore_errors=True)
             if path.is_dir():
-                os.replace(path, replaced)  # a folder cannot be renamed over one that holds something
+                os.replace(
+                    path, replaced
+                )  # a folder cannot be renamed over one that holds something
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -113,7 +120,9 @@ def _hold(lock: int, temporary: Path, path: Path) -> None:
     with suppress(OSError):  # a file system without locks
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(lock).st_ino == temporary.stat().st_ino  # not one that its writer has just renamed
+            ours = (
+                os.fstat(lock).st_ino == temporary.stat().st_ino
+            )  # not one that its writer has just renamed
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:

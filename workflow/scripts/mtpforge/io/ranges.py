@@ -67,7 +67,9 @@ class Sink:
         """Let what has come since the last time be written to the disk."""
         if self._flush:
             # Pages that are still to be written stay in memory; Linux only begins to write them.
-            os.posix_fadvise(self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED
+            )
             self._started = self.size
 
     def _append_buffer(self, buffer: memoryview) -> None:
@@ -99,7 +101,9 @@ class Sink:
             limit = -piece.offset % BLOCK or CHUNK  # from the next block on, it can be shared
         while done < piece.size:
             try:
-                step = os.copy_file_range(source, self.descriptor, min(limit, piece.size - done), piece.offset + done)
+                step = os.copy_file_range(
+                    source, self.descriptor, min(limit, piece.size - done), piece.offset + done
+                )
             except OSError as error:
                 if error.errno in _UNSUPPORTED and done == 0:
                     return 0

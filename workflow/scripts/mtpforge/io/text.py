@@ -15,7 +15,9 @@ def read_text(path: Path) -> str:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file")
         if path.stat().st_size > TEXT_LIMIT:
-            raise CheckpointError(f"{path}: larger than any real one ({TEXT_LIMIT >> 20} MB): not read")
+            raise CheckpointError(
+                f"{path}: larger than any real one ({TEXT_LIMIT >> 20} MB): not read"
+            )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing: is the checkpoint complete?") from None

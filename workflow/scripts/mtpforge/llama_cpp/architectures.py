@@ -26,9 +26,13 @@ def plus_one(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
 
 def split_kv_b(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
     """Latent attention's `kv_b_proj`, [heads * (nope + v), rank], as `k_b` [heads, rank, nope] and `v_b` [heads, v, rank]."""
-    heads, nope, v = (hparams.count(key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+    heads, nope, v = (
+        hparams.count(key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
+    )
     if values.shape[0] != heads * (nope + v):
-        raise CheckpointError(f"kv_b_proj has {values.shape[0]} rows, config.json says {heads} * ({nope} + {v})")
+        raise CheckpointError(
+            f"kv_b_proj has {values.shape[0]} rows, config.json says {heads} * ({nope} + {v})"
+        )
     by_head = values.reshape(heads, nope + v, -1)
     return [by_head[:, :nope].transpose(0, 2, 1), by_head[:, nope:]]
 
@@ -39,7 +43,9 @@ def interleaved(heads: str) -> Change:
     def change(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
         count = hparams.count(heads)
         if values.shape[0] % (2 * count):
-            raise CheckpointError(f"a projection of {values.shape[0]} rows does not divide into {count} heads ({heads})")
+            raise CheckpointError(
+                f"a projection of {values.shape[0]} rows does not divide into {count} heads ({heads})"
+            )
         return [values.reshape(count, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)]
 
     return change
@@ -69,8 +75,13 @@ class Architecture:
 
 
 _LATENT = {"kv_b_proj.weight": split_kv_b}
-_MIMO = Architecture("mimo2", prefix="model.mtp.", blocks=3, needs="attn_qkv.weight", ranked="qkv_proj.weight")
-_LLAMA = {"q_proj.weight": interleaved("num_attention_heads"), "k_proj.weight": interleaved("num_key_value_heads")}
+_MIMO = Architecture(
+    "mimo2", prefix="model.mtp.", blocks=3, needs="attn_qkv.weight", ranked="qkv_proj.weight"
+)
+_LLAMA = {
+    "q_proj.weight": interleaved("num_attention_heads"),
+    "k_proj.weight": interleaved("num_key_value_heads"),
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "Glm4MoeForCausalLM": Architecture("glm4moe"),
@@ -103,6 +114,8 @@ def undrafted(made: Gguf) -> str | None:
         if entry.gguf == made.architecture:
             if not entry.drafts:
                 return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with it"
-            if entry.needs and any(f"blk.{block}.{entry.needs}" not in made.tensors for block in head_blocks(made)):
+            if entry.needs and any(
+                f"blk.{block}.{entry.needs}" not in made.tensors for block in head_blocks(made)
+            ):
                 return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with a head that has no {entry.needs}"
     return None

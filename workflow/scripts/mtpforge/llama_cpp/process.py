@@ -17,8 +17,12 @@ from mtpforge.errors import ToolchainError
 
 # "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts; "Writing:  45%", as upstream's converter does; "ETA 4 hours 12.30
 # minutes" and "[90]7.1234,", chunks and the perplexity so far, as llama-imatrix does, ten to a line
-_STEP = re.compile(r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%|ETA [\d.]+ (hours|minutes).*|\[\d+\][\d.]+(?=,$)")
-_EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")  # how the last line of a Python traceback begins
+_STEP = re.compile(
+    r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%|ETA [\d.]+ (hours|minutes).*|\[\d+\][\d.]+(?=,$)"
+)
+_EXCEPTION = re.compile(
+    r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b"
+)  # how the last line of a Python traceback begins
 _INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -29,9 +33,13 @@ def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Pope
     A termination waits while the child is started: raised in Popen's constructor, it would leave a child that nobody knows of.
     """
     came: list[int] = []
-    raising = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    raising = [
+        number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))
+    ]
     numbers = raising if threading.current_thread() is threading.main_thread() else []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    handlers = {
+        number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers
+    }
     try:
         process = subprocess.Popen(command, **options)
     except BaseException:
@@ -86,7 +94,10 @@ def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
     """What programs say that run for moments only, side by side. Raises ToolchainError like `call`."""
     said = []
     with ExitStack() as stack:
-        started = [(Path(command[0]).name, stack.enter_context(_heard(command, None, cwd))) for command in commands]
+        started = [
+            (Path(command[0]).name, stack.enter_context(_heard(command, None, cwd)))
+            for command in commands
+        ]
         for name, process in started:
             said.append(process.communicate()[0])
             _check(process, name, said[-1].splitlines()[-8:])
@@ -110,13 +121,19 @@ def _heard(
     """A child whose output can be read as text."""
     env = environment() if given is None else given
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return running([str(word) for word in command], **pipes, text=True, errors="replace", env=env, cwd=cwd)
+    return running(
+        [str(word) for word in command], **pipes, text=True, errors="replace", env=env, cwd=cwd
+    )
 
 
 def _check(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:
     """Raise ToolchainError where a child that has ended did so with an error."""
     if process.returncode:
-        how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+        how = (
+            f"signal {-process.returncode}"
+            if process.returncode < 0
+            else f"exit code {process.returncode}"
+        )
         raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")
 
 

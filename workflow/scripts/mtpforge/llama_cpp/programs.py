@@ -82,7 +82,9 @@ class LlamaCpp:
         with started(command, model, log, options) as server:
             yield server
 
-    def _call(self, command: Iterable[Argument], cwd: Path | None = None, append: bool = False) -> None:
+    def _call(
+        self, command: Iterable[Argument], cwd: Path | None = None, append: bool = False
+    ) -> None:
         process.call(list(map(_word, command)), self.log, cwd=cwd, append=append)
 
 
@@ -96,9 +98,13 @@ def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
         "--bin", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
         help="folder of llama.cpp's programs (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads (default: all processors)")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="threads (default: all processors)"
+    )
     if log:
-        parser.add_argument("--log", type=Path, metavar="FILE", help="keep everything that llama.cpp prints")
+        parser.add_argument(
+            "--log", type=Path, metavar="FILE", help="keep everything that llama.cpp prints"
+        )
 
 
 def from_options(args: argparse.Namespace) -> LlamaCpp:
@@ -122,7 +128,9 @@ def threads(asked: int) -> int:
 
 
 @contextmanager
-def serve(model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = DEFAULT_BIN) -> Iterator[Server]:
+def serve(
+    model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = DEFAULT_BIN
+) -> Iterator[Server]:
     """See LlamaCpp.serve."""
     with started([str(find(bin_dir, "llama-server"))], model, log, options) as server:
         yield server

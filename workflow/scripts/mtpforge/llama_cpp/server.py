@@ -76,7 +76,12 @@ class Server:
 
     def choices(self, prompt: str, n_predict: int) -> list[Choice]:
         """Continue `prompt` greedily: each token beside the next best one. Raises ToolchainError."""
-        request = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "cache_prompt": False}
+        request = {
+            "prompt": prompt,
+            "n_predict": n_predict,
+            "temperature": 0,
+            "cache_prompt": False,
+        }
         answer = self.ask("/completion", {**request, "return_tokens": True, "n_probs": 2})
         told = deque(answer.get("completion_probabilities", []))
         choices = []
@@ -84,8 +89,17 @@ class Server:
             if not told or told[0]["id"] != token:
                 choices.append(Choice(token, None, 0.0))
                 continue
-            ranked: list[dict[str, Any]] = [*told.popleft()["top_logprobs"], {"id": None, "logprob": -math.inf}]
-            choices.append(Choice(token, ranked[1]["id"], float(ranked[0]["logprob"]) - float(ranked[1]["logprob"])))
+            ranked: list[dict[str, Any]] = [
+                *told.popleft()["top_logprobs"],
+                {"id": None, "logprob": -math.inf},
+            ]
+            choices.append(
+                Choice(
+                    token,
+                    ranked[1]["id"],
+                    float(ranked[0]["logprob"]) - float(ranked[1]["logprob"]),
+                )
+            )
         return choices
 
     def tokenize(self, text: str) -> list[int]:
@@ -95,13 +109,19 @@ class Server:
     def peak_memory(self) -> int | None:
         """The largest resident size in bytes that it has had, pages of the mapped file among it; None where /proc does not tell."""
         status = Path(f"/proc/{self.pid}/status")
-        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+        peak = (
+            re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+            if status.exists()
+            else None
+        )
         return int(peak[1]) * 1024 if peak else None
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One request; its JSON answer. Raises ToolchainError with what the server said."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{HOST}:{self.port}{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://{HOST}:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
         try:
             with _OPENER.open(request, timeout=REQUEST_LIMIT) as response:
                 return dict(json.load(response))
@@ -114,7 +134,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+def started(
+    command: Sequence[str], model: Path, log: Path, options: Sequence[str] = ()
+) -> Iterator[Server]:
     """Start llama-server (`command`) on `model` and wait until it is ready; it writes to `log`.
 
     Raises ToolchainError.
@@ -146,7 +168,9 @@ def started(command: Sequence[str], model: Path, log: Path, options: Sequence[st
                 child.wait()
 
 
-def _wait_until_ready(server: Server, child: "subprocess.Popen[bytes]", model: Path, log: Path) -> None:
+def _wait_until_ready(
+    server: Server, child: "subprocess.Popen[bytes]", model: Path, log: Path
+) -> None:
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline:
         if child.poll() is not None:

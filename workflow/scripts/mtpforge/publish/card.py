@@ -26,12 +26,22 @@ TAGS = ("gguf", "mtp", "speculative-decoding")
 _TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 
 
-def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: Json, template: Path) -> str:
+def make(
+    about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: Json, template: Path
+) -> str:
     """The card. `about` is the model's part of the configuration, `stamp` that of the toolchain. Raises VerificationError."""
     theirs = read_front_matter(checkpoint_card)
     data = front_matter(about, theirs)
-    title = about["publish"]["repo"].split("/")[1] if "publish" in about else f"{about['name']}-MTP-GGUF"
-    undrafted = {architectures.undrafted(result.opened) for result in results if result.is_model and head_blocks(result.opened)}
+    title = (
+        about["publish"]["repo"].split("/")[1]
+        if "publish" in about
+        else f"{about['name']}-MTP-GGUF"
+    )
+    undrafted = {
+        architectures.undrafted(result.opened)
+        for result in results
+        if result.is_model and head_blocks(result.opened)
+    }
     measured = [result for result in results if result.measured]
     card = ModelCard.from_template(
         data,
@@ -55,7 +65,9 @@ def make(about: Json, results: Sequence[Result], checkpoint_card: Path, stamp: J
     )  # fmt: skip
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
-        raise VerificationError(f"{title}: the card's front matter does not read back as it was written")
+        raise VerificationError(
+            f"{title}: the card's front matter does not read back as it was written"
+        )
     return text
 
 
@@ -68,7 +80,9 @@ def read_front_matter(path: Path) -> dict[str, Any]:
     Not its library_name: that library does not load a GGUF. The Hub shows how to use one by its files, without any.
     """
     try:
-        found = metadata_load(path) if path.is_file() and path.stat().st_size <= TEXT_LIMIT else None
+        found = (
+            metadata_load(path) if path.is_file() and path.stat().st_size <= TEXT_LIMIT else None
+        )
     except (ValueError, yaml.YAMLError, RecursionError):  # somebody else's affair
         found = None
     known: dict[str, Any] = {}
@@ -76,7 +90,9 @@ def read_front_matter(path: Path) -> dict[str, Any]:
         if key in ("license", "license_name", "license_link", "pipeline_tag") and _is_text(value):
             known[key] = value
         elif key in ("tags", "language"):
-            known[key] = [item for item in (value if isinstance(value, list) else [value]) if _is_text(item)]
+            known[key] = [
+                item for item in (value if isinstance(value, list) else [value]) if _is_text(item)
+            ]
     return known
 
 
@@ -116,7 +132,9 @@ Column = tuple[str, Callable[[Any], str | None]]
 def table(columns: Sequence[Column], rows: Sequence[Any]) -> str:
     """A Markdown table without the columns of which no row knows anything."""
     cells = [(heading, [cell(row) for row in rows]) for heading, cell in columns]
-    known = [(heading, column) for heading, column in cells if any(cell is not None for cell in column)]
+    known = [
+        (heading, column) for heading, column in cells if any(cell is not None for cell in column)
+    ]
     lines = [tuple(column[i] or "-" for _, column in known) for i in range(len(rows))]
     return markdown([tuple(heading for heading, _ in known), *lines])
 
@@ -147,7 +165,12 @@ FILES: tuple[Column, ...] = (
     ("tok/s", lambda r: _number(r.measured_at(r.n_max or 0).get("tokens_per_second"), ".1f")),
     ("drafted ahead", lambda r: None if r.n_max is None else str(r.n_max or "off")),
     ("tok/s without drafting", lambda r: _number(r.measured_at(0).get("tokens_per_second"), ".1f")),
-    ("memory", lambda r: None if _measured(r, "memory_bytes") is None else size(_measured(r, "memory_bytes"))),
+    (
+        "memory",
+        lambda r: (
+            None if _measured(r, "memory_bytes") is None else size(_measured(r, "memory_bytes"))
+        ),
+    ),
     ("perplexity", lambda r: _number(_measured(r, "perplexity"), ".4f")),
     ("KL divergence", _divergence("mean", ".5f")),
     ("99.9%", _divergence("p99.9", ".4f")),
@@ -162,7 +185,11 @@ def sweep(measured: Json) -> str:
 
     def of(entry: Json, state: str, kind: str | None = None) -> list[Json]:
         wanted = (entry["n_max"], state)
-        return [run for run in runs if (run["n_max"], run["state"]) == wanted and kind in (None, run["kind"])]
+        return [
+            run
+            for run in runs
+            if (run["n_max"], run["state"]) == wanted and kind in (None, run["kind"])
+        ]
 
     def accepted(found: list[Json]) -> str | None:
         drafts = sum(run["drafts"] for run in found)
@@ -179,7 +206,12 @@ def sweep(measured: Json) -> str:
         ("x without", lambda entry: _number(entry.get("speedup"), ".2f")),
         ("accepted", _acceptance),
         ("cold, accepted", lambda entry: accepted(of(entry, "cold"))),
-        ("by position", lambda entry: " ".join(f"{share:.0%}" for share in entry.get("by_position") or ()) or None),
+        (
+            "by position",
+            lambda entry: (
+                " ".join(f"{share:.0%}" for share in entry.get("by_position") or ()) or None
+            ),
+        ),
         *map(of_kind, kinds),
     ]
     return table(columns, measured["by_n_max"])
@@ -191,13 +223,21 @@ def _machine(measured: Json) -> str:
     where = ", ".join(escape(str(part)) for part in (machine.get("processor"), *devices) if part)
     options = f", {code(shlex.join(measured['options']))}" if measured.get("options") else ""
     version, threads = escape(str(measured.get("llama.cpp", "unknown"))), measured.get("threads")
-    return f"Measured with llama.cpp {version}, threads: {threads}{options}" + (f", on {where}" if where else "") + "."
+    return (
+        f"Measured with llama.cpp {version}, threads: {threads}{options}"
+        + (f", on {where}" if where else "")
+        + "."
+    )
 
 
 def _inputs(measured: Sequence[Result]) -> str:
     """On what was measured, as far as the measurements say it: older ones do not."""
     texts, prompts = set(), set()
-    what = "Perplexity and KL divergence" if any(_measured(result, "kl_divergence") for result in measured) else "Perplexity"
+    what = (
+        "Perplexity and KL divergence"
+        if any(_measured(result, "kl_divergence") for result in measured)
+        else "Perplexity"
+    )
     for result in measured:
         if text := _measured(result, "text"):
             where = f"{code(text['name'])} (sha256 {code(text['sha256'])}, at most {text['chunks']} chunks of 512 tokens)"
@@ -214,14 +254,26 @@ def _inputs(measured: Sequence[Result]) -> str:
 
 def _origin(about: Json) -> str:
     source = about["source"]
-    return f"[{escape(source['repo'])}]({HUB}/{source['repo']})" if "repo" in source else escape(about["name"])
+    return (
+        f"[{escape(source['repo'])}]({HUB}/{source['repo']})"
+        if "repo" in source
+        else escape(about["name"])
+    )
 
 
 def _said(entry: Json) -> dict[str, Any]:
     """A part of the configuration without what is not asked for."""
-    return {key: _said(value) if isinstance(value, Mapping) else value for key, value in entry.items() if value is not False}
+    return {
+        key: _said(value) if isinstance(value, Mapping) else value
+        for key, value in entry.items()
+        if value is not False
+    }
 
 
 def _source(about: Json) -> str:
     source = about["source"]
-    return f"{_origin(about)}, commit {code(source['revision'])}" if "repo" in source else f"a local folder, {code(source['path'])}"
+    return (
+        f"{_origin(about)}, commit {code(source['revision'])}"
+        if "repo" in source
+        else f"a local folder, {code(source['path'])}"
+    )

@@ -46,7 +46,9 @@ def subjects(path: Path) -> dict[str, str]:
         value = read_json(path)
         if (value["_type"], value["predicateType"]) != (STATEMENT, PREDICATE):
             raise ValueError(f"{value['_type']!r}, {value['predicateType']!r}")
-        return {str(subject["name"]): str(subject["digest"]["sha256"]) for subject in value["subject"]}
+        return {
+            str(subject["name"]): str(subject["digest"]["sha256"]) for subject in value["subject"]
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"is no in-toto statement of SLSA provenance ({error})") from None
 
@@ -59,11 +61,19 @@ def materials(source: Mapping[str, Any], evidence: Iterable[Path]) -> list[Resou
     if "path" in source:
         return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in evidence]
     uri = f"pkg:huggingface/{source['repo']}@{source['revision']}"
-    found: list[Resource] = [{"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}]
+    found: list[Resource] = [
+        {"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}
+    ]
     for path in evidence:
         record = read_json(path)
         if "tensors" not in record:
-            found.append({"name": record["name"], "uri": f"{uri}#{record['name']}", "digest": {"sha256": record["sha256"]}})
+            found.append(
+                {
+                    "name": record["name"],
+                    "uri": f"{uri}#{record['name']}",
+                    "digest": {"sha256": record["sha256"]},
+                }
+            )
             continue
         for name, tensor in record["tensors"].items():
             place = {"uri": f"{uri}#{tensor['shard']}", "digest": {"sha256": tensor["sha256"]}}
@@ -76,15 +86,29 @@ def trunk(report: Mapping[str, Any]) -> list[Resource]:
     if "trunk" not in report:
         return []
     what = "the sha256 of a line for each of its tensors, sorted by name: sha256, two spaces, name"
-    return [{"name": "trunk of the base", "digest": {"sha256": report["trunk"]["sha256_before"]}, "annotations": {"digest": what}}]
+    return [
+        {
+            "name": "trunk of the base",
+            "digest": {"sha256": report["trunk"]["sha256_before"]},
+            "annotations": {"digest": what},
+        }
+    ]
 
 
 def toolchain(stamp: Path) -> list[Resource]:
     """The programs of llama.cpp that were used, with what is known of their build; and its source, where it was built here."""
     known = read_json(stamp)
-    about = {key: value for key, value in known.items() if key not in ("archive_sha256", "programs")}
-    digests = {**({"llama.cpp": known["archive_sha256"]} if "archive_sha256" in known else {}), **known["programs"]}
-    return [{"name": name, "digest": {"sha256": digest}, "annotations": about} for name, digest in digests.items()]
+    about = {
+        key: value for key, value in known.items() if key not in ("archive_sha256", "programs")
+    }
+    digests = {
+        **({"llama.cpp": known["archive_sha256"]} if "archive_sha256" in known else {}),
+        **known["programs"],
+    }
+    return [
+        {"name": name, "digest": {"sha256": digest}, "annotations": about}
+        for name, digest in digests.items()
+    ]
 
 
 def locks(paths: Iterable[Path]) -> list[Resource]:

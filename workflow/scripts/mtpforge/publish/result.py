@@ -31,12 +31,18 @@ class Result:
     @property
     def parts(self) -> list[str]:
         """The files of a split one, as they lie in the repository; else the file."""
-        return [f"{self.name}/{file['name']}" for file in self.report.get("files", ())] or [self.name]
+        return [f"{self.name}/{file['name']}" for file in self.report.get("files", ())] or [
+            self.name
+        ]
 
     @property
     def drafts(self) -> bool:
         """Whether it is a model that llama.cpp drafts with, alone."""
-        return self.is_model and bool(head_blocks(self.opened)) and architectures.undrafted(self.opened) is None
+        return (
+            self.is_model
+            and bool(head_blocks(self.opened))
+            and architectures.undrafted(self.opened) is None
+        )
 
     @property
     def is_model(self) -> bool:
@@ -50,12 +56,21 @@ class Result:
 
     def measured_at(self, n_max: int) -> Json:
         """What was measured with so many tokens drafted ahead; empty where that was not."""
-        return next((entry for entry in (self.measured or {}).get("by_n_max", ()) if entry["n_max"] == n_max), {})
+        return next(
+            (
+                entry
+                for entry in (self.measured or {}).get("by_n_max", ())
+                if entry["n_max"] == n_max
+            ),
+            {},
+        )
 
 
 def escape(text: str) -> str:
     """Text as Markdown shows it, also in a table: nothing in it is markup."""
-    return re.sub(r"([\\`*\[\]|~$]|\b_\B|\B_\b)", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(
+        r"([\\`*\[\]|~$]|\b_\B|\B_\b)", r"\\\1", html.escape(" ".join(text.split()), quote=False)
+    )
 
 
 def code(text: str) -> str:

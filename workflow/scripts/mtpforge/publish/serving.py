@@ -17,7 +17,11 @@ def runtime(results: Sequence[Result]) -> str:
     if architecture is None:
         return ""
     first = runtimes.LLAMA_CPP.get(architecture)
-    since = f"llama.cpp drafts with {code(architecture)} from {first} on" if first else "Not every llama.cpp drafts with it"
+    since = (
+        f"llama.cpp drafts with {code(architecture)} from {first} on"
+        if first
+        else "Not every llama.cpp drafts with it"
+    )
     return f"{since}; builds {runtimes.BROKEN} fail when they draft. LM Studio drafts from {runtimes.LM_STUDIO} on."
 
 
@@ -25,8 +29,14 @@ def resolve(tag: str, names: Sequence[str]) -> str | None:
     """The file of a repository's `names` that `-hf repo:TAG` takes in llama.cpp 0c1e57098; None where it takes none."""
     for name in sorted(names):
         shard = re.search(r"-(\d{5})-of-\d{5}\.gguf$", name)
-        is_model = name.endswith(".gguf") and not re.search("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", name.rpartition("/")[2])
-        if is_model and re.search(f"{tag}[.-]", name, re.IGNORECASE) and (shard is None or int(shard[1]) == 1):
+        is_model = name.endswith(".gguf") and not re.search(
+            "mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", name.rpartition("/")[2]
+        )
+        if (
+            is_model
+            and re.search(f"{tag}[.-]", name, re.IGNORECASE)
+            and (shard is None or int(shard[1]) == 1)
+        ):
             return name
     return None
 
@@ -35,7 +45,9 @@ def best(results: Sequence[Result]) -> Result | None:
     """The file to begin with: of the models that draft, or else of all, the first quantized one, or else the first."""
     models = [result for result in results if result.is_model]
     found = [result for result in models if result.drafts] or models
-    return next(iter([*(result for result in found if result.report["bits_per_weight"] < 16), *found]), None)
+    return next(
+        iter([*(result for result in found if result.report["bits_per_weight"] < 16), *found]), None
+    )
 
 
 def serving(results: Sequence[Result], about: Json) -> str:
@@ -47,12 +59,16 @@ def serving(results: Sequence[Result], about: Json) -> str:
     names = [part for each in results for part in each.parts]
     tags = {each.name: _tag(each, about["name"], names) for each in models}
     tag, options = tags[result.name], _options(result)
-    sidecars = [each for each in results if not each.is_model and each.opened.architecture != VISION]
+    sidecars = [
+        each for each in results if not each.is_model and each.opened.architecture != VISION
+    ]
     text = [_why(result), ""]
     if sidecars:
         towers = [("--mmproj", each) for each in results if each.opened.architecture == VISION]
         text += _from_here(repo, result, towers, options)
-        text += [f"Not by `-hf` or `lemonade pull`: both draft with {code(sidecars[0].name)} in place of the head in the file."]
+        text += [
+            f"Not by `-hf` or `lemonade pull`: both draft with {code(sidecars[0].name)} in place of the head in the file."
+        ]
         change = "name in both commands"
     else:
         where = [f"{repo}:{tag}"] if tag else [repo, "--hf-file", result.parts[0]]
@@ -64,7 +80,9 @@ def serving(results: Sequence[Result], about: Json) -> str:
     if tag and not sidecars:
         arguments = ["--llamacpp-args", shlex.join(options)] if options else []
         text += ["Lemonade, where MODEL is the name that `lemonade list` then shows:", ""]
-        text += shell(["lemonade", "pull", f"{repo}:{tag}"], ["lemonade", "run", "MODEL", *arguments])
+        text += shell(
+            ["lemonade", "pull", f"{repo}:{tag}"], ["lemonade", "run", "MODEL", *arguments]
+        )
     if tag:
         text += ["LM Studio:", "", *shell(["lms", "get", f"{HUB}/{repo}@{tag}"])]
     else:
@@ -75,10 +93,16 @@ def serving(results: Sequence[Result], about: Json) -> str:
 def _tag(result: Result, name: str, names: Sequence[str]) -> str | None:
     """The variant's name, where `-hf repo:TAG` takes its file for it; None where it takes another."""
     tag = result.name.removesuffix(".gguf").removeprefix(f"{name}-")
-    return tag if re.fullmatch(r"[A-Za-z0-9_.-]+", tag) and resolve(tag, names) == result.parts[0] else None
+    return (
+        tag
+        if re.fullmatch(r"[A-Za-z0-9_.-]+", tag) and resolve(tag, names) == result.parts[0]
+        else None
+    )
 
 
-def _from_here(repo: str, model: Result | None, beside: Sequence[tuple[str, Result]], options: Sequence[str]) -> list[str]:
+def _from_here(
+    repo: str, model: Result | None, beside: Sequence[tuple[str, Result]], options: Sequence[str]
+) -> list[str]:
     """Downloading a model, or one of the reader's own, with each (option, file) that goes beside it, and serving that."""
     files = [*(model.parts if model else ()), *(part for _, file in beside for part in file.parts)]
     given = [word for option, file in beside for word in (option, file.parts[0])]
@@ -91,10 +115,19 @@ def _options(result: Result, sidecar: Result | None = None) -> list[str]:
 
     Else, and with a sidecar, of which no speed is measured, as far ahead as in the verification of the file with the head.
     """
-    measured, n_max = list((result.measured or {}).get("options", ())), None if sidecar else result.n_max
+    measured, n_max = (
+        list((result.measured or {}).get("options", ())),
+        None if sidecar else result.n_max,
+    )
     if n_max == 0 or not (sidecar or result.drafts):
         return measured
-    return [*measured, "--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max or len(head_blocks((sidecar or result).opened)))]
+    return [
+        *measured,
+        "--spec-type",
+        "draft-mtp",
+        "--spec-draft-n-max",
+        str(n_max or len(head_blocks((sidecar or result).opened))),
+    ]
 
 
 def _why(result: Result) -> str:
@@ -102,7 +135,9 @@ def _why(result: Result) -> str:
     if not result.drafts:
         return f"{server}, which does not draft:"
     if result.n_max is None:
-        return f"{server}, drafting as far ahead as in its verification, since no speed was measured:"
+        return (
+            f"{server}, drafting as far ahead as in its verification, since no speed was measured:"
+        )
     if result.n_max == 0:
         return f"{server}. Drafting is off, because it was not faster where this was measured:"
     return f"{server}, drafting as far ahead as was fastest here:"
@@ -113,7 +148,9 @@ def _another(models: Sequence[Result], change: str) -> list[str]:
     text = f"For another file, change the {change}"
     if len({tuple(_options(model)) for model in models}) > 1:
         measured = any(model.measured for model in models)
-        ahead, off = ("the table says", "it says off") if measured else ("here", "a file has no head")
+        ahead, off = (
+            ("the table says", "it says off") if measured else ("here", "a file has no head")
+        )
         text += f", and draft as far ahead as {ahead}: `--spec-type draft-mtp --spec-draft-n-max N`, or neither where {off}"
     return ["", f"{text}.", ""] if len(models) > 1 else [""]
 
@@ -121,21 +158,40 @@ def _another(models: Sequence[Result], change: str) -> list[str]:
 def _sidecar(sidecar: Result, models: Sequence[Result], repo: str) -> list[str]:
     """How to use the head as a draft model: beside a model that has none, or else a reader's own."""
     model = best([model for model in models if not head_blocks(model.opened)])
-    which = f"{code(model.name)}, which has none" if model else "a GGUF of this model that has none, as MODEL"
+    which = (
+        f"{code(model.name)}, which has none"
+        if model
+        else "a GGUF of this model that has none, as MODEL"
+    )
     text = f"The sidecar {code(sidecar.name)} is the head as a draft model of its own. It is for {which}:"
-    return [text, "", *_from_here(repo, model, [("-md", sidecar)], _options(model or sidecar, sidecar))]
+    return [
+        text,
+        "",
+        *_from_here(repo, model, [("-md", sidecar)], _options(model or sidecar, sidecar)),
+    ]
 
 
-def _ollama(result: Result, models: Sequence[Result], repo: str, tags: Mapping[str, str | None]) -> list[str]:
+def _ollama(
+    result: Result, models: Sequence[Result], repo: str, tags: Mapping[str, str | None]
+) -> list[str]:
     """With the file itself, or else the first without a head; without a command where it would fail."""
     refused = head_blocks(result.opened) and result.opened.architecture in runtimes.OLLAMA_WITHOUT
-    for each in [*([] if refused else [result]), *(model for model in models if not head_blocks(model.opened))]:
+    for each in [
+        *([] if refused else [result]),
+        *(model for model in models if not head_blocks(model.opened)),
+    ]:
         if len(each.parts) == 1 and (tag := tags[each.name]):
-            return ["Ollama, which does not draft with the head:", "", *shell(["ollama", "run", f"hf.co/{repo}:{tag}"])]
+            return [
+                "Ollama, which does not draft with the head:",
+                "",
+                *shell(["ollama", "run", f"hf.co/{repo}:{tag}"]),
+            ]
     if len(result.parts) > 1:
         return ["Ollama does not load a model in several files."]
     if refused:
-        return ["Ollama 0.24.0 does not load a file of this architecture that has a head (its issue 16282)."]
+        return [
+            "Ollama 0.24.0 does not load a file of this architecture that has a head (its issue 16282)."
+        ]
     return ["Give Ollama the file itself too."]
 
 

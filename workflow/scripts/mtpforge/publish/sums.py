@@ -46,7 +46,9 @@ def unchanged(path: Path, digest: str, record: Path) -> None:
 def certainly_unchanged(path: Path, digest: str, record: Path) -> None:
     """The same, and the file is read in any case: a copy, or a fault of the disk, does not change its time."""
     if digest_of(path) != digest:
-        raise VerificationError(f"{path}: has changed since {record.name} was written: delete it and run again")
+        raise VerificationError(
+            f"{path}: has changed since {record.name} was written: delete it and run again"
+        )
 
 
 def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Sums:
@@ -58,7 +60,9 @@ def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Su
     for path in reports:
         for name, size, digest in files_of(read_json(path)):
             if (folder / name).stat().st_size != size:
-                raise VerificationError(f"{folder / name}: is not of the size that {path.name} says: delete it and run again")
+                raise VerificationError(
+                    f"{folder / name}: is not of the size that {path.name} says: delete it and run again"
+                )
             unchanged(folder / name, digest, path)
             sums[name] = digest
         sums[path.relative_to(folder).as_posix()] = digest_of(path)
@@ -77,26 +81,39 @@ def read_sums(path: Path) -> Sums:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        raise VerificationError(f"{path}: no such file: name a folder of results, with its {SUMS}") from None
+        raise VerificationError(
+            f"{path}: no such file: name a folder of results, with its {SUMS}"
+        ) from None
     except UnicodeDecodeError as error:
         raise VerificationError(f"{path}: is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None or not _is_inside(match[2]) or match[2] in sums:
-            raise VerificationError(f"{path}: line {number} is no line of it: a sha256, two spaces, a new path within the folder")
+            raise VerificationError(
+                f"{path}: line {number} is no line of it: a sha256, two spaces, a new path within the folder"
+            )
         sums[match[2]] = match[1]
     return sums
 
 
 def _is_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return name.isprintable() and "\\" not in name and name == "/".join(parts) and not {"/", ".", ".."} & set(parts)
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and name == "/".join(parts)
+        and not {"/", ".", ".."} & set(parts)
+    )
 
 
 def surplus(folder: Path, sums: Sums) -> list[str]:
     """GGUFs of `folder` that its list does not name: sorted paths within it."""
     found = (path.relative_to(folder) for path in folder.rglob("*.gguf"))
-    return sorted(path.as_posix() for path in found if path.parts[0] not in _OURS and path.as_posix() not in sums)
+    return sorted(
+        path.as_posix()
+        for path in found
+        if path.parts[0] not in _OURS and path.as_posix() not in sums
+    )
 
 
 def check(folder: Path, show: Show) -> list[str]:
@@ -118,7 +135,9 @@ def check(folder: Path, show: Show) -> list[str]:
             problems += _unreadable(folder / name, name)
         done += sizes[name]
         show(done, sum(sizes.values()))
-    problems += [f"{name}: does not belong there, {SUMS} does not name it" for name in surplus(folder, sums)]
+    problems += [
+        f"{name}: does not belong there, {SUMS} does not name it" for name in surplus(folder, sums)
+    ]
     return problems + _check_statements(folder, sums)
 
 
@@ -140,6 +159,11 @@ def _check_statements(folder: Path, sums: Sums) -> list[str]:
             except ForgeError as error:
                 problems.append(f"{name}: {error}")
     ours = {name: digest for name, digest in sums.items() if name.endswith(".gguf")}
-    problems += [f"{name}: no statement of provenance is about it" for name in ours if name not in subjects]
+    problems += [
+        f"{name}: no statement of provenance is about it" for name in ours if name not in subjects
+    ]
     wrong = [name for name, digest in subjects.items() if ours.get(name, "") != digest]
-    return problems + [f"{name}: its statement of provenance is about another sha256 than {SUMS} has" for name in wrong]
+    return problems + [
+        f"{name}: its statement of provenance is about another sha256 than {SUMS} has"
+        for name in wrong
+    ]

@@ -12,17 +12,37 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 
 from mtpforge.errors import UploadError, VerificationError
 from mtpforge.hub import remote
 from mtpforge.hub.remote import Patience
 from mtpforge.io.ranges import digest_of
-from mtpforge.publish.sums import SIGNATURE, SUMS, Sums, certainly_unchanged, read_sums, surplus, unchanged
+from mtpforge.publish.sums import (
+    SIGNATURE,
+    SUMS,
+    Sums,
+    certainly_unchanged,
+    read_sums,
+    surplus,
+    unchanged,
+)
 
 MESSAGE = "Upload of {} files by mtpforge"
-_FAILURES = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx2.HTTPError, RuntimeError, ValueError)
+_FAILURES = (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,9 @@ def plan(folder: Path, repo: str, signed: bool) -> Plan:
     sums = _own(folder, signed)
     there = _there(repo)
     missing = [
-        (name, (folder / name).stat().st_size) for name, digest in sums.items() if not _same(folder / name, digest, there, name)
+        (name, (folder / name).stat().st_size)
+        for name, digest in sums.items()
+        if not _same(folder / name, digest, there, name)
     ]
     foreign = sorted((there or {}).keys() - sums.keys() - {".gitattributes"})
     return Plan(folder, repo, there is not None, missing, foreign)
@@ -68,9 +90,13 @@ def upload(todo: Plan, private: bool, signed: bool) -> str:
     except _FAILURES as error:
         cause = error.__cause__ or error
         why = remote.explain(cause if isinstance(cause, Exception) else error)
-        raise UploadError(f"{todo.repo}: {why}: run again: what has come until then is kept") from None
+        raise UploadError(
+            f"{todo.repo}: {why}: run again: what has come until then is kept"
+        ) from None
     if left := plan(todo.folder, todo.repo, signed).missing:
-        raise UploadError(f"{todo.repo}: is now without, or with another, {', '.join(name for name, _ in left)}: run again")
+        raise UploadError(
+            f"{todo.repo}: is now without, or with another, {', '.join(name for name, _ in left)}: run again"
+        )
     return str(done.commit_url)
 
 
@@ -80,7 +106,9 @@ def _own(folder: Path, signed: bool) -> Sums:
     sums = read_sums(listed)
     for name, digest in sums.items():
         if not (folder / name).is_file():
-            raise VerificationError(f"{folder / name}: is missing, and {SUMS} names it: run snakemake for it again")
+            raise VerificationError(
+                f"{folder / name}: is missing, and {SUMS} names it: run snakemake for it again"
+            )
         check = unchanged if name.endswith(".gguf") else certainly_unchanged
         check(folder / name, digest, listed)
     for name in [SUMS, *([SIGNATURE] if signed else [])]:
@@ -109,7 +137,10 @@ def _same(path: Path, digest: str, there: dict[str, RepoFile] | None, name: str)
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == digest)
     content = path.read_bytes()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return (
+        entry.blob_id
+        == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    )
 
 
 def tell(plan: Plan) -> None:
@@ -120,8 +151,12 @@ def tell(plan: Plan) -> None:
     for name, size in plan.missing:
         print(f"  {size:>15,}  {name}")
     for name in surplus(plan.folder, read_sums(plan.folder / SUMS)):
-        print(f"  not uploaded: {plan.folder / name} is not asked for any more: delete it", file=sys.stderr)
+        print(
+            f"  not uploaded: {plan.folder / name} is not asked for any more: delete it",
+            file=sys.stderr,
+        )
     for name in plan.foreign:
         print(
-            f"  left as it is: {name} is in the repository and not in {plan.folder}: delete it there if it is old", file=sys.stderr
+            f"  left as it is: {name} is in the repository and not in {plan.folder}: delete it there if it is old",
+            file=sys.stderr,
         )

@@ -27,10 +27,10 @@ def compute(
     Raises ConfigError for a text that is too short, ToolchainError where the program fails.
     """
     program, least = programs.find(bin_dir, "llama-imatrix"), 2 * CHUNK
-    short = (
-        f"{text}: is too short for an importance matrix: it must have at least {least:,} tokens, in English {4 * least:,} letters"
-    )
-    if len(text.read_bytes().strip()) < least:  # a token has a byte or more; what the program says as it fails can get lost
+    short = f"{text}: is too short for an importance matrix: it must have at least {least:,} tokens, in English {4 * least:,} letters"
+    if (
+        len(text.read_bytes().strip()) < least
+    ):  # a token has a byte or more; what the program says as it fails can get lost
         raise ConfigError(short)
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as place:
         (Path(place) / text.name).symlink_to(text.resolve())  # it records the path that it is given
@@ -47,7 +47,9 @@ def compute(
         ]
         command += [word for option in ("-c", "-b", "-ub") for word in (option, str(CHUNK))]
         try:
-            process.call([*command, *(["-t", str(threads)] if threads else [])], log, cwd=Path(place))
+            process.call(
+                [*command, *(["-t", str(threads)] if threads else [])], log, cwd=Path(place)
+            )
         except ToolchainError as error:
             if "you need at least" in str(error):
                 raise ConfigError(short) from None
@@ -90,14 +92,22 @@ def _read_gguf(path: Path) -> dict[str, Row]:
     ):
         value = opened.metadata.get(f"imatrix.{key}")
         if value is None or value.type is not kind:
-            raise GgufError(f"{path}: no importance matrix: metadata key imatrix.{key} is missing or of the wrong type")
+            raise GgufError(
+                f"{path}: no importance matrix: metadata key imatrix.{key} is missing or of the wrong type"
+            )
     rows = {}
     for name, sums in opened.tensors.items():
         tensor = name.removesuffix(".in_sum2")
         if tensor != name:
             counts = opened.tensors.get(f"{tensor}.counts")
-            if counts is None or {sums.type, counts.type} != {GGMLQuantizationType.F32} or sums.elements % counts.elements:
-                raise GgufError(f"{path}: {name} does not go with its counts, or one of them is not F32")
+            if (
+                counts is None
+                or {sums.type, counts.type} != {GGMLQuantizationType.F32}
+                or sums.elements % counts.elements
+            ):
+                raise GgufError(
+                    f"{path}: {name} does not go with its counts, or one of them is not F32"
+                )
             rows[tensor] = sums.elements, [opened.ranges[name], opened.ranges[counts.name]]
     return rows
 
@@ -112,14 +122,18 @@ def _read_legacy(path: Path) -> dict[str, Row]:
 
         def bounded(count: int, unit: int, limit: int = size) -> int:
             if not 0 <= count <= limit or count * unit > size - file.tell():
-                raise GgufError(f"{path}: no importance matrix, or truncated: {count:,} at byte {file.tell():,} cannot be")
+                raise GgufError(
+                    f"{path}: no importance matrix, or truncated: {count:,} at byte {file.tell():,} cannot be"
+                )
             return count * unit
 
         rows = {}
         for _ in range(number()):
             name = file.read(bounded(number(), 1, _NAME_LIMIT)).decode("utf-8", errors="replace")
             if name in rows or not name.isprintable():
-                raise GgufError(f"{path}: no importance matrix: {name[:_NAME_LIMIT]!r} stands twice or is no tensor's name")
+                raise GgufError(
+                    f"{path}: no importance matrix: {name[:_NAME_LIMIT]!r} stands twice or is no tensor's name"
+                )
             start = file.tell()
             number()
             values = number()

@@ -53,8 +53,14 @@ def choose(
     overrides = plan_overrides(source, file_type, head, recipe)
     rows = read_imatrix(imatrix) if imatrix else {}
     with _prepared(bin_dir, imatrix) as (command, place):
-        shape = writer.lay_out(place / "source.gguf", without_vocabulary(source), list(source.tensors.values()))
-        options = [word for pattern, kind in overrides for word in ("--tensor-type", f"{pattern}={kind.lower()}")]
+        shape = writer.lay_out(
+            place / "source.gguf", without_vocabulary(source), list(source.tensors.values())
+        )
+        options = [
+            word
+            for pattern, kind in overrides
+            for word in ("--tensor-type", f"{pattern}={kind.lower()}")
+        ]
         dry_runs = [[*command, *more, "--dry-run", shape.path, file_type] for more in ([], options)]
         default, chosen = (mixture.parse(said, source) for said in process.outputs(dry_runs, place))
     table = mixture.show(source, default, chosen)
@@ -79,11 +85,18 @@ def run(
         (place / "types.txt").write_text("\n".join(lines), encoding="utf-8")
         command += ["--tensor-type-file", place / "types.txt"]
         command += BUFFER if process.knows(command[0], BUFFER[0]) else []  # b10605 has not
-        command += [source.path.resolve(), out.resolve(), file_type, *([str(threads)] if threads else [])]
+        command += [
+            source.path.resolve(),
+            out.resolve(),
+            file_type,
+            *([str(threads)] if threads else []),
+        ]
         process.call(command, log, cwd=place, append=True)
     written = reader.read(out)  # whatever it wrote must at least be whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
-        raise ToolchainError(f"{out}: llama-quantize made other types than it was told: is it of another version?")
+        raise ToolchainError(
+            f"{out}: llama-quantize made other types than it was told: is it of another version?"
+        )
     return written
 
 
@@ -92,10 +105,16 @@ def without_vocabulary(source: Gguf) -> dict[str, Value]:
 
     Of the vocabulary that is the size, by which llama.cpp tells some models apart.
     """
-    kept = {key: value for key, value in source.metadata.items() if not key.startswith("tokenizer.") and key != PADDING}
+    kept = {
+        key: value
+        for key, value in source.metadata.items()
+        if not key.startswith("tokenizer.") and key != PADDING
+    }
     tokens = source.metadata.get("tokenizer.ggml.tokens")
     if tokens is not None and tokens.item_type is not None:
-        kept.setdefault(f"{source.architecture}.vocab_size", Value.of(len(tokens), GGUFValueType.UINT32))
+        kept.setdefault(
+            f"{source.architecture}.vocab_size", Value.of(len(tokens), GGUFValueType.UINT32)
+        )
     return kept
 
 
@@ -105,6 +124,8 @@ def _prepared(bin_dir: Path, imatrix: Path | None) -> Iterator[tuple[list[str | 
     with tempfile.TemporaryDirectory() as folder:
         command: list[str | Path] = [programs.find(bin_dir, "llama-quantize")]
         if imatrix:
-            (Path(folder) / imatrix.name).symlink_to(imatrix.resolve())  # the path that it is given gets into the file
+            (Path(folder) / imatrix.name).symlink_to(
+                imatrix.resolve()
+            )  # the path that it is given gets into the file
             command += ["--imatrix", imatrix.name]
         yield command, Path(folder)

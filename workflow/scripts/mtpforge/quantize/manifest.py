@@ -43,12 +43,18 @@ def is_sound(tensor: Made) -> bool:
         return False
 
 
-def write_manifest(path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]) -> None:
+def write_manifest(
+    path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]
+) -> None:
     """Say which tensors a file has, a line for each: its name, key and sha256. `files` are all names that it has or will have."""
     keys = plan.keys()
     names = [os.path.relpath(file, path.parent) for file in files]
-    lines = [json.dumps([name, keys[name], digests[name]]) for name in plan.tensors if name in digests]
-    atomic.write_text(path, f'{{\n"files": {json.dumps(names)},\n"tensors": [\n' + ",\n".join(lines) + "\n]}\n")
+    lines = [
+        json.dumps([name, keys[name], digests[name]]) for name in plan.tensors if name in digests
+    ]
+    atomic.write_text(
+        path, f'{{\n"files": {json.dumps(names)},\n"tensors": [\n' + ",\n".join(lines) + "\n]}\n"
+    )
 
 
 def read_manifest(path: Path) -> tuple[list[Path], dict[str, tuple[str, str]]]:

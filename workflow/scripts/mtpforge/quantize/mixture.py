@@ -38,12 +38,20 @@ def parse(output: str, source: Gguf) -> Types:
         row = _ROW.fullmatch(line)
         name = row["name"] if row else ""
         kind = (row["new"] or row["old"]).upper() if row else ""
-        known = row is not None and name in source.tensors and source.tensors[name].type.name == row["old"].upper()
+        known = (
+            row is not None
+            and name in source.tensors
+            and source.tensors[name].type.name == row["old"].upper()
+        )
         if not known or name in types or kind not in GGMLQuantizationType.__members__:
-            raise ToolchainError(f"llama-quantize --dry-run is not understood: is it of another version? It said {line!r}")
+            raise ToolchainError(
+                f"llama-quantize --dry-run is not understood: is it of another version? It said {line!r}"
+            )
         types[name] = GGMLQuantizationType[kind]
     if missing := [name for name in source.tensors if name not in types]:
-        raise ToolchainError(f"llama-quantize --dry-run says nothing of {missing[0]}: is it of another version?")
+        raise ToolchainError(
+            f"llama-quantize --dry-run says nothing of {missing[0]}: is it of another version?"
+        )
     return types
 
 
@@ -59,7 +67,9 @@ def show(source: Gguf, default: Types, chosen: Types) -> str:
         if default[name] == chosen[name] == info.type:
             rest.append(name)
         else:
-            groups.setdefault((_BLOCK.sub("blk.{}.", name), default[name].name, chosen[name].name), []).append(name)
+            groups.setdefault(
+                (_BLOCK.sub("blk.{}.", name), default[name].name, chosen[name].name), []
+            ).append(name)
     rows = [("tensor", "default", "chosen", "size")]
     for (name, old, new), names in groups.items():
         blocks = _ranges([int(block[1]) for block in map(_BLOCK.match, names) if block])
@@ -67,7 +77,9 @@ def show(source: Gguf, default: Types, chosen: Types) -> str:
     rows.append((f"{len(rest)} others, as they are", "", "", table.size(size(chosen, rest))))
     weights = sum(info.elements for info in source.tensors.values())
     bits = [f"{8 * size(types, source.tensors) / weights:.2f}" for types in (default, chosen)]
-    return table.markdown([*rows, ("all, in bits per weight", *bits, table.size(size(chosen, source.tensors)))])
+    return table.markdown(
+        [*rows, ("all, in bits per weight", *bits, table.size(size(chosen, source.tensors)))]
+    )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -82,7 +94,9 @@ def _ranges(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def check_imatrix(source: Gguf, chosen: Types, file_type: str, imatrix: Path | None, rows: Mapping[str, int]) -> None:
+def check_imatrix(
+    source: Gguf, chosen: Types, file_type: str, imatrix: Path | None, rows: Mapping[str, int]
+) -> None:
     """Every tensor that cannot be quantized without has a row in the importance matrix, and no row has a wrong length.
 
     `rows` are the numbers of values that `imatrix` has, by tensor. Raises ConfigError, naming the tensors.
@@ -91,14 +105,20 @@ def check_imatrix(source: Gguf, chosen: Types, file_type: str, imatrix: Path | N
     for name, info in source.tensors.items():
         if chosen[name] == info.type:
             continue
-        fits = rows.get(name) == info.shape[-1] * prod(info.shape[:-2])  # a value for each column of each expert
-        if name in rows and not fits and name not in quant_types.EMBEDDINGS[:2]:  # of embeddings such a row is ignored
+        fits = rows.get(name) == info.shape[-1] * prod(
+            info.shape[:-2]
+        )  # a value for each column of each expert
+        if (
+            name in rows and not fits and name not in quant_types.EMBEDDINGS[:2]
+        ):  # of embeddings such a row is ignored
             wrong.append(name)
         elif not fits and quant_types.needs_imatrix(name, chosen[name].name, file_type):
             missing.append(f"{name} ({chosen[name].name})")
     if wrong or (imatrix and not rows.keys() & source.tensors.keys()):
         named = _some(wrong or list(rows))
-        raise ConfigError(f"{imatrix}: is the importance matrix of another model: {source.path} has nothing like its {named}")
+        raise ConfigError(
+            f"{imatrix}: is the importance matrix of another model: {source.path} has nothing like its {named}"
+        )
     if missing:
         lack = f"{imatrix} has none for" if imatrix else "there is none for"
         raise ConfigError(

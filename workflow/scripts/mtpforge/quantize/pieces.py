@@ -26,7 +26,17 @@ from mtpforge.io import atomic
 from mtpforge.io.ranges import CHUNK, FileRange, forget, sha256
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize.llama_quantize import run, without_vocabulary
-from mtpforge.quantize.manifest import MANIFESTS, Made, held, is_sound, named, present, read_manifest, same, write_manifest
+from mtpforge.quantize.manifest import (
+    MANIFESTS,
+    Made,
+    held,
+    is_sound,
+    named,
+    present,
+    read_manifest,
+    same,
+    write_manifest,
+)
 from mtpforge.quantize.plan import Plan, matrix_of, toolchain
 
 WORTH, COPIES = 0.1, 3.0
@@ -56,10 +66,16 @@ class Work:
     def __post_init__(self) -> None:
         self.plan.check(self.source)
         if matrix_of(self.imatrix) != (self.plan.imatrix, self.plan.imatrix_sha256):
-            wanted = f"{self.plan.imatrix} ({self.plan.imatrix_sha256})" if self.plan.imatrix else "none"
-            raise ConfigError(f"the plan is for the importance matrix {wanted}, given is {self.imatrix}")
+            wanted = (
+                f"{self.plan.imatrix} ({self.plan.imatrix_sha256})" if self.plan.imatrix else "none"
+            )
+            raise ConfigError(
+                f"the plan is for the importance matrix {wanted}, given is {self.imatrix}"
+            )
         if toolchain(self.bin_dir) != self.plan.toolchain:
-            raise ConfigError(f"the plan is for another llama-quantize than that in {self.bin_dir}: make the plan again")
+            raise ConfigError(
+                f"the plan is for another llama-quantize than that in {self.bin_dir}: make the plan again"
+            )
 
     # ── what is made ──
 
@@ -73,7 +89,9 @@ class Work:
             self._report(made, self.plan.tensors)
             return reader.digests_of(written, self.threads or None)
 
-    def piece(self, folder: Path, number: int, count: int, reuse: Path | None = None) -> dict[str, str]:
+    def piece(
+        self, folder: Path, number: int, count: int, reuse: Path | None = None
+    ) -> dict[str, str]:
         """Write the tensors of one piece, counted from 1, that no finished file under `reuse` has; the digests of all that it has.
 
         They come as GGUFs in `folder`, each with its manifest, of what is quantized at once: a kill loses no more than one. Pieces
@@ -88,8 +106,15 @@ class Work:
             for at_once in self._runs(name for name in names if name not in made):
                 out = folder / f"{_digest(self.plan, at_once)}.gguf"
                 with atomic.replacing(out) as temporary:
-                    digests |= reader.digests_of(self._some(at_once, temporary, scratch), self.threads or None)
-                write_manifest(out.with_suffix(".json"), self.plan, {name: digests[name] for name in at_once}, [out])
+                    digests |= reader.digests_of(
+                        self._some(at_once, temporary, scratch), self.threads or None
+                    )
+                write_manifest(
+                    out.with_suffix(".json"),
+                    self.plan,
+                    {name: digests[name] for name in at_once},
+                    [out],
+                )
             self._report(made, names)
             return {name: digests[name] for name in names}
 
@@ -102,7 +127,9 @@ class Work:
         names = glob.glob(MANIFESTS, root_dir=folder, recursive=True)  # noqa: PTH207 (Path's fails where a folder goes meanwhile)
         for manifest in sorted(names):
             files, known = read_manifest(folder / manifest)
-            wanted = {name: known[key] for name, key in keys.items() if key in known and name not in found}
+            wanted = {
+                name: known[key] for name, key in keys.items() if key in known and name not in found
+            }
             for path in present(files):
                 if wanted.keys() <= found.keys():
                     break
@@ -111,7 +138,11 @@ class Work:
                 except (GgufError, OSError):  # gone, or of another kind by now
                     continue
                 for name, (own, digest) in wanted.items():
-                    if name not in found and own in opened.tensors and same(opened.tensors[own], self._info(name)):
+                    if (
+                        name not in found
+                        and own in opened.tensors
+                        and same(opened.tensors[own], self._info(name))
+                    ):
                         found[name] = Made(opened.ranges[own], digest, path)
         return {name: found[name] for name in keys if name in found}
 
@@ -123,7 +154,16 @@ class Work:
         return replace(info, shape=squeezed(info.shape), type=kind)
 
     def _quantize(self, source: Gguf, out: Path) -> Gguf:
-        return run(source, out, self.plan.types(), self.plan.file_type, self.imatrix, self.threads, self.bin_dir, self.log)
+        return run(
+            source,
+            out,
+            self.plan.types(),
+            self.plan.file_type,
+            self.imatrix,
+            self.threads,
+            self.bin_dir,
+            self.log,
+        )
 
     def _some(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         """Quantize these tensors to `out`, in place, from parts of the source that share its blocks where they can."""
@@ -137,8 +177,12 @@ class Work:
             return self._quantize(self._part(kept, scratch), out)
         step = self._limit(name) * count // info.size // ALIGNMENT * ALIGNMENT or ALIGNMENT
         for start in range(0, count - 1, step):
-            size = step if start + step < count - 1 else count - start  # llama-quantize takes one row alone for no matrix
-            fresh = self._quantize(self._part(reader.rows(kept, name, start, size), scratch), scratch / "rows.gguf")
+            size = (
+                step if start + step < count - 1 else count - start
+            )  # llama-quantize takes one row alone for no matrix
+            fresh = self._quantize(
+                self._part(reader.rows(kept, name, start, size), scratch), scratch / "rows.gguf"
+            )
             made = made or writer.lay_out(out, fresh.metadata, [self._info(name)])
             writer.put(reader.rows(made, name, start, size), name, [fresh.ranges[name]])
         assert made
@@ -159,7 +203,11 @@ class Work:
     def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Tensors that are quantized at once: all that there are, or neighbours, or a larger one."""
         wanted = set(names)
-        at_once, size, limit = list[str](), 0, sys.maxsize if wanted == self.source.tensors.keys() else 0
+        at_once, size, limit = (
+            list[str](),
+            0,
+            sys.maxsize if wanted == self.source.tensors.keys() else 0,
+        )
         for name in (name for name in self.source.tensors if name in wanted):
             size, limit = size + self.source.tensors[name].size, max(limit, self._limit(name))
             if at_once and size > limit:
@@ -175,24 +223,42 @@ class Work:
         What is reused is copied, and hashed where it then stands, while llama-quantize makes the rest; what is damaged or gone is
         made after that.
         """
-        whole = writer.lay_out(out, self._metadata(scratch), [self._info(name) for name in self.plan.tensors])
+        whole = writer.lay_out(
+            out, self._metadata(scratch), [self._info(name) for name in self.plan.tensors]
+        )
         with self._copying(made, whole) as copies:
             digests = self._put(self.plan.tensors.keys() - made, whole, scratch, copies.values())
-            sound = {name: made[name] for name, copy in copies.items() if copy.result() == made[name].digest}
+            sound = {
+                name: made[name]
+                for name, copy in copies.items()
+                if copy.result() == made[name].digest
+            }
         if damaged := {name: tensor for name, tensor in made.items() if name not in sound}:
             self._warn(damaged)
             digests |= self._put(damaged, whole, scratch)
         self._report(sound, self.plan.tensors)
         digests |= {name: tensor.digest for name, tensor in sound.items()}
-        return {"header": sha256(reader.header_range(whole)), **{name: digests[name] for name in self.plan.tensors}}
+        return {
+            "header": sha256(reader.header_range(whole)),
+            **{name: digests[name] for name in self.plan.tensors},
+        }
 
     def _metadata(self, scratch: Path) -> dict[str, Value]:
         """That of the whole: llama-quantize tells with the smallest tensor which keys it drops, and which it puts at the end."""
         smallest = min(self.source.tensors, key=lambda name: self.source.tensors[name].size)
-        part, said = without_vocabulary(self.source), self._some([smallest], scratch / "smallest.gguf", scratch).metadata
+        part, said = (
+            without_vocabulary(self.source),
+            self._some([smallest], scratch / "smallest.gguf", scratch).metadata,
+        )
         names = list(said)
-        own = {name: said[name] for name in names[names.index(PADDING) + 1 if PADDING in said else 0 :]}
-        kept = [key for key in self.source.metadata if key not in own and (key in said or key not in part)]
+        own = {
+            name: said[name] for name in names[names.index(PADDING) + 1 if PADDING in said else 0 :]
+        }
+        kept = [
+            key
+            for key in self.source.metadata
+            if key not in own and (key in said or key not in part)
+        ]
         return {key: self.source.metadata[key] for key in kept} | own
 
     def _put(
@@ -205,7 +271,9 @@ class Work:
             for name in at_once:
                 writer.put(whole, name, [fresh.ranges[name]])
             fresh.path.unlink()
-            digests |= reader.hashes({name: whole.ranges[name] for name in at_once}, self.threads or None)
+            digests |= reader.hashes(
+                {name: whole.ranges[name] for name in at_once}, self.threads or None
+            )
             for done in filter(Future.done, beside):
                 done.result()
         return digests
@@ -220,7 +288,11 @@ class Work:
             for done in range(0, tensor.piece.size, CHUNK):
                 if stopped.is_set():  # a termination does not wait for gigabytes
                     raise CancelledError
-                step = replace(tensor.piece, offset=tensor.piece.offset + done, size=min(CHUNK, tensor.piece.size - done))
+                step = replace(
+                    tensor.piece,
+                    offset=tensor.piece.offset + done,
+                    size=min(CHUNK, tensor.piece.size - done),
+                )
                 yield step
                 if tensor.of_piece:  # it has been read for this: the next step gets its memory, where other can take longer
                     forget(step)
@@ -235,7 +307,9 @@ class Work:
                 return ""
             return sha256(whole.ranges[name])
 
-        pool = ThreadPoolExecutor(1 + programs.threads(self.threads))  # one waits for the disk while the others hash
+        pool = ThreadPoolExecutor(
+            1 + programs.threads(self.threads)
+        )  # one waits for the disk while the others hash
         try:
             yield {name: pool.submit(copy, name) for name in made}
         finally:
@@ -245,25 +319,46 @@ class Work:
     def _worth(self, made: dict[str, Made]) -> dict[str, Made]:
         """All of it, or nothing where that costs more than it saves."""
         rest = [name for name in self.plan.tensors if name not in made]
-        copied = COPIES * sum(self.source.tensors[name].elements for name in rest) * quant_types.SECONDS["BF16"] / 1e9
+        copied = (
+            COPIES
+            * sum(self.source.tensors[name].elements for name in rest)
+            * quant_types.SECONDS["BF16"]
+            / 1e9
+        )
         return {} if self._cost(made) < max(WORTH * self._cost(self.plan.tensors), copied) else made
 
-    def _damaged(self, names: Iterable[str], found: Mapping[str, Made], folder: Path) -> dict[str, Made]:
+    def _damaged(
+        self, names: Iterable[str], found: Mapping[str, Made], folder: Path
+    ) -> dict[str, Made]:
         """What of these is damaged in `folder`. It is taken from the manifests there."""
-        inside = {name: tensor for name, tensor in found.items() if tensor.path.resolve().parent == folder.resolve()}
+        inside = {
+            name: tensor
+            for name, tensor in found.items()
+            if tensor.path.resolve().parent == folder.resolve()
+        }
         own = {name: inside[name] for name in names if name in inside}
         with ThreadPoolExecutor(self.threads or os.cpu_count()) as pool:
-            damaged = {name: own[name] for name, sound in zip(own, pool.map(is_sound, own.values()), strict=True) if not sound}
+            damaged = {
+                name: own[name]
+                for name, sound in zip(own, pool.map(is_sound, own.values()), strict=True)
+                if not sound
+            }
         if damaged:
             self._warn(damaged)
         for path in {tensor.path.resolve() for tensor in damaged.values()}:
-            left = {name: tensor.digest for name, tensor in inside.items() if tensor.path.resolve() == path and name not in damaged}
+            left = {
+                name: tensor.digest
+                for name, tensor in inside.items()
+                if tensor.path.resolve() == path and name not in damaged
+            }
             write_manifest(path.with_suffix(".json"), self.plan, left, [path])
         return damaged
 
     def _warn(self, damaged: Mapping[str, Made]) -> None:
         what = f"{next(iter(damaged))} and {len(damaged) - 1} more"
-        self.say(f"warning: {named(damaged)}: {what} cannot be read, or are not what the manifest says: quantized anew")
+        self.say(
+            f"warning: {named(damaged)}: {what} cannot be read, or are not what the manifest says: quantized anew"
+        )
 
     def _cost(self, names: Iterable[str]) -> float:
         return sum(self.plan.tensors[name].cost for name in names)
@@ -273,7 +368,9 @@ class Work:
         reused = {name: tensor for name, tensor in made.items() if not tensor.of_piece}
         size, pieces = sum(tensor.piece.size for tensor in reused.values()), len(made) - len(reused)
         line = f"reused {size:,} bytes ({len(reused)} of {len(names)} tensors) from {named(reused) or 'nothing'}; "
-        line += (f"{pieces} from pieces; " if pieces else "") + f"quantized {len(names) - len(made)}"
+        line += (
+            f"{pieces} from pieces; " if pieces else ""
+        ) + f"quantized {len(names) - len(made)}"
         self.say(line)
         if self.log:
             with self.log.open("a", encoding="utf-8") as file:
@@ -294,4 +391,6 @@ def cut(plan: Plan, source: Gguf, count: int) -> list[list[str]]:
 def _digest(plan: Plan, names: Iterable[str]) -> str:
     """A name for a file with these tensors, which no file with others has."""
     keys = plan.keys()
-    return hashlib.sha256("".join(f"{name} {keys[name]}\n" for name in names).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(f"{name} {keys[name]}\n" for name in names).encode()).hexdigest()[
+        :16
+    ]

@@ -48,7 +48,11 @@ class Tensor:
     def cost(self) -> float:
         """CPU seconds that it takes, roughly; where it stays as it is, those of a copy."""
         old, *shape = self.form.split()
-        return math.prod(map(int, shape)) * quant_types.SECONDS["BF16" if self.type == old else self.type] / 1e9
+        return (
+            math.prod(map(int, shape))
+            * quant_types.SECONDS["BF16" if self.type == old else self.type]
+            / 1e9
+        )
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class Plan:
 
     def keys(self) -> dict[str, str]:
         """What decides the bytes of each tensor; a change in another tensor, or of the file's type, is none in its bytes."""
-        return {name: _digest([self.toolchain, *vars(tensor).values()]) for name, tensor in self.tensors.items()}
+        return {
+            name: _digest([self.toolchain, *vars(tensor).values()])
+            for name, tensor in self.tensors.items()
+        }
 
     def check(self, source: Gguf) -> None:
         """Raise GgufError where the plan is for another file than `source`; of tensors only the beginning is compared.
@@ -79,10 +86,17 @@ class Plan:
         Two checkpoints of one model can have the same metadata.
         """
         forms = {name: tensor.form for name, tensor in self.tensors.items()}
-        if forms != {name: form(source, name) for name in source.tensors} or sha256(header_range(source)) != self.header:
-            raise GgufError(f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again")
+        if (
+            forms != {name: form(source, name) for name in source.tensors}
+            or sha256(header_range(source)) != self.header
+        ):
+            raise GgufError(
+                f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again"
+            )
         if sample(source) != self.sample:
-            raise GgufError(f"{source.path}: has other weights than what the plan is for: make the plan again")
+            raise GgufError(
+                f"{source.path}: has other weights than what the plan is for: make the plan again"
+            )
 
     def pieces(self, threads: int) -> int:
         """How many pieces it is made in, by what it takes on so many threads. No part of the plan: that is the same anywhere."""
@@ -92,7 +106,10 @@ class Plan:
     def write(self, path: Path) -> None:
         """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""
         head = {name: value for name, value in vars(self).items() if name != "tensors"}
-        lines = [f"{json.dumps(name)}: {json.dumps(list(vars(tensor).values()))}" for name, tensor in self.tensors.items()]
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(list(vars(tensor).values()))}"
+            for name, tensor in self.tensors.items()
+        ]
         top = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
         atomic.write_text(path, f'{{\n{top}"tensors": {{\n' + ",\n".join(lines) + "\n}}\n")
 
@@ -103,15 +120,22 @@ class Plan:
             raise GgufError(f"{path}: missing: quantize_plan.py writes it")
         try:
             value = read_json(path)
-            tensors = {name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()}
+            tensors = {
+                name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()
+            }
             plan = cls(**{name: str(entry) for name, entry in value.items()}, tensors=tensors)
             types = {kind.name for kind in plan.types().values()}
-            if plan.file_type not in quant_types.FILE_TYPES or not types <= quant_types.SECONDS.keys():
+            if (
+                plan.file_type not in quant_types.FILE_TYPES
+                or not types <= quant_types.SECONDS.keys()
+            ):
                 raise KeyError("a type that cannot be")
             if any(tensor.cost < 0 for tensor in tensors.values()):
                 raise ValueError("a number that cannot be")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise GgufError(f"{path}: is no plan of a quantization ({error!r}): make it again") from None
+            raise GgufError(
+                f"{path}: is no plan of a quantization ({error!r}): make it again"
+            ) from None
         return plan
 
 
@@ -126,7 +150,9 @@ def make(
         name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
     }  # fmt: skip
     name, digest = matrix_of(matrix)
-    return Plan(file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors)
+    return Plan(
+        file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors
+    )
 
 
 def sample(source: Gguf) -> str:
@@ -153,8 +179,17 @@ def toolchain(bin_dir: Path) -> str:
     program, stamp = programs.find(bin_dir, "llama-quantize"), bin_dir.parent / "stamp.json"
     about = read_json(stamp) if stamp.exists() else {}
     about.pop("programs", None)
-    libraries = [path for name in ("libllama*", "libggml-base*") for path in sorted(program.parent.glob(name))]
-    return _digest([*(sha256(FileRange(path, 0, path.stat().st_size)) for path in (program, *libraries)), about])
+    libraries = [
+        path
+        for name in ("libllama*", "libggml-base*")
+        for path in sorted(program.parent.glob(name))
+    ]
+    return _digest(
+        [
+            *(sha256(FileRange(path, 0, path.stat().st_size)) for path in (program, *libraries)),
+            about,
+        ]
+    )
 
 
 def _digest(value: Any) -> str:

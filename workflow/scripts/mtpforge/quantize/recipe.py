@@ -18,12 +18,16 @@ Recipe = Sequence[tuple[str, str]]
 """Ordered (pattern, tensor type); the first pattern that is found in a tensor's name decides."""
 
 
-def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recipe) -> list[tuple[str, str]]:
+def plan_overrides(
+    source: Gguf, file_type: str, head: str | None, recipe: Recipe
+) -> list[tuple[str, str]]:
     """The ordered overrides: the head's first, so that no pattern of a recipe reaches into it. Raises ConfigError."""
     quant_types.check_file_type(file_type)
     for pattern, _ in recipe:
         if not any(re.search(pattern, name) for name in source.tensors):
-            raise ConfigError(f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?")
+            raise ConfigError(
+                f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?"
+            )
     types = head_types(source, read_head(head or default_head(file_type)))
     if file_type in quant_types.UNQUANTIZED:
         if recipe or set(types.values()) - {file_type}:
@@ -37,7 +41,9 @@ def plan_overrides(source: Gguf, file_type: str, head: str | None, recipe: Recip
 def read_head(text: str) -> Recipe:
     """The types of a head as a recipe, of `Q8_0` or, with patterns that go first, `Q4_K,eh_proj=Q8_0`. Raises ConfigError."""
     kind, *exceptions = text.split(",")
-    recipe = [(pattern, name) for pattern, _, name in (entry.partition("=") for entry in exceptions)]
+    recipe = [
+        (pattern, name) for pattern, _, name in (entry.partition("=") for entry in exceptions)
+    ]
     for pattern, _ in recipe:
         check_pattern(pattern)
     recipe.append(("", kind))  # is found in every name
@@ -49,10 +55,16 @@ def read_head(text: str) -> Recipe:
 def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
     """The type that each matrix of the head is to have. Raises ConfigError for a pattern that none of them matches."""
     prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
-    names = [name for name, info in source.tensors.items() if name.startswith(prefixes) and quantizable(info)]
+    names = [
+        name
+        for name, info in source.tensors.items()
+        if name.startswith(prefixes) and quantizable(info)
+    ]
     for pattern, _ in recipe[:-1]:
         if names and not any(re.search(pattern, name) for name in names):
-            raise ConfigError(f"tensor pattern {pattern!r} matches no matrix of the head: {', '.join(names)}")
+            raise ConfigError(
+                f"tensor pattern {pattern!r} matches no matrix of the head: {', '.join(names)}"
+            )
     return {name: kind for name in names if (kind := by_recipe(name, recipe))}
 
 
@@ -69,11 +81,15 @@ def default_head(file_type: str) -> str:
 def check_pattern(pattern: str) -> None:
     """llama-quantize lower-cases patterns and splits its file on white space and `=`. Raises ConfigError."""
     if not pattern or re.search(r"[\s=]", pattern) or pattern != pattern.lower():
-        raise ConfigError(f"tensor pattern {pattern!r}: must be lower case, without white space and '='")
+        raise ConfigError(
+            f"tensor pattern {pattern!r}: must be lower case, without white space and '='"
+        )
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"tensor pattern {pattern!r} is no regular expression ({error})") from None
+        raise ConfigError(
+            f"tensor pattern {pattern!r} is no regular expression ({error})"
+        ) from None
 
 
 def read_recipe(path: Path | None) -> Recipe:
@@ -84,7 +100,9 @@ def read_recipe(path: Path | None) -> Recipe:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
-    if not isinstance(table, dict) or any(not isinstance(word, str) for entry in table.items() for word in entry):
+    if not isinstance(table, dict) or any(
+        not isinstance(word, str) for entry in table.items() for word in entry
+    ):
         raise ConfigError(f"{path}: must map tensor patterns to types, as in `attn_.*: Q6_K`")
     for pattern, kind in table.items():
         check_pattern(pattern)

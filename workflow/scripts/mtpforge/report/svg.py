@@ -9,7 +9,11 @@ WIDE = 7.4  # a character of the ordinary size, in the widest of the fonts that 
 INK, FAINT, GRID = "#1a1a1a", "#595959", "#d9d9d9"
 # Okabe and Ito's colours, which stay apart for people who see fewer; where one matters, a shape or a word says it too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#007a59", "#767676"
-_ALL = [(fill, shape) for shape in ("circle", "square", "triangle") for fill in (BLUE, ORANGE, GREEN, GREY)]
+_ALL = [
+    (fill, shape)
+    for shape in ("circle", "square", "triangle")
+    for fill in (BLUE, ORANGE, GREEN, GREY)
+]
 MARKS = [_ALL[5 * number % len(_ALL)] for number in range(len(_ALL))]  # neighbours differ in both
 
 
@@ -32,7 +36,9 @@ class Svg:
             f"{escape(words)}</text>"
         )
 
-    def paragraph(self, words: str, size: float = 12, fill: str = FAINT, weight: str = "normal") -> None:
+    def paragraph(
+        self, words: str, size: float = 12, fill: str = FAINT, weight: str = "normal"
+    ) -> None:
         """Words below one another, as many lines as they need."""
         line = ""
         for word in [*words.split(), ""]:
@@ -42,13 +48,17 @@ class Svg:
                 line = ""
             line = f"{line} {word}".strip()
 
-    def rect(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none"
+    ) -> None:
         """A filled rectangle."""
         self._parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{fill}" stroke="{stroke}"/>'
         )
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str = INK, width: float = 1) -> None:
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, stroke: str = INK, width: float = 1
+    ) -> None:
         """A straight line."""
         self._parts.append(
             f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"/>'
@@ -56,13 +66,17 @@ class Svg:
 
     def ring(self, x: float, y: float) -> None:
         """A small ring, to be seen on white and on a bar."""
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{INK}" stroke-width="1.5"/>')
+        self._parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{INK}" stroke-width="1.5"/>'
+        )
 
     def mark(self, x: float, y: float, number: int, size: float = 4.5) -> None:
         """A mark of the series of that number: its own colour and its own shape."""
         fill, shape = MARKS[number % len(MARKS)]
         if shape == "circle":
-            self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" fill="{fill}" stroke="white"/>')
+            self._parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" fill="{fill}" stroke="white"/>'
+            )
         elif shape == "square":
             self.rect(x - size, y - size, 2 * size, 2 * size, fill, "white")
         else:
@@ -87,7 +101,9 @@ class Svg:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
             f' font-family="system-ui, Helvetica, Arial, sans-serif" role="img"><title>{escape(self.title)}</title>'
-            f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n' + "\n".join(self._parts) + "\n</svg>\n"
+            f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n'
+            + "\n".join(self._parts)
+            + "\n</svg>\n"
         )
 
 

@@ -47,7 +47,11 @@ def verify(
     against, proof = check_against_source(opened, request, progress)
     checks += against
     if request.base or request.trunk:
-        before = read_json(request.trunk) if request.trunk else trunk_digests(split.read(request.base or path))
+        before = (
+            read_json(request.trunk)
+            if request.trunk
+            else trunk_digests(split.read(request.base or path))
+        )
         check, digests = check_trunk(opened, before)
         checks.append(check)
         proof |= digests
@@ -69,7 +73,9 @@ def summary(opened: Gguf) -> dict[str, Any]:
         "file": opened.path.name,
         "bytes": size,
         "sha256": sha256(FileRange(opened.path, 0, size)),
-        "bits_per_weight": round(8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3),
+        "bits_per_weight": round(
+            8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3
+        ),
         "head": "/".join(sorted(types_of(head_only(opened)))) if head else NO_HEAD,
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
@@ -86,16 +92,27 @@ def publish_split(
     opened = reader.read(path)
     with split.splitting(opened, folder, folder.name, limit, progress) as files:
         problems = split.check(opened, files)
-        checks = [Check("files", not problems, some(problems) or f"all {len(opened.tensors)} tensors, in {len(files)}")]
+        checks = [
+            Check(
+                "files",
+                not problems,
+                some(problems) or f"all {len(opened.tensors)} tensors, in {len(files)}",
+            )
+        ]
         if len(files) > 1 and not problems:
             # The head was measured in the whole file, and these are its bytes: what is left to see is that llama.cpp finds them.
             shards = replace(opened, path=files[0])
-            (found,), _ = check_drafting(shards, replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir)
+            (found,), _ = check_drafting(
+                shards, replace(request, prompts=request.prompts[:1], min_acceptance=0), bin_dir
+            )
             checks += [
                 replace(found, name="files load"),
                 *check_programs(shards, replace(request, perplexity=False), bin_dir, "files open"),
             ]
         raise_failed(folder.name, checks)
         sizes = [(file, file.stat().st_size) for file in files]
-        listed = [{"name": file.name, "bytes": size, "sha256": sha256(FileRange(file, 0, size))} for file, size in sizes]
+        listed = [
+            {"name": file.name, "bytes": size, "sha256": sha256(FileRange(file, 0, size))}
+            for file, size in sizes
+        ]
     return {"files": listed, "checks": [asdict(check) for check in checks]}

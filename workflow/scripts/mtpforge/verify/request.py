@@ -67,7 +67,10 @@ class Request:
 
 def as_table(report: Mapping[str, Any]) -> str:
     """A report's verdicts as a table for the terminal."""
-    rows = [(check["name"], "passed" if check["passed"] else "FAILED", check["detail"]) for check in report["checks"]]
+    rows = [
+        (check["name"], "passed" if check["passed"] else "FAILED", check["detail"])
+        for check in report["checks"]
+    ]
     return table.markdown([(report["file"], "verdict", "what it rests on"), *rows], left=3)
 
 
@@ -79,6 +82,8 @@ def some(problems: list[str]) -> str:
 def raise_failed(name: str, checks: list[Check]) -> None:
     """Raise VerificationError, naming each failed check, where there is one."""
     if failed := [check for check in checks if not check.passed]:
-        error = VerificationError(f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed))
+        error = VerificationError(
+            f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed)
+        )
         error.table = as_table({"file": name, "checks": [asdict(check) for check in checks]})
         raise error

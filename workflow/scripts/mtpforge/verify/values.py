@@ -31,7 +31,10 @@ GATE = 1.5  # times the error that a type has on heavy-tailed weights
 ROW_GATE = 0.9  # a row in the wrong place differs from the right one by 1.41 of its size, a coarse quantization by half
 FAINT = 1e-3  # of a tensor's usual row: one that is smaller is measured by this, because it can vanish in a block's scale
 ROUNDING = 2.0**-20  # of what somebody else computed in float32
-SHIFTS = {-1: "1 is not added to {}: the checkpoint stores w - 1", 1: "1 is added once too often to {}: shifted twice"}
+SHIFTS = {
+    -1: "1 is not added to {}: the checkpoint stores w - 1",
+    1: "1 is added once too often to {}: shifted twice",
+}
 
 Take: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """From row numbers of a tensor, ascending, to the right values: float32 [rows, row length]."""
@@ -70,7 +73,11 @@ class Findings:
         sentences = []
         for shift, text in SHIFTS.items():
             if names := [each.name for each in self.found if each.shift == shift]:
-                sentences.append(text.format(f"{len(names)} norms ({names[-1]}, ...)" if len(names) > 1 else names[0]))
+                sentences.append(
+                    text.format(
+                        f"{len(names)} norms ({names[-1]}, ...)" if len(names) > 1 else names[0]
+                    )
+                )
         return sentences
 
     @property
@@ -94,7 +101,10 @@ class Findings:
             }
             for kind, errors in sorted(by_type.items())
         }
-        return {"errors": {each.name: _short(each.error or 0.0) for each in self.compared}, "errors_by_type": table}
+        return {
+            "errors": {each.name: _short(each.error or 0.0) for each in self.compared},
+            "errors_by_type": table,
+        }
 
 
 def _short(number: float) -> float:
@@ -129,10 +139,18 @@ def look(
     findings = Findings()
 
     def one(info: TensorInfo) -> Found:
-        return look_at(opened, info, sampled(info, info.name in whole), expected.get(info.name), info.name in exact)
+        return look_at(
+            opened,
+            info,
+            sampled(info, info.name in whole),
+            expected.get(info.name),
+            info.name in exact,
+        )
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        for info, found in zip(opened.tensors.values(), pool.map(one, opened.tensors.values()), strict=True):
+        for info, found in zip(
+            opened.tensors.values(), pool.map(one, opened.tensors.values()), strict=True
+        ):
             findings.found.append(found)
             done += info.size
             progress(done, total)
@@ -151,7 +169,9 @@ def sampled(info: TensorInfo, whole: bool = False) -> np.ndarray:
     stretch = min(RUN * SAMPLE, matrix)
     run = min(RUN, stretch)
     starts = np.arange(0, matrix, stretch)
-    chance = np.random.default_rng(zlib.crc32(info.name.encode())).integers(0, stretch - run + 1, (rows // matrix, len(starts)))
+    chance = np.random.default_rng(zlib.crc32(info.name.encode())).integers(
+        0, stretch - run + 1, (rows // matrix, len(starts))
+    )
     first = np.minimum(starts + chance, matrix - run) + np.arange(0, rows, matrix)[:, None]
     return np.unique(first[..., None] + np.arange(run))
 
@@ -160,24 +180,40 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     """The values that a file has in these rows of a tensor, as float32 [rows, row length]. Raises GgufError, OSError."""
     info, piece = opened.tensors[name], opened.ranges[name]
     if info.type.name not in quant_types.TENSOR_TYPES:
-        raise GgufError(f"{opened.path}: {name} is of type {info.type.name}, which no quantization makes")
+        raise GgufError(
+            f"{opened.path}: {name} is of type {info.type.name}, which no quantization makes"
+        )
     size = piece.size // (info.elements // info.shape[-1])
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     descriptor = os.open(piece.path, os.O_RDONLY)
     try:
-        raw = b"".join(os.pread(descriptor, len(run) * size, piece.offset + int(run[0]) * size) for run in runs)
+        raw = b"".join(
+            os.pread(descriptor, len(run) * size, piece.offset + int(run[0]) * size) for run in runs
+        )
     finally:
         os.close(descriptor)
     if len(raw) != len(numbers) * size:
         raise GgufError(f"{piece.path}: ends within {name}")
     stored = np.frombuffer(raw, np.uint8).reshape(len(numbers), size)
     with np.errstate(all="ignore"):  # a damaged scale is for the caller to see
-        return np.asarray(dequantize(stored.view(np.float32) if info.type.name == "F32" else stored, info.type), dtype=np.float32)
+        return np.asarray(
+            dequantize(stored.view(np.float32) if info.type.name == "F32" else stored, info.type),
+            dtype=np.float32,
+        )
 
 
-def look_at(opened: Gguf, info: TensorInfo, numbers: np.ndarray, take: Take | None, exact: bool) -> Found:
+def look_at(
+    opened: Gguf, info: TensorInfo, numbers: np.ndarray, take: Take | None, exact: bool
+) -> Found:
     """Look at these rows of a tensor; `take` gives the right values of them, if anything does."""
-    step, noise, signal, worst, finite, differs = max(BATCH // info.shape[-1], 1), 0.0, 0.0, 0.0, True, -1
+    step, noise, signal, worst, finite, differs = (
+        max(BATCH // info.shape[-1], 1),
+        0.0,
+        0.0,
+        0.0,
+        True,
+        -1,
+    )
     shifts: set[int] = set()
     for batch in _batches(numbers, step):
         stored = stored_rows(opened, info.name, batch)
@@ -193,9 +229,18 @@ def look_at(opened: Gguf, info: TensorInfo, numbers: np.ndarray, take: Take | No
             difference = (stored - right).astype(np.float64)
             row_noise, row_signal = (difference**2).sum(1), (right.astype(np.float64) ** 2).sum(1)
             floor = max(FAINT**2 * float(row_signal.mean()), 1e-30)
-            worst = max(worst, float(np.nan_to_num(np.sqrt(row_noise / np.maximum(row_signal, floor)), nan=np.inf).max()))
+            worst = max(
+                worst,
+                float(
+                    np.nan_to_num(
+                        np.sqrt(row_noise / np.maximum(row_signal, floor)), nan=np.inf
+                    ).max()
+                ),
+            )
             noise, signal = noise + float(row_noise.sum()), signal + float(row_signal.sum())
-            shifts.add(next((shift for shift in SHIFTS if np.abs(difference - shift).max() < 0.01), 0))
+            shifts.add(
+                next((shift for shift in SHIFTS if np.abs(difference - shift).max() < 0.01), 0)
+            )
     found = Found(info.name, info.type.name, len(numbers), finite)
     if take is None:
         return found
@@ -205,10 +250,14 @@ def look_at(opened: Gguf, info: TensorInfo, numbers: np.ndarray, take: Take | No
     if differs >= 0:
         problem = f"{info.name} differs from its source in row {differs:,}"
     elif error > allowed(info.type.name):
-        problem = f"{kind} has a relative error of {error:.3f}, allowed are {allowed(info.type.name):.3f}"
+        problem = (
+            f"{kind} has a relative error of {error:.3f}, allowed are {allowed(info.type.name):.3f}"
+        )
     elif worst > max(ROW_GATE, allowed(info.type.name)):
         problem = f"{kind} has a row with an error of {worst:.2f}: rows or experts are out of place"
-    return Found(info.name, info.type.name, len(numbers), finite, error, problem, shift if problem else 0)
+    return Found(
+        info.name, info.type.name, len(numbers), finite, error, problem, shift if problem else 0
+    )
 
 
 def _batches(numbers: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -220,4 +269,6 @@ def as_stored(right: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Values rounded to F32 or BF16, so that equal means equal bytes."""
     if kind.name == "F32":
         return right
-    return values.decode(np.frombuffer(values.encode(np.ascontiguousarray(right), kind), np.uint16), "BF16").reshape(right.shape)
+    return values.decode(
+        np.frombuffer(values.encode(np.ascontiguousarray(right), kind), np.uint16), "BF16"
+    ).reshape(right.shape)

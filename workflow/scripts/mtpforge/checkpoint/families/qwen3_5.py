@@ -12,7 +12,17 @@ import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 from gguf.constants import GGMLQuantizationType
 
-from mtpforge.checkpoint.families.table import BF16, F32, Change, Family, Row, Source, View, identity, unchanged
+from mtpforge.checkpoint.families.table import (
+    BF16,
+    F32,
+    Change,
+    Family,
+    Row,
+    Source,
+    View,
+    identity,
+    unchanged,
+)
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
 
@@ -39,7 +49,10 @@ class LinearHeads:
     """Sizes of the linear attention: key and value heads, and how many rows or columns they take."""
 
     def __init__(self, hp: Hparams) -> None:
-        self.keys, self.values = hp.count("linear_num_key_heads"), hp.count("linear_num_value_heads")
+        self.keys, self.values = (
+            hp.count("linear_num_key_heads"),
+            hp.count("linear_num_value_heads"),
+        )
         self.value_dim = hp.count("linear_value_head_dim")
         self.key_rows = self.keys * hp.count("linear_key_head_dim")
         self.value_rows = self.values * self.value_dim
@@ -56,11 +69,15 @@ class LinearHeads:
         """
         return unchanged if self.keys == self.values else partial(self._tile, width, axis, first)
 
-    def _tile(self, width: int, axis: int, first: int, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _tile(
+        self, width: int, axis: int, first: int, arrays: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
         (array,) = arrays
         kept, heads = np.split(array, [first], axis)
         grid = (self.keys, self.values // self.keys, width)
-        heads = heads.reshape(*heads.shape[:axis], *grid, *heads.shape[axis + 1 :]).swapaxes(axis, axis + 1)
+        heads = heads.reshape(*heads.shape[:axis], *grid, *heads.shape[axis + 1 :]).swapaxes(
+            axis, axis + 1
+        )
         return [kept, heads] if first else [heads]
 
 
@@ -82,7 +99,9 @@ def half(which: int) -> View:
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def matrix(name: str, source: str, *shape: int, view: View = unchanged, type: GGMLQuantizationType = BF16) -> Row:
+def matrix(
+    name: str, source: str, *shape: int, view: View = unchanged, type: GGMLQuantizationType = BF16
+) -> Row:
     """A weight that keeps its shape."""
     return Row(name, shape, (Source((source,), shape, view),), type)
 
@@ -112,20 +131,44 @@ def full_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 
 def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     """The gated delta rule; its own norm is stored as it is used, unlike every other norm."""
-    hidden, kernel, heads = hp.count("hidden_size"), hp.count("linear_conv_kernel_dim"), LinearHeads(hp)
+    hidden, kernel, heads = (
+        hp.count("hidden_size"),
+        hp.count("linear_conv_kernel_dim"),
+        LinearHeads(hp),
+    )
     of += "linear_attn."
     n, dim, channels, past_keys = heads.values, heads.value_dim, heads.channels, 2 * heads.key_rows
 
     def vector(name: str, source: str, change: Change = identity) -> Row:
         return Row(name, (n,), (Source((source,), (n,), heads.tiled(1)),), F32, change)
 
-    convolution = Source((f"{of}conv1d.weight",), (channels, 1, kernel), squeezed(heads.tiled(dim, first=past_keys)))
+    convolution = Source(
+        (f"{of}conv1d.weight",), (channels, 1, kernel), squeezed(heads.tiled(dim, first=past_keys))
+    )
     return [
-        matrix(f"{to}attn_qkv.weight", f"{of}in_proj_qkv.weight", channels, hidden, view=heads.tiled(dim, first=past_keys)),
-        matrix(f"{to}attn_gate.weight", f"{of}in_proj_z.weight", heads.value_rows, hidden, view=heads.tiled(dim)),
+        matrix(
+            f"{to}attn_qkv.weight",
+            f"{of}in_proj_qkv.weight",
+            channels,
+            hidden,
+            view=heads.tiled(dim, first=past_keys),
+        ),
+        matrix(
+            f"{to}attn_gate.weight",
+            f"{of}in_proj_z.weight",
+            heads.value_rows,
+            hidden,
+            view=heads.tiled(dim),
+        ),
         matrix(f"{to}ssm_alpha.weight", f"{of}in_proj_a.weight", n, hidden, view=heads.tiled(1)),
         matrix(f"{to}ssm_beta.weight", f"{of}in_proj_b.weight", n, hidden, view=heads.tiled(1)),
-        matrix(f"{to}ssm_out.weight", f"{of}out_proj.weight", hidden, heads.value_rows, view=heads.tiled(dim, axis=1)),
+        matrix(
+            f"{to}ssm_out.weight",
+            f"{of}out_proj.weight",
+            hidden,
+            heads.value_rows,
+            view=heads.tiled(dim, axis=1),
+        ),
         Row(f"{to}ssm_conv1d.weight", (channels, kernel), (convolution,), F32),
         vector(f"{to}ssm_a", f"{of}A_log", minus_exp),
         vector(f"{to}ssm_dt.bias", f"{of}dt_bias"),
@@ -136,7 +179,9 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
     """Gate, up and down."""
     if hp.get("num_experts"):
-        raise CheckpointError("config.json: num_experts in a dense architecture: `architectures` belongs to another model")
+        raise CheckpointError(
+            "config.json: num_experts in a dense architecture: `architectures` belongs to another model"
+        )
     hidden, ff = hp.count("hidden_size"), hp.count("intermediate_size")
     return [
         matrix(f"{to}ffn_gate.weight", f"{of}mlp.gate_proj.weight", ff, hidden),
@@ -160,7 +205,9 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
         experts("down", (hidden, ff), Source(down, (n, hidden, ff))),
         experts("gate", (ff, hidden), Source(gate_up, (n, 2 * ff, hidden), half(0))),
         experts("up", (ff, hidden), Source(gate_up, (n, 2 * ff, hidden), half(1))),
-        matrix(f"{to}ffn_gate_inp_shexp.weight", f"{of}shared_expert_gate.weight", 1, hidden, type=F32),
+        matrix(
+            f"{to}ffn_gate_inp_shexp.weight", f"{of}shared_expert_gate.weight", 1, hidden, type=F32
+        ),
         matrix(f"{to}ffn_gate_shexp.weight", f"{of}shared_expert.gate_proj.weight", shared, hidden),
         matrix(f"{to}ffn_up_shexp.weight", f"{of}shared_expert.up_proj.weight", shared, hidden),
         matrix(f"{to}ffn_down_shexp.weight", f"{of}shared_expert.down_proj.weight", hidden, shared),
@@ -170,10 +217,18 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 def layer_types(hp: Hparams) -> list[str]:
     """`full_attention` or `linear_attention` for each trunk block. Raises CheckpointError."""
     layers, interval = hp.count("num_hidden_layers"), hp.count("full_attention_interval", 4)
-    periodic = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    periodic = [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
+    ]
     types = hp.get("layer_types", periodic)
-    if not isinstance(types, list) or len(types) != layers or any(t not in ("linear_attention", "full_attention") for t in types):
-        raise CheckpointError(f"config.json: layer_types must name linear_attention or full_attention for {layers} layers")
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or any(t not in ("linear_attention", "full_attention") for t in types)
+    ):
+        raise CheckpointError(
+            f"config.json: layer_types must name linear_attention or full_attention for {layers} layers"
+        )
     return types
 
 
@@ -190,7 +245,9 @@ def block(hp: Hparams, to: str, of: str, attend: Part, mlp: Part) -> list[Row]:
 def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
     """Embeddings, blocks 0 to N-1, output norm and, unless it is tied, the output matrix."""
     if hp.flag("attention_bias"):
-        raise CheckpointError("config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run")
+        raise CheckpointError(
+            "config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run"
+        )
     hidden, vocabulary = hp.count("hidden_size"), hp.count("vocab_size")
     rows = [matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, hidden)]
     for i, attention in enumerate(layer_types(hp)):
@@ -205,7 +262,9 @@ def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
 def head(hp: Hparams, mlp: Part) -> list[Row]:
     """Block N. It shares the trunk's embeddings and output matrix, so it must not bring its own."""
     if hp.flag("mtp_use_dedicated_embeddings"):
-        raise CheckpointError("config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them")
+        raise CheckpointError(
+            "config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them"
+        )
     hidden, to = hp.count("hidden_size"), f"blk.{hp.count('num_hidden_layers')}."
     return [
         *block(hp, to, "mtp.layers.0.", full_attention, mlp),
@@ -249,7 +308,9 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool =
     describe_linear_attention(writer, hp, head_blocks)
     factor = rope.number("partial_rotary_factor", 0.25)
     if not 0 < factor <= 1:
-        raise CheckpointError(f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor}")
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor must be above 0 and at most 1, not {factor}"
+        )
     writer.add_rope_dimension_count(int(dim * factor))
     if sections and rope.get("mrope_section") is None:
         writer.add_rope_dimension_sections([*DEFAULT_MROPE_SECTIONS, 0])
@@ -283,7 +344,9 @@ def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
     """Scaling (`default`, `linear` or `yarn`), sections of the multimodal rotation, and the base frequency."""
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn"):
-        raise CheckpointError(f"config.json: rope_type {kind!r} is unknown: default, linear and yarn are")
+        raise CheckpointError(
+            f"config.json: rope_type {kind!r} is unknown: default, linear and yarn are"
+        )
     if kind != "default":
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope.number("factor"))
@@ -291,11 +354,20 @@ def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope.count("original_max_position_embeddings"))
         for key in ("extrapolation_factor", "attention_factor", "beta_fast", "beta_slow"):
             if rope.get(key) is not None:
-                method = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}.get(key, key)
+                method = {
+                    "extrapolation_factor": "ext_factor",
+                    "attention_factor": "attn_factor",
+                }.get(key, key)
                 getattr(writer, f"add_rope_scaling_yarn_{method}")(rope.number(key))
     if (sections := rope.get("mrope_section")) is not None:
-        if not isinstance(sections, list) or len(sections) not in (3, 4) or any(type(n) is not int for n in sections):
-            raise CheckpointError(f"config.json: mrope_section must be three or four integers, not {sections!r}")
+        if (
+            not isinstance(sections, list)
+            or len(sections) not in (3, 4)
+            or any(type(n) is not int for n in sections)
+        ):
+            raise CheckpointError(
+                f"config.json: mrope_section must be three or four integers, not {sections!r}"
+            )
         writer.add_rope_dimension_sections([*sections, 0][:4])
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope.number("rope_theta"))

@@ -17,13 +17,23 @@ from mtpforge.checkpoint.hparams import Hparams
 
 def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     """The gated delta rule with its inputs in two matrices; value heads stay grouped by key head."""
-    hidden, kernel, heads = hp.count("hidden_size"), hp.count("linear_conv_kernel_dim"), LinearHeads(hp)
+    hidden, kernel, heads = (
+        hp.count("hidden_size"),
+        hp.count("linear_conv_kernel_dim"),
+        LinearHeads(hp),
+    )
     n, of = heads.values, f"{of}linear_attn."
     fused = (f"{of}in_proj_qkvz.weight",), (heads.channels + heads.value_rows, hidden)
     convolution = Source((f"{of}conv1d.weight",), (heads.channels, 1, kernel), squeezed(unchanged))
     return [
-        Row(f"{to}attn_qkv.weight", (heads.channels, hidden), (Source(*fused, _parts(heads, 0, 3)),)),
-        Row(f"{to}attn_gate.weight", (heads.value_rows, hidden), (Source(*fused, _parts(heads, 3, 4)),)),
+        Row(
+            f"{to}attn_qkv.weight", (heads.channels, hidden), (Source(*fused, _parts(heads, 0, 3)),)
+        ),
+        Row(
+            f"{to}attn_gate.weight",
+            (heads.value_rows, hidden),
+            (Source(*fused, _parts(heads, 3, 4)),),
+        ),
         matrix(f"{to}ssm_ba.weight", f"{of}in_proj_ba.weight", 2 * n, hidden),
         matrix(f"{to}ssm_out.weight", f"{of}out_proj.weight", hidden, heads.value_rows),
         Row(f"{to}ssm_conv1d.weight", (heads.channels, kernel), (convolution,), F32),

@@ -70,7 +70,9 @@ class Family:
 
     def canonical(self, name: str) -> str:
         """A checkpoint tensor's name as the tables have it, whatever wrapper class saved it."""
-        return name.replace("language_model.", "").replace(f"model.{self.head_prefix}", self.head_prefix)
+        return name.replace("language_model.", "").replace(
+            f"model.{self.head_prefix}", self.head_prefix
+        )
 
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
         """The rows of part `all`, `trunk`, `head`, or `draft`: the head with what it shares with the trunk."""
