@@ -66,25 +66,18 @@ def make_parts(scratch: Path) -> tuple[Path, Path]:
 
 def measure(label: str, base: Path, head: Path, repeats: int, slow: bool) -> dict[str, Any]:
     """All figures in the folder of `base`, which is in the page cache as far as that holds it."""
-    out, own = base.with_name("out.gguf"), base.with_name("own.gguf")
+    out = base.with_name("out.gguf")
     program = [sys.executable, ROOT / "workflow/scripts/inject.py"]
 
     def fresh(*command: object) -> Cost:
         out.unlink(missing_ok=True)
         return cost_of(*command)
 
-    def in_place() -> Cost:
-        subprocess.run(["cp", "--reflink=never", str(base), str(own)], check=True)
-        os.sync()
-        return cost_of(*program, own, "--head", head, "--in-place")
-
     subprocess.run(["cat", str(base), str(head)], stdout=subprocess.DEVNULL, check=True)
     costs = {
         "cp": typical(lambda: fresh("cp", "--reflink=never", base, out), repeats),
         "inject": typical(lambda: fresh(*program, base, "--head", head, "--out", out), repeats),
-        "in place": typical(in_place, repeats),
     }
-    own.unlink()
     if slow:
         costs["gguf-py"] = fresh(sys.executable, "-c", GGUF_PY, base, head, out)
     out.unlink()
@@ -121,15 +114,15 @@ def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
 def table(results: list[dict[str, Any]]) -> str:
     """The ratios, as Markdown."""
     lines = [
-        "| on | base GB | head GB | cp | inject | × cp | in place | × cp | gguf-py | × faster |",
-        "| --- |" + " ---: |" * 9,
+        "| on | base GB | head GB | cp | inject | × cp | gguf-py | × faster |",
+        "| --- |" + " ---: |" * 7,
     ]
     for entry in results:
-        copy, inject, in_place = (entry[name]["wall"] for name in ("cp", "inject", "in place"))
+        copy, inject = (entry[name]["wall"] for name in ("cp", "inject"))
         slow = entry["gguf-py"]["wall"] if "gguf-py" in entry else None
         cells = [
             entry["on"], f"{entry['base'] / 1e9:.2f}", f"{entry['head'] / 1e9:.2f}", f"{copy:.2f} s", f"{inject:.2f} s",
-            f"{inject / copy:.2f}", f"{in_place:.2f} s", f"{in_place / copy:.2f}",
+            f"{inject / copy:.2f}",
             *((f"{slow:.1f} s", f"{slow / inject:.1f}") if slow else ("", "")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -1,20 +1,15 @@
 """A head is appended to a base that lacks one: every other byte stays, every key that counts blocks is right."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKPOINTS, SCRIPTS, Run
+from conftest import CHECKPOINTS, Run
 from gguf.constants import GGUFValueType
-from mtpforge import in_place
 from mtpforge.convert import native
-from mtpforge.errors import ConfigError, ForgeError, GgufError
+from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, split, writer
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import PADDING, Gguf, Value
@@ -469,191 +464,7 @@ def test_a_file_of_the_base_is_not_overwritten(
 def test_the_kind_of_output_must_fit_the_base(
     parts: dict[str, Path], shards: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(GgufError, match="for a base in several files, a folder"):
-        inject(parts["trunk"], parts["head"], tmp_path / "folder")
-    with pytest.raises(GgufError, match="for a base in several files, a folder"):
-        inject(shards[0], parts["head"], None)
-
-
-# ── in place ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own(parts: dict[str, Path], tmp_path: Path) -> Path:
-    """A base that may be changed."""
-    path = tmp_path / "own.gguf"
-    path.write_bytes(parts["trunk"].read_bytes())
-    return path
-
-
-def expected_of(parts: dict[str, Path], tmp_path: Path) -> bytes:
-    inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf")
-    return (tmp_path / "expected.gguf").read_bytes()
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("possible", [True, False])
-def test_the_file_itself_becomes_what_a_copy_would(
-    parts: dict[str, Path],
-    own: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    possible: bool,
-) -> None:
-    """Also where the file system cannot make room at the beginning: then a new file takes its place."""
-    inode = own.stat().st_ino
-    if not possible:
-        monkeypatch.setattr(in_place, "_make_room", lambda descriptor, count: False)
-    inject(own, parts["head"], None)
-    assert own.read_bytes() == expected_of(parts, tmp_path)
-    assert names_in(tmp_path) == {"own.gguf", "expected.gguf"}
-    assert (own.stat().st_ino == inode) is (possible and sys.platform == "linux")
-
-
-@pytest.mark.parametrize("step", ["append_run", "_make_room", "_write_header"])
-def test_a_killed_run_is_repaired_by_the_next(
-    parts: dict[str, Path], own: Path, tmp_path: Path, step: str
-) -> None:
-    """SIGKILL as a step begins: the file is then as it was, grown at its end, or without its header."""
-    module = "writer" if step == "append_run" else "in_place"
-    program = f"""
-import os, sys
-sys.path.insert(0, {str(SCRIPTS)!r})
-from pathlib import Path
-from typing import Any
-from mtpforge import in_place
-from mtpforge.gguf import writer
-from mtpforge.inject.inject import inject
-{module}.{step} = lambda *_: os.kill(os.getpid(), 9)
-inject(Path({str(own)!r}), Path({str(parts["head"])!r}), None)
-"""
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
-    assert ".own.gguf.journal" in names_in(tmp_path)
-    with pytest.raises(GgufError, match=r"was interrupted: run inject\.py --in-place on it again"):
-        inject(own, parts["head"], tmp_path / "out.gguf")
-    said: list[str] = []
-    inject(own, parts["head"], None, say=said.append)
-    assert own.read_bytes() == expected_of(parts, tmp_path)
-    assert ("has this head already" in said[-1]) is (
-        step == "_write_header"
-    )  # finished; in the other cases taken back, and done again
-    assert names_in(tmp_path) == {"own.gguf", "expected.gguf"}
-
-
-def test_what_a_power_cut_tears_is_seen(
-    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class PowerCut(BaseException):
-        pass
-
-    def cut(*_: object) -> None:
-        raise PowerCut
-
-    with monkeypatch.context() as patched, pytest.raises(PowerCut):
-        patched.setattr(in_place, "_write_header", cut)
-        inject(own, parts["head"], None)
-    data = own.read_bytes()
-    middle = len(data) // 2
-    own.write_bytes(
-        data[:middle] + bytes(BLOCK) + data[middle:-BLOCK]
-    )  # what lies behind the middle has not arrived yet
-    torn = own.read_bytes()
     with pytest.raises(
-        GgufError, match=r"cannot be repaired .*: get it again from where it came, and delete"
+        GgufError, match=r"folder: the output is a file, F\.gguf; only a split base"
     ):
-        inject(own, parts["head"], None)
-    assert own.read_bytes() == torn
-
-
-def test_a_full_disk_leaves_the_file_as_it_was(
-    parts: dict[str, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(writer, "append_run", full)
-        inject(own, parts["head"], None)
-    assert own.read_bytes() == parts["trunk"].read_bytes() and names_in(tmp_path) == {"own.gguf"}
-
-
-@pytest.fixture
-def interrupted(parts: dict[str, Path], own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base in which room has been made, and no more, and beside it its journal."""
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(in_place, "_write_header", killed)
-        inject(own, parts["head"], None)
-    return own
-
-
-def test_a_file_that_has_come_since_is_not_touched(
-    parts: dict[str, Path], interrupted: Path
-) -> None:
-    """Even if it has a size that an interrupted run leaves, and the same tensors under another header."""
-    note = Value.of("x" * 5000, GGUFValueType.STRING)
-    rewrite(parts["trunk"], interrupted, lambda m: m.update({"a.note": note}))
-    came = interrupted.read_bytes()
-    with pytest.raises(GgufError, match="neither as it was nor as it would have been"):
-        inject(interrupted, parts["head"], None)
-    assert interrupted.read_bytes() == came
-
-
-def test_a_file_that_has_grown_but_was_not_moved_is_as_before(
-    parts: dict[str, Path], interrupted: Path, tmp_path: Path
-) -> None:
-    """A file system can raise the size before it moves the data."""
-    size = interrupted.stat().st_size
-    interrupted.write_bytes(parts["trunk"].read_bytes().ljust(size, b"\0"))
-    inject(interrupted, parts["head"], None)
-    assert interrupted.read_bytes() == expected_of(parts, tmp_path)
-
-
-@pytest.mark.parametrize("journal", [b"", b"[]", b"\xff", b'{"size": 1}\n', b'{"size": "1"}'])
-def test_a_garbled_journal_is_an_error(
-    parts: dict[str, Path], own: Path, tmp_path: Path, journal: bytes
-) -> None:
-    (tmp_path / ".own.gguf.journal").write_bytes(journal)
-    with pytest.raises(GgufError, match="cannot be repaired"):
-        inject(own, parts["head"], None)
-    assert own.read_bytes() == parts["trunk"].read_bytes()
-
-
-def test_nobody_reads_what_is_changed_in_place(
-    parts: dict[str, Path], own: Path, tmp_path: Path
-) -> None:
-    with in_place.held(own, change=True):
-        for out in (None, tmp_path / "out.gguf"):
-            with pytest.raises(ForgeError, match="another process is using it"):
-                inject(own, parts["head"], out)
-    with in_place.held(own, change=False):
-        inject(own, parts["head"], tmp_path / "out.gguf")  # reading is for many
-        with pytest.raises(ForgeError, match="another process is using it"):
-            inject(own, parts["head"], None)
-
-
-def test_room_that_is_there_already_needs_no_moving(parts: dict[str, Path], tmp_path: Path) -> None:
-    padding = Value.of(" " * 3000, GGUFValueType.STRING)
-    own = rewrite(parts["trunk"], tmp_path / "own.gguf", lambda m: m.update({PADDING: padding}))
-    inject(own, parts["head"], None)
-    assert contents(reader.read(own)) == contents(reader.read(parts["all"])) and names_in(
-        tmp_path
-    ) == {"own.gguf"}
-
-
-def test_a_file_with_other_names_is_not_changed_in_place(
-    parts: dict[str, Path], own: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "link.gguf").symlink_to(own)
-    with pytest.raises(ForgeError, match="is a link: name the file itself"):
-        inject(tmp_path / "link.gguf", parts["head"], None)
-    os.link(own, tmp_path / "other.gguf")
-    with pytest.raises(ForgeError, match="has other names"):
-        inject(own, parts["head"], None)
-    assert own.read_bytes() == parts["trunk"].read_bytes()
+        inject(parts["trunk"], parts["head"], tmp_path / "folder")

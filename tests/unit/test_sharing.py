@@ -45,10 +45,7 @@ def used(point: Path) -> int:
     return (told.f_blocks - told.f_bfree) * told.f_frsize
 
 
-@pytest.mark.parametrize("change_in_place", [False, True])
-def test_the_trunk_takes_no_room_a_second_time(
-    mounted: Path, tmp_path: Path, change_in_place: bool
-) -> None:
+def test_the_trunk_takes_no_room_a_second_time(mounted: Path, tmp_path: Path) -> None:
     for part in ("trunk", "head"):
         native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / f"{part}.gguf", part, "qwen35")
     small = reader.read(tmp_path / "trunk.gguf")
@@ -58,8 +55,8 @@ def test_the_trunk_takes_no_room_a_second_time(
     base = mounted / "base.gguf"
     writer.write(base, small.metadata, [*pieces, (big, [noise])])
     before, trunk = used(mounted), trunk_digests(reader.read(base))
-    out = base if change_in_place else mounted / "out.gguf"
-    inject(base, tmp_path / "head.gguf", None if change_in_place else out)
+    out = mounted / "out.gguf"
+    inject(base, tmp_path / "head.gguf", out)
     assert used(mounted) - before < 8 * MB < big.size / 4
     assert trunk_digests(reader.read(out)) == trunk == trunk_digests(reader.read(base))
     assert len(reader.read(out).tensors) == len(trunk) + 15

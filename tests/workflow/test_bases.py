@@ -1,7 +1,6 @@
-"""A head for quantizations that lie on the disk, by real Snakemake: in several files, with another head, changed in place."""
+"""A head for quantizations that lie on the disk, by real Snakemake: in several files, with another head."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ VARIANTS = {
     },
     "replaced": {"base": {"path": "bases/headed.gguf"}, "head": "Q6_K", "replace_head": True},
     "kept": {"base": {"path": "bases/headed.gguf"}, "head": "BF16"},
-    "own": {"base": {"path": "bases/own.gguf", "in_place": True}},
 }
 
 
@@ -30,7 +28,6 @@ def repository(
     bases, work = copy.path / "bases", built / "results/tiny-qwen3.5/work"
     split.split(work / "trunk/Q4_K_M.gguf", bases, "split", 1_000_000)
     inject.inject(work / "trunk/Q4_K_M.gguf", work / "convert/head.gguf", bases / "headed.gguf")
-    shutil.copy(work / "trunk/Q4_K_M.gguf", bases / "own.gguf")
     copy.config["models"] = {
         "tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": VARIANTS}
     }
@@ -65,13 +62,9 @@ def test_the_trunk_is_proven_to_be_the_base(
 
 def test_the_head_has_the_types_asked_for(repository: Repository) -> None:
     assert {variant: report(repository, variant)["head"] for variant in VARIANTS} == {
-        "split": "Q4_K/Q8_0", "replaced": "Q6_K", "kept": "BF16", "own": "Q8_0",
+        "split": "Q4_K/Q8_0", "replaced": "Q6_K", "kept": "BF16",
     }  # fmt: skip
     assert result(repository, "split").tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q8_0"
-
-
-def test_a_base_that_is_changed_in_place_is_the_result(repository: Repository) -> None:
-    assert (repository.path / "bases/own.gguf").samefile(result(repository, "own").path)
 
 
 def test_nothing_is_left_to_do(repository: Repository) -> None:

@@ -9,7 +9,6 @@ rule inject:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
         base=build.base_if_any,
-        own=ancient(build.own_base_if_any),  # is changed in place, and its time with every name that it gets
         head=ancient(build.head_file),
         digests=build.head_digests,
     output:

@@ -14,10 +14,6 @@ from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 
 HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
-IN_PLACE = (
-    "change BASE.gguf itself: its data is moved up within the file where the file system can (ext4, XFS); "
-    "--out, if given, is then a second name of it (a hard link)"
-)
 
 
 def main() -> None:
@@ -37,8 +33,9 @@ def main() -> None:
     parser.add_argument(
         "--replace-head", action="store_true", help="of a base that has another head, take it away"
     )
-    parser.add_argument("--out", type=Path, help="the GGUF to write")
-    parser.add_argument("--in-place", action="store_true", help=IN_PLACE)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the GGUF to write, or a folder for a split base"
+    )
     parser.add_argument(
         "--digests",
         type=Path,
@@ -52,19 +49,16 @@ def main() -> None:
         help="where llama-quantize is (default: %(default)s)",
     )
     args = parser.parse_args()
-    if not (args.out or args.in_place):
-        parser.error("--out or --in-place is needed")
     inputs = [
         given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)
     ]
     for out in filter(None, (args.out, args.digests)):
         atomic.refuse_overwriting(out, *inputs)
-    out = None if args.in_place else args.out
-    with progress.bar((out or args.base).name) as show:
+    with progress.bar(args.out.name) as show:
         inject.inject(
             args.base,
             args.head,
-            out,
+            args.out,
             args.head_type,
             args.bin,
             show,
@@ -72,8 +66,6 @@ def main() -> None:
             say,
             args.digests,
         )
-    if args.in_place and args.out:
-        atomic.give_name(args.base, args.out)
 
 
 def say(line: str) -> None:

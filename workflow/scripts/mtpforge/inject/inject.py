@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from mtpforge import in_place
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types, reader, split, writer
@@ -38,27 +37,26 @@ Piece: TypeAlias = tuple[TensorInfo, Payload]
 
 
 def inject(
-    base: Path, head: Path, out: Path | None, head_type: str | None = None, bin_dir: Path = programs.DEFAULT_BIN,
+    base: Path, head: Path, out: Path, head_type: str | None = None, bin_dir: Path = programs.DEFAULT_BIN,
     progress: Show = lambda done, total: None, replace_head: bool = False, say: Callable[[str], None] = lambda line: None,
     digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Give `base` the head of `head`, a GGUF or a checkpoint folder, at `head_type` (default: as it is there).
 
-    `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files; None
-    changes the base itself. `head_type` is as `quantize.read_head` takes it. A base that has this very head is copied as it is;
+    `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files.
+    `head_type` is as `quantize.read_head` takes it. A base that has this very head is copied as it is;
     another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
     the sha256 of each tensor of the trunk as it is, and of the head as it will be. Raises GgufError where base and head do
     not belong together.
     """
-    with (
-        in_place.held(base, change=out is None) as descriptor,
-        atomic.scratch_folder(out or base) as scratch,
-    ):
+    if not base.is_file():  # a pipe would wait for ever
+        raise GgufError(f"{base}: no such file")
+    with atomic.scratch_folder(out) as scratch:
         files = split.shards(base)
         opened, single = split.joined(files), len(files) == 1
-        if (single and out is not None and out.suffix != ".gguf") or (out is None and not single):
+        if single and out.suffix != ".gguf":
             raise GgufError(
-                f"{out or base}: to be written is a GGUF, F.gguf or, for a base in several files, a folder for as many"
+                f"{out}: the output is a file, F.gguf; only a split base can be written to a folder"
             )
         given = _open_head(head, scratch)
         check_match(opened, given)
@@ -77,10 +75,7 @@ def inject(
         same = bool(head_names(opened)) and not differences
         if same:
             say(f"{base} has this head already, byte for byte")
-        if out is None:
-            if not same:
-                _change(opened, descriptor, new, progress)
-        elif same and single:
+        if same and single:
             _copy(opened.path, out, progress)
         elif out.suffix == ".gguf":
             assemble(opened, new, out, progress)
@@ -169,16 +164,6 @@ def assemble(base: Gguf, head: Gguf, out: Path, progress: Show = lambda done, to
     trunk = trunk_only(base)
     tensors = contents(trunk) + _fitted(head, trunk)
     writer.write(out, writer.padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
-
-
-def _change(base: Gguf, descriptor: int, head: Gguf, progress: Show) -> None:
-    """Put the head into the base's own file; a new file in its place where that cannot be. Raises GgufError, OSError."""
-    if not head_names(base):
-        tensors = _fitted(head, base)
-        metadata = writer.padded(merged_metadata(base, head), contents(base) + tensors, base)
-        if in_place.insert(base, descriptor, metadata, tensors, progress):
-            return
-    assemble(base, head, base.path, progress)
 
 
 def _assemble_files(
