@@ -1,17 +1,14 @@
-"""The list of a folder's files, statements of provenance, and signatures: what they say, and what they refuse."""
+"""The list of a folder's files and statements of provenance: what they say, and what they refuse."""
 
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SCRIPTS, Run
-from model_signing import verifying
+from conftest import Run
 from mtpforge.build import Build
 from mtpforge.errors import ConfigError, VerificationError
 from mtpforge.io import ranges
@@ -285,51 +282,3 @@ def test_a_list_without_a_model_is_no_whole_folder(tmp_path: Path) -> None:
 def test_to_publish_nothing_is_an_error(run: Run) -> None:
     done = run("publish.py")
     assert done.returncode == 1 and done.stderr.startswith("error: nothing to publish")
-
-
-def test_signing_without_its_package_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "model_signing.py").write_text("raise ImportError('No module named model_signing')")
-    command = [
-        sys.executable,
-        SCRIPTS / "sign.py",
-        tmp_path,
-        "--key",
-        tmp_path / "k",
-        "--out",
-        tmp_path / "sig",
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 1
-        and "python -m pip install model-signing" in done.stderr
-        and not (tmp_path / "sig").exists()
-    )
-
-
-def test_a_signature_is_one_that_the_package_verifies(tmp_path: Path, run: Run) -> None:
-    """With a key of our own; one byte more in the list, and it does not hold."""
-    key, public, listed, signature = (
-        tmp_path / name for name in ("key.pem", "public.pem", "SHA256SUMS", "SHA256SUMS.sig")
-    )
-    subprocess.run(
-        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key], check=True
-    )
-    subprocess.run(
-        ["openssl", "ec", "-in", key, "-pubout", "-out", public], check=True, capture_output=True
-    )
-    listed.write_text(f"{'0' * 64}  a.gguf\n")
-    done = run("sign.py", listed, "--key", key, "--out", signature)
-    assert done.returncode == 0, done.stderr
-    check = verifying.Config().use_elliptic_key_verifier(public_key=public)
-    check.verify(listed, signature)
-    listed.write_text(listed.read_text() + "\n")
-    with pytest.raises(ValueError, match="mismatch"):
-        check.verify(listed, signature)
-    done = run("sign.py", listed, "--key", listed, "--out", tmp_path / "other")
-    assert (
-        done.returncode == 1
-        and "no private elliptic-curve key" in done.stderr
-        and not (tmp_path / "other").exists()
-    )

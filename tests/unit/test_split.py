@@ -384,20 +384,11 @@ def test_a_split_that_cannot_be_is_refused_before_verification(
     assert named in message  # and not that llama-server is missing
 
 
-def test_the_program(source: Path, run: Run, fails: Callable[..., str], tmp_path: Path) -> None:
-    done = run("split.py", source, "--max-size", "3M", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        str(tmp_path / "out" / name) for name in shard_names("tiny-qwen3.5", 2)
+def test_a_file_that_fits_stays_one_without_a_number(source: Path, tmp_path: Path) -> None:
+    assert split(source, tmp_path / "out", "tiny", 3 * M) == [
+        tmp_path / "out" / name for name in shard_names("tiny", 2)
     ]
-    assert "is no size" in fails("split.py", source, "--max-size", "3 GB", out=tmp_path / "other")
-    assert "no such file" in fails(
-        "split.py", tmp_path / "gone.gguf", "--max-size", "3M", out=tmp_path / "other"
-    )
-    assert (
-        run(
-            "split.py", source, "--max-size", "9M", "--out", tmp_path / "one", "--name", "Named"
-        ).returncode
-        == 0
-    )
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["Named.gguf"]
+    assert split(source, tmp_path / "one", "Named", 9 * M) == [tmp_path / "one/Named.gguf"]
+    with pytest.raises(GgufError, match="no such file"):
+        split(tmp_path / "gone.gguf", tmp_path / "other", "x", 3 * M)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]

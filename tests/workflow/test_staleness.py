@@ -137,13 +137,6 @@ def test_a_repository_to_publish_to_reruns_the_card_alone(repository: Repository
     assert repository.pending() == {"card": 1, "sums": 1}
 
 
-def test_a_key_to_sign_with_signs_the_list_alone(repository: Repository) -> None:
-    (repository.path / "key.pem").touch()
-    repository.config["sign"] = {"key": "key.pem"}
-    repository.write_config()
-    assert repository.pending() == {"sign": 1}
-
-
 def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {

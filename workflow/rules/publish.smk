@@ -1,7 +1,7 @@
 # What makes a folder of results a repository of the Hub, and its upload.
 # Needs: the verified files with their reports, measurements where there are some, and the checkpoint's own card and digests.
 # Makes, in results/<model>/: README.md, the model card; provenance/, for each report what its files were made of; SHA256SUMS, the
-# list of all that is published, which is how a download is checked; SHA256SUMS.sig, where `sign` is configured.
+# list of all that is published, which is how a download is checked.
 # `publish` is no part of `all`. It has no output, so it always asks the Hub what is there, and uploads what is not.
 
 
@@ -100,23 +100,6 @@ rule sums:
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
         " --others {input.card:q} {input.statements:q} {input.measurements:q} 2>&1 | tee {log:q}"
-
-
-rule sign:
-    input:
-        code=code("sign.py"),
-        sums="results/{model}/SHA256SUMS",
-        key=build.key,
-    output:
-        "results/{model}/SHA256SUMS.sig",
-    log:
-        "logs/{model}/sign.log",
-    conda:
-        "../../envs/run.yaml"
-    message:
-        "{wildcards.model}: sign the list"
-    shell:
-        "python {input.code[0]:q} {input.sums:q} --key {input.key:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 # snakemake --cores 1 publish [--config dry_run=true]

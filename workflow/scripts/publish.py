@@ -29,7 +29,6 @@ def main() -> None:
         metavar=pair,
         help="a repository that is made is public",
     )
-    parser.add_argument("--signed", action="store_true", help="with SHA256SUMS.sig")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
     args = parser.parse_args()
     targets = [(*pair, True) for pair in args.private] + [(*pair, False) for pair in args.public]
@@ -38,10 +37,10 @@ def main() -> None:
             "nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`"
         )
     for folder, repo, private in targets:
-        plan = upload.plan(Path(folder), repo, args.signed)
+        plan = upload.plan(Path(folder), repo)
         upload.tell(plan)
         if plan.missing and not args.dry_run:
-            print(f"{repo}: {upload.upload(plan, private, args.signed)}")
+            print(f"{repo}: {upload.upload(plan, private)}")
 
 
 if __name__ == "__main__":

@@ -199,11 +199,6 @@ def read(path: Path) -> Gguf:
         raise GgufError(f"{path}: not a GGUF file ({error})") from None
 
 
-def parse(path: Path, header: bytes, size: int) -> Gguf:
-    """What the file at `path`, of `size` bytes, is under this header. Raises GgufError."""
-    return _Parser(path, header, size).parse()
-
-
 class _Parser:
     """A cursor over the mapped header; every length is checked against the file before it is used."""
 

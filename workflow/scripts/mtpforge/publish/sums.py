@@ -17,7 +17,7 @@ from mtpforge.io.text import read_json
 from mtpforge.progress import Show
 from mtpforge.publish import provenance
 
-SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
+SUMS = "SHA256SUMS"
 SLACK = 10.0
 """Seconds by which a file may be younger than the record of it: Snakemake gives both the time when it has seen them."""
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")

@@ -25,7 +25,6 @@ from mtpforge.hub import remote
 from mtpforge.hub.remote import Patience
 from mtpforge.io.ranges import digest_of
 from mtpforge.publish.sums import (
-    SIGNATURE,
     SUMS,
     Sums,
     certainly_unchanged,
@@ -56,9 +55,9 @@ class Plan:
     foreign: list[str]
 
 
-def plan(folder: Path, repo: str, signed: bool) -> Plan:
+def plan(folder: Path, repo: str) -> Plan:
     """Compare a folder of results with a repository, which need not exist. Raises VerificationError, UploadError."""
-    sums = _own(folder, signed)
+    sums = _own(folder)
     there = _there(repo)
     missing = [
         (name, (folder / name).stat().st_size)
@@ -69,7 +68,7 @@ def plan(folder: Path, repo: str, signed: bool) -> Plan:
     return Plan(folder, repo, there is not None, missing, foreign)
 
 
-def upload(todo: Plan, private: bool, signed: bool) -> str:
+def upload(todo: Plan, private: bool) -> str:
     """Do what is planned, in a repository that is made if it does not exist; the address of the commit.
 
     Raises VerificationError, before anything is sent, for a file that is not the one that was listed; UploadError.
@@ -93,15 +92,15 @@ def upload(todo: Plan, private: bool, signed: bool) -> str:
         raise UploadError(
             f"{todo.repo}: {why}: run again: what has come until then is kept"
         ) from None
-    if left := plan(todo.folder, todo.repo, signed).missing:
+    if left := plan(todo.folder, todo.repo).missing:
         raise UploadError(
             f"{todo.repo}: is now without, or with another, {', '.join(name for name, _ in left)}: run again"
         )
     return str(done.commit_url)
 
 
-def _own(folder: Path, signed: bool) -> Sums:
-    """What is to be there: what the list names, itself and its signature. Raises VerificationError for a file unlike its entry."""
+def _own(folder: Path) -> Sums:
+    """What is to be there: what the list names, and the list. Raises VerificationError for a file unlike its entry."""
     listed = folder / SUMS
     sums = read_sums(listed)
     for name, digest in sums.items():
@@ -111,9 +110,7 @@ def _own(folder: Path, signed: bool) -> Sums:
             )
         check = unchanged if name.endswith(".gguf") else certainly_unchanged
         check(folder / name, digest, listed)
-    for name in [SUMS, *([SIGNATURE] if signed else [])]:
-        sums[name] = digest_of(folder / name)
-    return sums
+    return {**sums, SUMS: digest_of(listed)}
 
 
 def _there(repo: str) -> dict[str, RepoFile] | None:
