@@ -1,18 +1,13 @@
 """Pictures are well-formed, as wide as a phone, and say in words what they show in colours."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import SCRIPTS
+from mtpforge.report import figures
 from mtpforge.report.svg import WIDE, WIDTH, Svg, ticks
-
-sys.path.insert(0, str(SCRIPTS))
-
-import plot
 
 TEXT, RECT = "{http://www.w3.org/2000/svg}text", "{http://www.w3.org/2000/svg}rect"
 
@@ -53,14 +48,14 @@ def words(picture: Svg) -> list[str]:
 
 
 def test_speed_says_what_to_serve_with() -> None:
-    found = words(plot.speed([measured("M-A.gguf", 1), measured("M-B.gguf", 0)]))
+    found = words(figures.speed([measured("M-A.gguf", 1), measured("M-B.gguf", 0)]))
     assert "recommended: n_max 1 (1.50 times as fast as" in " ".join(found) and "1.50×" in found
     assert "recommended: no drafting (slower than without)" in found and "0.80×" in found
     assert "On A <fast> one, 1 thread." in " ".join(found)
 
 
 def test_acceptance_is_of_each_kind() -> None:
-    picture = plot.acceptance([measured("M-A.gguf", 1)])
+    picture = figures.acceptance([measured("M-A.gguf", 1)])
     assert {"code", "prose", "structured", "90.0%", "by position at n_max 1: 90%"} <= set(
         words(picture)
     )
@@ -72,7 +67,7 @@ def test_acceptance_is_of_each_kind() -> None:
 def test_more_kinds_than_three_keep_apart() -> None:
     kinds = ["code", "prose", "structured", "dialogue", "mathematics", "translation"]
     found = measured("M-A.gguf", 1)
-    picture = plot.acceptance(
+    picture = figures.acceptance(
         [{**found, "runs": [{**found["runs"][0], "kind": kind} for kind in kinds]}]
     )
     assert set(kinds) <= set(words(picture))
@@ -88,7 +83,7 @@ def test_more_kinds_than_three_keep_apart() -> None:
 def test_distances_of_all_files_are_named(divergences: tuple[float, ...]) -> None:
     names = [f"M-V{number}" for number in range(len(divergences))]
     found = words(
-        plot.distance(
+        figures.distance(
             [
                 measured(f"{name}.gguf", 0, value)
                 for name, value in zip(names, divergences, strict=True)
@@ -100,12 +95,12 @@ def test_distances_of_all_files_are_named(divergences: tuple[float, ...]) -> Non
 
 def test_tensors_have_their_types_and_errors(built: Path) -> None:
     file = built / "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf"
-    picture = plot.tensors(
+    picture = figures.tensors(
         file, {"blk.0.ffn_up.weight": 0.15, "blk.1.ffn_up.weight": 0.2, "output_norm.weight": 0.0}
     )
     assert {"ffn_up", "IQ3_S ×4", "BF16 ×1", "nextn.eh_proj"} <= set(words(picture))
     assert picture.render().count('stroke-width="3"') == 1  # the one name with errors
-    assert "0.0001" not in words(plot.tensors(file, {}))  # no axis where nothing was compared
+    assert "0.0001" not in words(figures.tensors(file, {}))  # no axis where nothing was compared
 
 
 @pytest.mark.parametrize(
