@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a line that is rewritten on a terminal, a line every few seconds in a log."""
+"""Progress of long work on stderr: one rewritten line on a terminal, a line every few seconds in a log."""
 
 import sys
 import time
@@ -40,3 +40,8 @@ def bar(label: str) -> Iterator[Show]:
     yield show
     if terminal and shown > start:
         print(file=sys.stderr)
+
+
+def say(line: str) -> None:
+    """Print a note on stderr."""
+    print(line, file=sys.stderr, flush=True)
