@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, MODELS
 from mtpforge.gguf import quant_types, reader, split
-from mtpforge.gguf.head import head_only, trunk_digests, types_of
+from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp import programs
@@ -82,7 +82,7 @@ def test_it_accepts_as_the_file_that_kept_its_head(
     inject.inject(base, bench.part(model, "head"), out, head, bench.programs)
     made, (preserved, expected) = reader.read(out), bench.preserved(model, file_type, head)
     assert trunk_digests(made) == trunk_digests(reader.read(bench.base(model, file_type)))
-    assert types_of(head_only(made)) == {head}
+    assert types_of(made.head) == {head}
     acceptance = bench.acceptance(model, out)
     if trunk_digests(made) == trunk_digests(preserved):
         assert acceptance == expected
@@ -111,7 +111,7 @@ def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head:
         mixed,
         bench.programs,
     )
-    made = head_only(reader.read(tmp_path / "out.gguf"))
+    made = reader.read(tmp_path / "out.gguf").head
     assert (
         made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K"
         and made.tensors["blk.4.attn_q.weight"].type.name == head

@@ -20,7 +20,6 @@ from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import proof
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp import programs
@@ -160,9 +159,9 @@ def test_the_file_is_upstreams_own_to_the_byte(made: Made, name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
     opened = reader.read(made.file(name))
-    assert len(head_blocks(opened)) == BLOCKS.get(name, 1)
+    assert len(opened.head_blocks) == BLOCKS.get(name, 1)
     assert all(
-        f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in head_blocks(opened)
+        f"blk.{block}.nextn.eh_proj.weight" in opened.tensors for block in opened.head_blocks
     )
 
 
@@ -189,8 +188,8 @@ def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -
 
 def test_the_trunk_has_no_head(made: Made) -> None:
     trunk, whole = (reader.read(made.file(name)) for name in ("trunk", "glm"))
-    head = {name for name in whole.tensors if name.startswith(f"blk.{head_blocks(whole)[0]}.")}
-    assert not head_blocks(trunk) and trunk.tensors.keys() == whole.tensors.keys() - head
+    head = {name for name in whole.tensors if name.startswith(f"blk.{whole.head_blocks[0]}.")}
+    assert not trunk.head_blocks and trunk.tensors.keys() == whole.tensors.keys() - head
 
 
 def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
@@ -275,7 +274,7 @@ def swapped(source: Path, out: Path) -> Path:
     shutil.copy(source, out)
     opened = reader.read(source)
     with out.open("r+b") as file:
-        for block in head_blocks(opened):
+        for block in opened.head_blocks:
             piece = opened.ranges[f"blk.{block}.nextn.eh_proj.weight"]
             file.seek(piece.offset)
             rows = [file.read(4 * HIDDEN) for _ in range(HIDDEN)]  # BF16
@@ -366,7 +365,7 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
     made = reader.read(out)
     with out.open("r+b") as file:
         for name, piece in made.ranges.items():
-            if name.endswith(flip) and name.startswith(f"blk.{head_blocks(made)[-1]}."):
+            if name.endswith(flip) and name.startswith(f"blk.{made.head_blocks[-1]}."):
                 file.seek(piece.offset + piece.size - 2)
                 byte = file.read(1)[0]
                 file.seek(-1, 1)

@@ -42,7 +42,7 @@ def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant:
     )
     assert all(check["passed"] for check in report["checks"]) and report["drafts"] > 0
     assert report["file"] == path.name and report["bytes"] == path.stat().st_size
-    assert head.types_of(head.head_only(opened)) == {HEADS[variant]} == {report["head"]}
+    assert head.types_of(opened.head) == {HEADS[variant]} == {report["head"]}
     assert report["acceptance"] >= 0.6
 
 

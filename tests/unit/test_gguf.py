@@ -119,6 +119,15 @@ def test_of_what_a_file_had_before_nothing_stays(sample: Path, tmp_path: Path) -
         )
 
 
+def test_a_vision_tower_has_no_head(tmp_path: Path) -> None:
+    metadata = {"general.architecture": Value.of("clip", GGUFValueType.STRING)}
+    write(
+        tmp_path / "mmproj.gguf", metadata, [(TensorInfo("x", (4,), F32), [memoryview(bytes(16))])]
+    )
+    opened = reader.read(tmp_path / "mmproj.gguf")
+    assert not opened.head_blocks and not opened.head.tensors and opened.trunk == opened
+
+
 def test_a_payload_of_the_wrong_size_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="tensor x: 16 bytes are to be written, the source gave 8"):
         write(tmp_path / "out.gguf", {}, [(TensorInfo("x", (4,), F32), [memoryview(bytes(8))])])

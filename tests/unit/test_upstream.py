@@ -18,7 +18,6 @@ from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.head import head_blocks, head_only
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value
 from mtpforge.inject import inject
 from mtpforge.io.ranges import Payload
@@ -208,7 +207,7 @@ def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) 
     assert recipe.plan_overrides(several, "Q4_0", None, ()) == [
         (rf"^blk\.{block}\.attn_q\.weight$", "Q8_0") for block in (9, 10, 11)
     ]
-    assert head_only(several).tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
+    assert several.head.tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
 
 
 def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path: Path) -> None:
@@ -242,8 +241,9 @@ def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path:
 
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])
 def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: int) -> None:
-    with pytest.raises(GgufError, match="that cannot be"):
-        head_blocks(_declaring(tmp_path / "odd.gguf", heads))
+    opened = _declaring(tmp_path / "odd.gguf", heads)
+    with pytest.raises(GgufError, match=rf"nextn_predict_layers is {heads} in a file of 12 blocks"):
+        _ = opened.head_blocks
 
 
 def _declaring(path: Path, heads: int) -> Gguf:

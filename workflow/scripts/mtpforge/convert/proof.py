@@ -16,8 +16,6 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
 from mtpforge.convert.values import cut, decode, encode
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.gguf import head
-from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture
@@ -95,7 +93,7 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
         raise GgufError(
             f"{checkpoint.directory}: upstream wrote {made.architecture}, not {architecture.gguf}"
         )
-    blocks = head_blocks(made)
+    blocks = made.head_blocks
     if part == "trunk":
         if blocks or any(".nextn." in name for name in made.tensors):
             raise GgufError(
@@ -108,7 +106,7 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
             f"{checkpoint.directory}: its head has {expected} blocks, upstream declares {len(blocks)}"
         )
     pair(
-        _stored(head.head_only(made)),
+        _stored(made.head),
         _wanted(checkpoint, architecture),
         (BF16, F32),
         checkpoint.directory,

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mtpforge.io.ranges import FileRange, Payload, sha256
 MAGIC = b"GGUF"
 ALIGNMENT = 32
 PADDING = "mtpforge.padding"
+VISION = "clip"  # general.architecture of every vision tower
 NAME_LIMIT = 63  # GGML_MAX_NAME less the closing zero
 _last_strings: dict[int, bytes] = {}  # by how many they are: what files of one model have in common
 
@@ -182,6 +184,39 @@ class Gguf:
     def architecture(self) -> str:
         """`general.architecture`, such as qwen35."""
         return str(self.need("general.architecture", str))
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether the file is a vision tower, which has no blocks of a language model."""
+        return self.architecture == VISION
+
+    @cached_property
+    def head_blocks(self) -> range:
+        """The block numbers of the MTP head: the last blocks of the file; empty if it has no head.
+
+        Raises GgufError if the metadata contradicts itself.
+        """
+        if self.is_vision:
+            return range(0)
+        blocks = self.need(f"{self.architecture}.block_count", int)
+        heads = self.get(f"{self.architecture}.nextn_predict_layers", 0)
+        if type(heads) is not int or not 0 <= heads < blocks or heads > len(self.tensors):
+            raise GgufError(
+                f"{self.path}: {self.architecture}.nextn_predict_layers is {str(heads)[:40]} "
+                f"in a file of {blocks} blocks"
+            )
+        return range(blocks - heads, blocks)
+
+    @cached_property
+    def head(self) -> "Gguf":
+        """The same file with only the head's tensors: none if it has no head, or declares one and lost it."""
+        prefixes = tuple(f"blk.{block}." for block in self.head_blocks)
+        return view(self, [name for name in self.tensors if name.startswith(prefixes)])
+
+    @cached_property
+    def trunk(self) -> "Gguf":
+        """The same file without the head's tensors."""
+        return view(self, [name for name in self.tensors if name not in self.head.tensors])
 
 
 def read(path: Path) -> Gguf:

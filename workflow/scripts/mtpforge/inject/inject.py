@@ -15,15 +15,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types, reader, split, writer
-from mtpforge.gguf.head import (
-    head_blocks,
-    head_names,
-    head_only,
-    quantizable,
-    trunk_digests,
-    trunk_only,
-    types_of,
-)
+from mtpforge.gguf.head import quantizable, trunk_digests, types_of
 from mtpforge.gguf.reader import PADDING, Gguf, TensorInfo, Value, aligned, contents, squeezed, view
 from mtpforge.inject.match import belong, check_match
 from mtpforge.io import atomic
@@ -67,12 +59,12 @@ def inject(
             atomic.write_json(
                 digests, {**before, **{name: sha256(piece) for name, piece in new.ranges.items()}}
             )
-        differences = _differences(opened, new) if head_names(opened) else []
+        differences = _differences(opened, new) if opened.head.tensors else []
         if differences and not replace_head:
             raise GgufError(
                 f"{base}: has another head ({differences[0]}): --replace-head, replace_head: true, puts this in its place"
             )
-        same = bool(head_names(opened)) and not differences
+        same = bool(opened.head.tensors) and not differences
         if same:
             say(f"{base} has this head already, byte for byte")
         if same and single:
@@ -92,7 +84,7 @@ def _open_head(head: Path, scratch: Path) -> Gguf:
     if head.is_dir():
         native.convert(head, place, "head")
     opened = replace(split.read(place), path=head)
-    if not head_names(opened):
+    if not opened.head.tensors:
         raise GgufError(
             f"{head}: has no head (no nextn_predict_layers, or no tensors of its block)"
         )
@@ -109,7 +101,7 @@ def _planned(head: Gguf, recipe: Recipe) -> list[TensorInfo]:
                 quant_types.fitting(types.get(name, info.type.name), info.shape[-1])
             ],
         )
-        for name, info in head_only(head).tensors.items()
+        for name, info in head.head.tensors.items()
     ]
 
 
@@ -127,7 +119,7 @@ def cost(base: Gguf, head: Gguf, recipe: Recipe = ()) -> str:
 
 def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -> Gguf:
     """The head alone, at the types asked for. Raises GgufError, ConfigError, ToolchainError."""
-    alone = head_only(head)
+    alone = head.head
     if head_type is None or _planned(head, read_head(head_type)) == list(alone.tensors.values()):
         return alone
     if types_of(alone) != {"BF16"}:
@@ -142,7 +134,7 @@ def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -
 
 def _differences(base: Gguf, head: Gguf) -> list[str]:
     """In what the base's own head differs from this one."""
-    own = head_only(base)
+    own = base.head
     problems = [f"{name} is not there" for name in head.tensors.keys() - own.tensors.keys()]
     problems += [f"{name} is more" for name in own.tensors.keys() - head.tensors.keys()]
     for name in head.tensors.keys() & own.tensors.keys():
@@ -161,7 +153,7 @@ def _differences(base: Gguf, head: Gguf) -> list[str]:
 
 def assemble(base: Gguf, head: Gguf, out: Path, progress: Show = lambda done, total: None) -> None:
     """Write base and head as one file. Raises GgufError."""
-    trunk = trunk_only(base)
+    trunk = base.trunk
     tensors = contents(trunk) + _fitted(head, trunk)
     writer.write(out, writer.padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
 
@@ -176,7 +168,7 @@ def _assemble_files(
     split.check_target(
         base.path, folder, files[0].path.name.removesuffix(f"-00001-of-{len(files):05}.gguf")
     )
-    trunk = trunk_only(base)
+    trunk = base.trunk
     first = merged_metadata(replace(base, metadata=files[0].metadata), head)
     total = sum(aligned(info.size) for opened in (trunk, head) for info in opened.tensors.values())
     done = 0
@@ -236,15 +228,15 @@ def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
     """The base's metadata with every key that depends on the number of blocks or tensors corrected. Raises GgufError."""
     architecture = base.architecture
     blocks, heads = f"{architecture}.block_count", f"{architecture}.nextn_predict_layers"
-    count, added = base.need(blocks, int), len(head_blocks(head))
+    count, added = base.need(blocks, int), len(head.head_blocks)
     metadata: dict[str, Value] = {}
     for key, value in base.metadata.items():
         if key == blocks:
-            metadata[key] = Value.of(head_blocks(base).start + added, value.type)
+            metadata[key] = Value.of(base.head_blocks.start + added, value.type)
             # llama.cpp takes any number there, other programs only this type.
             metadata[heads] = Value.of(added, GGUFValueType.UINT32)
         elif key == "split.tensors.count" and value.type is not GGUFValueType.ARRAY:
-            metadata[key] = Value.of(len(trunk_only(base).tensors) + len(head.tensors), value.type)
+            metadata[key] = Value.of(len(base.trunk.tensors) + len(head.tensors), value.type)
         elif (
             key.startswith(f"{architecture}.")
             and value.type is GGUFValueType.ARRAY
@@ -268,7 +260,7 @@ def _per_layer(base: Gguf, key: str, head: Gguf) -> Value:
         raise GgufError(
             f"{base.path}: {key} has an entry for each of {len(value)} blocks, and {head.path} does not say the head's"
         )
-    trunk = head_blocks(base).start
+    trunk = base.head_blocks.start
     assert value.item_type is not None
     return Value.of(
         [*value.decode()[:trunk], *theirs.decode()[trunk:]], GGUFValueType.ARRAY, value.item_type

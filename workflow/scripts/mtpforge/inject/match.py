@@ -7,7 +7,6 @@ from typing import Any
 from gguf.constants import Keys
 
 from mtpforge.errors import GgufError
-from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf, Value
 
 
@@ -16,7 +15,7 @@ def belong(base: Gguf, key: str, head: Gguf) -> bool:
     ours, theirs = base.get(key), head.get(key)
     if ours == theirs or not (isinstance(ours, list) and isinstance(theirs, list)):
         return bool(ours == theirs)
-    trunk, blocks = head_blocks(base).start, (len(head_blocks(base)), len(head_blocks(head)))
+    trunk, blocks = base.head_blocks.start, (len(base.head_blocks), len(head.head_blocks))
     return (len(ours) - trunk, len(theirs) - trunk) == blocks and bool(
         ours[:trunk] == theirs[:trunk]
     )
@@ -40,7 +39,7 @@ def check_match(base: Gguf, head: Gguf) -> None:
         raise GgufError(
             f"{base.path} is {architecture}, {head.path} is {head.architecture}: the head belongs to another model"
         )
-    blocks, block = head_blocks(base).start, head_blocks(head).start
+    blocks, block = base.head_blocks.start, head.head_blocks.start
     if blocks != block:
         raise GgufError(
             f"{base.path} has {blocks} blocks, the head in {head.path} is block {block}: it belongs to another model"
@@ -48,7 +47,7 @@ def check_match(base: Gguf, head: Gguf) -> None:
     numbers = {
         name: int(name.split(".")[1]) for name in base.tensors if re.match(r"blk\.[0-9]+\.", name)
     }
-    if surplus := [name for name, number in numbers.items() if number >= head_blocks(base).stop]:
+    if surplus := [name for name, number in numbers.items() if number >= base.head_blocks.stop]:
         raise GgufError(
             f"{base.path}: has {surplus[0]}, a tensor of a block that its metadata does not declare"
         )

@@ -10,7 +10,6 @@ import numpy as np
 
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
-from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf
 
 LLAMA_CPP = "0c1e57098"
@@ -115,7 +114,7 @@ def undrafted(made: Gguf) -> str | None:
             if not entry.drafts:
                 return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with it"
             if entry.needs and any(
-                f"blk.{block}.{entry.needs}" not in made.tensors for block in head_blocks(made)
+                f"blk.{block}.{entry.needs}" not in made.tensors for block in made.head_blocks
             ):
                 return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with a head that has no {entry.needs}"
     return None

@@ -28,7 +28,6 @@ from typing import Any
 
 from mtpforge.errors import ToolchainError
 from mtpforge.gguf import split
-from mtpforge.gguf.head import head_blocks
 from mtpforge.llama_cpp import architectures, process, programs, server, toolchain
 
 N_PREDICT = 200  # tokens, as in verification
@@ -51,7 +50,7 @@ def measure(
     """
     shards = split.shards(path)
     can_draft = (
-        len(head_blocks(split.joined(shards))) > 0
+        bool(split.joined(shards).head_blocks)
         and architectures.undrafted(split.joined(shards)) is None
     )
     version, where = toolchain.version(bin_dir, ("llama-server",)), machine(bin_dir)

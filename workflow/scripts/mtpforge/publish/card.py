@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from mtpforge.errors import VerificationError
-from mtpforge.gguf.head import head_blocks
 from mtpforge.io.text import TEXT_LIMIT
 from mtpforge.llama_cpp import architectures
 from mtpforge.publish.result import HUB, Json, Result, code, escape
@@ -40,7 +39,7 @@ def make(
     undrafted = {
         architectures.undrafted(result.opened)
         for result in results
-        if result.is_model and head_blocks(result.opened)
+        if result.is_model and result.opened.head_blocks
     }
     measured = [result for result in results if result.measured]
     card = ModelCard.from_template(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mtpforge.gguf.head import VISION, head_blocks
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures
 
@@ -40,14 +39,14 @@ class Result:
         """Whether it is a model that llama.cpp drafts with, alone."""
         return (
             self.is_model
-            and bool(head_blocks(self.opened))
+            and bool(self.opened.head_blocks)
             and architectures.undrafted(self.opened) is None
         )
 
     @property
     def is_model(self) -> bool:
         """Not a sidecar, and not a vision tower."""
-        return self.opened.architecture != VISION and not self.name.startswith("mtp-")
+        return not self.opened.is_vision and not self.name.startswith("mtp-")
 
     @property
     def n_max(self) -> int | None:

@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from mtpforge.gguf.head import VISION, head_blocks
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.result import HUB, Json, Result, code
 
@@ -59,12 +58,10 @@ def serving(results: Sequence[Result], about: Json) -> str:
     names = [part for each in results for part in each.parts]
     tags = {each.name: _tag(each, about["name"], names) for each in models}
     tag, options = tags[result.name], _options(result)
-    sidecars = [
-        each for each in results if not each.is_model and each.opened.architecture != VISION
-    ]
+    sidecars = [each for each in results if not each.is_model and not each.opened.is_vision]
     text = [_why(result), ""]
     if sidecars:
-        towers = [("--mmproj", each) for each in results if each.opened.architecture == VISION]
+        towers = [("--mmproj", each) for each in results if each.opened.is_vision]
         text += _from_here(repo, result, towers, options)
         text += [
             f"Not by `-hf` or `lemonade pull`: both draft with {code(sidecars[0].name)} in place of the head in the file."
@@ -126,7 +123,7 @@ def _options(result: Result, sidecar: Result | None = None) -> list[str]:
         "--spec-type",
         "draft-mtp",
         "--spec-draft-n-max",
-        str(n_max or len(head_blocks((sidecar or result).opened))),
+        str(n_max or len((sidecar or result).opened.head_blocks)),
     ]
 
 
@@ -157,7 +154,7 @@ def _another(models: Sequence[Result], change: str) -> list[str]:
 
 def _sidecar(sidecar: Result, models: Sequence[Result], repo: str) -> list[str]:
     """How to use the head as a draft model: beside a model that has none, or else a reader's own."""
-    model = best([model for model in models if not head_blocks(model.opened)])
+    model = best([model for model in models if not model.opened.head_blocks])
     which = (
         f"{code(model.name)}, which has none"
         if model
@@ -175,10 +172,10 @@ def _ollama(
     result: Result, models: Sequence[Result], repo: str, tags: Mapping[str, str | None]
 ) -> list[str]:
     """With the file itself, or else the first without a head; without a command where it would fail."""
-    refused = head_blocks(result.opened) and result.opened.architecture in runtimes.OLLAMA_WITHOUT
+    refused = result.opened.head_blocks and result.opened.architecture in runtimes.OLLAMA_WITHOUT
     for each in [
         *([] if refused else [result]),
-        *(model for model in models if not head_blocks(model.opened)),
+        *(model for model in models if not model.opened.head_blocks),
     ]:
         if len(each.parts) == 1 and (tag := tags[each.name]):
             return [

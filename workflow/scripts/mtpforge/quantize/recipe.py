@@ -8,7 +8,7 @@ import yaml
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
-from mtpforge.gguf.head import head_blocks, quantizable
+from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf
 
 NO_HEAD = "none"
@@ -54,12 +54,7 @@ def read_head(text: str) -> Recipe:
 
 def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
     """The type that each matrix of the head is to have. Raises ConfigError for a pattern that none of them matches."""
-    prefixes = tuple(f"blk.{block}." for block in head_blocks(source))
-    names = [
-        name
-        for name, info in source.tensors.items()
-        if name.startswith(prefixes) and quantizable(info)
-    ]
+    names = [name for name, info in source.head.tensors.items() if quantizable(info)]
     for pattern, _ in recipe[:-1]:
         if names and not any(re.search(pattern, name) for name in names):
             raise ConfigError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from mtpforge.errors import VerificationError
 from mtpforge.gguf import reader, split
-from mtpforge.gguf.head import VISION, head_blocks, head_only, trunk_digests, types_of
+from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import read_json
@@ -34,11 +34,11 @@ def verify(
     """The report on `path`. Raises VerificationError, naming each failed check, where it must not be published."""
     opened = reader.read(path)
     checks = [check_digests(opened, request.digests)] if request.digests else []
-    if opened.architecture == VISION:
+    if opened.is_vision:
         checks.append(check_seeing(opened, request, bin_dir))
         raise_failed(path.name, checks)
         return {**summary(opened), "checks": [asdict(check) for check in checks]}
-    blocks = head_blocks(opened)
+    blocks = opened.head_blocks
     if not blocks and not request.headless:
         raise VerificationError(f"{path}: has no head: nextn_predict_layers is missing")
     if blocks and request.headless:
@@ -68,7 +68,6 @@ def summary(opened: Gguf) -> dict[str, Any]:
     infos = opened.tensors.values()
     types = [info.type.name for info in infos]
     size = opened.path.stat().st_size
-    head = opened.architecture != VISION and head_blocks(opened)
     return {
         "file": opened.path.name,
         "bytes": size,
@@ -76,7 +75,7 @@ def summary(opened: Gguf) -> dict[str, Any]:
         "bits_per_weight": round(
             8 * sum(info.size for info in infos) / sum(info.elements for info in infos), 3
         ),
-        "head": "/".join(sorted(types_of(head_only(opened)))) if head else NO_HEAD,
+        "head": "/".join(sorted(types_of(opened.head))) if opened.head_blocks else NO_HEAD,
         "types": {name: types.count(name) for name in sorted(set(types))},
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 from mtpforge import table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader
-from mtpforge.gguf.head import head_blocks
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import architectures, process, programs, server
@@ -58,7 +57,7 @@ def check_drafting(
         "--check-tensors",
     ]  # all values are numbers, those among them that no sample has
     if drafting:
-        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(head_blocks(opened)))]
+        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(opened.head_blocks))]
     if request.target:
         options += ["--model-draft", str(opened.path)]
     with tempfile.TemporaryDirectory() as scratch:

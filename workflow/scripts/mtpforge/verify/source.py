@@ -13,7 +13,7 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, plan
 from mtpforge.gguf import quant_types, reader
-from mtpforge.gguf.head import head_blocks, head_only, quantizable, trunk_digests
+from mtpforge.gguf.head import quantizable, trunk_digests
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value, squeezed
 from mtpforge.inject import match
 from mtpforge.io.ranges import sha256
@@ -41,7 +41,7 @@ def check_types(opened: Gguf, request: Request) -> Check:
         wrong.append(
             f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}"
         )
-    head = {} if request.headless else head_only(opened).tensors
+    head = {} if request.headless else opened.head.tensors
     head_recipe = read_head(request.head) if request.head and not request.headless else ()
     for name, info in opened.tensors.items():
         if not quantizable(info):
@@ -89,8 +89,10 @@ def check_against_source(
     elif request.reference:
         reference = reader.read(request.reference)
         checks = [check_inventory(opened, reference.tensors, reference.architecture, request)]
-        if head_blocks(opened) != head_blocks(reference):
-            what = f"its head is blocks {list(head_blocks(opened))}, not {list(head_blocks(reference))}"
+        if opened.head_blocks != reference.head_blocks:
+            what = (
+                f"its head is blocks {list(opened.head_blocks)}, not {list(reference.head_blocks)}"
+            )
             checks = [
                 Check(
                     "inventory", False, what if checks[0].passed else f"{checks[0].detail}, {what}"
@@ -102,7 +104,7 @@ def check_against_source(
             expected = values.of_gguf(reference)
     if not all(check.passed for check in checks[:1]):
         return checks, {}
-    head = set() if request.headless else set(head_only(opened).tensors)
+    head = set() if request.headless else set(opened.head.tensors)
     exact = (
         set(opened.tensors) if request.ours else head
     )  # what is rounded elsewhere can differ in its last bit
@@ -279,7 +281,7 @@ def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, dict[st
 
     Where `before` has the head's digests too, as injection records them, the head has the bytes that were injected.
     """
-    trunk, head = trunk_digests(opened), head_only(opened)
+    trunk, head = trunk_digests(opened), opened.head
     after = {
         **trunk,
         **{name: sha256(piece) for name, piece in head.ranges.items() if name in before},
