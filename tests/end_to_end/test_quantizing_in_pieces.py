@@ -55,7 +55,9 @@ def sources(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
     for model, left in lefts.items():
         whole = source_of(built, model)
-        kept = reader.view(whole, [name for name in whole.tensors if not name.startswith(left)])
+        kept = reader.select_tensors(
+            whole, [name for name in whole.tensors if not name.startswith(left)]
+        )
         writer.write(folder / f"{model}.gguf", whole.metadata, reader.contents(kept))
         sources[model] = reader.read(folder / f"{model}.gguf")
     return sources
@@ -185,7 +187,7 @@ def test_the_same_bytes_of_a_matrix_that_is_made_some_rows_at_a_time(
     """Of which the last would be one, that is none for llama-quantize alone."""
     model, name = MODELS[0], "blk.3.attn_q.weight"
     some_rows = reader.rows(sources[model], name, 0, 257)
-    norm = reader.view(sources[model], ["output_norm.weight"])
+    norm = reader.select_tensors(sources[model], ["output_norm.weight"])
     tensors = reader.contents(some_rows) + reader.contents(norm)
     writer.write(tmp_path / "in.gguf", sources[model].metadata, tensors)
     source, matrix = reader.read(tmp_path / "in.gguf"), matrices[model]

@@ -678,7 +678,7 @@ def test_metadata_of_the_whole_is_that_of_llama_quantize(built: Path, tmp_path: 
         writer.write(
             folder / "in.gguf",
             split_keys | source.metadata,
-            reader.contents(reader.view(source, names)),
+            reader.contents(reader.select_tensors(source, names)),
         )
         opened = reader.read(folder / "in.gguf")
         types: Types = dict.fromkeys(sorted(names), Kind.Q4_0)

@@ -146,7 +146,7 @@ class TensorInfo:
         return self.elements // block * bytes_per_block
 
 
-def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+def drop_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without leading ones, which ggml does not tell apart and llama-quantize leaves out."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
@@ -211,12 +211,14 @@ class Gguf:
     def head(self) -> "Gguf":
         """The same file with only the head's tensors: none if it has no head, or declares one and lost it."""
         prefixes = tuple(f"blk.{block}." for block in self.head_blocks)
-        return view(self, [name for name in self.tensors if name.startswith(prefixes)])
+        return select_tensors(self, [name for name in self.tensors if name.startswith(prefixes)])
 
     @cached_property
     def trunk(self) -> "Gguf":
         """The same file without the head's tensors."""
-        return view(self, [name for name in self.tensors if name not in self.head.tensors])
+        return select_tensors(
+            self, [name for name in self.tensors if name not in self.head.tensors]
+        )
 
 
 def read(path: Path) -> Gguf:
@@ -407,7 +409,7 @@ def hashes(pieces: Mapping[str, FileRange], threads: int | None = None) -> dict[
         return dict(zip(pieces, pool.map(sha256, pieces.values()), strict=True))
 
 
-def view(source: Gguf, names: Iterable[str]) -> Gguf:
+def select_tensors(source: Gguf, names: Iterable[str]) -> Gguf:
     """The same file with only these tensors in view, in the order given."""
     kept = list(names)
     return replace(

@@ -18,7 +18,7 @@ from gguf.constants import GGUFValueType
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.names import shard_names
-from mtpforge.gguf.reader import Gguf, TensorInfo, Value, aligned, squeezed
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value, aligned, drop_leading_ones
 from mtpforge.io.atomic import link_or_copy, replacing_folder
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.progress import Show
@@ -155,7 +155,7 @@ def _write(source: Gguf, shards: list[list[TensorInfo]], files: list[Path], prog
     for number, infos in enumerate(shards):
         # ggml does not tell a matrix of one row from a vector, so llama-gguf-split writes a vector.
         tensors = [
-            (replace(info, shape=squeezed(info.shape)), [source.ranges[info.name]])
+            (replace(info, shape=drop_leading_ones(info.shape)), [source.ranges[info.name]])
             for info in infos
         ]
 
@@ -237,7 +237,10 @@ def _compare(source: Gguf, holders: dict[str, Gguf]) -> list[str]:
         if (shard := holders.get(info.name)) is None:
             return f"{info.name} is missing"
         found = shard.tensors[info.name]
-        if (found.type, squeezed(found.shape)) != (info.type, squeezed(info.shape)):
+        if (found.type, drop_leading_ones(found.shape)) != (
+            info.type,
+            drop_leading_ones(info.shape),
+        ):
             return f"{info.name} has another type or shape"
         same = sha256(shard.ranges[info.name]) == sha256(source.ranges[info.name])
         return None if same else f"{info.name} differs from the source"

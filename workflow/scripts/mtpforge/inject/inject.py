@@ -16,7 +16,16 @@ from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types, reader, split, writer
 from mtpforge.gguf.head import quantizable, trunk_digests, types_of
-from mtpforge.gguf.reader import PADDING, Gguf, TensorInfo, Value, aligned, contents, squeezed, view
+from mtpforge.gguf.reader import (
+    PADDING,
+    Gguf,
+    TensorInfo,
+    Value,
+    aligned,
+    contents,
+    drop_leading_ones,
+    select_tensors,
+)
 from mtpforge.inject.match import belong, check_match
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
@@ -139,7 +148,10 @@ def _differences(base: Gguf, head: Gguf) -> list[str]:
     problems += [f"{name} is more" for name in own.tensors.keys() - head.tensors.keys()]
     for name in head.tensors.keys() & own.tensors.keys():
         ours, theirs = own.tensors[name], head.tensors[name]
-        if (ours.type, squeezed(ours.shape)) != (theirs.type, squeezed(theirs.shape)):
+        if (ours.type, drop_leading_ones(ours.shape)) != (
+            theirs.type,
+            drop_leading_ones(theirs.shape),
+        ):
             problems.append(
                 f"{name} is {ours.type.name} {list(ours.shape)}, not {theirs.type.name} {list(theirs.shape)}"
             )
@@ -177,7 +189,7 @@ def _assemble_files(
             if same:
                 _copy(file.path, temporary / file.path.name, progress)
                 continue
-            kept = view(file, [name for name in file.tensors if name in trunk.tensors])
+            kept = select_tensors(file, [name for name in file.tensors if name in trunk.tensors])
             tensors = contents(kept) + (_fitted(head, trunk) if file is files[-1] else [])
             metadata = (
                 first
@@ -207,8 +219,8 @@ def _fitted(head: Gguf, trunk: Gguf) -> list[Piece]:
     written = {_in_block(name): info.shape for name, info in trunk.tensors.items()}
     return [
         (
-            replace(info, shape=squeezed(info.shape))
-            if written.get(_in_block(info.name)) == squeezed(info.shape)
+            replace(info, shape=drop_leading_ones(info.shape))
+            if written.get(_in_block(info.name)) == drop_leading_ones(info.shape)
             else info,
             payload,
         )

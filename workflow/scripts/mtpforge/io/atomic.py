@@ -28,14 +28,14 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.part")
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _hold(lock, temporary, path)
+        _lock(lock, temporary, path)
         if (
             not keep and os.fstat(lock).st_size
         ):  # a program that outlived the run may still be writing into it
             temporary.unlink()
             left, lock = lock, os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
             os.close(left)
-            _hold(lock, temporary, path)
+            _lock(lock, temporary, path)
         try:
             yield temporary
             sync(temporary)
@@ -65,7 +65,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(exist_ok=True)
     lock = os.open(temporary, os.O_RDONLY)
     try:
-        _hold(lock, temporary, path)
+        _lock(lock, temporary, path)
         try:
             _empty(temporary)
             yield temporary
@@ -96,7 +96,7 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        _hold(lock, folder, beside)
+        _lock(lock, folder, beside)
         try:
             _empty(folder)
             yield folder
@@ -115,7 +115,7 @@ def _empty(folder: Path) -> None:
             entry.unlink()
 
 
-def _hold(lock: int, temporary: Path, path: Path) -> None:
+def _lock(lock: int, temporary: Path, path: Path) -> None:
     """Lock what is temporary; the kernel releases it with the process, however that ends. Raises ForgeError."""
     with suppress(OSError):  # a file system without locks
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.errors import CheckpointError
-from mtpforge.gguf.reader import TensorInfo, squeezed
+from mtpforge.gguf.reader import TensorInfo, drop_leading_ones
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import read_json
@@ -94,4 +94,4 @@ def held(path: Path, scratch: Path) -> Path:
 
 def same(found: TensorInfo, wanted: TensorInfo) -> bool:
     """Whether type and shape agree, apart from leading dimensions of one."""
-    return (found.type, squeezed(found.shape)) == (wanted.type, wanted.shape)
+    return (found.type, drop_leading_ones(found.shape)) == (wanted.type, wanted.shape)

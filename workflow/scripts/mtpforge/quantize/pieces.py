@@ -21,7 +21,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import quant_types, reader, writer
-from mtpforge.gguf.reader import ALIGNMENT, PADDING, Gguf, TensorInfo, Value, squeezed
+from mtpforge.gguf.reader import ALIGNMENT, PADDING, Gguf, TensorInfo, Value, drop_leading_ones
 from mtpforge.io import atomic
 from mtpforge.io.ranges import CHUNK, FileRange, forget, sha256
 from mtpforge.llama_cpp import programs
@@ -151,7 +151,7 @@ class Work:
     def _info(self, name: str) -> TensorInfo:
         """A tensor as it will be written: llama-quantize leaves out leading dimensions of one."""
         info, kind = self.source.tensors[name], GGMLQuantizationType[self.plan.tensors[name].type]
-        return replace(info, shape=squeezed(info.shape), type=kind)
+        return replace(info, shape=drop_leading_ones(info.shape), type=kind)
 
     def _quantize(self, source: Gguf, out: Path) -> Gguf:
         return run(
@@ -170,7 +170,9 @@ class Work:
         wanted = set(names)
         if wanted == self.source.tensors.keys():
             return self._quantize(self.source, out)
-        kept = reader.view(self.source, [name for name in self.source.tensors if name in wanted])
+        kept = reader.select_tensors(
+            self.source, [name for name in self.source.tensors if name in wanted]
+        )
         (name, info), *others = kept.tensors.items()
         made, count = None, info.shape[0]
         if others or len(info.shape) != 2 or count == 1 or info.size <= self._limit(name):

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types
-from mtpforge.gguf.reader import Gguf, header_range, squeezed
+from mtpforge.gguf.reader import Gguf, drop_leading_ones, header_range
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import read_json
@@ -169,7 +169,7 @@ def matrix_of(path: Path | None) -> tuple[str, str]:
 def form(source: Gguf, name: str) -> str:
     """A tensor's type and shape, as `BF16 2048 6144`: what a row is decides what becomes of it."""
     info = source.tensors[name]
-    return " ".join([info.type.name, *map(str, squeezed(info.shape))])
+    return " ".join([info.type.name, *map(str, drop_leading_ones(info.shape))])
 
 
 def toolchain(bin_dir: Path) -> str:

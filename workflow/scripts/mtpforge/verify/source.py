@@ -14,7 +14,7 @@ from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, plan
 from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.head import quantizable, trunk_digests
-from mtpforge.gguf.reader import Gguf, TensorInfo, Value, squeezed
+from mtpforge.gguf.reader import Gguf, TensorInfo, Value, drop_leading_ones
 from mtpforge.inject import match
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json, read_text
@@ -247,7 +247,7 @@ def check_inventory(
     problems += [
         f"{name} has shape {list(found[name])}, not {list(expected[name].shape)}"
         for name in expected.keys() & found.keys()
-        if squeezed(found[name]) != squeezed(expected[name].shape)
+        if drop_leading_ones(found[name]) != drop_leading_ones(expected[name].shape)
     ]
     if request.file_type:  # a base of somebody else's has what it has
         unquantized = request.file_type if request.file_type in quant_types.UNQUANTIZED else None
