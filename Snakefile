@@ -5,13 +5,19 @@ import sys
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
 # `python` in a rule is the one that runs Snakemake, also where nobody has activated its environment.
-os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]))
+os.environ.update(
+    PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
+    PYTHONUNBUFFERED="1",  # logs are read while they are written
+)
 
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.build import Build
 from mtpforge.code import code
 from mtpforge.errors import ConfigError
+from mtpforge.rules import console
+
+terminal = console.attach(workflow)
 
 
 configfile: "config.yaml"
@@ -28,6 +34,16 @@ wildcard_constraints:
     base="|".join(map(re.escape, build.names()["base"])),
     variant="|".join(map(re.escape, build.names()["variant"])),
     name="|".join(map(re.escape, build.names()["name"])),
+
+
+onsuccess:
+    if terminal:
+        terminal.success()
+
+
+onerror:
+    if terminal:
+        terminal.failure()
 
 
 localrules:

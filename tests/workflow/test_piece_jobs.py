@@ -56,7 +56,7 @@ def set_variants(repository: Repository, variants: dict[str, Any], **model: Any)
 
 def run(repository: Repository, *arguments: str, target: str = "all") -> Counter[str]:
     """How many jobs of each rule a run has had, `all` left out."""
-    done = repository.snakemake(*arguments, target=target)
+    done = repository.snakemake("--verbose", *arguments, target=target)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rules = [
         line.rstrip(")").rsplit("Rule: ", 1)[1]
@@ -215,7 +215,7 @@ def test_how_many_pieces_there_are_by_default_is_planned(repository: Repository)
     )
     set_variants(repository, {"Q5_1": {}})
     target = str(Path(MODEL, "work/quantized/Q5_1.gguf"))
-    done = repository.snakemake(target=target)
+    done = repository.snakemake("--verbose", target=target)
     assert done.returncode == 0, done.stderr[-3000:]
     number = int((repository.path / MODEL / "work/plans/quantized/Q5_1.pieces").read_text())
     assert (

@@ -1,0 +1,144 @@
+"""What a run's lines are made of: logs that are being written, times, and how programs end."""
+
+import io
+import logging
+import os
+import pty
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mtpforge.rules import console
+from mtpforge.rules.joblog import WIDTH, Job
+from snakemake_interface_logger_plugins.common import LogEvent
+
+
+def job(log: Path) -> Job:
+    return Job("convert", log, started=0, next_progress=30)
+
+
+def test_the_last_line_is_what_a_terminal_would_show(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert job(log).last_line() == ""
+    log.write_bytes(b"one\n\x1b[32mtwo\x1b[0m: 10%\r\x1b[Ktwo: 20%\n\n")
+    assert job(log).last_line() == "two: 20%"
+    log.write_bytes(b"x" * 100_000 + b"\n" + b"y" * 1000)
+    assert job(log).last_line() == "y" * WIDTH
+
+
+def test_an_error_is_what_the_program_says_it_is(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("12% done\nerror: first\nagain\nerror: F.gguf: is damaged\n  line 3: see\n")
+    assert job(log).error().splitlines() == ["F.gguf: is damaged", "         line 3: see"]
+    log.write_text("".join(f"line {number}\n" for number in range(100)))
+    assert job(log).error().endswith("line 99") and len(job(log).error().splitlines()) == 12
+    log.write_text("")
+    assert job(log).error() == ""
+
+
+def test_news_of_a_log_come_once(tmp_path: Path) -> None:
+    running = job(tmp_path / "log")
+    assert running.news() == ""
+    running.log.write_text("10%\n")
+    assert running.news() == "10%\n"
+    with running.log.open("a") as file:
+        file.write("20%\n")
+    assert (running.news(), running.news()) == ("20%\n", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.4, "9.4 s"), (61, "61 s"), (192, "3 min 12 s"), (86_399, "23 h 59 min")],
+)
+def test_times_are_short(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+def test_a_program_without_a_message_ended_somehow() -> None:
+    assert console.ending(137) == "killed (signal 9): out of memory?"
+    assert console.ending(143) == "ended by signal 15"
+    assert console.ending(3) == "no message (exit status 3)"
+
+
+def shown_on(stream: io.TextIOBase) -> console.Console:
+    """A console without a workflow."""
+    settings = SimpleNamespace(verbose=False, dryrun=False, quiet=None)
+    workflow = SimpleNamespace(logger_manager=SimpleNamespace(settings=settings))
+    return console.Console(workflow, logging.StreamHandler(stream))
+
+
+def message(event: LogEvent | None, text: str = "", **values: object) -> logging.LogRecord:
+    record = logging.makeLogRecord({"msg": text, "levelno": logging.INFO, **values})
+    record.event = event
+    return record
+
+
+def started(log: Path, number: int = 1) -> logging.LogRecord:
+    return message(
+        LogEvent.JOB_INFO, jobid=number, rule_msg="m: convert", shellcmd="python", log=[str(log)]
+    )
+
+
+def test_a_long_job_has_a_line_now_and_then(tmp_path: Path) -> None:
+    stream, log = io.StringIO(), tmp_path / "log"
+    shown = shown_on(stream)
+    shown.handle(started(log))
+    log.write_text("3.00 of 10.00 GB (30%)\n")
+    shown.look()
+    assert "30%" not in stream.getvalue()
+    shown.running[1].started -= 1000
+    shown.running[1].next_progress -= 1000
+    shown.look()
+    shown.look()
+    assert stream.getvalue().count("m: convert (16 min 40 s): 3.00 of 10.00 GB (30%)\n") == 1
+    assert shown.running[1].next_progress - time.time() == pytest.approx(100, abs=5)
+
+
+def test_a_terminal_has_one_line_for_what_runs(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    log = tmp_path / "log"
+    log.write_text("30%\n")
+    with os.fdopen(theirs, "w") as stream:
+        shown = shown_on(stream)
+        shown.handle(started(log))
+        shown.look()
+        log.write_text("40%\n")
+        shown.look()
+        shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+        shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+        text = ""
+        while "1/2" not in text:
+            text += os.read(ours, 10_000).decode()
+    os.close(ours)
+    first, last = text.split("\r\n", 1)
+    assert first.endswith(" start  m: convert")
+    *status, done = last.split("\r\x1b[K")
+    assert [line.rpartition(": ")[2] for line in status if line] == ["30%", "40%"]
+    assert done.rstrip().endswith("m: convert (0.0 s, 1/2): 40%")
+
+
+def test_the_report_on_failures_leaves_out_what_a_second_attempt_has_mended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    shown = shown_on(io.StringIO())
+    for number in (1, 2):
+        shown.handle(started(log, number))
+        log.write_text(f"error: no. {number}\n")
+        values = {"rule_msg": None, "output": ["F.gguf"], "log": [str(log)], "thread": 7}
+        shown.handle(message(LogEvent.JOB_ERROR, jobid=number, **values))
+    shown.handle(started(log, 1))
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    (report,) = shown.failed.values()
+    assert report == f"m: convert\n  error  no. 2\n  file   F.gguf\n  log    {log}\n"
+
+
+def test_a_killed_program_is_told_from_one_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    shown = shown_on(io.StringIO())
+    shown.handle(started(tmp_path / "log"))
+    why = "RuleException:\nCalledProcessError in file X:\n'...' returned non-zero exit status 137."
+    shown.handle(message(LogEvent.ERROR, why, thread=7))
+    values = {"rule_msg": None, "output": ["F.gguf"], "log": [], "thread": 7}
+    shown.handle(message(LogEvent.JOB_ERROR, jobid=1, **values))
+    assert "killed (signal 9): out of memory?" in shown.failed[1]

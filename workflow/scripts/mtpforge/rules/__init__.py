@@ -1,0 +1,1 @@
+"""What the rules need from the configuration, and what a run shows."""

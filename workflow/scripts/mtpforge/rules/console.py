@@ -1,0 +1,293 @@
+"""What a run shows on the terminal: each job's start and end, then what was made or what failed.
+
+Replaces Snakemake's handler of its messages, which are all still in .snakemake/log/. A program's
+output goes to the job's log, whose last line is the job's progress and, at the end, its figure.
+With `--verbose` Snakemake's handler stays, and the programs' output is shown too.
+"""
+
+import logging
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from snakemake.logging import logger
+from snakemake.settings.enums import Quietness
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from mtpforge.rules.joblog import Job
+
+NOTHING_TO_DO = "Nothing to be done"
+INTERRUPTED = "Terminating processes on user request"
+# During a run, of the messages without an event only these are shown, and warnings and errors ...
+SHOWN = (
+    NOTHING_TO_DO,
+    INTERRUPTED,
+    "Will exit after",
+    "Trying to restart",
+    "Reasons:",
+    "This was a dry-run",
+)
+# ... and none of these: of failed jobs, `failure` says more.
+HIDDEN = (
+    "Assuming unrestricted shared filesystem",
+    "Exiting because a job execution failed",
+    "WorkflowError:\nAt least one job did not complete",
+)
+EXIT_STATUS = re.compile(r"CalledProcessError in .*exit status (\d+)", re.DOTALL)
+PROGRESS_INTERVAL = 30.0  # seconds; a tenth of the time that a job has run, if that is longer
+
+
+def attach(workflow: Any) -> "Console | None":
+    """Replace Snakemake's handler; None in a cluster's jobs, or if `--logger` has replaced it."""
+    handlers = (each for each in logger.handlers if each.name == "DefaultStreamHandler")
+    stock = next(handlers, None)
+    if not workflow.is_main_process or not isinstance(stock, logging.StreamHandler):
+        return None
+    console = Console(workflow, stock)
+    if not console.verbose:
+        logger.removeHandler(stock)
+    logger.addHandler(console)
+    return console
+
+
+class Console(logging.Handler):
+    """Shows Snakemake's messages in few lines."""
+
+    def __init__(self, workflow: Any, stock: "logging.StreamHandler[Any]") -> None:
+        super().__init__()
+        self.workflow = workflow
+        settings = workflow.logger_manager.settings
+        self.verbose: bool = settings.verbose
+        self.dryrun: bool = settings.dryrun
+        self.quiet = not {Quietness.ALL, Quietness.PROGRESS}.isdisjoint(settings.quiet or ())
+        self.stream = stock.stream
+        self.filters = stock.filters  # they know --quiet, --printshellcmds and --debug-dag
+        self.formatter = stock.formatter
+        self.status = ""  # the line below all others, on a terminal
+        self.running: dict[int, Job] = {}
+        self.finished: list[int] = []  # since the last count
+        self.failed: dict[int, str] = {}
+        self.exit_status: dict[int | None, int] = {}  # by thread
+        self.done = 0
+        self.total = 0
+        self.began = 0.0
+        self.interrupted = False
+        self.closed = threading.Event()
+        self.shows = {
+            None: self._message,
+            LogEvent.ERROR: self._error,
+            LogEvent.WORKFLOW_STARTED: self._begin,
+            LogEvent.RUN_INFO: self._count,
+            LogEvent.JOB_INFO: self._start,
+            LogEvent.JOB_FINISHED: lambda record: self.finished.append(record.job_id),
+            LogEvent.PROGRESS: self._finish,
+            LogEvent.JOB_ERROR: self._fail,
+            LogEvent.SHELLCMD: self._unchanged,
+            LogEvent.DEBUG_DAG: self._unchanged,
+        }
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message, if a user needs it."""
+        try:
+            if show := self.shows.get(getattr(record, "event", None)):
+                show(record)
+        except BrokenPipeError:
+            raise
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        """End the thread that follows the jobs."""
+        self.closed.set()
+        self._rewrite("")
+        super().close()
+
+    # ── the end of a run ──
+
+    def success(self) -> None:
+        """Say what the run has made."""
+        elapsed = duration(time.time() - self.began)
+        self._tell(f"\n{self.done} jobs done in {elapsed}.\n{self._made()}")
+
+    def failure(self) -> None:
+        """Say of each failed job what is wrong, where its log is, and what to do."""
+        counts = f"{self.done} of {self.total} jobs done, {len(self.failed)} failed"
+        counts += ", interrupted. " if self.interrupted else ". "
+        advice = "Fix the errors and r" if self.failed else "R"
+        advice += "un the same command again: finished jobs are kept."
+        self._tell("\n".join(["", *self.failed.values(), counts + advice]), logging.ERROR)
+
+    def _made(self) -> str:
+        """The summary and where the files are; empty if not all was asked for."""
+        target = next((job for job in self.workflow.dag.jobs if job.rule.name == "all"), None)
+        if target is None:
+            return ""
+        summary = next(Path(file) for file in target.input if file.endswith("/summary.md"))
+        sums = [Path(file) for file in target.input if file.endswith("/SHA256SUMS")]
+        folders = sorted(str(file.parent) for file in sums)
+        return (
+            f"\n{summary.read_text(encoding='utf-8')}\n"
+            f"files     {', '.join(folders)}\n"
+            f"reports   reports/ in each of them: what was checked; this table: {summary}\n"
+            "pictures  `make report` writes report.html"
+        )
+
+    def _tell(self, text: str, level: int = logging.INFO) -> None:
+        """Log it, so that it is in .snakemake/log/ too."""
+        logger.log(level, text, extra={"quietness": Quietness.PROGRESS})
+
+    # ── messages ──
+
+    def _message(self, record: logging.LogRecord) -> None:
+        text = str(record.msg)
+        self.interrupted |= text.startswith(INTERRUPTED)
+        important = record.levelno > logging.INFO or hasattr(record, "quietness")
+        if important or not self.began or text.startswith(SHOWN):
+            self._unless_hidden(record)
+        if text.startswith(NOTHING_TO_DO) and not self.dryrun:
+            self._tell(self._made())
+
+    def _error(self, record: logging.LogRecord) -> None:
+        if failed := EXIT_STATUS.search(str(record.msg)):
+            self.exit_status[record.thread] = int(failed[1])
+        else:
+            self._unless_hidden(record)
+
+    def _begin(self, record: logging.LogRecord) -> None:
+        self.began = record.created
+        if not self.dryrun and not self.quiet:
+            threading.Thread(target=self._follow, daemon=True).start()
+
+    def _count(self, record: Any) -> None:
+        if self.dryrun and self.total:  # a dry run counts twice; here after the jobs
+            self._unchanged(record)
+        self.total = record.stats["total"]
+
+    def _start(self, record: Any) -> None:
+        if record.shellcmd is None:  # such as `all`
+            return
+        label = record.rule_msg or " ".join([record.rule_name, *record.wildcards.values()])
+        if self.dryrun:
+            reason, _, _ = record.reason.partition(":")
+            self._line(f"{label} [{reason.lower()}]")
+            return
+        log = Path(record.log[0] if record.log else os.devnull)
+        progress = record.created + PROGRESS_INTERVAL
+        self.running[record.jobid] = Job(label, log, record.created, progress)
+        self._say("start", label)
+
+    def _finish(self, record: Any) -> None:
+        self.done = record.done
+        self.total = record.total
+        for number in self.finished:
+            self.failed.pop(number, None)  # in an earlier attempt
+            if job := self.running.pop(number, None):
+                self._copy(job)
+                took = duration(record.created - job.started)
+                figure = job.last_line()
+                counts = f"({took}, {self.done}/{self.total})"
+                self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
+        self.finished.clear()
+
+    def _fail(self, record: Any) -> None:
+        status = self.exit_status.pop(record.thread, 0)
+        job = self.running.pop(record.jobid, None)
+        if job is None:
+            return
+        self._copy(job)
+        took = duration(record.created - job.started)
+        if self.interrupted:
+            self._say("stopped", f"{job.label} ({took})")
+            return
+        self._say("FAILED", f"{job.label} ({took})")
+        self.failed[record.jobid] = (
+            f"{job.label}\n"
+            f"  error  {record.rule_msg or job.error() or ending(status)}\n"
+            f"  file   {', '.join(record.output[:1])}\n"
+            f"  log    {', '.join(record.log)}\n"
+        )
+
+    # ── jobs that run ──
+
+    def _follow(self) -> None:
+        while not self.closed.wait(1.0):
+            self.acquire()
+            try:
+                self.look()
+            finally:
+                self.release()
+
+    def look(self) -> None:
+        """Show what running jobs say now."""
+        for job in self.running.values():
+            self._copy(job)
+        if self.stream.isatty() and not self.verbose:
+            self._rewrite("  ".join(map(progress, self.running.values())))
+        else:
+            self._report_long()
+
+    def _copy(self, job: Job) -> None:
+        if self.verbose:
+            self.stream.write(job.news())
+            self.stream.flush()
+
+    def _report_long(self) -> None:
+        now = time.time()
+        for job in self.running.values():
+            if now > job.next_progress:
+                job.next_progress = now + max(PROGRESS_INTERVAL, (now - job.started) / 10)
+                self._say("...", progress(job))
+
+    # ── lines ──
+
+    def _unless_hidden(self, record: logging.LogRecord) -> None:
+        if not str(record.msg).startswith(HIDDEN):
+            self._unchanged(record)
+
+    def _unchanged(self, record: logging.LogRecord) -> None:
+        self._line(self.format(record))
+
+    def _say(self, what: str, text: str) -> None:
+        self._line(f"{time.strftime('%H:%M:%S')} {what:6} {text}")
+
+    def _line(self, text: str) -> None:
+        if not self.verbose:
+            self._rewrite("")
+            print(text, file=self.stream, flush=True)
+
+    def _rewrite(self, status: str) -> None:
+        if status != self.status:
+            width = os.get_terminal_size(self.stream.fileno()).columns or 80
+            self.stream.write(f"\r\x1b[K{status[: width - 1]}")
+            self.stream.flush()
+            self.status = status
+
+
+def progress(job: Job) -> str:
+    """How long a job has run, and its last line."""
+    line = job.last_line()
+    return f"{job.label} ({duration(time.time() - job.started)})" + (line and f": {line}")
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def ending(status: int) -> str:
+    """How a program ended that left no message."""
+    if status == 128 + 9:
+        return "killed (signal 9): out of memory?"
+    if status > 128:
+        return f"ended by signal {status - 128}"
+    return f"no message (exit status {status})"

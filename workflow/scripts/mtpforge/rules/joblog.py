@@ -1,0 +1,52 @@
+"""A job that runs, and what its log says of it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TAIL = 8192  # bytes at the end of a log
+WIDTH = 160  # characters of a line
+ERROR_LINES = 12
+LINE_ENDS = re.compile(r"[\r\n]+")  # progress bars rewrite their line
+ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass
+class Job:
+    """A job that has started. Its log need not be there yet."""
+
+    label: str
+    log: Path
+    started: float
+    next_progress: float
+    shown: str = ""
+    copied: int = 0
+
+    def last_line(self) -> str:
+        """The progress of a job that runs, the figure of one that is done; empty if its log is."""
+        return "".join(self._tail()[-1:])[:WIDTH]
+
+    def error(self) -> str:
+        """Its `error:` line with what follows, or else the last lines of the log."""
+        lines = self._tail()
+        starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        said = lines[starts[-1] :][:ERROR_LINES] if starts else lines[-ERROR_LINES:]
+        return "\n         ".join(said).removeprefix("error: ")
+
+    def news(self) -> str:
+        """What the log has gained since the last call."""
+        data = self._read(self.copied)
+        self.copied += len(data)
+        return data.decode(errors="replace")
+
+    def _tail(self) -> list[str]:
+        size = self.log.stat().st_size if self.log.is_file() else 0
+        text = self._read(max(0, size - TAIL)).decode(errors="replace")
+        return [line for part in LINE_ENDS.split(text) if (line := ESCAPES.sub("", part).strip())]
+
+    def _read(self, position: int) -> bytes:
+        if not self.log.is_file():
+            return b""
+        with self.log.open("rb") as file:
+            file.seek(position)
+            return file.read()
