@@ -108,7 +108,7 @@ def test_all_makes_a_folder_that_is_whole_and_a_second_run_makes_nothing(
 
 def test_a_dry_run_lists_and_uploads_nothing(repository: Repository, hub: Hub) -> None:
     said = publish(repository, hub, "--config", "dry_run=true")
-    assert f"{TARGET}, a new repository: {len(PUBLISHED)} files to upload" in said
+    assert f"{TARGET} (new repository): {len(PUBLISHED)} files to upload" in said
     for name in PUBLISHED:
         assert (
             f"{(repository.path / 'results' / MODEL / name).stat().st_size:>15,}  {name}\n" in said
@@ -161,8 +161,8 @@ def test_a_new_variant_uploads_itself_and_the_card_but_one_that_is_left_does_not
         "reports/tiny-qwen3.5-Q4_0.json",
     ]
     assert hub.commits[1:] == [[*names, "tiny-qwen3.5-Q4_0.gguf"]]
-    assert f"not uploaded: results/{MODEL}/tiny-qwen3.5-Q8_0.gguf is not asked for any more" in said
-    assert "left as it is: tiny-qwen3.5-Q8_0.gguf is in the repository" in said
+    assert f"not uploaded: results/{MODEL}/tiny-qwen3.5-Q8_0.gguf is no longer configured" in said
+    assert "left alone: tiny-qwen3.5-Q8_0.gguf is only in the repository" in said
     card = (hub.repositories[TARGET] / "README.md").read_text()
     assert "Q4_0" in card and "Q8_0.gguf" not in card
 
@@ -191,14 +191,14 @@ def test_a_download_is_checked_by_itself(hub: Hub, tmp_path: Path, run: Run) -> 
     (copy / "reports/tiny-qwen3.5-BF16.json").unlink()
     said = wrong()
     for text in (
-        "Q4_0.gguf: has another sha256",
-        "another.gguf: does not belong there",
-        "reports/tiny-qwen3.5-BF16.json: is missing",
+        "Q4_0.gguf: its sha256 differs",
+        "another.gguf: not listed",
+        "reports/tiny-qwen3.5-BF16.json: missing",
     ):
         assert text in said
     assert "BF16.gguf" not in said
     path.unlink()
-    assert "tiny-qwen3.5-Q4_0.gguf: is missing" in wrong()
+    assert "tiny-qwen3.5-Q4_0.gguf: missing" in wrong()
     (copy / "SHA256SUMS").unlink()
     assert "no such file" in wrong()
 
@@ -265,7 +265,7 @@ def test_a_file_that_was_changed_after_its_proof_is_not_uploaded(
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert (
         done.returncode == 1
-        and "has changed since SHA256SUMS was written" in done.stderr
+        and "changed after SHA256SUMS was written" in done.stderr
         and len(hub.commits) == commits
     )
 

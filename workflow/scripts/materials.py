@@ -1,6 +1,9 @@
-"""List the files of a checkpoint with their sha256: local ones are hashed, of fetched ones the records know it.
+"""List the files of a checkpoint with their sha256.
 
-example: materials.py '{"path": "Qwen3.5-4B"}' Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors --out materials.json
+Local files are hashed; the digests of downloaded ones come from their records.
+
+example: materials.py '{"path": "Qwen3.5-4B"}' Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors \\
+             --out materials.json
 """
 
 import json
@@ -15,16 +18,12 @@ def main() -> None:
     """Parse the command line and write the list."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "source", type=json.loads, metavar="JSON", help="where they come from, as in config.yaml"
+        "source", type=json.loads, metavar="JSON", help="source of the files, as in config.yaml"
     )
     parser.add_argument(
-        "files",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="the files, or the records of fetched ones",
+        "files", type=Path, nargs="+", metavar="FILE", help="local files, or records of fetch.py"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the list, as JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="list, as JSON")
     args = parser.parse_args()
     atomic.write_json(args.out, {"materials": provenance.materials(args.source, args.files)})
 

@@ -1,8 +1,10 @@
-"""Write what a verified file is made of as an in-toto statement: its digest, the configuration, and the digests of all inputs.
+"""Write an in-toto statement on a verified file: its digest, configuration and all inputs.
 
-example: provenance.py report.json --parameters '{}' --source files.json --toolchain stamp.json --out statement.json
+example: provenance.py report.json --parameters '{}' --source materials.json \\
+             --toolchain stamp.json --out statement.json
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,65 +12,57 @@ from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.publish import provenance, sums
+from mtpforge.publish.provenance import Resource
 
 
 def main() -> None:
     """Parse the command line and write the statement."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "report", type=Path, metavar="REPORT.json", help="what verify.py wrote of the file"
+        "report", type=Path, metavar="REPORT.json", help="report of verify.py on the file"
     )
     parser.add_argument(
-        "--parameters",
-        type=json.loads,
-        required=True,
-        metavar="JSON",
-        help="its part of the configuration",
-    )
+        "--parameters", type=json.loads, required=True, metavar="JSON",
+        help="the file's part of the configuration",
+    )  # fmt: skip
     parser.add_argument(
-        "--source",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="what materials.py wrote of the checkpoint",
-    )
+        "--source", type=Path, required=True, metavar="FILE",
+        help="list of materials.py on the checkpoint",
+    )  # fmt: skip
     parser.add_argument(
-        "--material",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("JSON", "FILE"),
-        help="what else was used, as materials.py",
-    )
+        "--material", nargs="+", action="append", default=[], metavar=("JSON", "FILE"),
+        help="another input and its files, as for materials.py; repeatable",
+    )  # fmt: skip
     parser.add_argument(
-        "--toolchain",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the stamp of llama.cpp's programs",
-    )
+        "--toolchain", type=Path, required=True, metavar="FILE",
+        help="stamp of llama.cpp's programs",
+    )  # fmt: skip
     parser.add_argument(
         "--locks", type=Path, nargs="+", default=[], metavar="FILE", help="locked requirements"
     )
     parser.add_argument(
-        "--code",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="the programs, with their modules",
+        "--code", type=Path, nargs="+", default=[], metavar="FILE",
+        help="programs of the pipeline and their modules",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="statement, as JSON"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the statement, as JSON")
     args = parser.parse_args()
     report = read_json(args.report)
-    dependencies = list(read_json(args.source)["materials"])
-    for source, *evidence in args.material:
-        dependencies += provenance.materials(json.loads(source), map(Path, evidence))
-    dependencies += [*provenance.trunk(report), *provenance.toolchain(args.toolchain)]
-    dependencies += [*provenance.locks(args.locks), provenance.pipeline(args.code)]
-    atomic.write_json(
-        args.out, provenance.statement(sums.files_of(report), args.parameters, dependencies)
-    )
+    files = sums.files_of(report)
+    made_of = dependencies(args, provenance.trunk(report))
+    atomic.write_json(args.out, provenance.statement(files, args.parameters, made_of))
+
+
+def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resource]:
+    """Everything that the file depends on: checkpoint, base, toolchain, locks and code."""
+    found: list[Resource] = list(read_json(args.source)["materials"])
+    for source, *tracked in args.material:
+        found += provenance.materials(json.loads(source), map(Path, tracked))
+    found += trunk
+    found += provenance.toolchain(args.toolchain)
+    found += provenance.locks(args.locks)
+    return [*found, provenance.pipeline(args.code)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Upload folders of results to the Hub, each with all that its SHA256SUMS names; what is there already is not sent again.
+"""Upload results folders to the Hub: every file on SHA256SUMS that the repository lacks.
 
 example: publish.py --private results/qwen3.5-4b OWNER/Qwen3.5-4B-MTP-GGUF --dry-run
 """
@@ -10,35 +10,27 @@ from mtpforge.publish import upload
 
 
 def main() -> None:
-    """Parse the command line, say what goes where, and upload it."""
+    """Parse the command line, show what is missing, and upload it."""
     parser = cli.parser(__doc__)
-    pair = ("FOLDER", "OWNER/NAME")
-    parser.add_argument(
-        "--private",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=pair,
-        help="a repository that is made is private",
-    )
-    parser.add_argument(
-        "--public",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=pair,
-        help="a repository that is made is public",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    for option in ("private", "public"):
+        parser.add_argument(
+            f"--{option}",
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("FOLDER", "OWNER/NAME"),
+            help=f"upload this folder; a new repository is created as {option}",
+        )
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
     args = parser.parse_args()
     targets = [(*pair, True) for pair in args.private] + [(*pair, False) for pair in args.public]
     if not targets:
         raise errors.ConfigError(
-            "nothing to publish: give a model under `build` a `publish: {repo: OWNER/NAME-MTP-GGUF}`"
+            "nothing to publish: set `publish: {repo: OWNER/NAME-MTP-GGUF}` on a model under `build`"
         )
     for folder, repo, private in targets:
-        plan = upload.plan(Path(folder), repo)
-        upload.tell(plan)
+        plan = upload.compare(Path(folder), repo)
+        plan.show()
         if plan.missing and not args.dry_run:
             print(f"{repo}: {upload.upload(plan, private)}")
 

@@ -1,39 +1,35 @@
-"""List what is published of a folder of results, with the sha256 of each file; those that were verified are not read again.
+"""Write SHA256SUMS, the list of all published files of a results folder.
 
-example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json --others results/qwen3.5-4b/README.md
+Digests of verified GGUFs come from their reports; only files that changed since are hashed.
+
+example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json \\
+             --others results/qwen3.5-4b/README.md
 """
 
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.publish.sums import SUMS, collect, surplus, write_sums
+from mtpforge.progress import say
+from mtpforge.publish.sums import SUMS, collect, unlisted, write_sums
 
 
 def main() -> None:
     """Parse the command line and write the list."""
     parser = cli.parser(__doc__)
-    parser.add_argument("folder", type=Path, help="the folder of results")
+    parser.add_argument("folder", type=Path, help="results folder")
     parser.add_argument(
-        "--reports",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="of verify.py, on the files that are published",
-    )
+        "--reports", type=Path, nargs="+", required=True, metavar="FILE",
+        help="reports of verify.py on the files to publish",
+    )  # fmt: skip
     parser.add_argument(
-        "--others",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="what is published beside them: card, statements",
-    )
+        "--others", type=Path, nargs="*", default=[], metavar="FILE",
+        help="other files to publish: card, measurements, provenance",
+    )  # fmt: skip
     args = parser.parse_args()
     sums = collect(args.folder, args.reports, args.others)
     write_sums(args.folder / SUMS, sums)
-    for name in surplus(args.folder, sums):
-        print(
-            f"{args.folder / name}: is not asked for any more and will not be published: delete it"
-        )
+    for name in unlisted(args.folder, sums):
+        say(f"{args.folder / name}: no longer configured, so it is not published: delete it")
 
 
 if __name__ == "__main__":

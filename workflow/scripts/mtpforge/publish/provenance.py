@@ -1,6 +1,6 @@
-"""What a published file is made of, as an in-toto statement with the SLSA provenance predicate.
+"""Provenance of a published file: an in-toto statement with the SLSA provenance predicate.
 
-The same configuration gives the same bytes: no time and no path of a machine is in it.
+It contains no time and no local path, so the same configuration gives the same bytes.
 See https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1.
 """
 
@@ -14,17 +14,24 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 
 FOLDER = "provenance"
-STATEMENT, PREDICATE = "https://in-toto.io/Statement/v1", "https://slsa.dev/provenance/v1"
-BUILD_TYPE, BUILDER = "urn:mtpforge:build:v1", "urn:mtpforge:snakemake:v1"
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:mtpforge:build:v1"
+BUILDER = "urn:mtpforge:snakemake:v1"
 
 Resource = dict[str, Any]
-"""An in-toto ResourceDescriptor: name, digest, and what else is known."""
+"""An in-toto ResourceDescriptor: name, digest, and annotations."""
 
 
 def statement(
-    files: Iterable[tuple[str, int, str]], parameters: Mapping[str, Any], dependencies: list[Resource]
-) -> dict[str, Any]:  # fmt: skip
-    """The statement on `files` (path, bytes, sha256), which a part of the configuration and the dependencies made."""
+    files: Iterable[tuple[str, int, str]],
+    parameters: Mapping[str, Any],
+    dependencies: list[Resource],
+) -> dict[str, Any]:
+    """The statement on `files` (path, bytes, sha256), built from dependencies with parameters.
+
+    `parameters` are the relevant part of the configuration.
+    """
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, _, digest in files],
@@ -41,70 +48,70 @@ def statement(
 
 
 def subjects(path: Path) -> dict[str, str]:
-    """Name -> sha256 of what a statement is about. Raises VerificationError, CheckpointError where it is none of ours."""
+    """Name -> sha256 of the files that a statement covers.
+
+    Raises VerificationError or CheckpointError if the file is not a statement of ours.
+    """
     try:
         value = read_json(path)
         if (value["_type"], value["predicateType"]) != (STATEMENT, PREDICATE):
             raise ValueError(f"{value['_type']!r}, {value['predicateType']!r}")
-        return {
-            str(subject["name"]): str(subject["digest"]["sha256"]) for subject in value["subject"]
-        }
+        found = [(subject["name"], subject["digest"]["sha256"]) for subject in value["subject"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VerificationError(f"is no in-toto statement of SLSA provenance ({error})") from None
+        raise VerificationError(f"not an in-toto statement of SLSA provenance ({error})") from None
+    return {str(name): str(digest) for name, digest in found}
 
 
-def materials(source: Mapping[str, Any], evidence: Iterable[Path]) -> list[Resource]:
-    """What was taken from `source`, as the configuration names it: local files, which are hashed, or records of fetched ones.
+def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
+    """The files of a source: local files, which are hashed, or records of downloaded ones.
 
-    Of a head that was fetched by itself there is an entry for each tensor, which says how far it is to be trusted.
+    `source` is as in the configuration. A head that was downloaded by itself has one entry per
+    tensor, with its standing: verified, or trusted on first use.
     """
     if "path" in source:
-        return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in evidence]
+        return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in tracked]
     uri = f"pkg:huggingface/{source['repo']}@{source['revision']}"
-    found: list[Resource] = [
-        {"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}
-    ]
-    for path in evidence:
+    repository = {"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}
+    found: list[Resource] = [repository]
+    for path in tracked:
         record = read_json(path)
-        if "tensors" not in record:
-            found.append(
-                {
-                    "name": record["name"],
-                    "uri": f"{uri}#{record['name']}",
-                    "digest": {"sha256": record["sha256"]},
-                }
-            )
-            continue
-        for name, tensor in record["tensors"].items():
-            place = {"uri": f"{uri}#{tensor['shard']}", "digest": {"sha256": tensor["sha256"]}}
-            found.append({"name": name, **place, "annotations": {"standing": tensor["standing"]}})
+        if "tensors" in record:
+            found += _head_tensors(record["tensors"], uri)
+        else:
+            place = f"{uri}#{record['name']}"
+            digest = {"sha256": record["sha256"]}
+            found.append({"name": record["name"], "uri": place, "digest": digest})
     return found
 
 
-def trunk(report: Mapping[str, Any]) -> list[Resource]:
-    """What is known of the trunk that a head was injected into, from the report on the file; nothing of another file."""
-    if "trunk" not in report:
-        return []
-    what = "the sha256 of a line for each of its tensors, sorted by name: sha256, two spaces, name"
+def _head_tensors(tensors: Mapping[str, Any], uri: str) -> list[Resource]:
     return [
         {
-            "name": "trunk of the base",
-            "digest": {"sha256": report["trunk"]["sha256_before"]},
-            "annotations": {"digest": what},
+            "name": name,
+            "uri": f"{uri}#{tensor['shard']}",
+            "digest": {"sha256": tensor["sha256"]},
+            "annotations": {"standing": tensor["standing"]},
         }
+        for name, tensor in tensors.items()
     ]
 
 
+def trunk(report: Mapping[str, Any]) -> list[Resource]:
+    """The trunk that a head was injected into, from the report on the file; empty without one."""
+    if "trunk" not in report:
+        return []
+    what = "the sha256 of a line for each of its tensors, sorted by name: sha256, two spaces, name"
+    digest = {"sha256": report["trunk"]["sha256_before"]}
+    return [{"name": "trunk of the base", "digest": digest, "annotations": {"digest": what}}]
+
+
 def toolchain(stamp: Path) -> list[Resource]:
-    """The programs of llama.cpp that were used, with what is known of their build; and its source, where it was built here."""
+    """The llama.cpp programs, with their build; and the source archive if they were built here."""
     known = read_json(stamp)
-    about = {
-        key: value for key, value in known.items() if key not in ("archive_sha256", "programs")
-    }
-    digests = {
-        **({"llama.cpp": known["archive_sha256"]} if "archive_sha256" in known else {}),
-        **known["programs"],
-    }
+    digests: dict[str, str] = dict(known["programs"])
+    if "archive_sha256" in known:
+        digests = {"llama.cpp": known["archive_sha256"], **digests}
+    about = {key: known[key] for key in known if key not in ("archive_sha256", "programs")}
     return [
         {"name": name, "digest": {"sha256": digest}, "annotations": about}
         for name, digest in digests.items()
@@ -112,16 +119,17 @@ def toolchain(stamp: Path) -> list[Resource]:
 
 
 def locks(paths: Iterable[Path]) -> list[Resource]:
-    """Locked requirements."""
+    """The locked requirements."""
     return [{"name": path.as_posix(), "digest": {"sha256": digest_of(path)}} for path in paths]
 
 
 def pipeline(code: Iterable[Path]) -> Resource:
-    """The programs of this pipeline that made the file, with all modules that they import."""
-    lines = "".join(f"{digest_of(path)}  {path.as_posix()}\n" for path in sorted(set(code)))
+    """The programs of this pipeline that made the file, with every module that they import."""
+    paths = sorted(set(code))
+    lines = "".join(f"{digest_of(path)}  {path.as_posix()}\n" for path in paths)
     what = "the sha256 of the lines that sha256sum prints of these files"
     return {
         "name": "mtpforge",
         "digest": {"sha256": hashlib.sha256(lines.encode()).hexdigest()},
-        "annotations": {"digest": what, "files": sorted({path.as_posix() for path in code})},
+        "annotations": {"digest": what, "files": sorted(path.as_posix() for path in paths)},
     }

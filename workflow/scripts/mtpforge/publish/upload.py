@@ -1,12 +1,11 @@
-"""Upload of a folder of results to the Hub: exactly the files that its list names, and of these what the repository lacks.
+"""Upload of a results folder to the Hub: exactly the files on its list that the repository lacks.
 
-What is there already is told by sha256, and small files by the id that git gives them. huggingface_hub finds the token, streams,
-and keeps what an interrupted upload has brought.
+Large files are compared by sha256, small ones by their git id. huggingface_hub finds the token,
+streams the files, and keeps what an interrupted upload has sent.
 """
 
 import glob
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +23,14 @@ from mtpforge.errors import UploadError, VerificationError
 from mtpforge.hub import remote
 from mtpforge.hub.remote import Patience
 from mtpforge.io.ranges import digest_of
+from mtpforge.progress import say
 from mtpforge.publish.sums import (
     SUMS,
     Sums,
-    certainly_unchanged,
+    check_unchanged,
+    check_unchanged_since,
     read_sums,
-    surplus,
-    unchanged,
+    unlisted,
 )
 
 MESSAGE = "Upload of {} files by mtpforge"
@@ -45,8 +45,8 @@ _FAILURES = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an upload of `folder` would do: `missing` (path, bytes) is uploaded, `foreign` lies in the repository and is left."""
+class UploadPlan:
+    """The files of `folder` that `repo` lacks, with their bytes, and those that only `repo` has."""
 
     folder: Path
     repo: str
@@ -54,35 +54,49 @@ class Plan:
     missing: list[tuple[str, int]]
     foreign: list[str]
 
+    def show(self) -> None:
+        """Print what would be uploaded, and warn of files that stay behind on either side."""
+        total = sum(size for _, size in self.missing)
+        new = "" if self.exists else " (new repository)"
+        print(f"{self.repo}{new}: {len(self.missing)} files to upload, {total / 1e9:.2f} GB")
+        for name, size in self.missing:
+            print(f"  {size:>15,}  {name}")
+        for name in unlisted(self.folder, read_sums(self.folder / SUMS)):
+            say(f"  not uploaded: {self.folder / name} is no longer configured: delete it")
+        for name in self.foreign:
+            say(f"  left alone: {name} is only in the repository: delete it there if it is old")
 
-def plan(folder: Path, repo: str) -> Plan:
-    """Compare a folder of results with a repository, which need not exist. Raises VerificationError, UploadError."""
-    sums = _own(folder)
-    there = _there(repo)
+
+def compare(folder: Path, repo: str) -> UploadPlan:
+    """Compare a results folder with a repository, which need not exist.
+
+    Raises VerificationError if a file differs from the list, UploadError if the Hub fails.
+    """
+    sums = _listed(folder)
+    uploaded = _uploaded(repo)
     missing = [
         (name, (folder / name).stat().st_size)
         for name, digest in sums.items()
-        if not _same(folder / name, digest, there, name)
+        if not _is_uploaded(folder / name, digest, (uploaded or {}).get(name))
     ]
-    foreign = sorted((there or {}).keys() - sums.keys() - {".gitattributes"})
-    return Plan(folder, repo, there is not None, missing, foreign)
+    foreign = sorted((uploaded or {}).keys() - sums.keys() - {".gitattributes"})
+    return UploadPlan(folder, repo, uploaded is not None, missing, foreign)
 
 
-def upload(todo: Plan, private: bool) -> str:
-    """Do what is planned, in a repository that is made if it does not exist; the address of the commit.
+def upload(plan: UploadPlan, private: bool) -> str:
+    """Upload what is missing, creating the repository if needed; the URL of the commit.
 
-    Raises VerificationError, before anything is sent, for a file that is not the one that was listed; UploadError.
+    Raises VerificationError before anything is sent if a file differs from the list; UploadError.
     """
-    api, names, listed = HfApi(), [name for name, _ in todo.missing], todo.folder / SUMS
-    for name, digest in read_sums(listed).items():
-        if name in names:  # what may never be taken back is read once more
-            certainly_unchanged(todo.folder / name, digest, listed)
+    api = HfApi()
+    names = [name for name, _ in plan.missing]
+    _check_again(plan.folder, names)
     try:
-        if not todo.exists:
-            api.create_repo(todo.repo, private=private, exist_ok=True)
+        if not plan.exists:
+            api.create_repo(plan.repo, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=todo.repo,
-            folder_path=todo.folder,
+            repo_id=plan.repo,
+            folder_path=plan.folder,
             allow_patterns=[glob.escape(name) for name in names],
             commit_message=MESSAGE.format(len(names)),
         )
@@ -90,31 +104,37 @@ def upload(todo: Plan, private: bool) -> str:
         cause = error.__cause__ or error
         why = remote.explain(cause if isinstance(cause, Exception) else error)
         raise UploadError(
-            f"{todo.repo}: {why}: run again: what has come until then is kept"
+            f"{plan.repo}: {why}: run again, which continues from what was uploaded"
         ) from None
-    if left := plan(todo.folder, todo.repo).missing:
-        raise UploadError(
-            f"{todo.repo}: is now without, or with another, {', '.join(name for name, _ in left)}: run again"
-        )
+    if left := compare(plan.folder, plan.repo).missing:
+        wrong = ", ".join(name for name, _ in left)
+        raise UploadError(f"{plan.repo}: missing or different after the upload: {wrong}: run again")
     return str(done.commit_url)
 
 
-def _own(folder: Path) -> Sums:
-    """What is to be there: what the list names, and the list. Raises VerificationError for a file unlike its entry."""
-    listed = folder / SUMS
-    sums = read_sums(listed)
+def _check_again(folder: Path, names: list[str]) -> None:
+    """Hash every file once more: an upload may be impossible to take back."""
+    for name, digest in read_sums(folder / SUMS).items():
+        if name in names:
+            check_unchanged(folder / name, digest, folder / SUMS)
+
+
+def _listed(folder: Path) -> Sums:
+    """The listed files and the list itself. Raises VerificationError if one is missing or changed."""
+    path = folder / SUMS
+    sums = read_sums(path)
     for name, digest in sums.items():
         if not (folder / name).is_file():
             raise VerificationError(
-                f"{folder / name}: is missing, and {SUMS} names it: run snakemake for it again"
+                f"{folder / name}: missing, though {SUMS} lists it: run snakemake again"
             )
-        check = unchanged if name.endswith(".gguf") else certainly_unchanged
-        check(folder / name, digest, listed)
-    return {**sums, SUMS: digest_of(listed)}
+        check = check_unchanged_since if name.endswith(".gguf") else check_unchanged
+        check(folder / name, digest, path)
+    return {**sums, SUMS: digest_of(path)}
 
 
-def _there(repo: str) -> dict[str, RepoFile] | None:
-    """The files of a repository; None where there is none that we may see. Raises UploadError."""
+def _uploaded(repo: str) -> dict[str, RepoFile] | None:
+    """The files of a repository; None if there is none that we may see. Raises DownloadError."""
 
     def ask() -> dict[str, RepoFile] | None:
         try:
@@ -126,34 +146,12 @@ def _there(repo: str) -> dict[str, RepoFile] | None:
     return Patience(repo).call(ask)
 
 
-def _same(path: Path, digest: str, there: dict[str, RepoFile] | None, name: str) -> bool:
-    """Whether the repository has these bytes: by their sha256 where they are stored apart, else by git's id of them."""
-    entry = (there or {}).get(name)
+def _is_uploaded(path: Path, digest: str, entry: RepoFile | None) -> bool:
+    """Whether the repository has a file's bytes: by sha256 if it uses LFS, else by git id."""
     if entry is None or entry.size != path.stat().st_size:
         return False
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == digest)
     content = path.read_bytes()
-    return (
-        entry.blob_id
-        == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    )
-
-
-def tell(plan: Plan) -> None:
-    """Print what goes where, and what does not."""
-    total = sum(size for _, size in plan.missing)
-    new = "" if plan.exists else ", a new repository"
-    print(f"{plan.repo}{new}: {len(plan.missing)} files to upload, {total / 1e9:.2f} GB")
-    for name, size in plan.missing:
-        print(f"  {size:>15,}  {name}")
-    for name in surplus(plan.folder, read_sums(plan.folder / SUMS)):
-        print(
-            f"  not uploaded: {plan.folder / name} is not asked for any more: delete it",
-            file=sys.stderr,
-        )
-    for name in plan.foreign:
-        print(
-            f"  left as it is: {name} is in the repository and not in {plan.folder}: delete it there if it is old",
-            file=sys.stderr,
-        )
+    blob = b"blob %d\0" % len(content) + content
+    return bool(entry.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest())
