@@ -1,10 +1,11 @@
-# mtpforge: GGUF quantizations whose multi-token-prediction head is there and works.
-# Each file of workflow/rules/ is one stage; config.yaml says what to build; `all` builds it.
+# mtpforge: GGUF quantizations with a working multi-token-prediction head.
+# config.yaml says what to build, `all` builds it. Each file of workflow/rules/ is one stage, whose
+# inputs and parameters are in the module of the same name in workflow/scripts/mtpforge/rules/.
 import os
 import sys
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
-# `python` in a rule is the one that runs Snakemake, also where nobody has activated its environment.
+# `python` in a rule is the one that runs Snakemake, even if its environment is not activated.
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),
     PYTHONUNBUFFERED="1",  # logs are read while they are written
@@ -12,10 +13,10 @@ os.environ.update(
 
 from snakemake.exceptions import WorkflowError
 
-from mtpforge.build import Build
-from mtpforge.code import code
 from mtpforge.errors import ConfigError
 from mtpforge.rules import console
+from mtpforge.rules.build import Build
+from mtpforge.rules.code import code
 
 terminal = console.attach(workflow)
 
@@ -58,7 +59,7 @@ rule all:
         build.files(),
         build.measurements(),
         "results/summary.md",
-        build.published(),
+        build.publish.ends(),
 
 
 include: "workflow/rules/toolchain.smk"

@@ -1,4 +1,4 @@
-"""The list of a folder's files and statements of provenance: what they say, and what they refuse."""
+"""The list of a folder's files, and statements of provenance: what they say, and what they refuse."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Run
-from mtpforge.build import Build
 from mtpforge.errors import ConfigError, VerificationError
 from mtpforge.io import ranges
 from mtpforge.publish import provenance, sums
 from mtpforge.publish.sums import Sums, check, collect, files_of, read_sums
+from mtpforge.rules.build import Build
 from repository import CONFIG
 
 MODEL = CONFIG["models"]["tiny-qwen3.5"]
@@ -196,8 +196,10 @@ def test_a_statement_has_its_own_part_of_the_configuration_and_no_folder() -> No
     made = build(
         variants={"BF16": {}, "mine": {"base": base}, "Q4_K_M": {"imatrix": matrix}}, sidecar="Q8_0"
     )
-    stems = [report.rpartition("/")[2].removesuffix(".json") for report in made.reports_of(At())]
-    parts = {stem: json.loads(made.parameters(At(stem=stem))) for stem in stems}
+    stems = [
+        report.rpartition("/")[2].removesuffix(".json") for report in made.publish.reports(At())
+    ]
+    parts = {stem: json.loads(made.publish.parameters(At(stem=stem))) for stem in stems}
     assert [list(part.get("variants", {})) for part in parts.values()] == [
         ["BF16"],
         ["mine"],
@@ -206,13 +208,15 @@ def test_a_statement_has_its_own_part_of_the_configuration_and_no_folder() -> No
     ]
     assert parts["mtp-tiny-qwen3.5-Q8_0"]["sidecar"] == "Q8_0"
     assert parts["tiny-qwen3.5-mine"]["variants"]["mine"]["base"]["path"] == "base.gguf"
-    assert "secret" not in json.dumps([parts, json.loads(made.about(At())), made.source_of(At())])
-    assert made.materials_if_any(At(stem="tiny-qwen3.5-mine")) == [base["path"]]
-    assert made.material_options(At(stem="tiny-qwen3.5-Q4_K_M")).startswith(
+    assert "secret" not in json.dumps(
+        [parts, json.loads(made.publish.about(At())), made.publish.source(At())]
+    )
+    assert made.publish.material_inputs(At(stem="tiny-qwen3.5-mine")) == [base["path"]]
+    assert made.publish.material_options(At(stem="tiny-qwen3.5-Q4_K_M")).startswith(
         '--material \'{"path": "m.gguf"}\' /home'
     )
     with pytest.raises(ConfigError, match="no file"):
-        made.parameters(At(stem="other"))
+        made.publish.parameters(At(stem="other"))
 
 
 def test_a_folder_name_that_cannot_begin_files_is_refused(tmp_path: Path) -> None:
@@ -235,23 +239,23 @@ def test_a_wrong_target_is_refused_with_its_path(publish: dict[str, object], pat
 
 
 def test_what_is_uploaded_is_private_unless_it_is_said() -> None:
-    assert build(publish={"repo": "O/N"}).upload_options(None) == "--private results/m O/N"
+    assert build(publish={"repo": "O/N"}).publish.upload_options(None) == "--private results/m O/N"
     assert (
-        build(publish={"repo": "O/N", "private": False}).upload_options(None)
+        build(publish={"repo": "O/N", "private": False}).publish.upload_options(None)
         == "--public results/m O/N"
     )
-    config = yaml.safe_load("{dry_run: 'true', sign: {key: k.pem}}")
+    config = yaml.safe_load("{dry_run: 'true'}")
     made = Build({"models": {"m": {**MODEL, "publish": {"repo": "O/N"}}}, **config})
-    assert made.upload_options(None) == "--dry-run --signed --private results/m O/N"
-    assert made.published() == ["results/m/SHA256SUMS", "results/m/SHA256SUMS.sig"]
-    assert build().uploads(None) == []
+    assert made.publish.upload_options(None) == "--dry-run --private results/m O/N"
+    assert made.publish.ends() == ["results/m/SHA256SUMS"]
+    assert build().publish.uploads(None) == []
 
 
 def test_two_models_do_not_share_a_repository() -> None:
     models = {
         name: {**MODEL, "publish": {"repo": repo}} for name, repo in (("a", "O/N"), ("b", "o/n"))
     }
-    with pytest.raises(ConfigError, match="models/b/publish/repo: o/n is that of a"):
+    with pytest.raises(ConfigError, match="models/b/publish/repo: o/n is the repository of a"):
         Build({"models": models})
 
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
-from mtpforge.build import Build
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
+from mtpforge.rules.build import Build
 from sparse import write_sparse_shard
 
 REPO = "Owner/tiny-qwen3.5"
@@ -263,7 +263,7 @@ def test_add_names_the_converter_that_an_architecture_needs(
         path.read_text().replace("Qwen3_5ForConditionalGeneration", "Glm4MoeForCausalLM")
     )
     config = yaml.safe_load("models:\n" + client.run("add.py", REPO).stdout)
-    assert Build(config).models["tiny-qwen3.5"]["converter"] == "llama.cpp"
+    assert Build(config).config.models["tiny-qwen3.5"].converter == "llama.cpp"
     path.write_text(path.read_text().replace("Glm4MoeForCausalLM", "OtherForCausalLM"))
     client.hub.digests.clear()
     done = client.run("add.py", REPO)

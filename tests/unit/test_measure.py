@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
-from mtpforge.build import Build
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure import perplexity, speed
 from mtpforge.measure.speed import _run, by_position, machine, recommend, together
+from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))
 sys.path.insert(0, str(SCRIPTS))
@@ -268,7 +268,7 @@ def test_nothing_is_measured_unless_it_is_asked_for() -> None:
     made = build(None)
     assert made.measurements() == []
     with pytest.raises(ConfigError, match="models/m/measure"):
-        made.measure_options(wildcards())
+        made.measure.options(wildcards())
 
 
 @pytest.mark.usefixtures("at_root")
@@ -278,20 +278,20 @@ def test_what_is_measured() -> None:
         f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")
     ]
     assert (
-        made.measure_options(wildcards()) == "--n-max 1,2,3,4 --repeats 3"
-        and made.measured_logits(wildcards()) == []
+        made.measure.options(wildcards()) == "--n-max 1,2,3,4 --repeats 3"
+        and made.measure.logits(wildcards()) == []
     )
     made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
     logits = "results/m/work/logits/reference.bin"
-    assert made.measured_logits(wildcards()) == [logits] and made.chunks(wildcards()) == 16
+    assert made.measure.logits(wildcards()) == [logits] and made.measure.chunks(wildcards()) == 16
     assert (
-        made.measure_options(wildcards())
+        made.measure.options(wildcards())
         == f"--n-max 2 --repeats 1 --text README.md --chunks 16 --reference-logits {logits}"
     )
-    assert made.verified(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
-    assert made.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
+    assert made.measure.file(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
+    assert made.measure.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
-    served = made.measure_options(wildcards()).removeprefix("--n-max 2 --repeats 3 ")
+    served = made.measure.options(wildcards()).removeprefix("--n-max 2 --repeats 3 ")
     assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == [
         "-fa",
         "on",
@@ -309,10 +309,10 @@ def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None
     source = {"repo": "Owner/Name", "revision": "0" * 40}
     made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
     assert (
-        made.measured_text(wildcards("mine")) == ["README.md"]
-        and made.measured_logits(wildcards("mine")) == []
+        made.measure.text(wildcards("mine")) == ["README.md"]
+        and made.measure.logits(wildcards("mine")) == []
     )
-    assert made.measure_options(wildcards("mine")).endswith("--text README.md --chunks 4")
+    assert made.measure.options(wildcards("mine")).endswith("--text README.md --chunks 4")
 
 
 @pytest.mark.usefixtures("at_root")

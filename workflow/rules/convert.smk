@@ -1,13 +1,16 @@
-# Checkpoint to BF16 GGUF, by our converter or by llama.cpp's own.
-# Needs: the checkpoint. Makes: results/<model>/work/convert/<part>.gguf, where part is all, trunk, head or draft, and
-# beside it the digests of its tensors. Who reads the GGUF has the digests as an input and the GGUF itself as `ancient`: small files are
-# compared by content, large ones by time, and the published BF16 file is the same bytes by another name.
+# From a checkpoint to a BF16 GGUF, with mtpforge's converter or llama.cpp's own.
+# Needs: the checkpoint.
+# Makes: results/<model>/work/convert/<part>.gguf (part: all, trunk, head, draft or mmproj), and the
+# digests of its tensors beside it.
+# Rules that read the GGUF take its digests as an input, and the GGUF itself as `ancient`: Snakemake
+# compares small files by content but large ones by time, and the published BF16 file is a hard link
+# to this one.
 
 
 rule convert:
     input:
         code=code("convert.py"),
-        checkpoint=build.checkpoint_inputs,
+        checkpoint=build.fetch.checkpoint_inputs,
         lock="envs/run.txt",  # gguf and tokenizers decide metadata
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
@@ -17,24 +20,24 @@ rule convert:
     benchmark:
         "benchmarks/{model}/convert-{part}.jsonl"
     wildcard_constraints:
-        model=build.models_of("mtpforge"),
+        model=build.convert.models("mtpforge"),
         part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
     params:
-        checkpoint=build.checkpoint,
-        tokenizer=build.tokenizer_option,
+        checkpoint=build.fetch.checkpoint,
+        tokenizer=build.convert.tokenizer_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part} {params.tokenizer}"
-        " --out {output.file:q} --digests {output.digests:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
+        " {params.tokenizer} --out {output.file:q} --digests {output.digests:q} 2>&1 | tee {log:q}"
 
 
 rule convert_upstream:
     input:
         code=code("convert_upstream.py"),
-        checkpoint=build.checkpoint_inputs,
+        checkpoint=build.fetch.checkpoint_inputs,
         converter="resources/converter/stamp.json",
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
@@ -44,24 +47,24 @@ rule convert_upstream:
     benchmark:
         "benchmarks/{model}/convert-{part}.jsonl"
     wildcard_constraints:
-        model=build.models_of("llama.cpp"),
+        model=build.convert.models("llama.cpp"),
         part="all|trunk|draft",
     conda:
         "../../envs/run.yaml"
     params:
-        checkpoint=build.checkpoint,
-        tokenizer=build.tokenizer_option,
+        checkpoint=build.fetch.checkpoint,
+        tokenizer=build.convert.tokenizer_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part}) with llama.cpp's converter"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part} {params.tokenizer}"
-        " --log {log:q} --out {output.file:q} --digests {output.digests:q}"
+        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
+        " {params.tokenizer} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
 
 
 rule mmproj:
     input:
         code=code("convert_upstream.py"),
-        checkpoint=build.checkpoint_inputs,
+        checkpoint=build.fetch.checkpoint_inputs,
         converter="resources/converter/stamp.json",
     output:
         file=temp("results/{model}/work/convert/mmproj.gguf"),
@@ -73,7 +76,7 @@ rule mmproj:
     conda:
         "../../envs/run.yaml"
     params:
-        checkpoint=build.checkpoint,
+        checkpoint=build.fetch.checkpoint,
     message:
         "{wildcards.model}: convert the vision tower with llama.cpp's converter"
     shell:

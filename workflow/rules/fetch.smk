@@ -1,8 +1,11 @@
-# Files of the Hub, pinned to a commit.
-# Needs: the network, and for what is gated a token that huggingface_hub finds (HF_TOKEN, or `hf auth login`).
-# Makes, under resources/hub/<owner>/<name>/<revision>/: files.json, what the commit holds; <name>/, the files themselves, each
-# with a record under records/ once its content is right; and head/<name>/, a checkpoint of the head alone, with head.json.
-# The files themselves are no outputs: Snakemake would delete what a failed job has fetched, and compare shards by their time.
+# Files from the Hub, pinned to a commit.
+# Needs: the network, and for gated repositories a token that huggingface_hub finds (HF_TOKEN, or
+# `hf auth login`).
+# Makes, under resources/hub/<owner>/<name>/<revision>/: files.json, a list of the commit's files
+# and tensors; <name>/, the fetched files, and under records/ a record of each one whose content
+# is right; head/<name>/, a checkpoint with the head only, and head.json, its record.
+# The fetched files are not outputs: Snakemake would delete them when a job fails, and compare
+# shards by time.
 
 
 wildcard_constraints:
@@ -24,7 +27,8 @@ checkpoint resolve:
     message:
         "list {wildcards.repo} at {wildcards.revision}"
     shell:
-        "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision}"
+        " --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule fetch:
@@ -42,13 +46,13 @@ rule fetch:
     resources:
         download=1,
     params:
-        folder=build.fetched,
+        folder=build.fetch.folder,
         head="resources/hub/{repo}/{revision}/head.json",
     message:
         "fetch {wildcards.file} of {wildcards.repo}"
     shell:
-        "python {input.code[0]:q} {input.listing:q} {wildcards.file:q} --folder {params.folder:q} --head {params.head:q}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.listing:q} {wildcards.file:q} --folder {params.folder:q}"
+        " --head {params.head:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule fetch_head:
@@ -64,13 +68,13 @@ rule fetch_head:
     resources:
         download=1,
     params:
-        folder=build.fetched_head,
-        whole=build.fetched,
+        folder=build.fetch.head_folder,
+        whole=build.fetch.folder,
     message:
-        "fetch the head of {wildcards.repo}, and no other weights"
+        "fetch only the head of {wildcards.repo}"
     shell:
-        "python {input.code[0]:q} {input.listing:q} --folder {params.folder:q} --whole {params.whole:q}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.listing:q} --folder {params.folder:q}"
+        " --whole {params.whole:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 # snakemake --cores 1 add --config repo=OWNER/NAME
@@ -82,6 +86,8 @@ rule add:
     conda:
         "../../envs/run.yaml"
     params:
-        repo=lookup("repo", within=config, default=""),
+        repo=build.config.repo,
+    message:
+        "print an entry for config.yaml"
     shell:
         "python {input.code[0]:q} {params.repo:q} 2>&1 | tee {log:q}"

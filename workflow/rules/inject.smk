@@ -1,16 +1,17 @@
-# A head for a GGUF that lacks one, or that is to have another.
-# Needs: the base, the head as a BF16 GGUF, and llama-quantize for the head's type.
-# Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of the trunk's tensors as they were
-# before, and of the head's as they were then injected.
+# Injects a head into a GGUF that has none, or replaces the one that it has.
+# Needs: the base, the head as a BF16 GGUF, and llama-quantize for the type of the head.
+# Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of each tensor of
+# the base's trunk and of the new head.
 
 
 rule inject:
     input:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
-        base=build.base_if_any,
-        head=ancient(build.head_file),
-        digests=build.head_digests,
+        base=build.inject.base_inputs,
+        head=ancient(build.inject.head_file),
+        digests=build.inject.head_digests,
+        head_recipe="results/{model}/work/head-recipes/{variant}.yaml",
     output:
         file=temp("results/{model}/work/injected/{variant}.gguf"),
         trunk="results/{model}/work/injected/{variant}.json",
@@ -21,11 +22,12 @@ rule inject:
     conda:
         "../../envs/run.yaml"
     params:
-        base=build.base,
-        head_type=build.head,
-        options=build.inject_options,
+        base=build.inject.base,
+        head_type=build.inject.head_type,
+        options=build.inject.options,
     message:
         "{wildcards.model}: inject the head ({params.head_type}) into {params.base}"
     shell:
-        "python {input.code[0]:q} {params.base:q} --head {input.head:q} --head-type {params.head_type:q} {params.options}"
+        "python {input.code[0]:q} {params.base:q} --head {input.head:q}"
+        " --head-type {params.head_type:q} --head-tensors {input.head_recipe:q} {params.options}"
         " --digests {output.trunk:q} --out {output.file:q} 2>&1 | tee {log:q}"

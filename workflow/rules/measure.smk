@@ -1,18 +1,18 @@
-# What a published file is worth: speed and acceptance over n_max, memory, distance from BF16.
-# Needs: a published file and its report, so that only what is verified is measured; llama-server, llama-perplexity, prompts, and
-# the model's text if it names one.
-# Makes: results/<model>/measure/<name>-<variant>.json, and results/summary.md over all files. results/<model>/work/logits/ has what
-# BF16 predicts for the text, once per model.
-# A measurement takes all cores, so that no other job of the same run disturbs it.
+# Measures published files: speed and acceptance by draft length, memory, distance from BF16.
+# Needs: a verified file and its report, llama-server, llama-perplexity, prompts, and the model's
+# text if it has one.
+# Makes: results/<model>/measure/<name>-<variant>.json, results/summary.md with all files, and
+# once per model the BF16 logits on the text, in results/<model>/work/logits/.
+# A measurement takes all cores, so that no other job disturbs it.
 
 
 rule reference_logits:
     input:
         code=code("reference_logits.py"),
         toolchain="resources/toolchain/stamp.json",
-        model=ancient(build.unquantized_file),
-        digests=build.unquantized_digests,
-        text=build.measured_text,
+        model=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        text=build.measure.text,
     output:
         temp("results/{model}/work/logits/reference.bin"),
     log:
@@ -23,24 +23,24 @@ rule reference_logits:
         "../../envs/run.yaml"
     threads: 64
     params:
-        chunks=build.chunks,
+        chunks=build.measure.chunks,
     message:
-        "{wildcards.model}: what BF16 predicts for {input.text}"
+        "{wildcards.model}: BF16 logits on {input.text}"
     shell:
-        "python {input.code[0]:q} {input.model:q} --text {input.text:q} --chunks {params.chunks} --threads {threads}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.model:q} --text {input.text:q} --chunks {params.chunks}"
+        " --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule measure:
     input:
         code=code("measure.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.verified),  # its digests are compared by content, and what else was checked changes no measurement
-        report=ancient(build.report),
-        digests=build.digests,
-        prompts=build.prompt_files,
-        text=build.measured_text,
-        logits=build.measured_logits,
+        file=ancient(build.measure.file),  # its digests are compared by content
+        report=ancient(build.measure.report),  # only verified files are measured
+        digests=build.verify.digests,
+        prompts=build.verify.prompt_files,
+        text=build.measure.text,
+        logits=build.measure.logits,
     output:
         "results/{model}/measure/{base}-{variant}.json",
     log:
@@ -51,13 +51,13 @@ rule measure:
         "../../envs/run.yaml"
     threads: 64
     params:
-        prompts=build.prompts,
-        options=build.measure_options,
+        prompts=build.verify.prompts,
+        options=build.measure.options,
     message:
         "{wildcards.model}: measure {wildcards.variant}"
     shell:
-        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} {params.options} --threads {threads}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} {params.options}"
+        " --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule summary:
@@ -72,7 +72,7 @@ rule summary:
     conda:
         "../../envs/run.yaml"
     message:
-        "write the summary of all verified and measured files"
+        "summarize all verified and measured files"
     shell:
         "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
         " --out {output:q} 2>&1 | tee {log:q}"

@@ -1,8 +1,11 @@
-# What makes a folder of results a repository of the Hub, and its upload.
-# Needs: the verified files with their reports, measurements where there are some, and the checkpoint's own card and digests.
-# Makes, in results/<model>/: README.md, the model card; provenance/, for each report what its files were made of; SHA256SUMS, the
-# list of all that is published, which is how a download is checked.
-# `publish` is no part of `all`. It has no output, so it always asks the Hub what is there, and uploads what is not.
+# Completes a model's folder so that it can be uploaded as a repository of the Hub, and uploads it.
+# Needs: the verified files with their reports and measurements, and the checkpoint's card and
+# digests.
+# Makes, in results/<model>/: README.md, the model card; provenance/, a statement for each report
+# of what its files were made from; and SHA256SUMS, the list of all published files, to check
+# downloads.
+# `publish` is not part of `all`. It has no output, so it always asks the Hub which files it has,
+# and uploads the others.
 
 
 localrules:
@@ -12,7 +15,7 @@ localrules:
 rule materials:
     input:
         code=code("materials.py"),
-        checkpoint=build.checkpoint_inputs,
+        checkpoint=build.fetch.checkpoint_inputs,
     output:
         "results/{model}/work/materials.json",
     log:
@@ -20,22 +23,23 @@ rule materials:
     conda:
         "../../envs/run.yaml"
     params:
-        source=build.source_of,
+        source=build.publish.source,
     message:
         "{wildcards.model}: list the checkpoint's files with their sha256"
     shell:
-        "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} --out {output:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule provenance:
     input:
         code=code("provenance.py"),
-        programs=build.programs,
+        programs=build.publish.programs,
         report="results/{model}/reports/{stem}.json",
         source="results/{model}/work/materials.json",
-        materials=build.materials_if_any,
+        materials=build.publish.material_inputs,
         toolchain="resources/toolchain/stamp.json",
-        locks=build.locks,
+        locks=build.publish.locks,
     output:
         "results/{model}/provenance/{stem}.json",
     log:
@@ -45,24 +49,24 @@ rule provenance:
     conda:
         "../../envs/run.yaml"
     params:
-        parameters=build.parameters,
-        materials=build.material_options,
+        parameters=build.publish.parameters,
+        materials=build.publish.material_options,
     message:
-        "{wildcards.model}: state what {wildcards.stem} is made of"
+        "{wildcards.model}: state the provenance of {wildcards.stem}"
     shell:
-        "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q} --source {input.source:q}"
-        " {params.materials} --toolchain {input.toolchain:q} --locks {input.locks:q}"
-        " --code {input.programs:q} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q}"
+        " --source {input.source:q} {params.materials} --toolchain {input.toolchain:q}"
+        " --locks {input.locks:q} --code {input.programs:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule card:
     input:
         code=code("card.py"),
         template="workflow/templates/card.md",
-        files=ancient(build.files_of),  # their reports, which have their sha256, are compared by content
-        reports=build.reports_of,
-        measurements=build.measurements_of,
-        checkpoint=build.card_of_checkpoint_if_any,
+        files=ancient(build.publish.files),  # the reports have their sha256
+        reports=build.publish.reports,
+        measurements=build.measure.measurements,
+        checkpoint=build.publish.checkpoint_card_inputs,
         toolchain="resources/toolchain/stamp.json",
     output:
         "results/{model}/README.md",
@@ -71,23 +75,24 @@ rule card:
     conda:
         "../../envs/run.yaml"
     params:
-        about=build.about,
-        checkpoint=build.card_of_checkpoint,
+        about=build.publish.about,
+        checkpoint=build.publish.checkpoint_card,
     message:
         "{wildcards.model}: write the model card"
     shell:
         "python {input.code[0]:q} --files {input.files:q} --reports {input.reports:q}"
-        " --measurements {input.measurements:q} --about {params.about:q} --checkpoint-card {params.checkpoint:q}"
-        " --toolchain {input.toolchain:q} --template {input.template:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --measurements {input.measurements:q} --about {params.about:q}"
+        " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
+        " --template {input.template:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule sums:
     input:
         code=code("sums.py"),
-        files=ancient(build.files_of),
-        reports=build.reports_of,
-        statements=build.statements_of,
-        measurements=build.measurements_of,
+        files=ancient(build.publish.files),
+        reports=build.publish.reports,
+        statements=build.publish.statements,
+        measurements=build.measure.measurements,
         card="results/{model}/README.md",
     output:
         "results/{model}/SHA256SUMS",
@@ -96,7 +101,7 @@ rule sums:
     conda:
         "../../envs/run.yaml"
     message:
-        "{wildcards.model}: list what is published"
+        "{wildcards.model}: list all published files"
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
         " --others {input.card:q} {input.statements:q} {input.measurements:q} 2>&1 | tee {log:q}"
@@ -106,14 +111,14 @@ rule sums:
 rule publish:
     input:
         code=code("publish.py"),
-        folders=build.uploads,
+        folders=build.publish.uploads,
     log:
         "logs/publish.log",
     conda:
         "../../envs/run.yaml"
     params:
-        targets=build.upload_options,
+        targets=build.publish.upload_options,
     message:
-        "publish"
+        "upload to the Hub"
     shell:
         "python {input.code[0]:q} {params.targets} 2>&1 | tee {log:q}"

@@ -1,6 +1,7 @@
-# Pictures of what was measured, for `make report`.
+# Figures of measurements and tensors, for `make report`.
 # Needs: measurements, verified files and their reports.
-# Makes: results/<model>/plots/*.svg, which `snakemake --report report.html plots` puts into one page with the graph and run times.
+# Makes: results/<model>/plots/*.svg, which `snakemake --report report.html plots` puts into one
+# page, with the graph and the run times.
 
 
 report: "../report/workflow.rst"
@@ -9,13 +10,13 @@ report: "../report/workflow.rst"
 rule plots:
     input:
         rules.all.input,
-        build.figures(),
+        build.report.figures(),
 
 
 rule plot:
     input:
         code=code("plot.py"),
-        measurements=build.measurements_of,
+        measurements=build.measure.measurements,
     output:
         report(
             "results/{model}/plots/{figure}.svg",
@@ -32,14 +33,15 @@ rule plot:
     message:
         "{wildcards.model}: draw {wildcards.figure}"
     shell:
-        "python {input.code[0]:q} {wildcards.figure} {input.measurements:q} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {wildcards.figure} {input.measurements:q} --out {output:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule plot_tensors:
     input:
         code=code("plot.py"),
-        file=ancient(build.verified),
-        report=build.report,
+        file=ancient(build.measure.file),
+        report=build.measure.report,
     output:
         report(
             "results/{model}/plots/tensors-{base}-{variant}.svg",
@@ -54,4 +56,5 @@ rule plot_tensors:
     message:
         "{wildcards.model}: draw the tensors of {wildcards.variant}"
     shell:
-        "python {input.code[0]:q} tensors {input.report:q} --file {input.file:q} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} tensors {input.report:q} --file {input.file:q} --out {output:q}"
+        " 2>&1 | tee {log:q}"

@@ -1,9 +1,11 @@
-# llama.cpp's programs, and its own converter.
-# Needs: the pinned source archive (envs/llama.cpp.txt) and a C++ compiler, or a directory that has the programs already.
-# Makes: resources/toolchain/: bin/ and stamp.json, which says what they are; resources/converter/: source/, environment/ (with
-# torch) and stamp.json.
-# Rules that run a program take the stamp as their input: it changes when the toolchain does, and a rebuild of the same
-# toolchain changes nothing. After replacing programs in `bin_dir`: snakemake --forcerun toolchain.
+# llama.cpp's programs, and llama.cpp's converter.
+# Needs: the pinned source archive (envs/llama.cpp.txt) and a C++ compiler, or a folder with
+# programs that are already built.
+# Makes: resources/toolchain/, with bin/ and stamp.json, which describes the build; and
+# resources/converter/, with source/, environment/ (including torch) and stamp.json.
+# Rules that run one of the programs take the stamp as an input: it changes only if the toolchain
+# does.
+# After you replace programs in `bin_dir`: snakemake --forcerun toolchain.
 
 
 rule toolchain:
@@ -12,7 +14,14 @@ rule toolchain:
         requirement="envs/llama.cpp.txt",
     output:
         stamp="resources/toolchain/stamp.json",
-        programs=multiext("resources/toolchain/bin/llama-", "quantize", "server", "gguf-split", "imatrix", "perplexity"),
+        programs=multiext(
+            "resources/toolchain/bin/llama-",
+            "quantize",
+            "server",
+            "gguf-split",
+            "imatrix",
+            "perplexity",
+        ),
     log:
         "logs/toolchain.log",
     benchmark:
@@ -21,9 +30,9 @@ rule toolchain:
         "../../envs/run.yaml"
     threads: 8
     params:
-        bin_dir=lookup("toolchain/llama_cpp/bin_dir", within=config, default=""),
+        bin_dir=build.config.toolchain.llama_cpp.bin_dir,
     message:
-        "toolchain: llama.cpp, built (once per user) or linked"
+        "toolchain: build llama.cpp (once per user), or link its programs"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
         " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}"
@@ -42,6 +51,7 @@ rule converter:
     conda:
         "../../envs/run.yaml"
     message:
-        "converter: llama.cpp's own, with an environment of its own (1 GB)"
+        "converter: set up llama.cpp's converter with its own environment (1 GB)"
     shell:
-        "python {input.code[0]:q} --requirement {input.requirement:q} --lock {input.lock:q} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} --requirement {input.requirement:q} --lock {input.lock:q}"
+        " --out {output:q} 2>&1 | tee {log:q}"

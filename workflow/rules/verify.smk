@@ -1,7 +1,7 @@
-# Proof, and only then the final name.
-# Needs: a finished file, the checkpoint (and base) that it is made of, llama-server, prompts.
-# Makes: results/<model>/<name>-<variant>.gguf, or a folder of that name with the files of a split one; mtp-<name>-<type>.gguf;
-# and a report on each.
+# Verifies a file, and only then gives it its final name.
+# Needs: the finished file, the checkpoint and base that it was made from, llama-server, prompts.
+# Makes: results/<model>/<name>-<variant>.gguf, or a folder of that name for a split file;
+# mtp-<name>-<type>.gguf; mmproj-<name>-F16.gguf; and a report on each.
 
 
 rule acceptance:
@@ -10,7 +10,7 @@ rule acceptance:
         toolchain="resources/toolchain/stamp.json",
         file=ancient("results/{model}/work/convert/all.gguf"),
         digests="results/{model}/work/convert/all.json",
-        prompts=build.prompt_files,
+        prompts=build.verify.prompt_files,
     output:
         "results/{model}/work/acceptance.json",
     log:
@@ -21,24 +21,26 @@ rule acceptance:
         "../../envs/run.yaml"
     threads: 64
     params:
-        prompts=build.prompts,
+        prompts=build.verify.prompts,
     message:
-        "{wildcards.model}: what the BF16 file accepts, for its quantizations to be compared with"
+        "{wildcards.model}: acceptance of the BF16 file, to compare quantizations with"
     shell:
-        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads}"
+        " --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule verify:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.candidate),
-        digests=build.digests,
-        unquantized=build.unquantized_if_any,
-        reference=ancient(build.reference),
-        checkpoint=build.checkpoint_inputs,
+        file=ancient(build.verify.candidate),
+        digests=build.verify.digests,
+        unquantized=build.verify.unquantized,
+        reference=ancient(build.verify.reference),
+        checkpoint=build.fetch.checkpoint_inputs,
         recipe="results/{model}/work/recipes/{variant}.yaml",
-        prompts=build.prompt_files,
+        head_recipe="results/{model}/work/head-recipes/{variant}.yaml",
+        prompts=build.verify.prompt_files,
     output:
         file="results/{model}/{base}-{variant}.gguf",
         report="results/{model}/reports/{base}-{variant}.json",
@@ -50,16 +52,18 @@ rule verify:
         "../../envs/run.yaml"
     threads: 64
     params:
-        source=build.source_option,
-        prompts=build.prompts,
-        options=build.verify_options,
+        source=build.verify.source_option,
+        prompts=build.verify.prompts,
+        options=build.verify.options,
         kept="results/{model}/work/manifests/quantized/{variant}.gguf",
     message:
         "{wildcards.model}: verify {wildcards.variant}"
     shell:
         "python {input.code[0]:q} {input.file:q} {params.source} --tensors {input.recipe:q}"
-        " --prompts {params.prompts:q} {params.options} --threads {threads}"
-        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q} && rm -f {params.kept:q}"
+        " --head-tensors {input.head_recipe:q} --prompts {params.prompts:q} {params.options}"
+        " --threads {threads}"
+        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+        " && rm -f {params.kept:q}"
 
 
 use rule verify as verify_split with:
@@ -71,9 +75,9 @@ use rule verify as verify_split with:
     benchmark:
         "benchmarks/{model}/verify-split-{base}-{variant}.jsonl"
     params:
-        source=build.source_option,
-        prompts=build.prompts,
-        options=build.split_options,
+        source=build.verify.source_option,
+        prompts=build.verify.prompts,
+        options=build.verify.split_options,
         kept="results/{model}/work/manifests/quantized/{variant}.gguf",
     message:
         "{wildcards.model}: verify {wildcards.variant} and split it"
@@ -83,14 +87,14 @@ rule verify_sidecar:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.sidecar),
-        digests=build.sidecar_digests,
+        file=ancient(build.verify.sidecar),
+        digests=build.verify.sidecar_digests,
         target=ancient("results/{model}/work/convert/all.gguf"),
         target_digests="results/{model}/work/convert/all.json",
-        reference=ancient(build.draft_reference),
-        checkpoint=build.checkpoint_inputs,
-        prompts=build.prompt_files,
-        unquantized=build.unquantized_of_sidecar,
+        reference=ancient(build.verify.sidecar_reference),
+        checkpoint=build.fetch.checkpoint_inputs,
+        prompts=build.verify.prompt_files,
+        unquantized=build.verify.sidecar_unquantized,
     output:
         file="results/{model}/mtp-{base}-{type}.gguf",
         report="results/{model}/reports/mtp-{base}-{type}.json",
@@ -104,15 +108,15 @@ rule verify_sidecar:
         "../../envs/run.yaml"
     threads: 64
     params:
-        source=build.draft_source_option,
-        tokenizer=build.tokenizer_option,
-        prompts=build.prompts,
-        options=build.sidecar_options,
+        source=build.verify.sidecar_source_option,
+        tokenizer=build.convert.tokenizer_option,
+        prompts=build.verify.prompts,
+        options=build.verify.sidecar_options,
     message:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
-        "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source} {params.tokenizer}"
-        " --digests {input.digests:q}"
+        "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
+        " {params.tokenizer} --digests {input.digests:q}"
         " --type {wildcards.type} --head {wildcards.type} {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
@@ -122,10 +126,10 @@ rule verify_mmproj:
     input:
         code=code("verify.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient(build.mmproj),
+        file=ancient(build.verify.mmproj),
         digests="results/{model}/work/convert/mmproj.json",
-        target=ancient(build.unquantized_file),
-        target_digests=build.unquantized_digests,
+        target=ancient(build.convert.unquantized_file),
+        target_digests=build.convert.unquantized_digests,
     output:
         file="results/{model}/mmproj-{base}-F16.gguf",
         report="results/{model}/reports/mmproj-{base}-F16.json",
@@ -139,5 +143,6 @@ rule verify_mmproj:
     message:
         "{wildcards.model}: verify the vision tower"
     shell:
-        "python {input.code[0]:q} {input.file:q} --digests {input.digests:q} --target {input.target:q} --threads {threads}"
+        "python {input.code[0]:q} {input.file:q} --digests {input.digests:q}"
+        " --target {input.target:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"

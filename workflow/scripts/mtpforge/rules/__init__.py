@@ -1,1 +1,1 @@
-"""What the rules need from the configuration, and what a run shows."""
+"""The configuration, all paths, the inputs and parameters of each rule, and what a run shows."""

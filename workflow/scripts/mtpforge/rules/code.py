@@ -1,7 +1,7 @@
-"""Which source files a program consists of, so that a rule can have them as inputs and rerun when one is edited.
+"""The source files of a program, as inputs of the rule that runs it.
 
-Snakemake compares small inputs by checksum: a touched or reverted module reruns nothing, an edited one reruns exactly the
-rules that import it, directly or not.
+Snakemake compares small inputs by checksum: touching or reverting a module reruns nothing; editing
+one reruns exactly the rules that import it, directly or not.
 """
 
 import ast
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(__file__).resolve().parents[2]
 
 
 def code(program: str) -> list[str]:
-    """The program (a file name in `workflow/scripts`) and, sorted, every local module that it imports.
+    """A program (a file name in `workflow/scripts`) and, sorted, all local modules that it imports.
 
-    Paths are relative to the repository, where Snakemake runs.
+    The paths are relative to the repository, where Snakemake runs.
     """
     script = SCRIPTS / program
     seen: set[Path] = set()
@@ -31,9 +31,9 @@ def code(program: str) -> list[str]:
 
 @cache
 def _imports(path: Path) -> list[Path]:
-    """Files of the local modules that a file imports, and of the packages that lie on the way to them.
+    """The local modules that a file imports, with the `__init__.py` of their packages.
 
-    Kept, because Snakemake asks again for each job whenever its graph changes.
+    Cached, because Snakemake asks again for each job whenever its graph changes.
     """
     return list(_imported(path))
 

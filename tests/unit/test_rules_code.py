@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import ROOT, SCRIPTS
-from mtpforge.code import code
+from mtpforge.rules.code import code
 
 LIBRARY = "workflow/scripts/mtpforge/"
 
@@ -32,3 +34,24 @@ def test_it_finds_all_that_python_really_loads() -> None:
         ).stdout.splitlines()  # fmt: skip
         local = {name for name in loaded if name.startswith(str(SCRIPTS))}
         assert local <= {str(ROOT / name) for name in code(program.name)}, program.name
+
+
+PROGRAMS = ("convert", "quantize", "inject", "verify", "measure", "card")
+SHARES = {"measure": 0.3, "card": 0.3}
+
+
+def test_a_rule_tracks_only_what_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    """Editing injection must not redo cards and measurements."""
+
+    def lines(path: Path) -> int:
+        return len(path.read_text().splitlines())
+
+    package = sum(map(lines, (SCRIPTS / "mtpforge").rglob("*.py")))
+    tracked = {
+        name: [ROOT / path for path in code(f"{name}.py") if LIBRARY in path] for name in PROGRAMS
+    }
+    shares = {name: sum(map(lines, paths)) / package for name, paths in tracked.items()}
+    with capsys.disabled():
+        print("\nshare of the package that each program tracks:", end=" ")
+        print(", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    assert {name: share for name, share in shares.items() if share >= SHARES.get(name, 1)} == {}

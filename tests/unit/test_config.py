@@ -1,0 +1,295 @@
+"""config.yaml is strict: a mistake is refused with the path of its key and what would be right."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from jsonschema import Draft202012Validator
+from mtpforge.errors import ConfigError
+from mtpforge.rules import checks, schema
+from mtpforge.rules.build import Build
+from mtpforge.rules.config import Config, Model, parse
+from mtpforge.rules.values import Entry
+from mtpforge.rules.variant import HubGguf, ImatrixText, OwnBase, Variant
+
+REVISION = "0" * 40
+HUB = {"repo": "Owner/Name", "revision": REVISION}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any]:
+    entry = {"source": HUB, "variants": {"Q4_K_M": variant}, **(model or {})}
+    return {"models": {"m": entry}}
+
+
+def entries() -> set[type[Entry]]:
+    """All kinds of entries."""
+    found = {Config}
+    pending: list[type[Entry]] = [Entry]
+    while pending:
+        subclasses = pending.pop().__subclasses__()
+        found |= {*subclasses}
+        pending += subclasses
+    return found
+
+
+def test_the_configuration_of_the_repository_is_valid() -> None:
+    build = Build(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    assert len(build.files()) == 12
+    assert "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf" in build.files()
+    others = build.config.models.keys() - {model.name for model in build.config.chosen}
+    assert {"qwen3.5-4b", "qwen3.5-35b-a3b"} <= others
+
+
+def test_the_schema_for_editors_is_current() -> None:
+    written = (ROOT / "workflow/schemas/config.schema.json").read_text()
+    assert written == schema.json_schema(), f"run: {schema.COMMAND}"
+    first = (ROOT / "config.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=workflow/schemas/config.schema.json"
+
+
+def test_the_schema_agrees_with_the_models(bad: list[dict[str, Any]]) -> None:
+    """An independent validator accepts what is right, and refuses most of what is wrong."""
+    validator = Draft202012Validator(json.loads(schema.json_schema()))
+    validator.validate(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    refused = [entry for entry in bad if not validator.is_valid(entry)]
+    assert len(refused) > len(bad) / 2
+
+
+def test_every_key_is_described_in_a_sentence() -> None:
+    assert len(entries()) > 12
+    for entry in entries():
+        assert entry.__doc__
+        for name, field in entry.model_fields.items():
+            text = field.description or ""
+            assert text[:1].isupper() and text.endswith("."), f"{entry.__name__}.{name}: {text}"
+
+
+def test_defaults() -> None:
+    model = parse(config()).models["m"]
+    assert (model.name, model.base_name, model.converter) == ("m", "Name", "mtpforge")
+    assert (model.min_acceptance, model.max_acceptance_drop) == (0.1, 0.2)
+    assert (model.measure, model.publish, model.sidecar) == (None, None, None)
+    variant = model.variants["Q4_K_M"]
+    assert (variant.name, variant.file_type, variant.head_type) == ("Q4_K_M", "Q4_K_M", "Q8_0")
+    assert variant.recipe == {} and not variant.foreign and not variant.unquantized
+
+
+def test_entries_are_typed() -> None:
+    base = {**HUB, "file": "b.gguf"}
+    variants = {"a": {"base": base}, "b": {"base": {"type": "Q4_0"}}, "BF16": {}}
+    variants["Q4_0"] = {"imatrix": {"text": "a.txt"}, "head": "none"}
+    model = parse(config({"variants": variants})).models["m"]
+    assert model.variants["a"].base == HubGguf(**base) and model.variants["a"].foreign
+    assert model.variants["b"].base == OwnBase(type="Q4_0")
+    assert model.variants["b"].file_type == "Q4_0"
+    assert model.variants["BF16"].head_type == "BF16" and model.variants["BF16"].unquantized
+    assert model.variants["Q4_0"].imatrix == ImatrixText(text="a.txt")
+    assert model.variants["Q4_0"].head_types is None and model.variants["Q4_0"].part == "trunk"
+
+
+def test_a_head_has_types_by_pattern() -> None:
+    exceptions = {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}
+    variant = parse(config(head={"type": "Q4_K", "tensors": exceptions})).models["m"]
+    head = variant.variants["Q4_K_M"].head_types
+    assert head and head.type == "Q4_K" and list(head.tensors.items()) == list(exceptions.items())
+
+
+def test_a_recipe_by_name_is_the_recipe() -> None:
+    recipe = {"ffn_": "Q4_K", "attn_": "Q6_K"}
+    named = parse({**config(tensors="mix"), "recipes": {"mix": recipe, "other": {"a": "Q8_0"}}})
+    assert named.models["m"].variants["Q4_K_M"].recipe == recipe
+    assert parse(config(tensors=recipe)).models["m"].variants["Q4_K_M"].recipe == recipe
+
+
+def test_types_that_need_an_importance_matrix_are_allowed_with_one() -> None:
+    imatrix = {"text": "a.txt"}
+    mixed = {"type": "Q4_0", "tensors": {"a": "IQ3_XXS"}, "imatrix": imatrix}
+    Build(config({"variants": {"IQ2_M": {"imatrix": imatrix}, "a": mixed}}))
+
+
+def test_only_models_that_are_built_need_their_files() -> None:
+    other = {"source": {"path": "no/such"}, "variants": {"BF16": {}}}
+    models = {**config()["models"], "other": other}
+    assert Build({"models": models, "build": ["m"]}).files() == ["results/m/Name-Q4_K_M.gguf"]
+    with pytest.raises(ConfigError, match="models/other/source/path: no such folder"):
+        Build({"models": models, "build": "all"})
+
+
+def test_a_low_bit_head_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Build(config(head={"type": "Q8_0", "tensors": {"ffn": "IQ3_S"}}))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "models/m/variants/Q4_K_M/head: a head at IQ3_S" in lines[0]
+    assert "use Q4_K or better" in lines[0]
+    Build(config(head="Q4_K"))
+    assert capsys.readouterr().err == ""
+    assert checks.low_bit_heads(parse({**config(head="IQ3_S"), "build": []})) == []
+
+
+VARIANT = "models/m/variants/Q4_K_M"
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({}, "models: missing"),
+    ({"modles": {}}, "modles: unknown key, did you mean models"),
+    ({**config(), "sign": {"key": "k.pem"}}, "sign: unknown key"),
+    (config({"sauce": 1}), "models/m/sauce: unknown key, did you mean source"),
+    (config(hed="Q8_0"), f"{VARIANT}/hed: unknown key, did you mean head"),
+    (config(quality=1), f"{VARIANT}/quality: unknown key: known keys are type, head, tensors,"),
+    (config(head="Q8_0", allow_low_bit_head=True), f"{VARIANT}/allow_low_bit_head: unknown key"),
+    (config({"source": {"repo": "Owner/Name"}}), "models/m/source/revision: missing"),
+    (
+        config({"source": {"repo": "Owner/Name", "revision": "main"}}),
+        "models/m/source/revision: 'main' is not a commit hash: `snakemake --cores 1 add ",
+    ),
+    (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
+    (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
+    (config({"source": {"path": "here/"}}), "models/m/source/path: 'here/' is not a folder"),
+    (
+        config({"source": {"path": "a", "repo": "A/b"}}),
+        "models/m/source: must have exactly one of the keys path, repo",
+    ),
+    (config({"prompts": "workflow"}), r"models/m/prompts: no \*.txt files in workflow"),
+    (config({"tokenizer_pre": "Qwen 3"}), "models/m/tokenizer_pre: 'Qwen 3' is not"),
+    (config({"converter": "mine"}), "models/m/converter: 'mine': must be 'mtpforge' or"),
+    (
+        config({"variants": {"mtp-Q8_0": {}}}),
+        "models/m/variants/mtp-Q8_0: llama.cpp would not find Name-mtp-Q8_0.gguf",
+    ),
+    (
+        config({"variants": {"Q4_0-imatrix": {}}}),
+        "would not find Name-Q4_0-imatrix.gguf in a repository",
+    ),
+    (config({"min_acceptance": 0}), "models/m/min_acceptance: 0: must be greater than or equal"),
+    (config({"min_acceptance": "a"}), "models/m/min_acceptance: 'a': must be a valid number"),
+    (config({"pieces": 0}), "models/m/pieces: 0: must be greater than"),
+    (config({"mmproj": "yes"}), "models/m/mmproj: 'yes': must be true or false"),
+    (config({"measure": None}), "models/m/measure: empty: remove the key"),
+    (config({"variants": {}}), "models/m/variants: must not be empty"),
+    (config({"variants": {"BF16": None}}), "models/m/variants/BF16: None: must be a mapping"),
+    (config({"variants": {"a/b": {}}}), "models/m/variants/a/b: 'a/b' is not a variant's name"),
+    ({"models": {"M": config()["models"]["m"]}}, "models/M: 'M' is not a model's name"),
+    (
+        config({"variants": {"Q9_X": {}}}),
+        "models/m/variants/Q9_X: unknown quantization type 'Q9_X': llama.cpp has",
+    ),
+    (config(type="Q4KM"), f"{VARIANT}/type: unknown quantization type 'Q4KM'"),
+    (config(head="Q7"), f"{VARIANT}/head: unknown tensor type 'Q7'"),
+    (config(head={"type": "none"}), f"{VARIANT}/head/type: unknown tensor type 'none'"),
+    (config(head={"tensors": {"ffn": "Q4_K"}}), f"{VARIANT}/head/type: missing"),
+    (config(head={"type": "Q8_0", "tensors": {}}), f"{VARIANT}/head/tensors: must not be empty"),
+    (
+        config(head={"type": "Q8_0", "tensors": {"a=b": "Q4_K"}}),
+        f"{VARIANT}/head/tensors/a=b: .* without white space and '='",
+    ),
+    (config(replace_head=True), f"{VARIANT}/replace_head: there is no base"),
+    (config(tensors={"attn_.*": "Q4_K_M"}), f"{VARIANT}/tensors/attn_.*: unknown tensor type"),
+    (config(tensors={"attn_(": "Q4_K"}), "tensor pattern 'attn_\\('"),
+    (config(tensors={"attn _q": "Q4_K"}), "without white space"),
+    (config(tensors={"ATTN": "Q4_K"}), "lower case"),
+    (config(tensors="mix"), f"{VARIANT}/tensors: there is no recipe 'mix': recipes has none"),
+    (
+        {**config(tensors="m"), "recipes": {"a": {"a": "Q8_0"}, "b": {"a": "Q8_0"}}},
+        "no recipe 'm': recipes has a, b",
+    ),
+    (
+        {**config(), "recipes": {"mix": {"attn (": "Q8_0"}}},
+        "recipes/mix/attn \\(: tensor pattern 'attn \\(': must be",
+    ),
+    (
+        {**config(), "recipes": {"mix": {"attn_": "Q4_K_M"}}},
+        "recipes/mix/attn_: unknown tensor type 'Q4_K_M'",
+    ),
+    ({**config(), "recipes": {"mix": {}}}, "recipes/mix: must not be empty"),
+    (config(tensors={"attn_": 4}), f"{VARIANT}/tensors/attn_: 4: must be a valid string"),
+    (
+        config(tensors={"attn_": "IQ2_S"}),
+        f"{VARIANT}/imatrix: missing, and IQ2_S cannot be quantized without: give one, or use an",
+    ),
+    (config({"variants": {"Q2_K_S": {}}}), "variants/Q2_K_S/imatrix: missing, and Q2_K_S cannot"),
+    (config(base={"type": "IQ3_XS"}), "IQ3_XS cannot be quantized without: use another type"),
+    (
+        config(imatrix={"txt": "a"}),
+        f"{VARIANT}/imatrix: must have exactly one of the keys text, path, repo",
+    ),
+    (config(base={"type": "Q4_K_M"}, tensors={"a": "Q8_0"}), "a base is already quantized"),
+    (config(base={"type": "Q4_K_M"}, imatrix={"path": "x"}), "/imatrix: nothing is quantized"),
+    (config({"variants": {"BF16": {"imatrix": {"path": "x"}}}}), "/imatrix: nothing is quantized"),
+    (
+        config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}),
+        f"{VARIANT}/base/revision: 'main' is not a commit hash",
+    ),
+    (
+        config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}),
+        f"{VARIANT}/base/file: '../b.gguf' is not a GGUF",
+    ),
+    (config(base={"path": "b.bin"}), f"{VARIANT}/base/path: 'b.bin' is not a GGUF"),
+    (config(base={"path": "b.gguf", "in_place": True}), f"{VARIANT}/base/in_place: unknown key"),
+    (
+        config(imatrix={"repo": "A/b", "file": "c/d", "revision": REVISION}),
+        f"{VARIANT}/imatrix/file: 'c/d' is not",
+    ),
+    (config(base={"type": "Q4"}), f"{VARIANT}/base/type: unknown quantization type 'Q4'"),
+    (
+        config({"variants": {"BF16": {"head": "Q8_0"}}}),
+        "models/m/variants/BF16/head: BF16 is not quantized, so its head must be BF16 or none",
+    ),
+    (
+        config({"variants": {"BF16": {"tensors": {"a": "Q8_0"}}}}),
+        "models/m/variants/BF16/tensors: BF16 is not quantized, so a recipe has no effect",
+    ),
+    (
+        config(head="none", base={"type": "Q4_K_M"}),
+        f"{VARIANT}/head: a base is there to get a head",
+    ),
+    (
+        config({"sidecar": "Q4_K_M"}),
+        "models/m/sidecar: a sidecar cannot have type 'Q4_K_M': use one of F32, F16, BF16, Q8_0",
+    ),
+    (config({"sidecar": "IQ3_S"}), "models/m/sidecar: a sidecar cannot have type 'IQ3_S'"),
+    (config({"split": "48"}), "models/m/split: '48' is not a size"),
+    (config(split="1.5G"), f"{VARIANT}/split: '1.5G' is not a size"),
+    ({**config(), "build": ["n"]}, "build: there is no model 'n': models has m"),
+    ({**config(), "build": ["m", "m"]}, "build: 'm' is listed twice"),
+    ({**config(), "build": "m"}, "build: 'm': must be 'all'"),
+]
+
+
+@pytest.fixture
+def bad() -> list[dict[str, Any]]:
+    return [mistake for mistake, _ in MISTAKES]
+
+
+@pytest.mark.parametrize(("bad_config", "message"), MISTAKES)
+def test_a_mistake_is_refused_with_its_path(bad_config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^config.yaml: .*{message}") as caught:
+        Build(bad_config)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_names_of_a_build_are_plain(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").mkdir()
+    source = {"path": str(tmp_path / "a\nb")}
+    with pytest.raises(ConfigError, match=r"models/m/source/path: .* rename it"):
+        Build(config({"source": source}))
+
+
+def test_two_outputs_of_one_name_are_refused() -> None:
+    variants = {"Q8_0": {}, "Q8_0.gguf": {"type": "Q8_0", "split": "2M"}}
+    with pytest.raises(ConfigError, match=r"would be results/m/Name-Q8_0\.gguf: rename one"):
+        Build(config({"variants": variants}))
+
+
+def test_models_and_variants_are_independent() -> None:
+    """YAML anchors make several models share one mapping."""
+    entry = config(tensors="mix")["models"]["m"]
+    found = parse({"models": {"a": entry, "b": entry}, "recipes": {"mix": {"attn_": "Q6_K"}}})
+    a, b = found.models["a"], found.models["b"]
+    assert isinstance(a, Model) and isinstance(a.variants["Q4_K_M"], Variant)
+    assert (a.name, b.name) == ("a", "b") and a.variants["Q4_K_M"] is not b.variants["Q4_K_M"]
+    assert entry["variants"]["Q4_K_M"] == {"tensors": "mix"}

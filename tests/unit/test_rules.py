@@ -1,0 +1,327 @@
+"""Inputs and parameters of the rules: what each stage makes of a configuration."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from mtpforge.errors import ConfigError
+from mtpforge.rules import layout
+from mtpforge.rules.build import Build
+from mtpforge.rules.fetch import checked_record
+from mtpforge.rules.variant import HubRepository
+
+REVISION = "0" * 40
+FETCHED = f"resources/hub/Owner/Name/{REVISION}"
+WORK = "results/m/work"
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any]:
+    source = {"repo": "Owner/Name", "revision": REVISION}
+    return {"models": {"m": {"source": source, "variants": {"Q4_K_M": variant}, **(model or {})}}}
+
+
+def wildcards(variant: str = "Q4_K_M", kind: str = "quantized", **others: str) -> Any:
+    names = {"model": "m", "variant": variant, "base": "Name", "kind": kind, "name": variant}
+    return SimpleNamespace(**{**names, **others})
+
+
+# ── what to make ──
+
+
+def test_defaults() -> None:
+    build = Build(config())
+    assert build.files() == ["results/m/Name-Q4_K_M.gguf"]
+    assert build.reports() == ["results/m/reports/Name-Q4_K_M.json"]
+    assert build.verify.candidate(wildcards()) == f"{WORK}/quantized/Q4_K_M.gguf"
+    assert build.fetch.checkpoint(wildcards()) == f"{FETCHED}/Name"
+    assert "--min-acceptance 0.1" in build.verify.options(wildcards())
+
+
+def test_a_split_variant_is_a_folder_and_its_own_size_comes_first() -> None:
+    variants = {"BF16": {}, "Q8_0": {"split": "2G"}}
+    build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": variants}))
+    files = ["results/m/Name-BF16", "results/m/Name-Q8_0", "results/m/mtp-Name-Q8_0.gguf"]
+    assert build.files() == files
+    assert build.verify.split_options(wildcards("BF16")).endswith(" --split 48G")
+    assert build.verify.split_options(wildcards("Q8_0")).endswith(" --split 2G")
+
+
+def test_only_variants_and_types_are_names_of_quantizations() -> None:
+    names = Build(config({"variants": {"my-mix": {"type": "Q4_0"}}})).names()["name"]
+    assert {"my-mix", "IQ3_S"} < set(names) and "another" not in names
+
+
+def test_a_variant_of_another_model_is_refused() -> None:
+    build = Build(config())
+    with pytest.raises(ConfigError, match="models/m/variants has no Q8_0"):
+        build.verify.candidate(wildcards("Q8_0"))
+    with pytest.raises(ConfigError, match=r"files of m are named Name-\*, not Other-\*"):
+        build.measure.file(wildcards(base="Other"))
+
+
+# ── fetch ──
+
+
+def test_only_the_head_of_a_checkpoint_is_fetched_if_nothing_else_is_used() -> None:
+    file = "Base-Q4_K_M-00001-of-00002.gguf"
+    theirs = {"repo": "They/Base", "file": file, "revision": "1" * 40}
+    variants: dict[str, Any] = {"a": {"base": theirs}, "b": {"base": {"path": "x/base.gguf"}}}
+    build = Build(config({"variants": variants}))
+    assert build.fetch.checkpoint(wildcards("a")) == f"{FETCHED}/head/Name"
+    assert build.fetch.checkpoint_inputs(wildcards("a")) == [f"{FETCHED}/head.json"]
+    folder = f"resources/hub/They/Base/{'1' * 40}"
+    assert build.inject.base(wildcards("a")) == f"{folder}/Base/{file}"
+    records = [f"{folder}/records/Base-Q4_K_M-0000{i}-of-00002.gguf.json" for i in (1, 2)]
+    assert build.inject.base_inputs(wildcards("a")) == records
+    assert f"--head-record {FETCHED}/head.json" in build.verify.options(wildcards("a"))
+    changes: list[dict[str, Any]] = [
+        {"variants": {**variants, "Q8_0": {}}},
+        {"variants": {**variants, "c": {"base": {"type": "Q4_0"}}}},
+        {"sidecar": "Q8_0"},
+        {"mmproj": True},
+        {"converter": "llama.cpp"},
+    ]
+    for change in changes:
+        build = Build(config({"variants": variants, **change}))
+        assert build.fetch.checkpoint(wildcards("a")) == f"{FETCHED}/Name"
+
+
+def test_a_fetched_file_that_is_gone_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snakemake sees only the records, and converting without tokenizer_config.json is different."""
+    monkeypatch.chdir(tmp_path)
+    source, folder = HubRepository(repo="Owner/Name", revision=REVISION), Path(FETCHED)
+    record, file = folder / "records/config.json.json", folder / "Name/config.json"
+    assert checked_record(source, "config.json") == str(record)  # not fetched yet
+    for path, text in ((record, '{"bytes": 2}'), (file, "{}")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert checked_record(source, "config.json") == str(record)
+    file.write_text("{ }")
+    with pytest.raises(ConfigError, match=r"of another size: delete .*config\.json\.json and run"):
+        checked_record(source, "config.json")
+    file.unlink()
+    with pytest.raises(ConfigError, match="now gone"):
+        checked_record(source, "config.json")
+
+
+# ── convert ──
+
+
+def test_files_of_llama_cpps_converter_are_compared_with_it_or_with_its_digests() -> None:
+    variants = {"BF16": {}, "Q8_0": {}, "Q4_0": {"head": "none"}}
+    build = Build(config({"converter": "llama.cpp", "variants": variants}))
+    assert build.verify.source_option(wildcards("Q8_0")) == f"--reference {WORK}/convert/all.gguf"
+    assert build.verify.source_option(wildcards("Q4_0")) == f"--reference {WORK}/convert/trunk.gguf"
+    assert f"--digests {WORK}/convert/all.json" in build.verify.options(wildcards("BF16"))
+    assert f"--digests {WORK}/quantized/Q8_0.json" in build.verify.options(wildcards("Q8_0"))
+    assert build.convert.models("llama.cpp") == "m" and build.convert.models("mtpforge") == "(?!)"
+
+
+def test_a_variant_without_a_head_is_made_from_the_trunk() -> None:
+    variants = {"BF16": {"head": "none"}, "Q4_K_M": {"head": "none"}}
+    build = Build(config({"mmproj": True, "variants": variants}))
+    assert build.verify.candidate(wildcards("BF16")) == f"{WORK}/convert/trunk.gguf"
+    assert build.convert.unquantized_file(wildcards()) == f"{WORK}/convert/trunk.gguf"
+    assert build.quantize.source(wildcards()) == f"{WORK}/convert/trunk.gguf"
+    assert "--head" not in build.quantize.options(wildcards())
+    assert "--head none" in build.verify.options(wildcards())
+
+
+# ── quantize ──
+
+
+def test_a_recipe_by_name_is_written_as_the_recipe() -> None:
+    recipe = {"ffn_": "Q4_K", "attn_": "Q6_K"}
+    named = Build({**config(tensors="mix"), "recipes": {"mix": recipe, "other": {"a": "Q8_0"}}})
+    assert named.quantize.recipe(wildcards()) == json.dumps(recipe)
+    assert Build(config(tensors=recipe)).quantize.recipe(wildcards()) == json.dumps(recipe)
+    assert Build(config()).quantize.recipe(wildcards()) == "{}"
+
+
+def test_types_within_a_head_are_written_as_a_recipe_of_their_own() -> None:
+    exceptions = {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}
+    build = Build(config(head={"type": "Q4_K", "tensors": exceptions}))
+    assert build.quantize.head_recipe(wildcards()) == json.dumps(exceptions)
+    options = f"--type Q4_K_M --head Q4_K --head-tensors {WORK}/head-recipes/Q4_K_M.yaml "
+    assert build.quantize.options(wildcards()).startswith(options)
+    assert f"{WORK}/head-recipes/Q4_K_M.yaml" in build.quantize.recipe_inputs(wildcards())
+    assert build.verify.options(wildcards()).startswith("--head Q4_K ")
+    for head in ("Q8_0", "none"):
+        assert Build(config(head=head)).quantize.head_recipe(wildcards()) == "{}"
+
+
+def test_an_importance_matrix_has_a_relative_path() -> None:
+    build = Build(config(imatrix={"repo": "A/B", "file": "imatrix.dat", "revision": "1" * 40}))
+    folder = f"resources/hub/A/B/{'1' * 40}"
+    assert build.quantize.imatrix_option(wildcards()) == f"--imatrix {folder}/B/imatrix.dat"
+    assert build.quantize.imatrix_inputs(wildcards()) == [f"{folder}/records/imatrix.dat.json"]
+    build = Build(config(imatrix={"path": "my imatrix.dat"}))
+    assert build.quantize.imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
+    assert build.quantize.imatrix_inputs(wildcards()) == ["my imatrix.dat"]
+    for kind in ("quantized", "trunk"):
+        assert Build(config()).quantize.imatrix_option(wildcards(kind=kind)) == ""
+        assert Build(config()).quantize.imatrix_inputs(wildcards(kind=kind)) == []
+
+
+def test_variants_share_the_importance_matrix_of_a_text_and_no_two_texts_do() -> None:
+    texts = ["a/b.txt", "a_b.txt", "a%2Fb.txt", "../a/b.txt", "b.txt", "/a/b.txt", "my text.txt"]
+    variants = {f"v{i}": {"type": "Q4_0", "imatrix": {"text": t}} for i, t in enumerate(texts)}
+    build = Build(config({"variants": {**variants, "same": variants["v0"]}})).quantize
+    files = [build.imatrix_inputs(wildcards(f"v{i}"))[0] for i in range(len(texts))]
+    assert files[0].startswith(f"{WORK}/imatrix/b-") and len({*files}) == len(texts)
+    assert build.imatrix_inputs(wildcards("same")) == files[:1]
+    for text, file in zip(texts, files, strict=True):
+        assert build.imatrix_text(wildcards(text=Path(file).stem)) == text
+        assert Path(file).parent == Path(f"{WORK}/imatrix")
+    with pytest.raises(ConfigError, match="no variant uses an importance matrix other"):
+        build.imatrix_text(wildcards(text="other"))
+
+
+def test_a_part_alone_is_quantized_without_recipe_and_imatrix() -> None:
+    made = config({"sidecar": "Q6_K"}, tensors={"attn_": "Q8_0"}, imatrix={"path": "my.dat"})
+    build = Build(made).quantize
+    trunk, draft = wildcards("Q4_K_M", kind="trunk"), wildcards("Q6_K", kind="draft")
+    assert build.options(trunk) == "--type Q4_K_M"
+    assert build.options(draft) == "--type Q6_K --head Q6_K"
+    assert build.source(trunk) == f"{WORK}/convert/trunk.gguf"
+    assert build.source_digests(draft) == f"{WORK}/convert/draft.json"
+    for part in (trunk, draft):
+        assert build.recipe_inputs(part) == build.imatrix_inputs(part) == []
+    assert build.names_option(trunk) == ""
+    assert build.names_option(draft) == "--also results/m/mtp-Name-Q6_K.gguf"
+    assert f"--tensors {WORK}/recipes/Q4_K_M.yaml" in build.options(wildcards())
+    also = "--also results/m/Name-Q4_K_M.gguf results/m/Name-Q4_K_M"
+    kept = f"--keep {WORK}/manifests/quantized/Q4_K_M.gguf"
+    assert build.names_option(wildcards()) == f"{also} {kept}"
+
+
+def test_the_tensors_of_an_own_base_are_also_in_the_injected_files() -> None:
+    """Snakemake deletes the base before it is made again: its tensors are then reused from there."""
+    build = Build(config({"variants": {"inj": {"base": {"type": "Q4_K_M"}}, "Q4_K_M": {}}}))
+    also = f"--also {WORK}/injected/inj.gguf results/m/Name-inj.gguf results/m/Name-inj"
+    assert build.quantize.names_option(wildcards("Q4_K_M", kind="trunk")) == also
+
+
+def test_pieces_are_configured_or_planned(tmp_path: Path) -> None:
+    asked = list[dict[str, str]]()
+
+    def planned(**names: str) -> Any:
+        asked.append(names)
+        (tmp_path / "plan.pieces").write_text("3\n")
+        return SimpleNamespace(output=SimpleNamespace(pieces=str(tmp_path / "plan.pieces")))
+
+    def numbers(build: Build, name: str, kind: str = "quantized") -> list[str]:
+        paths = build.quantize.pieces(wildcards(name, kind=kind))
+        assert all(path.startswith(f"{WORK}/pieces/{kind}/{name}/") for path in paths)
+        return [Path(path).name for path in paths]
+
+    checkpoints = SimpleNamespace(plan=SimpleNamespace(get=planned))
+    model = {"variants": {"IQ3_S": {}, "own": {"type": "Q8_0", "pieces": 2}}}
+    build = Build(config(model), checkpoints)
+    assert numbers(build, "own") == ["1-of-2.json", "2-of-2.json"]
+    assert numbers(build, "IQ3_S", "draft") == [] and not asked
+    assert numbers(build, "IQ3_S") == ["1-of-3.json", "2-of-3.json", "3-of-3.json"]
+    assert len(numbers(build, "IQ3_S", "trunk")) == 3
+    names = {"model": "m", "name": "IQ3_S"}
+    assert asked == [{**names, "kind": "quantized"}, {**names, "kind": "trunk"}]
+    build = Build(config({**model, "pieces": 1}), checkpoints)
+    assert numbers(build, "IQ3_S") == [] and len(numbers(build, "own")) == 2
+    build = Build(config({**model, "pieces": 5}), checkpoints)
+    assert len(numbers(build, "IQ3_S", "trunk")) == 5 and numbers(build, "Q8_0", "draft") == []
+    assert len(asked) == 2
+
+
+# ── inject ──
+
+
+def test_the_routes() -> None:
+    variants = {
+        "BF16": {},
+        "mine": {"base": {"type": "Q4_K_M"}},
+        "theirs": {"base": {"path": "x/base.gguf"}},
+    }
+    build = Build(config({"variants": variants}))
+    assert build.verify.candidate(wildcards("BF16")) == f"{WORK}/convert/all.gguf"
+    assert build.verify.candidate(wildcards("mine")) == f"{WORK}/injected/mine.gguf"
+    assert build.inject.head_type(wildcards("mine")) == "Q8_0"
+    assert build.inject.base(wildcards("mine")) == f"{WORK}/trunk/Q4_K_M.gguf"
+    assert build.inject.base(wildcards("theirs")) == "x/base.gguf"
+    assert "--type Q4_K_M" in build.verify.options(wildcards("mine"))
+    assert "--type" not in build.verify.options(wildcards("theirs"))
+    assert f"--trunk {WORK}/injected/theirs.json" in build.verify.options(wildcards("theirs"))
+    with pytest.raises(ConfigError, match="BF16 has no base"):
+        build.inject.base(wildcards("BF16"))
+
+
+def test_all_files_of_a_split_base_are_inputs() -> None:
+    base = {"path": "x/base-00001-of-00002.gguf"}
+    build = Build(config({"variants": {"split": {"base": base, "replace_head": True}}})).inject
+    files = ["x/base-00001-of-00002.gguf", "x/base-00002-of-00002.gguf"]
+    assert build.base_inputs(wildcards("split")) == files
+    assert build.options(wildcards("split")) == "--replace-head"
+    assert Build(config(base={"type": "Q4_0"})).inject.options(wildcards()) == ""
+
+
+# ── verify ──
+
+
+def test_acceptance_is_compared_with_bf16_if_the_file_is_quantized_here() -> None:
+    variants = {"BF16": {}, "Q8_0": {}, "none": {"type": "Q8_0", "head": "none"}}
+    variants |= {"mine": {"base": {"type": "Q4_0"}}, "theirs": {"base": {"path": "x.gguf"}}}
+    build = Build(config({"variants": variants})).verify
+    compared = [name for name in variants if build.unquantized(wildcards(name))]
+    assert compared == ["Q8_0", "mine"]
+    assert build.unquantized(wildcards("Q8_0")) == [f"{WORK}/acceptance.json"]
+    build = Build(config({"variants": variants, "max_acceptance_drop": 1})).verify
+    assert build.unquantized(wildcards("Q8_0")) == []
+
+
+# ── publish ──
+
+
+def test_published_configuration_has_no_pieces_but_any_pattern() -> None:
+    build = Build(config(tensors={"pieces": "Q6_K"}, pieces=3)).publish
+    for part in (build.about(wildcards()), build.parameters(wildcards(stem="Name-Q4_K_M"))):
+        variant = json.loads(part)["variants"]["Q4_K_M"]
+        assert variant["tensors"] == {"pieces": "Q6_K"} and "pieces" not in variant
+
+
+def test_published_configuration_has_no_folders_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "secret/Name").mkdir(parents=True)
+    source = {"path": str(tmp_path / "secret/Name")}
+    variants = {
+        "a": {"base": {"path": "secret/base.gguf"}},
+        "Q4_0": {"imatrix": {"text": "secret/t"}},
+    }
+    build = Build(config({"source": source, "variants": variants})).publish
+    found = [build.about(wildcards()), build.source(wildcards())]
+    for name in variants:
+        at = wildcards(stem=f"Name-{name}")
+        found += [build.parameters(at), *build.material_options(at).split(" secret/")[:1]]
+    assert all("secret" not in text for text in found)
+    given = json.loads(found[0])
+    assert given["source"] == {"path": "Name"} and given["name"] == "Name"
+    assert given["variants"]["Q4_0"]["imatrix"] == {"text": "t"}
+    assert build.material_inputs(wildcards(stem="Name-Q4_0")) == ["secret/t"]
+
+
+def test_layout_of_a_sidecar_and_a_vision_tower() -> None:
+    build = Build(config({"sidecar": "Q8_0", "mmproj": True}))
+    outputs = list(layout.outputs(build.config.models["m"]))
+    stems = ["Name-Q4_K_M", "mtp-Name-Q8_0", "mmproj-Name-F16"]
+    assert [output.stem for output in outputs] == stems
+    parameters = json.loads(build.publish.parameters(wildcards(stem="mtp-Name-Q8_0")))
+    assert parameters["sidecar"] == "Q8_0" and parameters["mmproj"] is True
+    assert "variants" not in parameters
+    with pytest.raises(ConfigError, match="m has no file Other"):
+        build.publish.parameters(wildcards(stem="Other"))

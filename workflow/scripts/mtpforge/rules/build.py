@@ -1,0 +1,62 @@
+"""The configuration as a build: one object per stage, whose methods are what the rules use."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mtpforge.gguf import quant_types
+from mtpforge.rules import checks, layout
+from mtpforge.rules.config import parse
+from mtpforge.rules.convert import Convert
+from mtpforge.rules.fetch import Fetch
+from mtpforge.rules.inject import Inject
+from mtpforge.rules.measure import Measure
+from mtpforge.rules.publish import Publish
+from mtpforge.rules.quantize import Quantize
+from mtpforge.rules.report import Report
+from mtpforge.rules.verify import Verify
+
+
+class Build:
+    """What `config.yaml` asks for. Raises ConfigError for the first key that is wrong.
+
+    `checkpoints` are Snakemake's.
+    """
+
+    def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
+        self.config = parse(config)
+        checks.check(self.config)
+        self.fetch = Fetch(self.config, checkpoints)
+        self.convert = Convert(self.config)
+        self.quantize = Quantize(self.config, checkpoints)
+        self.inject = Inject(self.config)
+        self.verify = Verify(self.config)
+        self.measure = Measure(self.config)
+        self.report = Report(self.config)
+        self.publish = Publish(self.config, self.fetch)
+
+    def outputs(self) -> list[layout.Output]:
+        """Everything that the target `all` publishes."""
+        return [output for model in self.config.chosen for output in layout.outputs(model)]
+
+    def files(self) -> list[str]:
+        """The files among it, and the folders of split ones."""
+        return [output.file for output in self.outputs()]
+
+    def reports(self) -> list[str]:
+        """Their reports, in the same order."""
+        return [output.report for output in self.outputs()]
+
+    def measurements(self) -> list[str]:
+        """The measurements of all models that ask for some."""
+        return [path for model in self.config.chosen for path in layout.measurements(model)]
+
+    def names(self) -> dict[str, list[str]]:
+        """All values of the wildcards `model`, `base`, `variant` and `name`."""
+        models = self.config.models.values()
+        variants = {variant for model in models for variant in model.variants}
+        return {
+            "model": list(self.config.models),
+            "base": sorted({model.base_name for model in models}),
+            "variant": sorted(variants),
+            "name": sorted(variants | quant_types.FILE_TYPES.keys()),
+        }

@@ -1,0 +1,139 @@
+"""Checks of `config.yaml` that concern several keys, or files on this machine."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
+from mtpforge.rules import layout
+from mtpforge.rules.config import Config, LocalFolder, Model
+from mtpforge.rules.variant import Variant
+
+UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+"""llama.cpp 0c1e57098 takes no file of a repository with one of these in its name for a model
+(`common/download.cpp`)."""
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError, with the key's path, for what cannot be built; warn of what is unwise."""
+    for name, model in config.models.items():
+        path = f"models/{name}"
+        for key, variant in model.variants.items():
+            _check_name(f"{path}/variants/{key}", f"{model.base_name}-{key}")
+            _check_variant(f"{path}/variants/{key}", variant)
+        if not model.base_name.isprintable():
+            _refuse(f"{path}/source/path", "the folder's name begins file names: rename it")
+    _check_chosen(config)
+    for model in config.chosen:
+        _check_files(f"models/{model.name}", model)
+    _check_repositories(config)
+    _check_outputs(config)
+    for line in low_bit_heads(config):
+        print(line, file=sys.stderr, flush=True)
+
+
+def low_bit_heads(config: Config) -> list[str]:
+    """A warning for each chosen variant whose head has a type below 4 bits."""
+    lines = []
+    for model in config.chosen:
+        for variant in model.variants.values():
+            low = [kind for kind in _head_types(variant) if quant_types.bits(kind) < 4]
+            if low:
+                path = f"models/{model.name}/variants/{variant.name}/head"
+                few = f"a head at {low[0]} ({quant_types.bits(low[0]):.2f} bits) drafts badly"
+                lines.append(f"warning: config.yaml: {path}: {few}: use Q4_K or better")
+    return lines
+
+
+def _refuse(path: str, message: str) -> None:
+    raise ConfigError(f"config.yaml: {path}: {message}")
+
+
+def _check_name(path: str, stem: str) -> None:
+    for part in UNSEEN:
+        if part in stem:
+            why = f"llama.cpp would not find {stem}.gguf in a repository"
+            _refuse(path, f"{why}, because its name contains {part!r}: rename it")
+
+
+def _check_variant(path: str, variant: Variant) -> None:
+    if not variant.foreign and variant.type is None:
+        try:
+            quant_types.check_file_type(variant.file_type)
+        except ConfigError as error:
+            _refuse(path, f"{error}; give a variant of another name a `type`")
+    _check_base(path, variant)
+    head = variant.head_types
+    if variant.unquantized and head and (head.type != variant.file_type or head.tensors):
+        kind = variant.file_type
+        _refuse(f"{path}/head", f"{kind} is not quantized, so its head must be {kind} or none")
+    if variant.unquantized and variant.tensors:
+        kind = variant.file_type
+        _refuse(f"{path}/tensors", f"{kind} is not quantized, so a recipe has no effect: remove it")
+    _check_imatrix(path, variant)
+
+
+def _check_base(path: str, variant: Variant) -> None:
+    if variant.base is None and variant.replace_head:
+        _refuse(f"{path}/replace_head", "there is no base with a head to replace: remove it")
+    if variant.base and variant.tensors:
+        _refuse(f"{path}/tensors", "a base is already quantized, a recipe cannot change it")
+    if variant.base and variant.head_types is None:
+        _refuse(f"{path}/head", "a base is there to get a head: give the head a type")
+
+
+def _check_imatrix(path: str, variant: Variant) -> None:
+    if variant.imatrix:
+        if variant.base or variant.unquantized:
+            _refuse(f"{path}/imatrix", "nothing is quantized with it here: remove it")
+        return
+    kinds = [*([] if variant.foreign else [variant.file_type]), *_head_types(variant)]
+    for kind in [*kinds, *variant.recipe.values()]:
+        if kind in quant_types.NEED_IMATRIX:
+            way = "use another type" if variant.base else "give one, or use another type"
+            _refuse(f"{path}/imatrix", f"missing, and {kind} cannot be quantized without: {way}")
+
+
+def _head_types(variant: Variant) -> list[str]:
+    head = variant.head_types
+    return [*head.tensors.values(), head.type] if head else []
+
+
+def _check_chosen(config: Config) -> None:
+    for name in config.models if config.build == "all" else config.build:
+        if name not in config.models:
+            known = ", ".join(config.models) or "none"
+            _refuse("build", f"there is no model {name!r}: models has {known}")
+
+
+def _check_files(path: str, model: Model) -> None:
+    """Only for models that are built: those of others need not be on this machine."""
+    if isinstance(model.source, LocalFolder) and not Path(model.source.path).is_dir():
+        _refuse(f"{path}/source/path", f"no such folder: {model.source.path}")
+    text = model.measure and model.measure.text
+    if text and not Path(text).is_file():
+        _refuse(f"{path}/measure/text", f"no such file: {text}")
+    if not any(Path(model.prompts).glob("*.txt")):
+        _refuse(f"{path}/prompts", f"no *.txt files in {model.prompts}")
+
+
+def _check_repositories(config: Config) -> None:
+    """A repository has one card and one list of files, so it has one model."""
+    seen: dict[str, str] = {}
+    for model in config.chosen:
+        if model.publish is None:
+            continue
+        repo = model.publish.repo
+        other = seen.setdefault(repo.lower(), model.name)
+        if other != model.name:
+            path = f"models/{model.name}/publish/repo"
+            _refuse(path, f"{repo} is the repository of {other}: use one of its own")
+
+
+def _check_outputs(config: Config) -> None:
+    outputs = [output for model in config.chosen for output in layout.outputs(model)]
+    counts = Counter(path for output in outputs for path in (output.file, output.report))
+    for path, count in counts.items():
+        if count > 1:
+            raise ConfigError(f"config.yaml: two variants or sidecars would be {path}: rename one")

@@ -1,0 +1,326 @@
+"""`config.yaml` as typed objects: each key with its type, its default and its description.
+
+`parse` is the way in. Checks that concern several keys, or files on disk, are in `checks`; the JSON
+schema for editors comes from `schema`.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from mtpforge.errors import ConfigError
+from mtpforge.quantize.recipe import NO_HEAD
+from mtpforge.rules.values import (
+    Entry,
+    FilePath,
+    Folder,
+    ModelName,
+    PreTokenizer,
+    Recipe,
+    Repository,
+    ServeOption,
+    SidecarType,
+    Size,
+    VariantName,
+    by_key,
+    by_type,
+    refuse,
+    unique,
+)
+from mtpforge.rules.variant import PIECES, SPLIT, HubRepository, Variant
+
+
+def parse(config: Mapping[str, Any]) -> "Config":
+    """The configuration with its defaults. Raises ConfigError for the first key that is wrong."""
+    try:
+        return Config.model_validate(dict(config))
+    except ValidationError as error:
+        raise ConfigError(f"config.yaml: {_explain(error.errors())}") from None
+
+
+class LocalFolder(Entry):
+    """A folder on this machine."""
+
+    path: Folder = Field(
+        description="A folder with config.json, the tokenizer and the safetensors shards."
+    )
+
+
+Source = Annotated[
+    Annotated[LocalFolder, Tag("(path)")] | Annotated[HubRepository, Tag("(repo)")],
+    by_key("path", "repo"),
+]
+Chosen = Annotated[
+    Annotated[Literal["all"], Tag("(all)")]
+    | Annotated[list[str], AfterValidator(unique), Tag("(list)")],
+    by_type("(all)", "(list)"),
+]
+
+
+class Measure(Entry):
+    """What is measured of each file of a model."""
+
+    n_max: Annotated[list[Annotated[int, Field(ge=1, le=64)]], AfterValidator(unique)] = Field(
+        default=[1, 2, 3, 4],
+        min_length=1,
+        description=(
+            "Draft lengths to measure (llama-server's --spec-draft-n-max). Speed without drafting is always measured too."
+        ),
+    )
+    repeats: int = Field(
+        default=3, ge=1, description="Warm requests per prompt; their median speed is reported."
+    )
+    text: FilePath | None = Field(
+        default=None,
+        description=(
+            "A text of at least 1,024 tokens to measure perplexity and KL divergence from BF16 on. Without it, neither is measured."
+        ),
+    )
+    chunks: int = Field(
+        default=16,
+        ge=1,
+        description=(
+            "Use at most this many chunks of 512 tokens of the text. BF16 logits take 0.13 GB of"
+            " disk per chunk with a vocabulary of 248,320 tokens."
+        ),
+    )
+    serve: list[ServeOption] = Field(
+        default_factory=list,
+        description=(
+            "More options of llama-server, to measure with, and shown in the card's commands."
+        ),
+        examples=[["-ngl", "999", "-fa", "on"]],
+    )
+
+
+class Publish(Entry):
+    """The repository of the Hub that a model is uploaded to."""
+
+    repo: Repository = Field(
+        description="The repository that `snakemake --cores 1 publish` uploads the model to.",
+        examples=["YOU/Qwen3.5-4B-MTP-GGUF"],
+    )
+    private: bool = Field(
+        default=True,
+        description="Create the repository as a private one. An existing one stays as it is.",
+    )
+
+
+class Model(Entry):
+    """A checkpoint, and the files to make from it."""
+
+    source: Source = Field(
+        description=(
+            "The checkpoint: a local folder, or a repository of the Hub at a pinned commit. File"
+            " names begin with the name of the folder or repository."
+        ),
+        examples=[{"path": "checkpoints/my-finetune"}],
+    )
+    converter: Literal["mtpforge", "llama.cpp"] = Field(
+        default="mtpforge",
+        description=(
+            "Converter of the checkpoint: mtpforge's, or llama.cpp's own for architectures that mtpforge does not know."
+        ),
+    )
+    mmproj: bool = Field(
+        default=False,
+        description=(
+            "Also make mmproj-NAME-F16.gguf, the vision tower of Qwen3.5, with llama.cpp's own converter."
+        ),
+    )
+    tokenizer_pre: PreTokenizer | None = Field(
+        default=None,
+        description=(
+            "Name of the pre-tokenizer in llama.cpp, needed if the vocabulary was changed and is therefore not recognized."
+        ),
+        examples=["qwen35"],
+    )
+    prompts: str = Field(
+        default="workflow/prompts",
+        description="Folder of *.txt prompts that every file must draft on.",
+    )
+    min_acceptance: float = Field(
+        default=0.1,
+        ge=0.01,
+        le=1,
+        description="Least share of drafted tokens that must be accepted, or the file is refused.",
+    )
+    max_acceptance_drop: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description=(
+            "How far a quantized file's acceptance may lie below the BF16 file's; 1 turns the"
+            " comparison off, and the BF16 file is then not run."
+        ),
+    )
+    split: Size | None = Field(default=None, description=SPLIT, examples=["500M", "48G"])
+    pieces: int | None = Field(default=None, ge=1, le=999, description=PIECES)
+    sidecar: SidecarType | None = Field(
+        default=None,
+        description=(
+            "Also make mtp-NAME-TYPE.gguf of this type, the head as a draft model of its own (llama-server -md)."
+        ),
+        examples=["Q8_0"],
+    )
+    measure: Measure | None = Field(
+        default=None,
+        description=(
+            "Measure speed and acceptance of each file, and optionally its KL divergence from BF16."
+            " Without it, nothing is measured."
+        ),
+        examples=[{"n_max": [1, 2, 3], "text": "held-out.txt"}],
+    )
+    publish: Publish | None = Field(
+        default=None, description="Where to upload the model. Without it, it is not uploaded."
+    )
+    variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = Field(
+        description="The files to make, by name; the name ends the file's name.",
+        examples=[{"BF16": {}, "Q4_K_M": {"head": "Q8_0"}}],
+    )
+
+    _name: str = PrivateAttr("")
+
+    @property
+    def name(self) -> str:
+        """Its key under `models`."""
+        return self._name
+
+    @property
+    def base_name(self) -> str:
+        """What its file names begin with: the name of its repository or folder."""
+        source = self.source
+        return Path(source.repo if isinstance(source, HubRepository) else source.path).name
+
+    @property
+    def native(self) -> bool:
+        """Whether mtpforge's own converter converts it."""
+        return self.converter == "mtpforge"
+
+    @property
+    def needs_upstream(self) -> bool:
+        """Whether any of its files is made by llama.cpp's converter."""
+        return self.mmproj or not self.native
+
+    @property
+    def head_only(self) -> bool:
+        """Whether all bases are foreign, so that only the checkpoint's head is needed."""
+        return (
+            all(variant.foreign for variant in self.variants.values())
+            and not self.needs_upstream
+            and self.sidecar is None
+        )
+
+    @property
+    def part(self) -> str:
+        """The part of the checkpoint that its BF16 file has: all, unless no variant has a head."""
+        return "all" if any(each.head != NO_HEAD for each in self.variants.values()) else "trunk"
+
+
+class LlamaCppPrograms(Entry):
+    """llama.cpp's programs."""
+
+    bin_dir: str = Field(
+        default="",
+        description=(
+            "Folder with llama.cpp programs that are already built, for example with CUDA. Empty: build the pinned source."
+        ),
+    )
+
+
+class Toolchain(Entry):
+    """Where programs come from."""
+
+    llama_cpp: LlamaCppPrograms = Field(
+        default=LlamaCppPrograms(), description="The programs of llama.cpp."
+    )
+
+
+class Config(Entry):
+    """What to build."""
+
+    build: Chosen = Field(
+        default="all",
+        description="The models that the target `all` makes: a list of names, or `all`.",
+    )
+    repo: str = Field(
+        default="",
+        description="Repository to print an entry for, only on the command line of the rule `add`.",
+        examples=["Qwen/Qwen3.5-4B"],
+    )
+    dry_run: Literal[False, True, "false", "true"] = Field(
+        default=False,
+        description=(
+            "Only list what would be uploaded, only on the command line of the rule `publish`."
+        ),
+    )
+    toolchain: Toolchain = Field(
+        default=Toolchain(), description="Where the programs of llama.cpp come from."
+    )
+    recipes: dict[str, Recipe] = Field(
+        default_factory=dict,
+        description=(
+            "Recipes by name, which a variant's `tensors` can refer to. A recipe maps patterns to"
+            " tensor types; the first pattern found in a tensor's name wins."
+        ),
+        examples=[{"attention-first": {"attn_": "Q6_K", "token_embd|output": "Q6_K"}}],
+    )
+    models: dict[ModelName, Model] = Field(
+        description="The models, by names of your choice; a model's files go to results/NAME."
+    )
+
+    @model_validator(mode="after")
+    def _resolve(self) -> "Config":
+        """Tell models and variants their names, and replace the names of recipes by the recipes."""
+        for name, model in self.models.items():
+            model._name = name
+            for key, variant in model.variants.items():
+                variant._name = key
+                if isinstance(variant.tensors, str):
+                    path = ("models", name, "variants", key, "tensors")
+                    variant.tensors = self._recipe(variant.tensors, path)
+        return self
+
+    def _recipe(self, name: str, path: tuple[str, ...]) -> dict[str, str]:
+        if name not in self.recipes:
+            known = ", ".join(self.recipes) or "none"
+            refuse(f"there is no recipe {name!r}: recipes has {known}", *path)
+        return self.recipes[name]
+
+    @property
+    def chosen(self) -> list[Model]:
+        """The models that `all` makes."""
+        names = self.models if self.build == "all" else self.build
+        return [self.models[name] for name in names]
+
+
+# ── messages ──
+
+_MESSAGES = {
+    "missing": "missing",
+    "model_type": "{input}: must be a mapping, `{{}}` for one without keys",
+    "model_attributes_type": "{input}: must be a mapping, `{{}}` for one without keys",
+    "dict_type": "{input}: must be a mapping",
+    "too_short": "must not be empty",
+    "bool_type": "{input}: must be true or false",
+}
+
+
+def _explain(errors: list[ErrorDetails]) -> str:
+    """Path and message of an error: a misspelt key before the missing one that it was meant for."""
+    error = min(errors, key=lambda error: error["type"] != "unknown_key")
+    context = error.get("ctx", {})
+    steps = [str(step) for step in (*error["loc"], *context.get("path", ()))]
+    path = "/".join(step for step in steps if not re.fullmatch(r"\(.*\)|\[key\]", step))
+    return f"{path or '(top)'}: {_message(error)}"
+
+
+def _message(error: ErrorDetails) -> str:
+    value = repr(error["input"])[:100]
+    if error["type"] in _MESSAGES:
+        return _MESSAGES[error["type"]].format(input=value)
+    return error["msg"].replace("Input should be", f"{value}: must be")

@@ -1,0 +1,29 @@
+"""Stage `convert`: from a checkpoint to BF16 GGUFs."""
+
+import re
+
+from mtpforge.rules import layout
+from mtpforge.rules.stage import Stage, Wildcards
+
+
+class Convert(Stage):
+    """Inputs and parameters of rules/convert.smk."""
+
+    def models(self, converter: str) -> str:
+        """A regular expression for the models of a converter; matches nothing if it has none."""
+        models = self.config.models.values()
+        names = [re.escape(model.name) for model in models if model.converter == converter]
+        return "|".join(names) or "(?!)"
+
+    def tokenizer_option(self, wildcards: Wildcards) -> str:
+        """The option that names a pre-tokenizer that is not recognized."""
+        pre = self.model(wildcards).tokenizer_pre
+        return f"--tokenizer-pre {pre}" if pre else ""
+
+    def unquantized_file(self, wildcards: Wildcards) -> str:
+        """The model at BF16, with its head unless no variant has one."""
+        return layout.converted(wildcards.model, self.model(wildcards).part).file
+
+    def unquantized_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return layout.converted(wildcards.model, self.model(wildcards).part).digests

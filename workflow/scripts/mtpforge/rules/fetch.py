@@ -1,0 +1,78 @@
+"""Stage `fetch`: files from the Hub, and what jobs that read them depend on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mtpforge.errors import ConfigError
+from mtpforge.gguf.names import gguf_files
+from mtpforge.hub.listing import Listing
+from mtpforge.rules import layout
+from mtpforge.rules.config import Config
+from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import HubFile, HubRepository, ImatrixText
+
+KINDS = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
+"""Kinds of files that belong to a local checkpoint."""
+
+
+class Fetch(Stage):
+    """Inputs and parameters of rules/fetch.smk.
+
+    `checkpoints` are Snakemake's: the graph learns from them which files a repository has.
+    """
+
+    def __init__(self, config: Config, checkpoints: Any) -> None:
+        super().__init__(config)
+        self._checkpoints = checkpoints
+
+    def folder(self, wildcards: Wildcards) -> str:
+        """The folder of a repository's files."""
+        return layout.fetched(wildcards)
+
+    def head_folder(self, wildcards: Wildcards) -> str:
+        """The folder of a checkpoint of which only the head is fetched."""
+        return layout.fetched_head(wildcards)
+
+    def checkpoint(self, wildcards: Wildcards) -> str:
+        """The folder of a model's checkpoint."""
+        return layout.checkpoint(self.model(wildcards))
+
+    def checkpoint_inputs(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the checkpoint depends on: files, or records of fetched files.
+
+        A shard has no record until its content is right, and touching it changes no record.
+        """
+        model = self.model(wildcards)
+        source = model.source
+        if not isinstance(source, HubRepository):
+            files = [path for path in Path(source.path).iterdir() if path.suffix in KINDS]
+            return sorted(str(path) for path in files if path.name != "reference.json")
+        if model.head_only:
+            return [layout.head_record(source)]
+        made = self._checkpoints.resolve.get(repo=source.repo, revision=source.revision)
+        listing = Listing.read(Path(made.output[0]))
+        return [checked_record(source, name) for name in listing.checkpoint_files()]
+
+
+def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
+    """What a job that reads the file depends on; for a split GGUF, all its files."""
+    if isinstance(file, ImatrixText):
+        return [layout.imatrix(model, file.text)]
+    if isinstance(file, HubFile):
+        return [checked_record(file, name) for name in gguf_files(file.file)]
+    path = Path(file.path)
+    return [str(path.with_name(name)) for name in gguf_files(path.name)]
+
+
+def checked_record(at: layout.Commit, name: str) -> str:
+    """The record of a fetched file. Raises ConfigError if the file was deleted or changed."""
+    record, file = Path(layout.record(at, name)), Path(layout.fetched(at), name)
+    if record.exists():
+        size = json.loads(record.read_text(encoding="utf-8"))["bytes"]
+        if not file.is_file() or file.stat().st_size != size:
+            why = "of another size" if file.is_file() else "gone"
+            raise ConfigError(
+                f"{file}: fetched before, but now {why}: delete {record} and run again"
+            )
+    return str(record)

@@ -1,0 +1,52 @@
+"""Stage `inject`: a head for a GGUF that lacks one, or has another."""
+
+from mtpforge.errors import ConfigError
+from mtpforge.rules import layout
+from mtpforge.rules.fetch import tracked_inputs
+from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import OwnBase
+
+
+class Inject(Stage):
+    """Inputs and parameters of rules/inject.smk."""
+
+    def base(self, wildcards: Wildcards) -> str:
+        """The GGUF to inject into; of a split one, the first file."""
+        base = self._base(wildcards)
+        if isinstance(base, OwnBase):
+            return layout.quantized(wildcards.model, "trunk", base.type).file
+        return layout.local_path(base, wildcards.model)
+
+    def base_inputs(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads it depends on."""
+        base = self._base(wildcards)
+        if isinstance(base, OwnBase):
+            return [self.base(wildcards)]
+        return tracked_inputs(base, wildcards.model)
+
+    def head_file(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF with the head."""
+        return self._head(wildcards).file
+
+    def head_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return self._head(wildcards).digests
+
+    def head_type(self, wildcards: Wildcards) -> str:
+        """The type of the head."""
+        return self.variant(wildcards).head_type
+
+    def options(self, wildcards: Wildcards) -> str:
+        """What to do with another head in the base, as options of inject.py."""
+        return "--replace-head" if self.variant(wildcards).replace_head else ""
+
+    def _base(self, wildcards: Wildcards) -> OwnBase | layout.GivenFile:
+        base = self.variant(wildcards).base
+        if base is None:
+            raise ConfigError(f"{wildcards.model}: {wildcards.variant} has no base")
+        return base
+
+    def _head(self, wildcards: Wildcards) -> layout.Intermediate:
+        """llama.cpp's converter cannot write a head alone."""
+        part = "head" if self.model(wildcards).native else "all"
+        return layout.converted(wildcards.model, part)

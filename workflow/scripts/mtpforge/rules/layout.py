@@ -1,0 +1,256 @@
+"""All paths of the workflow: where each file lies under resources/ and results/.
+
+The rules declare the same paths as patterns with wildcards.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from mtpforge.gguf.names import gguf_files
+from mtpforge.rules.config import Model
+from mtpforge.rules.variant import (
+    HubFile,
+    HubGguf,
+    HubRepository,
+    ImatrixText,
+    LocalFile,
+    LocalGguf,
+)
+
+GivenFile: TypeAlias = LocalGguf | HubGguf | LocalFile | HubFile
+"""A file that somebody else made: a base or an importance matrix."""
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """A GGUF under work/ with the digests of its tensors beside it."""
+
+    stem: str
+
+    @property
+    def file(self) -> str:
+        """The GGUF."""
+        return f"{self.stem}.gguf"
+
+    @property
+    def digests(self) -> str:
+        """The digests of its tensors."""
+        return f"{self.stem}.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A published file, or the folder of a split one; a sidecar or mmproj has no variant."""
+
+    model: str
+    stem: str
+    variant: str = ""
+    split: bool = False
+
+    @property
+    def file(self) -> str:
+        """The GGUF, or the folder of a split one."""
+        return f"results/{self.model}/{self.stem}" + ("" if self.split else ".gguf")
+
+    @property
+    def report(self) -> str:
+        """The report of its verification."""
+        return f"results/{self.model}/reports/{self._report_name}"
+
+    @property
+    def statement(self) -> str:
+        """The statement of its provenance."""
+        return f"results/{self.model}/provenance/{self._report_name}"
+
+    @property
+    def measurement(self) -> str:
+        """What measure.py found."""
+        return f"results/{self.model}/measure/{self.stem}.json"
+
+    @property
+    def _report_name(self) -> str:
+        return f"{self.stem}.split.json" if self.split else f"{self.stem}.json"
+
+
+# ── published files ──
+
+
+def outputs(model: Model) -> Iterator[Output]:
+    """All that a model publishes: its variants, then its sidecar and vision tower."""
+    for variant in model.variants:
+        yield output(model, variant)
+    if model.sidecar:
+        yield sidecar(model, model.sidecar)
+    if model.mmproj:
+        yield Output(model.name, f"mmproj-{model.base_name}-F16")
+
+
+def output(model: Model, variant: str) -> Output:
+    """A variant's file."""
+    split = model.variants[variant].split or model.split
+    return Output(model.name, f"{model.base_name}-{variant}", variant, bool(split))
+
+
+def possible_outputs(model: Model, variant: str) -> list[str]:
+    """Where a variant's file can be: under its own name, or in the folder of a split one."""
+    stem = f"{model.base_name}-{variant}"
+    return [Output(model.name, stem, variant, split).file for split in (False, True)]
+
+
+def sidecar(model: Model, file_type: str) -> Output:
+    """The draft model of a type."""
+    return Output(model.name, f"mtp-{model.base_name}-{file_type}")
+
+
+def measurements(model: Model) -> list[str]:
+    """The measurements of a model's variants; none if it asks for none."""
+    variants = model.variants if model.measure else ()
+    return [output(model, variant).measurement for variant in variants]
+
+
+def folder(model: str) -> str:
+    """The folder that is published."""
+    return f"results/{model}"
+
+
+def sums(model: Model) -> str:
+    """The list of all published files; it is made last."""
+    return f"results/{model.name}/SHA256SUMS"
+
+
+def plot(model: Model, figure: str) -> str:
+    """A figure of the report."""
+    return f"results/{model.name}/plots/{figure}.svg"
+
+
+# ── intermediate files ──
+
+
+def work(model: str) -> str:
+    """The folder of a model's intermediate files."""
+    return f"results/{model}/work"
+
+
+def converted(model: str, part: str) -> Intermediate:
+    """The checkpoint, or a part of it (trunk, head, draft, mmproj), as a GGUF."""
+    return Intermediate(f"{work(model)}/convert/{part}")
+
+
+def quantized(model: str, kind: str, name: str) -> Intermediate:
+    """A quantized variant, or a quantized part (`kind` is trunk or draft) of the type `name`."""
+    return Intermediate(f"{work(model)}/{kind}/{name}")
+
+
+def injected(model: str, variant: str) -> Intermediate:
+    """A base with the head injected."""
+    return Intermediate(f"{work(model)}/injected/{variant}")
+
+
+def candidate(model: Model, variant: str) -> Intermediate:
+    """The file of a variant before it is verified."""
+    entry = model.variants[variant]
+    if entry.base:
+        return injected(model.name, variant)
+    if entry.file_type == "BF16":
+        return converted(model.name, entry.part)  # no second copy of 70 GB
+    return quantized(model.name, "quantized", variant)
+
+
+def recipe(model: str, variant: str) -> str:
+    """A variant's tensor types by pattern."""
+    return f"{work(model)}/recipes/{variant}.yaml"
+
+
+def head_recipe(model: str, variant: str) -> str:
+    """The types of its head's tensors by pattern."""
+    return f"{work(model)}/head-recipes/{variant}.yaml"
+
+
+def imatrix(model: str, text: str) -> str:
+    """The importance matrix that is computed from a text."""
+    return f"{work(model)}/imatrix/{imatrix_name(text)}.gguf"
+
+
+def imatrix_name(text: str) -> str:
+    """Its name, which gets into published files: it must not tell folders of this machine."""
+    return f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def pieces(model: str, kind: str, name: str, count: int) -> list[str]:
+    """The digests of the pieces of a quantization."""
+    folder = f"{work(model)}/pieces/{kind}/{name}"
+    return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)]
+
+
+def unverified(model: str, variant: str) -> str:
+    """A second name of a quantized variant, which keeps its tensors until it is verified."""
+    return f"{work(model)}/manifests/quantized/{variant}.gguf"
+
+
+def acceptance(model: str) -> str:
+    """The acceptance of the BF16 file."""
+    return f"{work(model)}/acceptance.json"
+
+
+def reference_logits(model: str) -> str:
+    """The logits of the BF16 file on the measured text."""
+    return f"{work(model)}/logits/reference.bin"
+
+
+# ── files from the Hub and from elsewhere ──
+
+
+class Commit(Protocol):
+    """A commit of a repository."""
+
+    @property
+    def repo(self) -> str:
+        """OWNER/NAME."""
+
+    @property
+    def revision(self) -> str:
+        """The commit hash."""
+
+
+def commit(at: Commit) -> str:
+    """The folder of a commit."""
+    return f"resources/hub/{at.repo}/{at.revision}"
+
+
+def fetched(at: Commit) -> str:
+    """The folder of its files, which has the name of the repository."""
+    return f"{commit(at)}/{Path(at.repo).name}"
+
+
+def record(at: Commit, name: str) -> str:
+    """The record of a fetched file, written once its content is right."""
+    return f"{commit(at)}/records/{name}.json"
+
+
+def fetched_head(at: Commit) -> str:
+    """The folder of a checkpoint of which only the head was fetched."""
+    return f"{commit(at)}/head/{Path(at.repo).name}"
+
+
+def head_record(at: Commit) -> str:
+    """The record of that."""
+    return f"{commit(at)}/head.json"
+
+
+def checkpoint(model: Model) -> str:
+    """The folder of a model's checkpoint."""
+    if not isinstance(model.source, HubRepository):
+        return model.source.path
+    return fetched_head(model.source) if model.head_only else fetched(model.source)
+
+
+def local_path(file: GivenFile | ImatrixText, model: str) -> str:
+    """Where a file is on this machine, once it is fetched or made; of a split GGUF, the first."""
+    if isinstance(file, ImatrixText):
+        return imatrix(model, file.text)
+    if isinstance(file, HubFile):
+        return f"{fetched(file)}/{gguf_files(file.file)[0]}"
+    return file.path

@@ -1,0 +1,63 @@
+"""Stage `measure`: speed, acceptance and distance from BF16 of verified files."""
+
+import shlex
+
+from mtpforge.errors import ConfigError
+from mtpforge.rules import layout
+from mtpforge.rules.config import Measure as Settings
+from mtpforge.rules.stage import Stage, Wildcards
+
+
+class Measure(Stage):
+    """Inputs and parameters of rules/measure.smk."""
+
+    def file(self, wildcards: Wildcards) -> str:
+        """A variant's verified file, or the folder of a split one."""
+        self.check_base(wildcards)
+        return self._output(wildcards).file
+
+    def report(self, wildcards: Wildcards) -> str:
+        """The report of its verification."""
+        return self._output(wildcards).report
+
+    def text(self, wildcards: Wildcards) -> list[str]:
+        """The text to measure perplexity on, if there is one."""
+        text = self._settings(wildcards).text
+        return [text] if text else []
+
+    def logits(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 logits for it; nothing if only the checkpoint's head is fetched."""
+        needed = self.text(wildcards) and not self.model(wildcards).head_only
+        return [layout.reference_logits(wildcards.model)] if needed else []
+
+    def chunks(self, wildcards: Wildcards) -> int:
+        """How many chunks of the text to use."""
+        return self._settings(wildcards).chunks
+
+    def options(self, wildcards: Wildcards) -> str:
+        """What to measure, as options of measure.py."""
+        settings = self._settings(wildcards)
+        n_max = ",".join(map(str, settings.n_max))
+        options = ["--n-max", n_max, "--repeats", str(settings.repeats)]
+        if settings.serve:
+            options += [f"--serve={shlex.join(settings.serve)}"]
+        if settings.text:
+            options += ["--text", settings.text, "--chunks", str(settings.chunks)]
+        for logits in self.logits(wildcards):
+            options += ["--reference-logits", logits]
+        return shlex.join(options)
+
+    def measurements(self, wildcards: Wildcards) -> list[str]:
+        """The measurements of a model; none if it asks for none."""
+        return layout.measurements(self.model(wildcards))
+
+    def _settings(self, wildcards: Wildcards) -> Settings:
+        settings = self.model(wildcards).measure
+        if settings is None:
+            path = f"models/{wildcards.model}/measure"
+            raise ConfigError(f"config.yaml: {path}: missing, so this model is not measured")
+        return settings
+
+    def _output(self, wildcards: Wildcards) -> layout.Output:
+        self.variant(wildcards)
+        return layout.output(self.model(wildcards), wildcards.variant)

@@ -1,0 +1,135 @@
+"""Stage `quantize`: from a BF16 GGUF to a quantized one."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
+from mtpforge.rules import layout
+from mtpforge.rules.config import Config
+from mtpforge.rules.fetch import tracked_inputs
+from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import Imatrix, ImatrixText, OwnBase, Variant
+
+
+class Quantize(Stage):
+    """Inputs and parameters of rules/quantize.smk.
+
+    The wildcard `kind` is quantized, and `name` a variant; or `kind` is a part of the checkpoint,
+    trunk or draft, and `name` a quantization type. `checkpoints` are Snakemake's: the graph learns
+    from them the number of pieces.
+    """
+
+    def __init__(self, config: Config, checkpoints: Any) -> None:
+        super().__init__(config)
+        self._checkpoints = checkpoints
+        self._texts = {layout.imatrix_name(text): text for text in _texts(config)}
+
+    def recipe(self, wildcards: Wildcards) -> str:
+        """A variant's recipe as JSON, which is YAML too; empty without one."""
+        return json.dumps(self.variant(wildcards).recipe)
+
+    def head_recipe(self, wildcards: Wildcards) -> str:
+        """The exceptions from the type of its head, as JSON; empty without any."""
+        head = self.variant(wildcards).head_types
+        return json.dumps(head.tensors if head else {})
+
+    def imatrix_text(self, wildcards: Wildcards) -> str:
+        """The text of an importance matrix. Raises ConfigError for one that no variant uses."""
+        if wildcards.text not in self._texts:
+            raise ConfigError(f"config.yaml: no variant uses an importance matrix {wildcards.text}")
+        return self._texts[wildcards.text]
+
+    def source(self, wildcards: Wildcards) -> str:
+        """The BF16 GGUF to quantize."""
+        return self._source(wildcards).file
+
+    def source_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return self._source(wildcards).digests
+
+    def recipe_inputs(self, wildcards: Wildcards) -> list[str]:
+        """The recipes of a variant and its head; none for a part."""
+        model, variant = wildcards.model, self._variant(wildcards)
+        if variant is None:
+            return []
+        heads = [layout.head_recipe(model, variant.name)] if variant.head_types else []
+        return [layout.recipe(model, variant.name), *heads]
+
+    def imatrix_inputs(self, wildcards: Wildcards) -> list[str]:
+        """What a job that reads the importance matrix depends on."""
+        imatrix = self._imatrix(wildcards)
+        return tracked_inputs(imatrix, wildcards.model) if imatrix else []
+
+    def imatrix_option(self, wildcards: Wildcards) -> str:
+        """The option that names the importance matrix."""
+        imatrix = self._imatrix(wildcards)
+        path = [layout.local_path(imatrix, wildcards.model)] if imatrix else []
+        return shlex.join(word for each in path for word in ("--imatrix", each))
+
+    def options(self, wildcards: Wildcards) -> str:
+        """Types of file, head and tensors, as options of quantize_plan.py."""
+        variant = self._variant(wildcards)
+        if variant is None:
+            head = ["--head", wildcards.name] if wildcards.kind == "draft" else []
+            return shlex.join(["--type", wildcards.name, *head])
+        options = ["--type", variant.file_type]
+        if variant.head_types:
+            recipe = layout.head_recipe(wildcards.model, variant.name)
+            options += ["--head", variant.head_type, "--head-tensors", recipe]
+        return shlex.join([*options, "--tensors", layout.recipe(wildcards.model, variant.name)])
+
+    def names_option(self, wildcards: Wildcards) -> str:
+        """Other names that the file can have later, as options of quantize.py."""
+        model, name = self.model(wildcards), wildcards.name
+        if self._variant(wildcards):
+            kept = layout.unverified(model.name, name)
+            return shlex.join(["--also", *layout.possible_outputs(model, name), "--keep", kept])
+        if wildcards.kind == "draft":
+            return shlex.join(["--also", layout.sidecar(model, name).file])
+        also: list[str] = []
+        for variant in model.variants.values():
+            if isinstance(variant.base, OwnBase) and variant.base.type == name:
+                also.append(layout.injected(model.name, variant.name).file)
+                also += layout.possible_outputs(model, variant.name)
+        return shlex.join(["--also", *also]) if also else ""
+
+    def pieces(self, wildcards: Wildcards) -> list[str]:
+        """The digests of the pieces that the file is made from; none if it is made in one go."""
+        count = self._pieces(wildcards)
+        if count == 1:
+            return []
+        return layout.pieces(wildcards.model, wildcards.kind, wildcards.name, count)
+
+    def _pieces(self, wildcards: Wildcards) -> int:
+        if wildcards.kind == "draft":
+            return 1
+        variant = self._variant(wildcards)
+        configured = (variant and variant.pieces) or self.model(wildcards).pieces
+        if configured:
+            return configured
+        model, kind, name = wildcards.model, wildcards.kind, wildcards.name
+        made = self._checkpoints.plan.get(model=model, kind=kind, name=name)
+        return int(Path(made.output.pieces).read_text(encoding="utf-8"))
+
+    def _variant(self, wildcards: Wildcards) -> Variant | None:
+        """The variant; None for a part. Raises ConfigError for a name that is neither."""
+        if wildcards.kind == "quantized":
+            return self.find(wildcards.model, wildcards.name)
+        quant_types.check_file_type(wildcards.name)
+        return None
+
+    def _source(self, wildcards: Wildcards) -> layout.Intermediate:
+        variant = self._variant(wildcards)
+        return layout.converted(wildcards.model, variant.part if variant else wildcards.kind)
+
+    def _imatrix(self, wildcards: Wildcards) -> Imatrix | None:
+        variant = self._variant(wildcards)
+        return variant.imatrix if variant else None
+
+
+def _texts(config: Config) -> list[str]:
+    variants = [each for model in config.models.values() for each in model.variants.values()]
+    return [each.imatrix.text for each in variants if isinstance(each.imatrix, ImatrixText)]

@@ -1,0 +1,28 @@
+"""Stage `report`: figures of what was measured and verified."""
+
+from mtpforge.rules import layout
+from mtpforge.rules.config import Model
+from mtpforge.rules.stage import Stage
+
+
+class Report(Stage):
+    """Inputs of rules/report.smk."""
+
+    def figures(self) -> list[str]:
+        """All figures: of each model its measurements, of each variant its tensors."""
+        return [
+            layout.plot(model, figure)
+            for model in self.config.chosen
+            for figure in [*_measured(model), *_tensors(model)]
+        ]
+
+
+def _measured(model: Model) -> list[str]:
+    if model.measure is None:
+        return []
+    compared = model.measure.text and not model.head_only
+    return ["speed", "acceptance", *(["distance"] if compared else [])]
+
+
+def _tensors(model: Model) -> list[str]:
+    return [f"tensors-{model.base_name}-{variant}" for variant in model.variants]

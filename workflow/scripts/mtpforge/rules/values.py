@@ -1,0 +1,197 @@
+"""Kinds of values in `config.yaml` (names, types, sizes, paths), and messages for wrong ones."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, LiteralString, NoReturn, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
+from mtpforge.quantize.recipe import NO_HEAD, check_pattern
+
+
+class Entry(BaseModel):
+    """A part of `config.yaml` with a fixed set of keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, value: Any) -> Any:
+        known = list(cls.model_fields)
+        for key, entry in value.items() if isinstance(value, Mapping) else ():
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"unknown key, did you mean {close[0]}? K" if close else "unknown key: k"
+                refuse(f"{hint}nown keys are {', '.join(known)}", str(key), kind="unknown_key")
+            if entry is None:
+                refuse("empty: remove the key, or give it a value", str(key))
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A string for which `check` raises no ConfigError; `schema` is its part of the JSON schema."""
+
+    check: Callable[[str], object]
+    schema: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        def validate(value: str) -> str:
+            try:
+                self.check(value)
+            except ConfigError as error:
+                refuse(str(error))
+            return value
+
+        return core_schema.no_info_after_validator_function(validate, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), **self.schema}
+
+
+def _matching(pattern: str, why: str) -> Checked:
+    """A string that matches `pattern` as a whole; the message is the wrong string and `why`."""
+
+    def check(value: str) -> None:
+        if not re.fullmatch(pattern, value):
+            raise ConfigError(f"{value[:100]!r} {why}")
+
+    return Checked(check, {"pattern": f"^(?:{pattern})$"})
+
+
+def _check_head(name: str) -> None:
+    if name != NO_HEAD:
+        quant_types.check_tensor_type(name)
+
+
+def _check_sidecar(name: str) -> None:
+    if name not in SIDECAR_TYPES:
+        known = ", ".join(SIDECAR_TYPES)
+        raise ConfigError(f"a sidecar cannot have type {name!r}: use one of {known}")
+
+
+_OWN_OPTIONS = (
+    r"-m|-md|-mu|-hf.*|-np|--model.*|--hf-.*|--parallel|--host|--port|--api-key.*|--spec-.*"
+    r"|--log-.*|-lv|-v|--verbos.*"
+)
+
+
+def _check_serve(option: str) -> None:
+    if not option:
+        raise ConfigError("an empty option")
+    if re.fullmatch(_OWN_OPTIONS, option):
+        raise ConfigError(f"{option} is set by mtpforge itself: remove it")
+
+
+def unique(values: list[Any]) -> list[Any]:
+    """The same list. Fails validation if a value occurs twice."""
+    if twice := [value for value in values if values.count(value) > 1]:
+        refuse(f"{twice[0]!r} is listed twice")
+    return values
+
+
+def refuse(message: str, *path: str, kind: LiteralString = "config") -> NoReturn:
+    """Fail validation with a message, at `path` below the value that is being validated."""
+    raise PydanticCustomError(kind, "{message}", {"message": message, "path": path})
+
+
+SIDECAR_TYPES = tuple(
+    name
+    for name in quant_types.TENSOR_TYPES
+    if name in quant_types.FILE_TYPES and quant_types.bits(name) >= 4
+)
+"""A sidecar is nearly all head: types that a whole file and a head can have."""
+
+_TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
+_OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
+_FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+FileType = Annotated[
+    str, Checked(quant_types.check_file_type, {"enum": list(quant_types.FILE_TYPES)})
+]
+TensorType = Annotated[str, Checked(quant_types.check_tensor_type, {"enum": _TENSOR_TYPES})]
+HeadType = Annotated[str, Checked(_check_head, {"enum": [*_TENSOR_TYPES, NO_HEAD]})]
+SidecarType = Annotated[str, Checked(_check_sidecar, {"enum": list(SIDECAR_TYPES)})]
+Pattern = Annotated[str, Checked(check_pattern, {})]
+Recipe: TypeAlias = Annotated[dict[Pattern, TensorType], Field(min_length=1)]
+ServeOption = Annotated[
+    str, Checked(_check_serve, {"minLength": 1, "not": {"pattern": f"^({_OWN_OPTIONS})$"}})
+]
+
+ModelName = Annotated[
+    str,
+    _matching(
+        r"[a-z0-9][a-z0-9._-]*",
+        "is not a model's name: use lower-case letters, digits, '.', '_' and '-'",
+    ),
+]
+VariantName = Annotated[
+    str,
+    _matching(_FILE_NAME, "is not a variant's name: use letters, digits, '.', '_' and '-'"),
+]
+Repository = Annotated[str, _matching(_OWNER_NAME, "is not a repository: write OWNER/NAME")]
+Revision = Annotated[
+    str,
+    _matching(
+        r"[0-9a-f]{40}",
+        "is not a commit hash: `snakemake --cores 1 add --config repo=OWNER/NAME` prints the entry with the current one",
+    ),
+]
+GgufName = Annotated[
+    str,
+    _matching(
+        _FILE_NAME + r"\.gguf",
+        "is not a GGUF at the top of a repository: write NAME.gguf, or NAME-00001-of-0000N.gguf",
+    ),
+]
+FileName = Annotated[
+    str, _matching(_FILE_NAME, "is not the name of a file at the top of a repository")
+]
+PreTokenizer = Annotated[
+    str, _matching(r"[a-z0-9][a-z0-9._-]*", "is not one of llama.cpp's names, such as qwen35")
+]
+Folder = Annotated[
+    str, _matching(r"[^{}]*[^/.{}]", "is not a folder with a name: it must not end in '/' or '.'")
+]
+GgufPath = Annotated[
+    str, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
+]
+FilePath = Annotated[str, _matching(r"[^{}]+", "is not a path: it is empty or has braces")]
+Size = Annotated[
+    str,
+    _matching(r"[1-9][0-9]{0,8}[MG]", "is not a size: write a whole number of M or G, such as 48G"),
+]
+
+
+def by_key(*keys: str) -> Discriminator:
+    """Tells the forms of a mapping apart by the one of `keys` that each of them has."""
+
+    def form(value: Any) -> str | None:
+        present = value if isinstance(value, Mapping) else getattr(value, "__dict__", ())
+        found = [key for key in keys if key in present]
+        return f"({found[0]})" if len(found) == 1 else None
+
+    message = f"must have exactly one of the keys {', '.join(keys)}"
+    return Discriminator(form, custom_error_type="config", custom_error_message=message)
+
+
+def by_type(text: str, other: str) -> Discriminator:
+    """Tells a string from something else."""
+    return Discriminator(lambda value: text if isinstance(value, str) else other)

@@ -1,0 +1,207 @@
+"""A variant in `config.yaml`: its types, its head, its base and its importance matrix."""
+
+from typing import Annotated
+
+from pydantic import Field, PrivateAttr, Tag
+
+from mtpforge.gguf import quant_types
+from mtpforge.quantize.recipe import NO_HEAD, default_head
+from mtpforge.rules.values import (
+    Entry,
+    FileName,
+    FilePath,
+    FileType,
+    GgufName,
+    GgufPath,
+    HeadType,
+    Recipe,
+    Repository,
+    Revision,
+    Size,
+    TensorType,
+    by_key,
+    by_type,
+)
+
+
+class HubRepository(Entry):
+    """A repository of the Hub at a pinned commit."""
+
+    repo: Repository = Field(description="The repository on the Hub.", examples=["Qwen/Qwen3.5-4B"])
+    revision: Revision = Field(
+        description="The commit hash (40 hex digits), so that a build can be repeated.",
+        examples=["851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"],
+    )
+
+
+class OwnBase(Entry):
+    """A base that is quantized here."""
+
+    type: FileType = Field(
+        description="Quantize the checkpoint without its head to this type, and inject into that."
+    )
+
+
+class LocalGguf(Entry):
+    """A GGUF on this machine."""
+
+    path: GgufPath = Field(description="A GGUF on this machine; of a split one, the first file.")
+
+
+class ImatrixText(Entry):
+    """An importance matrix that is computed here."""
+
+    text: FilePath = Field(
+        description="Compute it from this plain text, of at least 1,024 tokens, with llama-imatrix."
+    )
+
+
+class LocalFile(Entry):
+    """An importance matrix on this machine."""
+
+    path: FilePath = Field(description="A file that llama-imatrix wrote.")
+
+
+class HubFile(HubRepository):
+    """An importance matrix in a repository of the Hub."""
+
+    file: FileName = Field(description="A file in the repository that llama-imatrix wrote.")
+
+
+class HubGguf(HubFile):
+    """A GGUF in a repository of the Hub."""
+
+    file: GgufName = Field(description="A GGUF in the repository; of a split one, the first file.")
+
+
+class HeadTypes(Entry):
+    """Types of a head's tensors, with exceptions by pattern."""
+
+    type: TensorType = Field(description="Tensor type of the head.", examples=["Q4_K"])
+    tensors: Recipe = Field(
+        default_factory=dict,
+        description="Exceptions by pattern; the first pattern found in a tensor's name wins.",
+        examples=[{"eh_proj": "Q8_0"}],
+    )
+
+
+Base = Annotated[
+    Annotated[OwnBase, Tag("(type)")]
+    | Annotated[LocalGguf, Tag("(path)")]
+    | Annotated[HubGguf, Tag("(repo)")],
+    by_key("type", "path", "repo"),
+]
+Imatrix = Annotated[
+    Annotated[ImatrixText, Tag("(text)")]
+    | Annotated[LocalFile, Tag("(path)")]
+    | Annotated[HubFile, Tag("(repo)")],
+    by_key("text", "path", "repo"),
+]
+Head = Annotated[
+    Annotated[HeadType, Tag("(type)")] | Annotated[HeadTypes, Tag("(types)")],
+    by_type("(type)", "(types)"),
+]
+Tensors = Annotated[
+    Annotated[str, Tag("(name)")] | Annotated[Recipe, Tag("(recipe)")],
+    by_type("(name)", "(recipe)"),
+]
+SPLIT = "Publish a folder of files of at most this size, which llama.cpp loads by the first one."
+PIECES = (
+    "Number of parallel quantization jobs; finished jobs survive a restart. The default aims at two"
+    " hours a job on this machine's cores, and is 1 below three hours."
+)
+
+
+class Variant(Entry):
+    """One published file: its type, its head, and how it is made."""
+
+    type: FileType | None = Field(
+        default=None,
+        description="Quantization type, as llama-quantize names it. Default: the variant's name.",
+        examples=["Q4_K_M", "IQ4_XS"],
+    )
+    head: Head | None = Field(
+        default=None,
+        description=(
+            "Tensor type of the head, on its own or with exceptions by pattern; `none` leaves the"
+            " head out. Default: Q8_0, or the file's own type if it is F32, F16 or BF16."
+        ),
+        examples=["BF16", {"type": "Q4_K", "tensors": {"eh_proj": "Q8_0"}}, "none"],
+    )
+    tensors: Tensors | None = Field(
+        default=None,
+        description=(
+            "Tensor types by pattern, or the name of a recipe under `recipes`; the first pattern found in a tensor's name wins."
+        ),
+        examples=["attention-first", {"attn_": "Q6_K", "ssm_": "Q8_0"}],
+    )
+    base: Base | None = Field(
+        default=None,
+        description=(
+            "Inject the head into this GGUF instead of quantizing the checkpoint: one that is"
+            " quantized here, any GGUF on disk, or any GGUF on the Hub."
+        ),
+        examples=[{"type": "Q4_K_M"}, {"path": "downloads/model-Q4_K_M.gguf"}],
+    )
+    imatrix: Imatrix | None = Field(
+        default=None,
+        description=(
+            "Importance matrix to quantize with: computed from a text, or a file on disk or on the"
+            f" Hub. Required by {', '.join(quant_types.NEED_IMATRIX)}."
+        ),
+        examples=[{"text": "calibration.txt"}],
+    )
+    replace_head: bool = Field(
+        default=False, description="Replace the head of a base that already has a different one."
+    )
+    split: Size | None = Field(
+        default=None, description=f"{SPLIT} Default: the model's.", examples=["500M", "48G"]
+    )
+    pieces: int | None = Field(
+        default=None, ge=1, le=999, description=f"{PIECES} Default: the model's."
+    )
+
+    _name: str = PrivateAttr("")
+
+    @property
+    def name(self) -> str:
+        """Its key under `variants`."""
+        return self._name
+
+    @property
+    def file_type(self) -> str:
+        """The type of the file; for a base from elsewhere, only a name."""
+        return self.type or (self.base.type if isinstance(self.base, OwnBase) else self.name)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the base was quantized elsewhere, so that its types are not ours to choose."""
+        return self.base is not None and not isinstance(self.base, OwnBase)
+
+    @property
+    def head_types(self) -> HeadTypes | None:
+        """The types of the head; None for a file without one."""
+        if isinstance(self.head, HeadTypes):
+            return self.head
+        name = self.head or ("Q8_0" if self.foreign else default_head(self.file_type))
+        return None if name == NO_HEAD else HeadTypes(type=name)
+
+    @property
+    def head_type(self) -> str:
+        """The type of the head without its exceptions, or `none`."""
+        return self.head_types.type if self.head_types else NO_HEAD
+
+    @property
+    def unquantized(self) -> bool:
+        """Whether it is a mere conversion of the checkpoint."""
+        return self.base is None and self.file_type in quant_types.UNQUANTIZED
+
+    @property
+    def part(self) -> str:
+        """The part of the checkpoint that it is made from."""
+        return "all" if self.head_types else "trunk"
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """Tensor types by pattern; empty without a recipe."""
+        return self.tensors if isinstance(self.tensors, dict) else {}

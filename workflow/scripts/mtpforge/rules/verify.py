@@ -1,0 +1,122 @@
+"""Stage `verify`: the checks of a file, and only then its final name."""
+
+import shlex
+from pathlib import Path
+
+from mtpforge.rules import layout
+from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import HubRepository
+
+
+class Verify(Stage):
+    """Inputs and parameters of rules/verify.smk."""
+
+    def candidate(self, wildcards: Wildcards) -> str:
+        """The file of a variant before it is verified."""
+        self.check_base(wildcards)
+        self.variant(wildcards)
+        return layout.candidate(self.model(wildcards), wildcards.variant).file
+
+    def digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors, as recorded by the program that wrote it."""
+        self.variant(wildcards)
+        return layout.candidate(self.model(wildcards), wildcards.variant).digests
+
+    def reference(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 file to compare with, and its digests, if llama.cpp's converter made it."""
+        if self.model(wildcards).native:
+            return []
+        made = layout.converted(wildcards.model, self.variant(wildcards).part)
+        return [made.file, made.digests]
+
+    def unquantized(self, wildcards: Wildcards) -> list[str]:
+        """The acceptance of the BF16 file, to compare with.
+
+        Nothing for a foreign base: no BF16 file is made for this alone.
+        """
+        variant = self.variant(wildcards)
+        if variant.foreign or variant.unquantized or variant.head_types is None:
+            return []
+        return self.sidecar_unquantized(wildcards)
+
+    def source_option(self, wildcards: Wildcards) -> str:
+        """What verify.py compares inventory, metadata and values with."""
+        return self._against(wildcards, self.reference(wildcards))
+
+    def options(self, wildcards: Wildcards) -> str:
+        """What the file must be, as options of verify.py; a foreign base keeps its types."""
+        model, variant = self.model(wildcards), self.variant(wildcards)
+        gates = self._gates(wildcards, self.unquantized(wildcards))
+        options = ["--head", variant.head_type, *gates]
+        if isinstance(model.source, HubRepository) and model.head_only:
+            options += ["--head-record", layout.head_record(model.source)]
+        if not variant.foreign:
+            options += ["--type", variant.file_type]
+        if model.tokenizer_pre:
+            options += ["--tokenizer-pre", model.tokenizer_pre]
+        if model.measure and model.measure.text:
+            options += ["--perplexity"]
+        digests = self.digests(wildcards)
+        return shlex.join([*options, "--trunk" if variant.base else "--digests", digests])
+
+    def split_options(self, wildcards: Wildcards) -> str:
+        """The same for a variant that is published in several files."""
+        size = self.variant(wildcards).split or self.model(wildcards).split
+        return f"{self.options(wildcards)} --split {size}"
+
+    def prompts(self, wildcards: Wildcards) -> str:
+        """The folder of prompts to draft on."""
+        return self.model(wildcards).prompts
+
+    def prompt_files(self, wildcards: Wildcards) -> list[str]:
+        """The prompts in it."""
+        return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+
+    # ── sidecar and vision tower ──
+
+    def sidecar(self, wildcards: Wildcards) -> str:
+        """The draft model before it is verified."""
+        self.check_base(wildcards)
+        return layout.quantized(wildcards.model, "draft", wildcards.type).file
+
+    def sidecar_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return layout.quantized(wildcards.model, "draft", wildcards.type).digests
+
+    def sidecar_reference(self, wildcards: Wildcards) -> list[str]:
+        """What it is compared with, if llama.cpp's converter made it."""
+        if self.model(wildcards).native:
+            return []
+        return [layout.converted(wildcards.model, "draft").file]
+
+    def sidecar_unquantized(self, wildcards: Wildcards) -> list[str]:
+        """The acceptance of the BF16 file, unless the comparison is turned off."""
+        compared = self.model(wildcards).max_acceptance_drop < 1
+        return [layout.acceptance(wildcards.model)] if compared else []
+
+    def sidecar_source_option(self, wildcards: Wildcards) -> str:
+        """What verify.py compares it with."""
+        return self._against(wildcards, self.sidecar_reference(wildcards))
+
+    def sidecar_options(self, wildcards: Wildcards) -> str:
+        """The acceptance that it must reach."""
+        return shlex.join(self._gates(wildcards, self.sidecar_unquantized(wildcards)))
+
+    def mmproj(self, wildcards: Wildcards) -> str:
+        """The vision tower before it is verified."""
+        self.check_base(wildcards)
+        return layout.converted(wildcards.model, "mmproj").file
+
+    def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
+        checkpoint = layout.checkpoint(self.model(wildcards))
+        return shlex.join(
+            ["--reference", reference[0]] if reference else ["--checkpoint", checkpoint]
+        )
+
+    def _gates(self, wildcards: Wildcards, unquantized: list[str]) -> list[str]:
+        model = self.model(wildcards)
+        gates = ["--min-acceptance", str(model.min_acceptance)]
+        for measured in unquantized:
+            drop = str(model.max_acceptance_drop)
+            gates += ["--unquantized", measured, "--max-acceptance-drop", drop]
+        return gates
