@@ -22,7 +22,7 @@ from typing import Any
 from conversion import QWEN3_5_2B, ROOT, cost_of, write_checkpoint
 from mtpforge import cli
 from mtpforge.gguf import reader
-from mtpforge.quantize.recipe import plan_overrides
+from mtpforge.quantize.recipe import head_recipe, plan_overrides
 
 RECIPE = {
     "blk.([0-9]|1[0-4]).ffn_gate": "Q5_K",
@@ -45,7 +45,9 @@ class Bench:
 
     def plain(self, recipe: dict[str, str], name: str, threads: int) -> str:
         """A plain run."""
-        overrides = plan_overrides(reader.read(self.source), "Q4_K_M", "Q8_0", list(recipe.items()))
+        overrides = plan_overrides(
+            reader.read(self.source), "Q4_K_M", head_recipe("Q8_0"), list(recipe.items())
+        )
         options = [
             word
             for pattern, kind in overrides

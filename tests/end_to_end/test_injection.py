@@ -4,13 +4,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS, MODELS
+from conftest import CHECKPOINTS, MODELS, Run
 from mtpforge.gguf import quant_types, reader, split
 from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize.llama_quantize import quantize
+from mtpforge.quantize.plan import Plan
+from mtpforge.quantize.recipe import head_recipe
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
 HEADS = ("BF16", "Q8_0", "Q4_K")
@@ -43,7 +45,7 @@ class Bench:
 
     def _preserved(self, model: str, file_type: str, head: str) -> tuple[Gguf, float]:
         path = self.folder / f"{model}-{file_type}-with-{head}.gguf"
-        quantize(self.part(model, "all"), path, file_type, head, bin_dir=self.programs)
+        quantize(self.part(model, "all"), path, file_type, head_recipe(head), bin_dir=self.programs)
         return reader.read(path), self.acceptance(model, path)
 
     def acceptance(self, model: str, path: Path) -> float:
@@ -79,7 +81,7 @@ def test_it_accepts_as_the_file_that_kept_its_head(
 ) -> None:
     base = bench.base(model, file_type) if files == "single" else bench.shards(model, file_type)
     out = tmp_path / "out.gguf"
-    inject.inject(base, bench.part(model, "head"), out, head, bench.programs)
+    inject.inject(base, bench.part(model, "head"), out, head_recipe(head), bench.programs)
     made, (preserved, expected) = reader.read(out), bench.preserved(model, file_type, head)
     assert trunk_digests(made) == trunk_digests(reader.read(bench.base(model, file_type)))
     assert types_of(made.head) == {head}
@@ -93,7 +95,13 @@ def test_it_accepts_as_the_file_that_kept_its_head(
 @pytest.mark.parametrize("model", MODELS)
 def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
     first = bench.shards(model, "Q4_K_M")
-    inject.inject(first, bench.part(model, "head"), tmp_path / "out", "Q8_0", bench.programs)
+    inject.inject(
+        first,
+        bench.part(model, "head"),
+        tmp_path / "out",
+        head_recipe("Q8_0"),
+        bench.programs,
+    )
     assert (
         bench.acceptance(model, tmp_path / "out" / first.name)
         >= bench.preserved(model, "Q4_K_M", "Q8_0")[1] - 0.1
@@ -103,7 +111,7 @@ def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
 @pytest.mark.parametrize("head", FINE)
 def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head: str) -> None:
     """With the projection at a type of its own."""
-    model, mixed = MODELS[0], f"{head},eh_proj=Q6_K"
+    model, mixed = MODELS[0], head_recipe(head, [("eh_proj", "Q6_K")])
     inject.inject(
         bench.base(model, "Q4_K_M"),
         bench.part(model, "head"),
@@ -117,3 +125,55 @@ def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head:
         and made.tensors["blk.4.attn_q.weight"].type.name == head
     )
     assert bench.acceptance(model, tmp_path / "out.gguf") >= 0.7
+
+
+def test_the_programs_read_types_within_the_head_from_a_file(
+    built: Path, bench: Bench, tmp_path: Path, run: Run
+) -> None:
+    """Injected and quantized heads have them; verify.py refuses a head that has others."""
+    model, exceptions = MODELS[0], tmp_path / "head.yaml"
+    exceptions.write_text("eh_proj: Q8_0\n'attn_.*': Q6_K\n")
+    types = ("--head-type", "Q4_K", "--head-tensors", exceptions)
+    head, injected = bench.part(model, "head"), tmp_path / "injected.gguf"
+    base = bench.base(model, "Q4_K_M")
+    done = run("inject.py", base, "--head", head, *types, "--out", injected)
+    assert done.returncode == 0, done.stderr
+    types = ("--head", "Q4_K", "--head-tensors", exceptions)
+    source, quantized = bench.part(model, "all"), tmp_path / "quantized.gguf"
+    done = run("quantize.py", source, "--type", "Q5_0", *types, "--out", quantized)
+    assert done.returncode == 0, done.stderr
+    plan = tmp_path / "plan.json"
+    done = run("quantize_plan.py", source, "--type", "Q5_0", *types, "--out", plan)
+    assert done.returncode == 0, done.stderr
+    planned = Plan.read(plan).types()
+    for opened in map(reader.read, (injected, quantized)):
+        found = {
+            name.split(".", 2)[2]: info.type for name, info in head_only(opened).tensors.items()
+        }
+        assert found["nextn.eh_proj.weight"].name == "Q8_0"
+        assert found["attn_q.weight"].name == "Q6_K" and found["ffn_up.weight"].name == "Q4_K"
+    assert planned == {name: info.type for name, info in opened.tensors.items()}
+    prompts = ("--prompts", CHECKPOINTS / model / "prompts", "--out", tmp_path / "report.json")
+    done = run("verify.py", injected, *types, *prompts)
+    assert done.returncode == 0, done.stderr
+    done = run("verify.py", injected, "--head", "Q4_K", *prompts)
+    assert done.returncode == 1 and "attn_q.weight is Q6_K, not Q4_K" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "needed"),
+    [
+        (("inject.py", "--head", "h.gguf"), "--head-type"),
+        (("quantize.py", "--type", "Q4_0"), "--head"),
+        (("quantize_plan.py", "--type", "Q4_0"), "--head"),
+        (("verify.py",), "--head"),
+    ],
+)
+def test_exceptions_need_a_type_to_except_from(
+    run: Run, tmp_path: Path, program: tuple[str, ...], needed: str
+) -> None:
+    name, *options = program
+    done = run(
+        name, "in.gguf", *options, "--head-tensors", "f.yaml", "--out", tmp_path / "out.gguf"
+    )
+    assert done.returncode == 2 and f"--head-tensors needs {needed}" in done.stderr

@@ -24,6 +24,7 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import llama_quantize
+from mtpforge.quantize.recipe import head_recipe
 from mtpforge.verify.report import verify
 from mtpforge.verify.request import Request
 from other_architectures import HIDDEN, MODELS, write_model
@@ -219,7 +220,9 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
     made: Made, toolchain: Path, tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "quantized.gguf"
-    llama_quantize.quantize(made.file(name), out, "Q4_0", "Q8_0", threads=1, bin_dir=toolchain)
+    llama_quantize.quantize(
+        made.file(name), out, "Q4_0", head_recipe("Q8_0"), threads=1, bin_dir=toolchain
+    )
     prompts = ("The quick brown fox", "def area(")
     request = Request(
         reference=made.file(name),
@@ -333,7 +336,7 @@ def test_a_head_is_injected_into_a_quantized_trunk(
 ) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
     llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
-    inject.inject(base, made.file("draft"), out, "Q8_0", toolchain)
+    inject.inject(base, made.file("draft"), out, head_recipe("Q8_0"), toolchain)
     request = Request(
         head="Q8_0",
         base=base,

@@ -16,7 +16,7 @@ from mtpforge.llama_cpp import process
 from mtpforge.quantize import imatrix, llama_quantize, manifest, plan
 from mtpforge.quantize.llama_quantize import choose
 from mtpforge.quantize.pieces import Work
-from mtpforge.quantize.recipe import Recipe, plan_overrides
+from mtpforge.quantize.recipe import Recipe, head_recipe, plan_overrides
 
 RECIPE = (("attn_q|ffn_down", "Q6_K"), ("blk.1.", "Q5_K"))
 
@@ -71,7 +71,7 @@ def plain(
         BIN / "llama-quantize",
         *(["--imatrix", matrix.name] if matrix else []),
     ]
-    for pattern, tensor_type in plan_overrides(source, kind, head, recipe):
+    for pattern, tensor_type in plan_overrides(source, kind, head_recipe(head), recipe):
         command += ["--tensor-type", f"{pattern}={tensor_type.lower()}"]
     place = matrix.parent if matrix else out.parent
     subprocess.run(
@@ -86,7 +86,7 @@ def plain(
 def work(
     source: Gguf, kind: str, head: str, recipe: Recipe = (), matrix: Path | None = None, said: list[str] | None = None
 ) -> Work:  # fmt: skip
-    types = choose(source, kind, head, recipe, matrix, BIN)
+    types = choose(source, kind, head_recipe(head), recipe, matrix, BIN)
     made = plan.make(source, reader.digests(source.path), types, kind, matrix, BIN)
     return Work(made, source, matrix, 2, BIN, say=(said if said is not None else []).append)
 

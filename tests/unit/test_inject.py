@@ -16,6 +16,7 @@ from mtpforge.gguf.reader import PADDING, Gguf, Value
 from mtpforge.inject.inject import cost, inject
 from mtpforge.inject.match import vocabulary_difference
 from mtpforge.io.ranges import BLOCK
+from mtpforge.quantize.recipe import head_recipe
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 
@@ -300,7 +301,7 @@ def test_the_cost_is_said_before(parts: dict[str, Path], tmp_path: Path) -> None
             parts["trunk"],
             parts["draft"],
             tmp_path / "out.gguf",
-            "Q8_0,eh_porj=Q4_K",
+            head_recipe("Q8_0", [("eh_porj", "Q4_K")]),
             say=said.append,
         )
     assert said == []

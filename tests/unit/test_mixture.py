@@ -184,7 +184,7 @@ def test_what_the_table_says_is_what_is_written(
 ) -> None:
     matrix = matrices[model] if file_type in quant_types.NEED_IMATRIX else None
     path, log = built / f"results/{model}/work/convert/all.gguf", tmp_path / "log"
-    quantize(path, tmp_path / "out.gguf", file_type, None, RECIPES[file_type], matrix, log=log)
+    quantize(path, tmp_path / "out.gguf", file_type, (), RECIPES[file_type], matrix, log=log)
     table = capsys.readouterr().out.strip()
     written, original = reader.read(tmp_path / "out.gguf"), reader.read(path)
     # The same table, made of the file that was written; the default types are the table's own.

@@ -204,7 +204,7 @@ def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> Non
 
 def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
     several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
-    assert recipe.plan_overrides(several, "Q4_0", None, ()) == [
+    assert recipe.plan_overrides(several, "Q4_0", (), ()) == [
         (rf"^blk\.{block}\.attn_q\.weight$", "Q8_0") for block in (9, 10, 11)
     ]
     assert several.head.tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}

@@ -12,8 +12,7 @@ from mtpforge.gguf.names import gguf_files
 from mtpforge.inject import inject
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
-
-HEAD_TYPE = "tensor type of the head, such as Q8_0, or Q4_K,eh_proj=Q8_0 with types by pattern (default: as it is in HEAD)"
+from mtpforge.quantize.recipe import head_recipe, read_recipe
 
 
 def main() -> None:
@@ -29,7 +28,17 @@ def main() -> None:
         metavar="HEAD",
         help="a GGUF that has the head, or the checkpoint's folder",
     )
-    parser.add_argument("--head-type", metavar="T", help=HEAD_TYPE)
+    parser.add_argument(
+        "--head-type",
+        metavar="T",
+        help="tensor type of the head, such as Q8_0 (default: the types in HEAD)",
+    )
+    parser.add_argument(
+        "--head-tensors",
+        type=Path,
+        metavar="FILE",
+        help="exceptions from --head-type, as YAML of pattern: type; the first match decides",
+    )
     parser.add_argument(
         "--replace-head", action="store_true", help="of a base that has another head, take it away"
     )
@@ -49,6 +58,10 @@ def main() -> None:
         help="where llama-quantize is (default: %(default)s)",
     )
     args = parser.parse_args()
+    if args.head_tensors and not args.head_type:
+        parser.error("--head-tensors needs --head-type")
+    exceptions = read_recipe(args.head_tensors)
+    types = head_recipe(args.head_type, exceptions) if args.head_type else ()
     inputs = [
         given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)
     ]
@@ -59,12 +72,12 @@ def main() -> None:
             args.base,
             args.head,
             args.out,
-            args.head_type,
-            args.bin,
-            show,
-            args.replace_head,
-            say,
-            args.digests,
+            head_type=types,
+            bin_dir=args.bin,
+            progress=show,
+            replace_head=args.replace_head,
+            say=say,
+            digests=args.digests,
         )
 
 

@@ -22,7 +22,7 @@ from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import manifest, pieces, plan
 from mtpforge.quantize.llama_quantize import quantize
-from mtpforge.quantize.recipe import read_recipe
+from mtpforge.quantize.recipe import head_recipe, read_recipe
 
 
 def main() -> None:
@@ -48,7 +48,13 @@ def main() -> None:
     parser.add_argument(
         "--head",
         metavar="T",
-        help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)",
+        help="tensor type of the head (default: Q8_0, or the type of an unquantized file)",
+    )
+    parser.add_argument(
+        "--head-tensors",
+        type=Path,
+        metavar="FILE",
+        help="exceptions from --head, as YAML of pattern: type; the first match decides",
     )
     parser.add_argument(
         "--tensors",
@@ -107,8 +113,34 @@ def main() -> None:
         "--log", type=Path, metavar="FILE", help="keep all that llama-quantize says"
     )
     args = parser.parse_args()
+    number, count = _check(parser, args)
+    out = None if args.dry_run else args.out
+    for written in filter(None, (out, args.digests, args.manifest, args.keep)):
+        atomic.refuse_overwriting(written, args.source, args.imatrix, args.plan)
+    if args.plan:
+        as_planned(args, number, count)
+        return
+    quantize(
+        args.source,
+        out,
+        args.type,
+        head=head_recipe(args.head, read_recipe(args.head_tensors)) if args.head else (),
+        recipe=read_recipe(args.tensors),
+        imatrix=args.imatrix,
+        threads=args.threads,
+        bin_dir=args.bin,
+        log=args.log,
+    )
+    if out and args.digests:
+        atomic.write_json(args.digests, reader.digests(out, args.threads or None))
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[int, int]:
+    """Refuse options that exclude or need each other; the number of a piece, and of all pieces."""
     if not args.out and not args.dry_run:
         parser.error("one of --out and --dry-run is needed")
+    if args.head_tensors and not args.head:
+        parser.error("--head-tensors needs --head")
     if args.plan and (args.dry_run or args.head or args.tensors):
         parser.error("--plan stands for --head, --tensors and --dry-run")
     if not args.plan and (args.reuse or args.piece or args.manifest or args.also or args.keep):
@@ -124,26 +156,7 @@ def main() -> None:
     piece = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", args.piece or "1/1")
     if piece is None or int(piece[1]) > int(piece[2]):
         parser.error("--piece: must be I/N with I from 1 to N, at most 999")
-    out = None if args.dry_run else args.out
-    for written in filter(None, (out, args.digests, args.manifest, args.keep)):
-        atomic.refuse_overwriting(written, args.source, args.imatrix, args.plan)
-    if args.plan:
-        as_planned(args, int(piece[1]), int(piece[2]))
-        return
-    recipe = read_recipe(args.tensors)
-    quantize(
-        args.source,
-        out,
-        args.type,
-        args.head,
-        recipe,
-        args.imatrix,
-        args.threads,
-        args.bin,
-        args.log,
-    )
-    if out and args.digests:
-        atomic.write_json(args.digests, reader.digests(out, args.threads or None))
+    return int(piece[1]), int(piece[2])
 
 
 def as_planned(args: argparse.Namespace, number: int, count: int) -> None:

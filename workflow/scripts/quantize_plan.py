@@ -14,7 +14,7 @@ from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import plan
 from mtpforge.quantize.llama_quantize import choose
-from mtpforge.quantize.recipe import read_recipe
+from mtpforge.quantize.recipe import head_recipe, read_recipe
 
 
 def main() -> None:
@@ -36,7 +36,13 @@ def main() -> None:
     parser.add_argument(
         "--head",
         metavar="T",
-        help="the head's tensor type (default: Q8_0; BF16 where --type is BF16)",
+        help="tensor type of the head (default: Q8_0, or the type of an unquantized file)",
+    )
+    parser.add_argument(
+        "--head-tensors",
+        type=Path,
+        metavar="FILE",
+        help="exceptions from --head, as YAML of pattern: type; the first match decides",
     )
     parser.add_argument(
         "--tensors",
@@ -66,9 +72,19 @@ def main() -> None:
         help="write in how many pieces it is best made on so many threads",
     )
     args = parser.parse_args()
-    atomic.refuse_overwriting(args.out, args.source, args.digests, args.tensors, args.imatrix)
+    if args.head_tensors and not args.head:
+        parser.error("--head-tensors needs --head")
+    inputs = (args.source, args.digests, args.tensors, args.head_tensors, args.imatrix)
+    atomic.refuse_overwriting(args.out, *inputs)
     source = reader.read(args.source)
-    types = choose(source, args.type, args.head, read_recipe(args.tensors), args.imatrix, args.bin)
+    types = choose(
+        source,
+        args.type,
+        head=head_recipe(args.head, read_recipe(args.head_tensors)) if args.head else (),
+        recipe=read_recipe(args.tensors),
+        imatrix=args.imatrix,
+        bin_dir=args.bin,
+    )
     digests = read_json(args.digests) if args.digests else reader.digests(args.source)
     made = plan.make(source, digests, types, args.type, args.imatrix, args.bin)
     if args.pieces:

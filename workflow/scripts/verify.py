@@ -55,6 +55,12 @@ def main() -> None:
         "--head", metavar="T", help="the head's type that was asked for, none if no head was"
     )
     parser.add_argument(
+        "--head-tensors",
+        type=Path,
+        metavar="FILE",
+        help="exceptions from --head that were asked for",
+    )
+    parser.add_argument(
         "--tensors", type=Path, metavar="FILE", help="the recipe that was asked for"
     )
     parser.add_argument(
@@ -105,11 +111,27 @@ def main() -> None:
         help="where llama-server is (default: %(default)s)",
     )
     args = parser.parse_args()
+    if args.head_tensors and not args.head:
+        parser.error("--head-tensors needs --head")
     request = Request(
-        args.checkpoint, args.reference, args.digests, args.base, args.trunk, args.target, args.type, args.head,
-        read_recipe(args.tensors), args.tokenizer_pre, args.unquantized, args.max_acceptance_drop, args.perplexity,
-        tuple(read_prompts(args.prompts).values()), args.min_acceptance, programs.threads(args.threads),
-    )  # fmt: skip
+        checkpoint=args.checkpoint,
+        reference=args.reference,
+        digests=args.digests,
+        base=args.base,
+        trunk=args.trunk,
+        target=args.target,
+        file_type=args.type,
+        head=args.head,
+        head_tensors=read_recipe(args.head_tensors),
+        recipe=read_recipe(args.tensors),
+        tokenizer_pre=args.tokenizer_pre,
+        unquantized=args.unquantized,
+        max_acceptance_drop=args.max_acceptance_drop,
+        perplexity=args.perplexity,
+        prompts=tuple(read_prompts(args.prompts).values()),
+        min_acceptance=args.min_acceptance,
+        threads=programs.threads(args.threads),
+    )
     for out in filter(None, (args.out, args.publish)):
         atomic.refuse_overwriting(
             out,

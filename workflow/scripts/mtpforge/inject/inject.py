@@ -32,20 +32,20 @@ from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp import programs
 from mtpforge.progress import Show
 from mtpforge.quantize.llama_quantize import quantize
-from mtpforge.quantize.recipe import Recipe, head_types, read_head
+from mtpforge.quantize.recipe import Recipe, head_types
 
 Piece: TypeAlias = tuple[TensorInfo, Payload]
 
 
 def inject(
-    base: Path, head: Path, out: Path, head_type: str | None = None, bin_dir: Path = programs.DEFAULT_BIN,
+    base: Path, head: Path, out: Path, head_type: Recipe = (), bin_dir: Path = programs.DEFAULT_BIN,
     progress: Show = lambda done, total: None, replace_head: bool = False, say: Callable[[str], None] = lambda line: None,
     digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Give `base` the head of `head`, a GGUF or a checkpoint folder, at `head_type` (default: as it is there).
 
     `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files.
-    `head_type` is as `quantize.read_head` takes it. A base that has this very head is copied as it is;
+    `head_type` is as `recipe.head_recipe` makes it. A base that has this very head is copied as it is;
     another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
     the sha256 of each tensor of the trunk as it is, and of the head as it will be. Raises GgufError where base and head do
     not belong together.
@@ -61,7 +61,7 @@ def inject(
             )
         given = _open_head(head, scratch)
         check_match(opened, given)
-        say(cost(opened, given, read_head(head_type) if head_type else ()))
+        say(cost(opened, given, head_type))
         before = trunk_digests(opened) if digests else {}
         new = _at_types(given, head_type, scratch, bin_dir)
         if digests:
@@ -126,14 +126,16 @@ def cost(base: Gguf, head: Gguf, recipe: Recipe = ()) -> str:
     )
 
 
-def _at_types(head: Gguf, head_type: str | None, scratch: Path, bin_dir: Path) -> Gguf:
+def _at_types(head: Gguf, head_type: Recipe, scratch: Path, bin_dir: Path) -> Gguf:
     """The head alone, at the types asked for. Raises GgufError, ConfigError, ToolchainError."""
     alone = head.head
-    if head_type is None or _planned(head, read_head(head_type)) == list(alone.tensors.values()):
+    if not head_type or _planned(head, head_type) == list(alone.tensors.values()):
         return alone
     if types_of(alone) != {"BF16"}:
+        own = "/".join(sorted(types_of(alone)))
+        wanted = "/".join(dict.fromkeys(kind for _, kind in head_type))
         raise GgufError(
-            f"{head.path}: a head of {'/'.join(sorted(types_of(alone)))} cannot become {head_type}: give the BF16 head"
+            f"{head.path}: a head at {own} cannot be requantized to {wanted}: give the BF16 head"
         )
     writer.write(scratch / "head.gguf", head.metadata, contents(alone))
     # Any quantized type of file serves: for every matrix of a head there is an override.

@@ -27,10 +27,10 @@ default it takes gigabytes, and a virtual machine can be longer about getting th
 
 
 def quantize(
-    source: Path, out: Path | None, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
+    source: Path, out: Path | None, file_type: str, head: Recipe = (), recipe: Recipe = (), imatrix: Path | None = None,
     threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> None:  # fmt: skip
-    """Quantize `source` (BF16) to `out`; `head` as `read_head` takes it (default Q8_0, for an unquantized file its own type).
+    """Quantize `source` (BF16) to `out`; `head` is a `head_recipe` (default: Q8_0, or the type of an unquantized file).
 
     The mixture of types is shown first, and without `out` nothing else is done. Raises ConfigError for types that cannot be,
     ToolchainError where the program fails.
@@ -43,7 +43,7 @@ def quantize(
 
 
 def choose(
-    source: Gguf, file_type: str, head: str | None = None, recipe: Recipe = (), imatrix: Path | None = None,
+    source: Gguf, file_type: str, head: Recipe = (), recipe: Recipe = (), imatrix: Path | None = None,
     bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None,
 ) -> mixture.Types:  # fmt: skip
     """The type that each tensor will have, in the order of the file that llama-quantize writes; the table of them is shown.

@@ -19,7 +19,7 @@ Recipe = Sequence[tuple[str, str]]
 
 
 def plan_overrides(
-    source: Gguf, file_type: str, head: str | None, recipe: Recipe
+    source: Gguf, file_type: str, head: Recipe, recipe: Recipe
 ) -> list[tuple[str, str]]:
     """The ordered overrides: the head's first, so that no pattern of a recipe reaches into it. Raises ConfigError."""
     quant_types.check_file_type(file_type)
@@ -28,7 +28,7 @@ def plan_overrides(
             raise ConfigError(
                 f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?"
             )
-    types = head_types(source, read_head(head or default_head(file_type)))
+    types = head_types(source, head or head_recipe(default_head(file_type)))
     if file_type in quant_types.UNQUANTIZED:
         if recipe or set(types.values()) - {file_type}:
             raise ConfigError(
@@ -38,24 +38,19 @@ def plan_overrides(
     return [(rf"^{re.escape(name)}$", kind) for name, kind in types.items()] + list(recipe)
 
 
-def read_head(text: str) -> Recipe:
-    """The types of a head as a recipe, of `Q8_0` or, with patterns that go first, `Q4_K,eh_proj=Q8_0`. Raises ConfigError."""
-    kind, *exceptions = text.split(",")
-    recipe = [
-        (pattern, name) for pattern, _, name in (entry.partition("=") for entry in exceptions)
-    ]
-    for pattern, _ in recipe:
-        check_pattern(pattern)
-    recipe.append(("", kind))  # is found in every name
-    for _, name in recipe:
-        quant_types.check_tensor_type(name)
-    return recipe
+def head_recipe(kind: str, exceptions: Recipe = ()) -> Recipe:
+    """The types of a head as a recipe: `kind` for all tensors that no exception matches.
+
+    Raises ConfigError for an unknown type.
+    """
+    quant_types.check_tensor_type(kind)
+    return [*exceptions, ("", kind)]  # an empty pattern is found in every name
 
 
 def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
     """The type that each matrix of the head is to have. Raises ConfigError for a pattern that none of them matches."""
     names = [name for name, info in source.head.tensors.items() if quantizable(info)]
-    for pattern, _ in recipe[:-1]:
+    for pattern, _ in recipe:
         if names and not any(re.search(pattern, name) for name in names):
             raise ConfigError(
                 f"tensor pattern {pattern!r} matches no matrix of the head: {', '.join(names)}"

@@ -36,6 +36,8 @@ class Request:
     """Of a draft sidecar, the model that it drafts for."""
     file_type: str | None = None
     head: str | None = None
+    head_tensors: Recipe = ()
+    """Exceptions from the head's type, by pattern."""
     recipe: Recipe = ()
     tokenizer_pre: str | None = None
     """As conversion was told, for metadata."""

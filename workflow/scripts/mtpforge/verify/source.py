@@ -18,7 +18,7 @@ from mtpforge.gguf.reader import Gguf, TensorInfo, Value, drop_leading_ones
 from mtpforge.inject import match
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json, read_text
-from mtpforge.quantize.recipe import by_recipe, read_head
+from mtpforge.quantize.recipe import by_recipe, head_recipe
 from mtpforge.verify import values
 from mtpforge.verify.request import Check, Request, some
 
@@ -42,11 +42,11 @@ def check_types(opened: Gguf, request: Request) -> Check:
             f"general.file_type is {opened.get('general.file_type')}, not that of {request.file_type}"
         )
     head = {} if request.headless else opened.head.tensors
-    head_recipe = read_head(request.head) if request.head and not request.headless else ()
+    types = head_recipe(request.head, request.head_tensors) if request.head and head else ()
     for name, info in opened.tensors.items():
         if not quantizable(info):
             continue
-        asked = by_recipe(name, head_recipe if name in head else request.recipe)
+        asked = by_recipe(name, types if name in head else request.recipe)
         if asked and info.type.name != quant_types.fitting(asked, info.shape[-1]):
             wrong.append(f"{name} is {info.type.name}, not {asked}")
     return Check(
