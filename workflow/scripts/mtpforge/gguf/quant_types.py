@@ -111,12 +111,8 @@ def check_file_type(name: str) -> str:
     return name
 
 
-def check_tensor_type(name: str, low_bit: bool = True) -> GGMLQuantizationType:
-    """The type of that name; with `low_bit` false, one of at least 4 bits. Raises ConfigError."""
+def check_tensor_type(name: str) -> GGMLQuantizationType:
+    """The type of that name. Raises ConfigError if llama.cpp has no such type for a tensor."""
     if name not in TENSOR_TYPES:
         raise ConfigError(f"unknown tensor type {name!r}: llama.cpp has {', '.join(TENSOR_TYPES)}")
-    if not low_bit and bits(name) < 4:
-        raise ConfigError(
-            f"a head at {name} ({bits(name):.2f} bits) drafts badly: take Q4_K or better, or set allow_low_bit_head: true"
-        )
     return GGMLQuantizationType[name]
