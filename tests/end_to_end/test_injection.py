@@ -147,9 +147,7 @@ def test_the_programs_read_types_within_the_head_from_a_file(
     assert done.returncode == 0, done.stderr
     planned = Plan.read(plan).types()
     for opened in map(reader.read, (injected, quantized)):
-        found = {
-            name.split(".", 2)[2]: info.type for name, info in head_only(opened).tensors.items()
-        }
+        found = {name.split(".", 2)[2]: info.type for name, info in opened.head.tensors.items()}
         assert found["nextn.eh_proj.weight"].name == "Q8_0"
         assert found["attn_q.weight"].name == "Q6_K" and found["ffn_up.weight"].name == "Q4_K"
     assert planned == {name: info.type for name, info in opened.tensors.items()}

@@ -1,9 +1,9 @@
 """Checks of `config.yaml` that concern several keys, or files on this machine."""
 
-import sys
 from collections import Counter
 from pathlib import Path
 
+from mtpforge import progress
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.rules import layout
@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     _check_repositories(config)
     _check_outputs(config)
     for line in low_bit_heads(config):
-        print(line, file=sys.stderr, flush=True)
+        progress.say(line)
 
 
 def low_bit_heads(config: Config) -> list[str]:
