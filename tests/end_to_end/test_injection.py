@@ -81,7 +81,7 @@ def test_it_accepts_as_the_file_that_kept_its_head(
 ) -> None:
     base = bench.base(model, file_type) if files == "single" else bench.shards(model, file_type)
     out = tmp_path / "out.gguf"
-    inject.inject(base, bench.part(model, "head"), out, head_recipe(head), bench.programs)
+    inject.inject(base, bench.part(model, "head"), out, head_recipe(head), bin_dir=bench.programs)
     made, (preserved, expected) = reader.read(out), bench.preserved(model, file_type, head)
     assert trunk_digests(made) == trunk_digests(reader.read(bench.base(model, file_type)))
     assert types_of(made.head) == {head}
@@ -100,7 +100,7 @@ def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
         bench.part(model, "head"),
         tmp_path / "out",
         head_recipe("Q8_0"),
-        bench.programs,
+        bin_dir=bench.programs,
     )
     assert (
         bench.acceptance(model, tmp_path / "out" / first.name)
@@ -117,7 +117,7 @@ def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head:
         bench.part(model, "head"),
         tmp_path / "out.gguf",
         mixed,
-        bench.programs,
+        bin_dir=bench.programs,
     )
     made = reader.read(tmp_path / "out.gguf").head
     assert (

@@ -336,7 +336,7 @@ def test_a_head_is_injected_into_a_quantized_trunk(
 ) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
     llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
-    inject.inject(base, made.file("draft"), out, head_recipe("Q8_0"), toolchain)
+    inject.inject(base, made.file("draft"), out, head_recipe("Q8_0"), bin_dir=toolchain)
     request = Request(
         head="Q8_0",
         base=base,

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import BIN, CHECKPOINTS, MODELS, SCRIPTS, Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
+from mtpforge import progress
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError, VerificationError
 from mtpforge.gguf import reader, writer
@@ -167,14 +169,21 @@ def test_a_limit_below_a_tensor_and_a_shard_are_refused(source: Path, tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
-def test_progress_counts_the_bytes_of_all_files(source: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    split(source, tmp_path / "out", "x", M, lambda done, total: seen.append((done, total)))
-    done, total = seen[-1]
-    assert done == total and {all_of_it for _, all_of_it in seen} == {total}
-    assert sorted(seen) == seen and total == sum(
-        aligned(info.size) for info in reader.read(source).tensors.values()
-    )
+def test_progress_counts_the_bytes_of_each_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: seen.setdefault(label, []).append((done, total))
+
+    monkeypatch.setattr(progress, "bar", bar)
+    files = split(source, tmp_path / "out", "x", M)
+    assert list(seen) == [file.name for file in files]
+    for steps, file in zip(seen.values(), files, strict=True):
+        total = sum(aligned(info.size) for info in reader.read(file).tensors.values())
+        assert sorted(steps) == steps and steps[-1] == (total, total)
 
 
 @pytest.mark.parametrize("stem", ["", ".", "..", ".hidden", "a/b", "../x", "nul\0"])
@@ -200,25 +209,40 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(source: Path, tmp_pat
     assert sorted(entry.name for entry in folder.iterdir()) == ["precious.gguf", "x.gguf"]
 
 
-def test_a_failure_leaves_the_folder_that_was_there(source: Path, tmp_path: Path) -> None:
+def test_a_failure_leaves_the_existing_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = split(source, tmp_path / "out", "x", 3 * M)
 
-    def fail(done: int, total: int) -> None:
-        if done > 2 * M:  # in the third file
-            raise RuntimeError
+    @contextmanager
+    def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+        def fail(done: int, total: int) -> None:
+            if label.startswith("x-00003-of-"):
+                raise RuntimeError
 
+        yield fail
+
+    monkeypatch.setattr(progress, "bar", bar)
     with pytest.raises(RuntimeError):
-        split(source, tmp_path / "out", "x", M, fail)
+        split(source, tmp_path / "out", "x", M)
     assert sorted((tmp_path / "out").iterdir()) == before and [
         entry.name for entry in tmp_path.iterdir()
     ] == ["out"]
 
 
 def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_path: Path) -> None:
-    program = (
-        "import os, signal, sys; from pathlib import Path; from mtpforge.gguf.split import split\n"
-        "split(Path(sys.argv[1]), Path(sys.argv[2]), 'x', 10**6, lambda d, t: d > 2e6 and os.kill(os.getpid(), signal.SIGKILL))"
-    )
+    program = """
+import os, signal, sys
+from contextlib import contextmanager
+from pathlib import Path
+from mtpforge import progress
+from mtpforge.gguf.split import split
+@contextmanager
+def bar(label):
+    yield lambda done, total: label[:7] == "x-00003" and os.kill(os.getpid(), signal.SIGKILL)
+progress.bar = bar
+split(Path(sys.argv[1]), Path(sys.argv[2]), "x", 10**6)
+"""
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
     assert done.returncode == -signal.SIGKILL

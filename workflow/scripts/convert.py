@@ -5,7 +5,7 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 
 from pathlib import Path
 
-from mtpforge import cli, progress
+from mtpforge import cli
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -39,8 +39,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
-    with progress.bar(args.out.name) as show:
-        convert(args.checkpoint, args.out, args.part, args.tokenizer_pre, show)
+    convert(args.checkpoint, args.out, args.part, args.tokenizer_pre)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
 

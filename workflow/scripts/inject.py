@@ -4,10 +4,9 @@ example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --o
 A base in several files is named by its first, X-00001-of-0000N.gguf; --out is then one F.gguf, or a folder for as many files.
 """
 
-import sys
 from pathlib import Path
 
-from mtpforge import cli, progress
+from mtpforge import cli
 from mtpforge.gguf.names import gguf_files
 from mtpforge.inject import inject
 from mtpforge.io import atomic
@@ -67,23 +66,15 @@ def main() -> None:
     ]
     for out in filter(None, (args.out, args.digests)):
         atomic.refuse_overwriting(out, *inputs)
-    with progress.bar(args.out.name) as show:
-        inject.inject(
-            args.base,
-            args.head,
-            args.out,
-            head_type=types,
-            bin_dir=args.bin,
-            progress=show,
-            replace_head=args.replace_head,
-            say=say,
-            digests=args.digests,
-        )
-
-
-def say(line: str) -> None:
-    """One line about what is going to be done."""
-    print(line, file=sys.stderr, flush=True)
+    inject.inject(
+        args.base,
+        args.head,
+        args.out,
+        head_type=types,
+        bin_dir=args.bin,
+        replace_head=args.replace_head,
+        digests=args.digests,
+    )
 
 
 if __name__ == "__main__":

@@ -155,8 +155,7 @@ def main() -> None:
     if args.publish:
         report["file"] = args.publish.name
         if limit:
-            with progress.bar(args.publish.name) as show:
-                split = publish_split(args.file, args.publish, limit, request, args.bin, show)
+            split = publish_split(args.file, args.publish, limit, request, args.bin)
             report = {
                 **report,
                 "files": split["files"],

@@ -37,9 +37,11 @@ def bar(label: str) -> Iterator[Show]:
             flush=True,
         )
 
-    yield show
-    if terminal and shown > start:
-        print(file=sys.stderr)
+    try:
+        yield show
+    finally:
+        if terminal and shown > start:
+            print(file=sys.stderr)
 
 
 def say(line: str) -> None:

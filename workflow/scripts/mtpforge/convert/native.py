@@ -4,7 +4,6 @@ What the file must contain comes from the family's table; each row takes its val
 that most bytes go from shard to GGUF inside the kernel. Tensors are stored in upstream's order.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ def convert(
     out: Path,
     part: str = "all",
     tokenizer_pre: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write the `part` (all, trunk, head or draft) of a checkpoint as a BF16 GGUF. Raises CheckpointError.
 
@@ -45,7 +43,7 @@ def convert(
     metadata = describe(
         checkpoint, family, hparams, part, [item.info for item in planned], tokenizer_pre
     )
-    write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned], progress)
+    write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
 
 
 # ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────

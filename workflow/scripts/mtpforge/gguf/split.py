@@ -21,7 +21,6 @@ from mtpforge.gguf.names import shard_names
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value, aligned, drop_leading_ones
 from mtpforge.io.atomic import link_or_copy, replacing_folder
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.progress import Show
 
 _UNITS = {"M": 10**6, "G": 10**9}
 
@@ -131,12 +130,10 @@ def check_target(source: Path, folder: Path, stem: str) -> None:
 
 
 @contextmanager
-def splitting(
-    source: Gguf, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None
-) -> Iterator[list[Path]]:
+def splitting(source: Gguf, folder: Path, stem: str, limit: int) -> Iterator[list[Path]]:
     """Yield the finished files in a temporary place; `folder` gets them once the caller is done with them without an error.
 
-    `limit` is in bytes; `progress` gets bytes written and bytes in all. An existing `folder` of this split is replaced.
+    `limit` is in bytes. An existing `folder` of this split is replaced.
     Raises ConfigError and GgufError as `plan` and `check_target` do, ForgeError where another process is at it.
     """
     shards = plan(source, limit)
@@ -146,23 +143,18 @@ def splitting(
         if len(files) == 1:
             link_or_copy(source.path, files[0])
         else:
-            _write(source, shards, files, progress)
+            _write(source, shards, files)
         yield files
 
 
-def _write(source: Gguf, shards: list[list[TensorInfo]], files: list[Path], progress: Show) -> None:
-    sizes = [sum(aligned(info.size) for info in infos) for infos in shards]
+def _write(source: Gguf, shards: list[list[TensorInfo]], files: list[Path]) -> None:
     for number, infos in enumerate(shards):
         # ggml does not tell a matrix of one row from a vector, so llama-gguf-split writes a vector.
         tensors = [
             (replace(info, shape=drop_leading_ones(info.shape)), [source.ranges[info.name]])
             for info in infos
         ]
-
-        def show(done: int, _: int, before: int = sum(sizes[:number])) -> None:
-            progress(before + done, sum(sizes))
-
-        writer.write(files[number], _metadata(source, number, len(files)), tensors, show)
+        writer.write(files[number], _metadata(source, number, len(files)), tensors)
 
 
 def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
@@ -181,11 +173,9 @@ def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
     )
 
 
-def split(
-    source: Path, folder: Path, stem: str, limit: int, progress: Show = lambda done, total: None
-) -> list[Path]:
+def split(source: Path, folder: Path, stem: str, limit: int) -> list[Path]:
     """Write the GGUF `source` into `folder` in files of at most `limit` bytes of tensors; the files. Raises as `splitting`."""
-    with splitting(reader.read(source), folder, stem, limit, progress) as files:
+    with splitting(reader.read(source), folder, stem, limit) as files:
         pass
     return [folder / file.name for file in files]
 

@@ -3,11 +3,12 @@
 import itertools
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gguf.constants import GGUFValueType
 
+from mtpforge import progress
 from mtpforge.errors import GgufError
 from mtpforge.gguf.reader import (
     MAGIC,
@@ -24,44 +25,46 @@ from mtpforge.gguf.reader import (
 )
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink
+from mtpforge.progress import Show
 
 
 def write(
-    path: Path,
-    metadata: Mapping[str, Value],
-    tensors: Sequence[tuple[TensorInfo, Payload]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]]
 ) -> None:
-    """Write a GGUF, whole or not at all; each tensor's payload is consumed in turn and never held.
+    """Write a GGUF, whole or not at all, and show progress. Payloads are streamed one after the other.
 
-    `progress` gets bytes of tensors written, and in all. Raises GgufError when a payload has another size than its tensor.
+    Raises GgufError if a payload does not have the size of its tensor.
     """
-    with replacing(path) as temporary:
-        fill(temporary, metadata, tensors, progress)
+    with replacing(path) as temporary, progress.bar(path.name) as show:
+        _write(temporary, metadata, tensors, show)
 
 
 def fill(
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]]
+) -> Gguf:
+    """Write a scratch GGUF in place, without starting to write it to the disk. Raises GgufError."""
+    return _write(path, metadata, tensors)
+
+
+def _write(
     path: Path,
     metadata: Mapping[str, Value],
     tensors: Sequence[tuple[TensorInfo, Payload]],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    flush: bool = True,
+    show: Show | None = None,
 ) -> Gguf:
-    """The same in place, for a name that is temporary already; what was written. Raises GgufError.
-
-    Without `flush`, for a file that only a program is to read, no writing to the disk is started.
-    """
+    """Write header and tensors in place; without `show` quietly, and nothing is flushed."""
     total = sum(aligned(info.size) for info, _ in tensors)
     whole = lay_out(path, metadata, [info for info, _ in tensors])
-    first = header_range(whole).size
+    start = header_range(whole).size
+
+    def grown(size: int) -> None:
+        if show:
+            show(size - start, total)
+
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        sink = Sink(
-            descriptor,
-            lambda size: progress(size - first, total),
-            os.lseek(descriptor, first, os.SEEK_SET),
-            flush,
-        )
+        os.lseek(descriptor, start, os.SEEK_SET)
+        sink = Sink(descriptor, grown, start, flush=show is not None)
         for infos, payload in _runs(tensors):
             append_run(sink, infos, payload)
     finally:

@@ -5,13 +5,13 @@ all others keep their bytes, their types and their order. One is added, whose le
 the file system as it has in the base, so that both files can share it (see `ranges`).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from mtpforge import progress
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types, reader, split, writer
@@ -21,7 +21,6 @@ from mtpforge.gguf.reader import (
     Gguf,
     TensorInfo,
     Value,
-    aligned,
     contents,
     drop_leading_ones,
     select_tensors,
@@ -30,7 +29,6 @@ from mtpforge.inject.match import belong, check_match
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp import programs
-from mtpforge.progress import Show
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import Recipe, head_types
 
@@ -39,14 +37,13 @@ Piece: TypeAlias = tuple[TensorInfo, Payload]
 
 def inject(
     base: Path, head: Path, out: Path, head_type: Recipe = (), bin_dir: Path = programs.DEFAULT_BIN,
-    progress: Show = lambda done, total: None, replace_head: bool = False, say: Callable[[str], None] = lambda line: None,
-    digests: Path | None = None,
+    replace_head: bool = False, digests: Path | None = None,
 ) -> None:  # fmt: skip
     """Give `base` the head of `head`, a GGUF or a checkpoint folder, at `head_type` (default: as it is there).
 
     `base` is a GGUF, or the first file of a split one; `out` is a GGUF or, for a split base, a folder that gets its files.
     `head_type` is as `recipe.head_recipe` makes it. A base that has this very head is copied as it is;
-    another head is replaced if `replace_head` says so. `say` gets, before the work, what the head costs; `digests` is written with
+    another head is replaced if `replace_head` says so. What the head costs is shown before the work; `digests` is written with
     the sha256 of each tensor of the trunk as it is, and of the head as it will be. Raises GgufError where base and head do
     not belong together.
     """
@@ -61,7 +58,7 @@ def inject(
             )
         given = _open_head(head, scratch)
         check_match(opened, given)
-        say(cost(opened, given, head_type))
+        progress.say(cost(opened, given, head_type))
         before = trunk_digests(opened) if digests else {}
         new = _at_types(given, head_type, scratch, bin_dir)
         if digests:
@@ -75,13 +72,13 @@ def inject(
             )
         same = bool(opened.head.tensors) and not differences
         if same:
-            say(f"{base} has this head already, byte for byte")
+            progress.say(f"{base} has this head already, byte for byte")
         if same and single:
-            _copy(opened.path, out, progress)
+            _copy(opened.path, out)
         elif out.suffix == ".gguf":
-            assemble(opened, new, out, progress)
+            assemble(opened, new, out)
         else:
-            _assemble_files(files, opened, new, out, same, progress)
+            _assemble_files(files, opened, new, out, same)
 
 
 # ── the head ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,16 +162,14 @@ def _differences(base: Gguf, head: Gguf) -> list[str]:
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def assemble(base: Gguf, head: Gguf, out: Path, progress: Show = lambda done, total: None) -> None:
+def assemble(base: Gguf, head: Gguf, out: Path) -> None:
     """Write base and head as one file. Raises GgufError."""
     trunk = base.trunk
     tensors = contents(trunk) + _fitted(head, trunk)
-    writer.write(out, writer.padded(merged_metadata(base, head), tensors, trunk), tensors, progress)
+    writer.write(out, writer.padded(merged_metadata(base, head), tensors, trunk), tensors)
 
 
-def _assemble_files(
-    files: list[Gguf], base: Gguf, head: Gguf, folder: Path, same: bool, progress: Show
-) -> None:
+def _assemble_files(files: list[Gguf], base: Gguf, head: Gguf, folder: Path, same: bool) -> None:
     """Write base and head in files as the base has them, the head in the last; as they are if they have this head already.
 
     Raises ConfigError, GgufError.
@@ -184,12 +179,10 @@ def _assemble_files(
     )
     trunk = base.trunk
     first = merged_metadata(replace(base, metadata=files[0].metadata), head)
-    total = sum(aligned(info.size) for opened in (trunk, head) for info in opened.tensors.values())
-    done = 0
     with atomic.replacing_folder(folder.resolve()) as temporary:
         for file in files:
             if same:
-                _copy(file.path, temporary / file.path.name, progress)
+                _copy(file.path, temporary / file.path.name)
                 continue
             kept = select_tensors(file, [name for name in file.tensors if name in trunk.tensors])
             tensors = contents(kept) + (_fitted(head, trunk) if file is files[-1] else [])
@@ -199,21 +192,19 @@ def _assemble_files(
                 else {**file.metadata, "split.tensors.count": first["split.tensors.count"]}
             )
 
-            def show(written: int, _: int, before: int = done) -> None:
-                progress(before + written, total)
-
             writer.write(
-                temporary / file.path.name, writer.padded(metadata, tensors, kept), tensors, show
+                temporary / file.path.name, writer.padded(metadata, tensors, kept), tensors
             )
-            done += sum(aligned(info.size) for info, _ in tensors)
 
 
-def _copy(source: Path, out: Path, progress: Show) -> None:
+def _copy(source: Path, out: Path) -> None:
     size = source.stat().st_size
-    with atomic.replacing(out) as temporary, temporary.open("wb") as file:
-        Sink(file.fileno(), lambda written: progress(written, size)).append(
-            [FileRange(source, 0, size)]
-        )
+    with (
+        progress.bar(out.name) as show,
+        atomic.replacing(out) as temporary,
+        temporary.open("wb") as file,
+    ):
+        Sink(file.fileno(), lambda done: show(done, size)).append([FileRange(source, 0, size)])
 
 
 def _fitted(head: Gguf, trunk: Gguf) -> list[Piece]:

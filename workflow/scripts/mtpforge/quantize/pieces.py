@@ -194,7 +194,7 @@ class Work:
         """A file of what is in view of the source."""
         tensors = reader.contents(kept)
         metadata = writer.padded(without_vocabulary(self.source), tensors, kept)
-        return writer.fill(scratch / "part.gguf", metadata, tensors, flush=False)
+        return writer.fill(scratch / "part.gguf", metadata, tensors)
 
     def _limit(self, name: str) -> int:
         """Bytes of the source that a run with this tensor may have."""

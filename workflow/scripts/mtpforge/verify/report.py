@@ -81,15 +81,14 @@ def summary(opened: Gguf) -> dict[str, Any]:
 
 
 def publish_split(
-    path: Path, folder: Path, limit: int, request: Request, bin_dir: Path = programs.DEFAULT_BIN,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    path: Path, folder: Path, limit: int, request: Request, bin_dir: Path = programs.DEFAULT_BIN
 ) -> dict[str, Any]:  # fmt: skip
     """Give a verified file its final place as `folder`, in files of at most `limit` bytes that are verified in their turn.
 
     The report's `files` (name, bytes, sha256) and `checks` on them. Raises VerificationError, and then `folder` is as it was.
     """
     opened = reader.read(path)
-    with split.splitting(opened, folder, folder.name, limit, progress) as files:
+    with split.splitting(opened, folder, folder.name, limit) as files:
         problems = split.check(opened, files)
         checks = [
             Check(
