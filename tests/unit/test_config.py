@@ -149,7 +149,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
     (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
-    (config({"source": {"path": "here/"}}), "models/m/source/path: 'here/' is not a folder"),
+    (config({"source": {"path": "here/"}}), "models/m/source/path: 'here/' must not end"),
     (
         config({"source": {"path": "a", "repo": "A/b"}}),
         "models/m/source: must have exactly one of the keys path, repo",
@@ -222,7 +222,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"variants": {"BF16": {"imatrix": {"path": "x"}}}}), "/imatrix: nothing is quantized"),
     (
         config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}),
-        f"{VARIANT}/base/revision: 'main' is not a commit hash",
+        f"{VARIANT}/base/revision: 'main' is not a commit hash: https://huggingface",
     ),
     (
         config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}),
@@ -245,7 +245,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         config(head="none", base={"type": "Q4_K_M"}),
-        f"{VARIANT}/head: a base is there to get a head",
+        f"{VARIANT}/head: `none` leaves the head out, but",
     ),
     (
         config({"sidecar": "Q4_K_M"}),
@@ -256,7 +256,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(split="1.5G"), f"{VARIANT}/split: '1.5G' is not a size"),
     ({**config(), "build": ["n"]}, "build: there is no model 'n': models has m"),
     ({**config(), "build": ["m", "m"]}, "build: 'm' is listed twice"),
-    ({**config(), "build": "m"}, "build: 'm': must be 'all'"),
+    ({**config(), "build": "m"}, "build: 'm' is not a list of models"),
 ]
 
 

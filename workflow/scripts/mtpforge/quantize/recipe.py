@@ -78,7 +78,7 @@ def check_pattern(pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"tensor pattern {pattern!r} is no regular expression ({error})"
+            f"tensor pattern {pattern!r} is not a regular expression ({error})"
         ) from None
 
 

@@ -80,7 +80,10 @@ def _check_base(path: str, variant: Variant) -> None:
     if variant.base and variant.tensors:
         _refuse(f"{path}/tensors", "a base is already quantized, a recipe cannot change it")
     if variant.base and variant.head_types is None:
-        _refuse(f"{path}/head", "a base is there to get a head: give the head a type")
+        _refuse(
+            f"{path}/head",
+            "`none` leaves the head out, but a base is there to get one: give it a type",
+        )
 
 
 def _check_imatrix(path: str, variant: Variant) -> None:

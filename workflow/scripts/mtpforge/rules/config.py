@@ -4,17 +4,18 @@
 schema for editors comes from `schema`.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from mtpforge.errors import ConfigError
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.values import (
+    FORM,
+    All,
     Entry,
     FilePath,
     Folder,
@@ -28,6 +29,7 @@ from mtpforge.rules.values import (
     VariantName,
     by_key,
     by_type,
+    form,
     refuse,
     unique,
 )
@@ -51,13 +53,12 @@ class LocalFolder(Entry):
 
 
 Source = Annotated[
-    Annotated[LocalFolder, Tag("(path)")] | Annotated[HubRepository, Tag("(repo)")],
+    Annotated[LocalFolder, form("path")] | Annotated[HubRepository, form("repo")],
     by_key("path", "repo"),
 ]
 Chosen = Annotated[
-    Annotated[Literal["all"], Tag("(all)")]
-    | Annotated[list[str], AfterValidator(unique), Tag("(list)")],
-    by_type("(all)", "(list)"),
+    Annotated[All, form("all")] | Annotated[list[str], AfterValidator(unique), form("list")],
+    by_type("all", "list"),
 ]
 
 
@@ -302,8 +303,8 @@ class Config(Entry):
 
 _MESSAGES = {
     "missing": "missing",
-    "model_type": "{input}: must be a mapping, `{{}}` for one without keys",
-    "model_attributes_type": "{input}: must be a mapping, `{{}}` for one without keys",
+    "model_type": "{input}: must be a mapping, `{{}}` for the defaults",
+    "model_attributes_type": "{input}: must be a mapping, `{{}}` for the defaults",
     "dict_type": "{input}: must be a mapping",
     "too_short": "must not be empty",
     "bool_type": "{input}: must be true or false",
@@ -315,7 +316,7 @@ def _explain(errors: list[ErrorDetails]) -> str:
     error = min(errors, key=lambda error: error["type"] != "unknown_key")
     context = error.get("ctx", {})
     steps = [str(step) for step in (*error["loc"], *context.get("path", ()))]
-    path = "/".join(step for step in steps if not re.fullmatch(r"\(.*\)|\[key\]", step))
+    path = "/".join(step for step in steps if step != "[key]" and not step.startswith(FORM))
     return f"{path or '(top)'}: {_message(error)}"
 
 

@@ -67,7 +67,8 @@ def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str
 
 def checked_record(at: layout.Commit, name: str) -> str:
     """The record of a fetched file. Raises ConfigError if the file was deleted or changed."""
-    record, file = Path(layout.record(at, name)), Path(layout.fetched(at), name)
+    record = Path(layout.record(at, name))
+    file = Path(layout.fetched(at), name)
     if record.exists():
         size = json.loads(record.read_text(encoding="utf-8"))["bytes"]
         if not file.is_file() or file.stat().st_size != size:

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    Tag,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -121,6 +122,7 @@ SIDECAR_TYPES = tuple(
 
 _TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
 _OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
+_COMMIT = r"[0-9a-f]{40}"
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 FileType = Annotated[
@@ -129,6 +131,9 @@ FileType = Annotated[
 TensorType = Annotated[str, Checked(quant_types.check_tensor_type, {"enum": _TENSOR_TYPES})]
 HeadType = Annotated[str, Checked(_check_head, {"enum": [*_TENSOR_TYPES, NO_HEAD]})]
 SidecarType = Annotated[str, Checked(_check_sidecar, {"enum": list(SIDECAR_TYPES)})]
+All = Annotated[
+    str, _matching("all", "is not a list of models, such as [qwen3.5-4b], and not `all`")
+]
 Pattern = Annotated[str, Checked(check_pattern, {})]
 Recipe: TypeAlias = Annotated[dict[Pattern, TensorType], Field(min_length=1)]
 ServeOption = Annotated[
@@ -150,7 +155,7 @@ Repository = Annotated[str, _matching(_OWNER_NAME, "is not a repository: write O
 Revision = Annotated[
     str,
     _matching(
-        r"[0-9a-f]{40}",
+        _COMMIT,
         "is not a commit hash: `snakemake --cores 1 add --config repo=OWNER/NAME` prints the entry with the current one",
     ),
 ]
@@ -161,6 +166,13 @@ GgufName = Annotated[
         "is not a GGUF at the top of a repository: write NAME.gguf, or NAME-00001-of-0000N.gguf",
     ),
 ]
+FileRevision = Annotated[
+    str,
+    _matching(
+        _COMMIT,
+        "is not a commit hash: https://huggingface.co/OWNER/NAME/commits/main lists them",
+    ),
+]
 FileName = Annotated[
     str, _matching(_FILE_NAME, "is not the name of a file at the top of a repository")
 ]
@@ -168,7 +180,10 @@ PreTokenizer = Annotated[
     str, _matching(r"[a-z0-9][a-z0-9._-]*", "is not one of llama.cpp's names, such as qwen35")
 ]
 Folder = Annotated[
-    str, _matching(r"[^{}]*[^/.{}]", "is not a folder with a name: it must not end in '/' or '.'")
+    str,
+    _matching(
+        r"[^{}]*[^/.{}]", "must not end in '/' or '.', because file names begin with its last part"
+    ),
 ]
 GgufPath = Annotated[
     str, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
@@ -180,18 +195,27 @@ Size = Annotated[
 ]
 
 
+FORM = "form:"
+"""What begins the steps of an error's path that only say which form of an entry was tried."""
+
+
+def form(name: str) -> Tag:
+    """Marks one of the forms that an entry can have."""
+    return Tag(FORM + name)
+
+
 def by_key(*keys: str) -> Discriminator:
     """Tells the forms of a mapping apart by the one of `keys` that each of them has."""
 
-    def form(value: Any) -> str | None:
-        present = value if isinstance(value, Mapping) else getattr(value, "__dict__", ())
-        found = [key for key in keys if key in present]
-        return f"({found[0]})" if len(found) == 1 else None
+    def present(value: Any) -> str | None:
+        has = value if isinstance(value, Mapping) else getattr(value, "__dict__", ())
+        found = [key for key in keys if key in has]
+        return FORM + found[0] if len(found) == 1 else None
 
     message = f"must have exactly one of the keys {', '.join(keys)}"
-    return Discriminator(form, custom_error_type="config", custom_error_message=message)
+    return Discriminator(present, custom_error_type="config", custom_error_message=message)
 
 
 def by_type(text: str, other: str) -> Discriminator:
     """Tells a string from something else."""
-    return Discriminator(lambda value: text if isinstance(value, str) else other)
+    return Discriminator(lambda value: FORM + (text if isinstance(value, str) else other))

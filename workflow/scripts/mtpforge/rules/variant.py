@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, PrivateAttr, Tag
+from pydantic import Field, PrivateAttr
 
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import NO_HEAD, default_head
@@ -10,6 +10,7 @@ from mtpforge.rules.values import (
     Entry,
     FileName,
     FilePath,
+    FileRevision,
     FileType,
     GgufName,
     GgufPath,
@@ -21,6 +22,7 @@ from mtpforge.rules.values import (
     TensorType,
     by_key,
     by_type,
+    form,
 )
 
 
@@ -66,6 +68,7 @@ class HubFile(HubRepository):
     """An importance matrix in a repository of the Hub."""
 
     file: FileName = Field(description="A file in the repository that llama-imatrix wrote.")
+    revision: FileRevision = Field(description="The commit hash (40 hex digits).")
 
 
 class HubGguf(HubFile):
@@ -86,24 +89,24 @@ class HeadTypes(Entry):
 
 
 Base = Annotated[
-    Annotated[OwnBase, Tag("(type)")]
-    | Annotated[LocalGguf, Tag("(path)")]
-    | Annotated[HubGguf, Tag("(repo)")],
+    Annotated[OwnBase, form("type")]
+    | Annotated[LocalGguf, form("path")]
+    | Annotated[HubGguf, form("repo")],
     by_key("type", "path", "repo"),
 ]
 Imatrix = Annotated[
-    Annotated[ImatrixText, Tag("(text)")]
-    | Annotated[LocalFile, Tag("(path)")]
-    | Annotated[HubFile, Tag("(repo)")],
+    Annotated[ImatrixText, form("text")]
+    | Annotated[LocalFile, form("path")]
+    | Annotated[HubFile, form("repo")],
     by_key("text", "path", "repo"),
 ]
 Head = Annotated[
-    Annotated[HeadType, Tag("(type)")] | Annotated[HeadTypes, Tag("(types)")],
-    by_type("(type)", "(types)"),
+    Annotated[HeadType, form("type")] | Annotated[HeadTypes, form("types")],
+    by_type("type", "types"),
 ]
 Tensors = Annotated[
-    Annotated[str, Tag("(name)")] | Annotated[Recipe, Tag("(recipe)")],
-    by_type("(name)", "(recipe)"),
+    Annotated[str, form("name")] | Annotated[Recipe, form("recipe")],
+    by_type("name", "recipe"),
 ]
 SPLIT = "Publish a folder of files of at most this size, which llama.cpp loads by the first one."
 PIECES = (
