@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all report setup setup-test toolchain converter older lint test golden check-golden check-results bench lock clean help \
+.PHONY: all report setup setup-test toolchain converter older lint docs test golden check-golden check-results bench lock clean help \
 	python compiler
 .SUFFIXES:
 
@@ -57,6 +57,9 @@ lint: setup-test ## check style and types
 	@$(ACTIVE) mypy
 	@$(ACTIVE) snakefmt --check Snakefile workflow/rules
 	@$(ACTIVE) snakemake --lint
+
+docs: setup ## write the generated parts of docs/
+	@$(ACTIVE) python docs/generate.py
 
 test: lint ## lint, then run all tests
 	@$(ACTIVE) pytest

@@ -1,5 +1,6 @@
 """Model cards: front matter that the Hub takes, figures that stand in the reports, lines that name the file that they mean."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import yaml
 from conftest import ROOT
 from gguf.constants import GGUFValueType
 from huggingface_hub import ModelCard
+from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.gguf.reader import Gguf, Value
-from mtpforge.llama_cpp import runtimes
+from mtpforge.llama_cpp import architectures, runtimes
 from mtpforge.publish import card, serving
 from mtpforge.publish.result import Result
 
@@ -467,19 +469,19 @@ def test_names_are_shown_and_never_markup() -> None:
     )
 
 
-def test_the_table_of_runtimes_in_the_readme_is_ours() -> None:
-    lines = (
-        (ROOT / "README.md")
-        .read_text()
-        .split("## Which runtimes")[1]
-        .split("\n\n")[2]
-        .splitlines()[2:]
-    )
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    written = {name.split(" ")[0]: row[1] for row in cells for name in row[0].split(", ")}
-    assert {name for name, since in written.items() if since != "none"} == runtimes.LLAMA_CPP.keys()
-    for name, since in runtimes.LLAMA_CPP.items():
-        assert written[name].replace("*", "").startswith(since), name
+def test_every_architecture_has_its_runtimes() -> None:
+    """A build if and only if the pinned llama.cpp, which is newer than all of them, drafts with it."""
+    known = {entry.gguf: entry.drafts for entry in architectures.ARCHITECTURES.values()}
+    known |= {family.gguf_architecture: True for family in FAMILIES}
+    assert {name: bool(each.llama_cpp) for name, each in runtimes.RUNTIMES.items()} == known
+    for name, each in runtimes.RUNTIMES.items():
+        assert bool(each.llama_cpp) == bool(each.pull_requests), name
+    builds = [
+        int(number)
+        for each in runtimes.RUNTIMES.values()
+        for number in re.findall(r"\bb(\d+)", each.llama_cpp)
+    ]
+    assert max(builds) < int(runtimes.PINNED[1:])
 
 
 def test_the_recipe_is_the_configurations() -> None:

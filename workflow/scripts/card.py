@@ -1,6 +1,6 @@
 """Write the model card of a folder of results from its reports and measurements.
 
-example: card.py --files F.gguf --reports report.json --about '{...}' --toolchain stamp.json --out README.md
+example: card.py --files F.gguf --reports report.json --about '{"name": "F"}' --toolchain stamp.json --out README.md
 """
 
 import json

@@ -1,7 +1,9 @@
 """Give a GGUF that lacks one a multi-token-prediction head; all its other tensors stay byte for byte.
 
+Of a base in several files, give the first, X-00001-of-0000N.gguf. --out is then one F.gguf, or a
+folder for as many files.
+
 example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --out with-head.gguf
-A base in several files is named by its first, X-00001-of-0000N.gguf; --out is then one F.gguf, or a folder for as many files.
 """
 
 from pathlib import Path

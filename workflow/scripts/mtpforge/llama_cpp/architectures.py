@@ -71,6 +71,8 @@ class Architecture:
     """Ending of a fused projection of which, in FP8, each rank of a cluster quantized its own rows."""
     changes: Mapping[str, Change] = field(default_factory=dict)
     """Ending of a tensor's name -> what upstream does to its values."""
+    models: str = ""
+    """A model that has it, if its name does not say so."""
 
 
 _LATENT = {"kv_b_proj.weight": split_kv_b}
@@ -83,13 +85,15 @@ _LLAMA = {
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "Glm4MoeForCausalLM": Architecture("glm4moe"),
-    "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT),
-    "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT),
+    "Glm4MoeForCausalLM": Architecture("glm4moe", models="GLM-4.5"),
+    "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT, models="GLM-4.7-Flash"),
+    "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT, models="GLM-5.2"),
     "DeepseekV32ForCausalLM": Architecture("deepseek32", changes=_LATENT),
     "Step3p5ForCausalLM": Architecture("step35", changes={"norm.weight": plus_one}),
     "Step3p7ForConditionalGeneration": Architecture("step35", changes={"norm.weight": plus_one}),
-    "NemotronHForCausalLM": Architecture("nemotron_h_moe", prefix="mtp.", layers=2, changes=_LLAMA),
+    "NemotronHForCausalLM": Architecture(
+        "nemotron_h_moe", prefix="mtp.", layers=2, changes=_LLAMA, models="MoE only"
+    ),
     "MiMoV2FlashForCausalLM": _MIMO,
     "MiMoV2ForCausalLM": _MIMO,
     "HYV3ForCausalLM": Architecture("hy_v3"),

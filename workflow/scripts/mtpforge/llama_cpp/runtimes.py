@@ -1,27 +1,62 @@
-"""Which llama.cpp drafts with a head first, by the architecture of the GGUF; README.md has the pull requests too."""
+"""First runtime versions that draft with a head, by the architecture of the GGUF.
 
-LLAMA_CPP = {
-    "qwen35": "b9180, better b9495 (the hidden state after its norm)",
-    "qwen35moe": "b9180, better b9495 (the hidden state after its norm)",
-    "qwen3next": "b10238",
-    "glm4moe": "b10603",
-    "deepseek2": "b10251",
-    "glm-dsa": "b10174",
-    "deepseek32": "b10237",
-    "step35": "b9480, with three blocks b9745",
-    "nemotron_h_moe": "b10344",
-    "mimo2": "b10184",
-    "hy_v3": "b9993",
-    "cohere2moe": "after b9626",
-    "bailingmoe3": "b10470",
+From the pull requests and release notes of llama.cpp and ik_llama.cpp. The model card and
+docs/models.md show them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """First builds that draft with an architecture."""
+
+    llama_cpp: str = ""
+    """llama.cpp's first build; empty if none drafts with it."""
+    pull_requests: tuple[int, ...] = ()
+    """Pull requests of llama.cpp that added it."""
+    note: str = ""
+    """What else needs a newer llama.cpp."""
+    counted: bool = False
+    """Whether the build was counted from the history, so that the release may be the next one."""
+    ik_llama_cpp: tuple[int, ...] | None = ()
+    """Pull requests of ik_llama.cpp; empty if it does not draft with it, None if unknown."""
+
+
+_QWEN35 = "b9180, better b9495 (the hidden state after its norm)"
+
+RUNTIMES: dict[str, Runtime] = {
+    "qwen35": Runtime(_QWEN35, (22673, 24025), ik_llama_cpp=(1698, 1745)),
+    "qwen35moe": Runtime(
+        _QWEN35,
+        (22673, 24025, 24986),
+        note="llama-quantize from b9789",
+        ik_llama_cpp=(1698, 1745),
+    ),
+    "qwen3next": Runtime("b10238", (25589,)),
+    "glm4moe": Runtime("b10603", (26534,), ik_llama_cpp=(1270,)),
+    "deepseek2": Runtime("b10251", (24868,), counted=True, ik_llama_cpp=None),
+    "glm-dsa": Runtime("b10174", (25980,), counted=True, ik_llama_cpp=(1890,)),
+    "deepseek32": Runtime("b10237", (26457,)),
+    "step35": Runtime("b9480, with three blocks b9745", (23274, 24340), ik_llama_cpp=None),
+    "nemotron_h_moe": Runtime("b10344", (26725,)),
+    "mimo2": Runtime("b10184", (26228,), counted=True),
+    "hy_v3": Runtime("b9993", (25395,)),
+    "cohere2moe": Runtime("after b9626", (24260,)),
+    "bailingmoe3": Runtime("b10470", (26608,), ik_llama_cpp=None),
+    "bailingmoe2": Runtime(),
+    "exaone-moe": Runtime(),
 }
-"""`general.architecture` -> builds; not here: what none drafts with."""
+
+PINNED = "b11312"
+"""Build of the pinned llama.cpp."""
 
 BROKEN = "b10741 to b10748"
 """Builds that fail when they draft."""
 
+OLLAMA = "0.24.0 (its issue 16282)"
 OLLAMA_WITHOUT = ("qwen35", "qwen35moe")
-"""Architectures whose files Ollama 0.24.0 does not load where they have a head (its issue 16282)."""
+"""Architectures whose files this Ollama does not load if they have a head."""
 
 LM_STUDIO = "0.4.14"
-"""The first that drafts with an embedded head."""
+"""First version that drafts with an embedded head."""

@@ -15,10 +15,10 @@ def runtime(results: Sequence[Result]) -> str:
     architecture = next((result.opened.architecture for result in results if result.drafts), None)
     if architecture is None:
         return ""
-    first = runtimes.LLAMA_CPP.get(architecture)
+    known = runtimes.RUNTIMES.get(architecture)
     since = (
-        f"llama.cpp drafts with {code(architecture)} from {first} on"
-        if first
+        f"llama.cpp drafts with {code(architecture)} from {known.llama_cpp} on"
+        if known and known.llama_cpp
         else "Not every llama.cpp drafts with it"
     )
     return f"{since}; builds {runtimes.BROKEN} fail when they draft. LM Studio drafts from {runtimes.LM_STUDIO} on."

@@ -1,0 +1,174 @@
+"""Every command line of README and tour is run, in a copy of the repository with its built results."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CHECKPOINTS, ROOT
+from hub import Hub, serve
+from pages import Command, blocks, commands
+
+NOT_RUN = {"make test": "runs this test"}
+"""Lines that are not run here, and why. `tests/workflow/test_docs.py` checks that they are understood."""
+
+MAKE = ["make", "-o", "setup", "-o", "setup-test"]
+"""Without setting up the environment, which is the one that runs the tests."""
+
+
+@pytest.fixture(scope="module")
+def copy(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository with what is built in it, but without environments."""
+    folder = tmp_path_factory.mktemp("tour") / "mtpforge"
+    folder.mkdir()
+    left_out = (".git", ".venv", ".venv-lock", ".pytest_cache", ".mypy_cache", ".ruff_cache")
+    names = [str(path) for path in built.iterdir() if path.name not in (*left_out, "resources")]
+    subprocess.run(["cp", "-a", *names, str(folder)], check=True)
+    shutil.copytree(built / "resources/toolchain", folder / "resources/toolchain")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub on loopback that has the repository that the README names, with a tiny checkpoint."""
+    new = tmp_path_factory.mktemp("hub")
+    (new / "objects").mkdir()
+    with serve({"Qwen/Qwen3.5-4B": CHECKPOINTS / "tiny-qwen3.5"}, new) as running:
+        yield running
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    hf = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1"}
+    return {**os.environ, **hf, "PATH": path, "HF_HOME": str(tmp_path)}
+
+
+def test_the_tables_are_those_of_the_summary(built: Path) -> None:
+    """Sizes and types; acceptance may differ by a token between processors, and speed is each machine's own."""
+    made = _rows(built / "results/summary.md")
+    assert made == _rows(ROOT / "docs/tour.md")
+    shown = _rows(ROOT / "README.md")
+    assert shown and shown <= made
+
+
+def _rows(page: Path) -> set[tuple[str, ...]]:
+    """File, size, bits per weight and type of the head of each line of a table of files."""
+    lines = re.findall(r"^\| [\w.-]+\.gguf .*\|$", page.read_text(), re.MULTILINE)
+    return {tuple(cell.strip() for cell in line.split("|")[1:5]) for line in lines}
+
+
+def test_the_lines_that_are_not_run_are_there() -> None:
+    assert NOT_RUN.keys() <= {_bare(command) for page in _pages() for command in commands(page)}
+
+
+def test_the_commands_of_the_readme(copy: Path, environment: dict[str, str]) -> None:
+    change(copy, {"models": {"tiny-qwen3.5": {"publish": {"repo": "OWNER/NAME-MTP-GGUF"}}}})
+    said = [run(command, copy, environment) for command in commands(ROOT / "README.md")]
+    assert "source: {repo: Qwen/Qwen3.5-4B, revision: " in "".join(said)
+    assert "OWNER/NAME-MTP-GGUF" in said[-1]
+
+
+def test_the_commands_of_the_tour(copy: Path, environment: dict[str, str]) -> None:
+    for language, text in blocks(ROOT / "docs/tour.md"):
+        if language == "yaml":
+            change(copy, yaml.safe_load(text))
+        for line in text.splitlines() if language == "sh" else ():
+            run(Command(ROOT / "docs/tour.md", line), copy, environment)
+    log = (copy / "logs/mine/quantized-Q4_K_M.log").read_text()
+    assert "(62 of 70 tensors)" in log or "reused" in log
+    assert (copy / "report.html").exists()
+
+
+def _pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "docs/tour.md"]
+
+
+def _bare(command: Command) -> str:
+    return " ".join(command.words)
+
+
+def change(copy: Path, new: dict[str, Any]) -> None:
+    """Put keys into config.yaml, as a reader does by hand."""
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump(_merged(config, new)))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(old[key], new[key])
+        for key in old.keys() & new.keys()
+        if isinstance(new[key], dict)
+    }
+    return {**old, **new, **both}
+
+
+def run(command: Command, folder: Path, environment: dict[str, str]) -> str:
+    """Run a line as a reader does, and check that it fails only if the page says so; all that it said."""
+    program, *arguments = command.words
+    if _bare(command) in NOT_RUN or program in (
+        "export",
+        "curl",
+    ):  # curl: what the server that drafts is asked
+        return ""
+    if program.endswith("llama-server"):
+        return drafts(command.words, folder)
+    words = [*MAKE, *arguments] if program == "make" else command.words
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+    said = done.stdout + done.stderr
+    assert (done.returncode != 0) == command.fails, f"{command.line}\n{said[-4000:]}"
+    return said
+
+
+def drafts(words: list[str], folder: Path) -> str:
+    """Start the server on a free port, ask it what the tour asks, and check that it drafted."""
+    with started(words, folder) as address:
+        (curl,) = [c.words for c in commands(ROOT / "docs/tour.md") if c.words[0] == "curl"]
+        asked = [word.replace("http://127.0.0.1:8080", address) for word in curl]
+        answer = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout)
+        assert answer["timings"]["draft_n_accepted"] > 0
+    return ""
+
+
+@contextmanager
+def started(words: list[str], folder: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(
+        [*words, "--host", "127.0.0.1", "--port", str(port)], cwd=folder, **quiet
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not _healthy(address):
+            assert server.poll() is None, "llama-server ended"
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            f"{address}/health", timeout=5
+        ) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
