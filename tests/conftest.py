@@ -1,4 +1,4 @@
-"""What the tests share: the repository, its built results, and a way to run a program as a user does."""
+"""Shared fixtures: the repository, its built results, and a way to run a program as a user does."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def built() -> Path:
-    """The repository with everything that config.yaml asks for built by real Snakemake (nothing to do after `make`)."""
+    """The repository after real Snakemake has built config.yaml (nothing to do after `make`)."""
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "all"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -38,13 +38,16 @@ def built() -> Path:
 
 @pytest.fixture(scope="session")
 def toolchain(built: Path) -> Path:
-    """The folder of llama.cpp's programs."""
+    """The folder of llama.cpp programs."""
     return BIN
 
 
 @pytest.fixture
 def fails(run: Run) -> Callable[..., str]:
-    """Run a program that must refuse its input: exit code 1, at most two lines, no traceback, no output file; its message."""
+    """Run a program that must refuse its input, and return its message.
+
+    Exit code 1, at most two lines, no traceback, no output and no temporary file.
+    """
 
     def call(program: str, *arguments: object, out: Path) -> str:
         done = run(program, *arguments, "--out", out)
@@ -52,9 +55,7 @@ def fails(run: Run) -> Callable[..., str]:
         assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) <= 2
         assert not out.exists()
-        assert [
-            path.name for path in out.parent.glob(f".{out.name}*")
-        ] == []  # no temporary file either
+        assert [path.name for path in out.parent.glob(f".{out.name}*")] == []
         return done.stderr
 
     return call

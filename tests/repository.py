@@ -1,4 +1,4 @@
-"""A private copy of the repository in which the tests run real Snakemake, with the dense model in two variants."""
+"""A private copy of the repository, in which tests run real Snakemake on two dense variants."""
 
 import os
 import re
@@ -24,7 +24,7 @@ CONFIG = {
 
 
 class Repository:
-    """A copy of what git tracks, whose toolchain is the one that the real repository has built."""
+    """A copy of the workflow that uses the toolchain of the real repository."""
 
     def __init__(self, path: Path, programs: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class Repository:
         )
 
     def pending(self) -> Counter[str]:
-        """How many jobs of each rule a run would have, `all` left out."""
+        """Number of jobs of each rule that a run would have, without `all`."""
         done = self.snakemake("--dry-run")
         assert done.returncode == 0, done.stderr
         table = re.search(
@@ -69,5 +69,5 @@ class Repository:
 
 
 def described(files: int) -> dict[str, int]:
-    """The jobs that describe what is published anew, after so many of one model's files changed."""
+    """The jobs that describe a model again after this many of its files changed."""
     return {"provenance": files, "card": 1, "sums": 1} if files else {"card": 1, "sums": 1}

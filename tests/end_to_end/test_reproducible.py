@@ -1,4 +1,4 @@
-"""The same input gives the same bytes, whatever the number of threads."""
+"""The same input gives the same bytes with any number of threads."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
-def test_quantization_for_any_number_of_threads(
+def test_quantization_does_not_depend_on_threads(
     built: Path, run: Callable[..., Any], tmp_path: Path, model: str
 ) -> None:
     source, digests = built / "results" / model / "work/convert/all.gguf", set()
@@ -23,7 +23,7 @@ def test_quantization_for_any_number_of_threads(
     }
 
 
-def test_a_recipe_that_names_no_tensor_is_refused(
+def test_a_pattern_that_matches_no_tensor_is_refused(
     built: Path, fails: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text("atn_.*: Q6_K\n")

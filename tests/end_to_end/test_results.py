@@ -1,4 +1,4 @@
-"""What `make` leaves behind: twelve files that are what config.yaml asks for, load in a real llama.cpp, and draft."""
+"""`make` leaves twelve files that match config.yaml, load in a real llama.cpp, and draft."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_accepts_what_the_torch_reference_accepts(
+def test_llama_cpp_accepts_the_drafts_that_the_torch_reference_accepts(
     built: Path, toolchain: Path, tmp_path: Path, model: str
 ) -> None:
     reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
@@ -85,7 +85,7 @@ def test_llama_cpp_accepts_what_the_torch_reference_accepts(
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
             assert expected["accepted"] / expected["drafts"] >= 0.7, kind
-            # Within one token in a hundred: a draft whose two best tokens are nearly equal can fall the other way in BF16.
+            # Within one token in a hundred: near ties can fall the other way in BF16.
             difference = abs(answer.accepted - expected["accepted"])
             assert difference <= expected["drafts"] / 100, (
                 kind,
@@ -106,7 +106,7 @@ Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; ar
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(
+def test_llama_cpp_tokenizes_like_the_tokenizers_package(
     built: Path, toolchain: Path, tmp_path: Path, model: str
 ) -> None:
     expected = (
@@ -122,7 +122,7 @@ def test_llama_cpp_tokenizes_as_the_tokenizers_package_does(
 def test_injecting_equals_quantizing_the_whole(
     built: Path, run, tmp_path: Path, model: str
 ) -> None:
-    """A BF16 head in the head-less Q8_0 trunk, against the whole at Q8_0 with the head at BF16."""
+    """A BF16 head in a headless Q8_0 trunk equals the whole at Q8_0 with a BF16 head."""
     work = built / "results" / model / "work" / "convert"
     base, out = tmp_path / "trunk-Q8_0.gguf", tmp_path / "injected.gguf"
     for done in (

@@ -1,7 +1,4 @@
-"""What else a model can be published as: without a head, with the head or the vision tower in a file of its own, in several files.
-
-And a model of an architecture that llama.cpp's own converter serves.
-"""
+"""Other outputs of a model: without a head, sidecar, vision tower, split; and upstream's converter."""
 
 import json
 from pathlib import Path
@@ -60,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Path:
 
 
 def share_converter(copy: Repository) -> None:
-    """The repository's own converter, because setting up another takes a minute and a gigabyte."""
+    """Link the repository's own converter: installing another takes a minute and a gigabyte."""
     shared = copy.path / "resources/converter"
     shared.mkdir(parents=True)
     for name in ("environment", "source"):
@@ -76,7 +73,7 @@ def test_nothing_else_is_published(results: Path) -> None:
     assert sorted(path.name for path in results.glob("*.gguf")) == sorted(FILES)
 
 
-def test_a_file_without_a_head_has_been_loaded_and_has_no_acceptance(results: Path) -> None:
+def test_a_file_without_a_head_is_loaded_and_has_no_acceptance(results: Path) -> None:
     found = report(results, "tiny-qwen3.5-plain")
     assert found["head"] == "none" and "drafts" not in found
     assert [check["name"] for check in found["checks"]] == [*BEFORE, "loading", "programs"]
@@ -86,7 +83,7 @@ def test_a_file_without_a_head_has_been_loaded_and_has_no_acceptance(results: Pa
     )
 
 
-def test_a_draft_sidecar_has_drafted_beside_the_model(results: Path) -> None:
+def test_a_sidecar_drafts_for_its_model(results: Path) -> None:
     found = report(results, "mtp-tiny-qwen3.5-Q6_K")
     assert found["head"] == "Q6_K" and found["acceptance"] >= 0.8
     assert [check["name"] for check in found["checks"]] == [
@@ -106,7 +103,7 @@ def test_a_split_file_is_a_folder_that_llama_cpp_loads(results: Path) -> None:
     assert {"files", "files load"} <= {check["name"] for check in found["checks"]}
 
 
-def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
+def test_a_vision_tower_reads_a_picture(results: Path) -> None:
     checks = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
     assert [(check["name"], check["passed"]) for check in checks] == [
         ("bytes", True),
@@ -115,7 +112,7 @@ def test_a_vision_tower_has_seen_a_picture(results: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["glm-BF16", "glm-Q4_0", "glm-Q5_0-injected", "mtp-glm-Q8_0"])
-def test_a_head_that_llama_cpp_converted_is_compared_and_drafts(results: Path, name: str) -> None:
+def test_a_head_converted_by_upstream_is_compared_and_drafts(results: Path, name: str) -> None:
     found = report(results.parent / "glm", name)
     names = [check["name"] for check in found["checks"]]
     before = [*BEFORE[1:], "trunk"] if "injected" in name else BEFORE

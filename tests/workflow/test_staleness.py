@@ -1,4 +1,4 @@
-"""Only stale steps rerun, decided by real Snakemake in a private copy of the repository with the dense model in two variants."""
+"""Only stale steps rerun: real Snakemake decides, in a private copy of the repository."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
 
 @pytest.fixture(autouse=True)
 def unchanged(repository: Repository) -> Iterator[None]:
-    """Each test starts from, and leaves, a repository in which nothing is to be done."""
+    """Each test starts and ends with nothing left to run."""
     before = {
         path: path.read_bytes()
         for path in (repository.path / "workflow").rglob("*")
@@ -36,7 +36,7 @@ def edit(path: Path) -> None:
     path.write_text(path.read_text() + "\n# edited\n")
 
 
-def test_a_second_run_has_nothing_to_do(repository: Repository) -> None:
+def test_a_second_run_does_nothing(repository: Repository) -> None:
     done = repository.snakemake()
     assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr
 
@@ -49,7 +49,7 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
     assert repository.pending() == {}
 
 
-def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None:
+def test_an_edited_module_reruns_the_rules_that_import_it(repository: Repository) -> None:
     library = repository.path / "workflow/scripts/mtpforge"
     after = {"verify": 2, "summary": 1, "provenance": 2, "card": 1, "sums": 1}
     edit(library / "llama_cpp/server.py")
@@ -67,11 +67,11 @@ def test_an_edited_module_reruns_what_imports_it(repository: Repository) -> None
 
 
 def test_an_edited_program_reruns_its_rule(repository: Repository) -> None:
-    edit(repository.path / "workflow/scripts/publish.py")  # of a rule that `all` does not need
+    edit(repository.path / "workflow/scripts/publish.py")  # `all` does not need its rule
     assert repository.pending() == {}
     edit(repository.path / "workflow/scripts/card.py")
     assert repository.pending() == {"card": 1, "sums": 1}
-    edit(repository.path / "workflow/scripts/summary.py")  # the card's tables are its own
+    edit(repository.path / "workflow/scripts/summary.py")
     assert repository.pending() == {"summary": 1, "card": 1, "sums": 1}
 
 
@@ -121,14 +121,14 @@ def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
 
 
 def test_a_report_does_not_depend_on_what_else_is_built(repository: Repository) -> None:
-    """Also not on the BF16 file, with which acceptance is compared."""
+    """Not even on the BF16 file, although acceptance is compared with it."""
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {"tiny-qwen3.5": {**model, "variants": {"Q8_0": {}}}}
     repository.write_config()
     assert repository.pending() == {"summary": 1, "card": 1, "sums": 1}
 
 
-def test_a_repository_to_publish_to_reruns_the_card_alone(repository: Repository) -> None:
+def test_a_publish_target_reruns_only_the_card(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {
         "tiny-qwen3.5": {**model, "publish": {"repo": "Owner/tiny-MTP-GGUF"}}
@@ -137,7 +137,7 @@ def test_a_repository_to_publish_to_reruns_the_card_alone(repository: Repository
     assert repository.pending() == {"card": 1, "sums": 1}
 
 
-def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
+def test_a_misspelt_key_is_refused_with_its_path(repository: Repository) -> None:
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {
         "tiny-qwen3.5": {**model, "variants": {"Q8_0": {"haed": "Q6_K"}}}
@@ -148,8 +148,8 @@ def test_a_misspelt_key_stops_it_with_its_path(repository: Repository) -> None:
     assert "models/tiny-qwen3.5/variants/Q8_0/haed: unknown key" in done.stderr
 
 
-def test_a_result_that_fails_its_proof_does_not_appear(repository: Repository) -> None:
-    """With a demand that no head can meet, the candidate stays in work/ and its final name does not exist."""
+def test_a_file_that_fails_verification_is_not_published(repository: Repository) -> None:
+    """No head accepts every draft: the candidate stays in work/, the final name does not appear."""
     model = CONFIG["models"]["tiny-qwen3.5"]
     repository.config["models"] = {
         "second": {**model, "min_acceptance": 1.0, "variants": {"IQ4_XS": {}}}
@@ -162,7 +162,7 @@ def test_a_result_that_fails_its_proof_does_not_appear(repository: Repository) -
 
 
 def test_a_touched_conversion_reruns_nothing(repository: Repository) -> None:
-    """The published BF16 file and the conversion are one file by two names, which Snakemake touches when it publishes."""
+    """The published BF16 file and the converted one are hard links, which Snakemake touches."""
     (repository.path / "results/tiny-qwen3.5/work/convert/all.gguf").touch()
     assert repository.pending() == {}
     assert repository.snakemake().returncode == 0
