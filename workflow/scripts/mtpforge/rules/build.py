@@ -6,18 +6,18 @@ from typing import Any
 from mtpforge.gguf import quant_types
 from mtpforge.rules import checks, layout
 from mtpforge.rules.config import parse
-from mtpforge.rules.convert import Convert
-from mtpforge.rules.fetch import Fetch
-from mtpforge.rules.inject import Inject
-from mtpforge.rules.measure import Measure
-from mtpforge.rules.publish import Publish
-from mtpforge.rules.quantize import Quantize
-from mtpforge.rules.report import Report
-from mtpforge.rules.verify import Verify
+from mtpforge.rules.convert import ConvertRules
+from mtpforge.rules.fetch import FetchRules
+from mtpforge.rules.inject import InjectRules
+from mtpforge.rules.measure import MeasureRules
+from mtpforge.rules.publish import PublishRules
+from mtpforge.rules.quantize import QuantizeRules
+from mtpforge.rules.report import ReportRules
+from mtpforge.rules.verify import VerifyRules
 
 
 class Build:
-    """What `config.yaml` asks for. Raises ConfigError for the first key that is wrong.
+    """The build that `config.yaml` asks for. Raises ConfigError for the first key that is wrong.
 
     `checkpoints` are Snakemake's.
     """
@@ -25,14 +25,14 @@ class Build:
     def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
         self.config = parse(config)
         checks.check(self.config)
-        self.fetch = Fetch(self.config, checkpoints)
-        self.convert = Convert(self.config)
-        self.quantize = Quantize(self.config, checkpoints)
-        self.inject = Inject(self.config)
-        self.verify = Verify(self.config)
-        self.measure = Measure(self.config)
-        self.report = Report(self.config)
-        self.publish = Publish(self.config, self.fetch)
+        self.fetch = FetchRules(self.config, checkpoints)
+        self.convert = ConvertRules(self.config)
+        self.quantize = QuantizeRules(self.config, checkpoints)
+        self.inject = InjectRules(self.config)
+        self.verify = VerifyRules(self.config)
+        self.measure = MeasureRules(self.config)
+        self.report = ReportRules(self.config)
+        self.publish = PublishRules(self.config, self.fetch)
 
     def outputs(self) -> list[layout.Output]:
         """Everything that the target `all` publishes."""

@@ -62,8 +62,8 @@ Chosen = Annotated[
 ]
 
 
-class Measure(Entry):
-    """What is measured of each file of a model."""
+class MeasureSettings(Entry):
+    """Measurements of each file of a model."""
 
     n_max: Annotated[list[Annotated[int, Field(ge=1, le=64)]], AfterValidator(unique)] = Field(
         default=[1, 2, 3, 4],
@@ -98,7 +98,7 @@ class Measure(Entry):
     )
 
 
-class Publish(Entry):
+class PublishTarget(Entry):
     """The repository of the Hub that a model is uploaded to."""
 
     repo: Repository = Field(
@@ -168,7 +168,7 @@ class Model(Entry):
         ),
         examples=["Q8_0"],
     )
-    measure: Measure | None = Field(
+    measure: MeasureSettings | None = Field(
         default=None,
         description=(
             "Measure speed and acceptance of each file, and optionally its KL divergence from BF16."
@@ -176,7 +176,7 @@ class Model(Entry):
         ),
         examples=[{"n_max": [1, 2, 3], "text": "held-out.txt"}],
     )
-    publish: Publish | None = Field(
+    publish: PublishTarget | None = Field(
         default=None, description="Where to upload the model. Without it, it is not uploaded."
     )
     variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = Field(
@@ -193,18 +193,18 @@ class Model(Entry):
 
     @property
     def base_name(self) -> str:
-        """What its file names begin with: the name of its repository or folder."""
+        """The start of its file names: the name of its repository or folder."""
         source = self.source
         return Path(source.repo if isinstance(source, HubRepository) else source.path).name
 
     @property
     def native(self) -> bool:
-        """Whether mtpforge's own converter converts it."""
+        """Whether mtpforge's own converter is used."""
         return self.converter == "mtpforge"
 
     @property
     def needs_upstream(self) -> bool:
-        """Whether any of its files is made by llama.cpp's converter."""
+        """Whether llama.cpp's converter makes any of its files."""
         return self.mmproj or not self.native
 
     @property
@@ -234,7 +234,7 @@ class LlamaCppPrograms(Entry):
 
 
 class Toolchain(Entry):
-    """Where programs come from."""
+    """The sources of external programs."""
 
     llama_cpp: LlamaCppPrograms = Field(
         default=LlamaCppPrograms(), description="The programs of llama.cpp."
@@ -242,7 +242,7 @@ class Toolchain(Entry):
 
 
 class Config(Entry):
-    """What to build."""
+    """The whole of `config.yaml`."""
 
     build: Chosen = Field(
         default="all",

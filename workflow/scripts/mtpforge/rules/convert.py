@@ -6,7 +6,7 @@ from mtpforge.rules import layout
 from mtpforge.rules.stage import Stage, Wildcards
 
 
-class Convert(Stage):
+class ConvertRules(Stage):
     """Inputs and parameters of rules/convert.smk."""
 
     def models(self, converter: str) -> str:

@@ -1,4 +1,4 @@
-"""Stage `fetch`: files from the Hub, and what jobs that read them depend on."""
+"""Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ KINDS = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
 """Kinds of files that belong to a local checkpoint."""
 
 
-class Fetch(Stage):
+class FetchRules(Stage):
     """Inputs and parameters of rules/fetch.smk.
 
     `checkpoints` are Snakemake's: the graph learns from them which files a repository has.
@@ -39,7 +39,7 @@ class Fetch(Stage):
         return layout.checkpoint(self.model(wildcards))
 
     def checkpoint_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the checkpoint depends on: files, or records of fetched files.
+        """Inputs of a job that reads the checkpoint: its files, or the records of fetched files.
 
         A shard has no record until its content is right, and touching it changes no record.
         """
@@ -56,7 +56,7 @@ class Fetch(Stage):
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
-    """What a job that reads the file depends on; for a split GGUF, all its files."""
+    """Inputs of a job that reads the file; for a split GGUF, all its files."""
     if isinstance(file, ImatrixText):
         return [layout.imatrix(model, file.text)]
     if isinstance(file, HubFile):

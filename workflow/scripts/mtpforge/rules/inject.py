@@ -7,7 +7,7 @@ from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import OwnBase
 
 
-class Inject(Stage):
+class InjectRules(Stage):
     """Inputs and parameters of rules/inject.smk."""
 
     def base(self, wildcards: Wildcards) -> str:
@@ -18,7 +18,7 @@ class Inject(Stage):
         return layout.local_path(base, wildcards.model)
 
     def base_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads it depends on."""
+        """Inputs of a job that reads it."""
         base = self._base(wildcards)
         if isinstance(base, OwnBase):
             return [self.base(wildcards)]
@@ -37,7 +37,7 @@ class Inject(Stage):
         return self.variant(wildcards).head_type
 
     def options(self, wildcards: Wildcards) -> str:
-        """What to do with another head in the base, as options of inject.py."""
+        """Permission to replace another head, as an option of inject.py."""
         return "--replace-head" if self.variant(wildcards).replace_head else ""
 
     def _base(self, wildcards: Wildcards) -> OwnBase | layout.GivenFile:

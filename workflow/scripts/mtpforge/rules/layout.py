@@ -1,4 +1,4 @@
-"""All paths of the workflow: where each file lies under resources/ and results/.
+"""All paths of the workflow under resources/ and results/.
 
 The rules declare the same paths as patterns with wildcards.
 """
@@ -53,22 +53,22 @@ class Output:
     @property
     def file(self) -> str:
         """The GGUF, or the folder of a split one."""
-        return f"results/{self.model}/{self.stem}" + ("" if self.split else ".gguf")
+        return f"{folder(self.model)}/{self.stem}" + ("" if self.split else ".gguf")
 
     @property
     def report(self) -> str:
         """The report of its verification."""
-        return f"results/{self.model}/reports/{self._report_name}"
+        return f"{folder(self.model)}/reports/{self._report_name}"
 
     @property
     def statement(self) -> str:
         """The statement of its provenance."""
-        return f"results/{self.model}/provenance/{self._report_name}"
+        return f"{folder(self.model)}/provenance/{self._report_name}"
 
     @property
     def measurement(self) -> str:
-        """What measure.py found."""
-        return f"results/{self.model}/measure/{self.stem}.json"
+        """Its measurements."""
+        return f"{folder(self.model)}/measure/{self.stem}.json"
 
     @property
     def _report_name(self) -> str:
@@ -95,7 +95,7 @@ def output(model: Model, variant: str) -> Output:
 
 
 def possible_outputs(model: Model, variant: str) -> list[str]:
-    """Where a variant's file can be: under its own name, or in the folder of a split one."""
+    """The final names that a variant's file can have: its own, or the folder of a split one."""
     stem = f"{model.base_name}-{variant}"
     return [Output(model.name, stem, variant, split).file for split in (False, True)]
 
@@ -118,12 +118,12 @@ def folder(model: str) -> str:
 
 def sums(model: Model) -> str:
     """The list of all published files; it is made last."""
-    return f"results/{model.name}/SHA256SUMS"
+    return f"{folder(model.name)}/SHA256SUMS"
 
 
 def plot(model: Model, figure: str) -> str:
     """A figure of the report."""
-    return f"results/{model.name}/plots/{figure}.svg"
+    return f"{folder(model.name)}/plots/{figure}.svg"
 
 
 # ── intermediate files ──
@@ -131,7 +131,7 @@ def plot(model: Model, figure: str) -> str:
 
 def work(model: str) -> str:
     """The folder of a model's intermediate files."""
-    return f"results/{model}/work"
+    return f"{folder(model)}/work"
 
 
 def converted(model: str, part: str) -> Intermediate:
@@ -181,8 +181,8 @@ def imatrix_name(text: str) -> str:
 
 def pieces(model: str, kind: str, name: str, count: int) -> list[str]:
     """The digests of the pieces of a quantization."""
-    folder = f"{work(model)}/pieces/{kind}/{name}"
-    return [f"{folder}/{number}-of-{count}.json" for number in range(1, count + 1)]
+    beginning = f"{work(model)}/pieces/{kind}/{name}"
+    return [f"{beginning}/{number}-of-{count}.json" for number in range(1, count + 1)]
 
 
 def unverified(model: str, variant: str) -> str:
@@ -236,7 +236,7 @@ def fetched_head(at: Commit) -> str:
 
 
 def head_record(at: Commit) -> str:
-    """The record of that."""
+    """The record of the head that was fetched."""
     return f"{commit(at)}/head.json"
 
 
@@ -248,7 +248,7 @@ def checkpoint(model: Model) -> str:
 
 
 def local_path(file: GivenFile | ImatrixText, model: str) -> str:
-    """Where a file is on this machine, once it is fetched or made; of a split GGUF, the first."""
+    """The path of a file once it is fetched or made; of a split GGUF, the first."""
     if isinstance(file, ImatrixText):
         return imatrix(model, file.text)
     if isinstance(file, HubFile):

@@ -4,11 +4,11 @@ import shlex
 
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
-from mtpforge.rules.config import Measure as Settings
+from mtpforge.rules.config import MeasureSettings
 from mtpforge.rules.stage import Stage, Wildcards
 
 
-class Measure(Stage):
+class MeasureRules(Stage):
     """Inputs and parameters of rules/measure.smk."""
 
     def file(self, wildcards: Wildcards) -> str:
@@ -31,11 +31,11 @@ class Measure(Stage):
         return [layout.reference_logits(wildcards.model)] if needed else []
 
     def chunks(self, wildcards: Wildcards) -> int:
-        """How many chunks of the text to use."""
+        """The number of chunks of the text to use."""
         return self._settings(wildcards).chunks
 
     def options(self, wildcards: Wildcards) -> str:
-        """What to measure, as options of measure.py."""
+        """The measurements to make, as options of measure.py."""
         settings = self._settings(wildcards)
         n_max = ",".join(map(str, settings.n_max))
         options = ["--n-max", n_max, "--repeats", str(settings.repeats)]
@@ -51,7 +51,7 @@ class Measure(Stage):
         """The measurements of a model; none if it asks for none."""
         return layout.measurements(self.model(wildcards))
 
-    def _settings(self, wildcards: Wildcards) -> Settings:
+    def _settings(self, wildcards: Wildcards) -> MeasureSettings:
         settings = self.model(wildcards).measure
         if settings is None:
             path = f"models/{wildcards.model}/measure"

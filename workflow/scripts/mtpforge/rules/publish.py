@@ -10,7 +10,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.code import code
 from mtpforge.rules.config import Config, Model
-from mtpforge.rules.fetch import Fetch, tracked_inputs
+from mtpforge.rules.fetch import FetchRules, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubRepository, ImatrixText, LocalFile, OwnBase
 
@@ -26,10 +26,10 @@ OF_BUILD = (
 """Keys of a model that decide what each of its files is."""
 
 
-class Publish(Stage):
+class PublishRules(Stage):
     """Inputs and parameters of rules/publish.smk."""
 
-    def __init__(self, config: Config, fetch: Fetch) -> None:
+    def __init__(self, config: Config, fetch: FetchRules) -> None:
         super().__init__(config)
         self._fetch = fetch
 
@@ -52,7 +52,7 @@ class Publish(Stage):
         return f"{layout.checkpoint(self.model(wildcards))}/README.md"
 
     def checkpoint_card_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads it depends on."""
+        """Inputs of a job that reads it."""
         if isinstance(self.model(wildcards).source, HubRepository):
             inputs = self._fetch.checkpoint_inputs(wildcards)
             return [name for name in inputs if name.endswith(("/README.md.json", "/head.json"))]
@@ -77,7 +77,7 @@ class Publish(Stage):
         return json.dumps(_without_folders(part))
 
     def source(self, wildcards: Wildcards) -> str:
-        """Where the checkpoint comes from, as JSON."""
+        """The source of the checkpoint, as JSON."""
         return json.dumps(_without_folders(_dump(self.model(wildcards), "source")["source"]))
 
     def material_inputs(self, wildcards: Wildcards) -> list[str]:
@@ -116,7 +116,7 @@ class Publish(Stage):
         return [layout.sums(model) for model in self.config.chosen if model.publish]
 
     def upload_options(self, wildcards: object) -> str:
-        """What to upload, and where, as options of publish.py."""
+        """Folders and their repositories, as options of publish.py."""
         options = ["--dry-run"] if self.config.dry_run in (True, "true") else []
         for model in self.config.chosen:
             if target := model.publish:
@@ -157,7 +157,7 @@ def _variants(model: Model, *names: str) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The same with file names instead of paths, which are nobody else's business."""
+    """The same with file names instead of paths, which would reveal folders of this machine."""
     if not isinstance(value, Mapping):
         return value
     return {

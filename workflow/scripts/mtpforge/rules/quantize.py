@@ -14,7 +14,7 @@ from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import Imatrix, ImatrixText, OwnBase, Variant
 
 
-class Quantize(Stage):
+class QuantizeRules(Stage):
     """Inputs and parameters of rules/quantize.smk.
 
     The wildcard `kind` is quantized, and `name` a variant; or `kind` is a part of the checkpoint,
@@ -59,7 +59,7 @@ class Quantize(Stage):
         return [layout.recipe(model, variant.name), *heads]
 
     def imatrix_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What a job that reads the importance matrix depends on."""
+        """Inputs of a job that reads the importance matrix."""
         imatrix = self._imatrix(wildcards)
         return tracked_inputs(imatrix, wildcards.model) if imatrix else []
 

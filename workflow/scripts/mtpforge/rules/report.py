@@ -5,7 +5,7 @@ from mtpforge.rules.config import Model
 from mtpforge.rules.stage import Stage
 
 
-class Report(Stage):
+class ReportRules(Stage):
     """Inputs of rules/report.smk."""
 
     def figures(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the stages share: the wildcards of a job, and the model and variant that they name."""
+"""The base of all stages: the wildcards of a job, and the model and variant that they name."""
 
 from typing import Protocol
 

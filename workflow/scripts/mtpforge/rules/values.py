@@ -196,7 +196,7 @@ Size = Annotated[
 
 
 FORM = "form:"
-"""What begins the steps of an error's path that only say which form of an entry was tried."""
+"""Prefix of the steps in an error's path that only say which form of an entry was tried."""
 
 
 def form(name: str) -> Tag:

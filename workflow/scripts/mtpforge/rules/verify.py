@@ -8,7 +8,7 @@ from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubRepository
 
 
-class Verify(Stage):
+class VerifyRules(Stage):
     """Inputs and parameters of rules/verify.smk."""
 
     def candidate(self, wildcards: Wildcards) -> str:
@@ -40,11 +40,11 @@ class Verify(Stage):
         return self.sidecar_unquantized(wildcards)
 
     def source_option(self, wildcards: Wildcards) -> str:
-        """What verify.py compares inventory, metadata and values with."""
+        """The source of inventory, metadata and values, as an option of verify.py."""
         return self._against(wildcards, self.reference(wildcards))
 
     def options(self, wildcards: Wildcards) -> str:
-        """What the file must be, as options of verify.py; a foreign base keeps its types."""
+        """The types and gates that the file must meet; a foreign base keeps its types."""
         model, variant = self.model(wildcards), self.variant(wildcards)
         gates = self._gates(wildcards, self.unquantized(wildcards))
         options = ["--head", variant.head_type, *gates]
@@ -84,7 +84,7 @@ class Verify(Stage):
         return layout.quantized(wildcards.model, "draft", wildcards.type).digests
 
     def sidecar_reference(self, wildcards: Wildcards) -> list[str]:
-        """What it is compared with, if llama.cpp's converter made it."""
+        """The BF16 draft model to compare with, if llama.cpp's converter made it."""
         if self.model(wildcards).native:
             return []
         return [layout.converted(wildcards.model, "draft").file]
@@ -95,7 +95,7 @@ class Verify(Stage):
         return [layout.acceptance(wildcards.model)] if compared else []
 
     def sidecar_source_option(self, wildcards: Wildcards) -> str:
-        """What verify.py compares it with."""
+        """The source of inventory, metadata and values, as an option of verify.py."""
         return self._against(wildcards, self.sidecar_reference(wildcards))
 
     def sidecar_options(self, wildcards: Wildcards) -> str:
