@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, MODELS, Run
-from mtpforge.gguf import quant_types, reader, split
+from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
@@ -13,6 +13,7 @@ from mtpforge.llama_cpp import programs
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.plan import Plan
 from mtpforge.quantize.recipe import head_recipe
+from splits import split
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
 HEADS = ("BF16", "Q8_0", "Q4_K")
@@ -41,7 +42,7 @@ class Bench:
 
     def _shards(self, model: str, file_type: str) -> Path:
         base = self.base(model, file_type)
-        return split.split(base, self.folder / base.stem, base.stem, LIMIT)[0]
+        return split(base, self.folder / base.stem, base.stem, LIMIT)[0]
 
     def _preserved(self, model: str, file_type: str, head: str) -> tuple[Gguf, float]:
         path = self.folder / f"{model}-{file_type}-with-{head}.gguf"

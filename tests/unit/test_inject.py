@@ -10,13 +10,15 @@ from conftest import CHECKPOINTS, Run
 from gguf.constants import GGUFValueType
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError
-from mtpforge.gguf import reader, split, writer
+from mtpforge.gguf import reader, writer
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import PADDING, Gguf, Value
+from mtpforge.gguf.split import read as read_split
 from mtpforge.inject.inject import cost, inject
 from mtpforge.inject.match import vocabulary_difference
 from mtpforge.io.ranges import BLOCK
 from mtpforge.quantize.recipe import head_recipe
+from splits import split
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 
@@ -364,9 +366,7 @@ def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_pa
 
 @pytest.fixture(scope="module")
 def shards(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return split.split(
-        parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000
-    )
+    return split(parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000)
 
 
 def test_a_base_in_several_files_becomes_one(
@@ -397,7 +397,7 @@ def test_a_base_in_several_files_keeps_them(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         path.name for path in shards
     ]
-    assert contents(split.read(made[0].path)) == contents(reader.read(parts["all"]))
+    assert contents(read_split(made[0].path)) == contents(reader.read(parts["all"]))
     assert [file.get("split.tensors.count") for file in made] == [70, 70, 70] and made[0].get(
         "qwen35.block_count"
     ) == 5
@@ -428,21 +428,25 @@ def test_files_that_do_not_belong_together_are_refused(
     assert f"{missing[1]}: no such file" in refusal(missing[0], parts["head"], tmp_path)
     swapped = copied("swapped")
     swapped[1].write_bytes(shards[2].read_bytes())
-    assert "says that it is file 2 of 3" in refusal(swapped[0], parts["head"], tmp_path)
+    assert "says that it is shard 2 of 3, expected shard 1 of 3" in refusal(
+        swapped[0], parts["head"], tmp_path
+    )
     fewer = copied("fewer")
     rewrite(shards[2], fewer[2], lambda m: None, drop=list(reader.read(shards[2]).tensors)[-1])
-    assert "55 tensors are in these files, it says, and 54 are there" in refusal(
+    assert "split.tensors.count is 55, but the 3 files have 54 tensors" in refusal(
         fewer[0], parts["head"], tmp_path
     )
     renamed = shards[0].rename(shards[0].with_name("renamed.gguf"))
     try:
-        assert "by the name that tells the others'" in refusal(renamed, parts["head"], tmp_path)
+        assert "give the first, named NAME-00001-of-00003.gguf" in refusal(
+            renamed, parts["head"], tmp_path
+        )
     finally:
         renamed.rename(shards[0])
 
 
 def test_files_that_have_this_head_stay_as_they_are(parts: dict[str, Path], tmp_path: Path) -> None:
-    whole = split.split(parts["all"], tmp_path / "whole", "whole", 2_000_000)
+    whole = split(parts["all"], tmp_path / "whole", "whole", 2_000_000)
     inject(whole[0], parts["head"], tmp_path / "out")
     assert [(tmp_path / "out" / path.name).read_bytes() for path in whole] == [
         path.read_bytes() for path in whole

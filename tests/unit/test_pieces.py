@@ -17,7 +17,7 @@ from conftest import BIN, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.errors import ConfigError, ForgeError, GgufError
-from mtpforge.gguf import quant_types, reader, split, writer
+from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value
 from mtpforge.io import atomic, ranges
 from mtpforge.io.ranges import FileRange, Sink
@@ -27,6 +27,7 @@ from mtpforge.quantize.manifest import write_manifest
 from mtpforge.quantize.mixture import Types
 from mtpforge.quantize.pieces import Work, cut
 from mtpforge.quantize.plan import Plan
+from splits import split
 
 
 def source_of(built: Path) -> Gguf:
@@ -455,7 +456,7 @@ def test_a_split_file_is_reused(built: Path, made: Plan, tmp_path: Path) -> None
     """From the folder of its parts, where that alone is left of it."""
     before, said = finished(built, made, tmp_path / "a"), list[str]()
     whole = before.read_bytes()
-    split.split(before, tmp_path / "published", "parts", 10**6)
+    split(before, tmp_path / "published", "parts", 10**6)
     assert len(list((tmp_path / "published").iterdir())) > 1
     write_manifest(
         tmp_path / "a/manifests/out.json",

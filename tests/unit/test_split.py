@@ -1,4 +1,4 @@
-"""A GGUF in several files is what llama-gguf-split makes of it, loads, drafts, and appears whole or not at all."""
+"""Split GGUFs equal those of llama-gguf-split, load and draft, and appear whole or not at all."""
 
 import json
 import os
@@ -19,18 +19,19 @@ from mtpforge.errors import ConfigError, GgufError, VerificationError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.names import shard_names
 from mtpforge.gguf.reader import TensorInfo, Value, aligned
-from mtpforge.gguf.split import check, parse_size, plan, split
+from mtpforge.gguf.split import check, parse_size, plan
 from mtpforge.io import ranges
 from mtpforge.io.ranges import sha256
 from mtpforge.llama_cpp import process, programs
 from mtpforge.verify import request
 from mtpforge.verify.report import publish_split
+from splits import split
 
 M = 10**6
 
 
 def edges(path: Path) -> Path:
-    """Two tensors that fill a megabyte exactly, the second with its padding; one row; values of odd types; merged once."""
+    """Two tensors that fill a megabyte exactly, one row, odd metadata types, and keys of a merge."""
     metadata = {
         "general.architecture": Value.of("qwen35", GGUFValueType.STRING),
         "split.count": Value.of(0, GGUFValueType.UINT16),
@@ -50,7 +51,7 @@ def edges(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both embedded checkpoints converted (5.6 and 11.6 MB), and a file of edge cases (1 MB)."""
+    """Both embedded checkpoints converted (5.6 and 11.6 MB), and edge cases (1 MB)."""
     folder = tmp_path_factory.mktemp("sources")
     for model in MODELS:
         native.convert(CHECKPOINTS / model, folder / f"{model}.gguf", "all", "qwen35")
@@ -64,11 +65,11 @@ def source(sources: dict[str, Path]) -> Path:
 
 
 def gguf_split(*arguments: object) -> None:
-    """llama.cpp's own program; `make toolchain` builds it."""
+    """Run llama.cpp's own program; `make toolchain` builds it."""
     process.call([programs.find(BIN, "llama-gguf-split"), *map(str, arguments)])
 
 
-def test_sizes_are_those_of_llama_gguf_split() -> None:
+def test_sizes_are_powers_of_ten() -> None:
     assert (parse_size("1M"), parse_size("500M"), parse_size("48G")) == (M, 500 * M, 48_000 * M)
 
 
@@ -92,8 +93,8 @@ GARBLED = [
 
 
 @pytest.mark.parametrize("text", GARBLED, ids=lambda text: ascii(text[:8]))
-def test_a_garbled_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+def test_an_invalid_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="invalid size"):
         parse_size(text)
 
 
@@ -107,7 +108,7 @@ def test_a_garbled_size_is_refused(text: str) -> None:
         ("edges", "1M", 2),
     ],
 )
-def test_the_files_are_those_of_llama_gguf_split(
+def test_shards_equal_those_of_llama_gguf_split(
     sources: dict[str, Path], tmp_path: Path, name: str, size: str, count: int
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -126,9 +127,7 @@ def test_the_files_are_those_of_llama_gguf_split(
     assert check(reader.read(sources[name]), files) == []
 
 
-def test_llama_gguf_split_merges_the_files_to_the_source(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_llama_gguf_split_merges_the_shards_back(sources: dict[str, Path], tmp_path: Path) -> None:
     source = reader.read(sources["tiny-qwen3.5-moe"])
     files = split(source.path, tmp_path / "out", "x", 2 * M)
     gguf_split("--merge", files[0], tmp_path / "merged.gguf")
@@ -142,29 +141,31 @@ def test_llama_gguf_split_merges_the_files_to_the_source(
     } == source.metadata
     again = split(
         merged.path, tmp_path / "again", "x", 2 * M
-    )  # the 0 that merging leaves behind does no harm
+    )  # despite the split.count of 0 that merging leaves behind
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
 
 
-def test_a_file_that_fits_stays_whole_under_the_plain_name(source: Path, tmp_path: Path) -> None:
+def test_a_gguf_that_fits_stays_one_file_with_a_plain_name(source: Path, tmp_path: Path) -> None:
     weights = sum(reader.aligned(info.size) for info in reader.read(source).tensors.values())
     (file,) = split(source, tmp_path / "out", "x", weights)
     assert file == tmp_path / "out" / "x.gguf" and file.read_bytes() == source.read_bytes()
     assert file.samefile(source)  # no second copy of 40 GB on the disk
     assert (
         len(split(source, tmp_path / "out", "x", weights - 1)) == 2
-    )  # and takes the other's place
+    )  # and replaces the single file
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_limit_below_a_tensor_and_a_shard_are_refused(source: Path, tmp_path: Path) -> None:
+def test_a_limit_below_the_largest_tensor_is_refused_and_so_is_a_shard(
+    source: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         ConfigError,
         match=r"600,000 bytes are too small: tensor token_embd\.weight .* takes 655,360",
     ):
         plan(reader.read(source), 600_000)
     shard = split(source, tmp_path / "out", "x", M)[1]
-    with pytest.raises(GgufError, match="is one shard of a split GGUF"):
+    with pytest.raises(GgufError, match="is one shard of a split GGUF: merge it"):
         split(shard, tmp_path / "again", "x", M)
     assert not (tmp_path / "again").exists()
 
@@ -187,22 +188,22 @@ def test_progress_counts_the_bytes_of_each_file(
 
 
 @pytest.mark.parametrize("stem", ["", ".", "..", ".hidden", "a/b", "../x", "nul\0"])
-def test_a_name_that_leaves_the_folder_or_hides_is_refused(
+def test_a_stem_that_leaves_the_folder_or_hides_the_file_is_refused(
     source: Path, tmp_path: Path, stem: str
 ) -> None:
-    with pytest.raises(ConfigError, match="cannot begin the names of files"):
+    with pytest.raises(ConfigError, match="cannot begin a file name"):
         split(source, tmp_path / "out", stem, M)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_anything_else_is_not_replaced(source: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
     (folder / "precious.gguf").write_text("precious")
-    with pytest.raises(ConfigError, match=r"holds precious\.gguf, which is no part of x"):
+    with pytest.raises(ConfigError, match=r"contains precious\.gguf, which is not a shard of x"):
         split(source, folder, "x", M)
     os.link(source, folder / "x.gguf")
-    with pytest.raises(ConfigError, match=r"holds the input x\.gguf"):
+    with pytest.raises(ConfigError, match=r"contains the input x\.gguf"):
         split(folder / "x.gguf", folder, "x", M)
     with pytest.raises(ConfigError, match="is a file"):
         split(source, folder / "precious.gguf", "x", M)
@@ -236,12 +237,14 @@ import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
 from mtpforge import progress
-from mtpforge.gguf.split import split
+from mtpforge.gguf import reader
+from mtpforge.gguf.split import splitting
 @contextmanager
 def bar(label):
     yield lambda done, total: label[:7] == "x-00003" and os.kill(os.getpid(), signal.SIGKILL)
 progress.bar = bar
-split(Path(sys.argv[1]), Path(sys.argv[2]), "x", 10**6)
+with splitting(reader.read(Path(sys.argv[1])), Path(sys.argv[2]), "x", 10**6):
+    pass
 """
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
@@ -256,7 +259,7 @@ split(Path(sys.argv[1]), Path(sys.argv[2]), "x", 10**6)
 def rewritten(
     path: Path, change: Callable[[dict[str, Value], dict[str, TensorInfo]], object]
 ) -> None:
-    """The same file with other metadata or tensors."""
+    """Rewrite the file with other metadata or tensors."""
     opened = reader.read(path)
     metadata, tensors = dict(opened.metadata), dict(opened.tensors)
     change(metadata, tensors)
@@ -296,6 +299,11 @@ def another_shape(path: Path) -> None:
     )
 
 
+def another_type(path: Path) -> None:
+    name, f16 = "blk.0.ssm_out.weight", GGMLQuantizationType.F16
+    rewritten(path, lambda _, tensors: tensors.update({name: replace(tensors[name], type=f16)}))
+
+
 def tensor_of(name: str) -> Callable[[Path], None]:
     info = TensorInfo(name, (256,), GGMLQuantizationType.F32)
     return lambda path: rewritten(path, lambda _, tensors: tensors.update({name: info}))
@@ -315,14 +323,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign key": (number("qwen35.block_count", 4), "has a wrong qwen35.block_count"),
     "flipped bit": (flip_a_bit, "blk.0.ffn_down.weight differs from the source"),
     "lost tensor": (lose_a_tensor, "is missing"),
-    "another shape": (another_shape, "blk.0.ssm_out.weight has another type or shape"),
+    "another shape": (another_shape, "blk.0.ssm_out.weight has another shape"),
+    "another type": (another_type, "blk.0.ssm_out.weight has another type"),
     "tensor twice": (
         tensor_of("blk.0.attn_norm.weight"),
-        "blk.0.attn_norm.weight stands in x-00001-of-00006.gguf and x-00002",
+        "blk.0.attn_norm.weight is in x-00001-of-00006.gguf and in x-00002",
     ),
     "foreign tensor": (
         tensor_of("blk.9.attn_norm.weight"),
-        "blk.9.attn_norm.weight does not belong there",
+        "blk.9.attn_norm.weight is not in the source",
     ),
     "truncated": (lambda path: os.truncate(path, 100_000), "truncated"),
     "gone": (lambda path: path.unlink(), "no such file"),
@@ -330,7 +339,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("fault", "named"), FAULTS.values(), ids=FAULTS)
-def test_a_faulty_file_is_seen(
+def test_a_faulty_shard_is_found(
     source: Path, tmp_path: Path, fault: Callable[[Path], object], named: str
 ) -> None:
     files = split(source, tmp_path / "out", "x", M)
@@ -338,12 +347,13 @@ def test_a_faulty_file_is_seen(
     assert named in ", ".join(check(reader.read(source), files))
 
 
-def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_path: Path) -> None:
+def test_wrong_names_metadata_or_copies_are_found(source: Path, tmp_path: Path) -> None:
     files, opened = split(source, tmp_path / "out", "x", M), reader.read(source)
     assert any(
-        "does not find" in problem for problem in check(opened, [files[1], files[0], *files[2:]])
+        "cannot find all of" in problem
+        for problem in check(opened, [files[1], files[0], *files[2:]])
     )
-    assert any("does not find" in problem for problem in check(opened, files[:-1]))
+    assert any("cannot find all of" in problem for problem in check(opened, files[:-1]))
     assert check(opened, []) == ["there are no files"]
     number("qwen35.context_length", 1, GGUFValueType.UINT32)(files[0])
     assert check(opened, files) == ["x-00001-of-00006.gguf has a wrong qwen35.context_length"]
@@ -354,7 +364,7 @@ def test_a_fault_of_the_metadata_the_names_or_a_copy_is_seen(source: Path, tmp_p
     assert len(check(opened, [copy])) == 1
 
 
-def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
+def test_shards_that_do_not_load_are_not_published(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
         VerificationError, match=r"x is not published: files load: .*llama-server: missing"
     ):
@@ -362,7 +372,7 @@ def test_files_that_do_not_load_are_not_published(source: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_verified_file_is_published_in_files_that_load_and_draft(
+def test_a_verified_file_is_published_in_shards_that_load_and_draft(
     source: Path, run: Run, tmp_path: Path
 ) -> None:
     folder, report = tmp_path / "tiny-BF16", tmp_path / "report.json"
@@ -396,19 +406,19 @@ def test_a_verified_file_is_published_in_files_that_load_and_draft(
     ("options", "named"),
     [
         (("--split", "48G"), "--publish names the folder"),
-        (("--split", "48", "--publish", "x"), "'48' is no size"),
+        (("--split", "48", "--publish", "x"), "invalid size '48'"),
         (("--split", "1M", "--publish", "."), "cannot begin"),
-        (("--split", "1M", "--publish", SCRIPTS), "name a folder of its own"),
+        (("--split", "1M", "--publish", SCRIPTS), "give another folder"),
     ],
 )
-def test_a_split_that_cannot_be_is_refused_before_verification(
+def test_an_impossible_split_is_refused_before_verification(
     source: Path, fails: Callable[..., str], tmp_path: Path, options: tuple[object, ...], named: str
 ) -> None:
     message = fails("verify.py", source, "--bin", tmp_path, *options, out=tmp_path / "report.json")
-    assert named in message  # and not that llama-server is missing
+    assert named in message  # rather than that llama-server is missing
 
 
-def test_a_file_that_fits_stays_one_without_a_number(source: Path, tmp_path: Path) -> None:
+def test_a_missing_source_is_refused(source: Path, tmp_path: Path) -> None:
     assert split(source, tmp_path / "out", "tiny", 3 * M) == [
         tmp_path / "out" / name for name in shard_names("tiny", 2)
     ]

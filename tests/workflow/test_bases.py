@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mtpforge.gguf import head, reader, split
+from mtpforge.gguf import head, reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from repository import CONFIG, Repository
+from splits import split
 
 VARIANTS = {
     "split": {
@@ -26,7 +27,7 @@ def repository(
 ) -> Repository:
     copy = Repository(tmp_path_factory.mktemp("bases") / "repository", toolchain)
     bases, work = copy.path / "bases", built / "results/tiny-qwen3.5/work"
-    split.split(work / "trunk/Q4_K_M.gguf", bases, "split", 1_000_000)
+    split(work / "trunk/Q4_K_M.gguf", bases, "split", 1_000_000)
     inject.inject(work / "trunk/Q4_K_M.gguf", work / "convert/head.gguf", bases / "headed.gguf")
     copy.config["models"] = {
         "tiny-qwen3.5": {**CONFIG["models"]["tiny-qwen3.5"], "variants": VARIANTS}

@@ -1,4 +1,4 @@
-"""Writing GGUF files: tensors are streamed from other files or from memory, and never held as a whole."""
+"""Writing GGUF files. Tensors are streamed from other files or from memory, one after the other."""
 
 import itertools
 import os
@@ -10,28 +10,25 @@ from gguf.constants import GGUFValueType
 
 from mtpforge import progress
 from mtpforge.errors import GgufError
+from mtpforge.gguf.metadata import U32, U64, Value, encode
 from mtpforge.gguf.reader import (
     MAGIC,
     NAME_LIMIT,
     PADDING,
-    U32,
-    U64,
     Gguf,
     TensorInfo,
-    Value,
     aligned,
-    encode,
     header_range,
 )
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink
 from mtpforge.progress import Show
 
+Tensors = Sequence[tuple[TensorInfo, Payload]]
 
-def write(
-    path: Path, metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]]
-) -> None:
-    """Write a GGUF, whole or not at all, and show progress. Payloads are streamed one after the other.
+
+def write(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> None:
+    """Write a GGUF, whole or not at all, and show progress.
 
     Raises GgufError if a payload does not have the size of its tensor.
     """
@@ -39,23 +36,109 @@ def write(
         _write(temporary, metadata, tensors, show)
 
 
-def fill(
-    path: Path, metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]]
-) -> Gguf:
-    """Write a scratch GGUF in place, without starting to write it to the disk. Raises GgufError."""
+def fill(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
+    """Write a scratch GGUF in place, without starting to flush it to the disk. Raises GgufError."""
     return _write(path, metadata, tensors)
 
 
+def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
+    """Write a header in place and give the file its size; `put` fills in the tensors, in any order.
+
+    An existing file keeps its data until it is overwritten, and so its pages in memory: allocating
+    new ones can take longer than copying.
+    """
+    start = header(metadata, infos)
+    sizes = (aligned(info.size) for info in infos)
+    offsets = list(itertools.accumulate(sizes, initial=len(start)))
+    path.touch()
+    with path.open("r+b") as file:
+        file.write(start)
+        file.truncate(offsets[-1])
+    ranges = {
+        info.name: FileRange(path, offset, info.size)
+        for info, offset in zip(infos, offsets, strict=False)
+    }
+    return Gguf(path, dict(metadata), {info.name: info for info in infos}, ranges)
+
+
+def put(whole: Gguf, name: str, payload: Payload) -> None:
+    """Write a tensor's bytes to its place in a file that `lay_out` made.
+
+    Raises GgufError if the payload does not have the size of the tensor.
+    """
+    descriptor = os.open(whole.path, os.O_WRONLY)
+    try:
+        start = os.lseek(descriptor, whole.ranges[name].offset, os.SEEK_SET)
+        sink = Sink(descriptor, size=start)
+        append_run(sink, [whole.tensors[name]], payload)
+        sink.flush()
+    finally:
+        os.close(descriptor)
+
+
+def padded(metadata: Mapping[str, Value], tensors: Tensors, source: Gguf) -> dict[str, Value]:
+    """The metadata with a last key that aligns the tensor data with that of `source`.
+
+    Then the data has the same offset within a block of the file system in both files, which can
+    share the blocks (see `io.ranges`).
+    """
+
+    def with_padding(count: int) -> dict[str, Value]:
+        return {**metadata, PADDING: Value.of(" " * count, GGUFValueType.STRING)}
+
+    if not source.ranges:
+        return dict(metadata)
+    size = len(header(with_padding(0), [info for info, _ in tensors]))
+    start = min(place.offset for place in source.ranges.values())
+    return with_padding((start - size) % BLOCK)
+
+
+def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> None:
+    """Write neighbouring tensors and their padding.
+
+    Raises GgufError if the payload does not have the size of the tensors.
+    """
+    expected = sum(aligned(info.size) for info in infos[:-1]) + infos[-1].size
+    size = sink.append(payload)
+    if size != expected:
+        names = " to ".join(dict.fromkeys((infos[0].name, infos[-1].name)))
+        raise GgufError(f"tensor {names}: expected {expected:,} bytes, got {size:,}")
+    sink.append([memoryview(bytes(aligned(size) - size))])
+
+
+def header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo]) -> bytes:
+    """Everything before the data of these tensors, padded to the alignment.
+
+    Raises GgufError if a tensor's name is too long.
+    """
+    infos = list(tensors)
+    parts = [MAGIC, U32.pack(3), U64.pack(len(infos)), U64.pack(len(metadata))]
+    for key, value in metadata.items():
+        parts += [encode(key, GGUFValueType.STRING), U32.pack(value.type), value.raw]
+    offset = 0
+    for info in infos:
+        parts.append(_entry(info, offset))
+        offset += aligned(info.size)
+    block = b"".join(parts)
+    return block + bytes(aligned(len(block)) - len(block))
+
+
+def _entry(info: TensorInfo, offset: int) -> bytes:
+    """The header's entry of a tensor whose data is at `offset`."""
+    name = encode(info.name, GGUFValueType.STRING)
+    if len(name) - U64.size > NAME_LIMIT:
+        raise GgufError(f"tensor name {info.name} is longer than ggml's {NAME_LIMIT} bytes")
+    shape = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *reversed(info.shape))
+    return name + shape + U32.pack(info.type) + U64.pack(offset)
+
+
 def _write(
-    path: Path,
-    metadata: Mapping[str, Value],
-    tensors: Sequence[tuple[TensorInfo, Payload]],
-    show: Show | None = None,
+    path: Path, metadata: Mapping[str, Value], tensors: Tensors, show: Show | None = None
 ) -> Gguf:
-    """Write header and tensors in place; without `show` quietly, and nothing is flushed."""
-    total = sum(aligned(info.size) for info, _ in tensors)
+    """Write header and tensors in place; without `show` there is no progress and no flushing."""
     whole = lay_out(path, metadata, [info for info, _ in tensors])
     start = header_range(whole).size
+    total = sum(aligned(info.size) for info, _ in tensors)
 
     def grown(size: int) -> None:
         if show:
@@ -72,71 +155,11 @@ def _write(
     return whole
 
 
-def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
-    """Write the header, in place, and give the file its size; `put` and others fill the rest in any order.
+def _runs(tensors: Tensors) -> Iterator[tuple[list[TensorInfo], Payload]]:
+    """Join tensors that are neighbours in a source file to one range, whose blocks can be shared.
 
-    What a file has there already stays till then, and so does its memory: to get another can take longer than to copy.
-    """
-    first = header(metadata, infos)
-    offsets = list(itertools.accumulate((aligned(info.size) for info in infos), initial=len(first)))
-    path.touch()
-    with path.open("r+b") as file:
-        file.write(first)
-        file.truncate(offsets[-1])
-    ranges = {
-        info.name: FileRange(path, offset, info.size)
-        for info, offset in zip(infos, offsets, strict=False)
-    }
-    return Gguf(path, dict(metadata), {info.name: info for info in infos}, ranges)
-
-
-def put(whole: Gguf, name: str, payload: Payload) -> None:
-    """Write the bytes of a tensor to its place in a file that `lay_out` made. Raises GgufError where they are another number."""
-    place = whole.ranges[name]
-    descriptor = os.open(whole.path, os.O_WRONLY)
-    try:
-        sink = Sink(descriptor, size=os.lseek(descriptor, place.offset, os.SEEK_SET))
-        append_run(sink, [whole.tensors[name]], payload)
-        sink.flush()
-    finally:
-        os.close(descriptor)
-
-
-def padded(
-    metadata: Mapping[str, Value], tensors: Sequence[tuple[TensorInfo, Payload]], source: Gguf
-) -> dict[str, Value]:
-    """The same with a key at the end that makes the data begin at the place in a block of the file system that it has in `source`.
-
-    Both files can then share it (see `ranges`).
-    """
-
-    def with_padding(count: int) -> dict[str, Value]:
-        return {**metadata, PADDING: Value.of(" " * count, GGUFValueType.STRING)}
-
-    if not source.ranges:
-        return dict(metadata)
-    size = len(header(with_padding(0), [info for info, _ in tensors]))
-    return with_padding((min(piece.offset for piece in source.ranges.values()) - size) % BLOCK)
-
-
-def append_run(sink: Sink, infos: Sequence[TensorInfo], payload: Payload) -> None:
-    """Write neighbouring tensors and their padding. Raises GgufError where the payload has another size."""
-    expected = sum(aligned(info.size) for info in infos[:-1]) + infos[-1].size
-    size = sink.append(payload)
-    if size != expected:
-        names = " to ".join(dict.fromkeys((infos[0].name, infos[-1].name)))
-        raise GgufError(
-            f"tensor {names}: {expected:,} bytes are to be written, the source gave {size:,}"
-        )
-    sink.append([memoryview(bytes(aligned(size) - size))])
-
-
-def _runs(
-    tensors: Iterable[tuple[TensorInfo, Payload]],
-) -> Iterator[tuple[list[TensorInfo], Payload]]:
-    """Tensors that lie one after the other in a file as one range of it: the kernel can share its blocks.
-
-    Behind a padding a new one begins, because what a file has there need not be zeros, and no digest of a tensor knows it.
+    A tensor that follows padding starts a new run: the source's padding need not be zeros, and no
+    digest of a tensor covers it.
     """
     infos: list[TensorInfo] = []
     run: Payload = ()
@@ -144,45 +167,21 @@ def _runs(
         if infos and (joined := _joined(run, payload)):
             infos.append(info)
             run = joined
-        else:
-            if infos:
-                yield infos, run
-            infos, run = [info], payload
+            continue
+        if infos:
+            yield infos, run
+        infos = [info]
+        run = payload
     if infos:
         yield infos, run
 
 
 def _joined(run: Payload, payload: Payload) -> Payload | None:
-    """Both as one range of a file, where the second lies behind the first as it will in the GGUF."""
+    """Both as one range, if the second directly follows the first, without padding."""
     match run, payload:
-        case [FileRange() as a], [FileRange() as b] if (a.path, a.offset + a.size, a.size) == (
-            b.path,
-            b.offset,
-            aligned(a.size),
-        ):
-            return [FileRange(a.path, a.offset, a.size + b.size)]
+        case [FileRange() as first], [FileRange() as second]:
+            end = first.offset + first.size
+            same_file = (second.path, second.offset) == (first.path, end)
+            if same_file and first.size == aligned(first.size):
+                return [FileRange(first.path, first.offset, first.size + second.size)]
     return None
-
-
-def header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo]) -> bytes:
-    """Everything before the tensor data, padded to the alignment, for tensors stored in the order given."""
-    infos = list(tensors)
-    parts = [MAGIC, U32.pack(3), U64.pack(len(infos)), U64.pack(len(metadata))]
-    for key, value in metadata.items():
-        parts += [encode(key, GGUFValueType.STRING), U32.pack(value.type), value.raw]
-    offset = 0
-    for info in infos:
-        if len(info.name.encode("utf-8")) > NAME_LIMIT:
-            raise GgufError(
-                f"tensor name {info.name} is longer than the {NAME_LIMIT} bytes that ggml can hold"
-            )
-        dimensions = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *reversed(info.shape))
-        parts += [
-            encode(info.name, GGUFValueType.STRING),
-            dimensions,
-            U32.pack(info.type),
-            U64.pack(offset),
-        ]
-        offset += aligned(info.size)
-    block = b"".join(parts)
-    return block + bytes(aligned(len(block)) - len(block))
