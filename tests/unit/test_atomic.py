@@ -1,4 +1,4 @@
-"""A file, or a folder of them, appears whole or not at all."""
+"""A file, or a folder of files, appears whole or not at all."""
 
 import os
 import signal
@@ -22,10 +22,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
-    program = (
-        "import os, signal, sys; from pathlib import Path; from mtpforge.io.atomic import replacing\n"
-        "with replacing(Path(sys.argv[1])) as t: t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
+    program = """
+import os, signal, sys
+from pathlib import Path
+from mtpforge.io.atomic import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
     target = tmp_path / "x"
     target.write_text("old")
     done = subprocess.run(
@@ -34,7 +38,7 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL and target.read_text() == "old"
 
 
-def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
+def test_the_rest_of_a_killed_run_is_overwritten(tmp_path: Path) -> None:
     test_a_kill_leaves_the_old_file(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # the half-written file lies beside it
     with replacing(tmp_path / "x") as temporary:
@@ -42,7 +46,7 @@ def test_what_a_kill_left_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "new" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-def test_a_program_that_outlived_a_killed_run_writes_into_nothing_that_is_used(
+def test_a_program_that_outlived_a_killed_run_cannot_damage_the_new_file(
     tmp_path: Path,
 ) -> None:
     with (tmp_path / ".out.part").open("wb", buffering=0) as outlived:
@@ -55,7 +59,7 @@ def test_a_program_that_outlived_a_killed_run_writes_into_nothing_that_is_used(
     ) == [tmp_path / "out"]
 
 
-def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+def test_a_second_writer_of_a_file_is_refused(tmp_path: Path) -> None:
     with replacing(tmp_path / "x") as first:
         first.write_text("first")
         with (
@@ -66,7 +70,7 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_text() == "first"
 
 
-def test_a_folder_takes_the_place_of_another_with_all_that_it_holds(tmp_path: Path) -> None:
+def test_a_folder_replaces_another_with_everything_in_it(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with replacing_folder(tmp_path / "x") as temporary:
             (temporary / name).mkdir()
@@ -96,10 +100,10 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_kill_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+def test_the_rest_of_a_killed_folder_is_removed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
-    for left in (".x.part", ".x.old.part"):  # killed before, and between, the two renames
+    for left in (".x.part", ".x.old.part"):  # killed before, or between, the two renames
         (tmp_path / left / "deep").mkdir(parents=True)
         (tmp_path / left / "deep" / "file").write_text("half")
         (tmp_path / left / "link").symlink_to(outside)
@@ -108,7 +112,7 @@ def test_what_a_kill_left_of_a_folder_is_removed(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [outside, tmp_path / "x"]
 
 
-def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
+def test_a_second_writer_of_a_folder_is_refused(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "x") as first:
         (first / "file").write_text("first")
         with (
@@ -119,7 +123,7 @@ def test_two_writers_of_one_folder_do_not_mix(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "file").read_text() == "first"
 
 
-def test_a_second_name_is_a_link_where_it_can_be_and_else_a_copy(
+def test_a_second_name_is_a_link_if_possible_else_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_text("content")

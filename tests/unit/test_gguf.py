@@ -1,4 +1,4 @@
-"""Reading a GGUF is strict and agrees with gguf-py; writing one streams, and appears whole or not at all."""
+"""The reader is strict and agrees with gguf-py; the writer streams, and writes all or nothing."""
 
 import struct
 import time
@@ -52,7 +52,7 @@ def test_reader_agrees_with_gguf_py(sample: Path) -> None:
         assert ours.ranges[tensor.name].size == tensor.n_bytes
 
 
-def test_a_copy_made_from_the_parsed_parts_is_the_same_file(sample: Path, tmp_path: Path) -> None:
+def test_a_copy_from_the_parsed_parts_is_identical(sample: Path, tmp_path: Path) -> None:
     opened, copy = reader.read(sample), tmp_path / "copy.gguf"
     write(
         copy,
@@ -69,12 +69,12 @@ def test_a_vocabulary_of_real_size_opens_fast(tmp_path: Path) -> None:
     write(path, metadata, [])
     start = time.process_time()
     opened = reader.read(path)
-    assert time.process_time() - start < 2  # 0.05 s where nothing else runs; gguf-py takes seconds
+    assert time.process_time() - start < 2  # 0.05 s on an idle machine; gguf-py takes seconds
     assert len(opened.metadata["tokens"]) == len(words) and opened.get("tokens") == words
 
 
-def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: Path) -> None:
-    """The same is not walked through again; one of as many tokens, or of the same to some place, is."""
+def test_a_similar_vocabulary_is_not_taken_for_the_last_one(tmp_path: Path) -> None:
+    """An equal vocabulary is skipped at once; one of equal size or with an equal start is not."""
     words, raw = [f"token {i}" for i in range(12_000)], dict[str, bytes]()
     for name, last in (
         ("first", "token 11999"),
@@ -97,14 +97,14 @@ def test_a_vocabulary_like_that_of_the_file_before_is_read_for_itself(tmp_path: 
     assert 12_000 in reader._last_strings
 
 
-def test_what_was_written_is_what_is_read(sample: Path, tmp_path: Path) -> None:
+def test_fill_returns_what_read_returns(sample: Path, tmp_path: Path) -> None:
     opened, copy = reader.read(sample), tmp_path / "copy.gguf"
     tensors = list(reversed(reader.contents(opened)))
     assert fill(copy, opened.metadata, tensors) == reader.read(copy)
 
 
-def test_of_what_a_file_had_before_nothing_stays(sample: Path, tmp_path: Path) -> None:
-    """Padding and the end are written, too; in place, as its memory is used again."""
+def test_an_overwritten_file_keeps_no_old_bytes(sample: Path, tmp_path: Path) -> None:
+    """Padding and the end included; in place, so that its pages are used again."""
     opened, copy = reader.read(sample), tmp_path / "copy.gguf"
     uneven = TensorInfo("uneven", (3, 5), GGMLQuantizationType.F16)
     tensors = [(uneven, [memoryview(bytes(range(30)))]), *reader.contents(opened)]
@@ -190,7 +190,9 @@ HOSTILE = {
     "zero rows": packed(tensors=1, rest=tensor(shape=(4, 0)) + PADDING),
     "product overflows": packed(tensors=1, rest=tensor(shape=(1 << 32, 1 << 32)) + PADDING),
     "unknown tensor type": packed(tensors=1, rest=tensor(kind=4) + PADDING),
-    "row no multiple of the block": packed(tensors=1, rest=tensor(shape=(100,), kind=8) + PADDING),
+    "row not a multiple of the block": packed(
+        tensors=1, rest=tensor(shape=(100,), kind=8) + PADDING
+    ),
     "name too long for ggml": packed(tensors=1, rest=tensor(name=b"n" * 64) + PADDING),
     "name twice": packed(tensors=2, rest=tensor() + tensor(offset=32) + PADDING),
     "gap before the data": packed(tensors=1, rest=tensor(offset=32) + PADDING),
@@ -207,7 +209,7 @@ def test_a_hostile_file_is_refused(tmp_path: Path, content: bytes) -> None:
         reader.read(path)
 
 
-def test_every_truncation_is_refused_or_lacks_only_padding(sample: Path, tmp_path: Path) -> None:
+def test_every_truncation_of_the_data_is_refused(sample: Path, tmp_path: Path) -> None:
     whole, cut = sample.read_bytes(), tmp_path / "cut.gguf"
     end = max(piece.offset + piece.size for piece in reader.read(sample).ranges.values())
     for length in range(0, end, 7):

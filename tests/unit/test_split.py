@@ -31,7 +31,7 @@ M = 10**6
 
 
 def edges(path: Path) -> Path:
-    """Two tensors that fill a megabyte exactly, one row, odd metadata types, and keys of a merge."""
+    """Two tensors that fill a megabyte exactly, one row, odd metadata types, keys of a merge."""
     metadata = {
         "general.architecture": Value.of("qwen35", GGUFValueType.STRING),
         "split.count": Value.of(0, GGUFValueType.UINT16),

@@ -10,7 +10,7 @@ _NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
 
 
 def quantizable(info: TensorInfo) -> bool:
-    """Whether llama-quantize changes this tensor: a matrix that is not a norm, router or convolution.
+    """Whether llama-quantize changes a tensor: a matrix that is not a norm, router or convolution.
 
     Source: `tensor_allows_quantization` in llama.cpp's `llama-quant.cpp`.
     """

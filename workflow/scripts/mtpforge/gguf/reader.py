@@ -74,7 +74,7 @@ class Gguf:
             raise GgufError(f"{self.path}: {key}: {error}") from None
 
     def need(self, key: str, kind: type) -> Any:
-        """The value of `key`. Raises GgufError if it is missing or not of the Python type `kind`."""
+        """The value of `key`. Raises GgufError if it is missing or not a `kind`."""
         value = self.get(key)
         if type(value) is not kind:
             problem = "missing" if value is None else "of the wrong type"

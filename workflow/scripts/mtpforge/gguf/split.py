@@ -1,8 +1,8 @@
 """Split GGUFs, for hosts that limit the size of a file: reading, writing and checking them.
 
 Splitting produces the bytes of `llama-gguf-split --split-max-size`, with three differences:
-- A tensor larger than the limit is refused. llama-gguf-split writes a file above the limit, or fails
-  if that tensor is the first one.
+- A tensor larger than the limit is refused. llama-gguf-split writes a file above the limit, or
+  fails if that tensor is the first one.
 - A GGUF that fits into one file keeps a name without a number, because Ollama cannot pull shards.
 - The files appear together or not at all.
 
@@ -152,7 +152,7 @@ def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:
 
 
 def check_target(source: Path, folder: Path, stem: str) -> None:
-    """Raise ConfigError if `stem` cannot begin a file name, or if replacing `folder` would lose files."""
+    """Raise ConfigError if `stem` cannot begin a file name, or if `folder` has other files."""
     if not re.fullmatch(r"[^./\0][^/\0]*", stem):
         raise ConfigError(f"{stem!r} cannot begin a file name")
     folder = folder.resolve()
@@ -174,7 +174,7 @@ def check_target(source: Path, folder: Path, stem: str) -> None:
 
 def _write(source: Gguf, planned: list[list[TensorInfo]], files: list[Path]) -> None:
     for number, infos in enumerate(planned):
-        # llama-gguf-split drops leading ones too: ggml does not tell a one-row matrix from a vector.
+        # As llama-gguf-split does: ggml does not distinguish a one-row matrix from a vector.
         tensors = [
             (replace(info, shape=drop_leading_ones(info.shape)), [source.ranges[info.name]])
             for info in infos
@@ -183,7 +183,7 @@ def _write(source: Gguf, planned: list[list[TensorInfo]], files: list[Path]) -> 
 
 
 def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
-    """The metadata of shard `number`, counted from 0; the first shard also has the source's keys."""
+    """The metadata of shard `number`, counted from 0; the first one also has the source's keys."""
     own = {
         "split.no": Value.of(number, GGUFValueType.UINT16),
         "split.tensors.count": Value.of(len(source.tensors), GGUFValueType.INT32),
@@ -199,7 +199,7 @@ def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
 
 
 def check(source: Gguf, files: Sequence[Path]) -> list[str]:
-    """The faults of `files` as the shards of `source`; an empty list if llama.cpp finds all in them.
+    """The faults of `files` as the shards of `source`; none if llama.cpp finds everything in them.
 
     File names and `split.*` keys must be as llama.cpp needs them, the metadata must be that of the
     source, and each of its tensors must be in exactly one file, byte for byte. Raises OSError.

@@ -1,7 +1,8 @@
-"""Files, and folders of them, that appear whole or not at all.
+"""Files, and folders of files, that appear whole or not at all.
 
-A file is written under a hidden temporary name in its own directory, flushed to the disk, and renamed. A reader of the
-final name therefore sees the old file, or the whole new one; a killed run leaves only the temporary name behind.
+A file is written under a hidden temporary name in its own folder, flushed to the disk and renamed.
+Readers of the final name see the old file or the complete new one; a killed run leaves only the
+temporary name behind.
 """
 
 import fcntl
@@ -18,24 +19,18 @@ from mtpforge.errors import ForgeError
 
 @contextmanager
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on any error remove it.
+    """Yield a temporary path; on success flush it and rename it to `path`, on any error remove it.
 
-    Raises ForgeError where another process is writing the same file. What a killed run left behind is removed or, with `keep`,
-    which also leaves it after an error, to be gone on from.
+    What a killed run left behind is removed. With `keep`, it is kept to be resumed, also after an
+    error. Raises ForgeError if another process is writing the same file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = _open_locked(temporary, path, os.O_RDWR | os.O_CREAT)
+    if not keep and os.fstat(lock).st_size:
+        lock = _start_over(lock, temporary, path)
     try:
-        _lock(lock, temporary, path)
-        if (
-            not keep and os.fstat(lock).st_size
-        ):  # a program that outlived the run may still be writing into it
-            temporary.unlink()
-            left, lock = lock, os.open(temporary, os.O_RDWR | os.O_CREAT, 0o644)
-            os.close(left)
-            _lock(lock, temporary, path)
         try:
             yield temporary
             sync(temporary)
@@ -44,107 +39,69 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
             if not keep:
                 temporary.unlink(missing_ok=True)
             raise
-        sync(path.parent)  # the rename itself must survive a power cut
+        sync(path.parent)  # or a power cut can undo the renaming
     finally:
         os.close(lock)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success fsync all in it and rename it to `path`, else remove it.
+    """Yield an empty temporary folder; on success flush it and rename it to `path`, else remove it.
 
-    A folder of that name is replaced with all that it holds; a reader may find none for a moment, but never half of one.
-    Raises ForgeError where another process is writing the same folder. What a killed run left behind is removed.
+    An existing folder `path` is replaced with everything in it. A reader may find no folder for a
+    moment, but never an incomplete one. What a killed run left behind is removed. Raises ForgeError
+    if another process is writing the same folder.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = (
-        path.with_name(f".{path.name}.part"),
-        path.with_name(f".{path.name}.old.part"),
-    )
-    temporary.mkdir(exist_ok=True)
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        _lock(lock, temporary, path)
+    temporary = path.with_name(f".{path.name}.part")
+    replaced = path.with_name(f".{path.name}.old.part")
+    with _locked_folder(temporary, path):
         try:
-            _empty(temporary)
             yield temporary
             for written in (*temporary.rglob("*"), temporary):
                 sync(written)
             shutil.rmtree(replaced, ignore_errors=True)
-            if path.is_dir():
-                os.replace(
-                    path, replaced
-                )  # a folder cannot be renamed over one that holds something
+            if path.is_dir():  # a folder cannot be renamed to one that is not empty
+                os.replace(path, replaced)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 @contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder beside the file that is to be made, on the disk that has the room; removed in the end.
+    """Yield an empty hidden folder next to `beside`, on the same disk; remove it at the end.
 
-    Raises ForgeError where another process is making the same file. What a killed run left behind is removed.
+    What a killed run left behind is removed. Raises ForgeError if another process is using the
+    same folder.
     """
     folder = beside.with_name(f".{beside.name}.scratch")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(lock, folder, beside)
+    with _locked_folder(folder, beside):
         try:
-            _empty(folder)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    """Remove what a folder holds, but not the folder, which is locked."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _lock(lock: int, temporary: Path, path: Path) -> None:
-    """Lock what is temporary; the kernel releases it with the process, however that ends. Raises ForgeError."""
-    with suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = (
-                os.fstat(lock).st_ino == temporary.stat().st_ino
-            )  # not one that its writer has just renamed
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise ForgeError(f"{path}: another process is writing it: wait for that one, or end it")
 
 
 def refuse_overwriting(out: Path, *inputs: Path | None) -> None:
-    """Raise ForgeError where writing `out` would destroy an input, a file or anything in a folder."""
+    """Raise ForgeError if writing `out` would destroy an input: a file, or anything in a folder."""
     for given in inputs:
         if given is not None and out.resolve().is_relative_to(given.resolve()):
-            raise ForgeError(f"{out}: is an input, or inside one: --out must name another file")
+            raise ForgeError(f"{out}: is an input, or inside one: name another output file")
 
 
 def give_name(source: Path, target: Path) -> None:
-    """Let `target` be the same bytes as `source`, as a second name of the file where the file system can."""
+    """Make `target` the same file as `source`: a hard link if the file system can, else a copy."""
     with replacing(target) as temporary:
-        temporary.unlink()  # a link cannot be made over a file
+        temporary.unlink()  # a link cannot replace a file
         link_or_copy(source, temporary)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, without a second copy on the disk where the file system can. Raises OSError."""
+    """Make `target` a hard link to `source`, or a copy if that fails. Raises OSError."""
     try:
         os.link(source, target)
     except OSError:
@@ -152,20 +109,76 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small UTF-8 text file in one piece."""
+    """Write a small UTF-8 text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, in the order given, ending in a newline."""
+    """Write a JSON file, keys in the order given, ending in a newline."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Flush one file or directory to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
+    """Make `folder`, lock it and empty it. Raises ForgeError if another process has locked it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open_locked(folder, target, os.O_RDONLY)
+    try:
+        _empty(folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, but not the folder, which is locked."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _start_over(lock: int, temporary: Path, target: Path) -> int:
+    """Use a new temporary file: a program that outlived its run may still write into the old one."""
+    try:
+        temporary.unlink()
+        return _open_locked(temporary, target, os.O_RDWR | os.O_CREAT)
+    finally:
+        os.close(lock)
+
+
+def _open_locked(temporary: Path, target: Path, flags: int) -> int:
+    """Open and lock a temporary file or folder; the kernel unlocks it when the process ends.
+
+    Raises ForgeError if another process has locked it.
+    """
+    lock = os.open(temporary, flags, 0o644)
+    try:
+        _lock(lock, temporary, target)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _lock(descriptor: int, temporary: Path, target: Path) -> None:
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may just have renamed the file that we opened.
+            ours = os.fstat(descriptor).st_ino == temporary.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")

@@ -1,8 +1,8 @@
-"""Bytes on their way into a file: ranges of other files, or buffers, copied without holding them in memory.
+"""Copying byte ranges of files, and buffers, into a file without holding them in memory.
 
-Ranges go through the kernel where it can (`copy_file_range`) and through a bounded buffer elsewhere. File systems that can
-share what two files have in common (Btrfs, XFS) do so in that call for whole blocks, if a range goes to the place in a block
-that it comes from; then nothing is copied. An I/O error is never taken for "not supported".
+The kernel copies ranges if it can (`copy_file_range`). Btrfs and XFS then share whole blocks
+instead of copying them, if a range has the same offset within a block in both files. Otherwise a
+bounded buffer is used. An I/O error is never taken for "not supported".
 """
 
 import errno
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 CHUNK = 16 << 20
-BLOCK = 4096  # bytes that a file system shares or moves as one, or a multiple of that
+BLOCK = 4096
+"""Bytes of a file system's block, or a multiple of it: the unit in which blocks are shared."""
+
 _UNSUPPORTED = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -32,23 +34,28 @@ Payload: TypeAlias = Iterable[FileRange | memoryview]
 
 
 class Sink:
-    """A place in a file at which ranges of others, or buffers, are written; that they go to the disk starts at once.
+    """Appends ranges of other files, and buffers, to a file, and starts to flush them at once.
 
-    Without that, the system lets gigabytes gather in memory, and the final fsync takes as long again as the copying.
+    Otherwise gigabytes of unwritten data pile up in memory, and the final fsync takes as long again
+    as the copying.
     """
 
     def __init__(
-        self, descriptor: int, grown: Callable[[int], None] = lambda size: None, size: int = 0, flush: bool = True
-    ) -> None:  # fmt: skip
-        """`size` is the position at which the descriptor stands; `grown` gets it after each step.
-
-        Without `flush` no writing to the disk is started.
-        """
-        self.descriptor, self.size, self._started, self._grown = descriptor, size, size, grown
+        self,
+        descriptor: int,
+        grown: Callable[[int], None] = lambda size: None,
+        size: int = 0,
+        flush: bool = True,
+    ) -> None:
+        """`size` is the descriptor's position in the file; `grown` gets it after each step."""
+        self.descriptor = descriptor
+        self.size = size
+        self._grown = grown
+        self._flushed = size
         self._flush = flush and hasattr(os, "posix_fadvise")
 
     def append(self, payload: Payload) -> int:
-        """Write all of `payload`; the number of bytes written. Raises OSError."""
+        """Write all of `payload`; return the number of bytes written. Raises OSError."""
         before = self.size
         for piece in payload:
             if isinstance(piece, FileRange):
@@ -57,20 +64,19 @@ class Sink:
                 self._append_buffer(piece)
         return self.size - before
 
+    def flush(self) -> None:
+        """Start to write what was appended since the last call to the disk."""
+        if self._flush:
+            # Linux keeps dirty pages in memory and only starts to write them.
+            size = self.size - self._flushed
+            os.posix_fadvise(self.descriptor, self._flushed, size, os.POSIX_FADV_DONTNEED)
+            self._flushed = self.size
+
     def _grow(self, count: int) -> None:
         self.size += count
         self._grown(self.size)
-        if self.size - self._started >= CHUNK:
+        if self.size - self._flushed >= CHUNK:
             self.flush()
-
-    def flush(self) -> None:
-        """Let what has come since the last time be written to the disk."""
-        if self._flush:
-            # Pages that are still to be written stay in memory; Linux only begins to write them.
-            os.posix_fadvise(
-                self.descriptor, self._started, self.size - self._started, os.POSIX_FADV_DONTNEED
-            )
-            self._started = self.size
 
     def _append_buffer(self, buffer: memoryview) -> None:
         rest = buffer.cast("B")
@@ -93,17 +99,17 @@ class Sink:
             os.close(source)
 
     def _kernel_copy(self, source: int, piece: FileRange) -> int:
-        """Copy as much as the kernel will; the bytes copied, which is 0 where it does not support the pair of files."""
+        """Copy as much as the kernel will; return the bytes copied, 0 if it does not support it."""
         if not hasattr(os, "copy_file_range"):
             return 0
-        done, limit = 0, CHUNK
+        done = 0
+        limit = CHUNK
         if (piece.offset - self.size) % BLOCK == 0:
-            limit = -piece.offset % BLOCK or CHUNK  # from the next block on, it can be shared
+            limit = -piece.offset % BLOCK or CHUNK  # from the next block on, blocks can be shared
         while done < piece.size:
+            count = min(limit, piece.size - done)
             try:
-                step = os.copy_file_range(
-                    source, self.descriptor, min(limit, piece.size - done), piece.offset + done
-                )
+                step = os.copy_file_range(source, self.descriptor, count, piece.offset + done)
             except OSError as error:
                 if error.errno in _UNSUPPORTED and done == 0:
                     return 0
@@ -117,7 +123,7 @@ class Sink:
 
 
 def forget(piece: FileRange) -> None:
-    """Free the memory that holds a range of a file, where the system can, but for what is still to be written to the disk."""
+    """Drop a range from the page cache, if the system can; unwritten data stays."""
     with suppress(OSError, AttributeError):
         descriptor = os.open(piece.path, os.O_RDONLY)
         try:
@@ -127,9 +133,10 @@ def forget(piece: FileRange) -> None:
 
 
 def sha256(piece: FileRange) -> str:
-    """The digest of a range of a file, read once and not held."""
-    digest, left = hashlib.sha256(), piece.size
-    buffer = memoryview(bytearray(min(left, 1 << 20)))  # stays in the processor's cache
+    """The sha256 of a range of a file, which is read once and not held in memory."""
+    digest = hashlib.sha256()
+    left = piece.size
+    buffer = memoryview(bytearray(min(left, 1 << 20)))  # fits into the processor's cache
     with piece.path.open("rb", buffering=0) as file:
         file.seek(piece.offset)
         while left and (count := file.readinto(buffer[:left])):

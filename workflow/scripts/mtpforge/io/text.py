@@ -1,4 +1,4 @@
-"""Text and JSON from files that others wrote: limited in size, valid UTF-8, strict JSON."""
+"""Reading text and JSON that others wrote: limited in size, valid UTF-8, strict JSON."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,19 @@ from typing import Any
 from mtpforge.errors import CheckpointError
 
 TEXT_LIMIT = 200 << 20
+"""Bytes; no real tokenizer.json comes near it."""
 
 
 def read_text(path: Path) -> str:
-    """A text file of a checkpoint. Raises CheckpointError when it is missing, no regular file, too large, or not UTF-8."""
+    """The text of a checkpoint's file.
+
+    Raises CheckpointError if it is missing, not a regular file, too large, or not UTF-8.
+    """
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file")
         if path.stat().st_size > TEXT_LIMIT:
-            raise CheckpointError(
-                f"{path}: larger than any real one ({TEXT_LIMIT >> 20} MB): not read"
-            )
+            raise CheckpointError(f"{path}: larger than {TEXT_LIMIT >> 20} MB, so not read")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing: is the checkpoint complete?") from None
@@ -26,20 +28,20 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """The object in the text of a JSON file. Raises CheckpointError when it is no object."""
+    """The object in the text of the JSON file `path`. Raises CheckpointError if it is invalid."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
+        raise CheckpointError(f"{path}: must be a JSON object")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError when it is missing, too large, or not an object."""
+    """The object in a JSON file. Raises CheckpointError as `read_text` and `parse_json` do."""
     return parse_json(path, read_text(path))
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
