@@ -31,7 +31,7 @@ rule convert:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.tokenizer} --out {output.file:q} --digests {output.digests:q} 2>&1 | tee {log:q}"
+        " {params.tokenizer} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
 
 
 rule convert_upstream:
@@ -59,6 +59,7 @@ rule convert_upstream:
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
         " {params.tokenizer} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
+        " >> {log:q} 2>&1"
 
 
 rule mmproj:
@@ -81,4 +82,4 @@ rule mmproj:
         "{wildcards.model}: convert the vision tower with llama.cpp's converter"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part mmproj"
-        " --log {log:q} --out {output.file:q} --digests {output.digests:q}"
+        " --log {log:q} --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"

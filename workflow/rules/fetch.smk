@@ -28,7 +28,7 @@ checkpoint resolve:
         "list {wildcards.repo} at {wildcards.revision}"
     shell:
         "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule fetch:
@@ -52,7 +52,7 @@ rule fetch:
         "fetch {wildcards.file} of {wildcards.repo}"
     shell:
         "python {input.code[0]:q} {input.listing:q} {wildcards.file:q} --folder {params.folder:q}"
-        " --head {params.head:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --head {params.head:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule fetch_head:
@@ -74,7 +74,7 @@ rule fetch_head:
         "fetch only the head of {wildcards.repo}"
     shell:
         "python {input.code[0]:q} {input.listing:q} --folder {params.folder:q}"
-        " --whole {params.whole:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --whole {params.whole:q} --out {output:q} > {log:q} 2>&1"
 
 
 # snakemake --cores 1 add --config repo=OWNER/NAME

@@ -30,4 +30,4 @@ rule inject:
     shell:
         "python {input.code[0]:q} {params.base:q} --head {input.head:q}"
         " --head-type {params.head_type:q} --head-tensors {input.head_recipe:q} {params.options}"
-        " --digests {output.trunk:q} --out {output.file:q} 2>&1 | tee {log:q}"
+        " --digests {output.trunk:q} --out {output.file:q} > {log:q} 2>&1"

@@ -28,7 +28,7 @@ rule reference_logits:
         "{wildcards.model}: BF16 logits on {input.text}"
     shell:
         "python {input.code[0]:q} {input.model:q} --text {input.text:q} --chunks {params.chunks}"
-        " --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
+        " --threads {threads} --out {output:q} > {log:q} 2>&1"
 
 
 rule measure:
@@ -57,7 +57,7 @@ rule measure:
         "{wildcards.model}: measure {wildcards.variant}"
     shell:
         "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} {params.options}"
-        " --threads {threads} --out {output:q} 2>&1 | tee {log:q}"
+        " --threads {threads} --out {output:q} > {log:q} 2>&1"
 
 
 rule summary:
@@ -75,4 +75,4 @@ rule summary:
         "summarize all verified and measured files"
     shell:
         "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --out {output:q} > {log:q} 2>&1"

@@ -28,7 +28,7 @@ rule materials:
         "{wildcards.model}: list the checkpoint's files with their sha256"
     shell:
         "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " > {log:q} 2>&1"
 
 
 rule provenance:
@@ -56,7 +56,7 @@ rule provenance:
     shell:
         "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q}"
         " --source {input.source:q} {params.materials} --toolchain {input.toolchain:q}"
-        " --locks {input.locks:q} --code {input.programs:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --locks {input.locks:q} --code {input.programs:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule card:
@@ -83,7 +83,7 @@ rule card:
         "python {input.code[0]:q} --files {input.files:q} --reports {input.reports:q}"
         " --measurements {input.measurements:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
-        " --template {input.template:q} --out {output:q} 2>&1 | tee {log:q}"
+        " --template {input.template:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule sums:
@@ -104,7 +104,7 @@ rule sums:
         "{wildcards.model}: list all published files"
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
-        " --others {input.card:q} {input.statements:q} {input.measurements:q} 2>&1 | tee {log:q}"
+        " --others {input.card:q} {input.statements:q} {input.measurements:q} > {log:q} 2>&1"
 
 
 # snakemake --cores 1 publish [--config dry_run=true]

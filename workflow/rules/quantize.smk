@@ -48,7 +48,7 @@ rule imatrix:
         "{wildcards.model}: importance matrix from {input.text}"
     shell:
         "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads}"
-        " --log {log:q} --out {output:q}"
+        " --log {log:q} --out {output:q} >> {log:q} 2>&1"
 
 
 # <kind> is `quantized` and <name> a variant, or <kind> is `trunk` or `draft` and <name> a type.
@@ -78,11 +78,11 @@ checkpoint plan:
         options=build.quantize.options,
         imatrix=build.quantize.imatrix_option,
     message:
-        "{wildcards.model}: plan {wildcards.name} ({wildcards.kind}: {params.options})"
+        "{wildcards.model}: plan {wildcards.name} ({wildcards.kind})"
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
         " --digests {input.digests:q} --threads {threads} --pieces {output.pieces:q}"
-        " --out {output.plan:q} 2>&1 | tee {log:q}"
+        " --out {output.plan:q} > {log:q} 2>&1"
 
 
 # The tensors themselves are not outputs, here and below: Snakemake would delete them before they
@@ -115,7 +115,7 @@ rule piece:
     shell:
         "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
         " --piece {wildcards.piece}/{wildcards.pieces} --reuse results --threads {threads}"
-        " --log {log:q} --digests {output.digests:q} --out {params.made:q}"
+        " --log {log:q} --digests {output.digests:q} --out {params.made:q} >> {log:q} 2>&1"
 
 
 rule quantize:
@@ -148,4 +148,4 @@ rule quantize:
         "python {input.code[0]:q} {input.source:q} --plan {input.plan:q} {params.imatrix}"
         " --reuse results --manifest {params.manifest:q} {params.also} --threads {threads}"
         " --log {log:q} --digests {output.digests:q} --out {output.file:q}"
-        " && rm -rf {params.pieces:q}"
+        " >> {log:q} 2>&1 && rm -rf {params.pieces:q}"

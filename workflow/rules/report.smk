@@ -34,7 +34,7 @@ rule plot:
         "{wildcards.model}: draw {wildcards.figure}"
     shell:
         "python {input.code[0]:q} {wildcards.figure} {input.measurements:q} --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " > {log:q} 2>&1"
 
 
 rule plot_tensors:
@@ -57,4 +57,4 @@ rule plot_tensors:
         "{wildcards.model}: draw the tensors of {wildcards.variant}"
     shell:
         "python {input.code[0]:q} tensors {input.report:q} --file {input.file:q} --out {output:q}"
-        " 2>&1 | tee {log:q}"
+        " > {log:q} 2>&1"

@@ -36,7 +36,7 @@ rule toolchain:
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
         " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}"
-        " 2>&1 | tee {log:q}"
+        " > {log:q} 2>&1"
 
 
 rule converter:
@@ -54,4 +54,4 @@ rule converter:
         "converter: set up llama.cpp's converter with its own environment (1 GB)"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --lock {input.lock:q}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --out {output:q} > {log:q} 2>&1"

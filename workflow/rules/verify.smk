@@ -26,7 +26,7 @@ rule acceptance:
         "{wildcards.model}: acceptance of the BF16 file, to compare quantizations with"
     shell:
         "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads}"
-        " --out {output:q} 2>&1 | tee {log:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule verify:
@@ -62,7 +62,7 @@ rule verify:
         "python {input.code[0]:q} {input.file:q} {params.source} --tensors {input.recipe:q}"
         " --head-tensors {input.head_recipe:q} --prompts {params.prompts:q} {params.options}"
         " --threads {threads}"
-        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+        " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"
         " && rm -f {params.kept:q}"
 
 
@@ -119,7 +119,7 @@ rule verify_sidecar:
         " {params.tokenizer} --digests {input.digests:q}"
         " --type {wildcards.type} --head {wildcards.type} {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
-        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+        " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"
 
 
 rule verify_mmproj:
@@ -145,4 +145,4 @@ rule verify_mmproj:
     shell:
         "python {input.code[0]:q} {input.file:q} --digests {input.digests:q}"
         " --target {input.target:q} --threads {threads}"
-        " --publish {output.file:q} --out {output.report:q} 2>&1 | tee {log:q}"
+        " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"

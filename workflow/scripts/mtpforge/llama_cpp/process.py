@@ -68,16 +68,15 @@ def call(
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
     cwd: Path | None = None,
-    append: bool = False,
 ) -> None:
-    """Run a program to its end, its output into `log` (with `append`, after what is there).
+    """Run a program to its end, its output appended to `log`.
 
     `environment` is all that the program gets of one; None passes on our own, without defaults for llama.cpp's options, which
     would change what it makes. `name` is what messages call it. Raises ToolchainError with the reason that it gave.
     """
     name, tail, shown = name or Path(command[0]).name, deque[str](maxlen=8), time.monotonic()
     with (
-        (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
+        (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
         _heard(command, environment, cwd) as process,
     ):
         assert process.stdout is not None

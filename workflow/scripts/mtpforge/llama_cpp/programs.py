@@ -25,7 +25,7 @@ Argument = str | int | Path
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """A folder of llama.cpp programs, the threads they get (0: all processors), and their log."""
+    """A folder of llama.cpp programs, the threads they get (0: all processors), and a log to append to."""
 
     folder: Path = DEFAULT_FOLDER
     threads: int = 0
@@ -47,11 +47,11 @@ class LlamaCpp:
         return path.resolve()
 
     def quantize(self, arguments: Iterable[Argument], cwd: Path) -> None:
-        """Run llama-quantize in `cwd`; its output is appended to the log. Raises ToolchainError."""
+        """Run llama-quantize in `cwd`. Raises ToolchainError."""
         program = self.find("llama-quantize")
         buffer = BUFFER if process.knows(program, BUFFER[0]) else ()  # b10605 lacks the option
         threads = (self.threads,) if self.threads else ()
-        self._call([program, *buffer, *arguments, *threads], cwd, append=True)
+        self._call([program, *buffer, *arguments, *threads], cwd)
 
     def dry_runs(self, runs: Iterable[Sequence[Argument]], cwd: Path) -> list[str]:
         """What several `llama-quantize --dry-run` print, run side by side. Raises ToolchainError."""
@@ -82,10 +82,8 @@ class LlamaCpp:
         with started(command, model, log, options) as server:
             yield server
 
-    def _call(
-        self, command: Iterable[Argument], cwd: Path | None = None, append: bool = False
-    ) -> None:
-        process.call(list(map(_word, command)), self.log, cwd=cwd, append=append)
+    def _call(self, command: Iterable[Argument], cwd: Path | None = None) -> None:
+        process.call(list(map(_word, command)), self.log, cwd=cwd)
 
 
 def _word(argument: Argument) -> str:

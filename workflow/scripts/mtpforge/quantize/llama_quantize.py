@@ -91,7 +91,7 @@ def run(
             file_type,
             *([str(threads)] if threads else []),
         ]
-        process.call(command, log, cwd=place, append=True)
+        process.call(command, log, cwd=place)
     written = reader.read(out)  # whatever it wrote must at least be whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
         raise ToolchainError(
