@@ -230,6 +230,21 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
     )
 
 
+# ── other programs ──
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_check_of_programs_has_the_name_that_it_is_given(tmp_path: Path, status: int) -> None:
+    program = tmp_path / "llama-gguf-split"
+    program.write_text(f"#!/bin/sh\nexit {status}\n")
+    program.chmod(0o755)
+    opened = Gguf(tmp_path / "x.gguf", {}, {}, {})
+    (check,) = running.check_programs(
+        opened, request.Request(prompts=("x",)), tmp_path, name="files open"
+    )
+    assert check.name == "files open" and check.passed == (status == 0)
+
+
 # ── templates ──
 
 

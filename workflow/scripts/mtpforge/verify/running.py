@@ -215,13 +215,13 @@ def check_programs(
                 "-t",
                 threads,
             ]
-        for name, arguments in commands.items():
+        for program, arguments in commands.items():
             try:
-                process.call([programs.find(bin_dir, name), *arguments])
+                process.call([programs.find(bin_dir, program), *arguments])
             except ForgeError as error:
-                return [Check("programs", False, str(error))]
-            loaded.append(name)
-    return [Check("programs", True, f"{' and '.join(loaded)} can read it")]
+                return [Check(name, False, str(error))]
+            loaded.append(program)
+    return [Check(name, True, f"{' and '.join(loaded)} can read it")]
 
 
 def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
