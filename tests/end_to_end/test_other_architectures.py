@@ -23,10 +23,11 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import llama_quantize
 from mtpforge.quantize.recipe import head_recipe
-from mtpforge.verify.report import verify
 from mtpforge.verify.request import Request
+from mtpforge.verify.verify import verify
 from other_architectures import HIDDEN, MODELS, write_model
 
 CONVERTER = ROOT / "resources" / "converter"
@@ -231,8 +232,8 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
         prompts=prompts,
         min_acceptance=0.95,
     )
-    report = verify(out, request, toolchain)
-    checks = {check["name"]: check["detail"] for check in report["checks"]}
+    report = verify(out, request, LlamaCpp(toolchain, threads=1))
+    checks = {check.name: check.detail for check in report.checks}
     last = ["loading"] if name in UNDRAFTED else ["drafting", "same text"]
     assert (
         list(checks)
@@ -247,12 +248,12 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
             *last,
             "programs",
         ]
-        and report["head"] == "Q8_0"
+        and report.head == "Q8_0"
     )
     if name in UNDRAFTED:
-        assert "drafts" not in report and "cannot draft" in checks["loading"]
+        assert report.drafts is None and "cannot draft" in checks["loading"]
     else:
-        assert report["drafts"] > 100 and report["acceptance"] > 0.95
+        assert report.drafts > 100 and report.acceptance > 0.95
 
 
 def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(
@@ -344,8 +345,8 @@ def test_a_head_is_injected_into_a_quantized_trunk(
         prompts=("def area(",),
         min_acceptance=0.95,
     )
-    report = verify(out, request, toolchain)
-    assert {check["name"] for check in report["checks"]} >= {
+    report = verify(out, request, LlamaCpp(toolchain, threads=1))
+    assert {check.name for check in report.checks} >= {
         "inventory",
         "values",
         "trunk",

@@ -98,10 +98,10 @@ FAULTS = {
         "norms: 1 is not added to 2 norms", r"blk\.[01]\.attn_norm", shift(-1), variant="BF16"
     ),
     "norms shifted twice": Fault(
-        "norms: 1 is added once too often to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE
+        "norms: 1 is added twice to 7 norms", r"blk\.2\..*norm\.weight", shift(1), MOE
     ),
     "one norm shifted twice": Fault(
-        "norms: 1 is added once too often to blk.2", r"blk\.2\.post_attention_norm", shift(1)
+        "norms: 1 is added twice to blk.2", r"blk\.2\.post_attention_norm", shift(1)
     ),
     "halves": Fault("values: blk.4.nextn.eh_proj.weight", r"eh_proj", swap_halves, variant="BF16"),
     "halves at Q8_0": Fault("values: blk.2.nextn.eh_proj.weight", r"eh_proj", swap_halves, MOE),
@@ -121,7 +121,7 @@ FAULTS = {
         "values: blk.0.ffn_up.weight (Q4_K) has a", r"blk\.0\.ffn_up", swap_first
     ),
     "a scale": Fault(
-        "finite: blk.2.ffn_gate.weight has values that are no numbers", r"blk\.2\.ffn_gate", poison
+        "finite: blk.2.ffn_gate.weight has NaN or infinite values", r"blk\.2\.ffn_gate", poison
     ),
 }
 SHOWN_BY_DIGESTS = {
@@ -277,7 +277,7 @@ def test_another_type_than_asked_for_is_refused(built: Path, fails: Fails, tmp_p
     message = fails(
         "verify.py", file, *asked, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json"
     )
-    assert "not that of Q8_0" in message and "is Q8_0, not Q6_K" in message
+    assert "general.file_type is 15, not 7 (Q8_0)" in message and "is Q8_0, not Q6_K" in message
 
 
 def test_a_trunk_that_is_not_the_bases_is_refused(

@@ -17,7 +17,7 @@ from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
 from mtpforge.hub import head
-from mtpforge.verify.source import head_source
+from mtpforge.verify.digests import head_source
 from sparse import write_35b
 
 REPO = "Owner/model"

@@ -23,8 +23,9 @@ from mtpforge.gguf.split import check, parse_size, plan
 from mtpforge.io import ranges
 from mtpforge.io.ranges import sha256
 from mtpforge.llama_cpp import process, programs
-from mtpforge.verify import request
-from mtpforge.verify.report import publish_split
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.verify.request import Request
+from mtpforge.verify.verify import publish_split
 from splits import split
 
 M = 10**6
@@ -368,7 +369,7 @@ def test_shards_that_do_not_load_are_not_published(source: Path, tmp_path: Path)
     with pytest.raises(
         VerificationError, match=r"x is not published: files load: .*llama-server: missing"
     ):
-        publish_split(source, tmp_path / "x", M, request.Request(prompts=("x",)), bin_dir=tmp_path)
+        publish_split(source, tmp_path / "x", M, Request(prompts=("x",)), LlamaCpp(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -405,7 +406,7 @@ def test_a_verified_file_is_published_in_shards_that_load_and_draft(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--split", "48G"), "--publish names the folder"),
+        (("--split", "48G"), "name the folder with --publish"),
         (("--split", "48", "--publish", "x"), "invalid size '48'"),
         (("--split", "1M", "--publish", "."), "cannot begin"),
         (("--split", "1M", "--publish", SCRIPTS), "give another folder"),

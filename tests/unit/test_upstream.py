@@ -191,7 +191,9 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
 
 def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> None:
     def reason(architecture: str, *names: str) -> str | None:
-        return architectures.undrafted(head_of(tmp_path / "head.gguf", architecture, 5, 3, *names))
+        return architectures.why_not_drafting(
+            head_of(tmp_path / "head.gguf", architecture, 5, 3, *names)
+        )
 
     assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
     assert (

@@ -107,7 +107,7 @@ def test_a_vision_tower_reads_a_picture(results: Path) -> None:
     checks = report(results, "mmproj-tiny-qwen3.5-F16")["checks"]
     assert [(check["name"], check["passed"]) for check in checks] == [
         ("bytes", True),
-        ("seeing", True),
+        ("vision", True),
     ]
 
 

@@ -1,119 +1,124 @@
-"""Check that a GGUF is what was asked for and that its multi-token-prediction head drafts; exit code 1 where it is not.
+"""Check that a GGUF is what was requested and that its MTP head drafts; exit code 1 if not.
 
 example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --head Q8_0 --out report.json
 """
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import cli, errors, progress
+from mtpforge import cli, errors, prompts
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_target, parse_size, plan
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
-from mtpforge.prompts import PROMPTS, read_prompts
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import read_recipe
-from mtpforge.verify.report import publish_split, verify
-from mtpforge.verify.request import Request, as_table
-from mtpforge.verify.source import head_source
+from mtpforge.verify.digests import head_source
+from mtpforge.verify.report import Report, as_table
+from mtpforge.verify.request import Request
+from mtpforge.verify.verify import publish_split, verify
 
 
 def main() -> None:
-    """Parse the command line, verify, and publish where that is asked for."""
+    """Parse the command line, verify, and publish if that is requested."""
+    parser = _parser()
+    args = parser.parse_args()
+    if args.head_tensors and not args.head:
+        parser.error("--head-tensors needs --head")
+    request = _request(args)
+    inputs = (args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk)
+    for out in filter(None, (args.out, args.publish)):
+        atomic.refuse_overwriting(out, *inputs, args.target)
+    limit = _limit(args.split, args.file, args.publish)
+    llama = programs.from_options(args)
+    try:
+        report = verify(args.file, request, llama)
+    except errors.VerificationError as error:
+        print(error.table, end="")
+        raise
+    if args.head_record:
+        report = replace(report, head_source=head_source(args.head_record))
+    if args.publish:
+        report = _publish(args, report, limit, request, llama)
+    report.write(args.out)
+    print(as_table(report.file, report.checks))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="F.gguf")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=Path, help="what the file was made of: compare inventory and head"
+        "--checkpoint", type=Path, metavar="DIR", help="compare the file with this checkpoint"
     )
     source.add_argument(
-        "--reference", type=Path, metavar="BF16.gguf", help="the same, of convert_upstream.py"
+        "--reference", type=Path, metavar="BF16.gguf", help="compare it with convert_upstream.py's"
     )
     parser.add_argument(
-        "--digests",
-        type=Path,
-        metavar="FILE",
-        help="sha256 of its tensors, as convert.py or quantize.py wrote them",
-    )
+        "--digests", type=Path, metavar="FILE",
+        help="sha256 of its tensors, recorded by convert.py or quantize.py",
+    )  # fmt: skip
     trunk = parser.add_mutually_exclusive_group()
+    trunk.add_argument("--base", type=Path, metavar="GGUF", help="compare the trunk with this base")
     trunk.add_argument(
-        "--base", type=Path, help="what the head was injected into: compare the trunk"
-    )
-    trunk.add_argument(
-        "--trunk", type=Path, metavar="FILE", help="the same, as inject.py --digests recorded it"
+        "--trunk", type=Path, metavar="FILE", help="the base's sha256 from inject.py --digests"
     )
     parser.add_argument(
-        "--target", type=Path, metavar="GGUF", help="the file is a draft sidecar for this model"
-    )
+        "--target", type=Path, metavar="GGUF",
+        help="the model of a draft sidecar or a vision tower",
+    )  # fmt: skip
     parser.add_argument(
-        "--head-record",
-        type=Path,
-        metavar="FILE",
-        help="of fetch_head.py: how far the head is to be trusted",
-    )
-    parser.add_argument("--type", metavar="T", help="the file type that was asked for")
-    parser.add_argument(
-        "--head", metavar="T", help="the head's type that was asked for, none if no head was"
-    )
-    parser.add_argument(
-        "--head-tensors",
-        type=Path,
-        metavar="FILE",
-        help="exceptions from --head that were asked for",
-    )
-    parser.add_argument(
-        "--tensors", type=Path, metavar="FILE", help="the recipe that was asked for"
-    )
-    parser.add_argument(
-        "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as convert.py was told"
-    )
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="DIR",
-        default=PROMPTS,
-        help="folder of *.txt prompts to draft on",
-    )
-    parser.add_argument(
-        "--min-acceptance",
-        type=float,
-        default=0.1,
-        help="share of drafts to be accepted (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--unquantized",
-        type=Path,
-        metavar="FILE",
-        help="of acceptance.py, on the BF16 file of the same model",
-    )
-    parser.add_argument(
-        "--max-acceptance-drop",
-        type=float,
-        default=0.2,
-        help="below that of it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--perplexity", action="store_true", help="llama-perplexity must load it too"
-    )
+        "--head-record", type=Path, metavar="FILE",
+        help="record of fetch_head.py: put into the report how far the head is trusted",
+    )  # fmt: skip
+    _add_requested(parser)
+    _add_thresholds(parser)
+    prompts.add_option(parser)
+    programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
     parser.add_argument(
-        "--publish", type=Path, metavar="FILE", help="the final name, given once it has passed"
+        "--publish", type=Path, metavar="FILE", help="name that the file gets if it passes"
     )
     parser.add_argument(
-        "--split", metavar="SIZE", help="publish a folder, of files of at most this size: 500M, 48G"
+        "--split", metavar="SIZE",
+        help="publish a folder of files of at most this size: 500M, 48G",
+    )  # fmt: skip
+    return parser
+
+
+def _add_requested(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--type", metavar="T", help="requested file type")
+    parser.add_argument("--head", metavar="T", help="requested type of the head; none: no head")
+    parser.add_argument(
+        "--head-tensors", type=Path, metavar="FILE", help="requested exceptions from --head"
+    )
+    parser.add_argument("--tensors", type=Path, metavar="FILE", help="requested recipe")
+    parser.add_argument(
+        "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as given to convert.py"
     )
     parser.add_argument(
-        "--threads", type=int, default=0, help="threads of llama-server (default: all processors)"
+        "--perplexity", action="store_true", help="llama-perplexity must load the file too"
     )
+
+
+def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bin",
-        type=Path,
-        default=programs.DEFAULT_BIN,
-        help="where llama-server is (default: %(default)s)",
-    )
-    args = parser.parse_args()
-    if args.head_tensors and not args.head:
-        parser.error("--head-tensors needs --head")
-    request = Request(
+        "--min-acceptance", type=float, default=0.1, metavar="SHARE",
+        help="share of drafts that must be accepted (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unquantized", type=Path, metavar="FILE",
+        help="acceptance of the BF16 file, from acceptance.py",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-acceptance-drop", type=float, default=0.2, metavar="SHARE",
+        help="how far below BF16 the acceptance may be (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _request(args: argparse.Namespace) -> Request:
+    return Request(
         checkpoint=args.checkpoint,
         reference=args.reference,
         digests=args.digests,
@@ -128,55 +133,36 @@ def main() -> None:
         unquantized=args.unquantized,
         max_acceptance_drop=args.max_acceptance_drop,
         perplexity=args.perplexity,
-        prompts=tuple(read_prompts(args.prompts).values()),
+        prompts=tuple(prompts.read_prompts(args.prompts).values()),
         min_acceptance=args.min_acceptance,
-        threads=programs.threads(args.threads),
     )
-    for out in filter(None, (args.out, args.publish)):
-        atomic.refuse_overwriting(
-            out,
-            args.file,
-            args.checkpoint,
-            args.reference,
-            args.digests,
-            args.base,
-            args.trunk,
-            args.target,
-        )
-    limit = _limit(args.split, args.file, args.publish)
-    with progress.bar(args.file.name) as show:
-        try:
-            report = verify(args.file, request, args.bin, show)
-        except errors.VerificationError as error:
-            print(error.table, end="")
-            raise
-    if args.head_record:
-        report["head_source"] = head_source(args.head_record)
-    if args.publish:
-        report["file"] = args.publish.name
-        if limit:
-            split = publish_split(args.file, args.publish, limit, request, args.bin)
-            report = {
-                **report,
-                "files": split["files"],
-                "checks": report["checks"] + split["checks"],
-            }
-        else:
-            atomic.give_name(args.file, args.publish)  # no second copy on the disk
-    atomic.write_json(args.out, report)
-    print(as_table(report))
 
 
 def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
-    """The size of a split in bytes. What cannot be is refused here, before minutes of verification. Raises ForgeError."""
+    """The size limit of a split, in bytes.
+
+    Raises ForgeError now, not after minutes of verification, if the file cannot be split so.
+    """
     if size is None:
         return None
     if folder is None:
-        raise errors.ConfigError("--split: nothing is published: --publish names the folder")
+        raise errors.ConfigError("--split: name the folder with --publish")
     limit = parse_size(size)
     plan(reader.read(file), limit)
     check_target(file, folder, folder.name)
     return limit
+
+
+def _publish(
+    args: argparse.Namespace, report: Report, limit: int | None, request: Request, llama: LlamaCpp
+) -> Report:
+    """Give the verified file its final name; returns the report on the published file."""
+    if limit is None:
+        atomic.give_name(args.file, args.publish)  # without a second copy on the disk
+        return replace(report, file=args.publish.name)
+    files, checks = publish_split(args.file, args.publish, limit, request, llama)
+    checks = [*report.checks, *checks]
+    return replace(report, file=args.publish.name, files=files, checks=tuple(checks))
 
 
 if __name__ == "__main__":

@@ -35,5 +35,9 @@ class VerificationError(ForgeError):
     """All verdicts on it."""
 
 
+class RecordError(ForgeError):
+    """A JSON file that a program of this pipeline wrote is malformed, or from another version."""
+
+
 class UploadError(ForgeError):
     """The Hub does not take something."""

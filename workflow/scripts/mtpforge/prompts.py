@@ -1,5 +1,6 @@
-"""The prompts on which drafting is verified and measured: `*.txt` files, named after their kind (code, prose, structured)."""
+"""The prompts for verifying and measuring: `*.txt` files named by kind (code, prose, structured)."""
 
+import argparse
 from pathlib import Path
 
 from mtpforge.errors import ConfigError
@@ -7,8 +8,16 @@ from mtpforge.errors import ConfigError
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 
 
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add --prompts."""
+    parser.add_argument(
+        "--prompts", type=Path, metavar="DIR", default=PROMPTS,
+        help="folder of *.txt prompts, named by kind (default: those of this pipeline)",
+    )  # fmt: skip
+
+
 def read_prompts(folder: Path) -> dict[str, str]:
-    """The texts by kind. Raises ConfigError."""
+    """Read the prompts, by kind. Raises ConfigError if there are none, or one is not UTF-8."""
     try:
         prompts = {
             path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))

@@ -111,7 +111,7 @@ VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration
 """The architectures, our own, whose vision tower upstream can write and we can prove."""
 
 
-def undrafted(made: Gguf) -> str | None:
+def why_not_drafting(made: Gguf) -> str | None:
     """Why the pinned llama-server cannot draft with the head of a file; None where it can."""
     for entry in ARCHITECTURES.values():
         if entry.gguf == made.architecture:

@@ -51,7 +51,7 @@ def measure(
     shards = split.shards(path)
     can_draft = (
         bool(split.joined(shards).head_blocks)
-        and architectures.undrafted(split.joined(shards)) is None
+        and architectures.why_not_drafting(split.joined(shards)) is None
     )
     version, where = toolchain.version(bin_dir, ("llama-server",)), machine(bin_dir)
     runs: list[Run] = []

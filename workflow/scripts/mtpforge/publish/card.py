@@ -37,7 +37,7 @@ def make(
         else f"{about['name']}-MTP-GGUF"
     )
     undrafted = {
-        architectures.undrafted(result.opened)
+        architectures.why_not_drafting(result.opened)
         for result in results
         if result.is_model and result.opened.head_blocks
     }

@@ -40,7 +40,7 @@ class Result:
         return (
             self.is_model
             and bool(self.opened.head_blocks)
-            and architectures.undrafted(self.opened) is None
+            and architectures.why_not_drafting(self.opened) is None
         )
 
     @property

@@ -1,55 +1,42 @@
-"""What a verification is asked for, and what each check says."""
+"""The request that a file is verified against."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mtpforge import table
-from mtpforge.errors import VerificationError
 from mtpforge.quantize.recipe import NO_HEAD, Recipe
 
 
-@dataclass(frozen=True)
-class Check:
-    """One verdict, and in words what it rests on."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the file should be: None where nothing was said, and then the check that needs it is left out."""
+    """What the file should be. A check is left out if the field that it needs is None."""
 
     checkpoint: Path | None = None
     reference: Path | None = None
-    """In place of a checkpoint whose architecture has no family: the BF16 GGUF that upstream made and that is proven."""
+    """Instead of a checkpoint of an architecture that upstream converts: the proven BF16 GGUF."""
     digests: Path | None = None
-    """The sha256 of the file's tensors, as conversion or quantization recorded them when it made it."""
+    """sha256 of the file's tensors, recorded by conversion or quantization."""
     base: Path | None = None
-    """What the head was injected into."""
+    """The file that the head was injected into."""
     trunk: Path | None = None
-    """In place of it, the sha256 of its tensors, recorded before."""
+    """Instead of the base: the sha256 of its tensors, recorded by injection."""
     target: Path | None = None
-    """Of a draft sidecar, the model that it drafts for."""
+    """The model that a draft sidecar or a vision tower is for."""
     file_type: str | None = None
     head: str | None = None
+    """Type of the head; "none" for a file without one."""
     head_tensors: Recipe = ()
-    """Exceptions from the head's type, by pattern."""
+    """Exceptions from the type of the head, by pattern."""
     recipe: Recipe = ()
     tokenizer_pre: str | None = None
-    """As conversion was told, for metadata."""
+    """Pre-tokenizer that conversion was told to use, for the metadata."""
     unquantized: Path | None = None
-    """What `acceptance.py` measured of the BF16 file of the same model."""
+    """Acceptance of the BF16 file of the same model, from acceptance.py."""
     max_acceptance_drop: float = 0.2
-    """How much less than that may be accepted."""
+    """How far below `unquantized` acceptance may be."""
     perplexity: bool = False
-    """Whether llama-perplexity, which is going to measure it, must load the file too."""
+    """Whether llama-perplexity must load the file too."""
     prompts: tuple[str, ...] = ()
     min_acceptance: float = 0.1
-    threads: int = 1
 
     @property
     def headless(self) -> bool:
@@ -58,34 +45,10 @@ class Request:
 
     @property
     def part(self) -> str:
-        """What the file is of the checkpoint, as conversion names it."""
+        """The part of the checkpoint that the file has, as conversion names it."""
         return "trunk" if self.headless else "draft" if self.target else "all"
 
     @property
     def ours(self) -> bool:
-        """Whether the trunk was quantized here, and not by somebody else."""
+        """Whether the trunk was quantized here, not by another publisher."""
         return self.file_type is not None
-
-
-def as_table(report: Mapping[str, Any]) -> str:
-    """A report's verdicts as a table for the terminal."""
-    rows = [
-        (check["name"], "passed" if check["passed"] else "FAILED", check["detail"])
-        for check in report["checks"]
-    ]
-    return table.markdown([(report["file"], "verdict", "what it rests on"), *rows], left=3)
-
-
-def some(problems: list[str]) -> str:
-    """The first three problems, and the number of the others."""
-    return ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
-
-
-def raise_failed(name: str, checks: list[Check]) -> None:
-    """Raise VerificationError, naming each failed check, where there is one."""
-    if failed := [check for check in checks if not check.passed]:
-        error = VerificationError(
-            f"{name} is not published: " + "; ".join(f"{c.name}: {c.detail}" for c in failed)
-        )
-        error.table = as_table({"file": name, "checks": [asdict(check) for check in checks]})
-        raise error

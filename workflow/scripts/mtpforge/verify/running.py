@@ -1,261 +1,227 @@
-"""Checks in the real llama.cpp: the file loads, the head drafts, drafting changes nothing."""
+"""Checks in llama.cpp: the file loads, its head drafts, and drafting does not change the text."""
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from mtpforge import table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader
 from mtpforge.gguf.reader import Gguf
-from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import architectures, process, programs, server
-from mtpforge.verify.request import Check, Request, raise_failed, some
+from mtpforge.llama_cpp import architectures
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import Choice, Completion, Server
+from mtpforge.verify.report import Acceptance, Check, raise_failed, some
+from mtpforge.verify.request import Request
 
-# 64 x 64 pixels in one colour, as PNG.
-PICTURE = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lEQVR42mNgGAWjgHwAAA"
-    "JAAAHgTR1EAAAAAElFTkSuQmCC"
-)
 N_PREDICT = 200
-EQUAL = 100  # tokens of each prompt that must be the same without drafting
-TIE = 0.1  # of log-probability: two tokens nearer than this can change places when they are computed in batches of another size
+"""Tokens generated from each prompt to measure acceptance."""
+EQUAL = 100
+"""Tokens of each prompt that must be the same without drafting."""
+TIE = 0.1
+"""Difference in log-probability below which two tokens can swap in batches of another size."""
+# 64 x 64 pixels in one colour, as PNG.
+_PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAAA1BMVEXIHlpnOX0XAAAAD0lE"
+    "QVR42mNgGAWjgHwAAAJAAAHgTR1EAAAAAElFTkSuQmCC"
+)
 
 
 def check_running(
-    opened: Gguf, request: Request, bin_dir: Path
-) -> tuple[list[Check], dict[str, Any]]:
-    """The file loads, its head drafts well enough, and the text is the same without drafting; for the report, what was accepted."""
-    checks, answers = check_drafting(opened, request, bin_dir)
+    opened: Gguf, request: Request, llama: LlamaCpp
+) -> tuple[list[Check], Acceptance | None]:
+    """The file loads, enough drafts are accepted, and the text is the same without drafting."""
+    check, answers = check_drafting(opened, request, llama)
     if not any(answer.drafts for answer in answers):
-        return checks, {}
-    measured = _accepted(answers)
+        return [check], None
+    measured = _acceptance_of(answers)
+    checks = [check]
     if request.unquantized:
-        checks.append(
-            check_acceptance(
-                measured["acceptance"], request.unquantized, request.max_acceptance_drop
-            )
-        )
-    checks.append(check_without_drafting(opened, request, answers, bin_dir))
+        unquantized = Acceptance.read(request.unquantized)
+        checks.append(check_acceptance(measured, unquantized, request.max_acceptance_drop))
+    checks.append(check_without_drafting(opened, request, answers, llama))
     return checks, measured
 
 
 def check_drafting(
-    opened: Gguf, request: Request, bin_dir: Path
-) -> tuple[list[Check], list[server.Completion]]:
-    """A real llama-server loads the file and continues every prompt; with a head it drafts, and a share is accepted.
+    opened: Gguf, request: Request, llama: LlamaCpp
+) -> tuple[Check, list[Completion]]:
+    """llama-server loads the file and continues every prompt; a share of the drafts is accepted.
 
-    One token ahead for each block of the head, greedily: what is accepted then depends on the head alone.
+    It drafts greedily, one token for each block of the head: acceptance then depends on the head
+    alone. Without a head, or if llama.cpp cannot draft with it, the file only has to load.
     """
-    undrafted = architectures.undrafted(opened)
-    drafting = not request.headless and undrafted is None
-    options = [
-        *_options(request),
-        "--check-tensors",
-    ]  # all values are numbers, those among them that no sample has
-    if drafting:
+    reason = architectures.why_not_drafting(opened)
+    drafts = not request.headless and reason is None
+    options = ["--check-tensors"]  # refuses NaN and infinity in all weights, not only in samples
+    if drafts:
         options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(opened.head_blocks))]
     if request.target:
         options += ["--model-draft", str(opened.path)]
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            with programs.serve(
-                request.target or opened.path, Path(scratch) / "server.log", options, bin_dir
-            ) as running:
-                answers = [running.completion(prompt, N_PREDICT) for prompt in request.prompts]
-        except ForgeError as error:
-            return [Check("drafting" if drafting else "loading", False, str(error))], []
-    if not drafting:
-        tokens = [len(answer.tokens) for answer in answers]
-        detail = f"{sum(tokens)} tokens generated from {len(tokens)} prompts" + (
-            f"; {undrafted}" if undrafted else ""
-        )
-        return [Check("loading", all(tokens), detail)], []
-    drafts, accepted = (
-        sum(answer.drafts for answer in answers),
-        sum(answer.accepted for answer in answers),
-    )
-    enough = drafts > 0 and accepted >= request.min_acceptance * drafts
-    detail = f"{accepted} of {drafts} drafts accepted"
-    if not enough:
-        detail += f", at least {request.min_acceptance:.0%} must be: the head is dead or damaged"
-    return [Check("drafting", enough, detail)], answers
-
-
-def _options(request: Request) -> list[str]:
-    return ["--ctx-size", "4096", "--threads", str(request.threads)]
+    try:
+        with _serve(request.target or opened.path, options, llama) as server:
+            answers = [server.completion(prompt, N_PREDICT) for prompt in request.prompts]
+    except ForgeError as error:
+        return Check("drafting" if drafts else "loading", False, str(error)), []
+    if drafts:
+        return _check_accepted(_counts(answers), request.min_acceptance), answers
+    return _check_loading(answers, reason), []
 
 
 def check_without_drafting(
-    opened: Gguf, request: Request, answers: Sequence[server.Completion], bin_dir: Path
+    opened: Gguf, request: Request, answers: Sequence[Completion], llama: LlamaCpp
 ) -> Check:
-    """A server that does not draft says the same as one that did."""
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            model = request.target or opened.path
-            with programs.serve(
-                model, Path(scratch) / "server.log", _options(request), bin_dir
-            ) as running:
-                choices = [running.choices(prompt, EQUAL) for prompt in request.prompts]
-        except ForgeError as error:
-            return Check("same text", False, str(error))
+    """A server that does not draft generates the same text."""
+    try:
+        with _serve(request.target or opened.path, [], llama) as server:
+            choices = [server.choices(prompt, EQUAL) for prompt in request.prompts]
+    except ForgeError as error:
+        return Check("same text", False, str(error))
     return check_same([answer.tokens for answer in answers], choices)
 
 
-def check_same(
-    drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[server.Choice]]
-) -> Check:
-    """Greedy output with drafting is that without, token by token of each prompt, as far as the latter goes.
+def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]) -> Check:
+    """Greedy output with drafting equals output without it, as far as `choices` go.
 
-    Drafts are checked in batches, which round differently, so two tokens that are nearly as probable can change places, and what
-    follows cannot be compared. With the pinned llama.cpp on a processor all is equal; any other difference means that drafts that
-    were not accepted left a trace.
+    Drafts are verified in batches, which round differently: two tokens of nearly the same probability
+    can swap, and the text after them cannot be compared. Any other difference means that a rejected
+    draft left a trace.
     """
-    equal, ties, wrong = 0, 0, []
+    equal = 0
+    ties = 0
+    wrong = []
     for number, (tokens, right) in enumerate(zip(drafted, choices, strict=True), 1):
-        for place, (token, choice) in enumerate(zip_longest(tokens[: len(right)], right)):
-            if token != choice.token:
-                tie = choice.margin < TIE and choice.second in (None, token)
-                ties += tie
-                if not tie:
-                    said = "nothing" if token is None else token
-                    without = f"{choice.token} without ({choice.margin:.2f} ahead)"
-                    wrong.append(f"prompt {number}, token {place}: {said} with drafting, {without}")
-                break
-            equal += 1
-        else:
+        place = _first_difference(tokens, right)
+        equal += len(right) if place is None else place
+        if place is None:
             if len(right) < EQUAL and len(tokens) > len(right):
-                wrong.append(
-                    f"prompt {number}: goes on with drafting, ends after {len(right)} tokens without"
-                )
-    detail = f"{equal} tokens are the same without drafting" + (
-        f", up to {ties} near ties" if ties else ""
-    )
+                end = f"after {len(right)} tokens"
+                wrong.append(f"prompt {number}: the text ends {end} without drafting, not with it")
+            continue
+        token = tokens[place] if place < len(tokens) else None
+        choice = right[place]
+        if choice.margin < TIE and choice.second in (None, token):
+            ties += 1
+        else:
+            found = "nothing" if token is None else token
+            without = f"{choice.token} without ({choice.margin:.2f} ahead)"
+            wrong.append(f"prompt {number}, token {place}: {found} with drafting, {without}")
+    detail = f"{equal} tokens are the same without drafting"
+    detail += f", up to {ties} near ties" if ties else ""
     return Check("same text", not wrong and equal > 0, some(wrong) or detail)
 
 
-def acceptance(
-    path: Path, request: Request, bin_dir: Path = programs.DEFAULT_BIN
-) -> dict[str, Any]:
-    """What a file accepts of its head's drafts, as its quantizations are going to be measured; or why that was not measured.
+def check_acceptance(measured: Acceptance, unquantized: Acceptance, most: float) -> Check:
+    """Acceptance is at most `most` below that of the unquantized file, if that was measured.
 
-    A file larger than the memory is not run: each token would read it from the disk again. Raises VerificationError where it does
-    not draft at all.
+    Chance alone moves it by 0.04 with 300 drafts: another quant soon continues with another text.
     """
-    memory, size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), path.stat().st_size
+    if measured.acceptance is None or unquantized.acceptance is None:
+        return Check("acceptance", True, f"not compared: {unquantized.skipped}")
+    passed = unquantized.acceptance - measured.acceptance <= most
+    detail = f"{measured.acceptance:.1%}, BF16 has {unquantized.acceptance:.1%}"
+    limit = f": at most {100 * most:.0f} points less are allowed"
+    return Check("acceptance", passed, detail if passed else detail + limit)
+
+
+def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> Acceptance:
+    """Measure the acceptance of an unquantized file, to compare its quants with.
+
+    A file larger than the memory is skipped: each token would read it from the disk again. Raises
+    VerificationError if the head drafts nothing.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = path.stat().st_size
     if size > memory:
-        return {
-            "skipped": f"BF16 was not run: {table.size(size)} do not fit into {table.size(memory)} of memory"
-        }
+        sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
+        return Acceptance(skipped=f"BF16 was not run: {sizes}")
     opened = reader.read(path)
-    if reason := architectures.undrafted(opened):
-        return {"skipped": reason}
-    checks, answers = check_drafting(opened, request, bin_dir)
-    raise_failed(path.name, checks)
-    return _accepted(answers)
-
-
-def _accepted(answers: Sequence[server.Completion]) -> dict[str, Any]:
-    drafts, accepted = (
-        sum(answer.drafts for answer in answers),
-        sum(answer.accepted for answer in answers),
-    )
-    return {"drafts": drafts, "accepted": accepted, "acceptance": round(accepted / drafts, 4)}
-
-
-def check_acceptance(share: float, unquantized: Path, most: float) -> Check:
-    """Acceptance is not more than `most` below that of the unquantized file, if that could be measured.
-
-    On some 300 drafts chance alone moves it by 0.04, because another quantization soon continues with another text.
-    """
-    measured = read_json(unquantized)
-    if "acceptance" not in measured:
-        return Check("acceptance", True, f"not compared: {measured.get('skipped')}")
-    drop = measured["acceptance"] - share
-    detail = f"{share:.1%}, that of BF16 is {measured['acceptance']:.1%}"
-    return Check(
-        "acceptance",
-        drop <= most,
-        detail if drop <= most else f"{detail}: it may be lower by {100 * most:.0f} points",
-    )
+    if reason := architectures.why_not_drafting(opened):
+        return Acceptance(skipped=reason)
+    request = Request(prompts=tuple(prompts), min_acceptance=0)
+    check, answers = check_drafting(opened, request, llama)
+    raise_failed(path.name, [check])
+    return _acceptance_of(answers)
 
 
 def check_programs(
-    opened: Gguf, request: Request, bin_dir: Path, name: str = "programs"
-) -> list[Check]:
-    """The other programs that are going to read the file can: llama-gguf-split, and llama-perplexity where that is asked for."""
-    loaded: list[str] = []
+    opened: Gguf, request: Request, llama: LlamaCpp, name: str = "programs"
+) -> Check:
+    """llama-gguf-split can read the file, and llama-perplexity too if the request says so."""
+    loaded = ["llama-gguf-split"]
     with tempfile.TemporaryDirectory() as scratch:
+        dry_run = ("--split", "--dry-run", "--split-max-size", "999G")
         text = Path(scratch) / "text.txt"
         text.write_text("\n".join(request.prompts) * 8, encoding="utf-8")
-        commands: dict[str, list[str | Path]] = {
-            "llama-gguf-split": [
-                "--split",
-                "--dry-run",
-                "--split-max-size",
-                "999G",
-                opened.path,
-                Path(scratch) / "none",
-            ]
-        }
-        if request.perplexity and not request.target:
-            threads = str(request.threads)
-            commands["llama-perplexity"] = [
-                "-m",
-                opened.path,
-                "-f",
-                text,
-                "-c",
-                "16",
-                "--chunks",
-                "1",
-                "-t",
-                threads,
-            ]
-        for program, arguments in commands.items():
-            try:
-                process.call([programs.find(bin_dir, program), *arguments])
-            except ForgeError as error:
-                return [Check(name, False, str(error))]
-            loaded.append(program)
-    return [Check(name, True, f"{' and '.join(loaded)} can read it")]
+        try:
+            llama.gguf_split([*dry_run, opened.path, Path(scratch) / "none"])
+            if request.perplexity and not request.target:
+                llama.perplexity(["-m", opened.path, "-f", text, "-c", 16, "--chunks", 1])
+                loaded.append("llama-perplexity")
+        except ForgeError as error:
+            return Check(name, False, str(error))
+    return Check(name, True, f"{' and '.join(loaded)} can read it")
 
 
-def check_seeing(opened: Gguf, request: Request, bin_dir: Path) -> Check:
-    """Of a vision tower: a real llama-server loads the model with it, and a picture becomes tokens of the prompt."""
+def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
+    """llama-server loads a model with this vision tower, and a picture becomes prompt tokens."""
     if request.target is None:
-        raise ConfigError(
-            f"{opened.path}: a vision tower is verified with its model: name it with --target"
-        )
-    options = [
-        "--ctx-size",
-        "4096",
-        "--threads",
-        str(request.threads),
-        "--mmproj",
-        str(opened.path),
-    ]
-    text, picture = (
-        {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": PICTURE}},
+        raise ConfigError(f"{opened.path}: is a vision tower: name its model with --target")
+    text = {"type": "text", "text": "What is this?"}
+    picture = {"type": "image_url", "image_url": {"url": _PICTURE}}
+    try:
+        with _serve(request.target, ["--mmproj", str(opened.path)], llama) as server:
+            tokens = _prompt_tokens(server, text, picture) - _prompt_tokens(server, text)
+    except ForgeError as error:
+        return Check("vision", False, str(error))
+    return Check("vision", tokens > 1, f"a picture adds {tokens} tokens to the prompt")
+
+
+@contextmanager
+def _serve(model: Path, options: Sequence[str], llama: LlamaCpp) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "server.log"
+        with llama.serve(model, log, ["--ctx-size", "4096", *options]) as server:
+            yield server
+
+
+def _prompt_tokens(server: Server, *content: object) -> int:
+    messages = [{"role": "user", "content": content}]
+    answer = server.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+    return int(answer["usage"]["prompt_tokens"])
+
+
+def _counts(answers: Sequence[Completion]) -> tuple[int, int]:
+    """Number of drafts, and of accepted ones."""
+    drafts = sum(answer.drafts for answer in answers)
+    return drafts, sum(answer.accepted for answer in answers)
+
+
+def _acceptance_of(answers: Sequence[Completion]) -> Acceptance:
+    drafts, accepted = _counts(answers)
+    return Acceptance(drafts=drafts, accepted=accepted, acceptance=round(accepted / drafts, 4))
+
+
+def _check_accepted(counts: tuple[int, int], least: float) -> Check:
+    drafts, accepted = counts
+    detail = f"{accepted} of {drafts} drafts accepted"
+    if drafts > 0 and accepted >= least * drafts:
+        return Check("drafting", True, detail)
+    return Check(
+        "drafting", False, f"{detail}, fewer than {least:.0%}: the head is dead or damaged"
     )
 
-    def length(running: server.Server, *content: object) -> int:
-        answer = running.ask(
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": content}], "max_tokens": 1},
-        )
-        return int(answer["usage"]["prompt_tokens"])
 
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            with programs.serve(
-                request.target, Path(scratch) / "server.log", options, bin_dir
-            ) as running:
-                seen = length(running, text, picture) - length(running, text)
-        except ForgeError as error:
-            return Check("seeing", False, str(error))
-    return Check("seeing", seen > 1, f"a picture is {seen} tokens of the prompt")
+def _check_loading(answers: Sequence[Completion], reason: str | None) -> Check:
+    tokens = [len(answer.tokens) for answer in answers]
+    detail = f"{sum(tokens)} tokens generated from {len(tokens)} prompts"
+    return Check("loading", all(tokens), detail + (f"; {reason}" if reason else ""))
+
+
+def _first_difference(tokens: Sequence[int], right: Sequence[Choice]) -> int | None:
+    """Where the text with drafting departs from the choices without it."""
+    pairs = enumerate(zip_longest(tokens[: len(right)], right))
+    return next((place for place, (token, choice) in pairs if token != choice.token), None)

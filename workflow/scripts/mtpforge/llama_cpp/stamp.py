@@ -1,0 +1,34 @@
+"""The stamp of a toolchain, as JSON: the same on any path and day for the same programs."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from mtpforge.io.records import UNLESS_NONE, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp(Record):
+    """Version of llama.cpp's programs, and their sha256. The rest is known only of our own builds."""
+
+    written_by: ClassVar[str] = "toolchain.py"
+    llama_cpp: Annotated[str, Field(alias="llama.cpp")]
+    build: Annotated[str | None, UNLESS_NONE] = None
+    commit: str
+    archive_sha256: Annotated[str | None, UNLESS_NONE] = None
+    compiler: str
+    flags: Annotated[tuple[str, ...] | None, UNLESS_NONE] = None
+    machine: Annotated[str | None, UNLESS_NONE] = None
+    programs: dict[str, str]
+    """Name: sha256"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConverterStamp(Record):
+    """The commit and archive of llama.cpp's converter, and the sha256 of its environment's lock."""
+
+    written_by: ClassVar[str] = "converter.py"
+    commit: str
+    archive_sha256: str
+    lock_sha256: str

@@ -1,0 +1,61 @@
+"""Checks of bytes against digests that were recorded when the file was made."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from mtpforge.gguf import reader
+from mtpforge.gguf.head import trunk_digests
+from mtpforge.gguf.reader import Gguf
+from mtpforge.io.ranges import sha256
+from mtpforge.io.text import read_json
+from mtpforge.verify.report import Check, Trunk, some
+
+
+def check_digests(opened: Gguf, recorded: Path) -> Check:
+    """The header and every tensor have the bytes that were recorded when the file was made."""
+    expected = read_json(recorded)
+    found = reader.digests(opened.path)
+    names = expected.keys() | found.keys()
+    wrong = sorted(f"{name} differs" for name in names if found.get(name) != expected.get(name))
+    detail = f"header and {len(opened.tensors)} tensors unchanged since the file was written"
+    return Check("bytes", not wrong, some(wrong) or detail)
+
+
+def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, Trunk]:
+    """The trunk is the base's, byte for byte; its digests before and after, for the report.
+
+    If `before` has digests of the head too, as injection records them, the head is compared as well.
+    """
+    trunk = trunk_digests(opened)
+    head = opened.head
+    after = {name: sha256(piece) for name, piece in head.ranges.items() if name in before} | trunk
+    base = {name: digest for name, digest in before.items() if name not in head.tensors}
+    wrong = [
+        f"{name} differs from the {'head' if name in head.tensors else 'base'}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    check = Check("trunk", not wrong, some(wrong) or f"{len(base)} tensors equal the base's")
+    return check, Trunk(len(base), _digest_of(base), _digest_of(trunk))
+
+
+def head_source(record: Path) -> dict[str, int]:
+    """Number of tensors of a fetched head that are verified, and that are trusted on first use.
+
+    `record` is what fetch_head.py wrote. Tensors become verified once their whole shard is fetched,
+    which leaves a record of the shard beside this one.
+    """
+    tensors = read_json(record)["tensors"].values()
+    folder = record.parent / "records"
+    standings = [
+        "verified" if (folder / f"{tensor['shard']}.json").exists() else tensor["standing"]
+        for tensor in tensors
+    ]
+    return dict(Counter(standings))
+
+
+def _digest_of(digests: Mapping[str, str]) -> str:
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

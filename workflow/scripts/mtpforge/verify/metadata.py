@@ -1,0 +1,98 @@
+"""Checks of metadata and chat template."""
+
+from collections.abc import Mapping
+
+from gguf.constants import Keys
+
+from mtpforge.gguf import reader
+from mtpforge.gguf.reader import Gguf, Value
+from mtpforge.inject import match
+from mtpforge.verify.report import Check, some
+
+_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+_OF_THE_FILE = (
+    "general.file_type",
+    "general.quantization_version",
+    "general.size_label",
+    reader.PADDING,
+)
+"""Keys that describe the file, not the model."""
+_ADDED = ("quantize.", "split.", reader.PADDING)
+"""Prefixes of keys that quantizing, splitting and writing add."""
+_CORRECTED = (".context_length", ".vocab_size")
+"""Endings of keys that publishers of bases correct."""
+_VOCABULARY = (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
+
+
+def check_metadata(opened: Gguf, expected: Mapping[str, Value]) -> Check:
+    """Every key has the value that conversion writes, except those that describe the file."""
+    problems = []
+    compared = 0
+    for key in expected.keys() | opened.metadata.keys():
+        found = opened.metadata.get(key)
+        right = expected.get(key)
+        if key in (*_OF_THE_FILE, _TEMPLATE) or (right is None and key.startswith(_ADDED)):
+            continue
+        compared += 1
+        if found is None:
+            problems.append(f"{key} is missing")
+        elif right is None:
+            problems.append(f"{key} does not belong there")
+        elif found != right:
+            problems.append(_difference(key, found, right))
+    return _verdict(problems, compared)
+
+
+def check_metadata_of_base(opened: Gguf, expected: Mapping[str, Value]) -> Check:
+    """Keys of the architecture that both have are equal, and the vocabularies match.
+
+    Other keys of a base are its publisher's choice, as are number types and the context length.
+    """
+    problems = []
+    compared = 0
+    for key in expected.keys() & opened.metadata.keys():
+        if not key.startswith(f"{opened.architecture}.") or key.endswith(_CORRECTED):
+            continue
+        compared += 1
+        found = opened.metadata[key]
+        right = expected[key]
+        if found != right and found.decode() != right.decode():
+            problems.append(_difference(key, found, right))
+    compared += sum(key in expected and key in opened.metadata for key in _VOCABULARY)
+    if difference := match.vocabulary_difference(opened.metadata, expected):
+        problems.append("{} is {}, not {}".format(*difference))
+    return _verdict(problems, compared)
+
+
+def check_template(opened: Gguf, expected: str | None) -> Check:
+    """The chat template is the source's, byte for byte."""
+    stored = opened.get(_TEMPLATE)
+    if stored != expected:
+        return Check("chat template", False, _first_difference(stored, expected))
+    size = len((expected or "").encode())
+    detail = f"{size:,} bytes, same as the source's" if expected else "the source has none"
+    return Check("chat template", True, detail)
+
+
+def _verdict(problems: list[str], compared: int) -> Check:
+    detail = some(sorted(problems)) or f"{compared} keys match the source"
+    return Check("metadata", not problems, detail)
+
+
+def _difference(key: str, found: Value, right: Value) -> str:
+    return f"{key} is {_shown(found)}, not {_shown(right)}"
+
+
+def _shown(value: Value) -> str:
+    text = str(value.decode())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _first_difference(stored: object, right: str | None) -> str:
+    if right is None:
+        return "the source has none, the file has one"
+    if not isinstance(stored, str):
+        return "is missing"
+    pairs = enumerate(zip(stored, right, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(stored), len(right)))
+    return f"differs from the source's from character {place:,} on"

@@ -1,0 +1,198 @@
+"""Verification: check that a finished GGUF is what was requested, and that its head drafts.
+
+A file with a wrong head loads without a message. So its inventory, types, metadata and values are
+compared with the checkpoint, llama-server must draft with it and accept drafts, and the text must be
+the same without drafting. Every check gives a verdict; one failed check means no result.
+
+Of large trunk tensors only a sample is compared (see `values`), which cannot show a changed bit.
+Digests do: conversion, quantization and injection record them as they write the file, so later damage
+is found. Damage before that, such as bad memory while llama-quantize runs, shows only if it exceeds
+the error limits. A bad sector stays hidden while the file is in the page cache.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mtpforge.errors import VerificationError
+from mtpforge.gguf import reader, split
+from mtpforge.gguf.head import trunk_digests, types_of
+from mtpforge.gguf.reader import Gguf
+from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import read_json
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize.recipe import NO_HEAD
+from mtpforge.verify import inventory, metadata, values
+from mtpforge.verify.digests import check_digests, check_trunk
+from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
+from mtpforge.verify.request import Request
+from mtpforge.verify.running import check_drafting, check_programs, check_running, check_vision
+from mtpforge.verify.source import Source, open_source
+from mtpforge.verify.values import Comparisons, SourceRows
+
+
+def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
+    """Verify the GGUF at `path`.
+
+    Raises VerificationError, naming each failed check, if the file must not be published.
+    """
+    opened = reader.read(path)
+    checks = [check_digests(opened, request.digests)] if request.digests else []
+    if opened.is_vision:
+        checks.append(check_vision(opened, request, llama))
+        raise_failed(path.name, checks)
+        return _report(opened, checks)
+    _require_head(opened, request)
+    checks.append(inventory.check_types(opened, request))
+    against_source, compared = _check_against_source(opened, request, llama.processors)
+    checks += against_source
+    trunk = None
+    if request.base or request.trunk:
+        check, trunk = check_trunk(opened, _trunk_before(request))
+        checks.append(check)
+    raise_failed(path.name, checks)  # a file that is known to be wrong need not run
+    running, acceptance = check_running(opened, request, llama)
+    checks += [*running, check_programs(opened, request, llama)]
+    raise_failed(path.name, checks)
+    return _report(opened, checks, compared, trunk, acceptance)
+
+
+def publish_split(
+    path: Path, folder: Path, limit: int, request: Request, llama: LlamaCpp
+) -> tuple[tuple[Shard, ...], list[Check]]:
+    """Split a verified file into `folder`, in files of at most `limit` bytes, and verify those.
+
+    Returns the files and the checks on them. Raises VerificationError; `folder` is then unchanged.
+    """
+    opened = reader.read(path)
+    with split.splitting(opened, folder, folder.name, limit) as files:
+        checks = [_check_files(opened, files)]
+        if len(files) > 1 and checks[0].passed:
+            # The head was measured in the whole file, and the bytes are the same: it remains to be
+            # seen whether llama.cpp finds them.
+            shards = replace(opened, path=files[0])
+            short = replace(
+                request, prompts=request.prompts[:1], min_acceptance=0, perplexity=False
+            )
+            check, _ = check_drafting(shards, short, llama)
+            checks.append(replace(check, name="files load"))
+            checks.append(check_programs(shards, short, llama, "files open"))
+        raise_failed(folder.name, checks)
+        listed = tuple(Shard(file.name, file.stat().st_size, digest_of(file)) for file in files)
+    return listed, checks
+
+
+def _require_head(opened: Gguf, request: Request) -> None:
+    blocks = opened.head_blocks
+    if not blocks and not request.headless:
+        raise VerificationError(f"{opened.path}: has no head: nextn_predict_layers is missing")
+    if blocks and request.headless:
+        raise VerificationError(
+            f"{opened.path}: has a head (block {blocks[0]}), but --head none was requested"
+        )
+
+
+def _check_against_source(
+    opened: Gguf, request: Request, threads: int
+) -> tuple[list[Check], Comparisons]:
+    """Compare inventory, metadata and values with the source; without one, look for NaN only.
+
+    If the inventory is wrong, the rest is not compared.
+    """
+    source = open_source(request)
+    checks: list[Check] = []
+    rows: Mapping[str, SourceRows] = {}
+    if source:
+        checks.append(inventory.check_inventory(opened, source, request))
+        if not checks[0].passed:
+            return checks, Comparisons()
+        checks += _check_metadata(opened, source, request)
+        rows = source.rows()
+    head = set() if request.headless else set(opened.head.tensors)
+    # Another program can round the last bit differently.
+    exact = set(opened.tensors) if request.ours else head
+    compared = values.compare_tensors(opened, rows, whole=head, exact=exact, threads=threads)
+    checks.append(_check_finite(compared))
+    if source and rows:
+        checks += _check_values(opened, compared, source.note)
+    return checks, compared
+
+
+def _check_metadata(opened: Gguf, source: Source, request: Request) -> list[Check]:
+    if not request.ours:
+        return [metadata.check_metadata_of_base(opened, source.metadata())]
+    return [
+        metadata.check_metadata(opened, source.metadata()),
+        metadata.check_template(opened, source.template()),
+    ]
+
+
+def _check_finite(compared: Comparisons) -> Check:
+    bad = [f"{each.name} has NaN or infinite values" for each in compared.all if not each.finite]
+    detail = f"no NaN or infinity in {len(compared.all)} tensors"
+    return Check("finite", not bad, some(bad) or detail)
+
+
+def _check_values(opened: Gguf, compared: Comparisons, note: str) -> list[Check]:
+    norms = sum(each.name.endswith("norm.weight") for each in compared.compared)
+    shifted = "; ".join(compared.shifted) or f"{norms} norms, none with a wrong shift"
+    detail = some(compared.problems) or _coverage(opened, compared, note)
+    return [
+        Check("norms", not compared.shifted, shifted),
+        Check("values", not compared.problems, detail),
+    ]
+
+
+def _coverage(opened: Gguf, compared: Comparisons, note: str) -> str:
+    """The share of a file that was compared, and its error nearest to the limit."""
+    results = compared.compared
+    weights = sum(each.rows * opened.tensors[each.name].shape[-1] for each in results)
+    share = weights / sum(info.elements for info in opened.tensors.values())
+    detail = f"{len(results)} tensors, {share:.1%} of all weights compared{note}; "
+    worst = max(results, key=lambda each: (each.error or 0.0) / values.error_limit(each.type))
+    if not worst.error:
+        return f"{detail}all equal the source"
+    limit = values.error_limit(worst.type)
+    error = f"error {worst.error:.3f}, limit {limit:.3f}"
+    return f"{detail}nearest to its limit: {worst.name} ({worst.type}, {error})"
+
+
+def _trunk_before(request: Request) -> Mapping[str, str]:
+    """Digests of the base's trunk, as injection recorded them or as the base has them."""
+    if request.trunk:
+        return read_json(request.trunk)
+    assert request.base is not None
+    return trunk_digests(split.read(request.base))
+
+
+def _check_files(opened: Gguf, files: list[Path]) -> Check:
+    problems = split.check(opened, files)
+    detail = f"all {len(opened.tensors)} tensors, in {len(files)} file{'s' * (len(files) > 1)}"
+    return Check("files", not problems, some(problems) or detail)
+
+
+def _report(
+    opened: Gguf,
+    checks: list[Check],
+    compared: Comparisons | None = None,
+    trunk: Trunk | None = None,
+    acceptance: Acceptance | None = None,
+) -> Report:
+    infos = opened.tensors.values()
+    types = [info.type.name for info in infos]
+    bits = 8 * sum(info.size for info in infos)
+    return Report(
+        file=opened.path.name,
+        bytes=opened.path.stat().st_size,
+        sha256=digest_of(opened.path),
+        bits_per_weight=round(bits / sum(info.elements for info in infos), 3),
+        head="/".join(sorted(types_of(opened.head))) if opened.head_blocks else NO_HEAD,
+        types={name: types.count(name) for name in sorted(set(types))},
+        errors=compared.errors if compared else None,
+        errors_by_type=compared.errors_by_type if compared else None,
+        trunk=trunk,
+        drafts=acceptance.drafts if acceptance else None,
+        accepted=acceptance.accepted if acceptance else None,
+        acceptance=acceptance.acceptance if acceptance else None,
+        checks=tuple(checks),
+    )
