@@ -1,4 +1,4 @@
-"""Every kind of base with every kind of head: it loads in a real llama.cpp, drafts, and accepts as the file that kept its head."""
+"""Injected heads draft in llama-server and are accepted as often as heads that were never removed."""
 
 from functools import cache
 from pathlib import Path
@@ -8,11 +8,12 @@ from conftest import CHECKPOINTS, MODELS, Run
 from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
-from mtpforge.inject import inject
+from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.plan import Plan
-from mtpforge.quantize.recipe import head_recipe
+from mtpforge.quantize.recipe import Recipe, head_recipe
 from splits import split
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
@@ -22,15 +23,15 @@ FINE = [name for name in quant_types.TENSOR_TYPES if quant_types.bits(name) >= 4
 
 
 class Bench:
-    """The parts of both embedded models, and what is made of them, each once."""
+    """The parts of both embedded models, and the files made of them, each once."""
 
     def __init__(self, folder: Path, built: Path, programs: Path) -> None:
-        self.folder, self.built, self.programs = folder, built, programs
-        self.base, self.shards, self.preserved = (
-            cache(self._base),
-            cache(self._shards),
-            cache(self._preserved),
-        )
+        self.folder = folder
+        self.built = built
+        self.programs = programs
+        self.base = cache(self._base)
+        self.shards = cache(self._shards)
+        self.preserved = cache(self._preserved)
 
     def part(self, model: str, name: str) -> Path:
         return self.built / "results" / model / "work/convert" / f"{name}.gguf"
@@ -49,8 +50,12 @@ class Bench:
         quantize(self.part(model, "all"), path, file_type, head_recipe(head), bin_dir=self.programs)
         return reader.read(path), self.acceptance(model, path)
 
+    def inject(self, model: str, base: Path, out: Path, types: Recipe) -> None:
+        """Inject the model's BF16 head at these types."""
+        inject(base, self.part(model, "head"), out, Options(types), LlamaCpp(self.programs))
+
     def acceptance(self, model: str, path: Path) -> float:
-        """The share of drafts that is accepted; fails where none is made."""
+        """The share of drafts that is accepted; fails if there are none."""
         prompt = sorted((CHECKPOINTS / model / "prompts").glob("*.txt"))[0].read_text()
         options = [
             "--ctx-size",
@@ -77,12 +82,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path
 @pytest.mark.parametrize("file_type", BASES)
 @pytest.mark.parametrize("files", ["single", "split"])
 @pytest.mark.parametrize("model", MODELS)
-def test_it_accepts_as_the_file_that_kept_its_head(
+def test_acceptance_equals_that_of_a_head_that_was_kept(
     bench: Bench, tmp_path: Path, model: str, files: str, file_type: str, head: str
 ) -> None:
     base = bench.base(model, file_type) if files == "single" else bench.shards(model, file_type)
     out = tmp_path / "out.gguf"
-    inject.inject(base, bench.part(model, "head"), out, head_recipe(head), bin_dir=bench.programs)
+    bench.inject(model, base, out, head_recipe(head))
     made, (preserved, expected) = reader.read(out), bench.preserved(model, file_type, head)
     assert trunk_digests(made) == trunk_digests(reader.read(bench.base(model, file_type)))
     assert types_of(made.head) == {head}
@@ -94,15 +99,9 @@ def test_it_accepts_as_the_file_that_kept_its_head(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
+def test_a_split_result_drafts(bench: Bench, tmp_path: Path, model: str) -> None:
     first = bench.shards(model, "Q4_K_M")
-    inject.inject(
-        first,
-        bench.part(model, "head"),
-        tmp_path / "out",
-        head_recipe("Q8_0"),
-        bin_dir=bench.programs,
-    )
+    bench.inject(model, first, tmp_path / "out", head_recipe("Q8_0"))
     assert (
         bench.acceptance(model, tmp_path / "out" / first.name)
         >= bench.preserved(model, "Q4_K_M", "Q8_0")[1] - 0.1
@@ -110,16 +109,10 @@ def test_files_stay_files(bench: Bench, tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.parametrize("head", FINE)
-def test_every_type_from_four_bits_on_drafts(bench: Bench, tmp_path: Path, head: str) -> None:
-    """With the projection at a type of its own."""
+def test_every_head_type_from_four_bits_up_drafts(bench: Bench, tmp_path: Path, head: str) -> None:
+    """The projection has another type."""
     model, mixed = MODELS[0], head_recipe(head, [("eh_proj", "Q6_K")])
-    inject.inject(
-        bench.base(model, "Q4_K_M"),
-        bench.part(model, "head"),
-        tmp_path / "out.gguf",
-        mixed,
-        bin_dir=bench.programs,
-    )
+    bench.inject(model, bench.base(model, "Q4_K_M"), tmp_path / "out.gguf", mixed)
     made = reader.read(tmp_path / "out.gguf").head
     assert (
         made.tensors["blk.4.nextn.eh_proj.weight"].type.name == "Q6_K"

@@ -337,7 +337,8 @@ def test_a_head_is_injected_into_a_quantized_trunk(
 ) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
     llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
-    inject.inject(base, made.file("draft"), out, head_recipe("Q8_0"), bin_dir=toolchain)
+    options = inject.Options(head_types=head_recipe("Q8_0"))
+    inject.inject(base, made.file("draft"), out, options, LlamaCpp(toolchain))
     request = Request(
         head="Q8_0",
         base=base,

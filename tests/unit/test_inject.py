@@ -1,4 +1,4 @@
-"""A head is appended to a base that lacks one: every other byte stays, every key that counts blocks is right."""
+"""An injected head is appended: every other byte stays, every key that counts blocks is right."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import PADDING, Gguf, Value
 from mtpforge.gguf.split import read as read_split
-from mtpforge.inject.inject import cost, inject
+from mtpforge.inject.inject import Options, cost, inject
 from mtpforge.inject.match import vocabulary_difference
 from mtpforge.io.ranges import BLOCK
 from mtpforge.quantize.recipe import head_recipe
@@ -44,7 +44,7 @@ def contents(opened: Gguf) -> dict[str, bytes]:
 def rewrite(
     source: Path, out: Path, change: Callable[[dict[str, Value]], object], drop: str = "\0"
 ) -> Path:
-    """A copy with other metadata, without the tensors that begin with `drop`."""
+    """A copy with other metadata, without the tensors whose names begin with `drop`."""
     opened = reader.read(source)
     metadata = dict(opened.metadata)
     change(metadata)
@@ -65,11 +65,11 @@ def start_of_data(opened: Gguf) -> int:
     return min(piece.offset for piece in opened.ranges.values())
 
 
-# ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the result ──
 
 
 @pytest.mark.parametrize("head", ["head", "all", "checkpoint"])
-def test_trunk_and_head_make_the_whole(parts: dict[str, Path], head: str, tmp_path: Path) -> None:
+def test_trunk_plus_head_equal_the_whole(parts: dict[str, Path], head: str, tmp_path: Path) -> None:
     inject(
         parts["trunk"], CHECKPOINT if head == "checkpoint" else parts[head], tmp_path / "out.gguf"
     )
@@ -83,11 +83,11 @@ def test_trunk_and_head_make_the_whole(parts: dict[str, Path], head: str, tmp_pa
     } == {k: v for k, v in whole.metadata.items() if k != "general.size_label"}
     assert (
         injected.metadata["general.size_label"] == base.metadata["general.size_label"]
-    )  # the base's own word stays
+    )  # the base's own label stays
 
 
 def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Path) -> None:
-    """Rope sections have as many entries as this model has blocks, and are no per-layer array."""
+    """Rope sections have as many entries as this model has blocks, but are not a per-layer array."""
     odd = rewrite(
         parts["trunk"],
         tmp_path / "base.gguf",
@@ -107,14 +107,14 @@ def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Pa
         PADDING,
     ]
     blocks = base.get("qwen35.block_count")
-    assert len(base.get("qwen35.rope.dimension_sections")) == blocks  # the trap
+    assert len(base.get("qwen35.rope.dimension_sections")) == blocks  # as many as blocks
     assert out.get("qwen35.attention.recurrent_layers") == [
         *base.get("qwen35.attention.recurrent_layers"),
         False,
     ]
 
 
-def test_a_base_of_an_older_converter_has_no_per_layer_array(
+def test_a_base_from_an_older_converter_gets_no_per_layer_array(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
     old = rewrite(
@@ -131,7 +131,7 @@ def refusal(base: Path, head: Path, tmp_path: Path) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_belong_together_is_refused_with_both_sides(
+def test_a_head_of_another_model_is_refused_with_both_values(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
     def base(key: str, value: int) -> Path:
@@ -172,13 +172,12 @@ def test_what_does_not_belong_together_is_refused_with_both_sides(
         tmp_path / "torn.gguf",
         lambda m: (set_u32("qwen35.block_count", 4)(m), m.pop("qwen35.nextn_predict_layers")),
     )
-    assert (
-        "has blk.4.nextn.eh_proj.weight, a tensor of a block that its metadata does not declare"
-        in refusal(torn, parts["head"], tmp_path)
+    assert "has blk.4.nextn.eh_proj.weight, but its metadata declares no such block" in refusal(
+        torn, parts["head"], tmp_path
     )
 
 
-def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_an_incomplete_base_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
     def base(
         change: Callable[[dict[str, Value]], object], drop: str = "\0", head: str = "head"
     ) -> str:
@@ -186,7 +185,7 @@ def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_pa
             rewrite(parts["trunk"], tmp_path / "base.gguf", change, drop), parts[head], tmp_path
         )
 
-    assert "has no tensor of block 2, though it declares 4" in base(lambda m: None, "blk.2.")
+    assert "it declares 4 blocks, but has no tensor of block 2" in base(lambda m: None, "blk.2.")
     assert "the number of tokens is None in" in base(lambda m: None, "token_embd")
     assert "qwen35.rope.freq_base is None in" in base(lambda m: m.pop("qwen35.rope.freq_base"))
     tokens = Value.of(
@@ -206,13 +205,13 @@ def test_what_is_not_whole_or_not_told_is_refused(parts: dict[str, Path], tmp_pa
     odd = rewrite(
         parts["trunk"], tmp_path / "odd.gguf", lambda m: m.update({"split.tensors.count": many})
     )
-    inject(odd, parts["head"], tmp_path / "out.gguf")  # means nothing in a single file
+    inject(odd, parts["head"], tmp_path / "out.gguf")  # ignored in a single file
 
 
-def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(
+def test_a_vocabulary_may_rename_reserved_tokens_but_not_change_merges(
     parts: dict[str, Path],
 ) -> None:
-    """Publishers rename a pad token; injection and verification share this rule."""
+    """Some publishers rename a pad token; injection and verification share this rule."""
     right = reader.read(parts["all"]).metadata
     tokens, merges = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
@@ -237,7 +236,7 @@ def test_a_vocabulary_may_have_a_renamed_reserved_token_but_not_other_merges(
     assert (found(merges, lambda values: values.reverse()) or ("",))[0] == merges
 
 
-def test_a_per_layer_array_that_the_head_does_not_know_is_refused(
+def test_a_per_layer_array_that_the_head_lacks_is_refused(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
     widths = Value.of([1, 2, 3, 4], GGUFValueType.ARRAY, GGUFValueType.UINT32)
@@ -249,7 +248,7 @@ def test_a_per_layer_array_that_the_head_does_not_know_is_refused(
     )
 
 
-def test_the_data_keeps_its_place_in_a_block_of_the_file_system(
+def test_the_data_keeps_its_alignment_to_blocks_of_the_file_system(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
     for extra in (0, 100, 5000):
@@ -263,10 +262,8 @@ def test_the_data_keeps_its_place_in_a_block_of_the_file_system(
         ) % BLOCK == 0
 
 
-def test_a_head_that_is_declared_but_lost_is_put_back(
-    parts: dict[str, Path], tmp_path: Path
-) -> None:
-    """A checkpoint without its head that is converted by upstream makes such a file, which does not load."""
+def test_a_declared_but_missing_head_is_restored(parts: dict[str, Path], tmp_path: Path) -> None:
+    """Upstream makes such a file, which does not load, of a checkpoint that lost its head."""
     base = rewrite(parts["all"], tmp_path / "base.gguf", lambda m: None, drop="blk.4.")
     inject(base, parts["head"], tmp_path / "out.gguf")
     whole, made = reader.read(parts["all"]), reader.read(tmp_path / "out.gguf")
@@ -274,10 +271,15 @@ def test_a_head_that_is_declared_but_lost_is_put_back(
     assert {key: value for key, value in made.metadata.items() if key != PADDING} == whole.metadata
 
 
-def test_the_trunk_is_recorded_as_it_was_before_and_the_head_as_it_came(
+def test_digests_are_of_the_base_trunk_and_of_the_new_head(
     parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    inject(parts["trunk"], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
+    inject(
+        parts["trunk"],
+        parts["head"],
+        tmp_path / "out.gguf",
+        Options(digests=tmp_path / "trunk.json"),
+    )
     before = trunk_digests(reader.read(parts["trunk"]))
     assert len(before) == 55 and before == trunk_digests(reader.read(tmp_path / "out.gguf"))
     head = reader.digests(parts["head"])
@@ -286,8 +288,11 @@ def test_the_trunk_is_recorded_as_it_was_before_and_the_head_as_it_came(
     }
 
 
-def test_both_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
-    """ik_llama.cpp has the same names; it knows no recurrent_layers, and Lemonade only a UINT32 (their sources, 2026)."""
+def test_other_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) -> None:
+    """ik_llama.cpp uses the same names but not recurrent_layers; Lemonade reads only a UINT32.
+
+    Source: their code in 2026.
+    """
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
     made = reader.read(tmp_path / "out.gguf")
     for name in ("eh_proj", "enorm", "hnorm", "shared_head_norm"):
@@ -304,7 +309,7 @@ def test_the_cost_is_shown_first(
             parts["trunk"],
             parts["draft"],
             tmp_path / "out.gguf",
-            head_recipe("Q8_0", [("eh_porj", "Q4_K")]),
+            Options(head_types=head_recipe("Q8_0", [("eh_porj", "Q4_K")])),
         )
     assert capsys.readouterr().err == ""
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
@@ -317,15 +322,15 @@ def test_the_cost_is_shown_first(
     )
 
 
-# ── a base that has a head ──────────────────────────────────────────────────────────────────────────────────────────
+# ── a base that has a head ──
 
 
-def test_the_same_head_again_changes_nothing(
+def test_injecting_the_same_head_again_changes_nothing(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inject(parts["all"], parts["head"], tmp_path / "out.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == parts["all"].read_bytes()
-    assert "has this head already" in capsys.readouterr().err
+    assert "already has this head" in capsys.readouterr().err
 
 
 def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
@@ -339,7 +344,7 @@ def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: P
         "has another head (blk.4.attn_k.weight has other values)" in message
         and "--replace-head" in message
     )
-    inject(tmp_path / "base.gguf", parts["head"], tmp_path / "out.gguf", replace_head=True)
+    inject(tmp_path / "base.gguf", parts["head"], tmp_path / "out.gguf", Options(replace_head=True))
     inject(parts["trunk"], parts["head"], tmp_path / "expected.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
@@ -352,16 +357,18 @@ def test_a_head_between_other_tensors_is_replaced(parts: dict[str, Path], tmp_pa
         opened.metadata,
         [(opened.tensors[name], [opened.ranges[name]]) for name in order],
     )
-    inject(tmp_path / "base.gguf", parts["head"], tmp_path / "same.gguf", replace_head=True)
+    inject(
+        tmp_path / "base.gguf", parts["head"], tmp_path / "same.gguf", Options(replace_head=True)
+    )
     assert (tmp_path / "same.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
     short = rewrite(
         tmp_path / "base.gguf", tmp_path / "short.gguf", lambda m: None, drop="blk.4.attn_k."
     )
-    inject(short, parts["head"], tmp_path / "out.gguf", replace_head=True)
+    inject(short, parts["head"], tmp_path / "out.gguf", Options(replace_head=True))
     assert contents(reader.read(tmp_path / "out.gguf")) == contents(opened)
 
 
-# ── a base in several files ─────────────────────────────────────────────────────────────────────────────────────────
+# ── a split base ──
 
 
 @pytest.fixture(scope="module")
@@ -369,27 +376,29 @@ def shards(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return split(parts["trunk"], tmp_path_factory.mktemp("split") / "trunk", "trunk", 2_000_000)
 
 
-def test_a_base_in_several_files_becomes_one(
+def test_a_split_base_becomes_one_file(
     parts: dict[str, Path], shards: list[Path], tmp_path: Path
 ) -> None:
     assert len(shards) == 3
-    inject(shards[0], parts["head"], tmp_path / "out.gguf", digests=tmp_path / "trunk.json")
+    inject(
+        shards[0], parts["head"], tmp_path / "out.gguf", Options(digests=tmp_path / "trunk.json")
+    )
     inject(
         parts["trunk"],
         parts["head"],
         tmp_path / "expected.gguf",
-        digests=tmp_path / "expected.json",
+        Options(digests=tmp_path / "expected.json"),
     )
     made, expected = reader.read(tmp_path / "out.gguf"), reader.read(tmp_path / "expected.gguf")
     assert contents(made) == contents(expected)
     assert {**made.metadata, PADDING: None} == {
         **expected.metadata,
         PADDING: None,
-    }  # no split.* among them
+    }  # without split.*
     assert (tmp_path / "trunk.json").read_text() == (tmp_path / "expected.json").read_text()
 
 
-def test_a_base_in_several_files_keeps_them(
+def test_a_split_base_stays_split(
     parts: dict[str, Path], shards: list[Path], tmp_path: Path
 ) -> None:
     inject(shards[0], parts["head"], tmp_path / "out")
@@ -412,7 +421,7 @@ def test_a_base_in_several_files_keeps_them(
         )
 
 
-def test_files_that_do_not_belong_together_are_refused(
+def test_shards_of_different_models_are_refused(
     parts: dict[str, Path], shards: list[Path], tmp_path: Path
 ) -> None:
     def copied(name: str) -> list[Path]:
@@ -445,7 +454,9 @@ def test_files_that_do_not_belong_together_are_refused(
         renamed.rename(shards[0])
 
 
-def test_files_that_have_this_head_stay_as_they_are(parts: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_that_have_this_head_stay_as_they_are(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
     whole = split(parts["all"], tmp_path / "whole", "whole", 2_000_000)
     inject(whole[0], parts["head"], tmp_path / "out")
     assert [(tmp_path / "out" / path.name).read_bytes() for path in whole] == [
@@ -453,7 +464,7 @@ def test_files_that_have_this_head_stay_as_they_are(parts: dict[str, Path], tmp_
     ]
 
 
-def test_a_file_of_the_base_is_not_overwritten(
+def test_a_shard_of_the_base_is_not_overwritten(
     parts: dict[str, Path], shards: list[Path], run: Run
 ) -> None:
     before = [path.read_bytes() for path in shards]
@@ -466,10 +477,8 @@ def test_a_file_of_the_base_is_not_overwritten(
     assert [path.read_bytes() for path in shards] == before
 
 
-def test_the_kind_of_output_must_fit_the_base(
+def test_a_single_base_is_not_written_to_a_folder(
     parts: dict[str, Path], shards: list[Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        GgufError, match=r"folder: the output is a file, F\.gguf; only a split base"
-    ):
+    with pytest.raises(GgufError, match=r"folder: name a file F\.gguf: only a split base"):
         inject(parts["trunk"], parts["head"], tmp_path / "folder")
