@@ -1,4 +1,4 @@
-# `make` sets up an environment of its own in .venv and builds what config.yaml asks for; `make help` lists the rest.
+# `make` installs a locked environment into .venv and builds config.yaml; `make help` lists the rest.
 
 PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -7,9 +7,9 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--custom-compile-command "make lock"
 
-# PyTorch's own CPU build (Linux x86-64, Python 3.11) lies on PyTorch's index, not where `make lock` looks. The ordinary
-# Linux wheel would bring gigabytes of GPU libraries. Before `make converter`, make the CPU build known to pip: PIP_FIND_LINKS
-# or PIP_EXTRA_INDEX_URL.
+# PyTorch's CPU build (Linux x86-64, Python 3.11) is on PyTorch's own index, where `make lock` does not
+# look; the ordinary Linux wheel brings gigabytes of GPU libraries. Tell pip where the CPU build is
+# before `make converter`: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
@@ -17,11 +17,11 @@ TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 	python compiler
 .SUFFIXES:
 
-# $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. The stamp is the lock's own text and
-# the place, because an environment cannot be moved.
+# $(call install,DIRECTORY,LOCK,OPTIONS) makes an environment equal to its lock. Its stamp holds the
+# lock and the path, because an environment cannot be moved.
 define install
 	@{ pwd; cat envs/$(2).txt; } | cmp -s - $(1)/$(2).stamp && $(1)/bin/python -c '' || { \
-		{ [ ! -L $(1) ] || { echo "error: $(1) is a link, behind which all would be deleted: remove it" >&2; exit 1; }; } && \
+		{ [ ! -L $(1) ] || { echo "error: $(1) is a link, and its target would be deleted: remove the link" >&2; exit 1; }; } && \
 		echo "setting up $(1) from envs/$(2).txt (a minute or so)" && \
 		$(PYTHON) -m venv $(3) $(1) && \
 		$(1)/bin/python $(PIP_INSTALL) -r envs/$(2).txt && \
@@ -29,26 +29,26 @@ define install
 	}
 endef
 
-all: setup ## build everything that config.yaml asks for (the default); CORES=N limits the processors
+all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores
 	@$(ACTIVE) snakemake --cores $(CORES) all
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
 
-setup-test: setup ## the same, with what the tests need
+setup-test: setup ## the same, plus what the tests need
 	$(call install,.venv,test)
 
-report: all ## report.html: speed, acceptance, errors as pictures, the graph and run times, in one file
+report: all ## build, then write report.html: pictures of speed, acceptance and errors, the job graph, run times
 	@$(ACTIVE) snakemake --cores $(CORES) plots
 	@$(ACTIVE) snakemake --report report.html --report-stylesheet workflow/report/report.css plots
 
-toolchain: setup ## build llama.cpp (once per user: it is kept in ~/.cache/mtpforge)
+toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain
 
-converter: setup ## set up llama.cpp's own converter in resources/converter (installs torch)
+converter: setup ## install llama.cpp's own converter into resources/converter (with torch, 1 GB)
 	@$(ACTIVE) snakemake --cores $(CORES) converter
 
-older: setup ## build the older llama.cpp whose files the tests use (once per user, about 8 minutes on 2 cores)
+older: setup ## build the older llama.cpp that some tests need (once per user, about 8 minutes on 2 cores)
 	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/older.py
 
 lint: setup-test ## check style and types
@@ -64,21 +64,21 @@ docs: setup ## write the generated parts of docs/
 test: lint ## lint, then run all tests
 	@$(ACTIVE) pytest
 
-golden: converter ## make the golden digests anew with llama.cpp's own converter
+golden: converter ## rewrite the golden digests with llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py
 
-check-golden: converter ## compare the golden digests with what llama.cpp's own converter makes
+check-golden: converter ## check the golden digests against llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py --check
 
-check-results: setup ## check a folder of results, downloaded or not, by what lies in it: FOLDER=...
+check-results: setup ## check a results folder, local or downloaded: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
-bench: toolchain ## measure conversion, injection, quantization beside others' tools (25 GB under resources/bench, 45 minutes)
+bench: toolchain ## benchmark conversion, injection and quantization (25 GB in resources/bench, 45 minutes)
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
 
-lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes the newest versions
+lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
 	@for name in run test converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
@@ -88,7 +88,7 @@ lock: python ## resolve envs/*.in into envs/*.txt again; UPGRADE=--upgrade takes
 		{ print }' envs/converter.txt > envs/converter.txt.part
 	@mv envs/converter.txt.part envs/converter.txt
 
-clean: ## delete the results, but neither downloads nor the toolchain
+clean: ## delete results/, but keep downloads and the toolchain
 	rm -rf results
 
 help: ## list these targets
@@ -96,12 +96,12 @@ help: ## list these targets
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
-		echo "error: mtpforge needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.12" >&2; exit 1; }
+		echo "error: mtpforge needs Python 3.11 or newer, and '$(PYTHON)' is older or missing: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 		echo "error: $(PYTHON) cannot make environments: install its venv module (Debian/Ubuntu: apt install python3-venv)" >&2; \
 		exit 1; }
 
-# Said here as well as by the toolchain's own program, so that it comes before any download.
+# toolchain.py checks this too; here it fails before anything is downloaded.
 compiler:
 	@$${CXX:-c++} --version > /dev/null 2>&1 || g++ --version > /dev/null 2>&1 || clang++ --version > /dev/null 2>&1 || { \
 		echo "error: no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++;" \
