@@ -1,38 +1,38 @@
 """Errors that a user can act on: one or two lines that say what is wrong, where, and what to do.
 
-`cli.run` ends a program with one, without a traceback; any other exception is a bug.
+`cli.run` ends a program with the message, without a traceback. Any other exception is a bug.
 """
 
 
 class ForgeError(Exception):
-    """Something outside this program is wrong; the message says what, where, and what to do."""
+    """Something outside the program is wrong; the message says what, where, and what to do."""
 
 
 class ConfigError(ForgeError):
-    """`config.yaml` asks for something that cannot be."""
+    """A setting or a command line asks for something impossible."""
 
 
 class CheckpointError(ForgeError):
-    """A checkpoint is incomplete, malformed or contradicts itself."""
+    """A checkpoint is incomplete, malformed or contradictory."""
 
 
 class GgufError(ForgeError):
-    """A GGUF is malformed, or is not what it should be."""
+    """A GGUF is malformed, or not the one that is needed."""
 
 
 class ToolchainError(ForgeError):
-    """A program that we call is missing, too old, or failed."""
+    """A program that the pipeline runs is missing, too old, or failed."""
 
 
 class DownloadError(ForgeError):
-    """The Hub does not have something, does not give it, or gave something else."""
+    """The Hub lacks a file, refuses it, or sent a different one."""
 
 
 class VerificationError(ForgeError):
-    """A finished file is not what was asked for, and must not be published."""
+    """A finished file is not what was requested, and must not be published."""
 
     table = ""
-    """All verdicts on it."""
+    """The verdicts of all checks, as a table."""
 
 
 class RecordError(ForgeError):
@@ -40,4 +40,4 @@ class RecordError(ForgeError):
 
 
 class UploadError(ForgeError):
-    """The Hub does not take something."""
+    """The Hub refused an upload."""

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one rewritten line on a terminal, a line every few seconds in a log."""
+"""Progress of long work on stderr: one rewritten line on a terminal, a line now and then in a log."""
 
 import sys
 import time
@@ -6,44 +6,57 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Show = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Takes the bytes done and the total."""
 
 
 @contextmanager
 def bar(label: str) -> Iterator[Show]:
-    """Yield a function that shows bytes, share and rate, at most twice a second (in a log, every ten seconds).
+    """Yield a function that shows bytes, share and rate: twice a second, or in a log every 10 s.
 
-    The rate is that since the line before: what an earlier run has done is no part of it, and a line that stalls shows.
+    Work that is finished before the first interval has passed shows nothing.
     """
-    terminal = sys.stderr.isatty()
-    interval, start = (0.5 if terminal else 10.0), time.monotonic()
-    shown = start  # what is done before the first interval is over needs no line
-    before: int | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown, before
-        now = time.monotonic()
-        if before is None:
-            before = done
-        if now - shown < interval:
-            return
-        rate = (done - before) / (now - shown)
-        shown, before = now, done
-        line = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({100 * done / max(total, 1):.0f}%), {rate / 1e6:.0f} MB/s"
-        print(
-            f"\r\x1b[K{line}" if terminal else line,
-            end="" if terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-
+    progress = _Bar(label)
     try:
-        yield show
+        yield progress.show
     finally:
-        if terminal and shown > start:
-            print(file=sys.stderr)
+        progress.close()
 
 
 def say(line: str) -> None:
     """Print a note on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+class _Bar:
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.terminal = sys.stderr.isatty()
+        self.interval = 0.5 if self.terminal else 10.0
+        self.start = self.last = time.monotonic()
+        self.before: int | None = None
+
+    def show(self, done: int, total: int) -> None:
+        """Show progress if the interval has passed; the rate is the one since the last line."""
+        if self.before is None:
+            self.before = done  # an earlier run may have done this much already
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return
+        rate = (done - self.before) / (now - self.last)
+        self.before = done
+        self.last = now
+        self._print(
+            f"{self.label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB "
+            f"({100 * done / max(total, 1):.0f}%), {rate / 1e6:.0f} MB/s"
+        )
+
+    def _print(self, line: str) -> None:
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line, if one was shown."""
+        if self.terminal and self.last > self.start:
+            print(file=sys.stderr)
