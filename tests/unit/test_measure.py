@@ -1,9 +1,10 @@
-"""What llama.cpp says is read strictly, and a head that does not make decoding faster is not recommended."""
+"""Output of llama.cpp is read strictly, and a head that does not speed up decoding is not recommended."""
 
 import contextlib
 import json
 import shlex
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
 from mtpforge.errors import ConfigError, ToolchainError
+from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion
-from mtpforge.measure import perplexity, speed
-from mtpforge.measure.speed import _run, by_position, machine, recommend, together
+from mtpforge.measure import perplexity
+from mtpforge.measure.measurement import Run as MeasuredRun
+from mtpforge.measure.measurement import Total
+from mtpforge.measure.speed import by_position, combine, describe_machine, make_run, recommend
 from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))
@@ -46,59 +51,56 @@ Same top p: 98.039 ± 0.307 %
 """
 
 
-def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> dict[str, Any]:
-    spread = [low, high]
-    return {
-        "n_max": n_max,
-        "tokens_per_second": speed,
-        "spread": spread,
-        "speedup": round(speed / off, 3),
-        "drafts": 100 * n_max,
-    }
+def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> Total:
+    return Total(
+        n_max=n_max,
+        tokens_per_second=speed,
+        spread=(low, high),
+        cold_tokens_per_second=speed,
+        drafts=100 * n_max,
+        accepted=80 * n_max,
+        acceptance=0.8 if n_max else None,
+        by_position=(),
+        speedup=round(speed / off, 3),
+        memory_bytes=None,
+    )
 
 
 OFF = total(0, 98, 100, 102)
 
 
 def test_the_fastest_is_recommended() -> None:
-    found = recommend(
-        [OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)], 3
-    )
-    assert found == (
+    totals = [OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)]
+    assert recommend(totals, 3) == (
         2,
         "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without",
     )
 
 
-def test_a_slow_head_is_not_recommended_and_that_is_said() -> None:
+def test_a_slow_head_is_not_recommended_and_the_verdict_says_so() -> None:
     recommended, verdict = recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
     assert recommended == 0
-    assert (
-        verdict
-        == "slower than without: 51.0 tokens/s with n_max 1, 100.0 without: leave drafting off"
-    )
+    speeds = "51.0 tokens/s with n_max 1, 100.0 without"
+    assert verdict == f"slower than without drafting: {speeds}: leave drafting off"
 
 
 @pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
-def test_within_the_spread_nothing_is_recommended(drafting: tuple[float, float, float]) -> None:
+def test_nothing_is_recommended_within_the_spread(drafting: tuple[float, float, float]) -> None:
     recommended, verdict = recommend([OFF, total(1, *drafting)], 3)
-    assert recommended == 0 and verdict.startswith(
-        "not faster than without by more than the spread"
-    )
+    assert recommended == 0
+    assert verdict.startswith("not faster than without drafting beyond the spread")
 
 
-def test_without_a_head_nothing_is_recommended() -> None:
-    assert recommend([OFF], 3) == (0, "there is no head to draft with")
+def test_nothing_is_recommended_without_a_head() -> None:
+    assert recommend([OFF], 3) == (0, "no head to draft with")
 
 
-def test_what_was_measured_once_or_drafted_nothing_is_not_recommended() -> None:
+def test_a_single_repeat_or_no_drafts_are_no_reason_to_draft() -> None:
     fast = total(1, 150, 155, 160)
+    dead = replace(fast, drafts=0)
     assert recommend([OFF, fast], 1)[0] == 0
-    assert recommend([OFF, {**fast, "drafts": 0}], 3) == (
-        0,
-        "nothing was drafted: the head is dead",
-    )
-    assert recommend([OFF, {**total(2, 180, 190, 200), "drafts": 0}, fast], 3)[0] == 1
+    assert recommend([OFF, dead], 3) == (0, "nothing was drafted: the head is dead")
+    assert recommend([OFF, replace(total(2, 180, 190, 200), drafts=0), fast], 3)[0] == 1
 
 
 def test_positions_are_read_for_each_request_that_drafted() -> None:
@@ -110,72 +112,67 @@ def test_positions_that_do_not_fit_the_requests_are_not_guessed(drafts: list[int
     assert by_position(LOG, drafts) == [[] for _ in drafts]
 
 
-def test_runs_are_put_together_over_kinds() -> None:
-    """Equally many tokens of each kind: 1 s for 60 and 2 s for 30 each, so 2 x 60 in 3 s."""
+def runs_of(
+    n_max: int, kind: str, *parts: tuple[float, int, int, list[float]]
+) -> list[MeasuredRun]:
+    """A cold and a warm run of requests: (tokens/s, drafts, accepted, acceptance by position)."""
+    answers = [
+        Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts
+    ]
+    rates = [part[3] for part in parts]
+    return [
+        make_run(kind, "cold", n_max, answers[:1], rates[:1]),
+        make_run(kind, "warm", n_max, answers[1:], rates[1:]),
+    ]
 
-    def run(
-        n_max: int, kind: str, *parts: tuple[float, int, int, list[float]]
-    ) -> list[dict[str, Any]]:
-        answers = [
-            Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts
-        ]
-        rates = [part[3] for part in parts]
-        return [
-            _run(kind, "cold", n_max, answers[:1], rates[:1]),
-            _run(kind, "warm", n_max, answers[1:], rates[1:]),
-        ]
 
+def test_kinds_are_combined_at_equal_numbers_of_tokens() -> None:
+    """1 s for 60 tokens of one kind and 2 s for 60 of the other: 120 in 3 s."""
     cold = (1.0, 0, 0, [])
-    off = together(
-        run(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, [])), 0, []
-    )
-    assert (off["tokens_per_second"], off["spread"], off["acceptance"], off["speedup"]) == (
+    runs = runs_of(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, []))
+    off = combine(runs, 0, None)
+    assert (off.tokens_per_second, off.spread, off.acceptance, off.speedup) == (
         20.0,
-        [10.0, 30.0],
+        (10.0, 30.0),
         None,
         1.0,
     )
-    runs = run(2, "code", cold, (60.0, 30, 27, [1.0, 0.8])) + run(
-        2, "prose", cold, (30.0, 10, 3, [0.6, 0.0])
-    )
-    found = together(runs, 2, [off])
-    assert (found["tokens_per_second"], found["cold_tokens_per_second"], found["speedup"]) == (
-        40.0,
-        1.0,
-        2.0,
-    )
-    assert (found["drafts"], found["accepted"], found["acceptance"]) == (40, 30, 0.75)
-    assert found["by_position"] == [0.9, 0.6]
-    runs += run(2, "structured", cold, (30.0, 10, 3, []))  # no line of it was logged
-    assert together(runs, 2, [off])["by_position"] == [0.9, 0.6]
+    runs = runs_of(2, "code", cold, (60.0, 30, 27, [1.0, 0.8]))
+    runs += runs_of(2, "prose", cold, (30.0, 10, 3, [0.6, 0.0]))
+    found = combine(runs, 2, off)
+    assert (found.tokens_per_second, found.cold_tokens_per_second, found.speedup) == (40, 1, 2)
+    assert (found.drafts, found.accepted, found.acceptance) == (40, 30, 0.75)
+    assert found.by_position == (0.9, 0.6)
+    runs += runs_of(2, "structured", cold, (30.0, 10, 3, []))  # its positions were not logged
+    assert combine(runs, 2, off).by_position == (0.9, 0.6)
 
 
-def test_what_llama_perplexity_says_is_read() -> None:
+def test_the_output_of_llama_perplexity_is_read() -> None:
     expected = {"perplexity": 4.036618, "mean": 0.002733, "p99.9": 0.199753, "same_top": 98.039}
-    assert perplexity._numbers(SAID, perplexity._PATTERNS) == expected
+    assert perplexity.figures(SAID, perplexity._DIVERGENCE) == expected
 
 
 @pytest.mark.parametrize("line", ["Mean PPL(Q) ", "Mean    KLD", "99.9%   KLD", "Same top p"])
 @pytest.mark.parametrize("instead", ["", "{} : nan ± nan %"])
-def test_a_figure_that_is_missing_is_an_error(line: str, instead: str) -> None:
+def test_a_missing_figure_is_an_error(line: str, instead: str) -> None:
     said = "\n".join(
         instead.format(line) if row.startswith(line) else row for row in SAID.splitlines()
     )
-    with pytest.raises(ToolchainError, match="does not say"):
-        perplexity._numbers(said, perplexity._PATTERNS)
+    with pytest.raises(ToolchainError, match="does not print"):
+        perplexity.figures(said, perplexity._DIVERGENCE)
 
 
 @pytest.mark.parametrize(
     ("said", "runs"),
     [(SAID, 1), (SAID.partition("Same top")[0], 12), ("perf_context_print: total time", 1)],
 )
-def test_what_was_cut_off_is_said_again(
+def test_output_that_was_cut_off_is_requested_again(
     monkeypatch: pytest.MonkeyPatch, said: str, runs: int
 ) -> None:
-    called: list[Path] = []
-    monkeypatch.setattr(perplexity, "_run", lambda model, *rest: called.append(model) or said)
+    called: list[object] = []
+    monkeypatch.setattr(LlamaCpp, "perplexity", lambda _, options: called.append(options) or said)
     with contextlib.suppress(ToolchainError):
-        perplexity.against_reference(Path("F.gguf"), Path("logits"), 1)
+        perplexity.against_reference(Path("F.gguf"), Path("logits"), LlamaCpp())
     assert len(called) == runs
 
 
@@ -184,9 +181,9 @@ def test_a_server_that_cannot_list_its_devices_is_an_error(
 ) -> None:
     (tmp_path / "llama-server").write_text("#!/bin/sh\nexec sleep 5\n")
     (tmp_path / "llama-server").chmod(0o755)
-    monkeypatch.setattr(speed, "DEVICES_LIMIT", 0.1)
+    monkeypatch.setattr(programs, "DEVICES_LIMIT", 0.1)
     with pytest.raises(ToolchainError, match="cannot list its devices"):
-        machine(tmp_path)
+        describe_machine(LlamaCpp(tmp_path))
 
 
 def test_the_size_of_logits() -> None:
@@ -202,7 +199,7 @@ def test_the_text_is_what_the_grammar_generates() -> None:
 
 def test_models_with_files_of_one_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
     report = {"file": "x.gguf", "bytes": 1, "bits_per_weight": 4.0, "head": "none"}
-    for model, off in (("a", OFF), ("b", total(0, 48, 50, 52))):
+    for model, off in (("a", asdict(OFF)), ("b", asdict(total(0, 48, 50, 52)))):
         for part, found in (
             ("reports", report),
             ("measure", {"file": "x.gguf", "by_n_max": [off], "recommended_n_max": 0}),
@@ -221,15 +218,13 @@ def test_models_with_files_of_one_name_keep_their_figures(tmp_path: Path, run: R
 
 
 def test_the_summary_says_speed_and_what_to_serve_with() -> None:
-    assert summary.speed({"by_n_max": [OFF, total(1, 50, 51, 53)], "recommended_n_max": 0}) == (
-        "100 → 51",
-        "off",
-    )
-    assert summary.speed({"by_n_max": [OFF, total(2, 150, 155, 160)], "recommended_n_max": 2}) == (
-        "100 → 155",
-        "2",
-    )
-    assert summary.speed({"by_n_max": [OFF], "recommended_n_max": 0}) == ("100", "off")
+    def speed(recommended: int, *totals: Total) -> tuple[str, str]:
+        by_n_max = [asdict(each) for each in totals]
+        return summary.speed({"by_n_max": by_n_max, "recommended_n_max": recommended})
+
+    assert speed(0, OFF, total(1, 50, 51, 53)) == ("100 → 51", "off")
+    assert speed(2, OFF, total(2, 150, 155, 160)) == ("100 → 155", "2")
+    assert speed(0, OFF) == ("100", "off")
     assert summary.speed(None) == ("-", "-")
 
 
@@ -329,8 +324,3 @@ def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None
 def test_mistakes_are_refused_with_their_path(measured: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(measured)
-
-
-def test_runs_are_json() -> None:
-    answers = [Completion("", [1, 2], 10.0, 0, 0)]
-    assert json.loads(json.dumps(_run("code", "cold", 0, answers, [[]])))["acceptance"] is None

@@ -1,111 +1,100 @@
-"""Measure a GGUF in a real llama-server: decoding speed and acceptance for each n_max and without drafting, memory, perplexity.
+"""Measure a GGUF in llama-server: decoding speed and acceptance at each n_max, memory, perplexity.
 
-A head that makes decoding slower is reported as that, and the recommended n_max is then 0.
+If drafting makes decoding slower, the report says so and recommends n_max 0.
 
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
 
+import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mtpforge import cli
+from mtpforge import cli, prompts
 from mtpforge.gguf import names
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
+from mtpforge.measure.measurement import KlDivergence, Text
 from mtpforge.measure.speed import measure
-from mtpforge.prompts import PROMPTS, read_prompts
 
 
 def main() -> None:
-    """Parse the command line, measure, and write what was measured."""
+    """Parse the command line, measure, and write the measurement."""
+    args = _parser().parse_args()
+    atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
+    llama = programs.from_options(args)
+    first = names.first_of(args.file)
+    value, divergence = _perplexity(args, first, llama)
+    texts = prompts.read_prompts(args.prompts)
+    found = replace(
+        measure(first, texts, args.n_max, args.repeats, llama, args.serve),
+        file=args.file.name,
+        perplexity=value,
+        kl_divergence=divergence,
+        text=_text(args),
+    )
+    found.write(args.out)
+    if found.kl_divergence:
+        mean = found.kl_divergence.mean
+        print(f"{found.file}: KL divergence {mean:.5f}, perplexity {found.perplexity:.4f}")
+    print(f"{found.file}: {found.verdict}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "file",
         type=Path,
         metavar="F.gguf",
-        help="of a split one, the first file or the folder of them",
+        help="the GGUF; of a split one, its first file or folder",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the measurements, as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="the measurement, as JSON")
     parser.add_argument(
-        "--n-max",
-        type=_numbers,
-        default=(1, 2, 3, 4),
-        metavar="N,N",
-        help="tokens drafted ahead (default: 1,2,3,4)",
-    )
+        "--n-max", type=_numbers, default=(1, 2, 3, 4), metavar="N,N",
+        help="numbers of tokens to draft ahead (default: 1,2,3,4)",
+    )  # fmt: skip
     parser.add_argument(
-        "--repeats",
-        type=_positive,
-        default=3,
-        help="warm requests of each kind and n_max (default: %(default)s)",
-    )
+        "--repeats", type=_positive, default=3, metavar="N",
+        help="warm requests for each prompt and n_max (default: %(default)s)",
+    )  # fmt: skip
+    prompts.add_option(parser)
     parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="DIR",
-        default=PROMPTS,
-        help="folder of *.txt prompts, named by kind",
-    )
+        "--text", type=Path, metavar="FILE",
+        help="measure perplexity on this text; with --reference-logits, the text they are of",
+    )  # fmt: skip
     parser.add_argument(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="measure the perplexity on this text; with --reference-logits, what they are of",
-    )
+        "--chunks", type=_positive, default=16, metavar="N",
+        help="use at most N chunks of 512 tokens (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--chunks",
-        type=_positive,
-        default=16,
-        help="of 512 tokens, at most so many (default: %(default)s)",
-    )
+        "--reference-logits", type=Path, metavar="FILE",
+        help="measure KL divergence from these logits of reference_logits.py",
+    )  # fmt: skip
     parser.add_argument(
-        "--reference-logits",
-        type=Path,
-        metavar="FILE",
-        help="of reference_logits.py: also the KL divergence from them",
-    )
-    parser.add_argument(
-        "--serve",
-        type=shlex.split,
-        default=[],
-        metavar="OPTIONS",
-        help='of llama-server: --serve="-fa on"',
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="threads of llama.cpp (default: all processors)"
-    )
-    parser.add_argument(
-        "--bin",
-        type=Path,
-        default=programs.DEFAULT_BIN,
-        help="where its programs are (default: %(default)s)",
-    )
-    args = parser.parse_args()
-    atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
-    threads, file = programs.threads(args.threads), names.first_of(args.file)
-    distance: dict[str, Any] = {"perplexity": None, "kl_divergence": None}
+        "--serve", type=shlex.split, default=[], metavar="OPTIONS",
+        help='further options of llama-server: --serve="-fa on"',
+    )  # fmt: skip
+    programs.add_options(parser)
+    return parser
+
+
+def _perplexity(
+    args: argparse.Namespace, model: Path, llama: LlamaCpp
+) -> tuple[float | None, KlDivergence | None]:
     if args.reference_logits:
-        distance = perplexity.against_reference(file, args.reference_logits, threads, args.bin)
-    elif args.text:
-        distance = perplexity.of_text(file, args.text, args.chunks, threads, args.bin)
+        return perplexity.against_reference(model, args.reference_logits, llama)
     if args.text:
-        distance["text"] = {
-            "name": args.text.name,
-            "sha256": digest_of(args.text),
-            "chunks": args.chunks,
-        }
-    found = measure(
-        file, read_prompts(args.prompts), args.n_max, args.repeats, threads, args.bin, args.serve
-    )
-    atomic.write_json(args.out, {**found, "file": args.file.name, **distance})
-    if distance["kl_divergence"]:
-        print(
-            f"{args.file.name}: KL divergence {distance['kl_divergence']['mean']:.5f}, perplexity {distance['perplexity']:.4f}"
-        )
-    print(f"{args.file.name}: {found['verdict']}")
+        return perplexity.of_text(model, args.text, args.chunks, llama), None
+    return None, None
+
+
+def _text(args: argparse.Namespace) -> Text | None:
+    if args.text is None:
+        return None
+    return Text(name=args.text.name, sha256=digest_of(args.text), chunks=args.chunks)
 
 
 def _positive(text: str) -> int:

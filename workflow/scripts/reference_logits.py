@@ -1,4 +1,4 @@
-"""Write what a BF16 GGUF predicts for a text, for measure.py to compare quantizations with.
+"""Write the logits of a BF16 GGUF on a text, for measure.py to compare its quants with.
 
 example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 16 --out reference.logits
 """
@@ -16,32 +16,22 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("model", type=Path, metavar="BF16.gguf")
     parser.add_argument(
-        "--text", type=Path, required=True, metavar="FILE", help="at least 1024 tokens"
+        "--text", type=Path, required=True, metavar="FILE", help="text of at least 1024 tokens"
     )
     parser.add_argument(
-        "--chunks",
-        type=int,
-        default=16,
-        help="of 512 tokens, at most so many (default: %(default)s)",
-    )
+        "--chunks", type=int, default=16, metavar="N",
+        help="use at most N chunks of 512 tokens (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, required=True, help="0.13 GB a chunk with a vocabulary of 248,320"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        help="threads of llama-perplexity (default: all processors)",
-    )
-    parser.add_argument(
-        "--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)"
-    )
+        "--out", type=Path, required=True,
+        help="the logits: 0.13 GB a chunk for a vocabulary of 248,320",
+    )  # fmt: skip
+    programs.add_options(parser)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
+    llama = programs.from_options(args)
     with atomic.replacing(args.out) as temporary:
-        reference_logits(
-            args.model, args.text, temporary, args.chunks, programs.threads(args.threads), args.bin
-        )
+        reference_logits(args.model, args.text, temporary, args.chunks, llama)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The programs of llama.cpp that a folder has, and how they are called.
+"""Calls of llama.cpp's programs.
 
-`LlamaCpp` is what functions pass on: where the programs are, how many threads they get and which log they write to.
+Functions pass on one `LlamaCpp`: the folder of programs, their threads and their log.
 """
 
 import argparse
 import os
+import re
+import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +16,15 @@ from pathlib import Path
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.server import Server, started
+from mtpforge.llama_cpp.version import Version, version_of
 
 DEFAULT_FOLDER = Path("resources/toolchain/bin")
 BUFFER = ("--max-buffer-size", "256")
-"""MiB of a tensor that llama-quantize works on at a time: the bytes are the same, and large tensors
-need no gigabytes of memory, which a virtual machine can take longer to provide than to quantize."""
+"""MiB of a tensor that llama-quantize works on at a time. The bytes stay the same, and large tensors
+do not take gigabytes of memory, which a virtual machine can be slower to provide than to quantize."""
+
+DEVICES_LIMIT = 60.0
+"""Seconds that llama-server may take to list its devices."""
 
 Argument = str | int | Path
 
@@ -33,7 +39,7 @@ class LlamaCpp:
 
     @property
     def processors(self) -> int:
-        """How many threads a program really gets: at most as many as there are processors."""
+        """The number of threads that programs really use: never more than there are processors."""
         available = os.cpu_count() or 1
         return min(self.threads or available, available)
 
@@ -42,7 +48,8 @@ class LlamaCpp:
         path = self.folder / name
         if not os.access(path, os.X_OK):
             raise ToolchainError(
-                f"{path}: missing or not executable: build it with `make toolchain`, or name another folder with --bin"
+                f"{path}: missing or not executable: build it with `make toolchain`, or name another "
+                "folder with --bin"
             )
         return path.resolve()
 
@@ -54,7 +61,7 @@ class LlamaCpp:
         self._call([program, *buffer, *arguments, *threads], cwd)
 
     def dry_runs(self, runs: Iterable[Sequence[Argument]], cwd: Path) -> list[str]:
-        """What several `llama-quantize --dry-run` print, run side by side. Raises ToolchainError."""
+        """The output of several `llama-quantize --dry-run` that run in parallel. Raises ToolchainError."""
         program = self.find("llama-quantize")
         return process.outputs([[program, "--dry-run", *map(_word, run)] for run in runs], cwd)
 
@@ -64,7 +71,7 @@ class LlamaCpp:
         self._call([self.find("llama-imatrix"), *arguments, *threads], cwd)
 
     def perplexity(self, arguments: Iterable[Argument]) -> str:
-        """Run llama-perplexity; what it prints. Raises ToolchainError."""
+        """Run llama-perplexity; returns its output. Raises ToolchainError."""
         command = [self.find("llama-perplexity"), "--threads", self.processors, *arguments]
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "log"
@@ -74,6 +81,22 @@ class LlamaCpp:
     def gguf_split(self, arguments: Iterable[Argument]) -> None:
         """Run llama-gguf-split. Raises ToolchainError."""
         self._call([self.find("llama-gguf-split"), *arguments])
+
+    def version(self, *names: str) -> Version:
+        """The version of programs. Raises ToolchainError if they do not run, or differ."""
+        return version_of(self.folder, names)
+
+    def devices(self) -> tuple[str, ...]:
+        """The devices that llama-server finds, as it lists them. Raises ToolchainError."""
+        command: list[str | Path] = [self.find("llama-server"), "--list-devices"]
+        try:
+            listed = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT,
+                env=process.environment(),
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ToolchainError(f"llama-server cannot list its devices: {error}") from None
+        return tuple(re.findall(r"^  (\w+: .+)$", listed.stdout, re.MULTILINE))
 
     @contextmanager
     def serve(self, model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
