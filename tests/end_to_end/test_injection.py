@@ -1,4 +1,4 @@
-"""Injected heads draft in llama-server and are accepted as often as heads that were never removed."""
+"""Injected heads draft in llama-server; as many drafts are accepted as of a kept head."""
 
 from functools import cache
 from pathlib import Path
@@ -9,7 +9,6 @@ from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import Options, inject
-from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.plan import Plan
@@ -64,10 +63,9 @@ class Bench:
             "draft-mtp",
             "--spec-draft-n-max",
             "1",
-            "--threads",
-            "1",
         ]
-        with programs.serve(path, self.folder / "server.log", options, self.programs) as running:
+        llama = LlamaCpp(self.programs, threads=1)
+        with llama.serve(path, self.folder / "server.log", options) as running:
             answer = running.completion(prompt, 64)
         assert answer.drafts > 0
         return answer.accepted / answer.drafts

@@ -1,8 +1,9 @@
-"""A head for what people publish: bases that llama.cpp's own programs made, those of the pinned version and of an older one.
+"""Heads for bases that llama.cpp's own programs made, the pinned version's and an older one's.
 
-Upstream's programs alone convert a checkpoint without its head, quantize, split, merge and rename it. With a head it must be the
-same in every byte that does not count blocks, and draft exactly as the file that was quantized with its head in it.
-Needs the toolchain, upstream's environment (`make converter`) and the older llama.cpp (`make older`).
+Only upstream's programs convert the checkpoint without its head, and quantize, split, merge and
+rename it. After injection, every byte that does not depend on the number of blocks must be the
+same, and the file must draft exactly as one that was quantized with its head. Needs the toolchain,
+upstream's environment (`make converter`) and the older llama.cpp (`make older`).
 """
 
 import os
@@ -23,7 +24,8 @@ from gguf.constants import GGUFValueType
 from mtpforge.gguf import reader
 from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf, TensorInfo, Value
-from mtpforge.llama_cpp import programs, server
+from mtpforge.llama_cpp import server
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import default_head
 
 CONVERTER = ROOT / "resources" / "converter"
@@ -41,7 +43,7 @@ REWRITTEN = {
     "renamed": "IQ4_XS",
 }
 TYPES = {"BF16": "BF16", **{kind: kind for kind in QUANTIZED}, **REWRITTEN}
-"""Base -> the type of its trunk."""
+"""Base -> type of its trunk."""
 
 Bases = dict[str, dict[str, Path]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -58,7 +60,7 @@ def call(*command: object) -> None:
 
 
 def make_bases(source: Path, programs: Path, folder: Path) -> Bases:
-    """Model -> base -> its file (of a split one the first), all made by one llama.cpp; `source` has its converter."""
+    """Model -> base -> its (first) file, made by the llama.cpp whose converter is in `source`."""
 
     def of(model: str) -> dict[str, Path]:
         (folder / model).mkdir()
@@ -109,7 +111,7 @@ def of_older(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 @dataclass(frozen=True)
 class Case:
-    """A base, and what inject.py made of it."""
+    """A base, and the output of inject.py."""
 
     model: str
     type: str
@@ -117,7 +119,7 @@ class Case:
     out: Path
 
     def shards(self) -> list[Gguf]:
-        """The base's files: one, unless it is split."""
+        """The files of the base: one, or its shards."""
         return [
             reader.read(path)
             for path in sorted(
@@ -167,7 +169,7 @@ def tensors(*files: Gguf) -> list[tuple[TensorInfo, bytes]]:
     ]
 
 
-def test_every_tensor_of_the_base_is_there_byte_for_byte(case: Case) -> None:
+def test_every_tensor_of_the_base_is_unchanged(case: Case) -> None:
     base, injected = tensors(*case.shards()), tensors(reader.read(case.out))
     block = case.shards()[0].get(f"{case.shards()[0].architecture}.block_count")
     assert injected[: len(base)] == base
@@ -176,13 +178,11 @@ def test_every_tensor_of_the_base_is_there_byte_for_byte(case: Case) -> None:
     )
 
 
-def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) -> None:
+def test_only_metadata_that_counts_blocks_or_files_changes(case: Case) -> None:
     base, injected = case.shards()[0], reader.read(case.out)
     kind = base.architecture
-    expected, added = (
-        dict(base.metadata),
-        len(injected.tensors) - sum(len(shard.tensors) for shard in case.shards()),
-    )
+    expected = dict(base.metadata)
+    added = len(injected.tensors) - sum(len(shard.tensors) for shard in case.shards())
     expected[f"{kind}.block_count"] = Value.of(
         base.get(f"{kind}.block_count") + 1, GGUFValueType.UINT32
     )
@@ -191,7 +191,7 @@ def test_only_what_counts_blocks_or_files_changes_in_the_metadata(case: Case) ->
         expected[layers] = Value.of(
             [*base.get(layers), False], GGUFValueType.ARRAY, GGUFValueType.BOOL
         )
-    if base.get("split.count"):  # one file is no split one
+    if base.get("split.count"):  # the output is a single file
         for key in ("split.no", "split.count", "split.tensors.count"):
             del expected[key]
     elif "split.tensors.count" in expected:  # left behind by a merge
@@ -216,17 +216,16 @@ def test_the_last_key_is_the_padding(case: Case) -> None:
 def preserved(
     built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Case], Path]:
-    """What quantize.py makes of the whole checkpoint, as our converter reads it, with the trunk's types those of the base.
+    """The whole checkpoint, converted by us and quantized with the types of the base's trunk.
 
-    They must be given: Q4_K_M has better types for the last blocks, and the head makes another block the last.
+    The types must be given: Q4_K_M has better ones for the last blocks, and with a head, other
+    blocks are the last.
     """
     folder = tmp_path_factory.mktemp("preserved")
 
     def make(case: Case) -> Path:
-        whole, out = (
-            built / "results" / case.model / "work/convert/all.gguf",
-            folder / f"{case.model}-{case.type}.gguf",
-        )
+        whole = built / "results" / case.model / "work/convert/all.gguf"
+        out = folder / f"{case.model}-{case.type}.gguf"
         if case.type == "BF16":
             return whole
         if not out.exists():
@@ -264,7 +263,7 @@ def preserved(
 def drafted(
     toolchain: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Path, str], server.Completion]:
-    """What a real llama-server generates with a file's head; of each file once."""
+    """The text that llama-server generates with a file's head; cached by file."""
     log = tmp_path_factory.mktemp("server") / "log"
     options = [
         "--ctx-size",
@@ -273,22 +272,20 @@ def drafted(
         "draft-mtp",
         "--spec-draft-n-max",
         "1",
-        "--threads",
-        "1",
     ]
 
     @cache
     def ask(path: Path, model: str) -> server.Completion:
-        with programs.serve(path, log, options, toolchain) as running:
+        with LlamaCpp(toolchain, threads=1).serve(path, log, options) as running:
             return running.completion((CHECKPOINTS / model / "prompts/code.txt").read_text(), 64)
 
     return ask
 
 
-def test_it_drafts_as_a_file_that_kept_its_head(
+def test_it_drafts_like_a_file_that_kept_its_head(
     case: Case, preserved: Callable[[Case], Path], drafted: Callable[[Path, str], server.Completion]
 ) -> None:
-    """The trunks being the same: older programs quantize to these types as the pinned ones do."""
+    """The trunks are equal: older programs quantize to these types as the pinned ones do."""
     reference = reader.read(preserved(case))
     assert dict(tensors(*case.shards())).items() <= dict(tensors(reference)).items()
     injected, kept = drafted(case.out, case.model), drafted(reference.path, case.model)

@@ -1,4 +1,4 @@
-"""A base whose vocabulary is named a little differently: injection and verification say the same of it."""
+"""Injection and verification judge a base's vocabulary by the same rule."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ def verify(run: Run, toolchain: Path) -> Callable[[Path, Path, Path], str]:
     return call
 
 
-def test_a_renamed_reserved_token_passes_and_another_vocabulary_does_not(
+def test_a_renamed_reserved_token_passes_but_another_vocabulary_does_not(
     run: Run, verify: Callable[[Path, Path, Path], str], tmp_path: Path
 ) -> None:
     checkpoint, trunk = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "trunk.gguf"
@@ -66,18 +66,16 @@ def test_a_renamed_reserved_token_passes_and_another_vocabulary_does_not(
     renamed = base_with(
         lambda tokens: tokens.__setitem__(1279, "<|PAD_TOKEN|>"), trunk, tmp_path / "renamed.gguf"
     )
-    assert (
-        "FAILED" not in (said := verify(renamed, checkpoint, tmp_path))
-        and "drafts accepted" in said
-    )
+    output = verify(renamed, checkpoint, tmp_path)
+    assert "FAILED" not in output and "drafts accepted" in output
     other = base_with(lambda tokens: tokens.reverse(), trunk, tmp_path / "other.gguf")
     assert "metadata: token 0 is" in verify(other, checkpoint, tmp_path)
 
 
-def test_a_base_with_added_tokens_is_injected_verified_and_drafts(
+def test_a_base_with_added_tokens_is_injected_and_verified_and_drafts(
     run: Run, verify: Callable[[Path, Path, Path], str], tmp_path: Path
 ) -> None:
-    """As of every real Qwen3.5: seven of its tokens stand in tokenizer_config.json alone."""
+    """As in every real Qwen3.5, where seven tokens are only in tokenizer_config.json."""
     checkpoint = write_layout("dense-added-tokens", tmp_path)
     run(
         "convert.py",
@@ -90,5 +88,5 @@ def test_a_base_with_added_tokens_is_injected_verified_and_drafts(
         tmp_path / "trunk.gguf",
     )
     run("quantize.py", tmp_path / "trunk.gguf", "--type", "Q4_K_M", "--out", tmp_path / "base.gguf")
-    said = verify(tmp_path / "base.gguf", checkpoint, tmp_path)
-    assert "FAILED" not in said and "drafts accepted" in said
+    output = verify(tmp_path / "base.gguf", checkpoint, tmp_path)
+    assert "FAILED" not in output and "drafts accepted" in output

@@ -1,4 +1,4 @@
-"""Odd and hostile input, end to end: a line that says what is wrong, exit code 1, nothing left behind and nothing destroyed."""
+"""Odd and hostile input: one line says what is wrong, exit code 1, nothing left or destroyed."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_tokenizer_that_explodes_is_stopped(
 @pytest.mark.parametrize(
     ("keys", "value", "named"), CONFIG, ids=lambda x: "/".join(x) if isinstance(x, tuple) else None
 )
-def test_config(
+def test_an_odd_config_is_refused(
     checkpoint: Path, fails: Fails, tmp_path: Path, keys: tuple[str, ...], value: Any, named: str
 ) -> None:
     edit(checkpoint / "config.json", *keys, value=value)
@@ -95,13 +95,17 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_files(checkpoint: Path, fails: Fails, tmp_path: Path, name: str) -> None:
+def test_other_odd_files_are_refused(
+    checkpoint: Path, fails: Fails, tmp_path: Path, name: str
+) -> None:
     (checkpoint / name.strip()).write_text(OTHERS[name])
     fails("convert.py", checkpoint, "--tokenizer-pre", "qwen35", out=tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("key", ["padding", "normalizer", "post_processor"])
-def test_tokenizer_parts(checkpoint: Path, fails: Fails, tmp_path: Path, key: str) -> None:
+def test_odd_parts_of_a_tokenizer_give_no_traceback(
+    checkpoint: Path, fails: Fails, tmp_path: Path, key: str
+) -> None:
     odd = {
         "strategy": {"Fixed": 1 << 40},
         "type": "Precompiled",
@@ -109,13 +113,13 @@ def test_tokenizer_parts(checkpoint: Path, fails: Fails, tmp_path: Path, key: st
         "processors": 3,
     }
     edit(checkpoint / "tokenizer.json", key, value=odd)
+    command = [sys.executable, SCRIPTS / "convert.py", checkpoint, "--tokenizer-pre", "qwen35"]
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "convert.py", checkpoint, "--tokenizer-pre", "qwen35", "--out", tmp_path / "out.gguf"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, "--out", tmp_path / "out.gguf"], capture_output=True, text=True
+    )
     assert done.returncode == (
         0 if key == "padding" else 1
-    )  # padding changes no token, so it is not even looked at
+    )  # padding changes no token, so it is ignored
     assert "Traceback" not in done.stderr or "panicked" in done.stderr
 
 
@@ -128,7 +132,7 @@ def test_tokenizer_parts(checkpoint: Path, fails: Fails, tmp_path: Path, key: st
         "model-00001-of-00004.safetensors",
     ],
 )
-def test_a_folder_in_place_of_a_file(
+def test_a_folder_instead_of_a_file_is_refused(
     checkpoint: Path, fails: Fails, tmp_path: Path, name: str
 ) -> None:
     (checkpoint / name).unlink()
@@ -136,7 +140,7 @@ def test_a_folder_in_place_of_a_file(
     assert name in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
 
 
-def test_a_pipe_in_place_of_a_file_does_not_hang(
+def test_a_pipe_instead_of_a_file_does_not_hang(
     checkpoint: Path, fails: Fails, tmp_path: Path
 ) -> None:
     (checkpoint / "tokenizer.json").unlink()
@@ -144,12 +148,12 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(
     assert "regular file" in fails("convert.py", checkpoint, out=tmp_path / "out.gguf")
 
 
-def test_a_folder_is_no_gguf(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_gguf(tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="is a directory"):
         reader.read(tmp_path)
 
 
-def test_no_output_where_it_cannot_be(
+def test_an_impossible_output_path_is_an_error(
     checkpoint: Path, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -186,7 +190,7 @@ def test_an_input_is_never_overwritten(
 
 
 def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
-    """A stand-in for llama-quantize that never ends, because the real one is too fast to be caught on a tiny model."""
+    """With a llama-quantize that never ends: the real one is too fast on a tiny model."""
     program = tmp_path / "bin" / "llama-quantize"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
@@ -232,12 +236,14 @@ def test_a_termination_ends_children_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_termination_while_a_child_starts_ends_all_children(
     tmp_path: Path, call: str, children: int
 ) -> None:
-    """In Popen's constructor the child runs already, and nobody has it yet. Seen once, on a busy machine."""
+    """Within Popen's constructor the child already runs, but no variable has it. Seen once."""
     program = f"""
 import os, pathlib, signal, subprocess
 from mtpforge import cli
 from mtpforge.llama_cpp import process
-execute, pids, sleep = subprocess.Popen._execute_child, pathlib.Path({str(tmp_path / "pids")!r}), ["sleep", "600"]
+execute = subprocess.Popen._execute_child
+pids = pathlib.Path({str(tmp_path / "pids")!r})
+sleep = ["sleep", "600"]
 def started(child, *arguments):
     execute(child, *arguments)
     with pids.open("a") as file:
@@ -256,10 +262,10 @@ cli.run(lambda: process.{call})
             os.kill(int(pid), 0)
 
 
-def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(
+def test_parallel_programs_return_their_output_and_one_failure_is_an_error(
     tmp_path: Path,
 ) -> None:
-    much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than a pipe holds
+    much = ["sh", "-c", "seq 100000; echo; sleep 0.1"]  # more than fits into a pipe
     assert [len(said.split()) for said in outputs([much, ["echo", "a", "b"], much], tmp_path)] == [
         100_000,
         2,
@@ -275,17 +281,17 @@ def test_of_programs_side_by_side_each_is_heard_and_one_that_fails_is_an_error(
             ],
             tmp_path,
         )
-    assert time.monotonic() - start < 60  # the last one was not waited for
+    assert time.monotonic() - start < 60  # without waiting for the last one
 
 
-def test_the_environment_has_neither_torch_nor_transformers() -> None:
+def test_the_environment_has_no_torch_and_no_transformers() -> None:
     locked = (ROOT / "envs" / "run.txt").read_text() + (ROOT / "envs" / "test.txt").read_text()
     assert "snakemake==" in locked and not any(
         line.startswith(("torch==", "transformers==")) for line in locked.splitlines()
     )
 
 
-def test_the_embedded_checkpoints_are_small_and_no_tensor_falls_back_to_another_type() -> None:
+def test_the_embedded_checkpoints_are_small_and_quantize_without_fallback_types() -> None:
     assert (
         sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) <= 20_000_000
     )

@@ -87,7 +87,7 @@ def test_trunk_plus_head_equal_the_whole(parts: dict[str, Path], head: str, tmp_
 
 
 def test_only_keys_that_count_blocks_change(parts: dict[str, Path], tmp_path: Path) -> None:
-    """Rope sections have as many entries as this model has blocks, but are not a per-layer array."""
+    """Rope sections have as many entries as this model has blocks, but are not per layer."""
     odd = rewrite(
         parts["trunk"],
         tmp_path / "base.gguf",
@@ -314,7 +314,8 @@ def test_the_cost_is_shown_first(
     assert capsys.readouterr().err == ""
     inject(parts["trunk"], parts["head"], tmp_path / "out.gguf")
     assert capsys.readouterr().err.splitlines() == [
-        "the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; 27.1% on top of trunk.gguf"
+        "the head at BF16: 15 tensors, 1,185,280 bytes, 16.04 bits per weight; "
+        "27.1% on top of trunk.gguf"
     ]
     head = reader.read(parts["head"])
     assert "at Q4_K/Q8_0" in cost(

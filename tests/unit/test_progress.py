@@ -1,4 +1,4 @@
-"""Progress: silent for short work, a line now and then in a log, one rewritten line on a terminal."""
+"""Progress is silent for short work, some lines in a log, one rewritten line on a terminal."""
 
 import sys
 

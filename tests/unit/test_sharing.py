@@ -1,4 +1,4 @@
-"""Where a file system can share what two files have in common, a head costs its own size: on XFS and Btrfs, mounted here."""
+"""On XFS and Btrfs, mounted here, base and output share the trunk's blocks on disk."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         ["mount", "-o", "loop", str(image), str(point)], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"this machine mounts no {request.param}: {done.stderr.strip()}")
+        pytest.skip(f"this machine cannot mount {request.param}: {done.stderr.strip()}")
     yield point
     subprocess.run(["umount", str(point)], check=True)
 
@@ -45,7 +45,7 @@ def used(point: Path) -> int:
     return (told.f_blocks - told.f_bfree) * told.f_frsize
 
 
-def test_the_trunk_takes_no_room_a_second_time(mounted: Path, tmp_path: Path) -> None:
+def test_the_trunk_takes_no_space_a_second_time(mounted: Path, tmp_path: Path) -> None:
     for part in ("trunk", "head"):
         native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / f"{part}.gguf", part, "qwen35")
     small = reader.read(tmp_path / "trunk.gguf")

@@ -22,7 +22,7 @@ from mtpforge.gguf.reader import TensorInfo, Value, aligned
 from mtpforge.gguf.split import check, parse_size, plan
 from mtpforge.io import ranges
 from mtpforge.io.ranges import sha256
-from mtpforge.llama_cpp import process, programs
+from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.verify.request import Request
 from mtpforge.verify.verify import publish_split
@@ -67,7 +67,7 @@ def source(sources: dict[str, Path]) -> Path:
 
 def gguf_split(*arguments: object) -> None:
     """Run llama.cpp's own program; `make toolchain` builds it."""
-    process.call([programs.find(BIN, "llama-gguf-split"), *map(str, arguments)])
+    process.call([LlamaCpp(BIN).find("llama-gguf-split"), *map(str, arguments)])
 
 
 def test_sizes_are_powers_of_ten() -> None:

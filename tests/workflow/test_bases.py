@@ -1,4 +1,4 @@
-"""A head for quantizations that lie on the disk, by real Snakemake: in several files, with another head."""
+"""Snakemake injects heads into GGUFs on disk: into a split one, and into one with another head."""
 
 import json
 from pathlib import Path
@@ -49,9 +49,7 @@ def report(repository: Repository, variant: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_trunk_is_proven_to_be_the_base(
-    repository: Repository, built: Path, variant: str
-) -> None:
+def test_the_trunk_equals_the_base(repository: Repository, built: Path, variant: str) -> None:
     made, base = (
         result(repository, variant),
         reader.read(built / "results/tiny-qwen3.5/work/trunk/Q4_K_M.gguf"),
@@ -61,7 +59,7 @@ def test_the_trunk_is_proven_to_be_the_base(
     assert proof["tensors"] == 55 and proof["sha256_before"] == proof["sha256_after"]
 
 
-def test_the_head_has_the_types_asked_for(repository: Repository) -> None:
+def test_the_head_has_the_requested_types(repository: Repository) -> None:
     assert {variant: report(repository, variant)["head"] for variant in VARIANTS} == {
         "split": "Q4_K/Q8_0", "replaced": "Q6_K", "kept": "BF16",
     }  # fmt: skip
