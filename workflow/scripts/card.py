@@ -1,17 +1,20 @@
-"""Write the model card of a folder of results from its reports and measurements.
+"""Write the model card of a results folder from its reports and measurements.
 
-example: card.py --files F.gguf --reports report.json --about '{"name": "F"}' --toolchain stamp.json --out README.md
+example: card.py --files F.gguf --reports report.json --toolchain stamp.json --out README.md \\
+             --about '{"name": "F", "source": {"path": "F"}, "variants": {}}'
 """
 
-import json
 from pathlib import Path
 
 from mtpforge import cli
 from mtpforge.gguf import names, reader
 from mtpforge.io import atomic
-from mtpforge.io.text import read_json
-from mtpforge.publish.card import make
+from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.measure.measurement import Measurement
+from mtpforge.publish import card
+from mtpforge.publish.about import About
 from mtpforge.publish.result import Result
+from mtpforge.verify.report import Report
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "card.md"
 
@@ -20,61 +23,52 @@ def main() -> None:
     """Parse the command line and write the card."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--files", type=Path, nargs="+", required=True, help="the GGUFs, or folders of split ones"
-    )
+        "--files", type=Path, nargs="+", required=True, metavar="FILE",
+        help="GGUFs, or the folders of split ones",
+    )  # fmt: skip
     parser.add_argument(
-        "--reports",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="of verify.py, on each, in the same order",
-    )
+        "--reports", type=Path, nargs="+", required=True, metavar="FILE",
+        help="reports of verify.py on these files, in the same order",
+    )  # fmt: skip
     parser.add_argument(
-        "--measurements",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="of measure.py, named as the reports are",
-    )
+        "--measurements", type=Path, nargs="*", default=[], metavar="FILE",
+        help="files of measure.py, named like the reports",
+    )  # fmt: skip
     parser.add_argument(
-        "--about",
-        type=json.loads,
-        required=True,
-        metavar="JSON",
+        "--about", type=About.parse, required=True, metavar="JSON",
         help="the model's part of the configuration",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--checkpoint-card",
-        type=Path,
-        default=Path("none"),
-        metavar="FILE",
-        help="the checkpoint's, if it has one",
-    )
+        "--checkpoint-card", type=Path, default=Path("none"), metavar="FILE",
+        help="the checkpoint's own card; it need not exist",
+    )  # fmt: skip
     parser.add_argument(
-        "--toolchain",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the stamp of llama.cpp's programs",
-    )
+        "--toolchain", type=Path, required=True, metavar="FILE",
+        help="stamp of llama.cpp's programs",
+    )  # fmt: skip
     parser.add_argument(
-        "--template", type=Path, default=TEMPLATE, metavar="FILE", help="(default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the card, in Markdown")
+        "--template", type=Path, default=TEMPLATE, metavar="FILE",
+        help="template of the card (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="card, in Markdown")
     args = parser.parse_args()
-    measured = {path.name: read_json(path) for path in args.measurements}
-    results = [
+    results = read_results(args.files, args.reports, args.measurements)
+    stamp = Stamp.read(args.toolchain)
+    text = card.make(args.about, results, args.checkpoint_card, stamp, args.template)
+    atomic.write_text(args.out, text)
+
+
+def read_results(files: list[Path], reports: list[Path], measurements: list[Path]) -> list[Result]:
+    """Each file with its report, and with the measurement that is named like the report."""
+    measured = {path.name: Measurement.read(path) for path in measurements}
+    return [
         Result(
-            read_json(report),
+            Report.read(report),
             measured.get(report.name.replace(".split.json", ".json")),
             reader.read(names.first_of(file)),
         )
-        for file, report in zip(args.files, args.reports, strict=True)
+        for file, report in zip(files, reports, strict=True)
     ]
-    atomic.write_text(
-        args.out,
-        make(args.about, results, args.checkpoint_card, read_json(args.toolchain), args.template),
-    )
 
 
 if __name__ == "__main__":

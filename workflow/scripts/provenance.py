@@ -11,8 +11,10 @@ from pathlib import Path
 from mtpforge import cli
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
-from mtpforge.publish import provenance, sums
+from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.publish import provenance
 from mtpforge.publish.provenance import Resource
+from mtpforge.verify.report import Report
 
 
 def main() -> None:
@@ -48,10 +50,10 @@ def main() -> None:
         "--out", type=Path, required=True, metavar="FILE", help="statement, as JSON"
     )
     args = parser.parse_args()
-    report = read_json(args.report)
-    files = sums.files_of(report)
+    report = Report.read(args.report)
     made_of = dependencies(args, provenance.trunk(report))
-    atomic.write_json(args.out, provenance.statement(files, args.parameters, made_of))
+    statement = provenance.statement(report.published, args.parameters, made_of)
+    atomic.write_json(args.out, statement)
 
 
 def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resource]:
@@ -60,7 +62,7 @@ def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resour
     for source, *tracked in args.material:
         found += provenance.materials(json.loads(source), map(Path, tracked))
     found += trunk
-    found += provenance.toolchain(args.toolchain)
+    found += provenance.toolchain(Stamp.read(args.toolchain))
     found += provenance.locks(args.locks)
     return [*found, provenance.pipeline(args.code)]
 

@@ -12,6 +12,8 @@ from typing import Any
 from mtpforge.errors import VerificationError
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
+from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.verify.report import Report
 
 FOLDER = "provenance"
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -96,25 +98,23 @@ def _head_tensors(tensors: Mapping[str, Any], uri: str) -> list[Resource]:
     ]
 
 
-def trunk(report: Mapping[str, Any]) -> list[Resource]:
+def trunk(report: Report) -> list[Resource]:
     """The trunk that a head was injected into, from the report on the file; empty without one."""
-    if "trunk" not in report:
+    if report.trunk is None:
         return []
     what = "the sha256 of a line for each of its tensors, sorted by name: sha256, two spaces, name"
-    digest = {"sha256": report["trunk"]["sha256_before"]}
+    digest = {"sha256": report.trunk.sha256_before}
     return [{"name": "trunk of the base", "digest": digest, "annotations": {"digest": what}}]
 
 
-def toolchain(stamp: Path) -> list[Resource]:
+def toolchain(stamp: Stamp) -> list[Resource]:
     """The llama.cpp programs, with their build; and the source archive if they were built here."""
-    known = read_json(stamp)
-    digests: dict[str, str] = dict(known["programs"])
-    if "archive_sha256" in known:
-        digests = {"llama.cpp": known["archive_sha256"], **digests}
+    archive = {"llama.cpp": stamp.archive_sha256} if stamp.archive_sha256 else {}
+    known = stamp.as_json()
     about = {key: known[key] for key in known if key not in ("archive_sha256", "programs")}
     return [
         {"name": name, "digest": {"sha256": digest}, "annotations": about}
-        for name, digest in digests.items()
+        for name, digest in {**archive, **stamp.programs}.items()
     ]
 
 

@@ -1,77 +1,69 @@
-"""A published file and its report, as the card and the pages see it; escaping for Markdown."""
+"""A published file with its report and measurement, as the model card sees it."""
 
-import html
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures
-
-HUB = "https://huggingface.co"
-
-Json = Mapping[str, Any]
+from mtpforge.measure.measurement import Measurement, Total
+from mtpforge.verify.report import Report
 
 
 @dataclass(frozen=True)
 class Result:
-    """A published file, or the folder of a split one: its report, its measurements if there are, and the GGUF (the first)."""
+    """A published GGUF, or the folder of a split one: its report, measurement and metadata."""
 
-    report: Json
-    measured: Json | None
-    opened: Gguf
+    report: Report
+    measured: Measurement | None
+    gguf: Gguf
+    """The file, or the first shard."""
 
     @property
     def name(self) -> str:
-        """As it lies in the repository."""
-        return str(self.report["file"])
+        """Its path in the repository."""
+        return self.report.file
 
     @property
-    def parts(self) -> list[str]:
-        """The files of a split one, as they lie in the repository; else the file."""
-        return [f"{self.name}/{file['name']}" for file in self.report.get("files", ())] or [
-            self.name
-        ]
-
-    @property
-    def drafts(self) -> bool:
-        """Whether it is a model that llama.cpp drafts with, alone."""
-        return (
-            self.is_model
-            and bool(self.opened.head_blocks)
-            and architectures.why_not_drafting(self.opened) is None
-        )
+    def shards(self) -> list[str]:
+        """Paths in the repository: the shards of a split file, or the file."""
+        return [path for path, _, _ in self.report.published]
 
     @property
     def is_model(self) -> bool:
-        """Not a sidecar, and not a vision tower."""
-        return not self.opened.is_vision and not self.name.startswith("mtp-")
+        """Whether it is a complete model, neither a sidecar nor a vision tower."""
+        return not self.gguf.is_vision and not self.name.startswith("mtp-")
+
+    @property
+    def is_sidecar(self) -> bool:
+        """Whether it is a head as a separate draft model."""
+        return not self.gguf.is_vision and not self.is_model
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the file has an MTP head."""
+        return bool(self.gguf.head_blocks)
+
+    @property
+    def why_not_drafting(self) -> str | None:
+        """Why llama-server cannot draft with the head of a model; None if it can or has none."""
+        if not (self.is_model and self.has_head):
+            return None
+        return architectures.why_not_drafting(self.gguf)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether llama-server drafts with this file alone."""
+        return self.is_model and self.has_head and self.why_not_drafting is None
 
     @property
     def n_max(self) -> int | None:
-        """How many tokens to draft ahead: what measurement recommends (0: none), None where nothing was measured."""
-        return None if self.measured is None else int(self.measured["recommended_n_max"])
+        """The recommended draft length (0: no drafting); None if it was not measured."""
+        return None if self.measured is None else self.measured.recommended_n_max
 
-    def measured_at(self, n_max: int) -> Json:
-        """What was measured with so many tokens drafted ahead; empty where that was not."""
-        return next(
-            (
-                entry
-                for entry in (self.measured or {}).get("by_n_max", ())
-                if entry["n_max"] == n_max
-            ),
-            {},
-        )
+    @property
+    def options(self) -> list[str]:
+        """Further options of llama-server with which it was measured."""
+        return [] if self.measured is None else list(self.measured.options)
 
-
-def escape(text: str) -> str:
-    """Text as Markdown shows it, also in a table: nothing in it is markup."""
-    return re.sub(
-        r"([\\`*\[\]|~$]|\b_\B|\B_\b)", r"\\\1", html.escape(" ".join(text.split()), quote=False)
-    )
-
-
-def code(text: str) -> str:
-    """Text between backticks, of which it has none itself."""
-    return f"`{' '.join(text.split()).replace('`', '')}`"
+    def at(self, n_max: int) -> Total | None:
+        """The speed and acceptance at one draft length; None if that was not measured."""
+        return None if self.measured is None else self.measured.at(n_max)

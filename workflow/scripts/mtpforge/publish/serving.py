@@ -1,197 +1,257 @@
-"""How to serve the published files: runtimes, commands, and options."""
+"""How to serve the published files: commands and options for each runtime.
+
+The lines are Markdown. Draft lengths and other options are those that were measured.
+"""
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from mtpforge.llama_cpp import runtimes
-from mtpforge.publish.result import HUB, Json, Result, code
+from mtpforge.publish.about import HUB, About
+from mtpforge.publish.markdown import code, shell
+from mtpforge.publish.result import Result
 
 NO_REPOSITORY = "OWNER/NAME-MTP-GGUF"
+_NOT_A_MODEL = re.compile("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
-def runtime(results: Sequence[Result]) -> str:
-    """Since when llama.cpp drafts with these files."""
-    architecture = next((result.opened.architecture for result in results if result.drafts), None)
-    if architecture is None:
+def runtime(results: Iterable[Result]) -> str:
+    """First versions of the runtimes that draft with these files; empty if none of them drafts."""
+    name = next((result.gguf.architecture for result in results if result.drafts), None)
+    if name is None:
         return ""
-    known = runtimes.RUNTIMES.get(architecture)
-    since = (
-        f"llama.cpp drafts with {code(architecture)} from {known.llama_cpp} on"
-        if known and known.llama_cpp
-        else "Not every llama.cpp drafts with it"
-    )
-    return f"{since}; builds {runtimes.BROKEN} fail when they draft. LM Studio drafts from {runtimes.LM_STUDIO} on."
-
-
-def resolve(tag: str, names: Sequence[str]) -> str | None:
-    """The file of a repository's `names` that `-hf repo:TAG` takes in llama.cpp 0c1e57098; None where it takes none."""
-    for name in sorted(names):
-        shard = re.search(r"-(\d{5})-of-\d{5}\.gguf$", name)
-        is_model = name.endswith(".gguf") and not re.search(
-            "mmproj|imatrix|(mtp|eagle3|dflash|dspark)-", name.rpartition("/")[2]
-        )
-        if (
-            is_model
-            and re.search(f"{tag}[.-]", name, re.IGNORECASE)
-            and (shard is None or int(shard[1]) == 1)
-        ):
-            return name
-    return None
-
-
-def best(results: Sequence[Result]) -> Result | None:
-    """The file to begin with: of the models that draft, or else of all, the first quantized one, or else the first."""
-    models = [result for result in results if result.is_model]
-    found = [result for result in models if result.drafts] or models
-    return next(
-        iter([*(result for result in found if result.report["bits_per_weight"] < 16), *found]), None
-    )
-
-
-def serving(results: Sequence[Result], about: Json) -> str:
-    """How to serve the file to begin with, with each runtime, and how to use a sidecar."""
-    result, models = best(results), [each for each in results if each.is_model]
-    if result is None:
-        return "There is no model here, only what goes beside one."
-    repo = about.get("publish", {}).get("repo", NO_REPOSITORY)
-    names = [part for each in results for part in each.parts]
-    tags = {each.name: _tag(each, about["name"], names) for each in models}
-    tag, options = tags[result.name], _options(result)
-    sidecars = [each for each in results if not each.is_model and not each.opened.is_vision]
-    text = [_why(result), ""]
-    if sidecars:
-        towers = [("--mmproj", each) for each in results if each.opened.is_vision]
-        text += _from_here(repo, result, towers, options)
-        text += [
-            f"Not by `-hf` or `lemonade pull`: both draft with {code(sidecars[0].name)} in place of the head in the file."
-        ]
-        change = "name in both commands"
+    known = runtimes.RUNTIMES.get(name)
+    if known and known.llama_cpp:
+        first = f"First llama.cpp build that drafts with {code(name)}: {known.llama_cpp}"
     else:
-        where = [f"{repo}:{tag}"] if tag else [repo, "--hf-file", result.parts[0]]
-        text += shell(["llama-server", "-hf", *where, *options])
-        change = "tag" if all(tags.values()) else "model to `-hf REPOSITORY --hf-file FILE`"
-    text += _another(models, change)
-    for sidecar in sidecars:
-        text += _sidecar(sidecar, models, repo)
-    if tag and not sidecars:
-        arguments = ["--llamacpp-args", shlex.join(options)] if options else []
-        text += ["Lemonade, where MODEL is the name that `lemonade list` then shows:", ""]
-        text += shell(
-            ["lemonade", "pull", f"{repo}:{tag}"], ["lemonade", "run", "MODEL", *arguments]
-        )
-    if tag:
-        text += ["LM Studio:", "", *shell(["lms", "get", f"{HUB}/{repo}@{tag}"])]
-    else:
-        text += ["No tag names this file alone: give Lemonade and LM Studio the file itself.", ""]
-    return "\n".join([*text, *_ollama(result, models, repo, tags)])
-
-
-def _tag(result: Result, name: str, names: Sequence[str]) -> str | None:
-    """The variant's name, where `-hf repo:TAG` takes its file for it; None where it takes another."""
-    tag = result.name.removesuffix(".gguf").removeprefix(f"{name}-")
+        first = f"Older llama.cpp builds cannot draft with {code(name)}"
     return (
-        tag
-        if re.fullmatch(r"[A-Za-z0-9_.-]+", tag) and resolve(tag, names) == result.parts[0]
-        else None
+        f"{first}. Builds {runtimes.BROKEN} fail when drafting. "
+        f"LM Studio needs version {runtimes.LM_STUDIO} or newer."
     )
 
 
-def _from_here(
-    repo: str, model: Result | None, beside: Sequence[tuple[str, Result]], options: Sequence[str]
-) -> list[str]:
-    """Downloading a model, or one of the reader's own, with each (option, file) that goes beside it, and serving that."""
-    files = [*(model.parts if model else ()), *(part for _, file in beside for part in file.parts)]
-    given = [word for option, file in beside for word in (option, file.parts[0])]
-    serve = ["llama-server", "-m", model.parts[0] if model else "MODEL", *given, *options]
-    return shell(["hf", "download", repo, *files, "--local-dir", "."], serve)
-
-
-def _options(result: Result, sidecar: Result | None = None) -> list[str]:
-    """The options of llama-server with which it was measured, and those to draft with, if it should: as far ahead as was fastest.
-
-    Else, and with a sidecar, of which no speed is measured, as far ahead as in the verification of the file with the head.
-    """
-    measured, n_max = (
-        list((result.measured or {}).get("options", ())),
-        None if sidecar else result.n_max,
-    )
-    if n_max == 0 or not (sidecar or result.drafts):
-        return measured
-    return [
-        *measured,
-        "--spec-type",
-        "draft-mtp",
-        "--spec-draft-n-max",
-        str(n_max or len((sidecar or result).opened.head_blocks)),
+def serving(results: Sequence[Result], about: About) -> str:
+    """The commands to serve one recommended file in each runtime, and how to use the sidecar."""
+    result = recommended(results)
+    if result is None:
+        return "This repository has no complete model, only files to use with one."
+    files = _Repository(about.repo or NO_REPOSITORY, about.name, tuple(results))
+    lines = [
+        *_llama_server(files, result),
+        *(line for sidecar in files.sidecars for line in _sidecar(files, sidecar)),
+        *_lemonade(files, result),
+        *_lm_studio(files, result),
+        *_ollama(files, result),
     ]
+    return "\n".join(lines)
+
+
+def recommended(results: Iterable[Result]) -> Result | None:
+    """The file to start with: the first quantized model that drafts, or the first that comes close.
+
+    A file that drafts comes before one that does not, then a quantized one before BF16.
+    """
+    models = [result for result in results if result.is_model]
+    candidates = [model for model in models if model.drafts] or models
+    quantized = [model for model in candidates if model.report.bits_per_weight < 16]
+    return next(iter(quantized or candidates), None)
+
+
+def resolve(tag: str, names: Iterable[str]) -> str | None:
+    """The file that `-hf repo:TAG` selects in llama.cpp 0c1e57098; None if it finds none."""
+    matches = re.compile(f"{tag}[.-]", re.IGNORECASE)
+    return next(filter(matches.search, filter(_can_be_selected, sorted(names))), None)
+
+
+def _can_be_selected(name: str) -> bool:
+    """Whether llama.cpp takes a file for a model, or for the first shard of one."""
+    if not name.endswith(".gguf") or _NOT_A_MODEL.search(name.rpartition("/")[2]):
+        return False
+    shard = _SHARD.search(name)
+    return shard is None or int(shard[1]) == 1
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """The published files by role, and the tags that select them."""
+
+    name: str
+    model_name: str
+    results: tuple[Result, ...]
+
+    @cached_property
+    def models(self) -> list[Result]:
+        return [result for result in self.results if result.is_model]
+
+    @cached_property
+    def headless(self) -> list[Result]:
+        return [model for model in self.models if not model.has_head]
+
+    @cached_property
+    def sidecars(self) -> list[Result]:
+        return [result for result in self.results if result.is_sidecar]
+
+    @cached_property
+    def vision_towers(self) -> list[Result]:
+        return [result for result in self.results if result.gguf.is_vision]
+
+    @cached_property
+    def tags(self) -> Mapping[str, str | None]:
+        """File name of a model -> its variant's name, if `-hf repo:TAG` selects this file by it."""
+        names = [shard for result in self.results for shard in result.shards]
+        return {model.name: self._tag(model, names) for model in self.models}
+
+    def _tag(self, model: Result, names: Sequence[str]) -> str | None:
+        tag = model.name.removesuffix(".gguf").removeprefix(f"{self.model_name}-")
+        plain = re.fullmatch(r"[A-Za-z0-9_.-]+", tag) is not None
+        return tag if plain and resolve(tag, names) == model.shards[0] else None
+
+
+# ── llama-server ──
+
+
+def _llama_server(files: _Repository, result: Result) -> list[str]:
+    options = _options(result)
+    lines = [_why(result), ""]
+    if files.sidecars:
+        towers = [("--mmproj", tower) for tower in files.vision_towers]
+        lines += _downloaded(files, result, beside=towers, options=options)
+        lines.append(
+            "Do not use `-hf` or `lemonade pull` with this repository: "
+            f"both would draft with {code(files.sidecars[0].name)} instead of the file's own head."
+        )
+    else:
+        tag = files.tags[result.name]
+        which = [f"{files.name}:{tag}"] if tag else [files.name, "--hf-file", result.shards[0]]
+        lines += shell(["llama-server", "-hf", *which, *options])
+    return [*lines, *_other_files(files)]
 
 
 def _why(result: Result) -> str:
-    server = f"llama-server, with {code(result.name)}"
+    """Which file the first command serves, and why with this draft length."""
+    server = f"llama-server with {code(result.name)}"
     if not result.drafts:
-        return f"{server}, which does not draft:"
+        return f"{server}, without drafting:"
     if result.n_max is None:
-        return (
-            f"{server}, drafting as far ahead as in its verification, since no speed was measured:"
-        )
+        return f"{server}. Speed was not measured, so the draft length is that of verification:"
     if result.n_max == 0:
-        return f"{server}. Drafting is off, because it was not faster where this was measured:"
-    return f"{server}, drafting as far ahead as was fastest here:"
+        return f"{server}. Drafting is off because it was not faster when measured:"
+    return f"{server} and the draft length that was fastest when measured:"
 
 
-def _another(models: Sequence[Result], change: str) -> list[str]:
-    """What changes with the file, where there are several."""
-    text = f"For another file, change the {change}"
-    if len({tuple(_options(model)) for model in models}) > 1:
-        measured = any(model.measured for model in models)
-        ahead, off = (
-            ("the table says", "it says off") if measured else ("here", "a file has no head")
-        )
-        text += f", and draft as far ahead as {ahead}: `--spec-type draft-mtp --spec-draft-n-max N`, or neither where {off}"
-    return ["", f"{text}.", ""] if len(models) > 1 else [""]
+def _options(model: Result) -> list[str]:
+    """The options that a model was measured with, and those for drafting if it should draft.
+
+    Without a measurement it drafts as far ahead as in verification: the number of head blocks.
+    """
+    if not model.drafts or model.n_max == 0:
+        return model.options
+    return [*model.options, *_drafting(model.n_max or len(model.gguf.head_blocks))]
 
 
-def _sidecar(sidecar: Result, models: Sequence[Result], repo: str) -> list[str]:
-    """How to use the head as a draft model: beside a model that has none, or else a reader's own."""
-    model = best([model for model in models if not model.opened.head_blocks])
-    which = (
-        f"{code(model.name)}, which has none"
-        if model
-        else "a GGUF of this model that has none, as MODEL"
+def _drafting(n_max: int) -> list[str]:
+    return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max)]
+
+
+def _downloaded(
+    files: _Repository,
+    model: Result | None,
+    *,
+    beside: Sequence[tuple[str, Result]],
+    options: Sequence[str],
+) -> list[str]:
+    """Commands that download a model, and each (option, file) to load with it, and serve them.
+
+    Without a model, they serve the reader's own, called MODEL.
+    """
+    names = [
+        *(model.shards if model else ()),
+        *(shard for _, file in beside for shard in file.shards),
+    ]
+    loaded = [word for option, file in beside for word in (option, file.shards[0])]
+    path = model.shards[0] if model else "MODEL"
+    return shell(
+        ["hf", "download", files.name, *names, "--local-dir", "."],
+        ["llama-server", "-m", path, *loaded, *options],
     )
-    text = f"The sidecar {code(sidecar.name)} is the head as a draft model of its own. It is for {which}:"
+
+
+def _other_files(files: _Repository) -> list[str]:
+    """What to change in the commands for another file, if there are several."""
+    if len(files.models) == 1:
+        return [""]
+    if files.sidecars:
+        change = "the name in both commands"
+    elif all(files.tags.values()):
+        change = "the tag"
+    else:
+        change = "the model to `-hf REPOSITORY --hf-file FILE`"
+    return ["", f"For another file, change {change}{_other_lengths(files)}.", ""]
+
+
+def _other_lengths(files: _Repository) -> str:
+    """How the drafting options of the other files differ; empty if they do not."""
+    if len({tuple(_options(model)) for model in files.models}) == 1:
+        return ""
+    options = "`--spec-type draft-mtp --spec-draft-n-max N`"
+    if any(model.measured for model in files.models):
+        return f", and the draft length to that in the table ({options}; neither if it is off)"
+    return f". Drop {options} if the file has no head"
+
+
+def _sidecar(files: _Repository, sidecar: Result) -> list[str]:
+    """How to use a head as a draft model, with a file that has none or with the reader's own."""
+    model = recommended(files.headless)
+    which = (
+        f"{code(model.name)}, which has no head" if model else "a GGUF of this model without one"
+    )
+    text = f"The sidecar {code(sidecar.name)} is the head as a separate draft model, for {which}"
+    # No speed is measured with a sidecar: draft as far ahead as in its verification.
+    options = [*(model or sidecar).options, *_drafting(len(sidecar.gguf.head_blocks))]
+    commands = _downloaded(files, model, beside=[("-md", sidecar)], options=options)
+    return [f"{text}:" if model else f"{text} (MODEL):", "", *commands]
+
+
+# ── other runtimes ──
+
+
+def _lemonade(files: _Repository, result: Result) -> list[str]:
+    tag = files.tags[result.name]
+    if not tag or files.sidecars:
+        return []
+    options = _options(result)
+    arguments = ["--llamacpp-args", shlex.join(options)] if options else []
     return [
-        text,
+        "Lemonade (`lemonade list` prints the name to use as MODEL):",
         "",
-        *_from_here(repo, model, [("-md", sidecar)], _options(model or sidecar, sidecar)),
+        *shell(
+            ["lemonade", "pull", f"{files.name}:{tag}"],
+            ["lemonade", "run", "MODEL", *arguments],
+        ),
     ]
 
 
-def _ollama(
-    result: Result, models: Sequence[Result], repo: str, tags: Mapping[str, str | None]
-) -> list[str]:
-    """With the file itself, or else the first without a head; without a command where it would fail."""
-    refused = result.opened.head_blocks and result.opened.architecture in runtimes.OLLAMA_WITHOUT
-    for each in [
-        *([] if refused else [result]),
-        *(model for model in models if not model.opened.head_blocks),
-    ]:
-        if len(each.parts) == 1 and (tag := tags[each.name]):
-            return [
-                "Ollama, which does not draft with the head:",
-                "",
-                *shell(["ollama", "run", f"hf.co/{repo}:{tag}"]),
-            ]
-    if len(result.parts) > 1:
-        return ["Ollama does not load a model in several files."]
+def _lm_studio(files: _Repository, result: Result) -> list[str]:
+    tag = files.tags[result.name]
+    if not tag:
+        return ["No tag selects this file: load the downloaded file in Lemonade and LM Studio.", ""]
+    return ["LM Studio:", "", *shell(["lms", "get", f"{HUB}/{files.name}@{tag}"])]
+
+
+def _ollama(files: _Repository, result: Result) -> list[str]:
+    """A command for the file, or for the first without a head; or why there is none."""
+    refused = result.has_head and result.gguf.architecture in runtimes.OLLAMA_WITHOUT
+    for each in [*([] if refused else [result]), *files.headless]:
+        if len(each.shards) == 1 and (tag := files.tags[each.name]):
+            command = ["ollama", "run", f"hf.co/{files.name}:{tag}"]
+            return ["Ollama, which does not draft with the head:", "", *shell(command)]
+    if len(result.shards) > 1:
+        return ["Ollama does not load split files."]
     if refused:
-        return [
-            "Ollama 0.24.0 does not load a file of this architecture that has a head (its issue 16282)."
-        ]
-    return ["Give Ollama the file itself too."]
-
-
-def shell(*commands: Sequence[str]) -> list[str]:
-    """Commands in a block of their own."""
-    return ["```", *map(shlex.join, commands), "```", ""]
+        return [f"Ollama {runtimes.OLLAMA} does not load files of this architecture with a head."]
+    return ["In Ollama, import the downloaded file too."]

@@ -5,17 +5,16 @@ never published.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mtpforge import progress
 from mtpforge.errors import ForgeError, VerificationError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import write_text
 from mtpforge.io.ranges import digest_of
-from mtpforge.io.text import read_json
 from mtpforge.publish import provenance
+from mtpforge.verify.report import Report
 
 SUMS = "SHA256SUMS"
 SLACK = 10.0
@@ -36,7 +35,7 @@ def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Su
     """
     sums: Sums = {}
     for path in reports:
-        for name, size, digest in files_of(read_json(path)):
+        for name, size, digest in Report.read(path).published:
             if (folder / name).stat().st_size != size:
                 raise VerificationError(
                     f"{folder / name}: its size differs from that in {path.name}: "
@@ -47,15 +46,6 @@ def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Su
         sums[path.relative_to(folder).as_posix()] = digest_of(path)
     sums |= {path.relative_to(folder).as_posix(): digest_of(path) for path in others}
     return dict(sorted(sums.items()))
-
-
-def files_of(report: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """(path within the folder, bytes, sha256) of each file that a verification report covers."""
-    if "files" in report:
-        for file in report["files"]:
-            yield f"{report['file']}/{file['name']}", file["bytes"], file["sha256"]
-    else:
-        yield report["file"], report["bytes"], report["sha256"]
 
 
 def write_sums(path: Path, sums: Sums) -> None:

@@ -1,0 +1,71 @@
+"""Front matter of the model card, which the Hub reads: base model, license, tags."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from mtpforge.io.text import TEXT_LIMIT
+from mtpforge.publish.about import About
+
+TAGS = ("gguf", "mtp", "speculative-decoding")
+_COPIED = ("license", "license_name", "license_link", "pipeline_tag")
+_COPIED_LISTS = ("tags", "language")
+_TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """The license, tags and languages on a checkpoint's card; malformed values are left out.
+
+    Not its library_name: that library does not load a GGUF. The Hub shows how to use one by its
+    files if there is none.
+    """
+    found = _load(path)
+    known = {key: found[key] for key in _COPIED if _is_text(found.get(key))}
+    for key in _COPIED_LISTS:
+        values = found.get(key)
+        known[key] = list(filter(_is_text, values if isinstance(values, list) else [values]))
+    return {key: value for key, value in known.items() if value}
+
+
+def front_matter(about: About, checkpoint: Mapping[str, Any]) -> ModelCardData:
+    """The front matter of our card; `checkpoint` is what `read_front_matter` returned."""
+    data = dict(checkpoint)
+    if about.checkpoint.repo:
+        data |= {"base_model": [about.checkpoint.repo], "base_model_relation": "quantized"}
+    if (link := _absolute(about, data.pop("license_link", ""))) is not None:
+        data["license_link"] = link
+    if about.repo:
+        data["quantized_by"] = about.repo.split("/")[0]
+    data["tags"] = list(dict.fromkeys([*data.get("tags", ()), *TAGS]))
+    return ModelCardData(**data)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    """All front matter of a checkpoint's card; empty if there is none or it cannot be parsed."""
+    try:
+        if not path.is_file() or path.stat().st_size > TEXT_LIMIT:
+            return {}
+        found = metadata_load(path)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return {}  # a broken card of the checkpoint does not stop ours
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and _TEXT.fullmatch(value) is not None
+
+
+def _absolute(about: About, link: str) -> str | None:
+    """A link on the checkpoint's card as an absolute URL; None if it has none."""
+    try:
+        if link and about.checkpoint.url:
+            link = urljoin(about.checkpoint.url, link)
+        return link if urlsplit(link).scheme in ("https", "http") else None
+    except ValueError:
+        return None

@@ -1,0 +1,23 @@
+"""Markdown of the model card: text from strangers, escaped, and blocks of commands."""
+
+import html
+import re
+import shlex
+from collections.abc import Sequence
+
+_MARKUP = re.compile(r"([\\`*\[\]|~$]|\b_\B|\B_\b)")
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, also within a table."""
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: str) -> str:
+    """Text as inline code. Backticks are dropped from it."""
+    return f"`{' '.join(text.split()).replace('`', '')}`"
+
+
+def shell(*commands: Sequence[str]) -> list[str]:
+    """The lines of a code block with commands, and an empty line."""
+    return ["```", *map(shlex.join, commands), "```", ""]

@@ -1,0 +1,125 @@
+"""Tables of the model card: one row per file, and per file one row per draft length.
+
+A cell is None if its value is unknown. A column without any value is left out.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from mtpforge.measure.measurement import KlDivergence, Measurement, Run, Total
+from mtpforge.publish.markdown import code, escape
+from mtpforge.publish.result import Result
+from mtpforge.table import markdown, size
+
+Row = TypeVar("Row")
+Column = tuple[str, Callable[[Row], str | None]]
+"""Heading, and the cell of a row."""
+
+
+def files(results: Sequence[Result]) -> str:
+    """The table of all files."""
+    return _table(FILES, results)
+
+
+def sweep(measured: Measurement) -> str:
+    """The table of one file by draft length: speed and acceptance, warm and cold."""
+    by_kind = [_of_kind(measured, kind) for kind in sorted({run.kind for run in measured.runs})]
+    return _table([*SWEEP, _cold_acceptance(measured), BY_POSITION, *by_kind], measured.by_n_max)
+
+
+def _table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
+    cells = [[heading, *(cell(row) for row in rows)] for heading, cell in columns]
+    known = [column for column in cells if any(column[1:])]
+    return markdown([[cell or "-" for cell in line] for line in zip(*known, strict=True)])
+
+
+# ── cells ──
+
+
+def _number(value: float | None, form: str) -> str | None:
+    """A formatted number, without a sign if it rounds to zero."""
+    return None if value is None else format(value, f"z{form}")
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else size(count)
+
+
+def _speed(result: Result, n_max: int) -> str | None:
+    total = result.at(n_max)
+    return _number(total.tokens_per_second if total else None, ".1f")
+
+
+def _draft_length(n_max: int | None) -> str | None:
+    return None if n_max is None else str(n_max or "off")
+
+
+def _perplexity(result: Result) -> str | None:
+    return _number(result.measured.perplexity if result.measured else None, ".4f")
+
+
+def _memory(result: Result) -> str | None:
+    return _size(result.measured.memory_bytes if result.measured else None)
+
+
+def _divergence(
+    value: Callable[[KlDivergence], float], form: str
+) -> Callable[[Result], str | None]:
+    def cell(result: Result) -> str | None:
+        found = result.measured.kl_divergence if result.measured else None
+        return _number(value(found), form) if found else None
+
+    return cell
+
+
+def _acceptance(runs: Iterable[Run]) -> str | None:
+    """The share of all drafts of some runs that was accepted."""
+    found = list(runs)
+    drafts = sum(run.drafts for run in found)
+    return f"{sum(run.accepted for run in found) / drafts:.1%}" if drafts else None
+
+
+# ── columns ──
+
+FILES: tuple[Column[Result], ...] = (
+    ("file", lambda result: code(result.name).replace("|", r"\|")),
+    ("size", lambda result: size(result.report.bytes)),
+    ("bits/weight", lambda result: _number(result.report.bits_per_weight, ".2f")),
+    ("head", lambda result: escape(result.report.head)),
+    ("acceptance", lambda result: _number(result.report.acceptance, ".1%")),
+    ("tok/s", lambda result: _speed(result, result.n_max or 0)),
+    ("draft length", lambda result: _draft_length(result.n_max)),
+    ("tok/s without drafting", lambda result: _speed(result, 0)),
+    ("memory", _memory),
+    ("perplexity", _perplexity),
+    ("KL divergence", _divergence(lambda found: found.mean, ".5f")),
+    ("KL 99.9%", _divergence(lambda found: found.p99_9, ".4f")),
+    ("same top token", _divergence(lambda found: found.same_top, ".1%")),
+)
+
+SWEEP: tuple[Column[Total], ...] = (
+    ("draft length", lambda total: _draft_length(total.n_max)),
+    ("tok/s", lambda total: f"{total.tokens_per_second:.1f}"),
+    ("range", lambda total: "-".join(f"{speed:.1f}" for speed in total.spread)),
+    ("cold tok/s", lambda total: _number(total.cold_tokens_per_second, ".1f")),
+    ("speedup", lambda total: _number(total.speedup, ".2f")),
+    ("acceptance", lambda total: _number(total.acceptance, ".1%")),
+)
+BY_POSITION: Column[Total] = (
+    "by position",
+    lambda total: " ".join(f"{share:.0%}" for share in total.by_position),
+)
+
+
+def _cold_acceptance(measured: Measurement) -> Column[Total]:
+    cold = [run for run in measured.runs if run.state == "cold"]
+    return (
+        "cold acceptance",
+        lambda total: _acceptance(run for run in cold if run.n_max == total.n_max),
+    )
+
+
+def _of_kind(measured: Measurement, kind: str) -> Column[Total]:
+    """The acceptance on prompts of one kind."""
+    warm = [run for run in measured.runs if run.state == "warm" and run.kind == kind]
+    return escape(kind), lambda total: _acceptance(run for run in warm if run.n_max == total.n_max)
