@@ -1,4 +1,4 @@
-"""Of a checkpoint on the Hub, the head alone is fetched: the same head, and hardly a byte more than it has."""
+"""The head of a checkpoint is downloaded on its own: the same bytes, and hardly any others."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
-from mtpforge.hub import head
+from mtpforge.hub import head, records
 from mtpforge.verify.digests import head_source
 from sparse import write_35b
 
 REPO = "Owner/model"
-LAST = "model-00005-of-00005.safetensors"  # of the small mixture of experts, whose head is in the last two
+LAST = "model-00005-of-00005.safetensors"  # of the small mixture of experts; the last two have the head
 
 
 class Client:
-    """The programs, as somebody runs them whose Hub is on loopback."""
+    """Runs the programs against a Hub on loopback."""
 
     def __init__(self, hub: Hub, path: Path) -> None:
         self.hub, self.path, self.source = hub, path, hub.repositories[REPO]
@@ -69,7 +69,7 @@ class Client:
         return self.run("fetch.py", self.listing, name, *paths, fails=fails)
 
     def tensors(self) -> dict[str, CheckpointTensor]:
-        """The head in the whole checkpoint."""
+        """The head's tensors in the whole checkpoint."""
         return {
             name: t
             for name, t in Checkpoint(self.source).tensors.items()
@@ -82,11 +82,11 @@ class Client:
         }
 
     def weights(self) -> int:
-        """Bytes of safetensors that the servers sent."""
+        """Bytes of safetensors files that the servers sent."""
         return sum(count for name, count in self.hub.sent.items() if name.endswith(".safetensors"))
 
-    def right(self) -> None:
-        """The head's tensors, no others, with the bytes that they have in the whole checkpoint, and their digests."""
+    def complete(self) -> None:
+        """The folder has exactly the head's tensors, with the right bytes and recorded digests."""
         whole, small = Checkpoint(self.source), Checkpoint(self.folder)
         recorded = json.loads(self.record.read_text())["tensors"]
         assert (
@@ -111,10 +111,10 @@ def serving(folder: Path, path: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    """Somebody, and a Hub with the small mixture of experts."""
+    """A client of a Hub with the small mixture of experts."""
     folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5-moe", tmp_path / "repository"))
-    with serving(folder, tmp_path) as someone:
-        yield someone
+    with serving(folder, tmp_path) as ready:
+        yield ready
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
         "qwen3-next",
     ],
 )
-def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(
+def test_the_head_converts_to_the_same_bytes_as_in_the_whole_checkpoint(
     layout: str, tmp_path: Path
 ) -> None:
     source = Path(
@@ -136,7 +136,7 @@ def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(
     )
     with serving(source, tmp_path) as client:
         client.fetch_head()
-        client.right()
+        client.complete()
         assert client.weights() == sum(
             tensor.size for tensor in client.tensors().values()
         )  # not a byte more
@@ -146,8 +146,8 @@ def test_it_converts_to_the_bytes_that_the_whole_checkpoint_gives(
 
 
 @pytest.mark.parametrize("prefix", ["mtp.", "model.mtp."])
-def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path, prefix: str) -> None:
-    """As some publish it, beside an index that does not name it."""
+def test_a_separate_head_file_is_found(tmp_path: Path, prefix: str) -> None:
+    """Some publish one beside an index without it."""
     original = CHECKPOINTS / "tiny-qwen3.5"
     config, tensors = json.loads((original / "config.json").read_text()), read_tensors(original)
     heads = {
@@ -159,20 +159,20 @@ def test_a_head_in_a_file_of_its_own_is_found(tmp_path: Path, prefix: str) -> No
     write_shard(source / "mtp.safetensors", heads)
     with serving(source, tmp_path) as client:
         client.fetch_head()
-        client.right()
+        client.complete()
         assert {tensor.shard for tensor in Checkpoint(client.folder).tensors.values()} == {
             "mtp.safetensors"
         }
         client.run("convert.py", client.folder, "--part", "head", "--out", tmp_path / "head.gguf")
 
 
-def test_its_bytes_in_the_35b_are_1_69_gb(tmp_path: Path) -> None:
+def test_the_head_of_the_35b_is_1_69_gb(tmp_path: Path) -> None:
     size = write_35b(tmp_path / "35b")
     assert abs(size / 1.69e9 - 1) < 0.01
     with serve({REPO: tmp_path / "35b"}) as hub:
         hub.digests = dict.fromkeys(
             (tmp_path / "35b").glob("*.safetensors"), "0" * 64
-        )  # nobody hashes 70 GB of zeros
+        )  # do not hash 70 GB of zeros
         client = Client(hub, tmp_path)
         tensors = json.loads(client.listing.read_text())["tensors"]
         assert {t["shard"][:11] for name, t in tensors.items() if name.startswith("mtp.")} == {
@@ -185,7 +185,7 @@ def test_its_bytes_in_the_35b_are_1_69_gb(tmp_path: Path) -> None:
         shutil.rmtree(client.folder)
 
 
-def test_neighbours_are_joined_and_long_ranges_cut() -> None:
+def test_adjacent_tensors_are_joined_and_long_ranges_cut() -> None:
     def tensor(offset: int, size: int) -> CheckpointTensor:
         return CheckpointTensor(f"t{offset}", "U8", (size,), "s.safetensors", offset, size)
 
@@ -207,11 +207,11 @@ def test_neighbours_are_joined_and_long_ranges_cut() -> None:
     ],
     ids=lambda fault: fault.kind,
 )  # fmt: skip
-def test_after_a_fault_the_head_is_right(client: Client, fault: Fault) -> None:
+def test_a_head_download_survives_a_fault(client: Client, fault: Fault) -> None:
     client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"
     client.hub.faults[LAST] = [fault]
     client.fetch_head()
-    client.right()
+    client.complete()
     assert fault.times == 0
 
 
@@ -222,13 +222,13 @@ def test_after_a_fault_the_head_is_right(client: Client, fault: Fault) -> None:
         (Fault("broken", -1), "status 500"),
         (Fault("expired", -1), "the address has expired"),
         (Fault("short", -1), "Content-Length is"),
-        (Fault("whole", -1), "the whole file was sent for a part of it"),
+        (Fault("whole", -1), "the server sent the whole file instead of a range"),
         (Fault("wrong range", -1), "Content-Range is"),
-        (Fault("etag", -1, skip=1), "changed while it was read"),
+        (Fault("etag", -1, skip=1), "changed during the download"),
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
-def test_a_fault_that_stays_is_a_clear_error(client: Client, fault: Fault, message: str) -> None:
+def test_a_permanent_fault_is_a_clear_error(client: Client, fault: Fault, message: str) -> None:
     client.hub.faults[LAST] = [Fault("drop", after=5000), fault]
     error = client.fetch_head(fails=True)
     assert (
@@ -239,10 +239,10 @@ def test_a_fault_that_stays_is_a_clear_error(client: Client, fault: Fault, messa
     assert not (client.folder / LAST).exists() and not client.record.exists()
     client.hub.faults.clear()
     client.fetch_head()
-    client.right()
+    client.complete()
 
 
-def test_a_shard_that_is_another_now_is_refused(client: Client) -> None:
+def test_a_shard_that_changed_since_the_listing_is_refused(client: Client) -> None:
     client.hub.digests[client.source / LAST] = "0" * 64
     error = client.fetch_head(fails=True)
     assert "a commit does not change" in error and not client.record.exists()
@@ -260,13 +260,13 @@ cli.run(fetch_head.main)
 """
 
 
-def test_after_a_kill_whole_pieces_are_kept_if_they_are_right(client: Client) -> None:
+def test_a_killed_head_download_keeps_its_intact_pieces(client: Client) -> None:
     command = [sys.executable, "-c", SMALL_PIECES, str(SCRIPTS), *map(str, client.arguments()[1:])]
     size = sum(tensor.size for tensor in client.tensors().values() if tensor.shard == LAST)
     partial = client.folder / f".{LAST}.part"
 
     def interrupted() -> None:
-        """The third piece of the last shard stalls, and the run is killed."""
+        """Stall in the third piece of the last shard, then kill the run."""
         client.hub.faults[LAST] = [Fault("stall", after=100_000, skip=2)]
         with subprocess.Popen(
             command, env={**client.environment, "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
@@ -279,7 +279,7 @@ def test_after_a_kill_whole_pieces_are_kept_if_they_are_right(client: Client) ->
     def resumed() -> int:
         client.hub.sent.clear()
         subprocess.run(command, env=client.environment, check=True)
-        client.right()
+        client.complete()
         return client.weights()
 
     interrupted()
@@ -294,9 +294,9 @@ def test_after_a_kill_whole_pieces_are_kept_if_they_are_right(client: Client) ->
     assert resumed() == size - 500_000
 
 
-def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client) -> None:
+def test_a_head_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client) -> None:
     client.fetch_head()
-    assert client.standings() == {head.FIRST_USE}
+    assert client.standings() == {records.FIRST_USE}
     client.fetch(LAST)
     assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {
         "name",
@@ -305,17 +305,17 @@ def test_it_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client
     }
     tensors = client.tensors()
     confirmed = sum(tensor.shard == LAST for tensor in tensors.values())
-    assert head_source(client.record) == {head.FIRST_USE: len(tensors)}
+    assert head_source(client.record) == {records.FIRST_USE: len(tensors)}
     (client.path / "records").mkdir()
     (client.path / f"{LAST}.json").rename(client.path / "records" / f"{LAST}.json")
     assert head_source(client.record) == {
-        head.FIRST_USE: len(tensors) - confirmed,
-        head.VERIFIED: confirmed,
+        records.FIRST_USE: len(tensors) - confirmed,
+        records.VERIFIED: confirmed,
     }
 
 
-def test_a_listing_that_lies_is_found_out_by_a_whole_shard(client: Client) -> None:
-    """The places of the tensors were read by range, and no digest covers that."""
+def test_a_whole_shard_exposes_a_wrong_listing(client: Client) -> None:
+    """Offsets of tensors come from byte ranges, which no digest covers."""
     client.fetch(LAST)
     listing = json.loads(client.listing.read_text())
     entries = [
@@ -329,28 +329,31 @@ def test_a_listing_that_lies_is_found_out_by_a_whole_shard(client: Client) -> No
     one["offset"], other["offset"] = other["offset"], one["offset"]
     client.listing.write_text(json.dumps(listing))
     for said in (client.fetch_head(fails=True), client.fetch(LAST, fails=True)):
-        assert "has other tensors than the Hub's answers said" in said
+        assert "differ from the listing" in said
 
 
-def test_wrong_content_of_a_part_comes_out_with_the_whole_shard(client: Client) -> None:
-    """Nothing on the Hub has the digest of a part: until then it is only called trusted."""
+def test_a_whole_shard_exposes_wrong_bytes_of_a_head(client: Client) -> None:
+    """The Hub has no digest of a part, so until then the head is only trusted."""
     client.hub.faults[LAST] = [Fault("content")]
     client.fetch_head()
-    assert client.standings() == {head.FIRST_USE}
+    assert client.standings() == {records.FIRST_USE}
     error = client.fetch(LAST, fails=True)
-    assert "is not what was fetched by itself" in error and f"delete {client.record}" in error
+    assert (
+        "differs from the head that was downloaded on its own" in error
+        and f"delete {client.record}" in error
+    )
 
 
-def test_from_whole_shards_on_this_machine_it_is_verified(client: Client) -> None:
+def test_a_head_from_local_whole_shards_is_verified(client: Client) -> None:
     for shard in {tensor.shard for tensor in client.tensors().values()}:
         client.fetch(shard)
     client.hub.sent.clear()
     client.fetch_head()
-    client.right()
-    assert client.standings() == {head.VERIFIED} and client.weights() == 0
+    client.complete()
+    assert client.standings() == {records.VERIFIED} and client.weights() == 0
 
 
-def test_a_checkpoint_that_has_lost_its_head_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
     with serve({REPO: write_layout("tiny-qwen3.5", tmp_path)}) as hub:
         client = Client(hub, tmp_path)
         listing = json.loads(client.listing.read_text())

@@ -1,4 +1,7 @@
-"""What the Hub has is listed by commit and fetched file by file with the real huggingface_hub client, over lines that break."""
+"""Commits of a Hub on loopback are listed and downloaded by the real huggingface_hub client.
+
+Connections break, servers misbehave, runs are killed.
+"""
 
 import json
 import os
@@ -27,7 +30,7 @@ TOKEN = "hf_thisIsASecretThatMustNotAppear"
 
 
 class Client:
-    """The programs, as somebody runs them whose Hub is on loopback: with a token, short of patience, and an empty cache."""
+    """Runs the programs against a Hub on loopback: with a token, short waits and an empty cache."""
 
     def __init__(self, hub: Hub, path: Path) -> None:
         self.hub, self.path = hub, path
@@ -71,15 +74,15 @@ class Client:
     def refused(
         self, done: "subprocess.CompletedProcess[str]", *words: str, name: str = SHARD
     ) -> None:
-        """An error of one line that has these words, and nothing under the final name."""
+        """One error line with these words, and no file under the final name."""
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1 and len(errors) == 1, done.stderr
         for word in words:
             assert word in errors[0]
         assert not (self.folder / name).exists() and not (self.path / f"{name}.json").exists()
 
-    def right(self, done: "subprocess.CompletedProcess[str]", name: str = SHARD) -> None:
-        """The file, its record, and nothing left beside it."""
+    def complete(self, done: "subprocess.CompletedProcess[str]", name: str = SHARD) -> None:
+        """The file and its record are right, and no temporary file is left."""
         assert done.returncode == 0, done.stderr
         assert (self.folder / name).read_bytes() == (self.source / name).read_bytes()
         record = json.loads((self.path / f"{name}.json").read_text())
@@ -89,13 +92,13 @@ class Client:
 
 @pytest.fixture(scope="module")
 def listings() -> dict[str, bytes]:
-    """What the first test's `resolve` wrote, which is the same for all."""
+    """The listing of the first test, which serves them all."""
     return {}
 
 
 @pytest.fixture
 def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
-    """A Hub with the dense checkpoint and things in it that must not be fetched, and somebody who has its listing."""
+    """A Hub with the dense checkpoint and files that must not be downloaded, and a listing of it."""
     folder = Path(
         shutil.copytree(
             CHECKPOINTS / "tiny-qwen3.5",
@@ -107,20 +110,20 @@ def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("raise SystemExit('executed')")
     with serve({REPO: folder}) as hub:
-        someone = Client(hub, tmp_path)
+        client_ = Client(hub, tmp_path)
         if not listings:
-            done = someone.resolve()
+            done = client_.resolve()
             assert done.returncode == 0, done.stderr
-            listings[REPO] = someone.listing.read_bytes()
-        someone.listing.write_bytes(listings[REPO])
+            listings[REPO] = client_.listing.read_bytes()
+        client_.listing.write_bytes(listings[REPO])
         hub.sent.clear()
-        yield someone
+        yield client_
 
 
 # ── listing ──
 
 
-def test_a_commit_is_listed_with_files_and_tensors(client: Client) -> None:
+def test_a_listing_has_files_and_tensors(client: Client) -> None:
     listing = json.loads(client.listing.read_text())
     assert (listing["repo"], listing["revision"]) == (REPO, COMMIT)
     here = {path.name for path in client.source.iterdir() if path.is_file()}
@@ -133,7 +136,7 @@ def test_a_commit_is_listed_with_files_and_tensors(client: Client) -> None:
     assert listing["tensors"] == {}
 
 
-def test_a_listing_reads_headers_and_is_the_same_bytes_each_time(client: Client) -> None:
+def test_listing_reads_only_headers_and_is_reproducible(client: Client) -> None:
     before = client.listing.read_bytes()
     client.hub.sent.clear()
     assert client.resolve().returncode == 0 and client.listing.read_bytes() == before
@@ -143,7 +146,7 @@ def test_a_listing_reads_headers_and_is_the_same_bytes_each_time(client: Client)
     assert not client.hub.sent.keys() & {"modeling.py", "pytorch_model.bin", "weights.pt"}
 
 
-def test_a_branch_is_refused_with_the_commit_that_it_names(client: Client) -> None:
+def test_a_branch_is_refused_with_its_commit(client: Client) -> None:
     client.listing.unlink()
     done = client.resolve(revision="main")
     assert (
@@ -156,7 +159,7 @@ def test_a_branch_is_refused_with_the_commit_that_it_names(client: Client) -> No
 @pytest.mark.parametrize(
     ("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)]
 )
-def test_what_the_hub_does_not_have_is_an_error_of_a_line(
+def test_a_missing_repository_is_an_error_of_one_line(
     client: Client, repo: str, revision: str
 ) -> None:
     client.listing.unlink()
@@ -173,13 +176,13 @@ def test_what_the_hub_does_not_have_is_an_error_of_a_line(
     "name",
     ["../evil.safetensors", "/etc/evil.safetensors", "a\\b.safetensors", "x\n.safetensors", "a//b"],
 )
-def test_a_name_that_is_none_is_refused(client: Client, name: str) -> None:
+def test_an_impossible_file_name_is_refused(client: Client, name: str) -> None:
     client.hub.names[SHARD] = name
     done = client.resolve()
     assert done.returncode == 1 and "refused" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_an_index_that_leaves_the_repository_is_refused(client: Client) -> None:
+def test_an_index_with_a_path_outside_the_repository_is_refused(client: Client) -> None:
     path = client.source / "model.safetensors.index.json"
     path.write_text(path.read_text().replace(SHARD, "../../evil.safetensors"))
     client.hub.digests.clear()
@@ -196,18 +199,18 @@ def test_an_index_that_names_a_missing_shard_is_refused(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", ["busy", "broken"])
-def test_a_busy_hub_is_asked_again(client: Client, kind: str) -> None:
+def test_a_busy_hub_is_retried(client: Client, kind: str) -> None:
     client.hub.faults["api"] = [Fault(kind)]
     assert client.resolve().returncode == 0
     client.hub.faults["api"] = [Fault("broken", -1)]
     done = client.resolve()
-    assert done.returncode == 0 and "an earlier listing of the same commit serves" in done.stderr
+    assert done.returncode == 0 and "using an earlier listing of the same commit" in done.stderr
     client.listing.with_name(f".{client.listing.name}").unlink()
     done = client.resolve()
-    assert done.returncode == 1 and "status 500: given up after 6 tries" in done.stderr
+    assert done.returncode == 1 and "status 500: gave up after 6 tries" in done.stderr
 
 
-def test_a_mirror_that_leads_elsewhere_takes_no_token_there(
+def test_a_redirect_from_a_mirror_does_not_get_the_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[httpx2.Request] = []
@@ -236,13 +239,13 @@ def test_a_mirror_that_leads_elsewhere_takes_no_token_there(
     assert "authorization" not in remote._headers("https://huggingface.co/Owner/x")
 
 
-def test_a_token_that_can_be_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_\u00fc")
-    with pytest.raises(DownloadError, match="characters that no token has"):
+    with pytest.raises(DownloadError, match="invalid characters"):
         remote._headers(f"{remote.constants.ENDPOINT}/x")
 
 
-def test_add_prints_an_entry_that_the_configuration_takes(
+def test_add_prints_a_valid_configuration_entry(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -254,7 +257,7 @@ def test_add_prints_an_entry_that_the_configuration_takes(
     ]
 
 
-def test_add_names_the_converter_that_an_architecture_needs(
+def test_add_names_the_converter_of_an_architecture(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -273,27 +276,27 @@ def test_add_names_the_converter_that_an_architecture_needs(
 # ── fetching ──
 
 
-def test_all_that_conversion_needs_is_fetched(client: Client) -> None:
+def test_every_file_that_conversion_reads_is_downloaded(client: Client) -> None:
     names = sorted(
         path.name
         for path in (CHECKPOINTS / "tiny-qwen3.5").iterdir()
         if path.is_file() and path.name != "reference.json"
     )
     for name in names:
-        client.right(client.fetch(name), name)
+        client.complete(client.fetch(name), name)
     copy, original = Checkpoint(client.folder), Checkpoint(client.source)
     assert copy.tensors == original.tensors and copy.config == original.config
 
 
-def test_what_is_there_is_hashed_and_not_fetched_again(client: Client) -> None:
-    client.right(client.fetch())
+def test_a_complete_file_is_hashed_and_not_downloaded_again(client: Client) -> None:
+    client.complete(client.fetch())
     client.hub.sent.clear()
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert client.hub.sent[SHARD] == 0
     (client.folder / SHARD).write_bytes(
         bytes((client.source / SHARD).stat().st_size)
     )  # damaged since
-    client.right(client.fetch())
+    client.complete(client.fetch())
 
 
 PASSING = {
@@ -311,10 +314,10 @@ PASSING = {
 
 
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING.keys())
-def test_after_a_fault_the_bytes_are_right(client: Client, faults: list[Fault]) -> None:
+def test_a_download_survives_a_fault(client: Client, faults: list[Fault]) -> None:
     client.hub.faults[SHARD] = faults
-    client.right(client.fetch())
-    assert all(fault.times <= 0 and fault.skip == 0 for fault in faults)  # each really happened
+    client.complete(client.fetch())
+    assert all(fault.times <= 0 and fault.skip == 0 for fault in faults)  # each fault happened
 
 
 LASTING = {
@@ -326,46 +329,46 @@ LASTING = {
     "wrong range": ([Fault("drop", after=5000), Fault("wrong range", -1)], "Content-Range is"),
     "another ETag": (
         [Fault("drop", after=5000), Fault("etag", -1, skip=1)],
-        "changed while it was read",
+        "changed during the download",
     ),
     "wrong content": ([Fault("content", -1)], "sha256 is"),
 }
 
 
 @pytest.mark.parametrize(("faults", "message"), LASTING.values(), ids=LASTING.keys())
-def test_a_fault_that_stays_is_a_clear_error(
+def test_a_permanent_fault_is_a_clear_error(
     client: Client, faults: list[Fault], message: str
 ) -> None:
     client.hub.faults[SHARD] = faults
     client.refused(client.fetch(), REPO, SHARD, message)
     client.hub.faults.clear()
-    client.right(client.fetch())
+    client.complete(client.fetch())
 
 
-def test_a_small_file_is_compared_by_its_git_id(client: Client) -> None:
+def test_a_small_file_is_checked_by_its_git_id(client: Client) -> None:
     client.hub.faults["tokenizer.json"] = [Fault("content")]
     client.refused(
         client.fetch("tokenizer.json"), "tokenizer.json", "git id is", name="tokenizer.json"
     )
-    client.right(client.fetch("tokenizer.json"), "tokenizer.json")
+    client.complete(client.fetch("tokenizer.json"), "tokenizer.json")
 
 
 @pytest.mark.parametrize("kind", ["busy", "busy until"])
-def test_a_server_that_asks_for_time_gets_it(client: Client, kind: str) -> None:
+def test_retry_after_is_respected(client: Client, kind: str) -> None:
     client.hub.faults[SHARD] = [Fault(kind)]
     start = time.monotonic()
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert time.monotonic() - start >= 1
 
 
-def test_after_a_kill_only_what_is_missing_is_fetched(client: Client) -> None:
+def test_a_killed_download_resumes(client: Client) -> None:
     client.hub.faults[SHARD] = [Fault("stall", after=1_500_000)]
     client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
     process = subprocess.Popen(client.command(*client.fetch_arguments()), env=client.environment)
     partial = client.folder / f".{SHARD}.part"
     while not (
         partial.exists() and partial.stat().st_size >= 1_400_000
-    ):  # the rest may be in its buffers
+    ):  # the rest may still be buffered
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -373,11 +376,11 @@ def test_after_a_kill_only_what_is_missing_is_fetched(client: Client) -> None:
     there, size = partial.stat().st_size, (client.source / SHARD).stat().st_size
     assert not (client.folder / SHARD).exists()
     client.hub.sent.clear()
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert client.hub.sent[SHARD] == size - there
 
 
-def test_two_do_not_fetch_the_same_file(client: Client) -> None:
+def test_a_second_download_of_the_same_file_is_refused(client: Client) -> None:
     client.hub.faults[SHARD] = [Fault("stall", after=5000)]
     client.environment["HF_HUB_DOWNLOAD_TIMEOUT"] = "60"
     with subprocess.Popen(
@@ -389,9 +392,9 @@ def test_two_do_not_fetch_the_same_file(client: Client) -> None:
         process.kill()
 
 
-def test_the_token_goes_to_the_hub_alone(client: Client) -> None:
+def test_only_the_hub_gets_the_token(client: Client) -> None:
     client.hub.gated.add(REPO)
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert set(client.hub.tokens) == {("hub", f"Bearer {TOKEN}")} and client.hub.sent[SHARD]
     kept = [
         path
@@ -405,35 +408,35 @@ def test_the_token_goes_to_the_hub_alone(client: Client) -> None:
     client.refused(client.fetch(), "is gated", "HF_TOKEN")
     client.home.mkdir(exist_ok=True)
     (client.home / "token").write_text(TOKEN)  # a stored login
-    client.right(client.fetch())
+    client.complete(client.fetch())
 
 
-def test_what_the_local_cache_has_is_linked(client: Client) -> None:
+def test_a_file_in_the_local_cache_is_linked(client: Client) -> None:
     digest = json.loads(client.listing.read_text())["files"][SHARD]["digest"]
     blob = client.home / "hub/models--Owner--tiny-qwen3.5/blobs" / digest
     blob.parent.mkdir(parents=True)
     shutil.copy(client.source / SHARD, blob)
     client.hub.sent.clear()
     client.environment["HF_HUB_OFFLINE"] = "1"
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert client.hub.sent[SHARD] == 0 and (client.folder / SHARD).samefile(blob)
     (client.folder / SHARD).unlink()
-    blob.write_bytes(bytes(blob.stat().st_size))  # damaged: not used, and not touched either
+    blob.write_bytes(bytes(blob.stat().st_size))  # damaged: neither used nor changed
     del client.environment["HF_HUB_OFFLINE"]
-    client.right(client.fetch())
+    client.complete(client.fetch())
     assert client.hub.sent[SHARD] == (client.source / SHARD).stat().st_size and not any(
         blob.read_bytes()
     )
 
 
-def test_offline_nothing_is_asked(client: Client) -> None:
+def test_offline_mode_sends_no_request(client: Client) -> None:
     client.hub.requests.clear()
     client.environment["HF_HUB_OFFLINE"] = "1"
     client.refused(client.fetch(), "HF_HUB_OFFLINE is set")
     assert client.hub.requests == []
 
 
-def test_room_for_all_of_it_is_asked_for_before_a_byte_is_fetched(client: Client) -> None:
+def test_disk_space_is_checked_before_the_first_byte(client: Client) -> None:
     huge = 10**13
     write_sparse_shard(client.source / SHARD, {"model.huge": (huge // 2,)})
     index = client.source / "model.safetensors.index.json"
@@ -444,7 +447,7 @@ def test_room_for_all_of_it_is_asked_for_before_a_byte_is_fetched(client: Client
     assert client.resolve().returncode == 0
     client.hub.sent.clear()
     client.refused(
-        client.fetch("config.json"), "10000.0 GB are to be fetched", "make room", name="config.json"
+        client.fetch("config.json"), "10000.0 GB to download", "free some space", name="config.json"
     )
     assert not client.hub.sent
 

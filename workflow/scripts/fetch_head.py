@@ -1,4 +1,4 @@
-"""Download the multi-token-prediction head of a checkpoint, and of its weights nothing else, as a small checkpoint of its own.
+"""Download only the MTP head of a checkpoint, as a small checkpoint of its own.
 
 example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 """
@@ -8,30 +8,30 @@ from pathlib import Path
 from mtpforge import cli
 from mtpforge.hub import head
 from mtpforge.hub.listing import Listing
-from mtpforge.io import atomic
 
 
 def main() -> None:
-    """Parse the command line and fetch."""
+    """Parse the command line and download."""
     parser = cli.parser(__doc__)
-    parser.add_argument("listing", type=Path, metavar="LISTING.json", help="what resolve.py wrote")
+    parser.add_argument("listing", type=Path, metavar="LISTING.json", help="output of resolve.py")
     parser.add_argument(
-        "--folder", type=Path, required=True, help="where the small checkpoint goes"
+        "--folder", type=Path, required=True, help="folder for the small checkpoint"
     )
     parser.add_argument(
         "--whole",
         type=Path,
         metavar="DIR",
-        help="where fetch.py puts whole shards: those there are read instead",
+        help="target folder of fetch.py: whole shards there are read instead of the Hub",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="the record: sha256 and standing of each tensor, as JSON",
+        help="record to write: sha256 and standing (verified, trusted on first use) of each "
+        "tensor, as JSON",
     )
     args = parser.parse_args()
-    atomic.write_json(args.out, head.fetch(Listing.read(args.listing), args.folder, args.whole))
+    head.fetch(Listing.read(args.listing), args.folder, args.whole).write(args.out)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""List what one commit of a Hub repository holds: files with sizes and digests, tensors with their byte ranges.
+"""List one commit of a Hub repository: files with sizes and digests, tensors with byte ranges.
 
-example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --out files.json
+example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --out F.json
 """
 
-import sys
 from pathlib import Path
 
-from mtpforge import cli, errors
-from mtpforge.hub import download
+from mtpforge import cli, errors, progress
 from mtpforge.hub.listing import Listing
+from mtpforge.hub.resolve import list_commit
 
 
 def main() -> None:
@@ -16,22 +15,21 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("repo", help="repository, as OWNER/NAME")
     parser.add_argument(
-        "--revision", required=True, metavar="COMMIT", help="the full commit, 40 hex digits"
+        "--revision", required=True, metavar="COMMIT", help="full commit hash (40 hex digits)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the listing, as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="listing to write, as JSON")
     args = parser.parse_args()
-    kept = args.out.with_name(
-        f".{args.out.name}"
-    )  # Snakemake deletes the output of a job that fails, or runs again
+    # Snakemake deletes the output before a job runs again, so a second copy is kept.
+    kept = args.out.with_name(f".{args.out.name}")
     try:
-        listing = download.resolve(args.repo, args.revision)
+        listing = list_commit(args.repo, args.revision)
     except errors.DownloadError as error:
         if not kept.exists():
             raise
         listing = Listing.read(kept)  # a commit does not change
         if (listing.repo, listing.revision) != (args.repo, args.revision):
             raise
-        print(f"{error}: an earlier listing of the same commit serves", file=sys.stderr)
+        progress.say(f"{error}: using an earlier listing of the same commit")
     listing.write(kept)
     listing.write(args.out)
 

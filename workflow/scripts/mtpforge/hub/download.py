@@ -1,208 +1,138 @@
-"""Files of the Hugging Face Hub, pinned to a commit: listed, fetched where an earlier run stopped, and hashed.
+"""Downloads files of a commit: resumes interrupted downloads and checks every digest.
 
-huggingface_hub asks and says who we are; a file gets its name when its content is what the commit has.
+A file gets its name only if its content is that of the commit.
 """
 
 import hashlib
-import json
 import os
-import re
 import shutil
-import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from mtpforge import progress
 from mtpforge.checkpoint import safetensors
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor
 from mtpforge.errors import DownloadError
-from mtpforge.hub.listing import COMMIT, FILE_NAME, File, Listing, check_name
-from mtpforge.hub.remote import Patience, RangesRefused, RemoteFile
+from mtpforge.hub.listing import File, Listing, check_name
+from mtpforge.hub.records import FetchRecord, HeadRecord
+from mtpforge.hub.remote import RemoteFile
+from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, text
 from mtpforge.io.ranges import CHUNK, FileRange, sha256
-
-_FIRST_READ = 64 << 10  # holds most headers of shards, so that they take one request
-
-
-def model_info(repo: str, revision: str | None = None) -> ModelInfo:
-    """What the Hub says about a commit, branch or tag (default: its main branch), file sizes included. Raises DownloadError."""
-    what = f"{repo} at {revision}" if revision else repo
-
-    def ask() -> ModelInfo:
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
-        if not COMMIT.fullmatch(str(info.sha)):
-            raise ValueError(f"its commit is {info.sha!r}")
-        return info
-
-    try:
-        return Patience(what).call(ask)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(
-            f"{what}: the Hub's answer is malformed ({type(error).__name__}: {error})"
-        ) from None
-
-
-def resolve(repo: str, revision: str) -> Listing:
-    """All files and tensors of a commit; of the weights, only the headers are read. Raises DownloadError, CheckpointError."""
-    info = model_info(repo, revision)
-    if revision != info.sha:
-        raise DownloadError(
-            f"{repo}: {revision} is no full commit, and what it names can change: write `revision: {info.sha}`"
-        )
-    files = dict(sorted(_files(info.siblings or [])))
-    present = [name for name in files if name.endswith(".safetensors")]
-    return Listing(
-        repo, revision, files, _tensors(repo, revision, files, present) if present else {}
-    )
-
-
-def _files(siblings: Iterable[RepoSibling]) -> Iterable[tuple[str, File]]:
-    """The files at the top of a repository whose names are plain; the others cannot be asked for."""
-    for sibling in siblings:
-        name, size, lfs = sibling.rfilename, sibling.size, sibling.lfs
-        if (
-            not isinstance(name, str)
-            or not name.isprintable()
-            or "\\" in name
-            or {"", ".", ".."} & set(name.split("/"))
-        ):
-            raise DownloadError(f"the Hub lists a file {name!r}, which can be none: refused")
-        if not FILE_NAME.fullmatch(name):
-            continue
-        digest = lfs.sha256 if lfs else sibling.blob_id
-        if (
-            type(size) is not int
-            or size < 0
-            or not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", str(digest))
-        ):
-            raise DownloadError(
-                f"the Hub lists {name} with size {size!r} and digest {digest!r}: refused"
-            )
-        yield name, File(size, str(digest))
-
-
-def _tensors(
-    repo: str, revision: str, files: dict[str, File], present: list[str]
-) -> dict[str, CheckpointTensor]:
-    def read_header(shard: str) -> list[CheckpointTensor]:
-        if shard not in files:
-            raise DownloadError(
-                f"{repo} at {revision}: {INDEX} names {shard}, which the repository does not have"
-            )
-        remote, place = (
-            RemoteFile(repo, revision, shard, files[shard].bytes, files[shard].digest),
-            Path(repo, shard),
-        )
-        start = remote.get(0, min(_FIRST_READ, remote.size))
-        end = 8 + safetensors.header_length(place, start[:8], remote.size)
-        header = (start + remote.get(len(start), end))[8:end]
-        return safetensors.parse_shard_header(place, header, remote.size)
-
-    index = read_text(Listing(repo, revision, files, {}), INDEX) if INDEX in files else None
-    return dict(sorted(safetensors.gather_tensors(Path(repo), index, present, read_header).items()))
-
-
-def read_text(listing: Listing, name: str) -> str:
-    """The content of a small text file, which is not kept. Raises DownloadError."""
-    file = listing.files.get(name)
-    if file is None or file.bytes > text.TEXT_LIMIT:
-        raise DownloadError(
-            f"{listing.repo} at {listing.revision}: has no {name}, or one larger than any real one"
-        )
-    blob, digest = cached(listing, name), Digest(file)
-    if blob.is_file() and blob.stat().st_size == file.bytes:
-        content = blob.read_bytes()
-    else:
-        content = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest).get(
-            0, file.bytes
-        )
-    digest.update(content)
-    if not digest.right:
-        raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: run again")
-    return content.decode("utf-8", "replace")
-
-
-class Digest:
-    """Of a file's content: its sha256, and whether it is what the commit has."""
-
-    def __init__(self, file: File) -> None:
-        self._file, self._sha256 = file, hashlib.sha256()
-        self._git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
-
-    def update(self, block: bytes) -> None:
-        """Go on with the next bytes."""
-        self._sha256.update(block)
-        if not self._file.lfs:
-            self._git.update(block)
-
-    @property
-    def sha256(self) -> str:
-        """As hex digits."""
-        return self._sha256.hexdigest()
-
-    @property
-    def right(self) -> bool:
-        """Whether the content so far is the file's."""
-        return self._found() == self._file.digest
-
-    def complaint(self) -> str:
-        """What is wrong, where something is."""
-        kind = "sha256" if self._file.lfs else "git id"
-        return f"its {kind} is {self._found()}, and the Hub says {self._file.digest}"
-
-    def _found(self) -> str:
-        return self.sha256 if self._file.lfs else self._git.hexdigest()
-
-    def read(self, path: Path) -> int:
-        """Go on with all bytes of a file on disk; their number."""
-        with path.open("rb") as file:
-            while block := file.read(CHUNK):
-                self.update(block)
-            return file.tell()
 
 
 def download(
     listing: Listing, name: str, folder: Path, together: Collection[str] = ()
-) -> dict[str, Any]:
-    """Fetch a file of the listing into `folder`; its record: name, bytes, sha256. What is there already is kept.
+) -> FetchRecord:
+    """Download a file of the listing into `folder`, unless it is there already; return its record.
 
-    There must be room for it and for what is missing of `together`, the files that are of no use without each other.
-    Raises DownloadError; what has come until then stays beside, under a hidden name, and a second call goes on from there.
+    The disk must have room for it and for the missing files of `together`, which are useless
+    without each other. Raises DownloadError; a second call resumes from the hidden partial file.
     """
     if check_name(name) not in listing.files:
-        what = (
+        missing = (
             "has no *.safetensors"
             if name == "model.safetensors"
-            else f"has no file {name} (none in a folder is taken)"
+            else f"has no file {name} in its root folder"
         )
         raise DownloadError(
-            f"{listing.repo} at {listing.revision}: {what}: name another repository, or another of its files"
+            f"{listing.label}: {missing}: choose another repository, or another of its files"
         )
-    final, file = folder / name, listing.files[name]
-    digest = Digest(file)
-    if not (
-        final.is_file()
-        and final.stat().st_size == file.bytes
-        and digest.read(final)
-        and digest.right
-    ):
+    final = folder / name
+    digest = Digest(listing.files[name])
+    if not digest.matches_file(final):
         check_space(listing, {name, *together}, folder)
         with atomic.replacing(final, keep=True) as partial:
             digest = _link_cached(listing, name, partial) or _fetch(listing, name, partial)
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
-    return {"name": name, "bytes": file.bytes, "sha256": digest.sha256}
+    return FetchRecord(name, listing.files[name].bytes, digest.sha256)
+
+
+def read_text(listing: Listing, name: str) -> str:
+    """Return the content of a small text file, without keeping it on disk. Raises DownloadError."""
+    file = listing.files.get(name)
+    if file is None or file.bytes > text.TEXT_LIMIT:
+        limit = text.TEXT_LIMIT >> 20
+        raise DownloadError(f"{listing.label}: {name} is missing, or larger than {limit} MB")
+    blob = cached(listing, name)
+    if blob.is_file() and blob.stat().st_size == file.bytes:
+        content = blob.read_bytes()
+    else:
+        content = remote_file(listing, name).get(0, file.bytes)
+    digest = Digest(file)
+    digest.update(content)
+    if not digest.matches:
+        raise DownloadError(f"{listing.repo}: {name}: {digest.mismatch}: run again")
+    return content.decode("utf-8", "replace")
+
+
+def remote_file(listing: Listing, name: str) -> RemoteFile:
+    """Return a file of the listing for reading from the Hub."""
+    return RemoteFile(listing.repo, listing.revision, name, listing.files[name])
+
+
+def cached(listing: Listing, name: str) -> Path:
+    """Return the path that a file has in the local cache of huggingface_hub, there or not."""
+    repository = repo_folder_name(repo_id=listing.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE, repository, "blobs", listing.files[name].digest)
+
+
+class Digest:
+    """Hashes a file's content, and compares it with the digest in the commit."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+
+    def update(self, block: bytes) -> None:
+        """Hash the next bytes."""
+        self._sha256.update(block)
+        if not self._file.lfs:
+            self._git.update(block)
+
+    def update_from(self, path: Path) -> int:
+        """Hash all bytes of a file on disk, and return their number."""
+        with path.open("rb") as file:
+            while block := file.read(CHUNK):
+                self.update(block)
+            return file.tell()
+
+    def matches_file(self, path: Path) -> bool:
+        """Hash a file on disk; True if it is there, whole and right."""
+        there = path.is_file() and path.stat().st_size == self._file.bytes
+        return there and self.update_from(path) == self._file.bytes and self.matches
+
+    @property
+    def sha256(self) -> str:
+        """The sha256 of the content so far, as hex digits."""
+        return self._sha256.hexdigest()
+
+    @property
+    def matches(self) -> bool:
+        """Whether the content so far is the file's."""
+        return self._found == self._file.digest
+
+    @property
+    def mismatch(self) -> str:
+        """Found and expected digest, for messages."""
+        kind = "sha256" if self._file.lfs else "git id"
+        return f"its {kind} is {self._found}, the Hub says {self._file.digest}"
+
+    @property
+    def _found(self) -> str:
+        return self.sha256 if self._file.lfs else self._git.hexdigest()
+
+
+# ── disk space ──
 
 
 def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
-    """Raise DownloadError where the file system of `folder` has no room for what is missing of all `names`."""
+    """Raise DownloadError if the disk has no room for those of `names` that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def is_missing(name: str) -> bool:
@@ -212,46 +142,42 @@ def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
 
     missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
     partial = sum(path.stat().st_size for path in folder.glob(".*.part") if path.is_file())
-    demand_space(sum(file.bytes for file in missing) - partial, folder)
+    require_space(sum(file.bytes for file in missing) - partial, folder)
 
 
-def demand_space(needed: int, folder: Path) -> None:
-    """Raise DownloadError where the file system of `folder` has not that many bytes left."""
+def require_space(needed: int, folder: Path) -> None:
+    """Raise DownloadError if the file system of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
-            f"{folder}: {needed / 1e9:.1f} GB are to be fetched, and {free / 1e9:.1f} GB are free there: make room, or set up "
-            "this repository on a larger disk"
+            f"{folder}: {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free: "
+            "free some space, or move this repository to a larger disk"
         )
 
 
-def cached(listing: Listing, name: str) -> Path:
-    """Where the local cache of huggingface_hub has a file, if it has it."""
-    repository = Path(
-        constants.HF_HUB_CACHE, repo_folder_name(repo_id=listing.repo, repo_type="model")
-    )
-    return repository / "blobs" / listing.files[name].digest
+# ── fetching ──
 
 
 def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
-    """Take a file from the local Hub cache, without a second copy where the file system can; None where it is not there."""
-    source, digest = cached(listing, name), Digest(listing.files[name])
-    if not source.is_file() or digest.read(source) != listing.files[name].bytes or not digest.right:
+    """Link a file from the local Hub cache, or copy it; None if the cache does not have it."""
+    source = cached(listing, name)
+    digest = Digest(listing.files[name])
+    if not digest.matches_file(source):
         return None
-    partial.unlink()  # a link cannot be made over a file
+    partial.unlink()  # a link cannot replace a file
     atomic.link_or_copy(source.resolve(), partial)
-    print(f"{name}: taken from the local Hub cache", file=sys.stderr)
+    progress.say(f"{name}: taken from the local Hub cache")
     return digest
 
 
 def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
-    """Append to `partial` what it lacks. Raises DownloadError, and removes it where its content is wrong."""
+    """Append the missing bytes to `partial`. Raises DownloadError, and deletes it if it is wrong."""
     file = listing.files[name]
-    remote = RemoteFile(listing.repo, listing.revision, name, file.bytes, file.digest)
+    remote = remote_file(listing, name)
     if partial.stat().st_size > file.bytes:
         os.truncate(partial, 0)
     digest = Digest(file)
-    done = digest.read(partial)
+    done = digest.update_from(partial)
     with partial.open("r+b") as out, progress.bar(name) as show:
         out.seek(done)
 
@@ -263,52 +189,52 @@ def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
         try:
             remote.read(done, file.bytes, write)
         except RangesRefused as error:
-            print(f"{error}: from the beginning, then", file=sys.stderr)
+            progress.say(f"{error}: starting over from the first byte")
             digest = Digest(file)
             out.seek(0)
             out.truncate()
             remote.read(0, file.bytes, write)
-    if not digest.right:
+    if not digest.matches:
         partial.unlink()
-        raise DownloadError(f"{listing.repo}: {name}: {digest.complaint()}: removed it, run again")
+        raise DownloadError(
+            f"{listing.repo}: {name}: {digest.mismatch}: deleted the download: run again"
+        )
     return digest
 
 
+# ── whole shards confirm what was read by range ──
+
+
 def check_listing(listing: Listing, shard: Path, name: str) -> None:
-    """Compare what a whole, verified shard has with the listing, which was read by ranges. Raises DownloadError."""
+    """Compare a whole, verified shard with the listing, which comes from byte ranges.
+
+    Raises DownloadError if they differ.
+    """
     found = [replace(tensor, shard=name) for tensor in safetensors.read_shard_header(shard)]
     listed = [tensor for tensor in listing.tensors.values() if tensor.shard == name]
     if sorted(found, key=lambda t: t.name) != listed:
         raise DownloadError(
-            f"{listing.repo} at {listing.revision}: {name} has other tensors than the Hub's answers said when it was "
-            "listed: delete files.json, and all that was made of it, and run again"
+            f"{listing.label}: the tensors of {name} differ from the listing: "
+            "delete files.json and everything made from it, and run again"
         )
 
 
 def confirm_head(record: Path, shard: Path) -> int:
-    """Compare a whole, verified shard with a head that was fetched by itself; how many tensors of the head it has.
+    """Compare a whole, verified shard with a head that was downloaded on its own.
 
-    Raises DownloadError where they differ.
+    Returns how many of the head's tensors it has. Raises DownloadError if they differ.
     """
-    try:
-        recorded = {
-            name: t["sha256"]
-            for name, t in json.loads(record.read_text())["tensors"].items()
-            if t["shard"] == shard.name
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(
-            f"{record}: is not what fetch_head.py writes ({error}): delete it and run again"
-        ) from None
+    head = HeadRecord.read(record)
+    expected = {name: t.sha256 for name, t in head.tensors.items() if t.shard == shard.name}
     found = {
-        t.name: sha256(FileRange(shard, t.offset, t.size))
-        for t in safetensors.read_shard_header(shard)
-        if t.name in recorded
+        tensor.name: sha256(FileRange(shard, tensor.offset, tensor.size))
+        for tensor in safetensors.read_shard_header(shard)
+        if tensor.name in expected
     }
-    for name, digest in recorded.items():
+    for name, digest in expected.items():
         if found.get(name) != digest:
             raise DownloadError(
-                f"{shard}: {name} is not what was fetched by itself, and trusted, before: delete {record} and the folder of that "
-                "head, and whatever was made of it"
+                f"{shard}: {name} differs from the head that was downloaded on its own: "
+                f"delete {record}, that head's folder, and everything made from it"
             )
-    return len(recorded)
+    return len(expected)

@@ -1,7 +1,8 @@
-"""The head of a checkpoint on the Hub, by byte ranges, as a small checkpoint of its own.
+"""Downloads the head of a checkpoint by byte range, as a small checkpoint of its own.
 
-Its shards have the names that they have in the whole checkpoint, so that conversion makes the same bytes of both. A part of a
-file cannot be compared with the digest of all of it: a head is trusted on first use, until whole shards confirm it.
+Its shards have the same names as in the whole checkpoint, so both convert to the same bytes. A
+part of a file cannot be compared with the digest of the whole: the head is trusted on first use,
+until whole shards confirm it.
 """
 
 import hashlib
@@ -20,118 +21,147 @@ from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, CheckpointTensor,
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
-from mtpforge.hub.remote import RemoteFile
+from mtpforge.hub.records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, Sink, sha256
 from mtpforge.io.text import parse_json, read_json
 
-PIECE = 64 << 20  # is fetched again after an interruption
-VERIFIED, FIRST_USE = "verified", "trusted on first use"
+PIECE = 64 << 20
+"""Bytes that are downloaded again after an interruption, at most."""
 
 
-def head_tensors(listing: Listing, family: Family) -> list[CheckpointTensor]:
-    """The tensors of the head, scales of FP8 weights among them, as they lie in the shards."""
-    names = [
-        name for name in listing.tensors if family.canonical(name).startswith(family.head_prefix)
-    ]
-    return sorted(
-        (listing.tensors[name] for name in names), key=lambda tensor: (tensor.shard, tensor.offset)
+def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadRecord:
+    """Write the head as a checkpoint into `folder`, and return sha256 and standing of its tensors.
+
+    Shards in `whole`, or in the local Hub cache, are read from there. Raises DownloadError,
+    CheckpointError; a second call resumes.
+    """
+    config = folder / "config.json"
+    download.download(listing, config.name, folder)  # it says which tensors are the head's
+    family = family_of(architecture_of(config, read_json(config)))
+    tensors = head_tensors(listing, family)
+    if not tensors:
+        raise CheckpointError(
+            f"{listing.label}: this checkpoint has lost its head: use the original one"
+        )
+    _write_small_files(listing, folder, tensors)
+    standings = _write_shards(listing, folder, tensors, whole)
+    checkpoint = Checkpoint(folder)
+    for shard in [shard for shard, standing in standings.items() if standing == FIRST_USE]:
+        local = _local_shard(listing, shard, whole)  # may have arrived in the meantime
+        if local is not None:
+            _confirm(listing, local, [t for t in tensors if t.shard == shard], checkpoint)
+            standings[shard] = VERIFIED
+    return HeadRecord(
+        listing.repo,
+        listing.revision,
+        {
+            name: HeadTensor(t.shard, t.size, checkpoint.digest(t), standings[t.shard])
+            for name, t in sorted(checkpoint.tensors.items())
+        },
     )
 
 
+def head_tensors(listing: Listing, family: Family) -> list[CheckpointTensor]:
+    """Return the head's tensors, with the scales of FP8 weights, in the order of the shards."""
+    found = [
+        tensor
+        for name, tensor in listing.tensors.items()
+        if family.canonical(name).startswith(family.head_prefix)
+    ]
+    return sorted(found, key=lambda tensor: (tensor.shard, tensor.offset))
+
+
 def architecture_in(listing: Listing) -> str:
-    """The architecture of the checkpoint, from its config.json. Raises DownloadError, CheckpointError."""
+    """Return the architecture in the checkpoint's config.json.
+
+    Raises DownloadError, CheckpointError.
+    """
     path = Path(listing.repo, "config.json")
     return architecture_of(path, parse_json(path, download.read_text(listing, path.name)))
 
 
-def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> dict[str, Any]:
-    """Make the small checkpoint in `folder`; its record: sha256 and standing (verified, trusted on first use) of each tensor.
+def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:
+    """Return byte ranges (begin, end) of a shard that hold exactly its tensors.
 
-    Shards that lie in `whole`, or in the local Hub cache, are read there. Raises DownloadError, CheckpointError; what has come
-    until then stays, and a second call goes on from there.
+    Adjacent tensors are joined, and long ranges cut into `PIECE`.
     """
-    config = folder / "config.json"
-    download.download(
-        listing, config.name, folder
-    )  # says which tensors are the head's, and so how much room it needs
-    tensors = head_tensors(listing, family_of(architecture_of(config, read_json(config))))
-    if not tensors:
-        raise CheckpointError(
-            f"{listing.repo} at {listing.revision}: this checkpoint has lost its head: take the original one"
-        )
+    joined: list[list[int]] = []
+    for tensor in tensors:
+        if joined and joined[-1][1] == tensor.offset:
+            joined[-1][1] += tensor.size
+        else:
+            joined.append([tensor.offset, tensor.offset + tensor.size])
+    return [
+        (start, min(start + PIECE, end))
+        for begin, end in joined
+        for start in range(begin, end, PIECE)
+    ]
+
+
+def _write_small_files(listing: Listing, folder: Path, tensors: list[CheckpointTensor]) -> None:
+    """Download configuration and tokenizer, and write an index of the head's tensors."""
     total = sum(tensor.size for tensor in tensors)
+    small = sum(listing.files[name].bytes for name in listing.small_files())
     written = sum(path.stat().st_size for path in folder.iterdir())
-    download.demand_space(
-        total + sum(listing.files[name].bytes for name in listing.small_files()) - written, folder
-    )
+    download.require_space(total + small - written, folder)
     for name in listing.small_files():
         download.download(listing, name, folder)
-    atomic.write_json(
-        folder / INDEX,
-        {"metadata": {"total_size": total}, "weight_map": {t.name: t.shard for t in tensors}},
-    )
-    standings, done = {}, 0
+    weight_map = {tensor.name: tensor.shard for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    atomic.write_json(folder / INDEX, index)
+
+
+def _write_shards(
+    listing: Listing, folder: Path, tensors: list[CheckpointTensor], whole: Path | None
+) -> dict[str, str]:
+    """Write the shards with the head's tensors alone; return the standing of each."""
+    total = sum(tensor.size for tensor in tensors)
+    standings = {}
+    done = 0
     with progress.bar(f"head of {listing.repo}") as show:
-        for shard, members in groupby(tensors, key=lambda tensor: tensor.shard):
-            mine = list(members)
-            local = _local(listing, shard, whole)
+        for shard, group in groupby(tensors, key=lambda tensor: tensor.shard):
+            members = list(group)
+            local = _local_shard(listing, shard, whole)
             standings[shard] = VERIFIED if local else FIRST_USE
             if local:
                 download.check_listing(listing, local, shard)
-                with atomic.replacing(folder / shard) as temporary:
-                    _copy(local, temporary, mine)
+                _copy(local, folder / shard, members)
             else:
 
                 def step(count: int, before: int = done) -> None:
                     show(before + count, total)
 
-                _fetch_shard(listing, folder / shard, mine, step)
-            done += sum(tensor.size for tensor in mine)
-    made = Checkpoint(folder)
-    for shard in [shard for shard, standing in standings.items() if standing == FIRST_USE]:
-        if (
-            local := _local(listing, shard, whole)
-        ) is not None:  # it has come while we were fetching
-            _confirm(listing, local, [tensor for tensor in tensors if tensor.shard == shard], made)
-            standings[shard] = VERIFIED
-    entries = {
-        name: {
-            "shard": t.shard,
-            "bytes": t.size,
-            "sha256": made.digest(t),
-            "standing": standings[t.shard],
-        }
-        for name, t in sorted(made.tensors.items())
-    }
-    return {"repo": listing.repo, "revision": listing.revision, "tensors": entries}
+                _fetch_shard(listing, folder / shard, members, step)
+            done += sum(tensor.size for tensor in members)
+    return standings
 
 
-def _local(listing: Listing, shard: str, whole: Path | None) -> Path | None:
-    """A whole copy of a shard on this machine whose content is right."""
-    for path in ([whole / shard] if whole else []) + [download.cached(listing, shard)]:
-        digest = download.Digest(listing.files[shard])
-        if path.is_file() and digest.read(path) and digest.right:
+def _local_shard(listing: Listing, shard: str, whole: Path | None) -> Path | None:
+    """Return a whole copy of a shard on this machine, if there is one with the right digest."""
+    candidates = [whole / shard] if whole else []
+    for path in [*candidates, download.cached(listing, shard)]:
+        if download.Digest(listing.files[shard]).matches_file(path):
             return path
     return None
 
 
 def _confirm(
-    listing: Listing, local: Path, tensors: list[CheckpointTensor], made: Checkpoint
+    listing: Listing, local: Path, tensors: list[CheckpointTensor], head: Checkpoint
 ) -> None:
-    """Compare tensors that were trusted with those of a whole shard. Raises DownloadError."""
+    """Compare downloaded tensors with those of a whole shard. Raises DownloadError."""
     download.check_listing(listing, local, tensors[0].shard)
     for tensor in tensors:
-        if sha256(FileRange(local, tensor.offset, tensor.size)) != made.digest(
-            made.tensors[tensor.name]
-        ):
+        expected = sha256(FileRange(local, tensor.offset, tensor.size))
+        if head.digest(head.tensors[tensor.name]) != expected:
             raise DownloadError(
-                f"{made.directory}: {tensor.name} is not that of the whole shard: delete this folder, and run again"
+                f"{head.directory}: {tensor.name} differs from the whole shard: "
+                "delete this folder and run again"
             )
 
 
 def _header(tensors: list[CheckpointTensor]) -> bytes:
-    """What a shard with these tensors alone begins with: its header's length, and its header."""
+    """Return the header of a shard with these tensors alone, its length first."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -147,43 +177,28 @@ def _header(tensors: list[CheckpointTensor]) -> bytes:
 
 
 def _copy(local: Path, out: Path, tensors: list[CheckpointTensor]) -> None:
-    with out.open("wb") as file:
-        sink = Sink(file.fileno())
-        sink.append(
-            [
-                memoryview(_header(tensors)),
-                *(FileRange(local, tensor.offset, tensor.size) for tensor in tensors),
-            ]
-        )
-
-
-def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:
-    """Byte ranges (begin, end) of a shard that hold its tensors and nothing else: neighbours joined, then cut into `PIECE`."""
-    joined: list[list[int]] = []
-    for tensor in tensors:
-        if joined and joined[-1][1] == tensor.offset:
-            joined[-1][1] += tensor.size
-        else:
-            joined.append([tensor.offset, tensor.offset + tensor.size])
-    return [
-        (start, min(start + PIECE, end))
-        for begin, end in joined
-        for start in range(begin, end, PIECE)
-    ]
+    """Write a shard with these tensors alone from a whole one."""
+    ranges = [FileRange(local, tensor.offset, tensor.size) for tensor in tensors]
+    with atomic.replacing(out) as temporary, temporary.open("wb") as file:
+        Sink(file.fileno()).append([memoryview(_header(tensors)), *ranges])
 
 
 def _fetch_shard(
     listing: Listing, path: Path, tensors: list[CheckpointTensor], show: Callable[[int], None]
 ) -> None:
-    """Write a shard with these tensors alone. Each piece's digest is kept beside it: that tells later what of it is whole."""
-    file, header, ranges = listing.files[path.name], _header(tensors), pieces(tensors)
+    """Download a shard with these tensors alone.
+
+    The digest of each piece is kept in a file beside it, so that a later run knows what is whole.
+    """
+    header = _header(tensors)
+    ranges = pieces(tensors)
     sums = path.with_name(f".{path.name}.sums")
     known = sums.read_text(encoding="ascii", errors="replace").split() if sums.exists() else []
-    if path.exists() and _whole_pieces(path, header, ranges, known) == len(ranges):
+    if path.exists() and _count_whole(path, header, ranges, known) == len(ranges):
         return
-    remote = RemoteFile(listing.repo, listing.revision, path.name, file.bytes, file.digest)
+    remote = download.remote_file(listing, path.name)
     with atomic.replacing(path, keep=True) as partial:
-        have = _whole_pieces(partial, header, ranges, known)
+        have = _count_whole(partial, header, ranges, known)
         atomic.write_text(sums, "".join(f"{digest}\n" for digest in known[:have]))
         done = sum(end - begin for begin, end in ranges[:have])
         os.truncate(partial, len(header) + done if have else 0)
@@ -204,8 +219,8 @@ def _fetch_shard(
                 log.flush()
 
 
-def _whole_pieces(path: Path, header: bytes, ranges: list[tuple[int, int]], sums: list[str]) -> int:
-    """How many pieces, from the first on, a file has in full."""
+def _count_whole(path: Path, header: bytes, ranges: list[tuple[int, int]], sums: list[str]) -> int:
+    """Return how many pieces, counted from the first, a file has in full."""
     with path.open("rb") as file:
         if file.read(len(header)) != header:
             return 0

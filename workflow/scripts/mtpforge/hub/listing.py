@@ -1,6 +1,7 @@
-"""What one commit of a Hub repository holds: its files with sizes and digests, its tensors with their places in the shards.
+"""The listing of one commit of a Hub repository: files with sizes and digests, and tensors.
 
-`download.resolve` makes a listing once; fetching and the workflow's graph read it from its JSON, without the network.
+`resolve.list_commit` makes a listing once; downloads and the workflow's graph read it from JSON,
+without the network.
 """
 
 import json
@@ -18,17 +19,20 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
-# What conversion reads beside the shards. Never *.bin, *.pt or *.py: nothing that could be executed reaches the disk.
+# What conversion reads besides the shards. Never *.bin, *.pt or *.py: no code reaches the disk.
 _SMALL = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|(video_)?preprocessor_config"
-    r"|processor_config)\.json"
+    r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map"
+    r"|(video_)?preprocessor_config|processor_config)\.json"
     r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|tokenizer\.model|README\.md"
 )
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a commit: `bytes` long; `digest` is its sha256 where it is stored with LFS, else the git id of its blob."""
+    """Size and digest of a file of a commit.
+
+    `digest` is its sha256 if it is stored with LFS, else the git id of its blob.
+    """
 
     bytes: int
     digest: str
@@ -41,7 +45,7 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files by name and tensors by name, both sorted. A repository of GGUFs has no tensors here."""
+    """Files and tensors of a commit by name, both sorted. GGUF repositories have no tensors here."""
 
     repo: str
     revision: str
@@ -50,7 +54,7 @@ class Listing:
 
     @classmethod
     def read(cls, path: Path) -> "Listing":
-        """The listing in a JSON file of `write`. Raises DownloadError where it is none."""
+        """Read what `write` wrote. Raises DownloadError if the file is malformed."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             files = {name: File(**entry) for name, entry in value["files"].items()}
@@ -61,26 +65,30 @@ class Listing:
             return cls(value["repo"], value["revision"], files, tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
-                f"{path}: is not what resolve.py writes ({error}): delete it and run again"
+                f"{path}: malformed listing ({error}): delete it and run again"
             ) from None
 
     def write(self, path: Path) -> None:
-        """As JSON, the same bytes for the same commit."""
-        tensors = {
-            name: {k: v for k, v in asdict(tensor).items() if k != "name"}
-            for name, tensor in self.tensors.items()
-        }
-        files = {name: asdict(file) for name, file in self.files.items()}
-        write_json(
-            path, {"repo": self.repo, "revision": self.revision, "files": files, "tensors": tensors}
-        )
+        """Write the listing as JSON; the same commit gives the same bytes."""
+        value = asdict(self)
+        for tensor in value["tensors"].values():
+            del tensor["name"]
+        write_json(path, value)
+
+    @property
+    def label(self) -> str:
+        """Repository and commit, for messages."""
+        return f"{self.repo} at {self.revision}"
 
     def small_files(self) -> list[str]:
-        """Configuration, tokenizer and model card."""
+        """Return configuration, tokenizer and model card."""
         return [name for name in self.files if _SMALL.fullmatch(name)]
 
     def checkpoint_files(self) -> list[str]:
-        """All that conversion reads; with `model.safetensors` where there are no weights, whose fetching then says so."""
+        """Return everything that conversion reads.
+
+        Without weights, `model.safetensors` is in the list, so that downloading it reports that.
+        """
         shards = {tensor.shard for tensor in self.tensors.values()}
         names = [
             name for name in self.files if name in shards or name == INDEX or _SMALL.fullmatch(name)
@@ -88,12 +96,15 @@ class Listing:
         return names if shards else [*names, "model.safetensors"]
 
     def companions(self, name: str) -> list[str]:
-        """The files that are fetched together with `name`, itself among them: a whole checkpoint, or all shards of a GGUF."""
+        """Return the files that are useless without each other, `name` among them.
+
+        These are a whole checkpoint, or all parts of a split GGUF.
+        """
         return self.checkpoint_files() if name in self.checkpoint_files() else gguf_files(name)
 
 
 def check_name(name: Any) -> str:
-    """A name that may become a file's: a plain basename. Raises DownloadError."""
+    """Return `name` if it is a plain file name. Raises DownloadError."""
     if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
         raise DownloadError(
             f"{name!r} is not a plain file name (letters, digits, '.', '_', '-'): refused"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import VerificationError
+from mtpforge.hub.records import HeadRecord, read_record
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp.stamp import Stamp
@@ -76,25 +77,24 @@ def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resour
     repository = {"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}
     found: list[Resource] = [repository]
     for path in tracked:
-        record = read_json(path)
-        if "tensors" in record:
-            found += _head_tensors(record["tensors"], uri)
+        record = read_record(path)
+        if isinstance(record, HeadRecord):
+            found += _head_tensors(record, uri)
         else:
-            place = f"{uri}#{record['name']}"
-            digest = {"sha256": record["sha256"]}
-            found.append({"name": record["name"], "uri": place, "digest": digest})
+            place = f"{uri}#{record.name}"
+            found.append({"name": record.name, "uri": place, "digest": {"sha256": record.sha256}})
     return found
 
 
-def _head_tensors(tensors: Mapping[str, Any], uri: str) -> list[Resource]:
+def _head_tensors(record: HeadRecord, uri: str) -> list[Resource]:
     return [
         {
             "name": name,
-            "uri": f"{uri}#{tensor['shard']}",
-            "digest": {"sha256": tensor["sha256"]},
-            "annotations": {"standing": tensor["standing"]},
+            "uri": f"{uri}#{tensor.shard}",
+            "digest": {"sha256": tensor.sha256},
+            "annotations": {"standing": tensor.standing},
         }
-        for name, tensor in tensors.items()
+        for name, tensor in record.tensors.items()
     ]
 
 

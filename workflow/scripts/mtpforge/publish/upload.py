@@ -20,8 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from mtpforge.errors import UploadError, VerificationError
-from mtpforge.hub import remote
-from mtpforge.hub.remote import Patience
+from mtpforge.hub.retry import Retry, explain
 from mtpforge.io.ranges import digest_of
 from mtpforge.progress import say
 from mtpforge.publish.sums import (
@@ -102,7 +101,7 @@ def upload(plan: UploadPlan, private: bool) -> str:
         )
     except _FAILURES as error:
         cause = error.__cause__ or error
-        why = remote.explain(cause if isinstance(cause, Exception) else error)
+        why = explain(cause if isinstance(cause, Exception) else error)
         raise UploadError(
             f"{plan.repo}: {why}: run again, which continues from what was uploaded"
         ) from None
@@ -143,7 +142,7 @@ def _uploaded(repo: str) -> dict[str, RepoFile] | None:
         except RepositoryNotFoundError:
             return None
 
-    return Patience(repo).call(ask)
+    return Retry(repo).call(ask)
 
 
 def _is_uploaded(path: Path, digest: str, entry: RepoFile | None) -> bool:

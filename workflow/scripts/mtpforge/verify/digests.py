@@ -1,13 +1,13 @@
 """Checks of bytes against digests that were recorded when the file was made."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from mtpforge.gguf import reader
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import Gguf
+from mtpforge.hub.records import HeadRecord
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json
 from mtpforge.verify.report import Check, Trunk, some
@@ -47,13 +47,7 @@ def head_source(record: Path) -> dict[str, int]:
     `record` is what fetch_head.py wrote. Tensors become verified once their whole shard is fetched,
     which leaves a record of the shard beside this one.
     """
-    tensors = read_json(record)["tensors"].values()
-    folder = record.parent / "records"
-    standings = [
-        "verified" if (folder / f"{tensor['shard']}.json").exists() else tensor["standing"]
-        for tensor in tensors
-    ]
-    return dict(Counter(standings))
+    return HeadRecord.read(record).count_standings(record.parent / "records")
 
 
 def _digest_of(digests: Mapping[str, str]) -> str:

@@ -1,0 +1,88 @@
+"""Records of downloads: one for each file, and one for a head that was downloaded on its own."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtpforge.errors import DownloadError
+from mtpforge.io import atomic
+
+VERIFIED, FIRST_USE = "verified", "trusted on first use"
+"""Standings of a head's tensor: its whole shard had the right sha256, or was never seen."""
+
+
+@dataclass(frozen=True)
+class FetchRecord:
+    """A downloaded file whose content matches the commit."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON."""
+        atomic.write_json(path, asdict(self))
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """A tensor of a head that was downloaded by byte range."""
+
+    shard: str
+    bytes: int
+    sha256: str
+    standing: str
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """A head that was downloaded without the rest of its checkpoint: its tensors by name."""
+
+    repo: str
+    revision: str
+    tensors: dict[str, HeadTensor]
+
+    @classmethod
+    def read(cls, path: Path) -> "HeadRecord":
+        """Read what `write` wrote. Raises DownloadError if the file is malformed."""
+        record = read_record(path)
+        if not isinstance(record, HeadRecord):
+            raise DownloadError(f"{path}: not a head record: delete it and run again")
+        return record
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON."""
+        atomic.write_json(path, asdict(self))
+
+    def count_standings(self, records: Path) -> dict[str, int]:
+        """Count the tensors by standing today; `records` is the folder of the files' records.
+
+        A whole shard gets a record there only after it has confirmed the head's tensors.
+        """
+        confirmed = {
+            tensor.shard
+            for tensor in self.tensors.values()
+            if (records / f"{tensor.shard}.json").exists()
+        }
+        return dict(
+            Counter(
+                VERIFIED if tensor.shard in confirmed else tensor.standing
+                for tensor in self.tensors.values()
+            )
+        )
+
+
+def read_record(path: Path) -> FetchRecord | HeadRecord:
+    """Read a record of either kind. Raises DownloadError if the file is malformed."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "tensors" not in value:
+            return FetchRecord(**value)
+        tensors = {name: HeadTensor(**entry) for name, entry in value.pop("tensors").items()}
+        return HeadRecord(**value, tensors=tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DownloadError(
+            f"{path}: malformed download record ({error}): delete it and run again"
+        ) from None

@@ -1,0 +1,153 @@
+"""Retries of Hub requests: what is worth another try, how long to wait, when to give up.
+
+Not tenacity: a download resets the count whenever bytes arrive, and a server may ask for a wait
+that ends the run. Both would have to be written into tenacity's state, in more lines than these.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not typed
+
+from mtpforge import progress
+from mtpforge.errors import DownloadError
+
+TRIES = 6
+"""Failures in a row, without a byte in between, before giving up."""
+FIRST_WAIT = float(os.environ.get("MTPFORGE_RETRY_WAIT", "1"))
+"""Seconds before the second try; doubled before each further one."""
+LONGEST_WAIT = 600.0
+"""Seconds; a server that asks for a longer wait ends the run."""
+_TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+
+
+class UnusableAnswer(Exception):
+    """The response is not what was requested; another try may help."""
+
+    def __init__(self, reason: str, wait: float = 0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class RangeIgnored(UnusableAnswer):
+    """The server sent the whole file instead of the requested range."""
+
+
+class RangesRefused(DownloadError):
+    """The server never sends a range: the file must be read from its start."""
+
+
+REQUEST_ERRORS = (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    httpx2.HTTPError,
+    httpx2.InvalidURL,
+    UnusableAnswer,
+)
+"""Exceptions of a failed request, transient or not."""
+
+
+class Retry:
+    """Counts consecutive failures of one request or file, waits after each, and gives up.
+
+    `what` names the repository or file in messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.failures = 0
+
+    def reset(self) -> None:
+        """Start counting again, because data has arrived."""
+        self.failures = 0
+
+    def wait(self, error: Exception) -> None:
+        """Wait before the next try. Raises DownloadError if it is pointless or `TRIES` are used up."""
+        reason, asked = _transient(error)
+        if reason is None:
+            raise DownloadError(f"{self.what}: {explain(error)}") from None
+        self.failures += 1
+        seconds = max(asked, FIRST_WAIT * 2 ** (self.failures - 1))
+        if self.failures >= TRIES or seconds > LONGEST_WAIT:
+            later = f" (the server asks to wait {asked:.0f} s)" if asked > LONGEST_WAIT else ""
+            kind = RangesRefused if isinstance(error, RangeIgnored) else DownloadError
+            raise kind(
+                f"{self.what}: {reason}{later}: gave up after {self.failures} tries: "
+                "run again later"
+            ) from None
+        progress.say(f"{self.what}: {reason}: retrying in {seconds:.1f} s")
+        time.sleep(seconds)
+
+    def call(self, request: Callable[[], T]) -> T:
+        """Return the result of `request`, retried after transient failures. Raises DownloadError."""
+        while True:
+            try:
+                return request()
+            except REQUEST_ERRORS as error:
+                self.wait(error)
+
+
+def explain(error: Exception) -> str:
+    """Describe a failed request in one line. huggingface_hub never puts the token into a message."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set: unset it to use the Hub"
+    if isinstance(error, GatedRepoError):
+        return (
+            "is gated: accept its terms on its page, then set HF_TOKEN or log in "
+            "with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "no such repository, or a private one: check the name, set HF_TOKEN or log in "
+            "with `hf auth login`"
+        )
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403):
+        return "access denied: set HF_TOKEN to a token with access, or run `hf auth login`"
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def requested_wait(headers: Mapping[str, str]) -> float:
+    """Return the seconds until `Retry-After` or the Hub's rate limit expires; 0 if neither is set."""
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
+    with suppress(ValueError, TypeError):  # not a date, or one without a time zone
+        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else 0.0
+
+
+def _transient(error: Exception) -> tuple[str | None, float]:
+    """Return why a request failed and the wait the server asked for; None if a retry is pointless."""
+    if isinstance(error, UnusableAnswer):
+        return str(error), error.wait
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in _TRANSIENT_STATUS:
+        return f"status {error.response.status_code}", requested_wait(error.response.headers)
+    if isinstance(error, httpx2.TimeoutException):
+        return "no answer in time", 0
+    if isinstance(error, httpx2.TransportError):
+        return f"the connection failed ({first_line(error)})", 0
+    return None, 0
