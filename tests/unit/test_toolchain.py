@@ -1,7 +1,7 @@
-"""The toolchain: what a build is called, when it is made again, and what is refused.
+"""The toolchain: the cache of builds, when it builds again, and the errors.
 
-The builds are real, pip, CMake and Ninja included, of a stand-in for llama.cpp that compiles in a second and, like
-llama.cpp, has the paths of its source files in its programs.
+The builds are real, with pip, CMake and Ninja, of a stand-in for llama.cpp that compiles in a second
+and, like llama.cpp, has the paths of its source files in its programs.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from mtpforge.errors import ToolchainError
-from mtpforge.llama_cpp.toolchain import PROGRAMS, Recipe, is_whole, read_pin
+from mtpforge.llama_cpp.build import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.toolchain import is_whole
 
 PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"
 
@@ -150,7 +151,7 @@ RECIPE = Recipe("0" * 64, "GNU 12.2.0", "Linux x86_64", ("-DA=1", "-DB=2"), ("x"
         {"programs": ("x",)},
     ],
 )
-def test_the_key_changes_with_each_ingredient(change: dict) -> None:
+def test_the_key_depends_on_every_ingredient(change: dict) -> None:
     assert (
         dataclasses.replace(RECIPE, **change).key()
         != RECIPE.key()
@@ -172,7 +173,7 @@ def test_the_pin_of_this_repository_is_read() -> None:
     assert (pin.package, len(pin.sha256)) == ("llama-cpp-python", 64)
 
 
-def test_a_build_is_installed_whole_and_says_what_it_is(clone: Clone) -> None:
+def test_a_build_is_installed_whole_with_its_stamp(clone: Clone) -> None:
     stamp = clone.stamp()
     assert (stamp["llama.cpp"], stamp["commit"], stamp["archive_sha256"]) == (
         "9.9.9",
@@ -257,7 +258,7 @@ def test_damage_in_one_clone_does_not_reach_the_cache(clone: Clone) -> None:
         "source",
     ],
 )
-def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, gone: str) -> None:
+def test_an_incomplete_cache_entry_is_torn(clone: Clone, tmp_path: Path, gone: str) -> None:
     entry = shutil.copytree(clone.entry(), tmp_path / "entry")
     assert is_whole(entry)
     (entry / gone).rename(tmp_path / "gone")
@@ -267,7 +268,9 @@ def test_a_cache_entry_that_lacks_a_part_is_torn(clone: Clone, tmp_path: Path, g
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"programs": ', '{"programs": 1}', '{"programs": {}}', "{}", "\udcff"]
 )
-def test_a_cache_entry_with_another_stamp_is_torn(clone: Clone, tmp_path: Path, text: str) -> None:
+def test_a_cache_entry_with_a_malformed_stamp_is_torn(
+    clone: Clone, tmp_path: Path, text: str
+) -> None:
     entry = shutil.copytree(clone.entry(), tmp_path / "entry")
     (entry / "stamp.json").write_bytes(text.encode("utf-8", errors="surrogateescape"))
     assert not is_whole(entry)
@@ -294,7 +297,7 @@ def test_two_builds_at_the_same_time_both_succeed(tmp_path: Path) -> None:
     assert sum("compiling" in text for text in said) == 1
 
 
-def test_what_a_killed_build_left_is_swept(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
     run = clone.start()
     for line in run.stderr or ():
@@ -320,14 +323,14 @@ def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out/stamp.json").exists()
 
 
-def test_an_archive_that_reaches_out_of_its_directory_is_refused(tmp_path: Path) -> None:
+def test_an_archive_that_escapes_its_folder_is_refused(tmp_path: Path) -> None:
     clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/../../../../evil": "x"})
     code, _ = clone.run()
     assert code == 1
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_whole(tmp_path: Path) -> None:
+def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_log(tmp_path: Path) -> None:
     broken = CMAKE_LISTS.replace("int main() {", "int main() { syntax error")
     clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/CMakeLists.txt": broken})
     code, said = clone.run()
@@ -339,7 +342,7 @@ def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_whole(tmp_path: P
     assert not list(clone.cache.glob("llama.cpp/*.part"))
 
 
-def test_a_missing_compiler_is_one_line_that_names_the_package(tmp_path: Path) -> None:
+def test_without_a_compiler_the_message_names_the_package(tmp_path: Path) -> None:
     code, said = Clone(tmp_path).run(CXX="no-such-compiler")
     assert (code, said.count("\n")) == (1, 1)
     assert "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++" in said
@@ -360,7 +363,7 @@ def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:
     assert not clone.cache.exists()
 
 
-def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
+def test_the_older_form_of_a_version_is_read(tmp_path: Path) -> None:
     old = "echo 'version: 9789 (abc1234)'; echo 'built with Clang 17 for Linux'"
     names = {name.removeprefix("llama-"): old for name in PROGRAMS}
     code, said = Clone(tmp_path).run(
@@ -394,9 +397,7 @@ def test_a_version_of_the_older_form_is_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_existing_program_that_cannot_be_used_is_named(
-    tmp_path: Path, break_it, complaint: str
-) -> None:
+def test_an_unusable_existing_program_is_named(tmp_path: Path, break_it, complaint: str) -> None:
     existing = write_programs(tmp_path / "cuda")
     break_it(existing / "llama-server")
     code, said = Clone(tmp_path).run("out", "--bin-dir", str(existing))

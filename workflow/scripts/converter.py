@@ -1,6 +1,6 @@
-"""Sets up llama.cpp's own converter: its source from the pinned archive, and an environment from its lock (with torch, 1 GB).
+"""Set up llama.cpp's converter: its source, and an environment from its lock (with torch, 1 GB).
 
-The stamp is written last: where it is, the rest is.
+The stamp is written last: if it exists, the rest is complete.
 
 example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt --out resources/converter/stamp.json
 """
@@ -8,26 +8,25 @@ example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.io import atomic
-from mtpforge.llama_cpp import toolchain
+from mtpforge.llama_cpp.toolchain import install_converter
 
 
 def main() -> None:
-    """Parse the command line and set it up beside the stamp, in `source` and `environment`."""
+    """Parse the command line, and set up `source` and `environment` beside the stamp."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--requirement", type=Path, required=True, help="requirements file with the source archive"
+        "--requirement",
+        type=Path,
+        required=True,
+        help="requirements file that pins the source archive",
     )
     parser.add_argument(
         "--lock", type=Path, required=True, help="hashed requirements of the environment"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="the stamp, as JSON")
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)
-    folder = args.out.parent
-    stamp = toolchain.install_source(args.requirement, folder / "source")
-    toolchain.install_environment(args.lock, folder / "environment")
-    atomic.write_json(args.out, {**stamp, "lock_sha256": toolchain.sha256(args.lock)})
+    install_converter(args.requirement, args.lock, args.out.parent).write(args.out)
 
 
 if __name__ == "__main__":

