@@ -37,6 +37,12 @@ def test_an_error_is_what_the_program_says_it_is(tmp_path: Path) -> None:
     assert job(log).error() == ""
 
 
+def test_warnings_are_those_of_the_whole_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("warning: one\n" + "10%\n" * 10_000 + "no warning: at all\nwarning: two\ndone\n")
+    assert job(log).warnings() == ["warning: one", "warning: two"]
+
+
 def test_news_of_a_log_come_once(tmp_path: Path) -> None:
     running = job(tmp_path / "log")
     assert running.news() == ""
@@ -142,3 +148,15 @@ def test_a_killed_program_is_told_from_one_that_fails(tmp_path: Path) -> None:
     values = {"rule_msg": None, "output": ["F.gguf"], "log": [], "thread": 7}
     shown.handle(message(LogEvent.JOB_ERROR, jobid=1, **values))
     assert "killed (signal 9): out of memory?" in shown.failed[1]
+
+
+def test_warnings_of_a_job_are_shown_below_its_end(tmp_path: Path) -> None:
+    stream, log = io.StringIO(), tmp_path / "log"
+    shown = shown_on(stream)
+    shown.handle(started(log))
+    log.write_text("warning: X.gguf: delete it\n7 files\n")
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    end, warning = stream.getvalue().splitlines()[1:]
+    assert end.endswith("m: convert (0.0 s, 1/2): 7 files")
+    assert warning == "         warning: X.gguf: delete it"

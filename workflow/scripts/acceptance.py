@@ -8,6 +8,7 @@ from pathlib import Path
 from mtpforge import cli, prompts
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
+from mtpforge.verify.report import accepted_drafts
 from mtpforge.verify.running import measure_acceptance
 
 
@@ -21,7 +22,9 @@ def main() -> None:
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file)
     texts = list(prompts.read_prompts(args.prompts).values())
-    measure_acceptance(args.file, texts, programs.from_options(args)).write(args.out)
+    found = measure_acceptance(args.file, texts, programs.from_options(args))
+    found.write(args.out)
+    print(accepted_drafts(found) or f"not measured: {found.skipped}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -42,6 +42,7 @@ def main() -> None:
     convert(args.checkpoint, args.out, args.part, args.tokenizer_pre)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
+    print(table.size_of(args.out))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.convert.upstream import PARTS, convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -49,6 +49,7 @@ def main() -> None:
     )
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out))
+    print(table.size_of(args.out))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ folder for as many files.
 import argparse
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.gguf.names import gguf_files
 from mtpforge.inject.inject import Options, inject
 from mtpforge.io import atomic
@@ -35,6 +35,7 @@ def main() -> None:
         digests=args.digests,
     )
     inject(args.base, args.head, args.out, options, LlamaCpp(args.bin))
+    print(table.size_of(args.out))
 
 
 def _parser() -> argparse.ArgumentParser:

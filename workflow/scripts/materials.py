@@ -25,7 +25,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="list, as JSON")
     args = parser.parse_args()
-    atomic.write_json(args.out, {"materials": provenance.materials(args.source, args.files)})
+    materials = provenance.materials(args.source, args.files)
+    atomic.write_json(args.out, {"materials": materials})
+    print(f"{len(materials)} files")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure.perplexity import reference_logits
@@ -32,6 +32,7 @@ def main() -> None:
     llama = programs.from_options(args)
     with atomic.replacing(args.out) as temporary:
         reference_logits(args.model, args.text, temporary, args.chunks, llama)
+    print(table.size_of(args.out))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
         ]
     )
     atomic.write_text(args.out, table)
-    print(f"\n{table}")
+    print(f"\n{table}\n{len(reports)} files")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -29,7 +29,9 @@ def main() -> None:
     sums = collect(args.folder, args.reports, args.others)
     write_sums(args.folder / SUMS, sums)
     for name in unlisted(args.folder, sums):
-        say(f"{args.folder / name}: no longer configured, so it is not published: delete it")
+        text = "no longer configured, so it is not published: delete it"
+        say(f"warning: {args.folder / name}: {text}")
+    print(f"{len(sums)} files")
 
 
 if __name__ == "__main__":

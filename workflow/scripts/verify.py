@@ -15,7 +15,7 @@ from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import read_recipe
 from mtpforge.verify.digests import head_source
-from mtpforge.verify.report import Report, as_table
+from mtpforge.verify.report import Report, accepted_drafts, as_table
 from mtpforge.verify.request import Request
 from mtpforge.verify.verify import publish_split, verify
 
@@ -43,6 +43,7 @@ def main() -> None:
         report = _publish(args, report, limit, request, llama)
     report.write(args.out)
     print(as_table(report.file, report.checks))
+    print(accepted_drafts(report) or f"{len(report.checks)} checks passed")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,11 +1,18 @@
 """Markdown tables that are also readable as plain text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def size(count: int) -> str:
     """Bytes for people, in powers of ten as the Hub shows them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def size_of(path: Path) -> str:
+    """The size of a file, or of all files in a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return size(sum(file.stat().st_size for file in files))
 
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:

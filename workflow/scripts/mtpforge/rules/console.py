@@ -190,6 +190,8 @@ class Console(logging.Handler):
                 figure = job.last_line()
                 counts = f"({took}, {self.done}/{self.total})"
                 self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
+                for line in job.warnings():
+                    self._line(f"         {line}")
         self.finished.clear()
 
     def _fail(self, record: Any) -> None:

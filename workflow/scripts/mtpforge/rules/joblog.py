@@ -33,6 +33,10 @@ class Job:
         said = lines[starts[-1] :][:ERROR_LINES] if starts else lines[-ERROR_LINES:]
         return "\n         ".join(said).removeprefix("error: ")
 
+    def warnings(self) -> list[str]:
+        """The `warning:` lines of the whole log."""
+        return [line for line in _lines(self._read(0)) if line.startswith("warning: ")]
+
     def news(self) -> str:
         """What the log has gained since the last call."""
         data = self._read(self.copied)
@@ -41,8 +45,7 @@ class Job:
 
     def _tail(self) -> list[str]:
         size = self.log.stat().st_size if self.log.is_file() else 0
-        text = self._read(max(0, size - TAIL)).decode(errors="replace")
-        return [line for part in LINE_ENDS.split(text) if (line := ESCAPES.sub("", part).strip())]
+        return _lines(self._read(max(0, size - TAIL)))
 
     def _read(self, position: int) -> bytes:
         if not self.log.is_file():
@@ -50,3 +53,8 @@ class Job:
         with self.log.open("rb") as file:
             file.seek(position)
             return file.read()
+
+
+def _lines(data: bytes) -> list[str]:
+    parts = LINE_ENDS.split(data.decode(errors="replace"))
+    return [line for part in parts if (line := ESCAPES.sub("", part).strip())]

@@ -95,6 +95,14 @@ class Report(Record):
         return [(f"{self.file}/{each.name}", each.bytes, each.sha256) for each in self.files]
 
 
+def accepted_drafts(found: Report | Acceptance) -> str:
+    """Accepted drafts in words; empty if nothing was drafted."""
+    if not found.drafts or found.accepted is None:
+        return ""
+    share = found.accepted / found.drafts
+    return f"{found.accepted} of {found.drafts} drafts accepted ({share:.1%})"
+
+
 def as_table(file: str, checks: Iterable[Check]) -> str:
     """The verdicts on a file as a table for the terminal."""
     rows = [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in checks]
