@@ -7,7 +7,9 @@ example: generate.py --check
 
 import argparse
 import ast
+import importlib
 import json
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -22,6 +24,7 @@ ROOT = DOCS.parent
 SCRIPTS = ROOT / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import mtpforge  # noqa: E402
 from mtpforge import errors  # noqa: E402
 from mtpforge.checkpoint.families.registry import FAMILIES  # noqa: E402
 from mtpforge.gguf import quant_types  # noqa: E402
@@ -253,11 +256,12 @@ def programs() -> str:
 def _program(path: Path) -> str:
     parser = parser_of(path)
     about, _, examples = (parser.description or "").partition("example:")
+    examples, _, more = examples.partition("\n\n")
     rows: Rows = [("argument", "meaning")]
     rows += [(_argument(action), _cell(_help(action, parser))) for action in _actions(parser)]
     shown = "".join(f"python workflow/scripts/{line}\n" for line in _lines(examples, path.name))
     block = f"```sh\n{shown}```\n\n" if shown else ""
-    return f"## {path.name}\n\n{_paragraphs(about)}\n\n{block}{markdown(rows, left=2)}"
+    return f"## {path.name}\n\n{_paragraphs(f'{about}{more}')}\n\n{block}{markdown(rows, left=2)}"
 
 
 def _lines(examples: str, program: str) -> list[str]:
@@ -324,7 +328,9 @@ def _listed(modules: Mapping[str, Sequence[str]]) -> str:
 
 
 def classes() -> dict[str, type[errors.ForgeError]]:
-    """All typed errors that have been imported, by name."""
+    """All typed errors of the library, by name."""
+    for module in pkgutil.walk_packages(mtpforge.__path__, "mtpforge."):
+        importlib.import_module(module.name)
     pending: list[type[errors.ForgeError]] = [errors.ForgeError]
     for each in pending:
         pending += each.__subclasses__()
