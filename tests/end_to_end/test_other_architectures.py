@@ -22,7 +22,6 @@ from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
-from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import llama_quantize
 from mtpforge.quantize.recipe import head_recipe
@@ -322,12 +321,10 @@ def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(
         "draft-mtp",
         "--spec-draft-n-max",
         "1",
-        "--threads",
-        "1",
     ]
-    with programs.serve(
-        made.file("trunk"), tmp_path / "log", ["--ctx-size", "2048", *draft], toolchain
-    ) as running:
+    llama = LlamaCpp(toolchain, threads=1)
+    options = ["--ctx-size", "2048", *draft]
+    with llama.serve(made.file("trunk"), tmp_path / "log", options) as running:
         answer = running.completion("The quick brown fox", 100)
     assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
 

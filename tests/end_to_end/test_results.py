@@ -7,7 +7,7 @@ import pytest
 from conftest import CHECKPOINTS, MODELS
 from mtpforge.gguf import head, reader
 from mtpforge.gguf.reader import Gguf
-from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp.programs import LlamaCpp
 from tokenizers import Tokenizer
 
 VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
@@ -75,12 +75,9 @@ def test_llama_cpp_accepts_the_drafts_that_the_torch_reference_accepts(
         "draft-mtp",
         "--spec-draft-n-max",
         "1",
-        "--threads",
-        "1",
     ]
-    with programs.serve(
-        result(built, model, "BF16"), tmp_path / "log", options, toolchain
-    ) as running:
+    llama = LlamaCpp(toolchain, threads=1)
+    with llama.serve(result(built, model, "BF16"), tmp_path / "log", options) as running:
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
@@ -112,9 +109,8 @@ def test_llama_cpp_tokenizes_like_the_tokenizers_package(
     expected = (
         Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
     )
-    with programs.serve(
-        result(built, model, "Q8_0"), tmp_path / "log", ["--threads", "1"], toolchain
-    ) as running:
+    llama = LlamaCpp(toolchain, threads=1)
+    with llama.serve(result(built, model, "Q8_0"), tmp_path / "log") as running:
         assert running.tokenize(MIXED_TEXT) == expected
 
 

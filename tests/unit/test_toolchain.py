@@ -1,7 +1,7 @@
 """The toolchain: the cache of builds, when it builds again, and the errors.
 
-The builds are real, with pip, CMake and Ninja, of a stand-in for llama.cpp that compiles in a second
-and, like llama.cpp, has the paths of its source files in its programs.
+The builds are real, with pip, CMake and Ninja, of a stand-in for llama.cpp that compiles in a
+second and, like llama.cpp, has the paths of its source files in its programs.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Write the logits of a BF16 GGUF on a text, for measure.py to compare its quants with.
 
-example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --chunks 16 --out reference.logits
+example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --out reference.logits
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Check that a GGUF is what was requested and that its MTP head drafts; exit code 1 if not.
 
-example: verify.py Qwen3.5-4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --head Q8_0 --out report.json
+example: verify.py 4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --out report.json
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The prompts for verifying and measuring: `*.txt` files named by kind (code, prose, structured)."""
+"""Prompts to verify and measure with: `*.txt` files named by kind (code, prose, structured)."""
 
 import argparse
 from pathlib import Path

@@ -35,8 +35,8 @@ class Record:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecordError(
-                f"{path}{':' * bool(where)}{where}: {first['msg']}: not a file of {cls.written_by}: "
-                "delete it and run again"
+                f"{path}{':' * bool(where)}{where}: {first['msg']}: not a file of "
+                f"{cls.written_by}: delete it and run again"
             ) from None
         return record
 

@@ -1,6 +1,6 @@
-"""Architectures that the pinned llama.cpp converts, and what it does with their heads.
+"""Architectures that the pinned llama.cpp converts, and how it treats their heads.
 
-The table was read from `conversion/*.py` and `src/models/*.cpp` of llama.cpp 0c1e57098.
+The table follows `conversion/*.py` and `src/models/*.cpp` of llama.cpp 0c1e57098.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,64 +15,72 @@ from mtpforge.gguf.reader import Gguf
 LLAMA_CPP = "0c1e57098"
 
 Change = Callable[[np.ndarray, Hparams], list[np.ndarray]]
-"""A checkpoint's float32 values to those of the tensors that upstream makes of them."""
+"""Maps a checkpoint's float32 tensor to the values of the tensors that upstream writes."""
 
 
 def plus_one(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
-    """A norm that is stored as w-1."""
+    """Undo the w - 1 of a stored norm."""
     return [values + np.float32(1)]
 
 
 def split_kv_b(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
-    """Latent attention's `kv_b_proj`, [heads * (nope + v), rank], as `k_b` [heads, rank, nope] and `v_b` [heads, v, rank]."""
-    heads, nope, v = (
-        hparams.count(key) for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
-    )
+    """Split `kv_b_proj` of latent attention, [heads * (nope + v), rank].
+
+    Returns `k_b` [heads, rank, nope] and `v_b` [heads, v, rank]. Raises CheckpointError.
+    """
+    heads = hparams.count("num_attention_heads")
+    nope = hparams.count("qk_nope_head_dim")
+    v = hparams.count("v_head_dim")
     if values.shape[0] != heads * (nope + v):
         raise CheckpointError(
-            f"kv_b_proj has {values.shape[0]} rows, config.json says {heads} * ({nope} + {v})"
+            f"kv_b_proj has {values.shape[0]} rows, but config.json has {heads} * ({nope} + {v})"
         )
     by_head = values.reshape(heads, nope + v, -1)
     return [by_head[:, :nope].transpose(0, 2, 1), by_head[:, nope:]]
 
 
 def interleaved(heads: str) -> Change:
-    """Rotary halves of each head's rows interleaved, as Llama's queries and keys; `heads` is the key that counts the heads."""
+    """Interleave the rotary halves of each head's rows, as for Llama's queries and keys.
+
+    `heads` is the key of config.json with the number of heads.
+    """
 
     def change(values: np.ndarray, hparams: Hparams) -> list[np.ndarray]:
         count = hparams.count(heads)
         if values.shape[0] % (2 * count):
             raise CheckpointError(
-                f"a projection of {values.shape[0]} rows does not divide into {count} heads ({heads})"
+                f"a projection has {values.shape[0]} rows, not a multiple of 2 * {count} ({heads})"
             )
-        return [values.reshape(count, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)]
+        halves = values.reshape(count, 2, -1, values.shape[-1])
+        return [halves.swapaxes(1, 2).reshape(values.shape)]
 
     return change
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the pinned llama.cpp does with the head of a Hugging Face architecture."""
+    """How the pinned llama.cpp treats the head of a Hugging Face architecture."""
 
     gguf: str
+    """The value of general.architecture."""
     prefix: str = ""
-    """With which the names of the head's tensors begin; empty where it is the layers from `num_hidden_layers` on."""
+    """Prefix of the head's tensor names; empty if it is the layers from num_hidden_layers on."""
     layers: int = 1
-    """How many numbered layers of the checkpoint make one block of the GGUF."""
+    """Numbered layers of the checkpoint in one block of the GGUF."""
     blocks: int | None = None
-    """What upstream takes for granted; None where `num_nextn_predict_layers` says it."""
+    """Blocks of the head, if upstream assumes a number; None: num_nextn_predict_layers tells."""
     splits: bool = True
     """Whether upstream can leave the head out (--no-mtp) or write it alone (--mtp)."""
     drafts: bool = True
-    """Whether llama-server can draft with it."""
+    """Whether llama-server can draft with the head."""
     needs: str = ""
-    """A tensor without which, in each block of the head, it cannot."""
+    """A tensor that drafting needs in each block of the head."""
     ranked: str = ""
-    """Ending of a fused projection of which, in FP8, each rank of a cluster quantized its own rows."""
+    """Ending of a fused projection in which, in FP8, each rank of a cluster quantized its rows."""
     changes: Mapping[str, Change] = field(default_factory=dict)
-    """Ending of a tensor's name -> what upstream does to its values."""
+    """Ending of a tensor's name: the change of its values."""
     models: str = ""
-    """A model that has it, if its name does not say so."""
+    """A model with this architecture, if the name does not tell."""
 
 
 _LATENT = {"kv_b_proj.weight": split_kv_b}
@@ -103,22 +111,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ExaoneMoEForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
     "ExaoneMoeForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
 }
-"""Name in config.json -> what is known of it. Not here: heads that upstream drops (DeepSeek V3, ERNIE), tokenizers that need code
-of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation llama-server
-aborts, and architectures that we convert ourselves."""
+"""By the name in config.json.
+
+Missing: heads that upstream drops (DeepSeek V3, ERNIE), tokenizers that need code of the checkpoint
+(Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation
+llama-server aborts, and architectures that we convert ourselves.
+"""
 
 VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-"""The architectures, our own, whose vision tower upstream can write and we can prove."""
+"""Our own architectures whose vision tower upstream can write and we can prove."""
 
 
-def why_not_drafting(made: Gguf) -> str | None:
-    """Why the pinned llama-server cannot draft with the head of a file; None where it can."""
+def why_not_drafting(opened: Gguf) -> str | None:
+    """Why the pinned llama-server cannot draft with a file's head; None if it can."""
     for entry in ARCHITECTURES.values():
-        if entry.gguf == made.architecture:
-            if not entry.drafts:
-                return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with it"
-            if entry.needs and any(
-                f"blk.{block}.{entry.needs}" not in made.tensors for block in made.head_blocks
-            ):
-                return f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with a head that has no {entry.needs}"
+        if entry.gguf != opened.architecture:
+            continue
+        loads = f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with"
+        if not entry.drafts:
+            return f"{loads} it"
+        needed = [f"blk.{block}.{entry.needs}" for block in opened.head_blocks if entry.needs]
+        if any(name not in opened.tensors for name in needed):
+            return f"{loads} a head that has no {entry.needs}"
     return None

@@ -1,10 +1,9 @@
-"""Child processes: they end with their caller, and their output goes to a log or into the error message."""
+"""Child processes that end with their caller and write to a log or into the error message."""
 
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -13,53 +12,49 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtpforge import progress
 from mtpforge.errors import ToolchainError
 
-# "[  12/ 441] blk.3.attn_q.weight", as llama-quantize counts; "Writing:  45%", as upstream's converter does; "ETA 4 hours 12.30
-# minutes" and "[90]7.1234,", chunks and the perplexity so far, as llama-imatrix does, ten to a line
 _STEP = re.compile(
-    r"\[ *\d+/ *\d+\] \S+|Writing: +\d+%|ETA [\d.]+ (hours|minutes).*|\[\d+\][\d.]+(?=,$)"
+    r"\[ *\d+/ *\d+\] \S+"  # llama-quantize: "[  12/ 441] blk.3.attn_q.weight"
+    r"|Writing: +\d+%"  # upstream's converter
+    r"|ETA [\d.]+ (hours|minutes).*"  # llama-imatrix
+    r"|\[\d+\][\d.]+(?=,$)"  # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
 )
-_EXCEPTION = re.compile(
-    r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b"
-)  # how the last line of a Python traceback begins
-_INTERVAL = 10.0  # seconds between two lines of progress
+_EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")
+"""The start of the last line of a Python traceback."""
+_INTERVAL = 10.0
+"""Seconds between two lines of progress."""
 
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
-    """A child process, with the options of Popen, that has ended when the block is left, however that happens.
+    """Start a child process, with options of Popen, and end it when the block is left.
 
-    A termination waits while the child is started: raised in Popen's constructor, it would leave a child that nobody knows of.
+    A signal has to wait while the child starts: if it were raised in Popen's constructor, nobody
+    would know the child.
     """
-    came: list[int] = []
+    pending: list[int] = []
     raising = [
         number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))
     ]
     numbers = raising if threading.current_thread() is threading.main_thread() else []
     handlers = {
-        number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers
+        number: signal.signal(number, lambda number, _: pending.append(number))
+        for number in numbers
     }
     try:
         process = subprocess.Popen(command, **options)
     except BaseException:
-        _restore(handlers, came)
+        _restore(handlers, pending)
         raise
     with process:
         try:
-            _restore(handlers, came)
+            _restore(handlers, pending)
             yield process
         except BaseException:
             process.kill()
             raise
-
-
-def _restore(handlers: Mapping[signal.Signals, Any], came: Iterable[int]) -> None:
-    """Put the handlers of signals back, and give them those that came meanwhile."""
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for caught in came:
-        signal.raise_signal(caught)
 
 
 def call(
@@ -68,16 +63,19 @@ def call(
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
     cwd: Path | None = None,
+    append: bool = False,
 ) -> None:
-    """Run a program to its end, its output appended to `log`.
+    """Run a program to its end. `log` gets its output, appended if `append` says so.
 
-    `environment` is all that the program gets of one; None passes on our own, without defaults for llama.cpp's options, which
-    would change what it makes. `name` is what messages call it. Raises ToolchainError with the reason that it gave.
+    `environment` is the whole environment of the program, by default ours without LLAMA_ARG_*.
+    `name` is the program's name in messages. Raises ToolchainError with the program's reason.
     """
-    name, tail, shown = name or Path(command[0]).name, deque[str](maxlen=8), time.monotonic()
+    name = name or Path(command[0]).name
+    tail = deque[str](maxlen=8)
+    shown = time.monotonic()
     with (
-        (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
-        _heard(command, environment, cwd) as process,
+        (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
+        _reading(command, environment, cwd) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -85,60 +83,63 @@ def call(
             tail.append(line)
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()
-                print(f"{name}: {step[0]}", file=sys.stderr, flush=True)
-    _check(process, name, tail)
+                progress.say(f"{name}: {step[0]}")
+    _raise_failure(process, name, tail)
 
 
 def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
-    """What programs say that run for moments only, side by side. Raises ToolchainError like `call`."""
-    said = []
+    """Run short programs in parallel; returns their output. Raises ToolchainError like `call`."""
+    printed = []
     with ExitStack() as stack:
         started = [
-            (Path(command[0]).name, stack.enter_context(_heard(command, None, cwd)))
+            (Path(command[0]).name, stack.enter_context(_reading(command, None, cwd)))
             for command in commands
         ]
         for name, process in started:
-            said.append(process.communicate()[0])
-            _check(process, name, said[-1].splitlines()[-8:])
-    return said
+            printed.append(process.communicate()[0])
+            _raise_failure(process, name, printed[-1].splitlines()[-8:])
+    return printed
 
 
 def knows(program: str | Path, option: str) -> bool:
-    """Whether a program's help has an option; it can come with any exit code."""
-    with _heard([program, "--help"], None, None) as process:
+    """Whether a program's --help has an option; --help may end with any exit code."""
+    with _reading([program, "--help"], None, None) as process:
         return option in process.communicate()[0]
 
 
 def environment() -> dict[str, str]:
-    """Our environment without LLAMA_ARG_*, which would change what llama.cpp's programs make."""
+    """Our environment without LLAMA_ARG_*, which set defaults of llama.cpp's options."""
     return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
 
 
-def _heard(
+def _reason(lines: Iterable[str]) -> str:
+    """The most telling of a program's last lines: a traceback's end, an error, or the first."""
+    kept = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in kept if re.search(r"error|fail|^[\d.]+ E ", line, re.IGNORECASE)]
+    exceptions = [line for line in kept if _EXCEPTION.match(line)]
+    return next(iter([*exceptions[-1:], *errors, *kept]), "no output")
+
+
+def _restore(handlers: Mapping[signal.Signals, Any], pending: Iterable[int]) -> None:
+    """Put signal handlers back, and raise the signals that arrived in between."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for arrived in pending:
+        signal.raise_signal(arrived)
+
+
+def _reading(
     command: Sequence[str | Path], given: Mapping[str, str] | None, cwd: Path | None
 ) -> AbstractContextManager["subprocess.Popen[str]"]:
-    """A child whose output can be read as text."""
+    """A child process whose output is read as text."""
     env = environment() if given is None else given
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return running(
-        [str(word) for word in command], **pipes, text=True, errors="replace", env=env, cwd=cwd
-    )
+    words = [str(word) for word in command]
+    return running(words, **pipes, text=True, errors="replace", env=env, cwd=cwd)
 
 
-def _check(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:
-    """Raise ToolchainError where a child that has ended did so with an error."""
-    if process.returncode:
-        how = (
-            f"signal {-process.returncode}"
-            if process.returncode < 0
-            else f"exit code {process.returncode}"
-        )
+def _raise_failure(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:
+    code = process.returncode
+    if code:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")
-
-
-def _reason(tail: Iterable[str]) -> str:
-    """The most telling of a program's last lines."""
-    lines = [line.strip() for line in tail if line.strip()]
-    errors = [line for line in lines if re.search(r"error|fail|^[\d.]+ E ", line, re.IGNORECASE)]
-    exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    return next(iter([*exceptions[-1:], *errors, *lines]), "it said nothing")

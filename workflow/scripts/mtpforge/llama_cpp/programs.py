@@ -20,8 +20,10 @@ from mtpforge.llama_cpp.version import Version, version_of
 
 DEFAULT_FOLDER = Path("resources/toolchain/bin")
 BUFFER = ("--max-buffer-size", "256")
-"""MiB of a tensor that llama-quantize works on at a time. The bytes stay the same, and large tensors
-do not take gigabytes of memory, which a virtual machine can be slower to provide than to quantize."""
+"""MiB of a tensor that llama-quantize works on at a time.
+
+The bytes stay the same, and large tensors do not take gigabytes of memory, which a virtual machine
+can be slower to provide than to quantize."""
 
 DEVICES_LIMIT = 60.0
 """Seconds that llama-server may take to list its devices."""
@@ -31,7 +33,7 @@ Argument = str | int | Path
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """A folder of llama.cpp programs, the threads they get (0: all processors), and a log to append to."""
+    """A folder of llama.cpp's programs, their threads (0: all processors), and a log to extend."""
 
     folder: Path = DEFAULT_FOLDER
     threads: int = 0
@@ -48,8 +50,8 @@ class LlamaCpp:
         path = self.folder / name
         if not os.access(path, os.X_OK):
             raise ToolchainError(
-                f"{path}: missing or not executable: build it with `make toolchain`, or name another "
-                "folder with --bin"
+                f"{path}: missing or not executable: build it with `make toolchain`, or name "
+                "another folder with --bin"
             )
         return path.resolve()
 
@@ -61,7 +63,7 @@ class LlamaCpp:
         self._call([program, *buffer, *arguments, *threads], cwd)
 
     def dry_runs(self, runs: Iterable[Sequence[Argument]], cwd: Path) -> list[str]:
-        """The output of several `llama-quantize --dry-run` that run in parallel. Raises ToolchainError."""
+        """Run `llama-quantize --dry-run` several times in parallel; returns the outputs."""
         program = self.find("llama-quantize")
         return process.outputs([[program, "--dry-run", *map(_word, run)] for run in runs], cwd)
 

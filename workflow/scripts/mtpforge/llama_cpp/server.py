@@ -1,4 +1,4 @@
-"""`llama-server` as a context manager: started on loopback, asked over HTTP, ended with its caller."""
+"""llama-server as a context manager: on loopback, asked over HTTP, ended with its caller."""
 
 import contextlib
 import json
@@ -19,17 +19,18 @@ from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import process
 
 HOST = "127.0.0.1"
-START_LIMIT = 1800.0  # seconds: 70 GB from a slow disk take a while
+START_LIMIT = 1800.0
+"""Seconds: reading 70 GB from a slow disk takes a while."""
 REQUEST_LIMIT = 3600.0
 
-# A proxy of the environment must not see, or break, what is said on loopback.
+# Requests on loopback must not go through a proxy of the environment.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Choice(NamedTuple):
-    """A token that was chosen, the next best, and how far the log-probability of the first is above that of the second.
+    """A chosen token, the second best, and the difference of their log-probabilities.
 
-    None and 0 where the server does not say: it tells nothing of a token that ends within a character.
+    None and 0 if the server does not tell: it omits tokens that end within a character.
     """
 
     token: int
@@ -39,7 +40,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """What the server generated: text, tokens a second, drafted and accepted tokens (0 where it drafted nothing)."""
+    """A generated text, its tokens, and the numbers of drafted and accepted tokens."""
 
     text: str
     tokens: list[int]
@@ -52,10 +53,14 @@ class Server:
     """A running llama-server; made by `LlamaCpp.serve`."""
 
     def __init__(self, port: int, pid: int) -> None:
-        self.port, self.pid = port, pid
+        self.port = port
+        self.pid = pid
 
     def completion(self, prompt: str, n_predict: int) -> Completion:
-        """Continue `prompt` greedily by at most `n_predict` tokens, without a prompt cache. Raises ToolchainError."""
+        """Continue `prompt` greedily by at most `n_predict` tokens, without prompt cache.
+
+        Raises ToolchainError.
+        """
         request = {
             "prompt": prompt,
             "n_predict": n_predict,
@@ -69,13 +74,13 @@ class Server:
             answer["content"],
             answer.get("tokens", []),
             float(timings.get("predicted_per_second", 0.0)),
-            # Both fields are missing where nothing was drafted: that is a dead head, not a pass.
+            # Both fields are missing if nothing was drafted: that is a dead head, not a pass.
             int(timings.get("draft_n", 0)),
             int(timings.get("draft_n_accepted", 0)),
         )
 
     def choices(self, prompt: str, n_predict: int) -> list[Choice]:
-        """Continue `prompt` greedily: each token beside the next best one. Raises ToolchainError."""
+        """Continue `prompt` greedily: each token with the second best. Raises ToolchainError."""
         request = {
             "prompt": prompt,
             "n_predict": n_predict,
@@ -89,35 +94,27 @@ class Server:
             if not told or told[0]["id"] != token:
                 choices.append(Choice(token, None, 0.0))
                 continue
-            ranked: list[dict[str, Any]] = [
-                *told.popleft()["top_logprobs"],
-                {"id": None, "logprob": -math.inf},
-            ]
-            choices.append(
-                Choice(
-                    token,
-                    ranked[1]["id"],
-                    float(ranked[0]["logprob"]) - float(ranked[1]["logprob"]),
-                )
-            )
+            nothing = {"id": None, "logprob": -math.inf}
+            ranked: list[dict[str, Any]] = [*told.popleft()["top_logprobs"], nothing]
+            best = ranked[0]
+            second = ranked[1]
+            margin = float(best["logprob"]) - float(second["logprob"])
+            choices.append(Choice(token, second["id"], margin))
         return choices
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids of `text`, with control tokens parsed."""
+        """The token IDs of `text`; control tokens are parsed."""
         return list(self.ask("/tokenize", {"content": text, "parse_special": True})["tokens"])
 
     def peak_memory(self) -> int | None:
-        """The largest resident size in bytes that it has had, pages of the mapped file among it; None where /proc does not tell."""
+        """Peak resident size in bytes, mapped pages of the file included; None without /proc."""
         status = Path(f"/proc/{self.pid}/status")
-        peak = (
-            re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-            if status.exists()
-            else None
-        )
+        text = status.read_text() if status.exists() else ""
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
         return int(peak[1]) * 1024 if peak else None
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One request; its JSON answer. Raises ToolchainError with what the server said."""
+        """Send a request; returns the JSON answer. Raises ToolchainError with the server's."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://{HOST}:{self.port}{path}", data, {"Content-Type": "application/json"}
@@ -126,8 +123,9 @@ class Server:
             with _OPENER.open(request, timeout=REQUEST_LIMIT) as response:
                 return dict(json.load(response))
         except urllib.error.HTTPError as error:
+            said = error.read(300).decode(errors="replace")
             raise ToolchainError(
-                f"llama-server answers {path} with {error.code}: {error.read(300).decode(errors='replace')}"
+                f"llama-server answers {path} with status {error.code}: {said}"
             ) from None
         except (OSError, ValueError) as error:
             raise ToolchainError(f"llama-server does not answer {path} ({error})") from None
@@ -137,7 +135,7 @@ class Server:
 def started(
     command: Sequence[str], model: Path, log: Path, options: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Start llama-server (`command`) on `model` and wait until it is ready; it writes to `log`.
+    """Start llama-server (`command`) on `model`, and wait until it is ready. `log` gets its output.
 
     Raises ToolchainError.
     """
@@ -183,7 +181,7 @@ def _wait_until_ready(
 
 
 def _reason(log: Path) -> str:
-    """The most telling line of a log: the first that speaks of an error, else the last."""
+    """The first line of a log that reports an error, else the last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
-    return (errors or lines[-1:] or ["it said nothing"])[0]
+    return (errors or lines[-1:] or ["no output"])[0]

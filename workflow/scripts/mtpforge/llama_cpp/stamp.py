@@ -10,7 +10,7 @@ from mtpforge.io.records import UNLESS_NONE, Record
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp(Record):
-    """Version of llama.cpp's programs, and their sha256. The rest is known only of our own builds."""
+    """Version and sha256 of llama.cpp's programs. The rest is only known for our own builds."""
 
     written_by: ClassVar[str] = "toolchain.py"
     llama_cpp: Annotated[str, Field(alias="llama.cpp")]

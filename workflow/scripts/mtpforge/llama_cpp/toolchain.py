@@ -1,7 +1,8 @@
 """The toolchain: llama.cpp's programs, built once per user, or linked from an existing folder.
 
 A requirements file pins the source archive by its sha256. Builds are kept in the user's cache, so
-another clone of this repository builds nothing. The stamp of a toolchain is the same on any path and day.
+another clone of this repository builds nothing. The stamp of a toolchain is the same on any path
+and day.
 """
 
 import fcntl
@@ -67,7 +68,8 @@ def built(requirement: Path, jobs: int) -> Path:
             _build(pin, requirement, recipe, entry, jobs)
     except OSError as error:
         raise ToolchainError(
-            f"cannot build llama.cpp in {entry.parent}: {error}; MTPFORGE_CACHE names another folder"
+            f"cannot build llama.cpp in {entry.parent}: {error}: set MTPFORGE_CACHE to use another "
+            "folder"
         ) from error
     return entry
 
@@ -120,7 +122,7 @@ def adopt(existing: Path, folder: Path) -> Stamp:
     for name in PROGRAMS:
         if not (existing / name).is_file():
             raise ToolchainError(
-                f"{existing / name}: no such program; toolchain.llama_cpp.bin_dir needs {name} in it"
+                f"{existing / name}: no such program: toolchain.llama_cpp.bin_dir must have it"
             )
     version = version_of(existing, PROGRAMS)
     folder.mkdir(parents=True, exist_ok=True)

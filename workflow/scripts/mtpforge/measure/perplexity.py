@@ -86,8 +86,8 @@ def _figures(
 ) -> dict[str, float]:
     """Run llama-perplexity until its last lines are complete.
 
-    It ends without waiting for its own log (llama.cpp issue 22142): on a busy machine the last lines
-    for a tiny model can be lost.
+    It ends without waiting for its own log (llama.cpp issue 22142): on a busy machine the last
+    lines for a tiny model can be lost.
     """
     last = list(patterns.values())[-1]
     for _ in range(ATTEMPTS):

@@ -2,17 +2,18 @@
 
 Each kind of prompt and each n_max (tokens drafted ahead; 0: no drafting) gets a llama-server of its
 own. Its first request is **cold**: the server starts without its usual warm-up, so the process has
-not touched the weights. The prompt is read before the first token is decoded, so by then all weights
-of a dense model are in memory; of a mixture of experts, those that the prompt needs. The page cache is
-left alone, and a file that was just written is in it: the speed of the disk is not measured. The next
-requests are **warm**: the same prompt, without prompt cache. All are greedy, at p_min 0.
+not touched the weights. The prompt is read before the first token is decoded, so by then all
+weights of a dense model are in memory; of a mixture of experts, those that the prompt needs. The
+page cache is left alone, and a file that was just written is in it: the speed of the disk is not
+measured. The next requests are **warm**: the same prompt, without prompt cache. All are greedy, at
+p_min 0.
 
 Speeds are llama-server's own, of decoding alone. Speeds of several kinds are combined by their
 harmonic mean: the speed at the same number of tokens of each kind.
 
 Acceptance by position is what llama-server logs at verbosity 4 after each request: the share of
-verified drafts in which this position, and so all before it, was accepted. It is empty if a build does
-not log it.
+verified drafts in which this position, and so all before it, was accepted. It is empty if a build
+does not log it.
 """
 
 import hashlib

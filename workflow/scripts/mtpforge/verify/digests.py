@@ -26,7 +26,8 @@ def check_digests(opened: Gguf, recorded: Path) -> Check:
 def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, Trunk]:
     """The trunk is the base's, byte for byte; its digests before and after, for the report.
 
-    If `before` has digests of the head too, as injection records them, the head is compared as well.
+    If `before` has digests of the head too, as injection records them, the head is compared as
+    well.
     """
     trunk = trunk_digests(opened)
     head = opened.head

@@ -86,9 +86,9 @@ def check_without_drafting(
 def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[Choice]]) -> Check:
     """Greedy output with drafting equals output without it, as far as `choices` go.
 
-    Drafts are verified in batches, which round differently: two tokens of nearly the same probability
-    can swap, and the text after them cannot be compared. Any other difference means that a rejected
-    draft left a trace.
+    Drafts are verified in batches, which round differently: two tokens of nearly the same
+    probability can swap, and the text after them cannot be compared. Any other difference means
+    that a rejected draft left a trace.
     """
     equal = 0
     ties = 0

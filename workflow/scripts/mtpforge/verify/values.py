@@ -1,8 +1,8 @@
 """The values of a GGUF compared with its source: relative errors, shifted norms, NaN and infinity.
 
 The head and small tensors are compared whole, large tensors by a sample of rows: short runs spread
-over the whole tensor, at least one in each expert, so that 70 GB take minutes. The sample shows rows
-and experts in the wrong place. It cannot show a single changed bit; digests do.
+over the whole tensor, at least one in each expert, so that 70 GB take minutes. The sample shows
+rows and experts in the wrong place. It cannot show a single changed bit; digests do.
 """
 
 import os
@@ -39,7 +39,7 @@ GATE = 1.5
 ROW_GATE = 0.9
 """Limit of a row's error: a misplaced row has 1.41, a coarse quantization about 0.5."""
 FAINT = 1e-3
-"""Rows smaller than this share of the usual row are measured by it: a block's scale can lose them."""
+"""Errors of rows below this share of the usual row are relative to it: a scale can lose them."""
 ROUNDING = 2.0**-20
 """Relative error of values that another program computed in float32."""
 SHIFTS = {
@@ -135,7 +135,7 @@ def compare_tensors(
 ) -> Comparisons:
     """Check every tensor, and compare it with its source if `expected` has that.
 
-    Tensors in `whole` are read whole. F32 and BF16 tensors in `exact` must be equal to the last bit.
+    Tensors in `whole` are read whole. F32 and BF16 tensors in `exact` must be equal bit by bit.
     """
 
     def compare(info: TensorInfo) -> Comparison:

@@ -1,13 +1,13 @@
 """Verification: check that a finished GGUF is what was requested, and that its head drafts.
 
 A file with a wrong head loads without a message. So its inventory, types, metadata and values are
-compared with the checkpoint, llama-server must draft with it and accept drafts, and the text must be
-the same without drafting. Every check gives a verdict; one failed check means no result.
+compared with the checkpoint, llama-server must draft with it and accept drafts, and the text must
+be the same without drafting. Every check gives a verdict; one failed check means no result.
 
 Of large trunk tensors only a sample is compared (see `values`), which cannot show a changed bit.
-Digests do: conversion, quantization and injection record them as they write the file, so later damage
-is found. Damage before that, such as bad memory while llama-quantize runs, shows only if it exceeds
-the error limits. A bad sector stays hidden while the file is in the page cache.
+Digests do: conversion, quantization and injection record them as they write the file, so later
+damage is found. Damage before that, such as bad memory while llama-quantize runs, shows only if it
+exceeds the error limits. A bad sector stays hidden while the file is in the page cache.
 """
 
 from collections.abc import Mapping
