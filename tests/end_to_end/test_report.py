@@ -1,4 +1,4 @@
-"""The report that `make report` writes, looked at in a real headless Chromium, as wide as a desk and as narrow as a phone."""
+"""The report of `make report`, opened in headless Chromium as wide as a desktop and as a phone."""
 
 import subprocess
 import sys
@@ -27,40 +27,39 @@ def report(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_it_is_one_file_that_loads_nothing(report: Path) -> None:
+def test_report_is_one_file_that_loads_nothing(report: Path) -> None:
     page = report.read_text()
-    assert all(
-        each not in page
-        for each in ("<script src=", '<link rel="stylesheet" href="http', "@import url(http")
-    )
+    loads = ("<script src=", '<link rel="stylesheet" href="http', "@import url(http")
+    assert [each for each in loads if each in page] == []
     assert f"--report-stylesheet {STYLE} plots" in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="no Chromium is installed (apt install chromium): nobody looks at the report",
-)
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt install chromium)")
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (360, 740)])
-def test_people_can_look_at_it(report: Path, width: int, height: int) -> None:
+def test_all_figures_can_be_opened(report: Path, width: int, height: int) -> None:
     with Browser(width, height) as browser:
         browser.open(report)
-        browser.wait("document.body.innerText.includes('what was measured of each file')")
-        assert all(model in browser.run("document.body.innerText") for model in MODELS)
+        browser.wait("document.body.innerText.includes('measurements of each published file')")
+        text = browser.run("document.body.innerText")
+        assert [model for model in MODELS if model not in text] == []
         browser.click(MODELS[0])
-        image, shown = "document.querySelector('.p-3 > img')", ""
         for figure in FIGURES:
-            row = f"[...document.querySelectorAll('tr')].find(each => each.innerText.trim() == {figure!r})"
-            browser.wait(f"!!{row}")
-            browser.run(f"{row}.querySelector('a').click()")
-            browser.wait(
-                f"{image} && {image}.complete && {image}.naturalWidth == 360 && {image}.src != {shown!r}"
-            )
-            shown = browser.run(f"{image}.src")
-            box = browser.run(f"{image}.getBoundingClientRect().toJSON()")
-            assert box["left"] >= 0 and box["right"] <= width and box["width"] >= min(320, width), (
-                figure,
-                box,
-            )
-            assert box["top"] >= 0, (figure, box)  # where it is tall, its beginning can be seen
+            box = show(browser, figure)
+            assert box["left"] >= 0, figure
+            assert box["right"] <= width, figure
+            assert box["width"] >= min(320, width), figure
+            assert box["top"] >= 0, figure  # so the top of a tall figure is not cut off
         assert browser.run("document.documentElement.scrollWidth") <= width
         assert browser.problems == []
+
+
+def show(browser: Browser, figure: str) -> dict[str, float]:
+    """Click on a figure's row, wait until another image is loaded, and return its box."""
+    image = "document.querySelector('.p-3 > img')"
+    before = browser.run(f"{image} ? {image}.src : ''")
+    row = f"[...document.querySelectorAll('tr')].find(each => each.innerText.trim() == {figure!r})"
+    browser.wait(f"!!{row}")
+    browser.run(f"{row}.querySelector('a').click()")
+    loaded = f"{image} && {image}.complete && {image}.naturalWidth == 360"
+    browser.wait(f"{loaded} && {image}.src != {before!r}")
+    return dict(browser.run(f"{image}.getBoundingClientRect().toJSON()"))

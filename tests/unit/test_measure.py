@@ -1,16 +1,15 @@
 """Output of llama.cpp is read strictly, and a head that does not speed up decoding is not recommended."""
 
 import contextlib
-import json
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
+from conftest import CHECKPOINTS, ROOT
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -22,10 +21,8 @@ from mtpforge.measure.speed import by_position, combine, describe_machine, make_
 from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))
-sys.path.insert(0, str(SCRIPTS))
 
 import corpus
-import summary
 
 LOG = """\
 0.00.832.143 I slot print_timing: id  0 | task 0 | draft acceptance = 0.65672 (  132 accepted /   201 generated), mean len =  2.97
@@ -195,37 +192,6 @@ def test_the_size_of_logits() -> None:
 
 def test_the_text_is_what_the_grammar_generates() -> None:
     assert (CHECKPOINTS / "held-out.txt").read_text(encoding="utf-8") == corpus.held_out_text()
-
-
-def test_models_with_files_of_one_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
-    report = {"file": "x.gguf", "bytes": 1, "bits_per_weight": 4.0, "head": "none"}
-    for model, off in (("a", asdict(OFF)), ("b", asdict(total(0, 48, 50, 52)))):
-        for part, found in (
-            ("reports", report),
-            ("measure", {"file": "x.gguf", "by_n_max": [off], "recommended_n_max": 0}),
-        ):
-            (tmp_path / model / part).mkdir(parents=True)
-            (tmp_path / model / part / "x.json").write_text(json.dumps(found))
-    reports, measurements = (
-        sorted(tmp_path.glob(f"*/{part}/*")) for part in ("reports", "measure")
-    )
-    done = run(
-        "summary.py", *reports, "--measurements", *measurements, "--out", tmp_path / "summary.md"
-    )
-    assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "summary.md").read_text().splitlines()[2:]
-    assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
-
-
-def test_the_summary_says_speed_and_what_to_serve_with() -> None:
-    def speed(recommended: int, *totals: Total) -> tuple[str, str]:
-        by_n_max = [asdict(each) for each in totals]
-        return summary.speed({"by_n_max": by_n_max, "recommended_n_max": recommended})
-
-    assert speed(0, OFF, total(1, 50, 51, 53)) == ("100 → 51", "off")
-    assert speed(2, OFF, total(2, 150, 155, 160)) == ("100 → 155", "2")
-    assert speed(0, OFF) == ("100", "off")
-    assert summary.speed(None) == ("-", "-")
 
 
 @pytest.mark.parametrize(

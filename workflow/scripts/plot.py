@@ -1,42 +1,43 @@
-"""Draw what was measured of a model, as SVG that a phone shows well.
+"""Draw a figure of a model's measurements, or of one file's tensors, as SVG.
 
 example: plot.py speed results/tiny-qwen3.5/measure/*.json --out speed.svg
 """
 
-import json
 from pathlib import Path
 
 from mtpforge import cli, errors
 from mtpforge.io import atomic
-from mtpforge.report.figures import FIGURES, tensors
+from mtpforge.measure.measurement import Measurement
+from mtpforge.report.figures import FIGURES
+from mtpforge.report.svg import Svg
+from mtpforge.report.tensors import tensors
+from mtpforge.verify.report import Report
 
 
 def main() -> None:
     """Parse the command line and draw."""
     parser = cli.parser(__doc__)
-    parser.add_argument("figure", choices=[*FIGURES, "tensors"])
+    parser.add_argument("figure", choices=[*FIGURES, "tensors"], help="what to draw")
     parser.add_argument(
-        "measurements",
-        type=Path,
-        nargs="+",
-        help="of measure.py; for tensors, one report of verify.py",
-    )
+        "records", type=Path, nargs="+", metavar="FILE",
+        help="measurements of measure.py; for `tensors`, one report of verify.py",
+    )  # fmt: skip
     parser.add_argument(
-        "--file",
-        type=Path,
-        metavar="F.gguf",
-        help="for tensors, the file, or the folder of a split one",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the picture, as SVG")
+        "--file", type=Path, metavar="F.gguf",
+        help="for `tensors`: the GGUF, or the folder of a split one",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="figure, as SVG")
     args = parser.parse_args()
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in args.measurements]
-    if args.figure != "tensors":
-        picture = FIGURES[args.figure](found)
-    elif args.file is None:
-        raise errors.ConfigError("plot.py tensors: --file names the GGUF whose tensors are drawn")
-    else:
-        picture = tensors(args.file, found[0].get("errors", {}))
-    atomic.write_text(args.out, picture.render())
+    atomic.write_text(args.out, draw(args.figure, args.records, args.file).render())
+
+
+def draw(figure: str, records: list[Path], file: Path | None) -> Svg:
+    """The figure of measurements, or of the tensors of `file`. Raises ConfigError without one."""
+    if figure != "tensors":
+        return FIGURES[figure]([Measurement.read(path) for path in records])
+    if file is None:
+        raise errors.ConfigError("plot.py tensors: add --file with the GGUF to draw")
+    return tensors(file, Report.read(records[0]).errors or {})
 
 
 if __name__ == "__main__":

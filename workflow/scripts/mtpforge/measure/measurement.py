@@ -110,6 +110,11 @@ class Measurement(Record):
     kl_divergence: KlDivergence | None
     text: Annotated[Text | None, UNLESS_NONE] = None
 
+    @property
+    def stem(self) -> str:
+        """The file's name without .gguf."""
+        return self.file.removesuffix(".gguf")
+
     def at(self, n_max: int) -> Total | None:
         """The total at one n_max, None if that was not measured."""
         return next((total for total in self.by_n_max if total.n_max == n_max), None)

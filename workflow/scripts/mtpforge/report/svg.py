@@ -1,110 +1,150 @@
-"""Pictures as SVG text: 360 units wide, as a phone is, so that nothing has to shrink; dark on white; marks that differ by shape."""
+"""SVG pictures, 360 units wide like a phone: dark on white, with marks that differ in shape too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 
 WIDTH = 360
-WIDE = 7.4  # a character of the ordinary size, in the widest of the fonts that a reader may have
-INK, FAINT, GRID = "#1a1a1a", "#595959", "#d9d9d9"
-# Okabe and Ito's colours, which stay apart for people who see fewer; where one matters, a shape or a word says it too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#007a59", "#767676"
+CHARACTER = 7.4
+"""Width of a character at size 12 in the widest font that a reader may have."""
+INK = "#1a1a1a"
+FAINT = "#595959"
+GRID = "#d9d9d9"
+# Okabe and Ito's colours, which color-blind readers can tell apart.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#007a59"
+GREY = "#767676"
 _ALL = [
     (fill, shape)
     for shape in ("circle", "square", "triangle")
     for fill in (BLUE, ORANGE, GREEN, GREY)
 ]
-MARKS = [_ALL[5 * number % len(_ALL)] for number in range(len(_ALL))]  # neighbours differ in both
+MARKS = [_ALL[5 * number % len(_ALL)] for number in range(len(_ALL))]
+"""(colour, shape) of each series; neighbours differ in both."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Font:
+    """How text looks."""
+
+    size: float = 12
+    fill: str = INK
+    weight: str = "normal"
+
+
+PLAIN = Font()
+BOLD = Font(weight="bold")
+NOTE = Font(fill=FAINT)
+AXIS = Font(size=11, fill=FAINT)
+HEADING = Font(size=13, weight="bold")
+TITLE = Font(size=15, weight="bold")
 
 
 class Svg:
-    """A picture that grows downwards: `y` is where the next thing goes."""
+    """A picture that grows downwards from its title: `y` is where the next part goes."""
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
-        self.title, self.y, self._parts = title, 22.0, list[str]()
-        self.text(10, self.y, title, size=15, weight="bold")
-        if subtitle:
-            self.paragraph(subtitle)
+    def __init__(self, title: str, subtitle: str) -> None:
+        self.title = title
+        self.y = 22.0
+        self._parts: list[str] = []
+        self.text(10, self.y, title, TITLE)
+        self.paragraph(subtitle)
         self.y += 10
 
     def text(
-        self, x: float, y: float, words: str, size: float = 12, fill: str = INK, anchor: str = "start", weight: str = "normal"
-    ) -> None:  # fmt: skip
-        """Words on one line, its base line at `y`."""
+        self, x: float, y: float, words: str, font: Font = PLAIN, anchor: str = "start"
+    ) -> None:
+        """One line with its baseline at `y`; `anchor` is the part of it at `x`."""
         self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}" text-anchor="{anchor}" font-weight="{weight}">'
-            f"{escape(words)}</text>"
+            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{font.size:g}" fill="{font.fill}"'
+            f' text-anchor="{anchor}" font-weight="{font.weight}">{escape(words)}</text>'
         )
 
-    def paragraph(
-        self, words: str, size: float = 12, fill: str = FAINT, weight: str = "normal"
-    ) -> None:
-        """Words below one another, as many lines as they need."""
-        line = ""
-        for word in [*words.split(), ""]:
-            if line and (not word or len(f"{line} {word}") * size * 0.56 > WIDTH - 20):
-                self.y += size + 4
-                self.text(10, self.y, line, size, fill, weight=weight)
-                line = ""
-            line = f"{line} {word}".strip()
+    def heading(self, words: str) -> None:
+        """The heading of a part."""
+        self.y += 24
+        self.text(10, self.y, words, HEADING)
+        self.y += 6
 
-    def rect(
-        self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none"
-    ) -> None:
+    def paragraph(self, words: str, font: Font = NOTE) -> None:
+        """Text on as many lines as it needs."""
+        for line in _wrapped(words, font.size):
+            self.y += font.size + 4
+            self.text(10, self.y, line, font)
+
+    def rect(self, x: float, y: float, width: float, height: float, fill: str) -> None:
         """A filled rectangle."""
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{fill}" stroke="{stroke}"/>'
-        )
+        self._rect(x, y, max(width, 0), height, fill, stroke="none")
 
-    def line(
-        self, x1: float, y1: float, x2: float, y2: float, stroke: str = INK, width: float = 1
-    ) -> None:
+    def line(self, start: Point, end: Point, stroke: str = INK, width: float = 1) -> None:
         """A straight line."""
         self._parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-width="{width:g}"/>'
+            f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
+            f' stroke="{stroke}" stroke-width="{width:g}"/>'
         )
 
     def ring(self, x: float, y: float) -> None:
-        """A small ring, to be seen on white and on a bar."""
+        """A small ring, visible on white and on a bar."""
         self._parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{INK}" stroke-width="1.5"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{INK}"'
+            ' stroke-width="1.5"/>'
         )
 
-    def mark(self, x: float, y: float, number: int, size: float = 4.5) -> None:
-        """A mark of the series of that number: its own colour and its own shape."""
-        fill, shape = MARKS[number % len(MARKS)]
+    def mark(self, x: float, y: float, series: int, size: float = 4.5) -> None:
+        """The mark of a series, by its number."""
+        fill, shape = MARKS[series % len(MARKS)]
         if shape == "circle":
             self._parts.append(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" fill="{fill}" stroke="white"/>'
             )
         elif shape == "square":
-            self.rect(x - size, y - size, 2 * size, 2 * size, fill, "white")
+            self._rect(x - size, y - size, 2 * size, 2 * size, fill, stroke="white")
         else:
-            points = f"{x:.1f},{y - size - 1:.1f} {x + size + 1:.1f},{y + size:.1f} {x - size - 1:.1f},{y + size:.1f}"
-            self._parts.append(f'<polygon points="{points}" fill="{fill}" stroke="white"/>')
+            self._triangle(x, y, size, fill)
 
     def legend(self, names: Sequence[str]) -> None:
-        """The names of the series, with their marks, on as many lines as they need."""
+        """The names of the series with their marks, on as many lines as they need."""
         self.y += 8
         x = 16.0
-        for number, name in enumerate(names):
-            if number and x + 10 + WIDE * len(name) > WIDTH:
-                x, self.y = 16.0, self.y + 16
-            self.mark(x, self.y - 4, number)
+        for series, name in enumerate(names):
+            if series and x + 10 + CHARACTER * len(name) > WIDTH:
+                x = 16.0
+                self.y += 16
+            self.mark(x, self.y - 4, series)
             self.text(x + 10, self.y, name)
-            x += 24 + WIDE * len(name)
+            x += 24 + CHARACTER * len(name)
         self.y += 8
 
     def render(self) -> str:
-        """The whole picture."""
+        """The SVG file."""
         height = math.ceil(self.y + 12)
+        parts = "\n".join(self._parts)
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
-            f' font-family="system-ui, Helvetica, Arial, sans-serif" role="img"><title>{escape(self.title)}</title>'
-            f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n'
-            + "\n".join(self._parts)
-            + "\n</svg>\n"
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
+            f' width="{WIDTH}" height="{height}"'
+            ' font-family="system-ui, Helvetica, Arial, sans-serif" role="img">'
+            f"<title>{escape(self.title)}</title>"
+            f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n{parts}\n</svg>\n'
         )
+
+    def _rect(
+        self, x: float, y: float, width: float, height: float, fill: str, *, stroke: str
+    ) -> None:
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+            f' fill="{fill}" stroke="{stroke}"/>'
+        )
+
+    def _triangle(self, x: float, y: float, size: float, fill: str) -> None:
+        half = size + 1
+        points = (
+            f"{x:.1f},{y - half:.1f} {x + half:.1f},{y + size:.1f} {x - half:.1f},{y + size:.1f}"
+        )
+        self._parts.append(f'<polygon points="{points}" fill="{fill}" stroke="white"/>')
 
 
 def ticks(top: float) -> list[float]:
@@ -112,3 +152,16 @@ def ticks(top: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(top)) if top > 0 else 1.0
     step = next(step * factor for factor in (0.2, 0.5, 1.0, 2.0, 5.0) if top / (step * factor) <= 5)
     return [step * number for number in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _wrapped(words: str, size: float) -> Iterator[str]:
+    """Lines that fit the width."""
+    line = ""
+    for word in words.split():
+        if line and len(f"{line} {word}") * size * 0.56 > WIDTH - 20:
+            yield line
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    if line:
+        yield line

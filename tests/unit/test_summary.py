@@ -1,0 +1,47 @@
+"""The summary table: one row per file, with speed and the draft length to serve with."""
+
+from pathlib import Path
+
+from conftest import Run
+from example_records import measurement, report, total
+from mtpforge.report import summary
+
+
+def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
+    for model, off in (("a", 100.0), ("b", 50.0)):
+        for part in ("reports", "measure"):
+            (tmp_path / model / part).mkdir(parents=True)
+        report("x.gguf").write(tmp_path / model / "reports/x.json")
+        measured = measurement("x.gguf", by_n_max=(total(0, off),))
+        measured.write(tmp_path / model / "measure/x.json")
+    reports = sorted(tmp_path.glob("*/reports/*"))
+    measurements = sorted(tmp_path.glob("*/measure/*"))
+    out = tmp_path / "summary.md"
+    done = run("summary.py", *reports, "--measurements", *measurements, "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = out.read_text().splitlines()[2:]
+    assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
+
+
+def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:
+    off = total(0, 100.0)
+    assert summary.speed(measurement(by_n_max=(off, total(1, 51.0)))) == "100 → 51"
+    assert summary.speed(measurement(by_n_max=(off, total(1, 120.0), total(2, 155.0)))) == (
+        "100 → 155"
+    )
+    assert summary.speed(measurement(by_n_max=(off,))) == "100"
+
+
+def test_last_columns_are_empty_without_a_measurement() -> None:
+    assert summary.row(report("x.gguf"), None)[-2:] == ("-", "-")
+    off = measurement(by_n_max=(total(0, 100.0), total(1, 51.0)), recommended_n_max=0)
+    assert summary.row(report("x.gguf"), off)[-2:] == ("100 → 51", "off")
+    on = measurement(by_n_max=(total(0, 100.0), total(2, 155.0)), recommended_n_max=2)
+    assert summary.row(report("x.gguf"), on)[-2:] == ("100 → 155", "2")
+
+
+def test_acceptance_is_a_share_with_its_counts() -> None:
+    assert summary.acceptance(report("x.gguf", drafts=400, accepted=325)) == "81.2% (325/400)"
+    assert summary.acceptance(report("x.gguf")) == "not possible"
+    assert summary.acceptance(report("x.gguf", head="none")) == "-"
+    assert summary.acceptance(report("mtp-x.gguf", head="")) == "-"

@@ -1,0 +1,149 @@
+"""Figure of file size against KL divergence from BF16."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from mtpforge.errors import ConfigError
+from mtpforge.measure.measurement import Measurement
+from mtpforge.report.svg import AXIS, CHARACTER, GRID, INK, WIDTH, Point, Svg, ticks
+
+_LEFT = 52.0
+_RIGHT = WIDTH - 16.0
+_HEIGHT = 240
+_SMALLEST = 1e-6
+"""Divergence that counts as 0."""
+
+
+def distance(measured: Sequence[Measurement]) -> Svg:
+    """One point per file. The axis of divergence is logarithmic, with 0 at its foot.
+
+    Files without a measured divergence are left out. Raises ConfigError if there are no others.
+    """
+    svg = Svg(
+        "Size and distance from BF16",
+        "KL divergence of the predictions (mean, nats; lower is better) by file size.",
+    )
+    files = [
+        _File(found.stem, found.bytes, max(found.kl_divergence.mean, 0.0))
+        for found in measured
+        if found.kl_divergence
+    ]
+    if not files:
+        raise ConfigError(
+            "no KL divergence to draw: measure with `--text` and `--reference-logits`"
+        )
+    scale = _Scale.of(files, top=svg.y + 8)
+    _draw_axes(svg, scale)
+    labels = _Labels(svg, scale)
+    prefix = len(common_prefix([file.name for file in files]))
+    for file in sorted(files, key=lambda file: -file.divergence):
+        point = (scale.across(file.size), scale.down(file.divergence))
+        labels.add(point, file.name[prefix:])
+        svg.mark(*point, series=0, size=5)
+    svg.y = scale.bottom + 34
+    return svg
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, up to a hyphen; empty if all are the same."""
+    first = min(names)
+    last = max(names)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    return first[: first[:length].rfind("-") + 1]
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where sizes and divergences lie in the picture."""
+
+    top: float
+    unit: float
+    """Bytes of the unit on the axis of sizes."""
+    sizes: list[float]
+    """Ticks, in units"""
+    powers: range
+    """Ticks of the axis of divergence, as powers of ten"""
+
+    @classmethod
+    def of(cls, files: Sequence[_File], top: float) -> "_Scale":
+        largest = max(file.size for file in files)
+        unit = 1e9 if largest >= 1e9 else 1e6
+        far = [file.divergence for file in files if file.divergence >= _SMALLEST]
+        low = math.floor(math.log10(min(far))) if far else -4
+        high = math.ceil(math.log10(max(far)) + 1e-9) if far else -1
+        return cls(top, unit, ticks(largest / unit), range(low, high + 1))
+
+    @property
+    def bottom(self) -> float:
+        return self.top + _HEIGHT
+
+    def across(self, size: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * size / self.unit / self.sizes[-1]
+
+    def down(self, divergence: float) -> float:
+        if divergence < _SMALLEST:
+            return self.bottom
+        foot = self.bottom - 24
+        share = (math.log10(divergence) - self.powers[0]) / (self.powers[-1] - self.powers[0])
+        return foot - share * (foot - self.top)
+
+
+def _draw_axes(svg: Svg, scale: _Scale) -> None:
+    for power in scale.powers:
+        y = scale.down(10.0**power)
+        svg.line((_LEFT, y), (_RIGHT, y), GRID)
+        svg.text(_LEFT - 6, y + 4, f"{10.0**power:g}", AXIS, "end")
+    svg.line((_LEFT, scale.bottom), (_RIGHT, scale.bottom), INK)
+    svg.text(_LEFT - 6, scale.bottom + 4, "0", AXIS, "end")
+    for size in scale.sizes:
+        svg.text(scale.across(size * scale.unit), scale.bottom + 16, f"{size:g}", AXIS, "middle")
+    svg.text(_RIGHT, scale.bottom + 32, "GB" if scale.unit == 1e9 else "MB", AXIS, "end")
+
+
+class _Labels:
+    """Names beside points that do not overlap if there is room."""
+
+    def __init__(self, svg: Svg, scale: _Scale) -> None:
+        self._svg = svg
+        self._scale = scale
+        self._taken: list[tuple[float, float, float]] = []  # begin, end, baseline
+
+    def add(self, point: Point, words: str) -> None:
+        """Write a label at the first free place, else at the first."""
+        width = CHARACTER * len(words)
+        places = list(self._places(point, width))
+        free = [place for place in places if self._is_free(place, width)]
+        begin, baseline = (free or places)[0]
+        x, y = point
+        self._taken.append((begin, begin + width, baseline))
+        self._taken.append((x - 6, x + 6, self._above_axis(y) + 4))
+        self._svg.text(begin, baseline, words)
+
+    def _places(self, point: Point, width: float) -> Iterator[Point]:
+        """To the right if that fits, else to the left; then ever farther up or down."""
+        x, y = point
+        right = [x + 9] if x + 9 + width < WIDTH - 4 else []
+        shifts = (0, -14, 14, -28, 28, -42, 42)
+        for shift, begin in product(shifts, [*right, x - 9 - width]):
+            yield begin, self._above_axis(y) + 4 + shift
+
+    def _above_axis(self, y: float) -> float:
+        return min(y, self._scale.bottom - 8)
+
+    def _is_free(self, place: Point, width: float) -> bool:
+        begin, baseline = place
+        if begin <= _LEFT or not self._scale.top <= baseline <= self._scale.bottom + 4:
+            return False
+        return all(
+            begin > end or begin + width < start or abs(baseline - other) > 13
+            for start, end, other in self._taken
+        )

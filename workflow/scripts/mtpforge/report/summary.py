@@ -1,0 +1,56 @@
+"""The table of all verified files."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mtpforge.measure.measurement import Measurement
+from mtpforge.table import markdown, size
+from mtpforge.verify.report import Report
+
+COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")
+
+
+def summary(reports: Iterable[Path], measurements: Iterable[Path]) -> str:
+    """A Markdown table with a row for each report, and its speed if it was measured.
+
+    Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`.
+    """
+    measured = _by_file(measurements)
+    rows = [COLUMNS]
+    for path in reports:
+        report = Report.read(path)
+        rows.append(row(report, measured.get((path.parent.parent, report.file))))
+    return markdown(rows)
+
+
+def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, str, str, str, str]:
+    """The cells of one file."""
+    return (
+        report.file,
+        size(report.bytes),
+        f"{report.bits_per_weight:.2f}",
+        report.head or "-",
+        acceptance(report),
+        speed(measured) if measured else "-",
+        str(measured.recommended_n_max or "off") if measured else "-",
+    )
+
+
+def acceptance(report: Report) -> str:
+    """The share and number of accepted drafts. The report says why a head cannot draft."""
+    if report.drafts:
+        share = (report.accepted or 0) / report.drafts
+        return f"{share:.1%} ({report.accepted}/{report.drafts})"
+    return "-" if report.head in ("none", "") else "not possible"
+
+
+def speed(measured: Measurement) -> str:
+    """Tokens per second without drafting and at the fastest n_max, be it slower or faster."""
+    off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
+    return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"
+
+
+def _by_file(measurements: Iterable[Path]) -> Mapping[tuple[Path, str], Measurement]:
+    """By folder too, since two models can have files of the same name."""
+    found = [(path.parent.parent, Measurement.read(path)) for path in measurements]
+    return {(folder, measured.file): measured for folder, measured in found}
