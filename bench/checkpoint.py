@@ -1,7 +1,7 @@
-"""Checkpoints of real size with random weights, in the layout of the real repositories, for measuring and nothing else.
+"""Checkpoints of real size with random weights, in the layout of the real repositories.
 
-Names and shapes come from the family's own table, the vocabulary has the real 248,320 rows. A block of random BF16 values is
-repeated, because what is measured is moving bytes, not what they say.
+Names and shapes come from the family's table, and the vocabulary has the real 248,320 rows. The
+weights repeat one block of random BF16 values, because only their size matters for a benchmark.
 """
 
 import json
@@ -21,24 +21,45 @@ VOCABULARY = 248_320
 SHARD_BYTES = 4_000_000_000
 BLOCK = 1 << 25  # values
 
-# The real models' shapes (their config.json); the mixture of experts at two of its forty layers.
+# The shapes of the real models (their config.json); the experts with two of forty layers.
 QWEN3_5_2B = {
-    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "full_attention_interval": 4, "head_dim": 256,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True, "mtp_num_hidden_layers": 1, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
-    "partial_rotary_factor": 0.25, "rope_parameters": {"rope_theta": 10000000, "mrope_section": [11, 11, 10]},
-}  # fmt: skip
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+    "mtp_num_hidden_layers": 1,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {"rope_theta": 10000000, "mrope_section": [11, 11, 10]},
+}
 QWEN3_5_35B_A3B = {
-    **QWEN3_5_2B, "num_hidden_layers": 2, "full_attention_interval": 2, "num_attention_heads": 16, "linear_num_value_heads": 32,
-    "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    **QWEN3_5_2B,
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "num_attention_heads": 16,
+    "linear_num_value_heads": 32,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 del QWEN3_5_35B_A3B["intermediate_size"]
 
 
 def write_checkpoint(folder: Path, settings: dict[str, Any], eight_bit: bool = False) -> Path:
-    """A checkpoint with these hyperparameters, in FP8 where asked for; one that is already there is kept."""
+    """Write a checkpoint with these hyperparameters, in FP8 if asked; an existing one is kept."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,16 +73,16 @@ def write_checkpoint(folder: Path, settings: dict[str, Any], eight_bit: bool = F
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
         }
-    (folder / "config.json").write_text(json.dumps(config))  # last: it says that the rest is there
+    (folder / "config.json").write_text(json.dumps(config))  # last: it marks the rest as complete
     return folder
 
 
 Stored = tuple[str, tuple[int, ...]]
-"""safetensors' name of a type, and the shape."""
+"""A type by its name in safetensors, and a shape."""
 
 
 def _sources(architecture: str, settings: dict[str, Any], eight_bit: bool) -> dict[str, Stored]:
-    """Checkpoint name -> how it is stored; the trunk's experts fused, the head's separate, as the real one has them."""
+    """How each tensor is stored; as in real checkpoints, experts are fused in the trunk only."""
     stored: dict[str, Stored] = {}
     for row in family_of(architecture).rows(Hparams(settings), "all"):
         source: Source = row.sources[-1 if row.sources[0].names[0].startswith("mtp.") else 0]
@@ -87,10 +108,8 @@ def _write_shards(folder: Path, tensors: dict[str, Stored]) -> None:
         shards[-1][name] = stored
     rng = np.random.default_rng(0)
     block = (rng.standard_normal(BLOCK, np.float32) * np.float32(0.02)).view(np.uint32) >> 16
-    raw, weight_map = (
-        (block.astype("<u2") & np.uint16(0xF7F7)).tobytes(),
-        {},
-    )  # as FP8, no byte is NaN
+    raw = (block.astype("<u2") & np.uint16(0xF7F7)).tobytes()  # no byte is NaN as FP8
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / name, shard, raw)
@@ -101,7 +120,8 @@ def _write_shards(folder: Path, tensors: dict[str, Stored]) -> None:
 
 
 def _write_shard(path: Path, tensors: dict[str, Stored], raw: bytes) -> None:
-    header, offset = {}, 0
+    header: dict[str, Any] = {}
+    offset = 0
     for name, stored in tensors.items():
         end = offset + _size(stored)
         header[name] = {"dtype": stored[0], "shape": stored[1], "data_offsets": [offset, end]}
@@ -114,10 +134,11 @@ def _write_shard(path: Path, tensors: dict[str, Stored], raw: bytes) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE with as many tokens and merges as the real one has."""
+    """Write a byte-level BPE tokenizer with the real numbers of tokens and merges."""
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
-    vocabulary, merges = dict(zip(letters, range(256), strict=True)), []
+    vocabulary = dict(zip(letters, range(256), strict=True))
+    merges: list[list[str]] = []
     level = letters
     while len(vocabulary) < VOCABULARY - 276:
         longer = []
@@ -130,14 +151,27 @@ def _write_tokenizer(folder: Path) -> None:
                 longer.append(left + right)
         level = longer
     added = [
-        {"id": len(vocabulary) + i, "content": f"<|special_{i}|>", "special": True, "normalized": False, "lstrip": False,
-         "rstrip": False, "single_word": False}
+        {
+            "id": len(vocabulary) + i,
+            "content": f"<|special_{i}|>",
+            "special": True,
+            "normalized": False,
+            "lstrip": False,
+            "rstrip": False,
+            "single_word": False,
+        }
         for i in range(26)
-    ]  # fmt: skip
-    split = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    steps = [
-        {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
     ]
+    pattern = (
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -145,12 +179,27 @@ def _write_tokenizer(folder: Path) -> None:
         "use_regex": False,
     }
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, "post_processor": byte_level,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": merges},
-    }  # fmt: skip
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
     (folder / "tokenizer.json").write_text(
         json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
     )

@@ -1,7 +1,7 @@
-"""How fast conversion is, beside `cp` of the same bytes and upstream's converter, in one run: a table and a JSON of ratios.
+"""Compare conversion with `cp` of the same bytes, and with llama.cpp's converter.
 
-Makes checkpoints of a few GB under resources/bench (once) and deletes what it converts. Upstream runs where it
-is there (`make converter`).
+Makes checkpoints of a few GB under resources/bench, once, and deletes the converted files.
+llama.cpp's converter is measured if `make converter` has installed it.
 
 example: conversion.py --out results/bench/conversion.json
 """
@@ -35,7 +35,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one program: seconds of wall clock and of processors, and the most memory it held, in bytes."""
+    """The cost of a program: wall clock and CPU seconds, and peak memory in bytes."""
 
     wall: float
     cpu: float
@@ -43,7 +43,7 @@ class Cost:
 
 
 def cost_of(*command: object) -> Cost:
-    """Run a program to its end and measure it, until its output is on the disk."""
+    """Run a program, and measure it until its output is on the disk."""
     start = time.monotonic()
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -69,11 +69,11 @@ def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
 def measure_model(
     name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool
 ) -> dict[str, Any]:
-    """All figures of one checkpoint. Every program finds the checkpoint in the page cache as far as that holds it."""
-    checkpoint = write_checkpoint(
-        scratch / name.replace(", ", "-").replace(" ", "-"), settings, name.endswith("FP8")
-    )
-    shards, out = sorted(checkpoint.glob("*.safetensors")), scratch / "out"
+    """Measure one checkpoint, which is in the page cache if it fits."""
+    folder = scratch / name.replace(", ", "-").replace(" ", "-")
+    checkpoint = write_checkpoint(folder, settings, eight_bit=name.endswith("FP8"))
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    out = scratch / "out"
     size = sum(path.stat().st_size for path in shards)
 
     def run(*command: object) -> Cost:
@@ -82,27 +82,17 @@ def measure_model(
         return cost_of(*command)
 
     def ours() -> Cost:
-        program = ROOT / "workflow/scripts/convert.py"
-        return run(
-            sys.executable,
-            program,
-            checkpoint,
-            "--tokenizer-pre",
-            "qwen35",
-            "--out",
-            out / "ours.gguf",
-        )
+        program = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint]
+        return run(*program, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
 
     def theirs() -> Cost:
-        python, script = (
-            ROOT / "resources/converter/environment/bin/python",
-            ROOT / "workflow/scripts/run_upstream.py",
-        )
-        source = ROOT / "resources/converter/source"
-        upstream = [python, "-I", script, "--tokenizer-pre", "qwen35", source]
-        return run(*upstream, checkpoint, "--outtype", "bf16", "--outfile", out / "upstream.gguf")
+        converter = ROOT / "resources/converter"
+        python = [converter / "environment/bin/python", "-I"]
+        program = [*python, ROOT / "workflow/scripts/run_upstream.py", "--tokenizer-pre", "qwen35"]
+        options = ["--outtype", "bf16", "--outfile", out / "upstream.gguf"]
+        return run(*program, converter / "source", checkpoint, *options)
 
-    for path in shards:  # warm
+    for path in shards:  # into the page cache
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
     copy = typical(lambda: run("cp", *shards, out), repeats)
     convert = typical(ours, repeats)
@@ -121,7 +111,7 @@ def measure_model(
 
 
 def open_seconds(path: Path) -> float:
-    """Reading the tensor table and all metadata of a converted file, the median of five."""
+    """Seconds to read the tensor table and all metadata of a GGUF, the median of five."""
     times = []
     for _ in range(5):
         reader._last_strings.clear()
@@ -132,42 +122,47 @@ def open_seconds(path: Path) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The ratios, as Markdown."""
+    """Times and ratios, as Markdown."""
     lines = [
         "| checkpoint | GB | cp | convert | × cp | peak MB | upstream | × faster | open |",
         "| --- |" + " ---: |" * 8,
     ]
     for entry in results:
-        copy, convert, theirs = (
-            entry["cp"]["wall"],
-            entry["convert"]["wall"],
-            entry.get("upstream", {}).get("wall"),
-        )
+        copy = entry["cp"]["wall"]
+        convert = entry["convert"]["wall"]
+        theirs = entry.get("upstream", {}).get("wall")
         faster = (f"{theirs:.1f} s", f"{theirs / convert:.1f}") if theirs else ("not run", "")
         cells = [
-            entry["model"], f"{entry['bytes'] / 1e9:.1f}", f"{copy:.1f} s", f"{convert:.1f} s", f"{convert / copy:.2f}",
-            f"{entry['convert']['memory'] / 1e6:.0f}", *faster, f"{entry['open']:.3f} s",
-        ]  # fmt: skip
+            entry["model"],
+            f"{entry['bytes'] / 1e9:.1f}",
+            f"{copy:.1f} s",
+            f"{convert:.1f} s",
+            f"{convert / copy:.2f}",
+            f"{entry['convert']['memory'] / 1e6:.0f}",
+            *faster,
+            f"{entry['open']:.3f} s",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     by_name = {entry["model"]: entry["convert"]["wall"] for entry in results}
     if {"dense, 12 layers", "dense, 24 layers"} <= by_name.keys():
-        lines += [
-            "",
-            f"Twice the layers: {by_name['dense, 24 layers'] / by_name['dense, 12 layers']:.2f} times the time.",
-        ]
+        ratio = by_name["dense, 24 layers"] / by_name["dense, 12 layers"]
+        lines += ["", f"Twice the layers take {ratio:.2f} times as long."]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Parse the command line, measure, print and keep."""
+    """Parse the command line, measure, and write and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/conversion.json")
     parser.add_argument(
-        "--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there"
+        "--scratch",
+        type=Path,
+        default=ROOT / "resources/bench",
+        help="folder that needs about 25 GB (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument(
         "--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="NAME"
     )
@@ -175,7 +170,9 @@ def main() -> None:
     args.scratch.mkdir(parents=True, exist_ok=True)
     upstream = (ROOT / "resources/converter/stamp.json").exists()
     if not upstream:
-        print("upstream's converter is not measured: `make converter` sets it up", file=sys.stderr)
+        print(
+            "llama.cpp's converter is not measured: `make converter` installs it", file=sys.stderr
+        )
     results = []
     for name in args.models:
         print(f"measuring: {name}", file=sys.stderr, flush=True)

@@ -1,8 +1,9 @@
-"""CPU seconds that llama-quantize takes for 10^9 weights of each tensor type, and before it begins: SECONDS and TABLES of
-mtpforge.quant_types.
+"""Measure the costs of quantization: SECONDS and TABLES of mtpforge/gguf/quant_types.py.
 
-One matrix of random weights, on one thread, with an importance matrix where the type needs one; less what a smaller one takes,
-because tables of some types take seconds to make, and a run's first buffers their memory. What a copy costs is not taken off.
+CPU seconds of llama-quantize for 10^9 weights of each tensor type, and for the tables that a run
+computes first. Quantizes a matrix of random weights on one thread, with an importance matrix if the
+type needs one, and a smaller matrix: the difference leaves out tables and the first allocations.
+The cost of copying is included.
 
 example: costs.py --out results/bench/costs.json
 """
@@ -18,92 +19,93 @@ import numpy as np
 from conversion import ROOT, cost_of
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge.gguf import quant_types, writer
-from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 
-BUFFER, COLUMNS = 16, 2048  # MiB of float32, weights of a row
-FEW = BUFFER * (1 << 20) // 4 // COLUMNS  # rows, which fill that
-ROWS = 5 * FEW
+BUFFER = 16  # MiB of float32
+COLUMNS = 2048
+FEW_ROWS = BUFFER * (1 << 20) // 4 // COLUMNS  # they fill the buffer
+MANY_ROWS = 5 * FEW_ROWS
 NAME = "blk.0.ffn_up.weight"
 
 
-def write_source(path: Path, rows: int) -> None:
-    """A model of one matrix, that llama-quantize takes."""
-    keys = {
-        "block_count": 1,
-        "context_length": 512,
-        "embedding_length": COLUMNS,
-        "feed_forward_length": rows,
-    }
-    keys |= {"attention.head_count": 8, "attention.head_count_kv": 8}
-    metadata = {"general.architecture": Value.of("llama", GGUFValueType.STRING)}
-    metadata |= {
-        f"llama.{key}": Value.of(number, GGUFValueType.UINT32) for key, number in keys.items()
-    }
-    metadata["llama.attention.layer_norm_rms_epsilon"] = Value.of(1e-6, GGUFValueType.FLOAT32)
-    weights = (
-        np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)
-    ).view(np.uint32) >> 16
-    info = TensorInfo(NAME, (rows, COLUMNS), GGMLQuantizationType.BF16)
-    writer.write(path, metadata, [(info, [memoryview(weights.astype("<u2").tobytes())])])
-
-
-def write_matrix(path: Path) -> None:
-    """An importance matrix for it, as uneven as real ones."""
-    metadata = {
-        "general.type": Value.of("imatrix", GGUFValueType.STRING),
-        "imatrix.datasets": Value.of(["random"], GGUFValueType.ARRAY, GGUFValueType.STRING),
-        "imatrix.chunk_count": Value.of(1, GGUFValueType.UINT32),
-        "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT32),
-    }
-    sums = np.random.default_rng(1).lognormal(0, 1, COLUMNS).astype("<f4").tobytes()
-    kind = GGMLQuantizationType.F32
-    parts = [
-        (TensorInfo(f"{NAME}.in_sum2", (1, COLUMNS), kind), sums),
-        (TensorInfo(f"{NAME}.counts", (1, 1), kind), b"\0\0\x80?"),
-    ]
-    writer.write(path, metadata, [(info, [memoryview(data)]) for info, data in parts])
-
-
 def main() -> None:
-    """Parse the command line, measure, print and keep."""
+    """Parse the command line, measure all types, and write and print the costs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/costs.json")
     args = parser.parse_args()
     costs: dict[str, dict[str, float]] = {"seconds": {}, "tables": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        matrix, out = Path(folder) / "imatrix.gguf", Path(folder) / "out.gguf"
-        write_matrix(matrix)
-        sources = {rows: Path(folder) / f"{rows}.gguf" for rows in (ROWS, FEW)}
-        for rows, source in sources.items():
-            write_source(source, rows)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_matrix(folder / "imatrix.gguf")
+        for rows in (MANY_ROWS, FEW_ROWS):
+            write_source(folder / f"{rows}.gguf", rows)
         for kind in quant_types.TENSOR_TYPES:
-            options = ["--imatrix", matrix] if quant_types.needs_imatrix(NAME, kind, "Q8_0") else []
-            options += [
-                "--tensor-type",
-                f"^{re.escape(NAME)}$={kind.lower()}",
-                "--max-buffer-size",
-                BUFFER,
-            ]
-            program = ROOT / "resources/toolchain/bin/llama-quantize"
-            many, few = (
-                cost_of(program, *options, source, out, "Q8_0", 1).cpu
-                for source in sources.values()
-            )
-            seconds = (many - few) / ((ROWS - FEW) * COLUMNS)
-            costs["seconds"][kind], costs["tables"][kind] = (
-                round(seconds * 1e9, 1),
-                round(few - seconds * FEW * COLUMNS, 1),
-            )
-            print(
-                f"{kind}: {costs['seconds'][kind]}, {costs['tables'][kind]}",
-                file=sys.stderr,
-                flush=True,
-            )
+            seconds, tables = costs_of(kind, folder)
+            costs["seconds"][kind] = seconds
+            costs["tables"][kind] = tables
+            print(f"{kind}: {seconds}, {tables}", file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(costs, indent=1) + "\n")
     print(json.dumps(costs))
+
+
+def costs_of(kind: str, folder: Path) -> tuple[float, float]:
+    """CPU seconds for 10^9 weights of a type, and for its tables."""
+    program = ROOT / "resources/toolchain/bin/llama-quantize"
+    needs_imatrix = quant_types.needs_imatrix(NAME, kind, "Q8_0")
+    options: list[object] = ["--imatrix", folder / "imatrix.gguf"] if needs_imatrix else []
+    options += ["--tensor-type", f"^{re.escape(NAME)}$={kind.lower()}"]
+    options += ["--max-buffer-size", BUFFER]
+
+    def cpu_seconds(rows: int) -> float:
+        out = folder / "out.gguf"
+        return cost_of(program, *options, folder / f"{rows}.gguf", out, "Q8_0", 1).cpu
+
+    many = cpu_seconds(MANY_ROWS)
+    few = cpu_seconds(FEW_ROWS)
+    per_weight = (many - few) / ((MANY_ROWS - FEW_ROWS) * COLUMNS)
+    return round(per_weight * 1e9, 1), round(few - per_weight * FEW_ROWS * COLUMNS, 1)
+
+
+def write_source(path: Path, rows: int) -> None:
+    """Write a model of one matrix that llama-quantize accepts."""
+    keys = {
+        "block_count": 1,
+        "context_length": 512,
+        "embedding_length": COLUMNS,
+        "feed_forward_length": rows,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 8,
+    }
+    metadata = {"general.architecture": Value.of("llama", GGUFValueType.STRING)}
+    for key, number in keys.items():
+        metadata[f"llama.{key}"] = Value.of(number, GGUFValueType.UINT32)
+    metadata["llama.attention.layer_norm_rms_epsilon"] = Value.of(1e-6, GGUFValueType.FLOAT32)
+    normal = np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32)
+    bf16 = ((normal * np.float32(0.02)).view(np.uint32) >> 16).astype("<u2")
+    info = TensorInfo(NAME, (rows, COLUMNS), GGMLQuantizationType.BF16)
+    writer.write(path, metadata, [(info, [memoryview(bf16.tobytes())])])
+
+
+def write_matrix(path: Path) -> None:
+    """Write an importance matrix for it that is as uneven as real ones."""
+    metadata = {
+        "general.type": Value.of("imatrix", GGUFValueType.STRING),
+        "imatrix.datasets": Value.of(["random"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "imatrix.chunk_count": Value.of(1, GGUFValueType.UINT32),
+        "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT32),
+    }
+    sums = np.random.default_rng(1).lognormal(0, 1, COLUMNS).astype("<f4")
+    one = np.ones(1, "<f4")
+    kind = GGMLQuantizationType.F32
+    parts = [
+        (TensorInfo(f"{NAME}.in_sum2", (1, COLUMNS), kind), sums),
+        (TensorInfo(f"{NAME}.counts", (1, 1), kind), one),
+    ]
+    writer.write(path, metadata, [(info, [memoryview(data.tobytes())]) for info, data in parts])
 
 
 if __name__ == "__main__":

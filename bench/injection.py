@@ -1,7 +1,7 @@
-"""How fast injection is, beside `cp` of the base and beside gguf-py's writer, in one run: a table and a JSON.
+"""Compare injection with `cp` of the base, and with gguf-py's writer.
 
-On the file system of --scratch and, for root, on XFS and Btrfs, in files there that are mounted for the time being. The base is
-the trunk of a checkpoint of Qwen3.5-2B's shapes as a BF16 GGUF: what is measured is moving bytes, whatever they say.
+On the file system of --scratch and, for root, on XFS and Btrfs in mounted image files. The base is
+a BF16 GGUF with the trunk of Qwen3.5-2B's shapes and random weights: only the sizes matter.
 
 example: injection.py --out results/bench/injection.json
 """
@@ -21,7 +21,7 @@ from conversion import QWEN3_5_2B, ROOT, Cost, cost_of, typical, write_checkpoin
 
 FILE_SYSTEMS = {"xfs": ("mkfs.xfs", "-q", "-f"), "btrfs": ("mkfs.btrfs", "-q", "-f")}
 
-# What the scripts that people pass around do.
+# As scripts with gguf-py inject a head.
 GGUF_PY = """
 import sys
 from gguf import GGUFReader, GGUFWriter
@@ -30,10 +30,14 @@ writer = GGUFWriter(sys.argv[3], arch="qwen35")
 for field in base.fields.values():
     if not field.name.startswith(("GGUF.", "general.architecture")):
         kind, *item = field.types
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=item[-1] if item else None)
+        item_type = item[-1] if item else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=item_type)
 tensors = [*base.tensors, *head.tensors]
 for tensor in tensors:
-    writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+    data = tensor.data
+    writer.add_tensor_info(
+        tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type
+    )
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_ti_data_to_file()
@@ -44,28 +48,20 @@ writer.close()
 
 
 def make_parts(scratch: Path) -> tuple[Path, Path]:
-    """The base and the head, made once."""
+    """Make the base and the head, once."""
     checkpoint = write_checkpoint(scratch / "dense-24-layers", QWEN3_5_2B)
     parts = [scratch / f"{part}.gguf" for part in ("trunk", "head")]
     for path in parts:
         if not path.exists():
-            convert = [
-                sys.executable,
-                ROOT / "workflow/scripts/convert.py",
-                checkpoint,
-                "--tokenizer-pre",
-                "qwen35",
-            ]
-            subprocess.run(
-                [*map(str, convert), "--part", path.stem, "--out", str(path)],
-                check=True,
-                stderr=subprocess.DEVNULL,
-            )
+            program = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint]
+            options = ["--tokenizer-pre", "qwen35", "--part", path.stem, "--out", path]
+            command = list(map(str, [*program, *options]))
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return parts[0], parts[1]
 
 
 def measure(label: str, base: Path, head: Path, repeats: int, slow: bool) -> dict[str, Any]:
-    """All figures in the folder of `base`, which is in the page cache as far as that holds it."""
+    """Measure in the folder of `base`, with base and head in the page cache if they fit."""
     out = base.with_name("out.gguf")
     program = [sys.executable, ROOT / "workflow/scripts/inject.py"]
 
@@ -87,16 +83,16 @@ def measure(label: str, base: Path, head: Path, repeats: int, slow: bool) -> dic
 
 @contextmanager
 def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
-    """A file system of that kind of `size` bytes; None, and the reason on the terminal, where this machine allows none."""
+    """Mount a new file system of `size` bytes; if that is impossible, print why and yield None."""
     make, *options = FILE_SYSTEMS[kind]
-    missing = next(
-        (f"{name} is not installed" for name in (make, "mount") if shutil.which(name) is None), None
-    )
-    if reason := "only root can mount" if os.geteuid() else missing:
-        print(f"{kind} is not measured: {reason}", file=sys.stderr)
+    missing = [f"{name} is not installed" for name in (make, "mount") if not shutil.which(name)]
+    reasons = ["only root can mount"] if os.geteuid() else missing
+    if reasons:
+        print(f"{kind} is not measured: {reasons[0]}", file=sys.stderr)
         yield None
         return
-    image, point = scratch / f"{kind}.img", scratch / kind
+    image = scratch / f"{kind}.img"
+    point = scratch / kind
     point.mkdir(exist_ok=True)
     with image.open("wb") as file:
         file.truncate(size)
@@ -111,41 +107,53 @@ def mounted(kind: str, scratch: Path, size: int) -> Iterator[Path | None]:
         image.unlink()
 
 
+def file_system(folder: Path) -> str:
+    """The type of a folder's file system, such as ext4; `here` if df cannot tell."""
+    command = ["df", "--output=fstype", str(folder)]
+    words = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return words[-1] if words else "here"
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """The ratios, as Markdown."""
+    """Times and ratios, as Markdown."""
     lines = [
         "| on | base GB | head GB | cp | inject | × cp | gguf-py | × faster |",
         "| --- |" + " ---: |" * 7,
     ]
     for entry in results:
-        copy, inject = (entry[name]["wall"] for name in ("cp", "inject"))
+        copy = entry["cp"]["wall"]
+        inject = entry["inject"]["wall"]
         slow = entry["gguf-py"]["wall"] if "gguf-py" in entry else None
         cells = [
-            entry["on"], f"{entry['base'] / 1e9:.2f}", f"{entry['head'] / 1e9:.2f}", f"{copy:.2f} s", f"{inject:.2f} s",
+            entry["on"],
+            f"{entry['base'] / 1e9:.2f}",
+            f"{entry['head'] / 1e9:.2f}",
+            f"{copy:.2f} s",
+            f"{inject:.2f} s",
             f"{inject / copy:.2f}",
             *((f"{slow:.1f} s", f"{slow / inject:.1f}") if slow else ("", "")),
-        ]  # fmt: skip
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Parse the command line, measure, print and keep."""
+    """Parse the command line, measure, and write and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/injection.json")
     parser.add_argument(
-        "--scratch", type=Path, default=ROOT / "resources/bench", help="about 25 GB are used there"
+        "--scratch",
+        type=Path,
+        default=ROOT / "resources/bench",
+        help="folder that needs about 25 GB (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
     args = parser.parse_args()
     args.scratch.mkdir(parents=True, exist_ok=True)
     base, head = make_parts(args.scratch)
-    kind = subprocess.run(
-        ["df", "--output=fstype", str(args.scratch)], capture_output=True, text=True
-    ).stdout.split()
-    results = [measure(kind[-1] if kind else "here", base, head, args.repeats, slow=True)]
+    results = [measure(file_system(args.scratch), base, head, args.repeats, slow=True)]
     for kind in FILE_SYSTEMS:
         with mounted(kind, args.scratch, 4 * base.stat().st_size) as point:
             if point:

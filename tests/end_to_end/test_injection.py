@@ -11,8 +11,9 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
-from mtpforge.quantize.plan import Plan
+from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.quantize.recipe import Recipe, head_recipe
+from mtpforge.quantize.request import QuantizeRequest
 from splits import split
 
 BASES = ("Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S")
@@ -37,7 +38,8 @@ class Bench:
 
     def _base(self, model: str, file_type: str) -> Path:
         path = self.folder / f"{model}-{file_type}.gguf"
-        quantize(self.part(model, "trunk"), path, file_type, bin_dir=self.programs)
+        request = QuantizeRequest(file_type)
+        quantize(self.part(model, "trunk"), path, request, LlamaCpp(self.programs))
         return path
 
     def _shards(self, model: str, file_type: str) -> Path:
@@ -46,7 +48,8 @@ class Bench:
 
     def _preserved(self, model: str, file_type: str, head: str) -> tuple[Gguf, float]:
         path = self.folder / f"{model}-{file_type}-with-{head}.gguf"
-        quantize(self.part(model, "all"), path, file_type, head_recipe(head), bin_dir=self.programs)
+        request = QuantizeRequest(file_type, head_recipe(head))
+        quantize(self.part(model, "all"), path, request, LlamaCpp(self.programs))
         return reader.read(path), self.acceptance(model, path)
 
     def inject(self, model: str, base: Path, out: Path, types: Recipe) -> None:
@@ -137,7 +140,7 @@ def test_the_programs_read_types_within_the_head_from_a_file(
     plan = tmp_path / "plan.json"
     done = run("quantize_plan.py", source, "--type", "Q5_0", *types, "--out", plan)
     assert done.returncode == 0, done.stderr
-    planned = Plan.read(plan).types()
+    planned = QuantizePlan.read(plan).types()
     for opened in map(reader.read, (injected, quantized)):
         found = {name.split(".", 2)[2]: info.type for name, info in opened.head.tensors.items()}
         assert found["nextn.eh_proj.weight"].name == "Q8_0"

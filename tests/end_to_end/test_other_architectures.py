@@ -25,6 +25,7 @@ from mtpforge.inject import inject
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import llama_quantize
 from mtpforge.quantize.recipe import head_recipe
+from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.verify.request import Request
 from mtpforge.verify.verify import verify
 from other_architectures import HIDDEN, MODELS, write_model
@@ -220,9 +221,8 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
     made: Made, toolchain: Path, tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "quantized.gguf"
-    llama_quantize.quantize(
-        made.file(name), out, "Q4_0", head_recipe("Q8_0"), threads=1, bin_dir=toolchain
-    )
+    asked = QuantizeRequest("Q4_0", head_recipe("Q8_0"))
+    llama_quantize.quantize(made.file(name), out, asked, LlamaCpp(toolchain, threads=1))
     prompts = ("The quick brown fox", "def area(")
     request = Request(
         reference=made.file(name),
@@ -333,7 +333,8 @@ def test_a_head_is_injected_into_a_quantized_trunk(
     made: Made, toolchain: Path, tmp_path: Path
 ) -> None:
     base, out = tmp_path / "trunk-Q4_0.gguf", tmp_path / "injected.gguf"
-    llama_quantize.quantize(made.file("trunk"), base, "Q4_0", threads=1, bin_dir=toolchain)
+    llama = LlamaCpp(toolchain, threads=1)
+    llama_quantize.quantize(made.file("trunk"), base, QuantizeRequest("Q4_0"), llama)
     options = inject.Options(head_types=head_recipe("Q8_0"))
     inject.inject(base, made.file("draft"), out, options, LlamaCpp(toolchain))
     request = Request(

@@ -1,4 +1,4 @@
-"""Importance matrices: both formats read strictly, and computed to the same bytes wherever and on however many threads."""
+"""Importance matrices: both formats are parsed strictly, and a computation is reproducible."""
 
 import struct
 from collections.abc import Callable
@@ -23,53 +23,43 @@ METADATA = {
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
-def test_the_same_bytes_for_any_number_of_threads_and_anywhere(
+def test_the_bytes_depend_on_neither_threads_nor_paths(
     built: Path, run: Run, tmp_path: Path, model: str
 ) -> None:
-    source, made = built / f"results/{model}/work/convert/all.gguf", []
+    source = built / f"results/{model}/work/convert/all.gguf"
+    made: list[bytes] = []
     for threads, folder in ((1, "here"), (2, "a folder of another name"), (3, "there")):
-        text, out = tmp_path / folder / "calibration.txt", tmp_path / folder / "out.gguf"
+        text = tmp_path / folder / "calibration.txt"
+        out = tmp_path / folder / "out.gguf"
         text.parent.mkdir()
         text.write_bytes(TEXT.read_bytes())
         done = run("imatrix.py", source, "--text", text, "--threads", threads, "--out", out)
         assert done.returncode == 0, done.stderr
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
-    opened, tensors = reader.read(out), reader.read(source).tensors
-    assert (
-        opened.get("imatrix.datasets") == ["calibration.txt"]
-        and opened.get("imatrix.chunk_size") == imatrix.CHUNK
-    )
+    opened = reader.read(out)
+    tensors = reader.read(source).tensors
+    assert opened.get("imatrix.datasets") == ["calibration.txt"]
+    assert opened.get("imatrix.chunk_size") == imatrix.CHUNK
     rows = imatrix.read(out)
     experts = "blk.0.ffn_down_exps.weight"
-    assert rows["blk.0.attn_qkv.weight"] == 256 and rows.get(experts, 0) == (
-        6 * 256 if experts in tensors else 0
-    )
+    assert rows["blk.0.attn_qkv.weight"] == 256
+    assert rows.get(experts, 0) == (6 * 256 if experts in tensors else 0)
 
-    process.call(
-        [
-            BIN / "llama-imatrix",
-            "-m",
-            source,
-            "--in-file",
-            out,
-            "-o",
-            tmp_path / "old.dat",
-            "--output-format",
-            "dat",
-        ]
-    )
-    assert imatrix.read(tmp_path / "old.dat") == rows
+    old = tmp_path / "old.dat"
+    options = ["-m", source, "--in-file", out, "-o", old, "--output-format", "dat"]
+    process.call([BIN / "llama-imatrix", *options])
+    assert imatrix.read(old) == rows
 
 
 @pytest.mark.parametrize("text", ["", "\n", "too short\n" * 100])
-def test_a_text_that_is_too_short_is_refused(
+def test_a_short_text_is_refused(
     built: Path, fails: Callable[..., str], tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "text").write_text(text)
     source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
     message = fails("imatrix.py", source, "--text", tmp_path / "text", out=tmp_path / "out.gguf")
-    assert "is too short for an importance matrix: it must have at least 1,024 tokens" in message
+    assert "too short for an importance matrix: needs at least 1,024 tokens" in message
 
 
 def legacy(*entries: tuple[bytes, int], count: int | None = None, tail: bytes = b"") -> bytes:
@@ -81,7 +71,7 @@ def legacy(*entries: tuple[bytes, int], count: int | None = None, tail: bytes = 
 @pytest.mark.parametrize(
     "tail", [b"", struct.pack("<ii", 4, 0), struct.pack("<ii4s", 4, 4, b"text")]
 )
-def test_the_older_format(tmp_path: Path, tail: bytes) -> None:
+def test_the_legacy_format_is_read(tmp_path: Path, tail: bytes) -> None:
     (tmp_path / "i.dat").write_bytes(
         legacy((b"blk.0.attn_q.weight", 256), (b"output.weight", 3), tail=tail)
     )
@@ -109,7 +99,7 @@ def test_the_older_format(tmp_path: Path, tail: bytes) -> None:
         legacy((b"a", 1), tail=struct.pack("<ii", 4, -1)),
     ],
 )
-def test_a_hostile_file_of_the_older_format_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_a_hostile_file_of_the_legacy_format_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "i.dat").write_bytes(data)
     with pytest.raises(GgufError, match=r"i\.dat: "):
         imatrix.read(tmp_path / "i.dat")
@@ -121,10 +111,8 @@ def write(path: Path, metadata: dict[str, Value], *tensors: TensorInfo) -> Path:
 
 
 def test_a_hostile_gguf_is_refused(tmp_path: Path) -> None:
-    sums, counts = (
-        TensorInfo("a.weight.in_sum2", (6, 256), Kind.F32),
-        TensorInfo("a.weight.counts", (6, 1), Kind.F32),
-    )
+    sums = TensorInfo("a.weight.in_sum2", (6, 256), Kind.F32)
+    counts = TensorInfo("a.weight.counts", (6, 1), Kind.F32)
     assert imatrix.read(write(tmp_path / "good.gguf", METADATA, sums, counts)) == {"a.weight": 1536}
     odd = {**METADATA, "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT64)}
     for name, tensors, metadata in [
@@ -140,35 +128,32 @@ def test_a_hostile_gguf_is_refused(tmp_path: Path) -> None:
             imatrix.read(write(tmp_path / f"{name}.gguf", metadata, *tensors))
 
 
-def test_a_matrix_of_another_model_or_of_nothing_stops_a_quantization(
+def test_a_missing_or_foreign_matrix_stops_a_quantization(
     built: Path, fails: Callable[..., str], tmp_path: Path
 ) -> None:
-    source, matrix = built / "results/tiny-qwen3.5/work/convert/all.gguf", tmp_path / "i.gguf"
+    source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
+    matrix = tmp_path / "i.gguf"
+    out = tmp_path / "out.gguf"
     write(
         matrix,
         METADATA,
         TensorInfo("blk.0.ffn_up.weight.in_sum2", (512,), Kind.F32),
         TensorInfo("blk.0.ffn_up.weight.counts", (1,), Kind.F32),
     )
-    asked = ("quantize.py", source, "--type", "IQ2_XS", "--imatrix", matrix)
-    assert "all.gguf has nothing like its blk.0.ffn_up.weight" in fails(
-        *asked, out=tmp_path / "out.gguf"
-    )
+    command = ("quantize.py", source, "--type", "IQ2_XS")
+    message = fails(*command, "--imatrix", matrix, out=out)
+    assert "all.gguf has no matching blk.0.ffn_up.weight" in message
     matrix.write_bytes(b"GGUF\3\0\0\0")
-    assert "truncated" in fails(*asked, out=tmp_path / "out.gguf")
-    message = fails("quantize.py", source, "--type", "IQ2_XS", out=tmp_path / "out.gguf")
-    assert (
-        "needs an importance matrix, and there is none for blk.0." in message
-        and "more: give these tensors" in message
-    )
+    assert "truncated" in fails(*command, "--imatrix", matrix, out=out)
+    message = fails(*command, out=out)
+    assert "needs an importance matrix, and there is none for blk.0." in message
+    assert "more: give these tensors" in message
 
 
 def test_a_dry_run_needs_no_output(built: Path, run: Run) -> None:
     source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
     done = run("quantize.py", source, "--type", "Q4_K_M", "--dry-run")
-    assert (
-        done.returncode == 0
-        and "| blk.{0-2}.ssm_out.weight" in done.stdout
-        and "bits per weight" in done.stdout
-    )
+    assert done.returncode == 0
+    assert "| blk.{0-2}.ssm_out.weight" in done.stdout
+    assert "bits per weight" in done.stdout
     assert run("quantize.py", source, "--type", "Q4_K_M").returncode == 2

@@ -1,4 +1,4 @@
-"""A quantization is done once, by real Snakemake: in pieces that outlive a kill, and with what finished files have already."""
+"""Real Snakemake quantizes a tensor once: pieces survive a kill, and finished files are reused."""
 
 import copy
 import os
@@ -55,7 +55,7 @@ def set_variants(repository: Repository, variants: dict[str, Any], **model: Any)
 
 
 def run(repository: Repository, *arguments: str, target: str = "all") -> Counter[str]:
-    """How many jobs of each rule a run has had, `all` left out."""
+    """Run Snakemake; the number of finished jobs of each rule except `all`."""
     done = repository.snakemake("--verbose", *arguments, target=target)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rules = [
@@ -71,26 +71,22 @@ def log(repository: Repository, name: str) -> str:
 
 
 def quantized(repository: Repository, name: str) -> int:
-    """How many tensors a job says that it has quantized."""
+    """The number of tensors that a job has quantized, by its log."""
     return int(log(repository, name).rsplit("; quantized ", 1)[1])
 
 
-def test_a_file_in_pieces_is_made_of_them(repository: Repository) -> None:
-    """And of what the other variant has had by then; the pieces are gone."""
+def test_a_file_is_assembled_from_its_pieces(repository: Repository) -> None:
+    """And from tensors of the other variant; the pieces are then deleted."""
     in_pieces = sum(quantized(repository, f"piece-quantized-mix-{i}-of-3") for i in (1, 2, 3))
     line = log(repository, "quantized-mix")
-    assert (
-        in_pieces >= 3
-        and line.endswith(f"; {in_pieces} from pieces; quantized 0")
-        and f"({70 - in_pieces} of 70 " in line
-    ), line
-    assert (
-        not (repository.path / MODEL / "work/manifests/pieces/quantized/mix").exists()
-        and repository.pending() == {}
-    )
+    assert in_pieces >= 3, line
+    assert line.endswith(f"; {in_pieces} from pieces; quantized 0"), line
+    assert line.startswith(f"reused {70 - in_pieces} of 70 tensors "), line
+    assert not (repository.path / MODEL / "work/manifests/pieces/quantized/mix").exists()
+    assert repository.pending() == {}
 
 
-def test_an_unknown_name_is_no_file_that_can_be_made(repository: Repository) -> None:
+def test_a_target_with_an_unknown_name_is_refused(repository: Repository) -> None:
     why = {"quantized/nothing": "MissingRuleException", "trunk/Q9_K": "MissingRuleException"}
     why |= {
         "quantized/IQ1_S": "variants has no IQ1_S",
@@ -99,30 +95,32 @@ def test_an_unknown_name_is_no_file_that_can_be_made(repository: Repository) -> 
     for name, reason in why.items():
         done = repository.snakemake("--dry-run", target=f"{MODEL}/work/{name}.gguf")
         said = done.stdout + done.stderr
-        assert done.returncode and reason in said and "KeyError" not in said, said
+        assert done.returncode, said
+        assert reason in said, said
+        assert "KeyError" not in said, said
 
 
-def test_a_changed_recipe_costs_its_tensors(repository: Repository) -> None:
+def test_a_changed_recipe_requantizes_its_tensors(repository: Repository) -> None:
     variants = copy.deepcopy(VARIANTS)
     variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv": "Q3_K"}}
     set_variants(repository, variants)
     assert run(repository) == {"recipe": 1, "plan": 1, "quantize": 1, **AFTER}
     line = log(repository, "quantized-mix")
-    assert "67 of 70 tensors" in line and line.endswith("; quantized 3"), line
+    assert line.startswith("reused 67 of 70 tensors "), line
+    assert line.endswith("; quantized 3"), line
     expected = (repository.path / MODEL / "tiny-qwen3.5-mix.gguf").read_bytes()
-    program, source = (
-        "resources/toolchain/bin/llama-quantize",
-        repository.path / MODEL / "work/convert/all.gguf",
-    )
+    program = repository.path / "resources/toolchain/bin/llama-quantize"
+    source = repository.path / MODEL / "work/convert/all.gguf"
+    plain = repository.path / "plain.gguf"
     patterns = ("--tensor-type", r"blk\.4\.=q8_0", "--tensor-type", "attn_qkv=q3_k")
-    plain = [repository.path / program, *patterns, source, repository.path / "plain.gguf", "Q4_K_S"]
-    subprocess.run(list(map(str, plain)), check=True, capture_output=True)
-    assert (repository.path / "plain.gguf").read_bytes() == expected
-    (repository.path / "plain.gguf").unlink()
+    command = [program, *patterns, source, plain, "Q4_K_S"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    assert plain.read_bytes() == expected
+    plain.unlink()
 
 
-def test_a_change_that_changes_no_type_quantizes_nothing(repository: Repository) -> None:
-    """What is planned anew is compared by what it says; the recipe itself is what the file is verified against."""
+def test_a_recipe_with_equal_types_quantizes_nothing(repository: Repository) -> None:
+    """The new plan equals the old one. The file is verified again, because that uses the recipe."""
     variants = copy.deepcopy(VARIANTS)
     variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv.weight": "Q3_K"}}
     set_variants(repository, variants)
@@ -130,30 +128,30 @@ def test_a_change_that_changes_no_type_quantizes_nothing(repository: Repository)
     assert repository.pending() == {}
 
 
-def test_a_recipe_that_is_changed_before_anything_was_published_costs_its_tensors(
+def test_a_recipe_changed_after_a_failed_verification_requantizes_its_tensors(
     repository: Repository,
 ) -> None:
-    """The file that has not passed its verification is still of use, and is no second copy once the next one has."""
-    variant, file = (
-        {"type": "IQ4_XS", "tensors": {"attn_qkv": "Q6_K"}},
-        f"{MODEL}/tiny-qwen3.5-lone.gguf",
-    )
+    """The file that failed is reused, and deleted once the next one passes."""
+    variant = {"type": "IQ4_XS", "tensors": {"attn_qkv": "Q6_K"}}
+    file = f"{MODEL}/tiny-qwen3.5-lone.gguf"
     set_variants(repository, {**VARIANTS, "lone": variant}, min_acceptance=1)
     done = repository.snakemake(target=file)
-    assert (
-        done.returncode and "drafting" in done.stderr and not (repository.path / file).exists()
-    ), done.stderr[-3000:]
+    assert done.returncode, done.stderr[-3000:]
+    assert "drafting" in done.stderr, done.stderr[-3000:]
+    assert not (repository.path / file).exists()
     kept = repository.path / MODEL / "work/manifests/quantized/lone.gguf"
     assert kept.exists()
     set_variants(repository, {**VARIANTS, "lone": {**variant, "tensors": {"attn_qkv": "Q5_0"}}})
     done = repository.snakemake(target=file)
     assert done.returncode == 0, done.stderr[-3000:]
     line = log(repository, "quantized-lone")
-    assert "67 of 70 tensors" in line and line.endswith("; quantized 3"), line
-    assert (repository.path / file).exists() and not kept.exists()
+    assert line.startswith("reused 67 of 70 tensors "), line
+    assert line.endswith("; quantized 3"), line
+    assert (repository.path / file).exists()
+    assert not kept.exists()
 
 
-def test_a_recipe_that_is_changed_between_two_pieces_costs_its_tensors(
+def test_a_recipe_changed_between_two_pieces_requantizes_its_tensors(
     repository: Repository,
 ) -> None:
     variant = {"type": "IQ4_NL", "tensors": {"attn_qkv": "Q6_K"}, "pieces": 3}
@@ -167,9 +165,9 @@ def test_a_recipe_that_is_changed_between_two_pieces_costs_its_tensors(
     assert done.returncode == 0, done.stderr[-3000:]
     after = sum(quantized(repository, f"piece-quantized-lone-{i}-of-3") for i in (1, 2, 3))
     made = int(log(repository, "quantized-lone").split(" from pieces; ")[0].rsplit(" ", 1)[1])
-    assert (
-        before > 10 and before + after <= made + 3 and quantized(repository, "quantized-lone") == 0
-    ), (before, after, made)
+    assert before > 10
+    assert before + after <= made + 3, (before, after, made)
+    assert quantized(repository, "quantized-lone") == 0
 
 
 def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
@@ -177,14 +175,15 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
     work = repository.path / MODEL / "work"
     process = subprocess.Popen(
         [sys.executable, "-m", "snakemake", "--cores", "1", f"{MODEL}/tiny-qwen3.5-IQ3_S.gguf"],
-        cwd=repository.path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=repository.path,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
     def finished() -> dict[str, int]:
-        return {
-            path.stem: path.stat().st_mtime_ns
-            for path in (work / "pieces/quantized/IQ3_S").glob("*.json")
-        }
+        paths = (work / "pieces/quantized/IQ3_S").glob("*.json")
+        return {path.stem: path.stat().st_mtime_ns for path in paths}
 
     deadline = time.monotonic() + 300
     while len(finished()) < 2 and time.monotonic() < deadline and process.poll() is None:
@@ -192,38 +191,34 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = finished()
-    assert 2 <= len(before) < 4 and not (work / "quantized/IQ3_S.gguf").exists()
+    assert 2 <= len(before) < 4
+    assert not (work / "quantized/IQ3_S.gguf").exists()
     assert repository.snakemake("--unlock").returncode == 0
-    target = str(
-        Path(MODEL, "work/quantized/IQ3_S.gguf")
-    )  # --until and a checkpoint can end in nothing to do
-    jobs = run(repository, target=target)
+    # The target is a file, because --until with a checkpoint can find nothing to do.
+    jobs = run(repository, target=f"{MODEL}/work/quantized/IQ3_S.gguf")
     again = [name for name, written in finished().items() if before.get(name, written) != written]
-    assert jobs["quantize"] == 1 and jobs["piece"] == 4 - len(before) + len(again), jobs
-    assert (
-        len(again) <= 1
-    )  # the last, where the kill came before Snakemake had noted that it is finished: it has all it needs
+    assert jobs["quantize"] == 1, jobs
+    assert jobs["piece"] == 4 - len(before) + len(again), jobs
+    # The last piece runs again, with nothing to quantize, if Snakemake had not recorded its end.
+    assert len(again) <= 1
     assert all(quantized(repository, f"piece-quantized-IQ3_S-{name}") == 0 for name in again)
     assert quantized(repository, "quantized-IQ3_S") == 0
 
 
-def test_how_many_pieces_there_are_by_default_is_planned(repository: Repository) -> None:
-    """Once: a run with other cores has nothing to do."""
+def test_the_default_number_of_pieces_is_planned_once(repository: Repository) -> None:
+    """A later run with another number of cores has nothing to do."""
     library = repository.path / "workflow/scripts/mtpforge/quantize/plan.py"
-    library.write_text(
-        library.read_text().replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3")
-    )
+    code = library.read_text()
+    assert "PIECE_SECONDS = 2 * 3600" in code
+    library.write_text(code.replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3"))
     set_variants(repository, {"Q5_1": {}})
-    target = str(Path(MODEL, "work/quantized/Q5_1.gguf"))
+    target = f"{MODEL}/work/quantized/Q5_1.gguf"
     done = repository.snakemake("--verbose", target=target)
     assert done.returncode == 0, done.stderr[-3000:]
     number = int((repository.path / MODEL / "work/plans/quantized/Q5_1.pieces").read_text())
-    assert (
-        2 <= number < 100
-        and done.stderr.count("Rule: piece)") == number
-        and quantized(repository, "quantized-Q5_1") == 0
-    )
+    assert 2 <= number < 100
+    assert done.stderr.count("Rule: piece)") == number
+    assert quantized(repository, "quantized-Q5_1") == 0
     done = repository.snakemake("--cores", "1", "--dry-run", target=target)
-    assert done.returncode == 0 and "Nothing to be done" in done.stdout + done.stderr, (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to be done" in done.stdout + done.stderr

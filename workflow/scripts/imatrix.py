@@ -1,4 +1,4 @@
-"""Compute an importance matrix with llama-imatrix: what a text makes of a model's trunk; quantize.py --imatrix takes it.
+"""Compute an importance matrix of a model's trunk from a text, with llama-imatrix.
 
 example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gguf
 """
@@ -18,21 +18,15 @@ def main() -> None:
         "model", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
     )
     parser.add_argument(
-        "--text", type=Path, required=True, help="plain text like that which the model will see"
+        "--text", type=Path, required=True, help="plain text similar to what the model will see"
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="the importance matrix to write, a GGUF"
     )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="threads of llama-imatrix (default: all)"
-    )
-    parser.add_argument(
-        "--bin", type=Path, default=programs.DEFAULT_BIN, help="where it is (default: %(default)s)"
-    )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="keep all that llama-imatrix says")
+    programs.add_options(parser, log=True)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    imatrix.compute(args.model, args.text, args.out, args.threads, args.bin, args.log)
+    imatrix.compute(args.model, args.text, args.out, programs.from_options(args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Plan a quantization: the type of each tensor, and what decides its bytes; quantize.py --plan does it.
+"""Plan a quantization: each tensor's type, and everything its bytes depend on.
 
-A table shows the types. The plan is the same where the work is.
+Prints a table of the types. The plan is equal for equal work; `quantize.py --plan` carries it out.
 
 example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out plan.json
 """
@@ -12,9 +12,9 @@ from mtpforge.gguf import reader
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
-from mtpforge.quantize import plan
-from mtpforge.quantize.llama_quantize import choose
-from mtpforge.quantize.recipe import head_recipe, read_recipe
+from mtpforge.quantize import request
+from mtpforge.quantize.llama_quantize import choose_types
+from mtpforge.quantize.plan import make_plan
 
 
 def main() -> None:
@@ -28,68 +28,31 @@ def main() -> None:
         "--digests",
         type=Path,
         metavar="FILE",
-        help="sha256 of its tensors, as convert.py wrote them",
+        help="sha256 of the source's tensors, as convert.py writes them (default: hash it)",
     )
-    parser.add_argument(
-        "--type", required=True, metavar="T", help="Q4_K_M, IQ4_XS, ...: see llama-quantize --help"
-    )
-    parser.add_argument(
-        "--head",
-        metavar="T",
-        help="tensor type of the head (default: Q8_0, or the type of an unquantized file)",
-    )
-    parser.add_argument(
-        "--head-tensors",
-        type=Path,
-        metavar="FILE",
-        help="exceptions from --head, as YAML of pattern: type; the first match decides",
-    )
-    parser.add_argument(
-        "--tensors",
-        type=Path,
-        metavar="FILE",
-        help="YAML of pattern: type; the first match decides",
-    )
-    parser.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="FILE",
-        help="importance matrix, as of imatrix.py; its name is recorded",
-    )
-    parser.add_argument(
-        "--bin",
-        type=Path,
-        default=programs.DEFAULT_BIN,
-        help="llama-quantize's folder (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="those that a quantization will have (default: all)"
-    )
+    parser.add_argument("--type", required=True, metavar="T", help=request.TYPE_HELP)
+    request.add_options(parser)
+    programs.add_options(parser)
     parser.add_argument(
         "--pieces",
         type=Path,
         metavar="FILE",
-        help="write in how many pieces it is best made on so many threads",
+        help="write the best number of pieces on --threads threads",
     )
     args = parser.parse_args()
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     inputs = (args.source, args.digests, args.tensors, args.head_tensors, args.imatrix)
     atomic.refuse_overwriting(args.out, *inputs)
+    llama = programs.from_options(args)
+    asked = request.from_options(args)
     source = reader.read(args.source)
-    types = choose(
-        source,
-        args.type,
-        head=head_recipe(args.head, read_recipe(args.head_tensors)) if args.head else (),
-        recipe=read_recipe(args.tensors),
-        imatrix=args.imatrix,
-        bin_dir=args.bin,
-    )
+    types = choose_types(source, asked, llama)
     digests = read_json(args.digests) if args.digests else reader.digests(args.source)
-    made = plan.make(source, digests, types, args.type, args.imatrix, args.bin)
+    plan = make_plan(source, digests, types, asked, llama)
     if args.pieces:
-        atomic.write_json(args.pieces, made.pieces(args.threads))
-    made.write(args.out)
+        atomic.write_json(args.pieces, plan.piece_count(llama))
+    plan.write(args.out)
 
 
 if __name__ == "__main__":

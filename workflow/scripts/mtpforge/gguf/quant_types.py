@@ -1,10 +1,13 @@
-"""The quantization types of llama.cpp: what `llama-quantize` accepts for a whole file, and what a single tensor may have."""
+"""The quantization types of llama.cpp: those of a whole file, and those of a single tensor.
+
+A new type needs a row in each table: its number or position, its error and its cost.
+"""
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mtpforge.errors import ConfigError
 
-# A file's type -> general.file_type, as `llama-quantize --help` of llama.cpp 0c1e57098 lists them.
+# File type -> general.file_type, as listed by `llama-quantize --help` of llama.cpp 0c1e57098.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18,
     "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q5_1": 9,
@@ -16,24 +19,29 @@ FILE_TYPES = {
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 
-# What a tensor may be made into, finest first. Below 4 bits a head's agreement falls off a cliff (llama.cpp PR #28351).
+# The types of a tensor, finest first. Below 4 bits, the acceptance of a head drops sharply
+# (llama.cpp PR #28351).
 TENSOR_TYPES = (
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "NVFP4", "IQ4_XS", "MXFP4",
-    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0",
+    "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "NVFP4", "IQ4_XS", "MXFP4",
+    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 
-# Types, of a file (whose mixture has some of them) or of a tensor, that llama-quantize refuses without an importance matrix:
-# `tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp. A Q2_K tensor needs one in a Q2_K_S file.
+# Types of a file or a tensor that llama-quantize refuses without an importance matrix
+# (`tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp). A file type
+# is listed if its mixture has such tensors; a Q2_K tensor needs a matrix in a Q2_K_S file only.
 NEED_IMATRIX = (
     "Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 )  # fmt: skip
 
-# Of embeddings and output, which llama-imatrix does not cover, it asks nothing, and ends in a failed assertion for these.
+# llama-imatrix does not cover embeddings and output, so llama-quantize does not check them, but
+# fails an assertion for these types.
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 _NEED_IMATRIX_EVEN_THERE = ("IQ2_XS", "IQ2_XXS", "IQ1_S")
 
-# Relative error of a quantization on heavy-tailed weights, measured (RMS of the difference over RMS of the weights); of types that
-# need an importance matrix, with an uneven one.
+# Relative error of quantized heavy-tailed weights, measured: RMS of the difference over RMS of the
+# weights. Types that need an importance matrix had an uneven one.
 RELATIVE_ERROR = {
     "F32": 0.0,
     "F16": 2.0**-11,
@@ -63,21 +71,26 @@ RELATIVE_ERROR = {
     "TQ2_0": 0.851,
 }
 
-# CPU seconds that llama-quantize takes for 10^9 weights of a type: the mean of two runs of bench/costs.py, at least 1. BF16 is a
-# copy.
+# CPU seconds of llama-quantize for 10^9 weights: the mean of two runs of bench/costs.py, but
+# at least 1. BF16 is a copy.
 SECONDS = {
-    "F32": 2, "F16": 3, "BF16": 1, "Q8_0": 4, "Q6_K": 29, "Q5_1": 2, "Q5_K": 55, "Q5_0": 2, "Q4_1": 1, "Q4_K": 64, "Q4_0": 1,
-    "IQ4_NL": 180, "NVFP4": 25, "IQ4_XS": 180, "MXFP4": 5, "Q3_K": 12, "IQ3_S": 335, "IQ3_XXS": 471, "Q2_K": 56, "IQ2_S": 210,
-    "IQ2_XS": 800, "IQ2_XXS": 395, "IQ1_M": 145, "IQ1_S": 152, "TQ2_0": 5, "TQ1_0": 4,
+    "F32": 2, "F16": 3, "BF16": 1, "Q8_0": 4, "Q6_K": 29, "Q5_1": 2, "Q5_K": 55, "Q5_0": 2,
+    "Q4_1": 1, "Q4_K": 64, "Q4_0": 1, "IQ4_NL": 180, "NVFP4": 25, "IQ4_XS": 180, "MXFP4": 5,
+    "Q3_K": 12, "IQ3_S": 335, "IQ3_XXS": 471, "Q2_K": 56, "IQ2_S": 210, "IQ2_XS": 800,
+    "IQ2_XXS": 395, "IQ1_M": 145, "IQ1_S": 152, "TQ2_0": 5, "TQ1_0": 4,
 }  # fmt: skip
 
-# And in each run before it begins, for tables of the type, which it makes on all processors; those that take a second or more.
+# CPU seconds for the tables that a run computes first, on all processors; only types that take a
+# second or more.
 TABLES = {"IQ2_S": 4.2, "IQ2_XS": 2.1, "IQ1_M": 9.4, "IQ1_S": 9.2}
 
-# What llama-quantize takes where a row is no multiple of a type's block (`tensor_type_fallback` in `llama-quant.cpp`).
+# What llama-quantize uses instead if a row is not a multiple of the type's block
+# (`tensor_type_fallback` in `llama-quant.cpp`).
 _FALLBACK = {
-    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
-    **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
+    "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0",
+    "Q3_K": "Q4_0", "Q2_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ2_S": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ1_S": "IQ4_NL",
 }  # fmt: skip
 
 
@@ -87,8 +100,8 @@ def bits(name: str) -> float:
     return 8 * size / block
 
 
-def fitting(name: str, row: int) -> str:
-    """The type that a tensor gets that is asked for at type `name`, where its rows have `row` values."""
+def effective_type(name: str, row: int) -> str:
+    """The type that llama-quantize really uses for type `name` and rows of `row` values."""
     for kind in (name, _FALLBACK.get(name, name)):
         if row % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0:
             return kind
@@ -96,14 +109,14 @@ def fitting(name: str, row: int) -> str:
 
 
 def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
-    """Whether llama-quantize can make the tensor of this name into this type only with a row for it in an importance matrix."""
+    """Whether llama-quantize needs an importance matrix that covers the tensor to use this type."""
     if tensor in EMBEDDINGS:
         return kind in _NEED_IMATRIX_EVEN_THERE
     return kind in NEED_IMATRIX or (kind, file_type) == ("Q2_K", "Q2_K_S")
 
 
 def check_file_type(name: str) -> str:
-    """The name, if llama-quantize knows it. Raises ConfigError."""
+    """Return the name if llama-quantize has that file type. Raises ConfigError."""
     if name not in FILE_TYPES:
         raise ConfigError(
             f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}"

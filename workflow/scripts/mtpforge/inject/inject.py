@@ -32,6 +32,7 @@ from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import Recipe, head_types
+from mtpforge.quantize.request import QuantizeRequest
 
 Tensor: TypeAlias = tuple[TensorInfo, Payload]
 
@@ -123,7 +124,7 @@ def _planned(head: Gguf, types: Recipe) -> list[TensorInfo]:
     asked = head_types(head, types) if types else {}
 
     def planned(info: TensorInfo) -> TensorInfo:
-        name = quant_types.fitting(asked.get(info.name, info.type.name), info.shape[-1])
+        name = quant_types.effective_type(asked.get(info.name, info.type.name), info.shape[-1])
         return replace(info, type=GGMLQuantizationType[name])
 
     return [planned(info) for info in head.head.tensors.values()]
@@ -144,7 +145,7 @@ def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gg
     out = scratch / "quantized.gguf"
     writer.write(source, head.metadata, contents(head))
     # Any quantized file type serves: every matrix of the head has an override.
-    quantize(source, out, "Q8_0", types, bin_dir=llama.folder)
+    quantize(source, out, QuantizeRequest("Q8_0", head=types), LlamaCpp(llama.folder))
     return reader.read(out)
 
 

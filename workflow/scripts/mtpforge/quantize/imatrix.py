@@ -1,145 +1,170 @@
-"""Importance matrices: what one covers, read strictly, and a new one from a text by `llama-imatrix`."""
+"""Importance matrices: read strictly, and computed from a text with `llama-imatrix`."""
 
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
 from mtpforge.gguf import reader
+from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.llama_cpp import process, programs
+from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 
 CHUNK = 512
-"""Tokens that are run through the model at a time, and what the sums are added up by: another number gives other bytes."""
+"""Tokens per chunk, for which the sums are accumulated: another number gives other bytes."""
 
-_NAME_LIMIT = 63  # GGML_MAX_NAME less the closing zero
+MIN_TOKENS = 2 * CHUNK
 
 
-def compute(
-    model: Path, text: Path, out: Path, threads: int = 0, bin_dir: Path = programs.DEFAULT_BIN, log: Path | None = None
-) -> None:  # fmt: skip
-    """Run a text (UTF-8) through a GGUF and write the importance matrix of its trunk's tensors to `out`, a GGUF.
+def compute(model: Path, text: Path, out: Path, llama: LlamaCpp) -> None:
+    """Run a text (UTF-8) through a GGUF, and write the importance matrix of its trunk as a GGUF.
 
-    Raises ConfigError for a text that is too short, ToolchainError where the program fails.
+    Raises ConfigError if the text is too short, ToolchainError if llama-imatrix fails.
     """
-    program, least = programs.find(bin_dir, "llama-imatrix"), 2 * CHUNK
-    short = f"{text}: is too short for an importance matrix: it must have at least {least:,} tokens, in English {4 * least:,} letters"
-    if (
-        len(text.read_bytes().strip()) < least
-    ):  # a token has a byte or more; what the program says as it fails can get lost
-        raise ConfigError(short)
-    with replacing(out) as temporary, tempfile.TemporaryDirectory() as place:
-        (Path(place) / text.name).symlink_to(text.resolve())  # it records the path that it is given
-        command: list[str | Path] = [
-            program,
-            "-m",
-            model.resolve(),
-            "-f",
-            text.name,
-            "-o",
-            temporary.resolve(),
-            "--output-format",
-            "gguf",
-        ]
-        command += [word for option in ("-c", "-b", "-ub") for word in (option, str(CHUNK))]
+    # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
+    if len(text.read_bytes().strip()) < MIN_TOKENS:
+        raise _too_short(text)
+    with replacing(out) as temporary, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / text.name).symlink_to(text.resolve())  # the path it is given gets into the file
+        files: list[Argument] = ["-m", model.resolve(), "-f", text.name, "-o", temporary.resolve()]
+        chunks: list[Argument] = ["-c", CHUNK, "-b", CHUNK, "-ub", CHUNK]
         try:
-            process.call(
-                [*command, *(["-t", str(threads)] if threads else [])], log, cwd=Path(place)
-            )
+            llama.imatrix([*files, "--output-format", "gguf", *chunks], folder)
         except ToolchainError as error:
             if "you need at least" in str(error):
-                raise ConfigError(short) from None
+                raise _too_short(text) from None
             raise
         read(temporary)
 
 
 def read(path: Path) -> dict[str, int]:
-    """The tensors that an importance matrix covers, each with its number of values. Raises GgufError.
+    """The number of values for each tensor that an importance matrix covers. Raises GgufError.
 
-    Both formats: GGUF, and the older one, commonly called .dat.
+    Reads both formats: GGUF, and the legacy one, commonly called .dat.
     """
     return {name: values for name, (values, _) in _rows(path).items()}
 
 
 def digests(path: Path) -> dict[str, str]:
-    """The sha256 of what it has of each tensor, sums and counts. Raises GgufError."""
+    """The sha256 of the sums and counts of each tensor. Raises GgufError."""
     return {name: "".join(map(sha256, ranges)) for name, (_, ranges) in _rows(path).items()}
 
 
 Row: TypeAlias = tuple[int, list[FileRange]]
-"""The number of a tensor's values, and where all that it has of this tensor lies."""
+"""The number of a tensor's values, and where its data lies."""
+
+
+def _too_short(text: Path) -> ConfigError:
+    return ConfigError(
+        f"{text}: too short for an importance matrix: needs at least {MIN_TOKENS:,} tokens, "
+        f"about {4 * MIN_TOKENS:,} letters of English"
+    )
 
 
 def _rows(path: Path) -> dict[str, Row]:
     with path.open("rb") as file:
-        rows = _read_gguf(path) if file.read(4) == reader.MAGIC else _read_legacy(path)
+        is_gguf = file.read(4) == reader.MAGIC
+    rows = _read_gguf(path) if is_gguf else _read_legacy(path)
     if not rows:
-        raise GgufError(f"{path}: an importance matrix of no tensor")
+        raise GgufError(f"{path}: importance matrix without tensors")
     return rows
+
+
+_REQUIRED = {
+    "imatrix.datasets": GGUFValueType.ARRAY,
+    "imatrix.chunk_count": GGUFValueType.UINT32,
+    "imatrix.chunk_size": GGUFValueType.UINT32,
+}
 
 
 def _read_gguf(path: Path) -> dict[str, Row]:
-    """Each tensor as NAME.in_sum2, a sum of squares for each column of each expert, and NAME.counts."""
+    """Each tensor is stored as NAME.in_sum2 and NAME.counts.
+
+    in_sum2 has a sum of squares for each column of each expert, counts a count for each expert.
+    """
     opened = reader.read(path)
-    for key, kind in (
-        ("datasets", GGUFValueType.ARRAY),
-        ("chunk_count", GGUFValueType.UINT32),
-        ("chunk_size", GGUFValueType.UINT32),
-    ):
-        value = opened.metadata.get(f"imatrix.{key}")
+    for key, kind in _REQUIRED.items():
+        value = opened.metadata.get(key)
         if value is None or value.type is not kind:
             raise GgufError(
-                f"{path}: no importance matrix: metadata key imatrix.{key} is missing or of the wrong type"
+                f"{path}: not an importance matrix: metadata key {key} is missing or has the wrong "
+                "type"
             )
-    rows = {}
-    for name, sums in opened.tensors.items():
-        tensor = name.removesuffix(".in_sum2")
-        if tensor != name:
-            counts = opened.tensors.get(f"{tensor}.counts")
-            if (
-                counts is None
-                or {sums.type, counts.type} != {GGMLQuantizationType.F32}
-                or sums.elements % counts.elements
-            ):
-                raise GgufError(
-                    f"{path}: {name} does not go with its counts, or one of them is not F32"
-                )
-            rows[tensor] = sums.elements, [opened.ranges[name], opened.ranges[counts.name]]
-    return rows
+    names = [name for name in opened.tensors if name.endswith(".in_sum2")]
+    return {name.removesuffix(".in_sum2"): _gguf_row(opened, name) for name in names}
+
+
+def _gguf_row(opened: Gguf, name: str) -> Row:
+    sums = opened.tensors[name]
+    counts = opened.tensors.get(f"{name.removesuffix('.in_sum2')}.counts")
+    if counts is None or sums.elements % counts.elements:
+        raise GgufError(f"{opened.path}: {name} has no matching counts")
+    if {sums.type, counts.type} != {GGMLQuantizationType.F32}:
+        raise GgufError(f"{opened.path}: {name} or its counts are not F32")
+    return sums.elements, [opened.ranges[name], opened.ranges[counts.name]]
 
 
 def _read_legacy(path: Path) -> dict[str, Row]:
-    """Little-endian int32 and float32: the number of entries, each entry's name, calls and values, then calls and data set."""
+    """Little-endian int32 and float32.
+
+    The number of entries, each entry's name, calls and values, then calls and data set.
+    """
+    rows: dict[str, Row] = {}
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-
-        def number() -> int:
-            return int.from_bytes(file.read(bounded(4, 1)), "little", signed=True)
-
-        def bounded(count: int, unit: int, limit: int = size) -> int:
-            if not 0 <= count <= limit or count * unit > size - file.tell():
-                raise GgufError(
-                    f"{path}: no importance matrix, or truncated: {count:,} at byte {file.tell():,} cannot be"
-                )
-            return count * unit
-
-        rows = {}
-        for _ in range(number()):
-            name = file.read(bounded(number(), 1, _NAME_LIMIT)).decode("utf-8", errors="replace")
+        legacy = _Legacy(path, file)
+        for _ in range(legacy.number()):
+            name = legacy.name()
             if name in rows or not name.isprintable():
                 raise GgufError(
-                    f"{path}: no importance matrix: {name[:_NAME_LIMIT]!r} stands twice or is no tensor's name"
+                    f"{path}: not an importance matrix: duplicate or invalid tensor name {name!r}"
                 )
-            start = file.tell()
-            number()
-            values = number()
-            end = file.seek(bounded(values, 4), os.SEEK_CUR)
-            rows[name] = values, [FileRange(path, start, end - start)]
-        if file.tell() < size:  # some have neither
-            number()
-            bounded(number(), 1)
+            rows[name] = legacy.row()
+        if not legacy.at_end():  # some files end here
+            legacy.number()
+            legacy.length(legacy.number(), 1)
     return rows
+
+
+class _Legacy:
+    """A cursor over a file of the legacy format; every length is checked before it is used."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+
+    def number(self) -> int:
+        return int.from_bytes(self.file.read(self.length(4, 1)), "little", signed=True)
+
+    def name(self) -> str:
+        size = self.number()
+        if size > NAME_LIMIT:
+            raise self._invalid(size)
+        return self.file.read(self.length(size, 1)).decode("utf-8", errors="replace")
+
+    def row(self) -> Row:
+        start = self.file.tell()
+        self.number()  # calls
+        values = self.number()
+        end = self.file.seek(self.length(values, 4), os.SEEK_CUR)
+        return values, [FileRange(self.path, start, end - start)]
+
+    def at_end(self) -> bool:
+        return self.file.tell() == self.size
+
+    def length(self, count: int, unit: int) -> int:
+        """The bytes of `count` values of `unit` bytes. Raises GgufError if the file lacks them."""
+        if count < 0 or count * unit > self.size - self.file.tell():
+            raise self._invalid(count)
+        return count * unit
+
+    def _invalid(self, count: int) -> GgufError:
+        return GgufError(
+            f"{self.path}: not an importance matrix, or truncated: invalid length {count:,} "
+            f"at byte {self.file.tell():,}"
+        )

@@ -1,97 +1,67 @@
-"""Manifests: which tensors a finished file has and under which key, so that others can reuse them."""
+"""Manifests: which tensors a finished file holds, so that other quantizations can reuse them."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.errors import CheckpointError
-from mtpforge.gguf.reader import TensorInfo, drop_leading_ones
 from mtpforge.io import atomic
-from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import read_json
-from mtpforge.quantize.plan import Plan
+from mtpforge.quantize.plan import QuantizePlan
 
 MANIFESTS = "**/manifests/**/*.json"
+"""Where `--reuse FOLDER` looks for manifests in FOLDER."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor that is finished: where its bytes lie, the sha256 that they should have, and what the file is called."""
+class ManifestEntry:
+    """A tensor of a file: its name there, its key (see `QuantizePlan.keys`) and its sha256."""
 
-    piece: FileRange
-    digest: str
-    path: Path
-
-    @property
-    def of_piece(self) -> bool:
-        """Whether the file is a piece where the workflow has them, which are gone when the whole is there."""
-        return "/manifests/pieces/" in f"/{self.path.as_posix()}"
+    name: str
+    key: str
+    sha256: str
 
 
-def named(made: Mapping[str, Made]) -> str:
-    """The files that the tensors lie in, for a message."""
-    return ", ".join(sorted({str(tensor.path) for tensor in made.values()}))
+@dataclass(frozen=True)
+class Manifest:
+    """The tensors of a file, and every name the file has or will have.
 
+    A split file is listed as the folder of its shards. On disk, names are relative to the manifest.
+    """
 
-def is_sound(tensor: Made) -> bool:
-    """Whether the tensor's bytes can be read and have the sha256 of its manifest."""
-    try:
-        return sha256(tensor.piece) == tensor.digest
-    except OSError:
-        return False
+    files: list[Path]
+    tensors: list[ManifestEntry]
 
+    @classmethod
+    def of(
+        cls, plan: QuantizePlan, digests: Mapping[str, str], files: Iterable[Path]
+    ) -> "Manifest":
+        """The manifest of a file that holds those planned tensors that `digests` (sha256) names."""
+        keys = plan.keys()
+        names = [name for name in plan.tensors if name in digests]
+        entries = [ManifestEntry(name, keys[name], digests[name]) for name in names]
+        return cls(list(files), entries)
 
-def write_manifest(
-    path: Path, plan: Plan, digests: Mapping[str, str], files: Iterable[Path]
-) -> None:
-    """Say which tensors a file has, a line for each: its name, key and sha256. `files` are all names that it has or will have."""
-    keys = plan.keys()
-    names = [os.path.relpath(file, path.parent) for file in files]
-    lines = [
-        json.dumps([name, keys[name], digests[name]]) for name in plan.tensors if name in digests
-    ]
-    atomic.write_text(
-        path, f'{{\n"files": {json.dumps(names)},\n"tensors": [\n' + ",\n".join(lines) + "\n]}\n"
-    )
+    def write(self, path: Path) -> None:
+        """Write it as JSON, one line per tensor."""
+        files = [os.path.relpath(file, path.parent) for file in self.files]
+        lines = [json.dumps([entry.name, entry.key, entry.sha256]) for entry in self.tensors]
+        text = f'{{\n"files": {json.dumps(files)},\n"tensors": [\n' + ",\n".join(lines) + "\n]}\n"
+        atomic.write_text(path, text)
 
-
-def read_manifest(path: Path) -> tuple[list[Path], dict[str, tuple[str, str]]]:
-    """Files by all their names, and by key a tensor's name there and its sha256; nothing where it is no manifest."""
-    try:
-        value = read_json(path) if path.is_file() else {}  # a pipe would wait for ever
-        known = {str(key): (str(name), str(digest)) for name, key, digest in value["tensors"]}
-        return [Path(os.path.normpath(path.parent / name)) for name in value["files"]], known
-    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
-        return [], {}
-
-
-def present(files: Iterable[Path]) -> Iterator[Path]:
-    """Those that are there, of a folder all GGUFs in it."""
-    for file in files:
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read a manifest; one without files or tensors if `path` is not a valid manifest."""
         try:
-            inside = sorted(file.glob("*.gguf")) if file.is_dir() else [file]
-            yield from [path for path in inside if path.is_file()]
-        except (OSError, ValueError):  # a name that cannot be, a folder that may not be read
-            continue
+            value = read_json(path) if path.is_file() else {}  # opening a pipe would block forever
+            tensors = [ManifestEntry(*map(str, entry)) for entry in value["tensors"]]
+            files = [Path(os.path.normpath(path.parent / name)) for name in value["files"]]
+        except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+            return cls([], [])
+        return cls(files, tensors)
 
-
-def held(path: Path, scratch: Path) -> Path:
-    """A second name of a file; where the file system has none, the first. Raises OSError where the file is gone."""
-    path = path.resolve()
-    about = path.stat()
-    held = scratch / f"{about.st_dev}-{about.st_ino}.gguf"
-    if not held.exists():
-        try:
-            os.link(path, held)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            return path
-    return held
-
-
-def same(found: TensorInfo, wanted: TensorInfo) -> bool:
-    """Whether type and shape agree, apart from leading dimensions of one."""
-    return (found.type, drop_leading_ones(found.shape)) == (wanted.type, wanted.shape)
+    def by_key(self) -> dict[str, ManifestEntry]:
+        """The tensors by their keys."""
+        return {entry.key: entry for entry in self.tensors}

@@ -1,89 +1,147 @@
-"""The mixture of types that a quantization will have, as `llama-quantize --dry-run` says it: read, shown, and held against an
-importance matrix before anything is quantized.
+"""The mixture of types that a quantization will have, as `llama-quantize --dry-run` prints it.
+
+It is parsed, shown as a table, and checked against the importance matrix before any quantizing.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge import table
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.gguf import quant_types
-from mtpforge.gguf.reader import Gguf
+from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.quantize.request import QuantizeRequest
 
 Types = Mapping[str, GGMLQuantizationType]
-"""A type for each tensor's name."""
+"""The type of each tensor, by its name."""
 
-# [   2/  70] token_embd.weight  - [   256,   1280,      1,      1], type =   bf16, size =     0.62 MiB ->     0.21 MiB (q5_K)
+# A line, here broken in two:
+# [   2/  70] token_embd.weight  - [   256,   1280,      1,      1], type =   bf16,
+# size =     0.62 MiB ->     0.21 MiB (q5_K)
 _ROW = re.compile(
-    r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[ \d,]+\], type = +(?P<old>\w+), size = +[\d.]+ MiB( -> +[\d.]+ MiB \((?P<new>\w+)\))?"
+    r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[ \d,]+\], type = +(?P<old>\w+), "
+    r"size = +[\d.]+ MiB( -> +[\d.]+ MiB \((?P<new>\w+)\))?"
 )
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 def parse(output: str, source: Gguf) -> Types:
-    """The type that each tensor of `source` will have, in the order in which they will be written.
+    """The type that each tensor of `source` will have, in the order of the quantized file.
 
-    Raises ToolchainError for what is not said as expected.
+    Raises ToolchainError if the output of the dry run is not as expected.
     """
-    types = {}
+    types: dict[str, GGMLQuantizationType] = {}
     for line in output.split("\n"):
-        if not line.startswith("["):
-            continue
-        row = _ROW.fullmatch(line)
-        name = row["name"] if row else ""
-        kind = (row["new"] or row["old"]).upper() if row else ""
-        known = (
-            row is not None
-            and name in source.tensors
-            and source.tensors[name].type.name == row["old"].upper()
-        )
-        if not known or name in types or kind not in GGMLQuantizationType.__members__:
-            raise ToolchainError(
-                f"llama-quantize --dry-run is not understood: is it of another version? It said {line!r}"
-            )
-        types[name] = GGMLQuantizationType[kind]
+        if line.startswith("["):
+            name, kind = _parse_row(line, source)
+            if name in types:
+                raise _not_understood(line)
+            types[name] = kind
     if missing := [name for name in source.tensors if name not in types]:
         raise ToolchainError(
-            f"llama-quantize --dry-run says nothing of {missing[0]}: is it of another version?"
+            f"llama-quantize --dry-run does not list {missing[0]}: is it another version?"
         )
     return types
 
 
 def show(source: Gguf, default: Types, chosen: Types) -> str:
-    """A table of tensor, default type, chosen type and size; a tensor that many blocks have, and all that stay, share a row."""
+    """A table of tensor, default type, chosen type and size.
 
-    def size(types: Types, names: Iterable[str]) -> int:
-        return sum(replace(source.tensors[name], type=types[name]).size for name in names)
-
+    The same tensor of several blocks has one row, and so have all tensors that keep their type.
+    """
     groups: dict[tuple[str, str, str], list[str]] = {}
-    rest = []
+    unchanged: list[str] = []
     for name, info in source.tensors.items():
         if default[name] == chosen[name] == info.type:
-            rest.append(name)
+            unchanged.append(name)
         else:
-            groups.setdefault(
-                (_BLOCK.sub("blk.{}.", name), default[name].name, chosen[name].name), []
-            ).append(name)
+            key = (_BLOCK.sub("blk.{}.", name), default[name].name, chosen[name].name)
+            groups.setdefault(key, []).append(name)
     rows = [("tensor", "default", "chosen", "size")]
-    for (name, old, new), names in groups.items():
+    for (pattern, old, new), names in groups.items():
         blocks = _ranges([int(block[1]) for block in map(_BLOCK.match, names) if block])
-        rows.append((name.replace("{}", blocks, 1), old, new, table.size(size(chosen, names))))
-    rows.append((f"{len(rest)} others, as they are", "", "", table.size(size(chosen, rest))))
-    weights = sum(info.elements for info in source.tensors.values())
-    bits = [f"{8 * size(types, source.tensors) / weights:.2f}" for types in (default, chosen)]
-    return table.markdown(
-        [*rows, ("all, in bits per weight", *bits, table.size(size(chosen, source.tensors)))]
+        label = pattern.replace("{}", blocks, 1)
+        rows.append((label, old, new, table.size(_size(source, chosen, names))))
+    rest = table.size(_size(source, chosen, unchanged))
+    rows.append((f"{len(unchanged)} others, unchanged", "", "", rest))
+    return table.markdown([*rows, _totals(source, default, chosen)])
+
+
+def check_imatrix(
+    source: Gguf, chosen: Types, request: QuantizeRequest, rows: Mapping[str, int]
+) -> None:
+    """Check that the importance matrix covers every tensor that cannot be quantized without it.
+
+    `rows` has the number of values in the importance matrix for each tensor. Raises ConfigError,
+    naming the tensors, also if a row has the wrong length.
+    """
+    missing: list[str] = []
+    wrong: list[str] = []
+    for name, info in source.tensors.items():
+        if chosen[name] == info.type:
+            continue
+        fits = rows.get(name) == _row_length(info)
+        # llama-quantize ignores rows of embeddings.
+        if name in rows and not fits and name not in quant_types.EMBEDDINGS[:2]:
+            wrong.append(name)
+        elif not fits and quant_types.needs_imatrix(name, chosen[name].name, request.file_type):
+            missing.append(f"{name} ({chosen[name].name})")
+    if wrong or (request.imatrix and not rows.keys() & source.tensors.keys()):
+        raise ConfigError(
+            f"{request.imatrix}: importance matrix of another model: {source.path} has no matching "
+            f"{_some(wrong or list(rows))}"
+        )
+    if missing:
+        lacking = f"{request.imatrix} has no row for" if request.imatrix else "there is none for"
+        raise ConfigError(
+            f"{source.path} as {request.file_type} needs an importance matrix, and {lacking} "
+            f"{_some(missing)}: give these tensors another type (`tensors:`, `head:`), or use an "
+            "importance matrix (`imatrix:`) that covers them"
+        )
+
+
+def _parse_row(line: str, source: Gguf) -> tuple[str, GGMLQuantizationType]:
+    row = _ROW.fullmatch(line)
+    info = source.tensors.get(row["name"]) if row else None
+    if row is None or info is None or info.type.name != row["old"].upper():
+        raise _not_understood(line)
+    kind = (row["new"] or row["old"]).upper()
+    if kind not in GGMLQuantizationType.__members__:
+        raise _not_understood(line)
+    return info.name, GGMLQuantizationType[kind]
+
+
+def _not_understood(line: str) -> ToolchainError:
+    return ToolchainError(
+        "cannot parse the output of llama-quantize --dry-run: is it another version? "
+        f"It printed {line!r}"
     )
 
 
+def _totals(source: Gguf, default: Types, chosen: Types) -> tuple[str, str, str, str]:
+    weights = sum(info.elements for info in source.tensors.values())
+    sizes = [_size(source, types, source.tensors) for types in (default, chosen)]
+    before, after = (f"{8 * size / weights:.2f}" for size in sizes)
+    return "total, in bits per weight", before, after, table.size(sizes[1])
+
+
+def _size(source: Gguf, types: Types, names: Iterable[str]) -> int:
+    """Bytes of these tensors at these types."""
+    return sum(replace(source.tensors[name], type=types[name]).size for name in names)
+
+
+def _row_length(info: TensorInfo) -> int:
+    """Values of an importance matrix for a tensor: one per column of each expert."""
+    return info.shape[-1] * prod(info.shape[:-2])
+
+
 def _ranges(numbers: list[int]) -> str:
-    """0, 1, 2, 3 and 7 as {0-3,7}, one number as itself."""
+    """0, 1, 2, 3 and 7 as {0-3,7}, a single number as itself."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -94,39 +152,6 @@ def _ranges(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def check_imatrix(
-    source: Gguf, chosen: Types, file_type: str, imatrix: Path | None, rows: Mapping[str, int]
-) -> None:
-    """Every tensor that cannot be quantized without has a row in the importance matrix, and no row has a wrong length.
-
-    `rows` are the numbers of values that `imatrix` has, by tensor. Raises ConfigError, naming the tensors.
-    """
-    missing, wrong = [], []
-    for name, info in source.tensors.items():
-        if chosen[name] == info.type:
-            continue
-        fits = rows.get(name) == info.shape[-1] * prod(
-            info.shape[:-2]
-        )  # a value for each column of each expert
-        if (
-            name in rows and not fits and name not in quant_types.EMBEDDINGS[:2]
-        ):  # of embeddings such a row is ignored
-            wrong.append(name)
-        elif not fits and quant_types.needs_imatrix(name, chosen[name].name, file_type):
-            missing.append(f"{name} ({chosen[name].name})")
-    if wrong or (imatrix and not rows.keys() & source.tensors.keys()):
-        named = _some(wrong or list(rows))
-        raise ConfigError(
-            f"{imatrix}: is the importance matrix of another model: {source.path} has nothing like its {named}"
-        )
-    if missing:
-        lack = f"{imatrix} has none for" if imatrix else "there is none for"
-        raise ConfigError(
-            f"{source.path} as {file_type} needs an importance matrix, and {lack} {_some(missing)}: give these tensors another type"
-            " (`tensors:`, `head:`), or take an importance matrix (`imatrix:`) that covers them"
-        )
-
-
 def _some(names: list[str]) -> str:
-    """The first few of them, and how many there are."""
+    """The first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,7 +1,8 @@
-"""The plan of a quantization: what each tensor of the file will be made from, and into which type.
+"""The plan of a quantization: what each tensor of the file is made from, and its type.
 
-It is small, and the same for the same work: where it has not changed, nothing is to be quantized again. A tensor's part of it is a
-key, under which its bytes can be found in whatever file has them already.
+A plan is small, and equal for equal work: while it is unchanged, nothing needs requantizing. Each
+tensor has a key that covers everything its bytes depend on, so any file that already holds the
+tensor can be found.
 """
 
 import hashlib
@@ -14,29 +15,33 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from mtpforge.errors import GgufError
+from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf, drop_leading_ones, header_range
 from mtpforge.io import atomic
-from mtpforge.io.ranges import FileRange, sha256
+from mtpforge.io.ranges import digest_of, sha256
 from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import programs
-from mtpforge.quantize import imatrix, mixture
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize import imatrix
+from mtpforge.quantize.mixture import Types
+from mtpforge.quantize.request import QuantizeRequest
 
 SAMPLE = 1 << 16
-"""Bytes of each tensor that are read to tell whether a plan is for a file."""
+"""Bytes of each tensor that are hashed to tell whether a plan belongs to a file."""
 
-MOST_PIECES = 999
+MAX_PIECES = 999
 PIECE_SECONDS = 2 * 3600
-"""What a piece takes, on all threads, where nothing is configured. What takes less than one and a half of it is not cut: it starts
-over after a kill, but source and result are not copied once more, which can be a tenth of the time and more."""
+"""Intended time of a piece on all threads, unless the number of pieces is configured. Work that takes
+less than one and a half times as long stays whole: a kill costs all of it, but pieces would copy
+source and result once more, which can take over a tenth of the time."""
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """What a tensor is made into, and from: `form` is the source's type and shape, `source` the sha256 of its bytes.
+class PlannedTensor:
+    """A tensor's type, and what it is made from.
 
-    `row` is the digest of its row in the importance matrix; empty where it has none.
+    `form` is the type and shape of the source tensor, as `BF16 2048 6144`, `source` the sha256 of
+    its bytes, and `row` the digest of its row in the importance matrix, empty without one.
     """
 
     type: str
@@ -46,19 +51,18 @@ class Tensor:
 
     @property
     def cost(self) -> float:
-        """CPU seconds that it takes, roughly; where it stays as it is, those of a copy."""
+        """Approximate CPU seconds to make it; if it keeps its type, the time to copy it."""
         old, *shape = self.form.split()
-        return (
-            math.prod(map(int, shape))
-            * quant_types.SECONDS["BF16" if self.type == old else self.type]
-            / 1e9
-        )
+        kind = "BF16" if self.type == old else self.type
+        return math.prod(map(int, shape)) * quant_types.SECONDS[kind] / 1e9
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Of one file: its type, the sha256 of the source's metadata and of a sample of its tensors, the importance matrix (name and
-    sha256, or both empty), a digest of the toolchain, and the tensors in the order in which they will be written.
+class QuantizePlan:
+    """The plan of one file, its tensors in the order in which they will be written.
+
+    `header` is the sha256 of the source's metadata, `sample` a digest of samples of its tensors,
+    `toolchain` the digest of llama-quantize; `imatrix` and its sha256 are empty without one.
     """
 
     file_type: str
@@ -67,116 +71,154 @@ class Plan:
     imatrix: str
     imatrix_sha256: str
     toolchain: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, PlannedTensor]
 
-    def types(self) -> mixture.Types:
+    def types(self) -> Types:
         """The type of each tensor."""
         return {name: GGMLQuantizationType[tensor.type] for name, tensor in self.tensors.items()}
 
     def keys(self) -> dict[str, str]:
-        """What decides the bytes of each tensor; a change in another tensor, or of the file's type, is none in its bytes."""
+        """A digest per tensor of everything that its bytes depend on.
+
+        Neither the other tensors nor the type of the file are part of it.
+        """
         return {
             name: _digest([self.toolchain, *vars(tensor).values()])
             for name, tensor in self.tensors.items()
         }
 
-    def check(self, source: Gguf) -> None:
-        """Raise GgufError where the plan is for another file than `source`; of tensors only the beginning is compared.
+    @property
+    def cost(self) -> float:
+        """Approximate CPU seconds to quantize all tensors."""
+        return sum(tensor.cost for tensor in self.tensors.values())
 
-        Two checkpoints of one model can have the same metadata.
+    def piece_count(self, llama: LlamaCpp) -> int:
+        """The best number of pieces on the threads of `llama`.
+
+        It is not part of the plan, which is the same on every machine.
         """
+        seconds = self.cost / llama.processors
+        return min(max(1, round(seconds / PIECE_SECONDS)), MAX_PIECES)
+
+    def check(self, source: Gguf, matrix: Path | None, llama: LlamaCpp) -> None:
+        """Raise GgufError or ConfigError unless the plan was made for exactly these inputs."""
+        self._check_source(source)
+        if _imatrix_identity(matrix) != (self.imatrix, self.imatrix_sha256):
+            wanted = f"{self.imatrix} (sha256 {self.imatrix_sha256})" if self.imatrix else "none"
+            raise ConfigError(
+                f"the plan was made with another importance matrix than {matrix or 'none'}: "
+                f"expected {wanted}"
+            )
+        if toolchain_digest(llama) != self.toolchain:
+            raise ConfigError(
+                f"the plan was made with another llama-quantize than the one in {llama.folder}: "
+                "run quantize_plan.py again"
+            )
+
+    def _check_source(self, source: Gguf) -> None:
         forms = {name: tensor.form for name, tensor in self.tensors.items()}
-        if (
-            forms != {name: form(source, name) for name in source.tensors}
-            or sha256(header_range(source)) != self.header
-        ):
+        same_forms = forms == {name: source_form(source, name) for name in source.tensors}
+        if not same_forms or sha256(header_range(source)) != self.header:
             raise GgufError(
-                f"{source.path}: has other tensors or metadata than what the plan is for: make the plan again"
+                f"{source.path}: tensors or metadata differ from those of the plan: "
+                "run quantize_plan.py again"
             )
         if sample(source) != self.sample:
             raise GgufError(
-                f"{source.path}: has other weights than what the plan is for: make the plan again"
+                f"{source.path}: weights differ from those of the plan: run quantize_plan.py again"
             )
 
-    def pieces(self, threads: int) -> int:
-        """How many pieces it is made in, by what it takes on so many threads. No part of the plan: that is the same anywhere."""
-        seconds = sum(tensor.cost for tensor in self.tensors.values()) / programs.threads(threads)
-        return min(max(1, round(seconds / PIECE_SECONDS)), MOST_PIECES)
-
     def write(self, path: Path) -> None:
-        """As JSON with a line for each tensor: Snakemake compares by content what has less than a megabyte."""
-        head = {name: value for name, value in vars(self).items() if name != "tensors"}
+        """Write it as JSON, one line per tensor; Snakemake compares files below a megabyte."""
+        head = {key: value for key, value in vars(self).items() if key != "tensors"}
+        top = [f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in head.items()]
         lines = [
             f"{json.dumps(name)}: {json.dumps(list(vars(tensor).values()))}"
             for name, tensor in self.tensors.items()
         ]
-        top = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items())
-        atomic.write_text(path, f'{{\n{top}"tensors": {{\n' + ",\n".join(lines) + "\n}}\n")
+        tensors = '"tensors": {\n' + ",\n".join(lines) + "\n}"
+        atomic.write_text(path, "{\n" + "".join(top) + tensors + "}\n")
 
     @classmethod
-    def read(cls, path: Path) -> "Plan":
-        """The plan in a file that `write` made. Raises GgufError where it is none."""
+    def read(cls, path: Path) -> "QuantizePlan":
+        """Read a plan that `write` wrote. Raises GgufError if the file is missing or invalid."""
         if not path.exists():
-            raise GgufError(f"{path}: missing: quantize_plan.py writes it")
+            raise GgufError(f"{path}: missing: write it with quantize_plan.py")
+        value = read_json(path)
         try:
-            value = read_json(path)
-            tensors = {
-                name: Tensor(*map(str, entry)) for name, entry in value.pop("tensors").items()
-            }
-            plan = cls(**{name: str(entry) for name, entry in value.items()}, tensors=tensors)
-            types = {kind.name for kind in plan.types().values()}
-            if (
-                plan.file_type not in quant_types.FILE_TYPES
-                or not types <= quant_types.SECONDS.keys()
-            ):
-                raise KeyError("a type that cannot be")
-            if any(tensor.cost < 0 for tensor in tensors.values()):
-                raise ValueError("a number that cannot be")
+            rows = value.pop("tensors").items()
+            tensors = {name: PlannedTensor(*map(str, row)) for name, row in rows}
+            plan = cls(**{key: str(entry) for key, entry in value.items()}, tensors=tensors)
+            plan._check_values()
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            reason = f"missing key {error}" if isinstance(error, KeyError) else error
             raise GgufError(
-                f"{path}: is no plan of a quantization ({error!r}): make it again"
+                f"{path}: invalid quantization plan ({reason}): "
+                "delete it, or run quantize_plan.py again"
             ) from None
         return plan
 
+    def _check_values(self) -> None:
+        """Raise ValueError for a type that llama.cpp lacks, or an impossible shape."""
+        types = {tensor.type for tensor in self.tensors.values()} - quant_types.SECONDS.keys()
+        files = {self.file_type} - quant_types.FILE_TYPES.keys()
+        for unknown in sorted(types | files):
+            raise ValueError(f"unknown type {unknown}")
+        for name, tensor in self.tensors.items():
+            if tensor.cost < 0:
+                raise ValueError(f"impossible shape of {name}: {tensor.form}")
 
-def make(
-    source: Gguf, digests: Mapping[str, str], types: mixture.Types, file_type: str, matrix: Path | None, bin_dir: Path
-) -> Plan:  # fmt: skip
-    """The plan for a source whose `digests` are as `reader.digests` has them. Raises GgufError."""
+
+def make_plan(
+    source: Gguf,
+    digests: Mapping[str, str],
+    types: Types,
+    request: QuantizeRequest,
+    llama: LlamaCpp,
+) -> QuantizePlan:
+    """Plan to quantize `source` to `types`, which `choose_types` chose for `request`.
+
+    `digests` are the source's, as `reader.digests` returns them. Raises GgufError.
+    """
     if digests.keys() != {"header", *source.tensors}:
-        raise GgufError(f"{source.path}: has other tensors than its digests: make these again")
-    rows = imatrix.digests(matrix) if matrix else {}
+        raise GgufError(f"{source.path}: tensors differ from those of its digests: hash it again")
+    rows = imatrix.digests(request.imatrix) if request.imatrix else {}
     tensors = {
-        name: Tensor(kind.name, form(source, name), digests[name], rows.get(name, "")) for name, kind in types.items()
-    }  # fmt: skip
-    name, digest = matrix_of(matrix)
-    return Plan(
-        file_type, digests["header"], sample(source), name, digest, toolchain(bin_dir), tensors
+        name: PlannedTensor(kind.name, source_form(source, name), digests[name], rows.get(name, ""))
+        for name, kind in types.items()
+    }
+    matrix_name, matrix_sha256 = _imatrix_identity(request.imatrix)
+    return QuantizePlan(
+        file_type=request.file_type,
+        header=digests["header"],
+        sample=sample(source),
+        imatrix=matrix_name,
+        imatrix_sha256=matrix_sha256,
+        toolchain=toolchain_digest(llama),
+        tensors=tensors,
     )
 
 
 def sample(source: Gguf) -> str:
-    """A digest of the beginnings of all tensors."""
-    pieces = sorted(source.ranges.items())
-    return _digest([sha256(replace(piece, size=min(piece.size, SAMPLE))) for _, piece in pieces])
+    """A digest of the first bytes of every tensor."""
+    ranges = [whole for _, whole in sorted(source.ranges.items())]
+    return _digest([sha256(replace(whole, size=min(whole.size, SAMPLE))) for whole in ranges])
 
 
-def matrix_of(path: Path | None) -> tuple[str, str]:
-    """Name and sha256 of an importance matrix; both empty for none."""
-    return (path.name, sha256(FileRange(path, 0, path.stat().st_size))) if path else ("", "")
-
-
-def form(source: Gguf, name: str) -> str:
-    """A tensor's type and shape, as `BF16 2048 6144`: what a row is decides what becomes of it."""
+def source_form(source: Gguf, name: str) -> str:
+    """Type and shape of a tensor, as `BF16 2048 6144`."""
     info = source.tensors[name]
     return " ".join([info.type.name, *map(str, drop_leading_ones(info.shape))])
 
 
-def toolchain(bin_dir: Path) -> str:
-    """What decides the bytes that llama-quantize makes: the program with libraries of its own, and what the stamp beside its folder
-    says of the build. Raises ToolchainError, or CheckpointError for a stamp that is none.
+def toolchain_digest(llama: LlamaCpp) -> str:
+    """A digest of everything in the toolchain that the bytes of a quantization depend on.
+
+    Covers llama-quantize, its shared libraries and the build's stamp.json. Raises ToolchainError if
+    the program is missing, CheckpointError if the stamp is not a JSON object.
     """
-    program, stamp = programs.find(bin_dir, "llama-quantize"), bin_dir.parent / "stamp.json"
+    program = llama.find("llama-quantize")
+    stamp = llama.folder.parent / "stamp.json"
     about = read_json(stamp) if stamp.exists() else {}
     about.pop("programs", None)
     libraries = [
@@ -184,12 +226,12 @@ def toolchain(bin_dir: Path) -> str:
         for name in ("libllama*", "libggml-base*")
         for path in sorted(program.parent.glob(name))
     ]
-    return _digest(
-        [
-            *(sha256(FileRange(path, 0, path.stat().st_size)) for path in (program, *libraries)),
-            about,
-        ]
-    )
+    return _digest([*map(digest_of, (program, *libraries)), about])
+
+
+def _imatrix_identity(path: Path | None) -> tuple[str, str]:
+    """Name and sha256 of an importance matrix; both empty without one."""
+    return (path.name, digest_of(path)) if path else ("", "")
 
 
 def _digest(value: Any) -> str:

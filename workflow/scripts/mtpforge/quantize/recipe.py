@@ -1,4 +1,4 @@
-"""Recipes: which tensor gets which type, and how they become overrides of llama-quantize."""
+"""Recipes: which tensors get which types, and how recipes become overrides of llama-quantize."""
 
 import re
 from collections.abc import Sequence
@@ -12,34 +12,39 @@ from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf
 
 NO_HEAD = "none"
-"""What stands for a head's type where no head is wanted."""
+"""Stands for the type of a head if the file is to have none."""
 
 Recipe = Sequence[tuple[str, str]]
-"""Ordered (pattern, tensor type); the first pattern that is found in a tensor's name decides."""
+"""Ordered (pattern, tensor type); the first pattern found in a tensor's name decides."""
 
 
 def plan_overrides(
     source: Gguf, file_type: str, head: Recipe, recipe: Recipe
 ) -> list[tuple[str, str]]:
-    """The ordered overrides: the head's first, so that no pattern of a recipe reaches into it. Raises ConfigError."""
+    """The ordered overrides: (regular expression of tensor names, type).
+
+    The head's come first, so that a recipe does not change the head. Raises ConfigError for an
+    unknown type, or a pattern without a match.
+    """
     quant_types.check_file_type(file_type)
     for pattern, _ in recipe:
         if not any(re.search(pattern, name) for name in source.tensors):
             raise ConfigError(
-                f"tensor pattern {pattern!r} matches no tensor of {source.path}: is it misspelt?"
+                f"tensor pattern {pattern!r} matches no tensor of {source.path}: check its spelling"
             )
     types = head_types(source, head or head_recipe(default_head(file_type)))
     if file_type in quant_types.UNQUANTIZED:
         if recipe or set(types.values()) - {file_type}:
             raise ConfigError(
-                f"{file_type} is not quantized, so llama-quantize ignores recipes and head types: keep the head at {file_type}"
+                f"llama-quantize ignores recipes and head types for the unquantized {file_type}: "
+                f"leave them out, or set the head to {file_type}"
             )
         return []
     return [(rf"^{re.escape(name)}$", kind) for name, kind in types.items()] + list(recipe)
 
 
 def head_recipe(kind: str, exceptions: Recipe = ()) -> Recipe:
-    """The types of a head as a recipe: `kind` for all tensors that no exception matches.
+    """The recipe of a head: `kind` for every tensor that no exception matches.
 
     Raises ConfigError for an unknown type.
     """
@@ -48,31 +53,35 @@ def head_recipe(kind: str, exceptions: Recipe = ()) -> Recipe:
 
 
 def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
-    """The type that each matrix of the head is to have. Raises ConfigError for a pattern that none of them matches."""
+    """The type of each matrix of the head. Raises ConfigError for a pattern without a match."""
     names = [name for name, info in source.head.tensors.items() if quantizable(info)]
     for pattern, _ in recipe:
         if names and not any(re.search(pattern, name) for name in names):
             raise ConfigError(
-                f"tensor pattern {pattern!r} matches no matrix of the head: {', '.join(names)}"
+                f"tensor pattern {pattern!r} matches no matrix of the head, which has "
+                f"{', '.join(names)}"
             )
     return {name: kind for name in names if (kind := by_recipe(name, recipe))}
 
 
 def by_recipe(name: str, recipe: Recipe) -> str | None:
-    """The type of the first pattern that is found in a tensor's name; None where there is none."""
+    """The type of the first pattern that is found in a tensor's name; None if there is no match."""
     return next((kind for pattern, kind in recipe if re.search(pattern, name)), None)
 
 
 def default_head(file_type: str) -> str:
-    """Q8_0 costs a head next to nothing of its agreement; an unquantized file keeps its head as it is."""
+    """Q8_0, which costs hardly any acceptance; in an unquantized file, the type of the file."""
     return file_type if file_type in quant_types.UNQUANTIZED else "Q8_0"
 
 
 def check_pattern(pattern: str) -> None:
-    """llama-quantize lower-cases patterns and splits its file on white space and `=`. Raises ConfigError."""
+    """Raise ConfigError for a pattern that llama-quantize would change or misread.
+
+    It converts patterns to lower case, and splits its file at white space and `=`.
+    """
     if not pattern or re.search(r"[\s=]", pattern) or pattern != pattern.lower():
         raise ConfigError(
-            f"tensor pattern {pattern!r}: must be lower case, without white space and '='"
+            f"tensor pattern {pattern!r}: must be lower case, without white space or '='"
         )
     try:
         re.compile(pattern)
@@ -83,16 +92,18 @@ def check_pattern(pattern: str) -> None:
 
 
 def read_recipe(path: Path | None) -> Recipe:
-    """A recipe from a YAML file that maps patterns to types, in order; none for None. Raises ConfigError."""
+    """Read a recipe from a YAML file that maps patterns to types; empty for None.
+
+    Raises ConfigError for invalid YAML, an invalid pattern or an unknown type.
+    """
     if path is None:
         return ()
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
-    if not isinstance(table, dict) or any(
-        not isinstance(word, str) for entry in table.items() for word in entry
-    ):
+    is_mapping = isinstance(table, dict)
+    if not is_mapping or not all(isinstance(word, str) for word in (*table, *table.values())):
         raise ConfigError(f"{path}: must map tensor patterns to types, as in `attn_.*: Q6_K`")
     for pattern, kind in table.items():
         check_pattern(pattern)
