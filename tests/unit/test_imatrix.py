@@ -10,7 +10,8 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 from mtpforge.llama_cpp import process
 from mtpforge.quantize import imatrix
 

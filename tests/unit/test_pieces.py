@@ -19,7 +19,8 @@ from gguf.constants import GGUFValueType
 from mtpforge import progress
 from mtpforge.errors import ConfigError, ForgeError, GgufError
 from mtpforge.gguf import quant_types, reader, writer
-from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.io import atomic, ranges
 from mtpforge.io.ranges import FileRange, Sink
 from mtpforge.llama_cpp.programs import LlamaCpp

@@ -13,7 +13,8 @@ from pathlib import Path
 from threading import Event, Lock
 
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import PADDING, Gguf, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.io.ranges import CHUNK, FileRange, forget, sha256
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.llama_quantize import without_vocabulary

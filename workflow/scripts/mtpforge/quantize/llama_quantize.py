@@ -15,7 +15,8 @@ from gguf.constants import GGUFValueType
 
 from mtpforge.errors import ToolchainError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import PADDING, Gguf, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.io.atomic import replacing
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.quantize import imatrix, mixture

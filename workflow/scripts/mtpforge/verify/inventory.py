@@ -18,7 +18,7 @@ def check_types(opened: Gguf, request: Request) -> Check:
         if not quantizable(info):
             continue
         asked = by_recipe(name, types if name in head else request.recipe)
-        if asked and info.type.name != quant_types.fitting(asked, info.shape[-1]):
+        if asked and info.type.name != quant_types.effective_type(asked, info.shape[-1]):
             wrong.append(f"{name} is {info.type.name}, not {asked}")
     detail = f"{len(opened.tensors)} tensors, head {request.head or 'at any type'}"
     return Check("types", not wrong, some(wrong) or detail)
