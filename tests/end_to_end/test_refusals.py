@@ -11,7 +11,8 @@ import pytest
 from conftest import CHECKPOINTS, MODELS, Run
 from layouts import read_tensors, write_checkpoint
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 
 MOE, INJECTED = MODELS[1], "Q4_K_M-injected"
 

@@ -23,7 +23,8 @@ from conftest import CHECKPOINTS, MODELS, ROOT, SCRIPTS
 from gguf.constants import GGUFValueType
 from mtpforge.gguf import reader
 from mtpforge.gguf.head import quantizable
-from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp import server
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import default_head

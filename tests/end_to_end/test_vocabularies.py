@@ -8,7 +8,7 @@ from conftest import CHECKPOINTS, Run
 from gguf.constants import GGUFValueType
 from layouts import write_layout
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import Value
+from mtpforge.gguf.metadata import Value
 
 TOKENS = "tokenizer.ggml.tokens"
 

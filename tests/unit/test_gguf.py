@@ -10,8 +10,9 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader
-from mtpforge.gguf.reader import TensorInfo, Value
-from mtpforge.gguf.writer import fill, write
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
+from mtpforge.gguf.writer import write, write_scratch
 
 F32 = GGMLQuantizationType.F32
 
@@ -97,10 +98,10 @@ def test_a_similar_vocabulary_is_not_taken_for_the_last_one(tmp_path: Path) -> N
     assert 12_000 in reader._last_strings
 
 
-def test_fill_returns_what_read_returns(sample: Path, tmp_path: Path) -> None:
+def test_write_scratch_returns_what_read_returns(sample: Path, tmp_path: Path) -> None:
     opened, copy = reader.read(sample), tmp_path / "copy.gguf"
     tensors = list(reversed(reader.contents(opened)))
-    assert fill(copy, opened.metadata, tensors) == reader.read(copy)
+    assert write_scratch(copy, opened.metadata, tensors) == reader.read(copy)
 
 
 def test_an_overwritten_file_keeps_no_old_bytes(sample: Path, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_an_overwritten_file_keeps_no_old_bytes(sample: Path, tmp_path: Path) ->
     for size in (1, 2 * sample.stat().st_size):
         copy.write_bytes(b"\xff" * size)
         before = copy.stat().st_ino
-        fill(copy, opened.metadata, tensors)
+        write_scratch(copy, opened.metadata, tensors)
         assert (
             copy.read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
             and copy.stat().st_ino == before

@@ -12,7 +12,8 @@ from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.head import trunk_digests
-from mtpforge.gguf.reader import PADDING, Gguf, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.gguf.split import read as read_split
 from mtpforge.inject.inject import Options, cost, inject
 from mtpforge.inject.match import vocabulary_difference

@@ -18,7 +18,8 @@ from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.reader import Gguf, TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.inject import inject
 from mtpforge.io.ranges import Payload
 from mtpforge.llama_cpp import architectures

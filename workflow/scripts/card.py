@@ -65,7 +65,7 @@ def read_results(files: list[Path], reports: list[Path], measurements: list[Path
         Result(
             Report.read(report),
             measured.get(report.name.replace(".split.json", ".json")),
-            reader.read(names.first_of(file)),
+            reader.read(names.first_file(file)),
         )
         for file, report in zip(files, reports, strict=True)
     ]

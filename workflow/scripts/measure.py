@@ -26,7 +26,7 @@ def main() -> None:
     args = _parser().parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
     llama = programs.from_options(args)
-    first = names.first_of(args.file)
+    first = names.first_file(args.file)
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(

@@ -20,7 +20,8 @@ from mtpforge.convert import tokenizer
 from mtpforge.convert.plan import plan
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 from mtpforge.gguf.writer import write
 
 PARTS = ("all", "trunk", "head", "draft")

@@ -21,7 +21,7 @@ from gguf.constants import GGUFValueType, Keys
 from tokenizers import AddedToken, Tokenizer
 
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.gguf.reader import Value
+from mtpforge.gguf.metadata import Value
 from mtpforge.io.text import parse_json, read_json, read_text
 
 # Upstream tells pre-tokenizers apart by the ids that this text gets: data of convert_hf_to_gguf_update.py.

@@ -25,7 +25,7 @@ def shard_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
-def first_of(path: Path) -> Path:
+def first_file(path: Path) -> Path:
     """The first file of a GGUF, given a file or the folder of a split one.
 
     Raises GgufError if the folder has no GGUF.

@@ -18,8 +18,7 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import GgufError
-from mtpforge.gguf.metadata import SCALARS, U32, U64
-from mtpforge.gguf.metadata import Value as Value
+from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
 from mtpforge.io.ranges import FileRange, Payload, sha256
 
 MAGIC = b"GGUF"
@@ -270,7 +269,7 @@ class _Parser:
         if value.type is not GGUFValueType.UINT32 or value.decode() != ALIGNMENT:
             raise self.fail(
                 f"general.alignment is not {ALIGNMENT}: "
-                "llama.cpp's tools write damaged files at other alignments"
+                "llama.cpp's tools damage such files: convert the model again with the default"
             )
 
     def skip_value(self, kind: GGUFValueType) -> None:

@@ -36,7 +36,7 @@ def write(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> None:
         _write(temporary, metadata, tensors, show)
 
 
-def fill(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
+def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
     """Write a scratch GGUF in place, without starting to flush it to the disk. Raises GgufError."""
     return _write(path, metadata, tensors)
 

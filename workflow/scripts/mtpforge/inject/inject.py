@@ -145,7 +145,7 @@ def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gg
     out = scratch / "quantized.gguf"
     writer.write(source, head.metadata, contents(head))
     # Any quantized file type serves: every matrix of the head has an override.
-    quantize(source, out, QuantizeRequest("Q8_0", head=types), LlamaCpp(llama.folder))
+    quantize(source, out, QuantizeRequest("Q8_0", head=types), llama)
     return reader.read(out)
 
 

@@ -134,4 +134,4 @@ class QuantizeJob:
         """Copy the tensors of `part` into a file, sharing blocks with the source if possible."""
         tensors = reader.contents(part)
         metadata = writer.padded(without_vocabulary(self.source), tensors, part)
-        return writer.fill(scratch / "part.gguf", metadata, tensors)
+        return writer.write_scratch(scratch / "part.gguf", metadata, tensors)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtpforge.gguf import split
-from mtpforge.gguf.names import first_of
+from mtpforge.gguf.names import first_file
 from mtpforge.gguf.quant_types import bits
 from mtpforge.report.svg import AXIS, CHARACTER, GRID, INK, PLAIN, WIDTH, Font, Svg
 
@@ -30,7 +30,7 @@ def tensors(path: Path, errors: Mapping[str, float]) -> Svg:
     )
     if errors:
         svg.paragraph("Below: relative errors of these tensors, smallest to largest, and the mean.")
-    types = {name: info.type.name for name, info in split.read(first_of(path)).tensors.items()}
+    types = {name: info.type.name for name, info in split.read(first_file(path)).tensors.items()}
     svg.y += 6
     for name, group in _by_name(types).items():
         svg.y += 16

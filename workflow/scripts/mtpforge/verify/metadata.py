@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from gguf.constants import Keys
 
 from mtpforge.gguf import reader
-from mtpforge.gguf.reader import Gguf, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import match
 from mtpforge.verify.report import Check, some
 

@@ -11,7 +11,8 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, plan
 from mtpforge.gguf import reader
-from mtpforge.gguf.reader import TensorInfo, Value
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 from mtpforge.io.text import read_json, read_text
 from mtpforge.verify import values
 from mtpforge.verify.request import Request
