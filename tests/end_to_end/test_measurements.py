@@ -1,4 +1,7 @@
-"""An embedded file measured by a real llama-server and llama-perplexity. Times are this machine's, and no test compares them."""
+"""Measurements of an embedded file by a real llama-server and llama-perplexity.
+
+No test compares times, which depend on the machine.
+"""
 
 import json
 from pathlib import Path
@@ -51,7 +54,7 @@ def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> Non
     assert measured["IQ3_S-mix"]["options"] == ["-fa", "on"]
 
 
-def test_what_is_accepted_is_what_verification_saw(measured: dict[str, Any], built: Path) -> None:
+def test_acceptance_equals_that_of_verification(measured: dict[str, Any], built: Path) -> None:
     """The same prompts and lengths, one token ahead: each repeat drafts as verification did."""
     total = measured["IQ3_S-mix"]["by_n_max"][1]
     report = json.loads(
@@ -61,7 +64,7 @@ def test_what_is_accepted_is_what_verification_saw(measured: dict[str, Any], bui
     assert total["acceptance"] == pytest.approx(report["acceptance"], abs=0.02)
 
 
-def test_positions_add_up_to_what_is_accepted(measured: dict[str, Any]) -> None:
+def test_positions_add_up_to_the_acceptance(measured: dict[str, Any]) -> None:
     one, two = measured["IQ3_S-mix"]["by_n_max"][1:]
     assert one["by_position"] == [pytest.approx(one["acceptance"], abs=0.01)]
     assert sum(two["by_position"]) / 2 == pytest.approx(two["acceptance"], abs=0.02)
@@ -77,20 +80,20 @@ def test_the_recommendation_follows_from_the_figures(measured: dict[str, Any]) -
     assert f"{MODEL}-IQ3_S-mix.gguf: {found['verdict']}" in measured["stdout"]
 
 
-def test_memory_is_at_least_that_of_the_weights(measured: dict[str, Any]) -> None:
+def test_memory_is_at_least_the_size_of_the_weights(measured: dict[str, Any]) -> None:
     found = measured["BF16"]
     assert found["bytes"] < found["memory_bytes"] < 2e9
     assert found["memory_bytes"] == max(entry["memory_bytes"] for entry in found["by_n_max"])
 
 
-def test_bf16_is_no_distance_from_itself_and_a_quantization_is(measured: dict[str, Any]) -> None:
+def test_kl_divergence_is_zero_for_bf16_and_not_for_a_quant(measured: dict[str, Any]) -> None:
     itself, mixed = measured["BF16"]["kl_divergence"], measured["IQ3_S-mix"]["kl_divergence"]
     assert abs(itself["mean"]) < 1e-5 and itself["same_top"] > 0.999
     assert mixed["mean"] > 1e-4 and mixed["p99.9"] > mixed["mean"] and mixed["same_top"] < 1
     assert measured["BF16"]["perplexity"] > 1
 
 
-def test_a_text_alone_gives_perplexity_alone(
+def test_a_text_without_logits_gives_only_perplexity(
     built: Path, run: Run, tmp_path: Path, measured: dict[str, Any]
 ) -> None:
     done = run(
@@ -104,7 +107,7 @@ def test_a_text_alone_gives_perplexity_alone(
     )
 
 
-def test_a_text_that_is_too_short_is_refused(built: Path, fails, tmp_path: Path) -> None:
+def test_a_short_text_is_refused(built: Path, fails, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Too short.")
     model = built / "results" / MODEL / "work/convert/all.gguf"

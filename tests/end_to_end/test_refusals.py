@@ -1,4 +1,4 @@
-"""A file that is there but wrong is never published: planted faults are refused by verify, with a message that says why."""
+"""Wrong files are never published: verify refuses planted faults, and says why."""
 
 import json
 import re
@@ -21,7 +21,7 @@ Change = Callable[[TensorInfo, bytearray], None]
 
 
 def damaged(source: Path, out: Path, change: Change, names: str = ".*") -> Path:
-    """A copy of a GGUF of which the tensors with these names went through `change`, which works in place on their bytes."""
+    """A copy of a GGUF in which `change` has edited the bytes of the tensors with these names."""
     opened, raw = reader.read(source), bytearray(source.read_bytes())
     before = bytes(raw)
     for name, info in opened.tensors.items():
@@ -37,13 +37,13 @@ def damaged(source: Path, out: Path, change: Change, names: str = ".*") -> Path:
 
 
 def swap_first(info: TensorInfo, data: bytearray) -> None:
-    """The first two rows of a matrix, or the first two experts, change places."""
+    """Swap the first two rows of a matrix, or the first two experts."""
     size = len(data) // info.shape[0]
     data[:size], data[size : 2 * size] = data[size : 2 * size], data[:size]
 
 
 def swap_halves(info: TensorInfo, data: bytearray) -> None:
-    """`eh_proj` with hidden state and embedding the wrong way round."""
+    """Swap hidden state and embedding in `eh_proj`."""
     rows = np.frombuffer(data, np.uint8).reshape(info.shape[0], -1)
     rows[:] = np.roll(rows, rows.shape[1] // 2, axis=1)
 
@@ -52,7 +52,7 @@ def prompts(model: str) -> tuple[object, ...]:
     return ("--prompts", CHECKPOINTS / model / "prompts", "--threads", 1)
 
 
-def test_a_head_without_the_shift_of_its_norms_is_refused_because_it_drafts_nothing(
+def test_a_head_with_unshifted_norms_drafts_nothing_and_is_refused(
     built: Path, fails: Fails, tmp_path: Path
 ) -> None:
     source = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
@@ -63,18 +63,18 @@ def test_a_head_without_the_shift_of_its_norms_is_refused_because_it_drafts_noth
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of a finished file, and how the verdict on it begins."""
+    """A change of a finished file, and the start of the verdict on it."""
 
     verdict: str
     tensors: str
-    """Names that the change touches, as a regular expression; in the head and in the trunk."""
+    """Regular expression of the names of changed tensors."""
     change: Change
     model: str = "tiny-qwen3.5"
     variant: str = "Q4_K_M"
 
 
 def shift(by: float) -> Change:
-    """Norms that are shifted once more (1), or were not at all (-1)."""
+    """Shift norms once more (1), or take their shift back (-1)."""
 
     def change(info: TensorInfo, data: bytearray) -> None:
         values = np.frombuffer(data, np.float32)
@@ -84,12 +84,12 @@ def shift(by: float) -> Change:
 
 
 def flip_bit(info: TensorInfo, data: bytearray) -> None:
-    """The last bit of a tensor's middle."""
+    """Flip the last bit of the byte in the middle."""
     data[len(data) // 2] ^= 1
 
 
 def poison(info: TensorInfo, data: bytearray) -> None:
-    """Of a block of Q4_K or Q8_0, or of two F32 values, the scale becomes a half-precision NaN."""
+    """Make the scale of a Q4_K or Q8_0 block a half-precision NaN."""
     data[:2] = b"\x00\x7e"
 
 
@@ -154,7 +154,7 @@ SHOWN_BY_DIGESTS = {
 
 
 def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple[object, ...]:
-    """What the rules ask of a variant, of its bytes too if `digests` says so."""
+    """Options that the rules use for a variant; `digests` adds those for its bytes."""
     work = built / "results" / model / "work"
     kind = {"IQ3_S-mix": "IQ3_S", INJECTED: "Q4_K_M"}.get(variant, variant)
     record = work / ("injected" if variant == INJECTED else "quantized") / f"{variant}.json"
@@ -167,7 +167,7 @@ def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple
 
 
 def refused(built: Path, fails: Fails, folder: Path, fault: Fault, digests: bool) -> str:
-    """The message on a file with this fault; nothing has appeared but the file itself."""
+    """The message on a file with this fault; no other file has appeared."""
     name = f"{fault.model}-{fault.variant}.gguf"
     faulty = damaged(
         built / "results" / fault.model / name, folder / "faulty.gguf", fault.change, fault.tensors
@@ -183,7 +183,7 @@ def refused(built: Path, fails: Fails, folder: Path, fault: Fault, digests: bool
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_refused_by_the_check_that_should(
+def test_a_fault_is_refused_by_the_right_check(
     built: Path, fails: Fails, tmp_path: Path, name: str
 ) -> None:
     message = refused(built, fails, tmp_path, FAULTS[name], digests=False)
@@ -194,10 +194,10 @@ def test_a_fault_is_refused_by_the_check_that_should(
 
 
 @pytest.mark.parametrize("name", SHOWN_BY_DIGESTS)
-def test_a_changed_bit_is_refused_by_the_digests_alone(
+def test_only_digests_find_a_changed_bit(
     built: Path, fails: Fails, tmp_path: Path, name: str
 ) -> None:
-    """Values show it only where nothing is quantized."""
+    """Values show it only in unquantized files."""
     fault = SHOWN_BY_DIGESTS[name]
     message = refused(built, fails, tmp_path, fault, digests=True)
     assert fault.verdict in message and ("values: " in message) == (fault.variant == "BF16")
@@ -224,7 +224,7 @@ def test_a_changed_bit_is_refused_by_the_digests_alone(
         ),
     ],
 )
-def test_other_metadata_is_refused(
+def test_wrong_metadata_is_refused(
     built: Path,
     fails: Fails,
     tmp_path: Path,
@@ -243,7 +243,7 @@ def test_other_metadata_is_refused(
     message = fails("verify.py", tmp_path / "faulty.gguf", *options, out=tmp_path / "report.json")
     assert (
         verdict.format(opened.architecture) in message and ";" not in message
-    )  # and nothing else is said against it
+    )  # and no other check fails
     assert [path.name for path in tmp_path.iterdir()] == ["faulty.gguf"]
 
 
@@ -251,7 +251,7 @@ def test_other_metadata_is_refused(
 def test_a_head_from_another_checkpoint_is_refused(
     built: Path, run: Run, fails: Fails, tmp_path: Path, model: str
 ) -> None:
-    """One that fits in every shape, and drafts: the same with its matrices a little off."""
+    """It fits in every shape and drafts: the same head with slightly changed matrices."""
     config, tensors = (
         json.loads((CHECKPOINTS / model / "config.json").read_text()),
         read_tensors(CHECKPOINTS / model),
@@ -270,7 +270,9 @@ def test_a_head_from_another_checkpoint_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.gguf", "other"]
 
 
-def test_another_type_than_asked_for_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
+def test_a_type_that_was_not_requested_is_refused(
+    built: Path, fails: Fails, tmp_path: Path
+) -> None:
     file, asked = (
         built / "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M.gguf",
         ("--type", "Q8_0", "--head", "Q6_K"),
@@ -281,9 +283,7 @@ def test_another_type_than_asked_for_is_refused(built: Path, fails: Fails, tmp_p
     assert "general.file_type is 15, not 7 (Q8_0)" in message and "is Q8_0, not Q6_K" in message
 
 
-def test_a_trunk_that_is_not_the_bases_is_refused(
-    built: Path, fails: Fails, tmp_path: Path
-) -> None:
+def test_the_trunk_of_another_base_is_refused(built: Path, fails: Fails, tmp_path: Path) -> None:
     file, base = (
         built / f"results/tiny-qwen3.5/tiny-qwen3.5-{v}.gguf" for v in ("Q4_K_M-injected", "IQ4_XS")
     )
@@ -370,7 +370,7 @@ def test_a_damaged_draft_sidecar_is_refused_by_its_values(
     assert "values: token_embd.weight differs" in message and "drafting" not in message
 
 
-def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(
+def test_damage_after_conversion_is_refused_by_the_digests(
     built: Path, fails: Fails, tmp_path: Path
 ) -> None:
     work = built / "results/tiny-qwen3.5/work/convert"
@@ -382,7 +382,7 @@ def test_what_was_converted_and_then_damaged_is_refused_by_its_digests(
 
 
 @pytest.mark.parametrize("kind", ["F16", "F32"])
-def test_an_unquantized_file_of_another_type_can_be_published(
+def test_f16_and_f32_files_can_be_published(
     built: Path, run: Run, tmp_path: Path, kind: str
 ) -> None:
     source, out = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf", tmp_path / f"{kind}.gguf"
@@ -408,7 +408,7 @@ def test_an_unquantized_file_of_another_type_can_be_published(
         (("--type", "Q4_K_M", "--bin", "/nonexistent"), "missing or not executable"),
     ],
 )
-def test_a_quantization_that_cannot_be_leaves_no_file(
+def test_an_impossible_quantization_leaves_no_file(
     built: Path, fails: Fails, tmp_path: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     source = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"

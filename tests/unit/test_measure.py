@@ -1,4 +1,4 @@
-"""Output of llama.cpp is read strictly, and a head that does not speed up decoding is not recommended."""
+"""Measuring: llama.cpp's output is read strictly, and only a head that speeds up is recommended."""
 
 import contextlib
 import shlex
@@ -100,12 +100,12 @@ def test_a_single_repeat_or_no_drafts_are_no_reason_to_draft() -> None:
     assert recommend([OFF, replace(total(2, 180, 190, 200), drafts=0), fast], 3)[0] == 1
 
 
-def test_positions_are_read_for_each_request_that_drafted() -> None:
+def test_acceptance_by_position_is_read_for_each_request() -> None:
     assert by_position(LOG, [201, 0, 12]) == [[0.985, 0.582, 0.403], [], [0.5, 0.25, 0.0]]
 
 
 @pytest.mark.parametrize("drafts", [[201], [201, 12, 12], [0, 0]])
-def test_positions_that_do_not_fit_the_requests_are_not_guessed(drafts: list[int]) -> None:
+def test_positions_that_do_not_fit_the_requests_are_dropped(drafts: list[int]) -> None:
     assert by_position(LOG, drafts) == [[] for _ in drafts]
 
 
@@ -190,14 +190,14 @@ def test_the_size_of_logits() -> None:
     assert round(perplexity.size(16, 248_320) / 1e9, 2) == 2.03
 
 
-def test_the_text_is_what_the_grammar_generates() -> None:
+def test_the_held_out_text_is_generated_by_the_grammar() -> None:
     assert (CHECKPOINTS / "held-out.txt").read_text(encoding="utf-8") == corpus.held_out_text()
 
 
 @pytest.mark.parametrize(
     "arguments", [["--n-max", "0"], ["--n-max", "1,x"], ["--repeats", "0"], ["--prompts", "."]]
 )
-def test_what_cannot_be_measured_is_refused(run, tmp_path: Path, arguments: list[str]) -> None:
+def test_invalid_options_are_refused(run, tmp_path: Path, arguments: list[str]) -> None:
     done = run("measure.py", tmp_path / "none.gguf", "--out", tmp_path / "out.json", *arguments)
     assert (
         done.returncode and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
@@ -225,7 +225,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_nothing_is_measured_unless_it_is_asked_for() -> None:
+def test_nothing_is_measured_by_default() -> None:
     made = build(None)
     assert made.measurements() == []
     with pytest.raises(ConfigError, match="models/m/measure"):
@@ -233,7 +233,7 @@ def test_nothing_is_measured_unless_it_is_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_what_is_measured() -> None:
+def test_options_of_a_measurement() -> None:
     made = build({})
     assert made.measurements() == [
         f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")
@@ -265,7 +265,7 @@ def test_what_is_measured() -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None:
+def test_a_fetched_head_alone_is_not_compared_with_bf16() -> None:
     theirs = {"base": {"path": "base.gguf"}}
     source = {"repo": "Owner/Name", "revision": "0" * 40}
     made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
@@ -287,6 +287,6 @@ def test_where_only_a_head_is_fetched_there_is_no_bf16_to_compare_with() -> None
         ({"text": "nowhere.txt"}, "models/m/measure/text: no such file: nowhere.txt"),
     ],
 )
-def test_mistakes_are_refused_with_their_path(measured: dict[str, Any], message: str) -> None:
+def test_configuration_errors_name_their_key(measured: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(measured)

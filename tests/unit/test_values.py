@@ -1,4 +1,4 @@
-"""Values are compared where they should be: the sample of a large tensor, its right values in every layout, norms, near ties."""
+"""Verification of values and of running files: samples, errors, norms, near ties, templates."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ EXPERTS, ROWS, WIDTH = (
 @pytest.mark.parametrize(
     "name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"]
 )
-def test_some_rows_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
+def test_sampled_rows_of_a_checkpoint_equal_the_converted_tensor(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_layout(name, tmp_path))
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
     rng = np.random.default_rng(0)
@@ -85,11 +85,11 @@ def problem(large: tuple[Gguf, np.ndarray], right: np.ndarray) -> str:
     return found[0].problem
 
 
-def test_a_sample_of_right_values_passes(large: tuple[Gguf, np.ndarray]) -> None:
+def test_right_values_pass(large: tuple[Gguf, np.ndarray]) -> None:
     assert problem(large, large[1]) == ""
 
 
-def test_any_two_experts_that_change_places_are_seen(large: tuple[Gguf, np.ndarray]) -> None:
+def test_swapped_experts_are_found(large: tuple[Gguf, np.ndarray]) -> None:
     experts = large[1].reshape(EXPERTS, ROWS, WIDTH)
     for a, b in [(0, 1), (7, 8), (0, EXPERTS - 1)]:
         other = experts.copy()
@@ -99,7 +99,7 @@ def test_any_two_experts_that_change_places_are_seen(large: tuple[Gguf, np.ndarr
         )
 
 
-def test_rows_that_are_off_by_one_anywhere_in_an_expert_are_seen(
+def test_rows_off_by_one_are_found_anywhere_in_an_expert(
     large: tuple[Gguf, np.ndarray],
 ) -> None:
     for first in (0, 1500, EXPERTS * ROWS - 140):
@@ -108,8 +108,8 @@ def test_rows_that_are_off_by_one_anywhere_in_an_expert_are_seen(
         assert "out of place" in problem(large, other) or "(limit" in problem(large, other)
 
 
-def test_a_row_that_vanishes_in_a_scale_is_no_fault(tmp_path: Path) -> None:
-    """An unused token's embedding, smaller than half precision can say."""
+def test_a_row_lost_in_a_scale_is_accepted(tmp_path: Path) -> None:
+    """The embedding of an unused token, too small for half precision."""
     right = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
     right[5] = 1e-12
     info = TensorInfo("token_embd.weight", right.shape, Q8_0)
@@ -119,7 +119,7 @@ def test_a_row_that_vanishes_in_a_scale_is_no_fault(tmp_path: Path) -> None:
     assert (
         values.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems == []
     )
-    right[5] = 0.05  # but one that is small and there is
+    right[5] = 0.05  # small, but not lost
     assert (
         "has a row with an error of 1.00"
         in values.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems[0]
@@ -171,7 +171,7 @@ CHOICES = [
         ([[], []], False, "prompt 1, token 0: nothing with drafting, 7 without (2.00 ahead)"),
     ],
 )
-def test_text_may_differ_from_a_near_tie_on(
+def test_text_may_differ_after_a_near_tie(
     monkeypatch: pytest.MonkeyPatch, drafted: list[list[int]], passed: bool, detail: str
 ) -> None:
     monkeypatch.setattr(running, "EQUAL", 3)
@@ -179,10 +179,10 @@ def test_text_may_differ_from_a_near_tie_on(
     assert check.passed == passed and check.detail.startswith(detail)
 
 
-def test_a_token_of_which_the_server_tells_nothing_is_not_skipped(
+def test_a_token_without_probabilities_is_not_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One that ends within a character is among the tokens and not among the probabilities."""
+    """The server lists tokens that end within a character, but without probabilities."""
 
     def entry(token: int, other: int, margin: float) -> dict[str, object]:
         return {
@@ -239,7 +239,7 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_the_check_of_programs_has_the_name_that_it_is_given(tmp_path: Path, status: int) -> None:
+def test_the_check_of_programs_has_the_given_name(tmp_path: Path, status: int) -> None:
     program = tmp_path / "llama-gguf-split"
     program.write_text(f"#!/bin/sh\nexit {status}\n")
     program.chmod(0o755)
@@ -253,7 +253,7 @@ def test_the_check_of_programs_has_the_name_that_it_is_given(tmp_path: Path, sta
 # ── templates ──
 
 
-def test_the_template_of_a_checkpoint_is_found_where_it_may_stand(tmp_path: Path) -> None:
+def test_the_chat_template_of_a_checkpoint_is_found_in_each_place(tmp_path: Path) -> None:
     settings = json.loads((CHECKPOINTS / "tiny-qwen3.5/tokenizer_config.json").read_text())
     assert source.chat_template(CHECKPOINTS / "tiny-qwen3.5") == settings["chat_template"]
     assert source.chat_template(tmp_path) is None

@@ -1,4 +1,4 @@
-"""What is measured again, decided by real Snakemake: only what is new, and only when what measures changes."""
+"""Real Snakemake measures new files, and all files again only if the measuring code changes."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     return copy
 
 
-def test_all_is_measured_a_split_file_too(repository: Repository) -> None:
+def test_all_files_are_measured_even_split_ones(repository: Repository) -> None:
     found = repository.path / "results" / MODEL / "measure"
     assert sorted(path.name for path in found.iterdir()) == [
         f"{MODEL}-BF16.json",
@@ -40,7 +40,7 @@ def test_all_is_measured_a_split_file_too(repository: Repository) -> None:
     assert repository.pending() == {}
 
 
-def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(
+def test_verification_loads_measured_files_with_llama_perplexity(
     repository: Repository,
 ) -> None:
     results = repository.path / "results" / MODEL
@@ -58,7 +58,7 @@ def test_what_measures_it_has_loaded_it_before_and_on_what_is_recorded(
     assert digest in (results / "README.md").read_text()
 
 
-def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
+def test_only_a_new_variant_is_measured(repository: Repository) -> None:
     before = dict(repository.config["models"])
     variants = {**before[MODEL]["variants"], "Q4_0": {}}
     repository.config["models"] = {MODEL: {**before[MODEL], "variants": variants}}
@@ -89,7 +89,7 @@ def test_a_new_variant_is_measured_alone(repository: Repository) -> None:
         ),
     ],
 )
-def test_edited_code_measures_again_and_does_nothing_else(
+def test_edited_code_reruns_only_what_uses_it(
     repository: Repository, edited: str, pending: dict[str, int]
 ) -> None:
     path = repository.path / "workflow/scripts" / edited
@@ -100,7 +100,7 @@ def test_edited_code_measures_again_and_does_nothing_else(
     assert found == pending and repository.pending() == {}
 
 
-def test_another_gate_and_a_touched_file_measure_nothing_again(repository: Repository) -> None:
+def test_another_limit_or_a_touched_file_measures_nothing(repository: Repository) -> None:
     (repository.path / f"results/{MODEL}/{MODEL}-BF16.gguf").touch()
     assert repository.pending() == {}
     before = dict(repository.config["models"])
