@@ -305,7 +305,7 @@ def test_other_runtimes_find_the_head(parts: dict[str, Path], tmp_path: Path) ->
 def test_the_cost_is_shown_first(
     parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match="'eh_porj' matches no matrix of the head: blk"):
+    with pytest.raises(ConfigError, match="'eh_porj' matches no matrix of the head, which has blk"):
         inject(
             parts["trunk"],
             parts["draft"],
