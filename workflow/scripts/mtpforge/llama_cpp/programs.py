@@ -133,27 +133,3 @@ def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
 def from_options(args: argparse.Namespace) -> LlamaCpp:
     """The programs that the options of `add_options` name."""
     return LlamaCpp(args.bin, args.threads, getattr(args, "log", None))
-
-
-# ── to be replaced by LlamaCpp, call by call ──
-
-DEFAULT_BIN = DEFAULT_FOLDER
-
-
-def find(bin_dir: Path, name: str) -> Path:
-    """See LlamaCpp.find."""
-    return LlamaCpp(bin_dir).find(name)
-
-
-def threads(asked: int) -> int:
-    """See LlamaCpp.processors."""
-    return LlamaCpp(threads=asked).processors
-
-
-@contextmanager
-def serve(
-    model: Path, log: Path, options: Sequence[str] = (), bin_dir: Path = DEFAULT_BIN
-) -> Iterator[Server]:
-    """See LlamaCpp.serve."""
-    with started([str(find(bin_dir, "llama-server"))], model, log, options) as server:
-        yield server

@@ -13,7 +13,7 @@ from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
 
 CONTEXT = 512
-"""Tokens of a chunk, of which the second half is scored."""
+"""Tokens of a chunk; its second half is scored."""
 ATTEMPTS = 12
 _NUMBER = r"(-?[0-9]+\.[0-9]+)"
 _DIVERGENCE = {
