@@ -123,11 +123,11 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     if args.plan:
-        refuse(parser, args, ["head", "tensors", "dry_run"], "cannot be combined with --plan")
+        reject(parser, args, ["head", "tensors", "dry_run"], "cannot be combined with --plan")
     else:
-        refuse(parser, args, ["reuse", "piece", "manifest", "also", "keep"], "needs --plan")
+        reject(parser, args, ["reuse", "piece", "manifest", "also", "keep"], "needs --plan")
     if args.piece:
-        refuse(parser, args, ["manifest", "also", "keep"], "cannot be combined with --piece")
+        reject(parser, args, ["manifest", "also", "keep"], "cannot be combined with --piece")
         if "manifests" not in args.out.absolute().parts:
             parser.error(
                 f"--out {args.out}: the folder of pieces must be called manifests, or lie in one, "
@@ -135,7 +135,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             )
 
 
-def refuse(
+def reject(
     parser: argparse.ArgumentParser, args: argparse.Namespace, names: list[str], reason: str
 ) -> None:
     """End the program if one of these options is given."""
