@@ -38,7 +38,7 @@ def edit(path: Path, *keys: str, value: Any) -> None:
 
 CONFIG = [
     (("text_config", "layer_types"), [[], [], [], []], "layer_types"),
-    (("text_config", "num_hidden_layers"), 2_000_000_000, "layers or experts"),
+    (("text_config", "num_hidden_layers"), 2_000_000_000, "more than any real model"),
     (("text_config", "rope_parameters"), {"partial_rotary_factor": 1e30}, "partial_rotary_factor"),
     (("text_config", "rope_parameters"), {"rope_theta": 10**400}, "rope_theta"),
     (

@@ -37,7 +37,7 @@ def test_sampled_rows_of_a_checkpoint_equal_the_converted_tensor(name: str, tmp_
     checkpoint = Checkpoint(write_layout(name, tmp_path))
     family, hparams = family_of(checkpoint.architecture), Hparams(checkpoint.config)
     rng = np.random.default_rng(0)
-    for item in plan.plan(checkpoint, family, hparams, "all"):
+    for item in plan.plan_conversion(checkpoint, family, hparams, "all"):
         whole = np.concatenate(list(converted.values(checkpoint, item))).reshape(
             -1, item.row.shape[-1]
         )

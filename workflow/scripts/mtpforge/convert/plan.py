@@ -1,4 +1,4 @@
-"""The conversion plan of a checkpoint: which tensors the GGUF gets, and from which tensors of the checkpoint."""
+"""Plans a conversion: which tensors the GGUF gets, and from which tensors of the checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,21 +11,23 @@ from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo
 
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-MOST_LAYERS, MOST_EXPERTS = (
-    1000,
-    200_000,
-)  # experts in all layers together; Qwen3.5-397B-A17B has 60 layers and 30,720
+
+# Limits of a plausible configuration. Qwen3.5-397B-A17B has 60 layers and 30,720 experts in total.
+MOST_LAYERS = 1000
+MOST_EXPERTS = 200_000
+
+_HEADLESS = "build without a head (`head: none` in config.yaml, or --part trunk)"
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A row, the layout in which this checkpoint has it, and the checkpoint's tensors in that layout's order."""
+class ConvertedTensor:
+    """A tensor of the GGUF, and the checkpoint's tensors it is made from, in the order of `source`."""
 
     row: Row
     source: Source
     tensors: tuple[CheckpointTensor, ...]
     scales: tuple[CheckpointTensor, ...] = ()
-    """Of an FP8 row, the scales of each of `tensors`."""
+    """For FP8, the scales of each of `tensors`."""
 
     @property
     def info(self) -> TensorInfo:
@@ -34,12 +36,14 @@ class Planned:
 
     @property
     def dtype(self) -> str:
-        """The type in which `arrays` has the row, the same for all its tensors."""
+        """The type of the values before conversion, the same for all `tensors`."""
         return "F32" if self.scales else self.tensors[0].dtype
 
 
-def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) -> list[Planned]:
-    """Where each row's values come from, in the order in which upstream writes them. Raises CheckpointError."""
+def plan_conversion(
+    checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str
+) -> list[ConvertedTensor]:
+    """Find the source of each tensor of a part, in upstream's order. Raises CheckpointError."""
     check_sizes(hparams)
     names = canonical_names(checkpoint, family)
     check_head(names, family, hparams, part)
@@ -49,35 +53,24 @@ def plan(checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str) ->
     planned = [
         _with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)
     ]
-    _check_all_used(
-        {name: tensor for name, tensor in names.items() if _belongs(name, family, part)}, planned
-    )
-    # Upstream goes through the shards by name, and through the tensors of a shard by name; what it makes of several tensors
-    # comes with the last of them.
-    return sorted(
-        planned, key=lambda item: max((tensor.shard, tensor.name) for tensor in item.tensors)
-    )
+    _check_all_used([names[name] for name in names if _belongs(name, family, part)], planned)
+    # Upstream goes through shards and their tensors by name, and writes a tensor made from several
+    # when it has seen the last of them.
+    return sorted(planned, key=lambda item: max((t.shard, t.name) for t in item.tensors))
 
 
 def check_sizes(hparams: Hparams) -> None:
-    """Refuse a configuration of which a table would outgrow the memory. Raises CheckpointError."""
-    layers, experts = (
-        hparams.count("num_hidden_layers"),
-        hparams.count("num_experts", 1) if hparams.get("num_experts") else 1,
-    )
+    """Refuse a configuration whose table would exhaust the memory. Raises CheckpointError."""
+    layers = hparams.count("num_hidden_layers")
+    experts = hparams.count("num_experts", 1) if hparams.get("num_experts") else 1
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
         raise CheckpointError(
-            f"config.json: {layers} layers or experts ({experts} a layer): more than any real model has"
+            f"config.json: {layers} layers with {experts} experts each: more than any real model"
         )
 
 
-def _belongs(name: str, family: Family, part: str) -> bool:
-    """Whether a part must have a place for this tensor: a draft's other ones are the trunk's affair."""
-    return part == "all" or name.startswith(family.head_prefix) == (part != "trunk")
-
-
 def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, CheckpointTensor]:
-    """The tensors of the text model by the names that the tables use, whatever wrapper class saved them."""
+    """Return the text model's tensors by the names in the family's tables."""
     names: dict[str, CheckpointTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         if name.startswith(family.ignored):
@@ -94,91 +87,99 @@ def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, Checkpo
 def check_head(
     names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str
 ) -> None:
-    """The tensors say whether there is a head; the configuration must not contradict them. Raises CheckpointError."""
-    present = any(name.startswith(family.head_prefix) for name in names)
-    declared = hparams.get("mtp_num_hidden_layers", 0)
+    """Check that tensors and configuration agree on the head. Raises CheckpointError."""
     if part == "trunk":
         return
-    if not present:
+    declared = hparams.get("mtp_num_hidden_layers", 0)
+    if not any(name.startswith(family.head_prefix) for name in names):
         raise CheckpointError(
-            f"no {family.head_prefix}* tensors: this checkpoint has lost its head (config.json declares {declared} layers of it): "
-            "take the original checkpoint, or build without a head (`head: none` in config.yaml, or --part trunk)"
+            f"no {family.head_prefix}* tensors: this checkpoint has lost its head "
+            f"(config.json declares {declared} layers): use the original checkpoint, or {_HEADLESS}"
         )
     if declared != 1 and (declared or family.declares_head):
         raise CheckpointError(
-            f"config.json: mtp_num_hidden_layers is {declared!r}, but there are tensors of a one-layer head: correct the one that "
-            "is wrong, or build without a head (`head: none` in config.yaml, or --part trunk)"
+            f"config.json: mtp_num_hidden_layers is {declared!r}, but the checkpoint has tensors "
+            f"of a one-layer head: correct the wrong one, or {_HEADLESS}"
         )
+
+
+def _belongs(name: str, family: Family, part: str) -> bool:
+    """Whether a part must use this tensor. A draft model may ignore the rest of the trunk."""
+    return part == "all" or name.startswith(family.head_prefix) == (part != "trunk")
 
 
 def _check_tied(checkpoint: Checkpoint, names: Mapping[str, CheckpointTensor]) -> None:
-    """Some tools save tied embeddings twice. The second copy is left out, but only if it is one. Raises CheckpointError."""
-    output, embeddings = names[OUTPUT], names.get(EMBEDDINGS)
+    """Check that a second copy of tied embeddings is a copy. Raises CheckpointError."""
+    output = names[OUTPUT]
+    embeddings = names.get(EMBEDDINGS)
     if embeddings is None or checkpoint.digest(output) != checkpoint.digest(embeddings):
         raise CheckpointError(
-            f"{output.shard}: {output.name} is not equal to the embeddings, and config.json says that it is (tie_word_embeddings): "
-            "set tie_word_embeddings to false if it was trained by itself"
+            f"{output.shard}: {output.name} differs from the embeddings, but config.json ties them "
+            "(tie_word_embeddings): set it to false if the output matrix was trained separately"
         )
 
 
-def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> Planned:
-    for source in row.sources:
-        if source.names[0] in names:
-            break
-    else:
-        wanted = " or ".join(source.names[0] for source in row.sources)
-        raise CheckpointError(
-            f"no tensor {wanted}, of which {row.name} is made: is the checkpoint complete?"
-        )
+def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
+    """Find the layout in which the checkpoint has a tensor. Raises CheckpointError."""
+    source = next((s for s in row.sources if s.names[0] in names), None)
+    if source is None:
+        raise _missing(" or ".join(source.names[0] for source in row.sources), row)
     tensors: list[CheckpointTensor] = []
     for name in source.names:
         if name not in names:
-            raise CheckpointError(
-                f"no tensor {name}, of which {row.name} is made: is the checkpoint complete?"
-            )
+            raise _missing(name, row)
         tensor = names[name]
-        if tensor.shape != source.shape:
-            raise CheckpointError(
-                f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(source.shape)}"
-            )
-        if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
-            raise CheckpointError(
-                f"{tensor.shard}: {name} is {tensor.dtype}: BF16, F16, F32 and FP8 checkpoints can be converted"
-            )
+        _check_tensor(name, tensor, source.shape)
         if tensors and tensor.dtype != tensors[0].dtype:
             raise CheckpointError(
                 f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}"
             )
         tensors.append(tensor)
-    return Planned(row, source, tuple(tensors))
+    return ConvertedTensor(row, source, tuple(tensors))
+
+
+def _missing(name: str, row: Row) -> CheckpointError:
+    return CheckpointError(f"no tensor {name}, needed for {row.name}: is the checkpoint complete?")
+
+
+def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
+        )
+    if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
+        raise CheckpointError(
+            f"{tensor.shard}: {name} is {tensor.dtype}: only BF16, F16, F32 and FP8 (E4M3) "
+            "can be converted"
+        )
 
 
 def _with_scales(
-    item: Planned, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint
-) -> Planned:
-    """The same with the scales of its tensors, if they are FP8. Raises CheckpointError where a scale is missing."""
+    item: ConvertedTensor, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint
+) -> ConvertedTensor:
+    """Add the scales of FP8 tensors. Raises CheckpointError if one is missing or malformed."""
     if item.tensors[0].dtype != fp8.DTYPE:
         return item
-    block, scales = fp8.block_size(checkpoint.config), []
+    block = fp8.block_size(checkpoint.config)
+    scales = []
     for name, tensor in zip(item.source.names, item.tensors, strict=True):
         scale = names.get(name + fp8.SUFFIX)
-        if (
-            scale is None
-            or scale.shape != fp8.scale_shape(tensor.shape, block)
-            or scale.dtype not in ("BF16", "F32")
-        ):
+        shape = fp8.scale_shape(tensor.shape, block)
+        if scale is None or scale.shape != shape or scale.dtype not in ("BF16", "F32"):
             raise CheckpointError(
-                f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing or of another shape"
+                f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing "
+                f"or not a BF16 or F32 tensor of shape {list(shape)}"
             )
         scales.append(scale)
     return replace(item, scales=tuple(scales))
 
 
-def _check_all_used(names: Mapping[str, CheckpointTensor], planned: list[Planned]) -> None:
+def _check_all_used(tensors: list[CheckpointTensor], planned: list[ConvertedTensor]) -> None:
     used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales)}
-    unused = [tensor.name for tensor in names.values() if tensor.name not in used]
+    unused = [tensor.name for tensor in tensors if tensor.name not in used]
     if unused:
         named = ", ".join([*unused[:3], *(["..."] if len(unused) > 3 else [])])
         raise CheckpointError(
-            f"{len(unused)} tensors have no place in this architecture ({named}): refusing to drop them silently"
+            f"this architecture does not use {len(unused)} tensors of the checkpoint ({named}): "
+            "refusing to drop them silently"
         )

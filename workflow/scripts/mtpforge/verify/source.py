@@ -86,7 +86,7 @@ class CheckpointSource:
         return chat_template(self._checkpoint.directory)
 
     def rows(self) -> Mapping[str, SourceRows]:
-        planned = plan.plan(self._checkpoint, self._family, self._hparams, self._part)
+        planned = plan.plan_conversion(self._checkpoint, self._family, self._hparams, self._part)
         return values.rows_of_checkpoint(self._checkpoint, planned)
 
 

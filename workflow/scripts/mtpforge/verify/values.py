@@ -20,7 +20,7 @@ from gguf.quants import dequantize
 from mtpforge import progress
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import values
-from mtpforge.convert.plan import Planned
+from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf, TensorInfo
@@ -116,7 +116,9 @@ def error_limit(kind: str) -> float:
     return max(GATE * quant_types.RELATIVE_ERROR.get(kind, 0.343), ROUNDING)
 
 
-def rows_of_checkpoint(checkpoint: Checkpoint, planned: list[Planned]) -> dict[str, SourceRows]:
+def rows_of_checkpoint(
+    checkpoint: Checkpoint, planned: list[ConvertedTensor]
+) -> dict[str, SourceRows]:
     """The right rows of each tensor, converted from a checkpoint."""
     return {item.row.name: partial(values.rows, checkpoint, item) for item in planned}
 

@@ -1,0 +1,105 @@
+"""Special token ids, their flags and the chat template, as the pinned upstream writes them.
+
+An older gguf-py reads them; the differences from the pinned upstream are made up for here. The
+chat template is copied and never rendered.
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gguf import SpecialVocab
+
+from mtpforge.errors import CheckpointError
+from mtpforge.io.text import read_json
+
+
+def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
+    """Read the special tokens of a checkpoint; `settings` is its tokenizer.json.
+
+    Raises CheckpointError.
+    """
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    read_json(directory / "config.json")  # gguf-py's error would not name the file
+    flagless = {key: value for key, value in config.items() if not _is_flag(key)}
+    try:
+        steps = _post_processors(settings, config, directory)
+        special = _read(directory, settings, config)
+        template = _read(directory, settings, flagless)
+        if not isinstance(special.chat_template, str | None):
+            raise ValueError("chat_template is not a single text")
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{directory}: malformed tokenizer files ({error})") from None
+    # A post-processor overrides tokenizer_config.json; a byte-level one means that it adds nothing.
+    flags: dict[str, bool] = {}
+    for step in steps:
+        if step == "ByteLevel":
+            flags |= {key: False for key in ("bos", "eos") if key not in flags}
+        else:
+            flags |= template.add_special_token
+    special.add_special_token = flags | {
+        key: value for key, value in special.add_special_token.items() if key not in flags
+    }
+    return special
+
+
+def _is_flag(key: str) -> bool:
+    return key.startswith("add_") and key.endswith("_token")
+
+
+def _post_processors(
+    settings: dict[str, Any], config: dict[str, Any], directory: Path
+) -> list[str]:
+    """Return the types of the post-processor's steps.
+
+    Raises CheckpointError for a tokenizer that we would not write as upstream does.
+    """
+    path = directory / "tokenizer.json"
+    known = [_text(config.get(role)) for role in ("bos_token", "cls_token")]
+    post = settings.get("post_processor") or {}
+    steps = [step for step in post.get("processors", [post]) if step]
+    for step in steps:
+        single = step.get("single") or [{}]
+        first = single[0].get("SpecialToken", {}).get("id") if len(single) > 1 else None
+        if step["type"] not in ("ByteLevel", "TemplateProcessing") or (
+            first and first not in known
+        ):
+            begins = (
+                f" that begins with {first}, which is not the bos_token of tokenizer_config.json"
+            )
+            raise CheckpointError(
+                f"{path}: unsupported post_processor of type {step['type']}"
+                f"{begins if first else ''}: restore the base model's post_processor"
+            )
+    text = json.dumps(settings.get("normalizer"))
+    if found := re.search(r'"type": "(Lowercase|StripAccents|BertNormalizer)"', text):
+        raise CheckpointError(
+            f"{path}: unsupported normalizer of type {found[1]}: "
+            "restore the base model's normalizer"
+        )
+    return [step["type"] for step in steps]
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> SpecialVocab:
+    """Let gguf-py read the checkpoint with another tokenizer_config.json.
+
+    It needs everything in `tokenizer.json` except the model, so it gets a small one.
+    """
+    rest = {key: value for key, value in settings.items() if key != "model"}
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        for path in directory.iterdir():
+            if path.name not in ("tokenizer.json", "tokenizer_config.json"):
+                (scratch / path.name).symlink_to(path)
+        (scratch / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
+        if config:
+            text = json.dumps(config)
+            (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return SpecialVocab(scratch)
