@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import summary
 from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from layouts import read_tensors, write_checkpoint
@@ -256,11 +255,6 @@ def _declaring(path: Path, heads: int) -> Gguf:
         "mimo2.nextn_predict_layers": Value.of(heads, GGUFValueType.UINT32),
     }
     return Gguf(opened.path, metadata, opened.tensors, opened.ranges)
-
-
-def test_the_summary_says_where_drafting_is_not_possible() -> None:
-    report = {"file": "a.gguf", "bytes": 10, "bits_per_weight": 8.5, "head": "Q8_0"}
-    assert summary.row(report, None)[4] == "not possible"
 
 
 def test_latent_attention_is_split_by_head() -> None:
