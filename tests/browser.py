@@ -1,4 +1,4 @@
-"""A real headless Chromium over its debugging pipe: opens a file without any network, runs scripts in it, takes pictures."""
+"""Headless Chromium, driven through its debugging pipe, without a network."""
 
 import base64
 import json
@@ -10,38 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
+_TIMEOUT = 60  # seconds
 
 
 class Browser:
-    """One page of a browser of its own; `problems` are exceptions in it and what it wanted from the network."""
+    """One page of a new browser. `problems` are its exceptions and its requests to a network."""
 
     def __init__(self, width: int, height: int) -> None:
-        assert CHROMIUM is not None
+        self.problems: list[str] = []
+        self._buffer = b""
+        self._number = 0
+        self._session = ""
         self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        options = (
-            "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run"
-            f" --host-resolver-rules='MAP * ~NOTFOUND' --user-data-dir={self._home.name}"
-        )
-        self._process = subprocess.Popen(
-            ["bash", "-c", f"exec {CHROMIUM} {options} about:blank 3<&{theirs_in} 4>&{theirs_out}"],
-            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._buffer, self._number, self._session, self.problems = b"", 0, "", list[str]()
-        target = next(
-            t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page"
-        )["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Network"):
-            self._call(f"{domain}.enable")
+        self._start()
+        self._attach()
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -61,6 +45,7 @@ class Browser:
         self._home.cleanup()
 
     def open(self, path: Path) -> None:
+        """Load a file."""
         self._call("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.readyState == 'complete'")
 
@@ -73,50 +58,80 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until a JavaScript expression is true."""
-        deadline = time.monotonic() + 60
+        """Wait until a JavaScript expression is true."""
+        deadline = time.monotonic() + _TIMEOUT
         while not self.run(condition):
             assert time.monotonic() < deadline, condition
             time.sleep(0.1)
 
-    def click(self, words: str) -> None:
-        """The innermost thing on the page that has exactly these words."""
-        find = f"[...document.querySelectorAll('a, button')].find(each => each.innerText.trim() == {json.dumps(words)})"
+    def click(self, text: str) -> None:
+        """Click the link or button with exactly this text."""
+        find = (
+            "[...document.querySelectorAll('a, button')]"
+            f".find(each => each.innerText.trim() == {json.dumps(text)})"
+        )
         self.wait(f"!!{find}")
         self.run(f"{find}.click()")
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(
-            base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+        """Save the page as PNG."""
+        data = self._call("Page.captureScreenshot", format="png")["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def _start(self) -> None:
+        """Start Chromium, which reads commands from descriptor 3 and answers on 4."""
+        assert CHROMIUM is not None
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        options = (
+            "--headless --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run"
+            " --disable-dev-shm-usage --host-resolver-rules='MAP * ~NOTFOUND'"
+            f" --user-data-dir={self._home.name}"
         )
+        command = f"exec {CHROMIUM} {options} about:blank 3<&{theirs_in} 4>&{theirs_out}"
+        self._process = subprocess.Popen(
+            ["bash", "-c", command],
+            pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+
+    def _attach(self) -> None:
+        """Open a session with the page, and subscribe to its events."""
+        targets = self._call("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        attached = self._call("Target.attachToTarget", targetId=page, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Network"):
+            self._call(f"{domain}.enable")
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        os.write(
-            self._out,
-            json.dumps(
-                {**message, **({"sessionId": self._session} if self._session else {})}
-            ).encode()
-            + b"\0",
-        )
+        session = {"sessionId": self._session} if self._session else {}
+        os.write(self._out, json.dumps(message | session).encode() + b"\0")
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer["error"]
-                return answer["result"]
-            if answer.get("method") == "Runtime.exceptionThrown":
-                self.problems.append(
-                    str(
-                        answer["params"]["exceptionDetails"].get("exception", {}).get("description")
-                    )
-                )
-            if answer.get("method") == "Network.requestWillBeSent":
-                url = answer["params"]["request"]["url"]
-                if not url.startswith(("file:", "data:", "blob:", "about:")):
-                    self.problems.append(f"asks for {url}")
+                return dict(answer["result"])
+            self._note(answer)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Record an event if it is a problem."""
+        if event.get("method") == "Runtime.exceptionThrown":
+            exception = event["params"]["exceptionDetails"].get("exception", {})
+            self.problems.append(str(exception.get("description")))
+        if event.get("method") == "Network.requestWillBeSent":
+            url = event["params"]["request"]["url"]
+            if not url.startswith(("file:", "data:", "blob:", "about:")):
+                self.problems.append(f"requests {url}")
 
     def _receive(self) -> dict[str, Any]:
+        """The next message."""
         while b"\0" not in self._buffer:
             data = os.read(self._in, 1 << 20)
             assert data, "the browser has ended"
