@@ -10,7 +10,9 @@ from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 
-PART = "the whole model (default), its trunk, its head alone, or the head with the shared embeddings as a draft model"
+PART = (
+    "whole model (default), trunk, head alone, or head with the shared embeddings as a draft model"
+)
 
 
 def main() -> None:
@@ -19,23 +21,23 @@ def main() -> None:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="folder with config.json, the safetensors shards and the tokenizer",
+        help="folder with config.json, safetensors shards and tokenizer",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
+    parser.add_argument("--out", type=Path, required=True, help="GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help=PART)
     parser.add_argument(
         "--tokenizer-pre",
         metavar="NAME",
-        help="pre-tokenizer, where its checksum is unknown (qwen35, ...)",
+        help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
     parser.add_argument(
-        "--threads", type=int, help="threads for the digests (default: one for each processor)"
+        "--threads", type=int, help="threads for the digests (default: all processors)"
     )
     parser.add_argument(
         "--digests",
         type=Path,
         metavar="FILE",
-        help="write the sha256 of each tensor of the result, as JSON",
+        help="write the sha256 of each tensor, as JSON",
     )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)

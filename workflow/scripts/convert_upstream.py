@@ -1,4 +1,6 @@
-"""Convert a checkpoint that has no family of ours with llama.cpp's own converter, and prove that its head is whole.
+"""Convert a checkpoint with llama.cpp's converter, and prove that the head is complete.
+
+For architectures that convert.py does not know.
 
 example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 """
@@ -17,35 +19,43 @@ def main() -> None:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="folder with config.json, the safetensors shards and the tokenizer",
+        help="folder with config.json, safetensors shards and tokenizer",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
+    parser.add_argument("--out", type=Path, required=True, help="GGUF to write")
     parser.add_argument(
-        "--part", choices=PARTS, default="all",
-        help="the whole, its trunk, its head as a draft model, or its vision tower (default: all)",
-    )  # fmt: skip
+        "--part",
+        choices=PARTS,
+        default="all",
+        help="whole model (default), trunk, head as a draft model, or vision tower",
+    )
     parser.add_argument(
         "--tokenizer-pre",
         metavar="NAME",
-        help="pre-tokenizer, where its checksum is unknown (qwen35, ...)",
+        help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
     parser.add_argument(
         "--digests",
         type=Path,
         metavar="FILE",
-        help="write the sha256 of each tensor of the result, as JSON",
+        help="write the sha256 of each tensor, as JSON",
     )
     parser.add_argument(
-        "--converter", type=Path, metavar="DIR", default=Path("resources/converter"),
-        help="where `make converter` has put it (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--log", type=Path, metavar="FILE", help="keep all that upstream's converter says"
+        "--converter",
+        type=Path,
+        metavar="DIR",
+        default=Path("resources/converter"),
+        help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
+    parser.add_argument("--log", type=Path, metavar="FILE", help="file for the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
     convert_upstream(
-        args.checkpoint, args.out, args.converter, args.part, args.tokenizer_pre, args.log
+        args.checkpoint,
+        args.out,
+        args.converter,
+        part=args.part,
+        tokenizer_pre=args.tokenizer_pre,
+        log=args.log,
     )
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out))

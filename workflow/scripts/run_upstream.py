@@ -1,7 +1,7 @@
-"""Run the convert_hf_to_gguf.py of a llama.cpp source tree in this process, and never a line of code of the checkpoint.
+"""Run convert_hf_to_gguf.py of a llama.cpp source tree, without running code of the checkpoint.
 
-For a Python that has torch and transformers (envs/converter.txt), in a process of its own because upstream must find its own
-gguf-py. `-I` keeps this folder and PYTHON* variables out of its imports.
+Needs a Python with torch and transformers (envs/converter.txt). A separate program, because
+upstream must import its own gguf-py; `-I` keeps this folder and PYTHON* variables out.
 
 example: python -I run_upstream.py --tokenizer-pre qwen35 SOURCE CHECKPOINT --outtype bf16 --outfile F.gguf
 """
@@ -14,17 +14,19 @@ from typing import Any, NoReturn
 
 
 def main() -> None:
-    """Parse the command line and become upstream's program; all that follows SOURCE is its own."""
+    """Parse the command line, and run upstream's program with everything after SOURCE."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--tokenizer-pre",
         metavar="NAME",
-        help="pre-tokenizer, where its checksum is unknown (qwen35, ...)",
+        help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
     parser.add_argument("source", type=Path, help="llama.cpp's source tree")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of convert_hf_to_gguf.py")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of convert_hf_to_gguf.py"
+    )
     args = parser.parse_args()
     sys.path[:0] = [str(args.source), str(args.source / "gguf-py")]
     forbid_remote_code()
@@ -36,21 +38,21 @@ def main() -> None:
 
 
 def forbid_remote_code() -> None:
-    """Upstream passes `trust_remote_code=True`: make what transformers would then do an error, before anything imports it."""
+    """Make transformers refuse to load code of the checkpoint: upstream sets trust_remote_code."""
     from transformers import dynamic_module_utils  # type: ignore[import-not-found,unused-ignore]
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError("the checkpoint wants to run code of its own: refused")
+        raise RuntimeError("the checkpoint needs to run its own code: refused")
 
     for name in ("get_class_from_dynamic_module", "get_class_in_module", "get_cached_module_file"):
         assert hasattr(dynamic_module_utils, name), (
-            f"transformers has no {name}: another way to run code must be closed"
+            f"transformers has no {name}: find and close its new way to run code"
         )
         setattr(dynamic_module_utils, name, refuse)
 
 
 def name_pre_tokenizer(name: str) -> None:
-    """Upstream tells pre-tokenizers apart by a checksum, which does not know a changed vocabulary."""
+    """Set the pre-tokenizer, because upstream's checksum does not know a changed vocabulary."""
     from conversion.base import TextModel  # type: ignore[import-not-found,unused-ignore]
 
     TextModel.get_vocab_base_pre = lambda self, tokenizer: name

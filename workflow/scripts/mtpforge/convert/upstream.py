@@ -1,7 +1,7 @@
-"""Architectures without a family of ours: llama.cpp's own converter makes the GGUF, and we prove that the head is in it.
+"""Converts architectures without a family of ours, with llama.cpp's own converter.
 
-Upstream's program runs in an environment of its own, on a folder of our making that holds no code. What it writes gets its
-name only if every tensor of the checkpoint's head is there, byte for byte as its type stores it.
+Upstream's program runs in an environment of its own, on a copy of the checkpoint without code. The
+GGUF gets its name only if it has every tensor of the checkpoint's head, byte for byte.
 """
 
 import json
@@ -11,12 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import run_upstream  # only for its place: so it is among the code that a rule depends on
+import run_upstream  # only for its path; so rules track it as code
 
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
 from mtpforge.convert import plan
-from mtpforge.convert.proof import check_types, count_blocks, prove, wanted_of_vision
+from mtpforge.convert.proof import prove
+from mtpforge.convert.upstream_head import check_types, count_blocks, expected_vision
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
@@ -33,24 +34,48 @@ PARTS: dict[str, tuple[str, ...]] = {
     "draft": ("--outtype", "bf16", "--mtp"),
     "mmproj": ("--outtype", "f16", "--mmproj"),
 }
-"""Part -> upstream's options: the whole, the trunk alone, the head with the trunk's embeddings, the vision tower."""
+"""Part (whole, trunk, head with embeddings, vision tower) -> upstream's options."""
+
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_JSON = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    *_PREPROCESSORS,
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+_COPIED = ("README.md", "chat_template.jinja", "merges.txt", "tokenizer.model")
+_COPIED_LIMIT = 100 << 20
 
 
 def convert_upstream(
-    directory: Path, out: Path, converter: Path, part: str = "all", tokenizer_pre: str | None = None, log: Path | None = None
-) -> None:  # fmt: skip
-    """Have upstream's converter (in `converter`, as the rule of that name makes it) write a part of a checkpoint; prove it.
+    directory: Path,
+    out: Path,
+    converter: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+    log: Path | None = None,
+) -> None:
+    """Convert a part of a checkpoint with upstream's program in `converter`, and prove the result.
 
-    Raises CheckpointError where the checkpoint is malformed, not on the list, or lacks the part; ToolchainError where upstream
-    fails; GgufError where what it wrote is not what the checkpoint has. `log` receives all that upstream says.
+    `log` receives upstream's output. Raises CheckpointError if the checkpoint is malformed,
+    unsupported or lacks the part; ToolchainError if upstream fails; GgufError if the result differs
+    from the checkpoint.
     """
     checkpoint = Checkpoint(directory)
     check(checkpoint, part)
-    python, source = converter.absolute() / "environment/bin/python", converter.resolve() / "source"
+    python = converter.absolute() / "environment/bin/python"
+    source = converter.resolve() / "source"
     for path in (python, source / PROGRAM):
         if not path.is_file():
             raise ToolchainError(
-                f"{path}: missing: `make converter` sets it up (delete {converter / 'stamp.json'} first if it is there)"
+                f"{path}: missing: run `make converter` "
+                f"(delete {converter / 'stamp.json'} first if it exists)"
             )
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
@@ -58,109 +83,107 @@ def convert_upstream(
         command: list[str | Path] = [python, "-I", RUNNER, *options, source]
         command += [folder, *PARTS[part], "--outfile", temporary]
         try:
-            process.call(command, log, _environment(Path(scratch)), PROGRAM)
+            process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
         except ToolchainError as error:
-            hint = f"the whole log is {log}" if log else "--log FILE keeps all that it says"
-            if "pre-tokenizer" in str(error):
-                hint = (
-                    "name that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
-                )
-            raise ToolchainError(f"{directory}: {error}: {hint}") from None
+            raise ToolchainError(f"{directory}: {error}: {_hint(str(error), log)}") from None
         prove(reader.read(temporary), checkpoint, part)
 
 
-# ── the checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def check(checkpoint: Checkpoint, part: str) -> None:
-    """Whether upstream can make the part of this checkpoint. Raises CheckpointError, if need be with the list."""
+    """Check that upstream can convert the part. Raises CheckpointError."""
     name = checkpoint.architecture
     known = VISION if part == "mmproj" else tuple(ARCHITECTURES)
     if name not in known:
         what = "a vision tower" if part == "mmproj" else "a head"
         raise CheckpointError(
-            f"{checkpoint.directory}: converter llama.cpp gives {what} of {', '.join(known)}, not of {name}"
+            f"{checkpoint.directory}: converter llama.cpp does not support {what} of {name}, "
+            f"only of {', '.join(known)}"
         )
     plan.check_sizes(Hparams(checkpoint.config))
     if part == "mmproj":
-        if not list(wanted_of_vision(checkpoint)):
-            raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
-        if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
-            raise CheckpointError(
-                f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, which a vision tower needs"
-            )
+        _check_vision_files(checkpoint)
         return
-    architecture = ARCHITECTURES[name]
-    if part != "all" and not architecture.splits:
+    if part != "all" and not ARCHITECTURES[name].splits:
         raise CheckpointError(
-            f"{name}: llama.cpp {LLAMA_CPP} cannot write its {part} part, only the whole: convert part all"
+            f"{name}: llama.cpp {LLAMA_CPP} cannot write its {part} part, only the whole: "
+            "convert part all"
         )
     if part != "trunk":
-        count_blocks(checkpoint, architecture)
-        check_types(checkpoint, architecture)
-
-
-# ── a folder without code ───────────────────────────────────────────────────────────────────────────────────────────
-
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_JSON = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", *_PREPROCESSORS, "video_preprocessor_config.json", "chat_template.json",
-)  # fmt: skip
-_COPIED = ("README.md", "chat_template.jinja", "merges.txt", "tokenizer.model")
-_COPIED_LIMIT = 100 << 20
+        count_blocks(checkpoint)
+        check_types(checkpoint)
 
 
 def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
-    """A folder below `parent`, of the checkpoint's name, that holds what upstream reads and nothing that could be run.
+    """Copy to a folder below `parent` what upstream reads, and nothing that could be executed.
 
-    Weights are links. JSON is parsed and written anew without what leads to code or out of the folder.
-    Raises CheckpointError.
+    Weights are links. JSON is rewritten without keys that lead to code or out of the folder.
+    Returns the folder, which has the checkpoint's name. Raises CheckpointError.
     """
-    folder = parent / "checkpoint" / checkpoint.directory.name  # upstream makes general.name of it
+    folder = parent / "checkpoint" / checkpoint.directory.name  # becomes general.name
     folder.mkdir(parents=True)
     shards = {name: tensor.shard for name, tensor in checkpoint.tensors.items()}
     for shard in set(shards.values()):
         (folder / shard).symlink_to((checkpoint.directory / shard).resolve(strict=True))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     for name in _JSON:
-        path = checkpoint.directory / name
-        if path.exists():
-            try:
-                (folder / name).write_text(json.dumps(_harmless(read_json(path))))
-            except RecursionError:
-                raise CheckpointError(
-                    f"{path}: is nested deeper than any real one: not read"
-                ) from None
+        if (checkpoint.directory / name).exists():
+            _copy_json(checkpoint.directory / name, folder / name)
     for name in _COPIED:
         path = checkpoint.directory / name
         if path.exists():
             if not path.is_file() or path.stat().st_size > _COPIED_LIMIT:
-                raise CheckpointError(
-                    f"{path}: is not a regular file of at most {_COPIED_LIMIT >> 20} MB"
-                )
+                limit = _COPIED_LIMIT >> 20
+                raise CheckpointError(f"{path}: not a regular file of at most {limit} MB")
             shutil.copyfile(path, folder / name)
     return folder
 
 
+def _check_vision_files(checkpoint: Checkpoint) -> None:
+    if not list(expected_vision(checkpoint)):
+        raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
+    if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
+        raise CheckpointError(
+            f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, "
+            "which a vision tower needs: download it from the original repository"
+        )
+
+
+def _hint(error: str, log: Path | None) -> str:
+    if "pre-tokenizer" in error:
+        return "set that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
+    return f"see {log}" if log else "--log FILE keeps the whole output"
+
+
+def _copy_json(source: Path, target: Path) -> None:
+    try:
+        target.write_text(json.dumps(_harmless(read_json(source))))
+    except RecursionError:
+        raise CheckpointError(f"{source}: is nested too deeply: not read") from None
+
+
 def _harmless(value: Any) -> Any:
-    """The same without keys, at any depth, that name code or a file: what has a number is a word of a vocabulary, and stays."""
-    if isinstance(value, dict):
-        return {
-            key: _harmless(entry)
-            for key, entry in value.items()
-            if type(entry) is int or not _leads_outside(key)
-        }
-    return [_harmless(entry) for entry in value] if isinstance(value, list) else value
+    """Remove keys that name code or a file, at any depth.
+
+    A key with an integer value is a vocabulary entry, and stays.
+    """
+    if isinstance(value, list):
+        return [_harmless(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _harmless(entry)
+        for key, entry in value.items()
+        if type(entry) is int or not _leads_outside(key)
+    }
 
 
 def _leads_outside(key: str) -> bool:
-    """Whether transformers would take the value for a class of the checkpoint's own, or for a path anywhere on the machine."""
+    """Whether transformers takes the value for a class of the checkpoint, or for a file path."""
     return key in ("auto_map", "init_inputs", "from_slow") or key.endswith("_file")
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """What upstream may know of ours: no token, no proxy, no home, and nothing that changes Python."""
+    """Return upstream's environment: no token, proxy or home of ours, no PYTHON* variable."""
     passed = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {
         **{key: os.environ[key] for key in passed if key in os.environ},

@@ -1,0 +1,206 @@
+"""The head of a checkpoint that upstream converts: its tensors, and the values upstream must write.
+
+Tensors of a vision tower are here too.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.convert.values import decode
+from mtpforge.errors import CheckpointError
+from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture
+
+_NOT_WRITTEN = (fp8.SUFFIX, ".rotary_emb.inv_freq")
+"""Endings of tensors that upstream uses or recomputes, but does not write."""
+
+
+class ExpectedTensor(NamedTuple):
+    """Values that the GGUF must have, before rounding."""
+
+    name: str
+    """The tensor in the checkpoint."""
+    expert: int
+    """Number of the expert; 0 for other tensors."""
+    values: np.ndarray
+    dtype: str
+
+
+def count_blocks(checkpoint: Checkpoint) -> int:
+    """Return the number of blocks of the head. Raises CheckpointError if config.json disagrees."""
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    declared = architecture.blocks
+    if declared is None:
+        declared = Hparams(checkpoint.config).get("num_nextn_predict_layers", 0)
+    layers = {_layer(tensor.name, architecture) for tensor in head_tensors(checkpoint)} - {None}
+    found, rest = divmod(len(layers), architecture.layers)
+    if not layers:
+        raise CheckpointError(
+            f"{checkpoint.directory}: no tensors of a head ({declared!r} blocks are declared): "
+            "use the original checkpoint, or convert with --part trunk"
+        )
+    if found != declared or rest:
+        raise CheckpointError(
+            f"{checkpoint.directory}: has tensors of {len(layers)} head layers, "
+            f"{architecture.layers} to a block, but {declared!r} blocks are declared "
+            "(num_nextn_predict_layers in config.json)"
+        )
+    return found
+
+
+def head_tensors(checkpoint: Checkpoint) -> list[CheckpointTensor]:
+    """Return the checkpoint's tensors that belong to its head."""
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    tensors = checkpoint.tensors.values()
+    if architecture.prefix:
+        return [t for t in tensors if _unwrapped(t.name).startswith(architecture.prefix)]
+    first = Hparams(checkpoint.config).count("num_hidden_layers")
+    found = []
+    for tensor in tensors:
+        layer = _layer(tensor.name, architecture)
+        if layer is not None and layer >= first:
+            found.append(tensor)
+    return found
+
+
+def check_types(checkpoint: Checkpoint) -> None:
+    """Check that the types of the head's tensors are supported. Raises CheckpointError."""
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    for tensor in head_tensors(checkpoint):
+        if tensor.name.endswith(_NOT_WRITTEN):
+            continue
+        if tensor.dtype == fp8.DTYPE:
+            _check_scale(checkpoint, tensor, architecture)
+        elif tensor.dtype not in ("BF16", "F16", "F32"):
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} is {tensor.dtype}: "
+                "only heads in BF16, F16, F32 or FP8 (E4M3) can be checked"
+            )
+        if not tensor.size:
+            raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty")
+
+
+def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
+    """Yield what the head of the GGUF must hold."""
+    architecture = ARCHITECTURES[checkpoint.architecture]
+    for tensor in head_tensors(checkpoint):
+        if not tensor.name.endswith(_NOT_WRITTEN):
+            yield from _expected(checkpoint, tensor, architecture)
+
+
+def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
+    """Yield what a vision tower's GGUF must hold.
+
+    The patch embedding becomes one tensor for each of the two frames of a patch.
+    """
+    for tensor in checkpoint.tensors.values():
+        if tensor.name.startswith(VISION_PREFIXES):
+            array = checkpoint.array(tensor)
+            frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
+            for frame in frames:
+                yield ExpectedTensor(tensor.name, 0, frame, tensor.dtype)
+
+
+def _layer(name: str, architecture: Architecture) -> int | None:
+    prefix = re.escape(architecture.prefix or "model.")
+    match = re.match(rf"{prefix}layers\.(\d{{1,5}})\.", _unwrapped(name))
+    return int(match[1]) if match else None
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name without the wrapper of a vision model."""
+    return name.replace("language_model.", "")
+
+
+def _expected(
+    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
+) -> Iterator[ExpectedTensor]:
+    name = tensor.name
+    array = checkpoint.array(tensor)
+    dtype = tensor.dtype
+    if dtype == fp8.DTYPE:
+        array = _dequantized(checkpoint, tensor, architecture)
+        dtype = "F32"
+    endings = [ending for ending in architecture.changes if name.endswith(ending)]
+    if endings:
+        change = architecture.changes[endings[0]]
+        for values in change(decode(array, dtype), Hparams(checkpoint.config)):
+            yield ExpectedTensor(name, 0, values, "F32")
+    elif array.ndim == 3:  # stacked experts
+        for expert, values in enumerate(array):
+            yield ExpectedTensor(name, expert, values, dtype)
+    else:
+        match = re.search(r"\.experts\.(\d{1,5})\.", name)
+        yield ExpectedTensor(name, int(match[1]) if match else 0, array, dtype)
+
+
+# ── FP8 ──
+
+
+def _dequantized(
+    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
+) -> np.ndarray:
+    """Return an FP8 tensor's float32 values, as upstream computes them."""
+    scale = checkpoint.tensors[tensor.name + fp8.SUFFIX]
+    block = fp8.block_size(checkpoint.config)
+    codes = checkpoint.array(tensor)
+    scales = decode(checkpoint.array(scale), scale.dtype)
+    if not _is_ranked(tensor, architecture):
+        return fp8.dequantize(codes, scales, block)
+    count = _ranks(tensor, scale, block)
+    ranks = zip(np.split(codes, count), np.split(scales, count), strict=True)
+    cuts = [rows // count for rows in _qkv_ends(tensor, Hparams(checkpoint.config))]
+    parts = [np.split(fp8.dequantize(*rank, block), cuts) for rank in ranks]
+    return np.concatenate([part[which] for which in range(3) for part in parts])
+
+
+def _qkv_ends(tensor: CheckpointTensor, hparams: Hparams) -> tuple[int, int]:
+    """Return the rows of a fused projection where queries and keys end. Raises CheckpointError."""
+    heads = hparams.count("num_attention_heads")
+    keys = hparams.count("swa_num_key_value_heads")
+    size = hparams.count("head_dim")
+    if tensor.shape[0] != (heads + keys) * size + keys * hparams.count("v_head_dim"):
+        raise CheckpointError(
+            f"{tensor.shard}: {tensor.name} has {tensor.shape[0]} rows, which does not fit the "
+            "head counts of config.json"
+        )
+    return heads * size, (heads + keys) * size
+
+
+def _is_ranked(tensor: CheckpointTensor, architecture: Architecture) -> bool:
+    return bool(architecture.ranked) and tensor.name.endswith(architecture.ranked)
+
+
+def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: tuple[int, int]) -> int:
+    """Return how many ranks quantized their own rows of a fused projection; 0 if unknown."""
+    for count in (8, 4):  # as upstream tries them
+        each = (tensor.shape[0] // count, *tensor.shape[1:])
+        rows, *columns = fp8.scale_shape(each, block)
+        if tensor.shape[0] % count == 0 and scale.shape == (count * rows, *columns):
+            return count
+    return 0
+
+
+def _check_scale(
+    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
+) -> None:
+    """Raise CheckpointError if an FP8 tensor has no fitting scale."""
+    name = tensor.name + fp8.SUFFIX
+    scale = checkpoint.tensors.get(name)
+    block = fp8.block_size(checkpoint.config)
+    if scale is not None and scale.dtype in ("BF16", "F32") and len(tensor.shape) > 1:
+        if _is_ranked(tensor, architecture):
+            fits = _ranks(tensor, scale, block) > 0
+        else:
+            fits = scale.shape == fp8.scale_shape(tensor.shape, block)
+        if fits:
+            return
+    raise CheckpointError(
+        f"{tensor.shard}: {tensor.name} is FP8 and {name} is missing or has another shape"
+    )
