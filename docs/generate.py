@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -327,6 +328,7 @@ def _listed(modules: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+@cache
 def classes() -> dict[str, type[errors.ForgeError]]:
     """All typed errors of the library, by name."""
     for module in pkgutil.walk_packages(mtpforge.__path__, "mtpforge."):
