@@ -7,7 +7,7 @@ example: fetch.py files.json model-00001-of-00002.safetensors --folder DIR --out
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
 
@@ -36,6 +36,7 @@ def main() -> None:
         count = download.confirm_head(args.head, args.folder / args.name)
         print(f"{args.name}: confirms {count} tensors of the head that was downloaded on its own")
     record.write(args.out)
+    print(table.size(record.bytes))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.hub import head
 from mtpforge.hub.listing import Listing
 
@@ -31,7 +31,10 @@ def main() -> None:
         "tensor, as JSON",
     )
     args = parser.parse_args()
-    head.fetch(Listing.read(args.listing), args.folder, args.whole).write(args.out)
+    record = head.fetch(Listing.read(args.listing), args.folder, args.whole)
+    record.write(args.out)
+    size = table.size(sum(tensor.bytes for tensor in record.tensors.values()))
+    print(f"{len(record.tensors)} tensors, {size}")
 
 
 if __name__ == "__main__":

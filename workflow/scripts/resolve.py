@@ -5,7 +5,7 @@ example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb
 
 from pathlib import Path
 
-from mtpforge import cli, errors, progress
+from mtpforge import cli, errors, progress, table
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import list_commit
 
@@ -32,6 +32,8 @@ def main() -> None:
         progress.say(f"{error}: using an earlier listing of the same commit")
     listing.write(kept)
     listing.write(args.out)
+    size = table.size(sum(file.bytes for file in listing.files.values()))
+    print(f"{len(listing.files)} files, {size}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main() -> None:
     else:
         stamp = install(built(args.requirement, args.jobs), args.bin)
     stamp.write(args.out)
+    print(f"llama.cpp {stamp.llama_cpp} ({stamp.commit[:9]})")
 
 
 if __name__ == "__main__":
