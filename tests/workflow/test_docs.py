@@ -85,6 +85,16 @@ def check(path, names, kind):
         list(generate.messages_in(ast.parse("def f(text):\n    raise GgufError(text)")))
 
 
+def test_symptoms_are_what_programs_say() -> None:
+    """In the table of common problems; those of Snakemake and llama.cpp are theirs."""
+    rows = re.findall(
+        r"^\| `([a-z].+?)` +\|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE
+    )
+    source = " ".join(path.read_text(encoding="utf-8") for path in SCRIPTS.rglob("*.py"))
+    for symptom in rows:
+        assert all(part in source for part in symptom.split(" ... ")), symptom
+
+
 # ── the checks ──
 
 
