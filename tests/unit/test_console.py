@@ -160,3 +160,17 @@ def test_warnings_of_a_job_are_shown_below_its_end(tmp_path: Path) -> None:
     end, warning = stream.getvalue().splitlines()[1:]
     assert end.endswith("m: convert (0.0 s, 1/2): 7 files")
     assert warning == "         warning: X.gguf: delete it"
+
+
+def test_a_job_that_never_ended_is_reported_unless_the_user_stopped_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = shown_on(io.StringIO())
+    shown.handle(started(tmp_path / "log"))
+    shown.failure()
+    assert "m: convert\n  error  see above\n" in caplog.messages[-1]
+    assert "1 failed" in caplog.messages[-1]
+    shown.handle(message(None, "Terminating processes on user request, this might take some time."))
+    shown.failure()
+    assert "0 failed, interrupted" in caplog.messages[-1]
+    assert "m: convert" not in caplog.messages[-1]

@@ -114,11 +114,15 @@ class Console(logging.Handler):
 
     def failure(self) -> None:
         """Say of each failed job what is wrong, where its log is, and what to do."""
-        counts = f"{self.done} of {self.total} jobs done, {len(self.failed)} failed"
+        failed = list(self.failed.values())
+        if not self.interrupted:  # such as one whose output is missing, which has no JOB_ERROR
+            failed += [describe(job, "see above", "-", job.log) for job in self.running.values()]
+        counts = f"{self.done} of {self.total} jobs done, {len(failed)} failed"
         counts += ", interrupted. " if self.interrupted else ". "
-        advice = "Fix the errors and r" if self.failed else "R"
-        advice += "un the same command again: finished jobs are kept."
-        self._tell("\n".join(["", *self.failed.values(), counts + advice]), logging.ERROR)
+        advice = "Run the same command again to continue: finished jobs are kept."
+        if failed:
+            advice = f"docs/troubleshooting.md explains errors. {advice}"
+        self._tell("\n".join(["", *failed, counts + advice]), logging.ERROR)
 
     def _made(self) -> str:
         """The summary and where the files are; empty if not all was asked for."""
@@ -205,12 +209,9 @@ class Console(logging.Handler):
             self._say("stopped", f"{job.label} ({took})")
             return
         self._say("FAILED", f"{job.label} ({took})")
-        self.failed[record.jobid] = (
-            f"{job.label}\n"
-            f"  error  {record.rule_msg or job.error() or ending(status)}\n"
-            f"  file   {', '.join(record.output[:1])}\n"
-            f"  log    {', '.join(record.log)}\n"
-        )
+        error = record.rule_msg or job.error() or ending(status)
+        output = ", ".join(record.output[:1])
+        self.failed[record.jobid] = describe(job, error, output, ", ".join(record.log))
 
     # ── jobs that run ──
 
@@ -272,6 +273,11 @@ def progress(job: Job) -> str:
     """How long a job has run, and its last line."""
     line = job.last_line()
     return f"{job.label} ({duration(time.time() - job.started)})" + (line and f": {line}")
+
+
+def describe(job: Job, error: str, output: str, log: object) -> str:
+    """A failed job's part of the report at the end."""
+    return f"{job.label}\n  error  {error}\n  file   {output or '-'}\n  log    {log}\n"
 
 
 def duration(seconds: float) -> str:
