@@ -110,7 +110,8 @@ class Console(logging.Handler):
     def success(self) -> None:
         """Say what the run has made."""
         elapsed = duration(time.time() - self.began)
-        self._tell(f"\n{self.done} jobs done in {elapsed}.\n{self._made()}")
+        jobs = "1 job" if self.done == 1 else f"{self.done} jobs"
+        self._tell(f"\n{jobs} done in {elapsed}.\n{self._made()}")
 
     def failure(self) -> None:
         """Say of each failed job what is wrong, where its log is, and what to do."""
