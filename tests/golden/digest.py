@@ -1,6 +1,6 @@
-"""What a GGUF holds, as JSON that can be compared: every metadata value and every tensor, in file order.
+"""The content of a GGUF as comparable JSON: all metadata and tensors, in file order.
 
-Read with gguf-py's own reader, so that our reader and writer are not what vouches for them.
+Read with gguf-py's reader, so that the comparison does not depend on our own.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
-LONGEST = 16  # items of an array that are kept as they are; longer ones as a digest
+LONGEST = 16  # items of an array that is kept; longer ones become a digest
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Metadata as key -> [type, value or sha256], tensors as name -> [type, shape rows first, sha256]."""
+    """Metadata as key -> [type, value or sha256], tensors as name -> [type, shape, sha256]."""
     reader = GGUFReader(path)
     metadata = {}
     for field in reader.fields.values():
@@ -28,7 +28,7 @@ def digest(path: Path) -> dict[str, Any]:
     tensors = {}
     for tensor in reader.tensors:
         raw = tensor.data.tobytes()
-        # A = -exp(A_log): the last bit depends on the maths library of the machine, so the values themselves are kept.
+        # A = -exp(A_log): the last bit depends on the math library, so the values are kept.
         value = (
             [float(x).hex() for x in tensor.data]
             if tensor.name.endswith("ssm_a")
@@ -43,7 +43,7 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
-    """What differs between two sets of parts, in words; order counts, in metadata and tensors."""
+    """Describe the differences between two sets of parts; order counts."""
     if golden["upstream"] != made["upstream"]:
         return [f"made by {golden['upstream']}, now {made['upstream']}"]
     found = []
@@ -63,7 +63,7 @@ def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Equal, or hexadecimal float32 values that differ by no more than their last bit."""
+    """Equal, or hexadecimal float32 values that differ at most in the last bit."""
     if not (
         isinstance(theirs, list)
         and isinstance(theirs[-1], list)

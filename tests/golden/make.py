@@ -1,6 +1,7 @@
-"""Make the golden digests with llama.cpp's own convert_hf_to_gguf.py, or check that they are still what it makes.
+"""Make the golden digests with llama.cpp's convert_hf_to_gguf.py, or compare them with it.
 
-Runs in the converter's environment (envs/converter.txt, with torch), on the embedded checkpoints and the layouts derived from them.
+Runs in the converter's environment (envs/converter.txt, with torch), on the embedded checkpoints
+and their layouts.
 
 example: make.py --check
 """
@@ -25,7 +26,7 @@ PARTS = {"all": [], "trunk": ["--no-mtp"], "draft": ["--mtp"]}
 
 
 def main() -> None:
-    """Parse the command line; convert everything; write or compare."""
+    """Parse the command line, convert everything, write or compare."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +39,7 @@ def main() -> None:
         "--converter",
         type=Path,
         default=ROOT / "resources/converter",
-        help="where stamp.json and source/ are",
+        help="folder with stamp.json and source/",
     )
     args = parser.parse_args()
     stamp = json.loads((args.converter / "stamp.json").read_text())
@@ -54,13 +55,11 @@ def main() -> None:
             flush=True,
         )
     if stale:
-        sys.exit(
-            f"error: not what upstream's converter makes: {'; '.join(stale)}: `make golden` writes the digests anew"
-        )
+        sys.exit(f"error: differs from upstream's converter: {'; '.join(stale)}: run `make golden`")
 
 
 def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:
-    """The digests of all parts of one checkpoint, as upstream makes them."""
+    """The digests of all parts of a checkpoint, as converted by upstream."""
     parts = {}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = write_layout(name, Path(scratch))

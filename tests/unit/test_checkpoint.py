@@ -1,4 +1,4 @@
-"""A checkpoint is refused, with a message that names the file, unless every byte of it is accounted for."""
+"""A damaged checkpoint is refused, with a message that names the file."""
 
 import json
 import shutil
@@ -36,14 +36,14 @@ def write_header(path: Path, header: object, data: bytes = b"") -> Path:
     return path
 
 
-def test_it_reads_what_the_safetensors_library_wrote(checkpoint: Path) -> None:
+def test_shards_read_as_with_the_safetensors_library(checkpoint: Path) -> None:
     from safetensors import safe_open
 
     opened = Checkpoint(checkpoint)
     names = set()
     for path in checkpoint.glob("*.safetensors"):
         with safe_open(path, "np") as reference:
-            for name in reference.keys():  # noqa: SIM118 (it is no dict)
+            for name in reference.keys():  # noqa: SIM118 (not a dict)
                 names.add(name)
                 assert list(opened.tensors[name].shape) == reference.get_slice(name).get_shape()
                 assert opened.tensors[name].dtype == reference.get_slice(name).get_dtype()
@@ -64,7 +64,7 @@ def test_a_tensor_absent_from_the_index_is_named(
     assert "mtp.fc.weight" in message and INDEX in message
 
 
-def test_a_tensor_that_only_the_index_has_is_named(
+def test_a_tensor_only_in_the_index_is_named(
     checkpoint: Path, fails: Fails, tmp_path: Path
 ) -> None:
     edit_index(checkpoint, lambda names: names.update({"mtp.extra.weight": shard(checkpoint).name}))
@@ -78,7 +78,7 @@ def test_a_truncated_shard_is_named(checkpoint: Path, fails: Fails, tmp_path: Pa
     assert path.name in message and "truncated" in message
 
 
-def test_an_unknown_architecture_gets_the_list_of_known_ones(
+def test_an_unknown_architecture_is_refused_with_the_known_ones(
     checkpoint: Path, fails: Fails, tmp_path: Path
 ) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
@@ -93,7 +93,7 @@ def test_an_unknown_architecture_gets_the_list_of_known_ones(
     "name",
     ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".safetensors", "model.bin", 7],
 )
-def test_a_shard_name_that_is_no_plain_file_name_is_refused(checkpoint: Path, name: object) -> None:
+def test_a_shard_name_with_a_path_is_refused(checkpoint: Path, name: object) -> None:
     edit_index(checkpoint, lambda names: names.update({"mtp.fc.weight": name}))
     with pytest.raises(CheckpointError, match="plain"):
         Checkpoint(checkpoint)
@@ -140,7 +140,7 @@ def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
         read_shard_header(write_header(tmp_path / "x.safetensors", header, bytes(8)))
 
 
-def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: Path) -> None:
+def test_a_header_longer_than_the_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     with pytest.raises(CheckpointError, match="truncated"):

@@ -1,7 +1,7 @@
-"""Conversion gives what llama.cpp's own converter gives, byte for byte, on every layout that we support.
+"""Conversion gives the same bytes as llama.cpp's converter, for every supported layout.
 
-The digests under tests/golden were made by upstream's convert_hf_to_gguf.py; `make check-golden` proves that they still are
-what it makes.
+Upstream's convert_hf_to_gguf.py made the digests under tests/golden; `make check-golden` compares
+them with it again.
 """
 
 import json
@@ -36,7 +36,7 @@ def test_conversion_equals_upstream(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3.5", "moe-fused-head"])
-def test_the_head_alone_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
+def test_the_head_alone_equals_the_head_of_the_whole(name: str, tmp_path: Path) -> None:
     checkpoint = write_layout(name, tmp_path)
     for part in ("all", "head"):
         native.convert(checkpoint, tmp_path / f"{part}.gguf", part, "qwen35")
@@ -56,7 +56,7 @@ def test_the_head_alone_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
 def changed(
     tmp_path: Path, *, drop: str = "", config: dict[str, Any] | None = None, name: str = "copy"
 ) -> Path:
-    """The dense checkpoint without the tensors that begin with `drop`, and with other configuration."""
+    """The dense checkpoint with `config` changed, without tensors whose names begin with `drop`."""
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings = json.loads((source / "config.json").read_text())
     settings["text_config"] |= config or {}
@@ -72,7 +72,7 @@ def refusal(checkpoint: Path, part: str = "all", pre: str | None = "qwen35") -> 
     return str(caught.value)
 
 
-def test_a_head_in_a_file_of_its_own_is_found_beside_an_index_without_it(tmp_path: Path) -> None:
+def test_a_separate_head_file_is_found_beside_an_index_without_it(tmp_path: Path) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
@@ -107,14 +107,14 @@ def test_an_fp8_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
     assert "mtp.layers.0.mlp.up_proj.weight is FP8" in refusal(checkpoint)
 
 
-def test_a_checkpoint_without_its_head_is_refused_and_its_trunk_is_not(tmp_path: Path) -> None:
+def test_without_its_head_only_the_trunk_converts(tmp_path: Path) -> None:
     checkpoint = changed(tmp_path, drop="mtp.")
     assert "lost its head" in refusal(checkpoint) and "head: none" in refusal(checkpoint)
     native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
     assert reader.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
 
 
-def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(
+def test_a_head_that_config_json_denies_is_refused_unless_only_the_trunk_is_wanted(
     tmp_path: Path,
 ) -> None:
     checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": 0})
@@ -122,10 +122,10 @@ def test_a_head_that_the_configuration_denies_is_refused_unless_none_is_wanted(
     native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
 
 
-def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refused(
+def test_a_copy_of_tied_embeddings_is_dropped_and_another_matrix_refused(
     tmp_path: Path,
 ) -> None:
-    """Upstream writes it a second time, which costs its size; where it differs, upstream's file is another model."""
+    """Upstream writes both, which wastes space, or gives another model if they differ."""
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
     assert settings["text_config"]["tie_word_embeddings"]
@@ -141,22 +141,22 @@ def test_a_second_copy_of_tied_embeddings_is_left_out_and_another_matrix_is_refu
     assert "tie_word_embeddings" in refusal(changed)
 
 
-def test_a_head_with_a_tensor_missing_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_tensor_of_the_head_is_named(tmp_path: Path) -> None:
     assert "mtp.pre_fc_norm_hidden.weight" in refusal(
         changed(tmp_path, drop="mtp.pre_fc_norm_hidden")
     )
 
 
-def test_a_tensor_of_another_shape_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_wrong_shape_is_refused_with_the_right_one(tmp_path: Path) -> None:
     message = refusal(changed(tmp_path, config={"intermediate_size": 512}))
     assert "mlp." in message and "512" in message
 
 
-def test_an_unknown_vocabulary_is_refused_unless_its_pre_tokenizer_is_named(tmp_path: Path) -> None:
+def test_an_unknown_vocabulary_needs_a_named_pre_tokenizer(tmp_path: Path) -> None:
     assert "tokenizer_pre" in refusal(changed(tmp_path), pre=None)
 
 
-def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> None:
+def test_an_unused_tensor_is_refused(tmp_path: Path) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
     tensors = {
         **read_tensors(source),
@@ -176,7 +176,7 @@ def test_a_tensor_that_has_no_place_is_not_dropped_silently(tmp_path: Path) -> N
         ("draft", "mtp.layers.1.input_layernorm.weight"),
     ],
 )
-def test_nor_does_any_part_drop_one_of_its_own(tmp_path: Path, part: str, name: str) -> None:
+def test_an_unused_tensor_of_a_part_is_refused(tmp_path: Path, part: str, name: str) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
     tensors = {**read_tensors(source), name: ("F32", np.zeros(4, np.float32))}
     checkpoint = write_checkpoint(
@@ -209,7 +209,7 @@ BEGINS = {
         ("post_processor", BEGINS, "begins with <|im_start|>"),
     ],
 )
-def test_a_tokenizer_that_would_not_be_written_as_upstream_does_is_refused(
+def test_an_unsupported_tokenizer_is_refused(
     tmp_path: Path, key: str, value: dict[str, Any], named: str
 ) -> None:
     checkpoint = changed(tmp_path)
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_would_not_be_written_as_upstream_does_is_refused(
     assert named in refusal(checkpoint)
 
 
-def test_rounding_to_bf16_is_to_nearest_even_and_refuses_nan() -> None:
+def test_bf16_rounds_to_nearest_even_and_refuses_nan() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.4e38, np.inf, 1e-40], np.float32)
     kind = GGMLQuantizationType.BF16
     rounded = decode(np.frombuffer(encode(values, kind), np.uint16), "BF16")
@@ -228,7 +228,7 @@ def test_rounding_to_bf16_is_to_nearest_even_and_refuses_nan() -> None:
         encode(np.array([np.nan], np.float32), kind)
 
 
-def test_views_of_contiguous_bytes_are_copied_by_range_and_never_read() -> None:
+def test_contiguous_views_have_a_byte_range() -> None:
     checkpoint = Checkpoint(CHECKPOINTS / "tiny-qwen3.5")
     tensor = checkpoint.tensors["model.language_model.embed_tokens.weight"]
     array = checkpoint.array(tensor)
@@ -241,8 +241,8 @@ def test_views_of_contiguous_bytes_are_copied_by_range_and_never_read() -> None:
     assert checkpoint.locate(array[3:5].copy()) is None
 
 
-def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> None:
-    """The probe must be upstream's to the letter, or no checksum is ever found."""
+def test_the_probe_of_pre_tokenizers_is_upstreams() -> None:
+    """A single other character, and no checksum would ever match."""
     from hashlib import sha256
 
     assert (
@@ -251,7 +251,7 @@ def test_pre_tokenizers_are_told_apart_by_upstreams_checksum_of_the_probe() -> N
     )
 
 
-def test_tokens_named_beside_the_tokenizer_have_their_names_and_types(tmp_path: Path) -> None:
+def test_tokens_named_beside_tokenizer_json_keep_names_and_types(tmp_path: Path) -> None:
     """Real Qwen3.5 checkpoints name seven tokens in tokenizer_config.json alone; they must not become padding."""
     native.convert(
         write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35"

@@ -1,4 +1,4 @@
-"""The inventory of a GGUF follows from the configuration alone, and is that of the real models."""
+"""The tensors of a GGUF follow from the configuration alone, and match real models."""
 
 import pytest
 from mtpforge.checkpoint.families.registry import family_of
@@ -16,7 +16,7 @@ EXPERTS = {
     "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
 }  # fmt: skip
 
-# Real models: trunk tensors, all tensors, weights of the head (published tensor maps and configurations).
+# Real models: trunk tensors, all tensors, weights of the head (from published configurations).
 REAL = {
     "Qwen3.5-0.8B": ({"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8,
                       "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 20_452_864),
@@ -37,7 +37,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_models_have_the_known_inventory(name: str) -> None:
+def test_real_models_have_the_known_tensors(name: str) -> None:
     changes, trunk, total, head_weights = REAL[name]
     hparams = Hparams({**DENSE, **changes})
     family = family_of(
@@ -53,7 +53,7 @@ def test_real_models_have_the_known_inventory(name: str) -> None:
 
 
 def test_the_head_of_qwen3_next_has_the_known_size() -> None:
-    """Its configuration does not mention it."""
+    """Its config.json does not declare it."""
     changes = {**EXPERTS, "num_hidden_layers": 48, "num_experts": 512}
     head = family_of("Qwen3NextForCausalLM").rows(Hparams({**DENSE, **changes}), "head")
     assert len(head) == 20 and sum(_elements(row.shape) for row in head) == 1_650_471_424
@@ -78,7 +78,7 @@ def _elements(shape: tuple[int, ...]) -> int:
         ({"mtp_use_dedicated_embeddings": True}, "mtp_use_dedicated_embeddings"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused_by_key(
+def test_an_impossible_configuration_is_refused_by_key(
     change: dict[str, object], named: str
 ) -> None:
     with pytest.raises(CheckpointError, match=named):

@@ -1,4 +1,4 @@
-"""What upstream's converter is not even started for, and what it gets to see."""
+"""Checks before upstream's converter starts, and the files that it sees."""
 
 import json
 import os
@@ -34,12 +34,12 @@ def refusal(checkpoint: Path, part: str = "all") -> str:
     return str(caught.value)
 
 
-def test_no_architecture_of_ours_is_on_the_list() -> None:
+def test_upstreams_architectures_are_none_of_ours() -> None:
     ours = {name for family in FAMILIES for name in family.huggingface_architectures}
     assert not ours & architectures.ARCHITECTURES.keys()
 
 
-def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones(
     fails: Fails, tmp_path: Path
 ) -> None:
     checkpoint = write_model("glm", tmp_path / "glm", architectures=["KimiLinearForCausalLM"])
@@ -51,9 +51,7 @@ def test_an_architecture_that_is_not_on_the_list_is_refused_with_the_list(
     )
 
 
-def test_a_missing_environment_is_an_error_that_says_what_makes_it(
-    fails: Fails, tmp_path: Path
-) -> None:
+def test_a_missing_converter_error_names_make_converter(fails: Fails, tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
     assert "make converter" in fails(
         "convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf"
@@ -61,7 +59,7 @@ def test_a_missing_environment_is_an_error_that_says_what_makes_it(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_that_is_as_declared_is_accepted(tmp_path: Path, name: str) -> None:
+def test_a_head_as_declared_is_accepted(tmp_path: Path, name: str) -> None:
     upstream.check(Checkpoint(write_model(name, tmp_path / name)), "all")
 
 
@@ -82,15 +80,15 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "change", "named"), CONTRADICTIONS)
-def test_tensors_and_configuration_must_agree(
+def test_tensors_must_match_the_configuration(
     tmp_path: Path, name: str, change: dict[str, Any], named: str
 ) -> None:
     checkpoint = write_model(name, tmp_path / name, **change)
     assert named in refusal(checkpoint)
-    upstream.check(Checkpoint(checkpoint), "trunk")  # which needs no head
+    upstream.check(Checkpoint(checkpoint), "trunk")  # needs no head
 
 
-def test_parts_that_upstream_cannot_make_are_refused(tmp_path: Path) -> None:
+def test_parts_that_upstream_cannot_write_are_refused(tmp_path: Path) -> None:
     bailing = write_model("bailing", tmp_path / "bailing")
     assert "only the whole" in refusal(bailing, "trunk") and "only the whole" in refusal(
         bailing, "draft"
@@ -99,7 +97,7 @@ def test_parts_that_upstream_cannot_make_are_refused(tmp_path: Path) -> None:
     assert "no preprocessor_config.json" in refusal(CHECKPOINTS / "tiny-qwen3.5", "mmproj")
 
 
-def test_a_head_whose_values_cannot_be_told_is_refused(tmp_path: Path) -> None:
+def test_a_head_with_unsupported_types_is_refused(tmp_path: Path) -> None:
     tensors, config = (
         read_tensors(write_model("glm", tmp_path / "glm")),
         json.loads((tmp_path / "glm/config.json").read_text()),
@@ -116,7 +114,7 @@ def test_a_head_whose_values_cannot_be_told_is_refused(tmp_path: Path) -> None:
     assert f"{key} is FP8 and {key}_scale_inv is missing" in refusal(unscaled)
 
 
-def test_upstream_sees_the_weights_and_nothing_that_could_be_run(tmp_path: Path) -> None:
+def test_upstream_sees_weights_but_no_code(tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
     for name in (
         "modeling_glm.py",
@@ -174,7 +172,7 @@ def test_no_secret_reaches_upstream(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str) -> Gguf:
-    """A GGUF of that many blocks, the last `heads` of them with the tensors named."""
+    """A GGUF with `blocks` blocks; the last `heads` of them have tensors with these names."""
     metadata = {
         "general.architecture": Value.of(architecture, GGUFValueType.STRING),
         f"{architecture}.block_count": Value.of(blocks, GGUFValueType.UINT32),
@@ -189,7 +187,7 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
     return reader.read(path)
 
 
-def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> None:
+def test_why_not_drafting_names_the_reason(tmp_path: Path) -> None:
     def reason(architecture: str, *names: str) -> str | None:
         return architectures.why_not_drafting(
             head_of(tmp_path / "head.gguf", architecture, 5, 3, *names)
@@ -204,7 +202,7 @@ def test_where_the_runtime_cannot_draft_there_is_a_reason(tmp_path: Path) -> Non
     assert "a head that has no attn_qkv.weight" in str(reason("mimo2", "attn_q.weight"))
 
 
-def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) -> None:
+def test_type_overrides_cover_every_block_of_a_head(tmp_path: Path) -> None:
     several = head_of(tmp_path / "several.gguf", "mimo2", 12, 3, "attn_q.weight")
     assert recipe.plan_overrides(several, "Q4_0", (), ()) == [
         (rf"^blk\.{block}\.attn_q\.weight$", "Q8_0") for block in (9, 10, 11)
@@ -212,7 +210,7 @@ def test_a_head_of_several_blocks_is_overridden_in_each_of_them(tmp_path: Path) 
     assert several.head.tensors.keys() == {f"blk.{i}.attn_q.weight" for i in (9, 10, 11)}
 
 
-def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path: Path) -> None:
+def test_injection_extends_lists_for_every_block_of_a_head(tmp_path: Path) -> None:
     def with_windows(path: Path, blocks: int, heads: int, more: tuple[str, ...] = ()) -> Path:
         opened = head_of(path, "mimo2", blocks, heads, "attn_q.weight")
         windows = Value.of(list(range(blocks)), GGUFValueType.ARRAY, GGUFValueType.UINT32)
@@ -242,7 +240,7 @@ def test_a_head_of_several_blocks_is_injected_with_the_entries_of_each(tmp_path:
 
 
 @pytest.mark.parametrize("heads", [12, 4_000_000_000])
-def test_more_head_blocks_than_there_can_be_are_refused(tmp_path: Path, heads: int) -> None:
+def test_too_many_head_blocks_are_refused(tmp_path: Path, heads: int) -> None:
     opened = _declaring(tmp_path / "odd.gguf", heads)
     with pytest.raises(GgufError, match=rf"nextn_predict_layers is {heads} in a file of 12 blocks"):
         _ = opened.head_blocks

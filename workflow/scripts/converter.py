@@ -2,7 +2,7 @@
 
 The stamp is written last: if it exists, the rest is complete.
 
-example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt --out DIR/stamp.json
+example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt --out stamp.json
 """
 
 from pathlib import Path

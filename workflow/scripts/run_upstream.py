@@ -3,7 +3,7 @@
 Needs a Python with torch and transformers (envs/converter.txt). A separate program, because
 upstream must import its own gguf-py; `-I` keeps this folder and PYTHON* variables out.
 
-example: python -I run_upstream.py --tokenizer-pre qwen35 SOURCE CHECKPOINT --outtype bf16 --outfile F.gguf
+example: python -I run_upstream.py SOURCE CHECKPOINT --outtype bf16 --outfile F.gguf
 """
 
 import argparse

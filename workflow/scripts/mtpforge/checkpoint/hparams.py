@@ -7,7 +7,7 @@ from mtpforge.errors import CheckpointError
 
 
 class Hparams:
-    """The text model's hyperparameters: `config.json`, with `text_config` laid over it."""
+    """The text model's hyperparameters: `config.json` updated with its `text_config`."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = config.get("text_config", {})
@@ -16,26 +16,26 @@ class Hparams:
         self.values: dict[str, Any] = {**config, **text}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it stands, or `default` where it is missing or null."""
+        """Return the raw value, or `default` if it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer below 2^31. Raises CheckpointError."""
+        """Return a positive integer below 2^31. Raises CheckpointError."""
         value = self.get(key, default)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number. Raises CheckpointError."""
+        """Return a finite number. Raises CheckpointError."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not abs(value) < 3e38:  # what a float32 holds
+        if type(value) not in (int, float) or not abs(value) < 3e38:  # fits into a float32
             raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """True or false, false where it is missing. Raises CheckpointError."""
+        """Return a boolean, False if it is missing. Raises CheckpointError."""
         value = self.get(key, False)
         if type(value) is not bool:
             raise CheckpointError(f"config.json: {key} must be true or false, not {value!r}")

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint on disk: its configuration, and its tensors, memory-mapped and unread until they are used.
+"""Reads a Hugging Face checkpoint: its configuration, and its tensors as memory maps.
 
-Everything in the folder is taken as hostile: JSON must have the expected types, names must be plain file names, byte
-ranges must tile each shard exactly, and index and shards must name the same tensors. Nothing is executed.
+Every file is treated as hostile: JSON must have the expected types, names must be plain file names,
+byte ranges must tile each shard exactly, and index and shards must agree. No code is executed.
 """
 
 import json
@@ -23,9 +23,9 @@ from mtpforge.io.text import parse_json, read_json, read_text
 INDEX = "model.safetensors.index.json"
 HEAD_FILE = "mtp.safetensors"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_HEADER_LIMIT = 100 << 20  # as the safetensors library has it
+_HEADER_LIMIT = 100 << 20  # as in the safetensors library
 
-# safetensors' name of a type -> numpy's. BF16 and FP8 have none: they travel as raw integers of their size.
+# safetensors type -> numpy type. numpy lacks BF16 and FP8: they are read as raw integers.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -44,7 +44,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of a shard: `shape` rows first, `offset` and `size` in bytes from the shard's start."""
+    """One tensor of a shard: shape (rows first), and byte offset from the start of the shard."""
 
     name: str
     dtype: str
@@ -55,12 +55,11 @@ class CheckpointTensor:
 
 
 class Checkpoint:
-    """The checkpoint in `directory`. Raises CheckpointError where it is incomplete or malformed."""
+    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = Path(
-            directory
-        ).resolve()  # its name is the model's, so "." must not stay "."
+        # Resolved, because the model is named after the folder, even if it is ".".
+        self.directory = Path(directory).resolve()
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         self.config = read_json(self.directory / "config.json")
@@ -69,16 +68,16 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """The first of `architectures` in config.json."""
+        """The first of `architectures` in config.json. Raises CheckpointError."""
         return architecture_of(self.directory / "config.json", self.config)
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
-        """A read-only view of the tensor's bytes in its shard, of `tensor.shape`; BF16 and FP8 as raw integers."""
+        """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
         mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
         return mapped.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def locate(self, view: np.ndarray) -> FileRange | None:
-        """Where the bytes of a C-contiguous view lie on disk; None if it is not a view of an `array` but a copy."""
+        """Return the byte range of a C-contiguous view of an `array`; None for a copy."""
         address = view.__array_interface__["data"][0]
         for shard, mapped in self._maps.items():
             offset = address - mapped.__array_interface__["data"][0]
@@ -87,18 +86,18 @@ class Checkpoint:
         return None
 
     def digest(self, tensor: CheckpointTensor) -> str:
-        """The sha256 of the tensor's bytes."""
+        """Return the sha256 of the tensor's bytes."""
         return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
 
     def scatter(self, tensor: CheckpointTensor) -> None:
-        """Say that a few rows of it are going to be read, here and there: the system would read what lies around each too."""
+        """Tell the system to read single rows of the tensor, without their surroundings."""
         mapped = self._map(tensor.shard)
         if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.base.madvise(mmap.MADV_RANDOM, start, tensor.offset + tensor.size - start)
 
     def release(self) -> None:
-        """Give mapped pages back to the system, which would count what was read as ours; they are read again if need be."""
+        """Return mapped pages to the system, so that they do not count as our memory."""
         for mapped in self._maps.values():
             if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.base.madvise(mmap.MADV_DONTNEED)
@@ -110,15 +109,79 @@ class Checkpoint:
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
-    """The first of `architectures` in the config.json at `path`. Raises CheckpointError."""
+    """Return the first of `architectures` in a config.json. Raises CheckpointError."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise CheckpointError(f"{path}: 'architectures' must be a list of names")
+        raise CheckpointError(f"{path}: 'architectures' must be a list of class names")
     return names[0]
 
 
+def gather_tensors(
+    path: Path,
+    index: str | None,
+    present: Collection[str],
+    read: Callable[[str], list[CheckpointTensor]],
+) -> dict[str, CheckpointTensor]:
+    """Collect the tensors of all shards, whose headers `read` returns, from disk or the Hub.
+
+    `path` is the checkpoint in messages, `index` the text of its index if it has one, `present` the
+    names of its safetensors files. Raises CheckpointError if index and shards disagree.
+    """
+    if index is None:
+        return _read_shards(path, sorted(present), read)
+    expected = _parse_index(path / INDEX, index)
+    shards = set(expected.values())
+    tensors = _read_shards(path, sorted(shards), read)
+    _check_index(path / INDEX, expected, tensors)
+    if HEAD_FILE in present and HEAD_FILE not in shards:  # a head that the index does not list
+        head = _read_shards(path, [HEAD_FILE], read)
+        if twice := sorted(head.keys() & tensors.keys()):
+            raise _duplicate(path, tensors[twice[0]], HEAD_FILE)
+        tensors |= head
+    return tensors
+
+
+def read_shard_header(path: Path) -> list[CheckpointTensor]:
+    """Return the tensors of a shard, in the order of its header. Raises CheckpointError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = header_length(path, file.read(8), size)
+            return parse_shard_header(path, file.read(length), size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: shard is missing: download it again") from None
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """Return the length of a shard's header, from its first 8 bytes. Raises CheckpointError."""
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        raise CheckpointError(
+            f"{path}: truncated, or not a safetensors file (a header of {length:,} bytes "
+            f"in a file of {size:,}): download it again"
+        )
+    return length
+
+
+def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:
+    """Return the tensors in the header of a shard of `size` bytes. Raises CheckpointError."""
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
+    entries.pop("__metadata__", None)
+    start = 8 + len(header)
+    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
+    _check_tiling(path, tensors, start, size)
+    return tensors
+
+
 def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
-    """All tensors by name, in the order of shard names and, within a shard, of its header."""
+    """Return all tensors by name, in the order of the shards and their headers."""
     index = directory / INDEX
     present = [path.name for path in directory.glob("*.safetensors")]
     if not present and not index.exists():
@@ -129,47 +192,22 @@ def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
     )
 
 
-def gather_tensors(
-    place: Path,
-    index: str | None,
-    present: Collection[str],
-    read: Callable[[str], list[CheckpointTensor]],
-) -> dict[str, CheckpointTensor]:
-    """The tensors of a checkpoint whose shards' headers `read` gives, wherever it lies; `place` is named in messages.
-
-    `index` is the text of its index, if it has one; `present` are the names of all its safetensors files.
-    Raises CheckpointError where index and shards contradict each other.
-    """
-    expected = None if index is None else _parse_index(place / INDEX, index)
-    tensors = _read_shards(
-        place, sorted(present if expected is None else set(expected.values())), read
-    )
-    if expected is not None:
-        _check_index(place / INDEX, expected, tensors)
-        if (
-            HEAD_FILE not in expected.values() and HEAD_FILE in present
-        ):  # a head published beside an index without it
-            head = _read_shards(place, [HEAD_FILE], read)
-            if twice := sorted(head.keys() & tensors.keys()):
-                raise CheckpointError(
-                    f"{place}: tensor {twice[0]} is in {tensors[twice[0]].shard} and in {HEAD_FILE}"
-                )
-            tensors |= head
-    return tensors
-
-
 def _read_shards(
-    place: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]
+    path: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]
 ) -> dict[str, CheckpointTensor]:
     tensors: dict[str, CheckpointTensor] = {}
     for shard in shards:
         for tensor in read(shard):
             if tensor.name in tensors:
-                raise CheckpointError(
-                    f"{place}: tensor {tensor.name} is in {tensors[tensor.name].shard} and in {shard}"
-                )
+                raise _duplicate(path, tensors[tensor.name], shard)
             tensors[tensor.name] = tensor
     return tensors
+
+
+def _duplicate(path: Path, tensor: CheckpointTensor, shard: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: tensor {tensor.name} is in {tensor.shard} and in {shard}: delete the wrong one"
+    )
 
 
 def _parse_index(path: Path, text: str) -> dict[str, str]:
@@ -194,53 +232,15 @@ def _check_index(
             )
     if surplus := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
-            f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} ({len(surplus)} in all): "
-            "the index belongs to another version of these shards"
+            f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} "
+            f"({len(surplus)} such tensors): index and shards are of different versions"
         )
-
-
-def read_shard_header(path: Path) -> list[CheckpointTensor]:
-    """The tensors of one safetensors file in the order of its header. Raises CheckpointError."""
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = header_length(path, file.read(8), size)
-            return parse_shard_header(path, file.read(length), size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: shard is missing: download it again") from None
-
-
-def header_length(path: Path, start: bytes, size: int) -> int:
-    """The length of a header whose shard of `size` bytes starts with the 8 bytes of `start`. Raises CheckpointError."""
-    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-        raise CheckpointError(
-            f"{path}: truncated, or not a safetensors file (header of {length:,} bytes in {size:,})"
-        )
-    return length
-
-
-def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:
-    """The tensors that a shard of `size` bytes has by its `header`, in its order. Raises CheckpointError."""
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
-    entries.pop("__metadata__", None)
-    start = 8 + len(header)
-    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
-    _check_tiling(path, tensors, start, size)
-    return tensors
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("duplicate name")
     return result
 
 
@@ -255,22 +255,25 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if size != end - begin:
         raise CheckpointError(
-            f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, its range has {end - begin:,}"
+            f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, "
+            f"but its range has {end - begin:,}"
         )
     return CheckpointTensor(name, dtype, tuple(shape), path.name, start + begin, size)
 
 
 def _check_tiling(path: Path, tensors: list[CheckpointTensor], start: int, size: int) -> None:
-    """The ranges must follow each other without gap or overlap up to the file's end, as the format demands."""
+    """Check that the ranges have no gap or overlap up to the file's end, as the format requires."""
     position = start
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
         if tensor.offset != position:
             raise CheckpointError(
-                f"{path}: tensor {tensor.name} starts at byte {tensor.offset:,}, expected {position:,}"
+                f"{path}: tensor {tensor.name} starts at byte {tensor.offset:,}, "
+                f"expected {position:,}"
             )
         position += tensor.size
     if position != size:
-        what = "truncated" if size < position else "has bytes that no tensor owns"
+        problem = "truncated" if size < position else "has bytes outside all tensors"
         raise CheckpointError(
-            f"{path}: {what}: {size:,} bytes, its header describes {position:,}: download it again"
+            f"{path}: {problem}: {size:,} bytes, but its header describes {position:,}: "
+            "download it again"
         )

@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint names beside `tokenizer.json`, and how the `tokenizers` package adds them.
+"""Tokens that a checkpoint names beside `tokenizer.json`, and how to add them.
 
 Follows transformers 4.57: real Qwen3.5 checkpoints have seven tokens in `added_tokens_decoder` of
 `tokenizer_config.json` alone.
@@ -41,7 +41,7 @@ class AddedTokens:
     listed: dict[int, dict[str, Any]]
     """Tokens with their properties. The ids only order them: the package numbers them itself."""
     special: list[Token]
-    """Special tokens by role (eos_token, additional_special_tokens, ...), in transformers' order."""
+    """Special tokens (eos_token, additional_special_tokens, ...), in transformers' order."""
     complete: bool
     """Whether `listed` is an `added_tokens_decoder`; else it lacks those of `tokenizer.json`."""
 

@@ -21,7 +21,7 @@ _HEADLESS = "build without a head (`head: none` in config.yaml, or --part trunk)
 
 @dataclass(frozen=True)
 class ConvertedTensor:
-    """A tensor of the GGUF, and the checkpoint's tensors it is made from, in the order of `source`."""
+    """A tensor of the GGUF and the checkpoint's tensors for it, in the order of `source`."""
 
     row: Row
     source: Source

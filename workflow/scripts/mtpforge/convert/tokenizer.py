@@ -190,7 +190,7 @@ def load(text: str, named: AddedTokens) -> LoadedTokenizer:
 
 
 def _child(sender: Connection, text: str, named: AddedTokens) -> None:
-    """Send the loaded tokenizer, or the package's error message; within limits of memory and time."""
+    """Send the loaded tokenizer or an error message, within limits of memory and time."""
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the package prints its panics

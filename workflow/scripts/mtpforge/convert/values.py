@@ -17,7 +17,7 @@ SLICE = 1 << 17
 
 
 def payload(checkpoint: Checkpoint, item: ConvertedTensor) -> Payload:
-    """Yield the bytes of a tensor: ranges of the shards if nothing changes, else computed slices."""
+    """Yield a tensor's bytes: ranges of the shards if nothing changes, else computed slices."""
     if item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16":
         for view in _views(checkpoint, item):
             for block in blocks(view):
@@ -73,7 +73,7 @@ def cut(views: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def blocks(view: np.ndarray) -> Iterator[np.ndarray]:
-    """Cut a view along its leading axes into C-contiguous pieces; copy only if it is not contiguous."""
+    """Cut a view into C-contiguous pieces; copy only if it is not contiguous."""
     if view.flags.c_contiguous:
         yield view
     elif view.nbytes <= CHUNK:

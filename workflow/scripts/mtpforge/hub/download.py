@@ -171,7 +171,7 @@ def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
 
 
 def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
-    """Append the missing bytes to `partial`. Raises DownloadError, and deletes it if it is wrong."""
+    """Append the missing bytes to `partial`. Deletes it and raises DownloadError if wrong."""
     file = listing.files[name]
     remote = remote_file(listing, name)
     if partial.stat().st_size > file.bytes:

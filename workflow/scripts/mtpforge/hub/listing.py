@@ -45,7 +45,7 @@ class File:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files and tensors of a commit by name, both sorted. GGUF repositories have no tensors here."""
+    """Files and tensors of a commit by name, both sorted; GGUFs have no tensors here."""
 
     repo: str
     revision: str

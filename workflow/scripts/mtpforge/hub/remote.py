@@ -11,7 +11,10 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 from huggingface_hub import constants, get_session, get_token, hf_hub_url
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # documented, not typed
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not typed
+    build_hf_headers,
+    hf_raise_for_status,
+)
 
 from mtpforge.errors import DownloadError
 from mtpforge.hub.listing import File
@@ -27,7 +30,7 @@ REDIRECTS = 5
 
 
 class RemoteFile:
-    """A file of a commit, as the listing describes it. Nothing is requested before the first read."""
+    """A file of a commit, as listed. Nothing is requested before the first read."""
 
     def __init__(self, repo: str, revision: str, name: str, file: File) -> None:
         self.name = name
@@ -88,7 +91,7 @@ class RemoteFile:
             raise UnusableAnswer(f"ended {left:,} bytes too early")
 
     def _locate(self) -> tuple[str, dict[str, str]]:
-        """Return the current address and request headers, with the token only for the Hub itself."""
+        """Return the current address and headers, with the token only for the Hub itself."""
         if self._address is None:
             found = _metadata(hf_hub_url(self._repo, self.name, revision=self._revision))
             if found.etag != self._digest or found.size not in (None, str(self.size)):
@@ -106,7 +109,7 @@ class RemoteFile:
         return self._address, _headers(self._address)
 
     def _check(self, response: httpx2.Response, begin: int, end: int) -> None:
-        """Raise UnusableAnswer if the response headers do not promise exactly the requested bytes."""
+        """Raise UnusableAnswer unless the headers promise exactly the requested bytes."""
         headers = response.headers
         partial = (begin, end) != (0, self.size)
         self._check_status(response, partial)
@@ -180,7 +183,7 @@ def _metadata(url: str) -> Metadata:
 
 
 def _headers(url: str) -> dict[str, str]:
-    """Return request headers, with the token only if the URL is on the Hub. Raises DownloadError."""
+    """Return headers, with the token only if the URL is on the Hub. Raises DownloadError."""
     token = get_token() if _origin(url) == _origin(constants.ENDPOINT) else None
     if token and not (token.isascii() and token.isprintable()):
         raise DownloadError(

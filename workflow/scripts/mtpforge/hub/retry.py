@@ -21,7 +21,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # documented, not typed
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not typed
+    parse_ratelimit_headers,
+)
 
 from mtpforge import progress
 from mtpforge.errors import DownloadError
@@ -79,7 +81,7 @@ class Retry:
         self.failures = 0
 
     def wait(self, error: Exception) -> None:
-        """Wait before the next try. Raises DownloadError if it is pointless or `TRIES` are used up."""
+        """Wait before the next try. Raises DownloadError if that is pointless or too late."""
         reason, asked = _transient(error)
         if reason is None:
             raise DownloadError(f"{self.what}: {explain(error)}") from None
@@ -96,7 +98,7 @@ class Retry:
         time.sleep(seconds)
 
     def call(self, request: Callable[[], T]) -> T:
-        """Return the result of `request`, retried after transient failures. Raises DownloadError."""
+        """Call `request`, and again after transient failures. Raises DownloadError."""
         while True:
             try:
                 return request()
@@ -105,7 +107,7 @@ class Retry:
 
 
 def explain(error: Exception) -> str:
-    """Describe a failed request in one line. huggingface_hub never puts the token into a message."""
+    """Describe a failed request in one line; huggingface_hub's messages have no token."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to use the Hub"
     if isinstance(error, GatedRepoError):
@@ -130,7 +132,7 @@ def first_line(error: Exception) -> str:
 
 
 def requested_wait(headers: Mapping[str, str]) -> float:
-    """Return the seconds until `Retry-After` or the Hub's rate limit expires; 0 if neither is set."""
+    """Return the seconds until `Retry-After` or the rate limit expires; 0 without both."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", value):
         return float(value)
@@ -141,7 +143,7 @@ def requested_wait(headers: Mapping[str, str]) -> float:
 
 
 def _transient(error: Exception) -> tuple[str | None, float]:
-    """Return why a request failed and the wait the server asked for; None if a retry is pointless."""
+    """Return why a request failed, None if for good, and the wait the server asked for."""
     if isinstance(error, UnusableAnswer):
         return str(error), error.wait
     if isinstance(error, HfHubHTTPError) and error.response.status_code in _TRANSIENT_STATUS:

@@ -1,8 +1,10 @@
-"""Qwen3.5, dense and mixture of experts (Qwen3.6 and 3.8 share their classes): tables of names, shapes and transforms.
+"""Qwen3.5, dense and mixture of experts: names, shapes and transforms.
 
-Blocks alternate between linear attention (a gated delta rule) and full attention; the head is one more block of full
-attention. Names and transforms follow llama.cpp's `conversion/qwen.py` at 0c1e57098, against which `tests/golden` proves
-them.
+Qwen3.6 and 3.8 use the same classes.
+
+Blocks alternate between linear attention (a gated delta rule) and full attention; the head is one
+more block of full attention. Follows llama.cpp's `conversion/qwen.py` at 0c1e57098; `tests/golden`
+compares with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,46 +28,45 @@ from mtpforge.checkpoint.families.table import (
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
 
-DEFAULT_MROPE_SECTIONS = [11, 11, 10]  # what the architecture assumes where a config omits them
+DEFAULT_MROPE_SECTIONS = [11, 11, 10]  # default of the architecture
 
 
-# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── values ──
 
 
 def plus_one(values: np.ndarray) -> np.ndarray:
-    """Norms are stored as w - 1 and used as w. Leaving this out loads without a message and drafts nothing."""
+    """Undo the w - 1 of a stored norm. Without this a model loads silently and drafts nothing."""
     return np.asarray(values + np.float32(1))
 
 
 def minus_exp(values: np.ndarray) -> np.ndarray:
-    """`A_log` to A = -exp(A_log), rounded correctly from float64, so that every machine gives the same bytes."""
+    """Convert `A_log` to A = -exp(A_log), via float64 for the same bytes on every machine."""
     return np.asarray(-np.exp(values.astype(np.float64)), dtype=np.float32)
 
 
-# ── views ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── views ──
 
 
 class LinearHeads:
-    """Sizes of the linear attention: key and value heads, and how many rows or columns they take."""
+    """Key and value heads of linear attention, and their numbers of rows or columns."""
 
     def __init__(self, hp: Hparams) -> None:
-        self.keys, self.values = (
-            hp.count("linear_num_key_heads"),
-            hp.count("linear_num_value_heads"),
-        )
+        self.keys = hp.count("linear_num_key_heads")
+        self.values = hp.count("linear_num_value_heads")
         self.value_dim = hp.count("linear_value_head_dim")
         self.key_rows = self.keys * hp.count("linear_key_head_dim")
         self.value_rows = self.values * self.value_dim
         self.channels = 2 * self.key_rows + self.value_rows
         if self.values % self.keys:
             raise CheckpointError(
-                f"config.json: linear_num_value_heads {self.values} is no multiple of linear_num_key_heads {self.keys}"
+                f"config.json: linear_num_value_heads is {self.values}, which is not a multiple of "
+                f"linear_num_key_heads ({self.keys})"
             )
 
     def tiled(self, width: int, axis: int = 0, first: int = 0) -> View:
-        """Value heads from grouped by key head to tiled over the key heads, as ggml broadcasts them.
+        """Reorder value heads from grouped by key head to tiled over the key heads, as ggml does.
 
-        A head has `width` entries on `axis`; what lies before `first` (queries and keys) stays where it is.
+        A head has `width` entries on `axis`; entries before `first` (queries and keys) stay.
         """
         return unchanged if self.keys == self.values else partial(self._tile, width, axis, first)
 
@@ -81,13 +82,13 @@ class LinearHeads:
         return [kept, heads] if first else [heads]
 
 
-def squeezed(view: View) -> View:
-    """Drop axis 1 of a convolution's [channels, 1, kernel] before `view`."""
+def drop_axis_1(view: View) -> View:
+    """Apply `view` after dropping axis 1 of a convolution's [channels, 1, kernel]."""
     return lambda arrays: view([array.squeeze(1) for array in arrays])
 
 
 def half(which: int) -> View:
-    """Gate (0) or up (1) of a fused [experts, 2 * ff, hidden]."""
+    """Select gate (0) or up (1) of a fused [experts, 2 * ff, hidden]."""
 
     def view(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         rows = arrays[0].shape[1] // 2
@@ -96,27 +97,27 @@ def half(which: int) -> View:
     return view
 
 
-# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ──
 
 
 def matrix(
     name: str, source: str, *shape: int, view: View = unchanged, type: GGMLQuantizationType = BF16
 ) -> Row:
-    """A weight that keeps its shape."""
+    """Return the row of a weight that keeps its shape."""
     return Row(name, shape, (Source((source,), shape, view),), type)
 
 
 def norm(name: str, source: str, size: int) -> Row:
-    """A norm that the checkpoint stores as w - 1."""
+    """Return the row of a norm that the checkpoint stores as w - 1."""
     return Row(name, (size,), (Source((source,), (size,)),), F32, plus_one)
 
 
 Part = Callable[[Hparams, str, str], list[Row]]
-"""Rows of a part of a block, from the hyperparameters and the prefixes in the GGUF and in the checkpoint."""
+"""Rows of a part of a block, from hyperparameters and prefixes in GGUF and checkpoint."""
 
 
 def full_attention(hp: Hparams, to: str, of: str) -> list[Row]:
-    """Gated attention: `q_proj` holds queries and gates, so it has twice the rows."""
+    """Gated attention: `q_proj` holds queries and gates, so it has twice as many rows."""
     hidden, dim = hp.count("hidden_size"), hp.count("head_dim")
     queries, keys = hp.count("num_attention_heads") * dim, hp.count("num_key_value_heads") * dim
     return [
@@ -130,28 +131,27 @@ def full_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
-    """The gated delta rule; its own norm is stored as it is used, unlike every other norm."""
-    hidden, kernel, heads = (
-        hp.count("hidden_size"),
-        hp.count("linear_conv_kernel_dim"),
-        LinearHeads(hp),
-    )
+    """The gated delta rule. Its norm is stored as w, unlike all others."""
+    hidden = hp.count("hidden_size")
+    kernel = hp.count("linear_conv_kernel_dim")
+    heads = LinearHeads(hp)
     of += "linear_attn."
-    n, dim, channels, past_keys = heads.values, heads.value_dim, heads.channels, 2 * heads.key_rows
+    n = heads.values
+    dim = heads.value_dim
+    channels = heads.channels
+    qkv = heads.tiled(dim, first=2 * heads.key_rows)
 
     def vector(name: str, source: str, change: Change = identity) -> Row:
         return Row(name, (n,), (Source((source,), (n,), heads.tiled(1)),), F32, change)
 
-    convolution = Source(
-        (f"{of}conv1d.weight",), (channels, 1, kernel), squeezed(heads.tiled(dim, first=past_keys))
-    )
+    convolution = Source((f"{of}conv1d.weight",), (channels, 1, kernel), drop_axis_1(qkv))
     return [
         matrix(
             f"{to}attn_qkv.weight",
             f"{of}in_proj_qkv.weight",
             channels,
             hidden,
-            view=heads.tiled(dim, first=past_keys),
+            view=qkv,
         ),
         matrix(
             f"{to}attn_gate.weight",
@@ -180,7 +180,8 @@ def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
     """Gate, up and down."""
     if hp.get("num_experts"):
         raise CheckpointError(
-            "config.json: num_experts in a dense architecture: `architectures` belongs to another model"
+            "config.json: num_experts in a dense architecture: "
+            "correct `architectures`, or use the original config.json"
         )
     hidden, ff = hp.count("hidden_size"), hp.count("intermediate_size")
     return [
@@ -191,15 +192,19 @@ def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
-    """Router, experts (fused, or a matrix each) and a shared expert with its gate."""
-    hidden, n, of = hp.count("hidden_size"), hp.count("num_experts"), f"{of}mlp."
-    ff, shared = hp.count("moe_intermediate_size"), hp.count("shared_expert_intermediate_size")
+    """Router, experts (fused or one matrix each) and a shared expert with its gate."""
+    hidden = hp.count("hidden_size")
+    n = hp.count("num_experts")
+    ff = hp.count("moe_intermediate_size")
+    shared = hp.count("shared_expert_intermediate_size")
+    of += "mlp."
 
     def experts(projection: str, shape: tuple[int, int], fused: Source) -> Row:
         single = Source(tuple(f"{of}experts.{e}.{projection}_proj.weight" for e in range(n)), shape)
         return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single))
 
-    gate_up, down = (f"{of}experts.gate_up_proj",), (f"{of}experts.down_proj",)
+    gate_up = (f"{of}experts.gate_up_proj",)
+    down = (f"{of}experts.down_proj",)
     return [
         matrix(f"{to}ffn_gate_inp.weight", f"{of}gate.weight", n, hidden, type=F32),
         experts("down", (hidden, ff), Source(down, (n, hidden, ff))),
@@ -215,25 +220,24 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def layer_types(hp: Hparams) -> list[str]:
-    """`full_attention` or `linear_attention` for each trunk block. Raises CheckpointError."""
-    layers, interval = hp.count("num_hidden_layers"), hp.count("full_attention_interval", 4)
+    """Return the kind of attention of each trunk block. Raises CheckpointError."""
+    layers = hp.count("num_hidden_layers")
+    interval = hp.count("full_attention_interval", 4)
     periodic = [
         "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
     ]
-    types = hp.get("layer_types", periodic)
-    if (
-        not isinstance(types, list)
-        or len(types) != layers
-        or any(t not in ("linear_attention", "full_attention") for t in types)
-    ):
+    types: list[str] = hp.get("layer_types", periodic)
+    whole = isinstance(types, list) and len(types) == layers
+    if not whole or any(kind not in ("linear_attention", "full_attention") for kind in types):
         raise CheckpointError(
-            f"config.json: layer_types must name linear_attention or full_attention for {layers} layers"
+            "config.json: layer_types must have linear_attention or full_attention for each "
+            f"of the {layers} layers"
         )
     return types
 
 
 def block(hp: Hparams, to: str, of: str, attend: Part, mlp: Part) -> list[Row]:
-    """One block: two norms, attention and MLP of some kind."""
+    """Return the rows of one block: two norms, attention and MLP."""
     hidden = hp.count("hidden_size")
     norms = [
         norm(f"{to}attn_norm.weight", f"{of}input_layernorm.weight", hidden),
@@ -243,12 +247,13 @@ def block(hp: Hparams, to: str, of: str, attend: Part, mlp: Part) -> list[Row]:
 
 
 def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
-    """Embeddings, blocks 0 to N-1, output norm and, unless it is tied, the output matrix."""
+    """Return embeddings, blocks 0 to N-1, output norm and, unless tied, the output matrix."""
     if hp.flag("attention_bias"):
         raise CheckpointError(
-            "config.json: attention_bias is true, which no known Qwen3.5 has and llama.cpp cannot run"
+            "config.json: attention_bias is true, which llama.cpp does not support"
         )
-    hidden, vocabulary = hp.count("hidden_size"), hp.count("vocab_size")
+    hidden = hp.count("hidden_size")
+    vocabulary = hp.count("vocab_size")
     rows = [matrix("token_embd.weight", "model.embed_tokens.weight", vocabulary, hidden)]
     for i, attention in enumerate(layer_types(hp)):
         attend = linear if attention == "linear_attention" else full_attention
@@ -260,12 +265,13 @@ def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
 
 
 def head(hp: Hparams, mlp: Part) -> list[Row]:
-    """Block N. It shares the trunk's embeddings and output matrix, so it must not bring its own."""
+    """Return block N. It uses the trunk's embeddings and output matrix, so it must not have any."""
     if hp.flag("mtp_use_dedicated_embeddings"):
         raise CheckpointError(
-            "config.json: mtp_use_dedicated_embeddings is true: llama.cpp has no place for them"
+            "config.json: mtp_use_dedicated_embeddings is true, which llama.cpp does not support"
         )
-    hidden, to = hp.count("hidden_size"), f"blk.{hp.count('num_hidden_layers')}."
+    hidden = hp.count("hidden_size")
+    to = f"blk.{hp.count('num_hidden_layers')}."
     return [
         *block(hp, to, "mtp.layers.0.", full_attention, mlp),
         matrix(f"{to}nextn.eh_proj.weight", "mtp.fc.weight", hidden, 2 * hidden),
@@ -275,15 +281,16 @@ def head(hp: Hparams, mlp: Part) -> list[Row]:
     ]
 
 
-# ── metadata ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── metadata ──
 
 
 def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool = True) -> None:
-    """The architecture's keys in upstream's order; `hp` as in config.json, `head_blocks` 0 or 1.
+    """Write the architecture's keys in upstream's order; `head_blocks` is 0 or 1.
 
-    `sections`: whether the architecture always has rope sections, also where a configuration leaves them out.
+    `sections`: whether the architecture has rope sections even if config.json omits them.
     """
-    layers, dim = hp.count("num_hidden_layers"), hp.count("head_dim")
+    layers = hp.count("num_hidden_layers")
+    dim = hp.count("head_dim")
     writer.add_block_count(layers + head_blocks)
     writer.add_context_length(hp.count("max_position_embeddings"))
     writer.add_embedding_length(hp.count("hidden_size"))
@@ -317,7 +324,7 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool =
 
 
 def describe_linear_attention(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
-    """State sizes, and which blocks are recurrent: the head never is."""
+    """Write state sizes, and which blocks are recurrent; the head never is."""
     heads = LinearHeads(hp)
     writer.add_ssm_conv_kernel(hp.count("linear_conv_kernel_dim"))
     writer.add_ssm_state_size(hp.count("linear_key_head_dim"))
@@ -331,7 +338,7 @@ def describe_linear_attention(writer: GGUFWriter, hp: Hparams, head_blocks: int)
 
 
 def rope_parameters(hp: Hparams) -> Hparams:
-    """`rope_parameters` (or the older `rope_scaling`), completed from the top level as upstream does."""
+    """Return `rope_parameters` or `rope_scaling`, completed from the top level like upstream."""
     given = hp.get("rope_parameters", hp.get("rope_scaling", {}))
     if not isinstance(given, dict):
         raise CheckpointError("config.json: rope_parameters must be an object")
@@ -341,36 +348,45 @@ def rope_parameters(hp: Hparams) -> Hparams:
 
 
 def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
-    """Scaling (`default`, `linear` or `yarn`), sections of the multimodal rotation, and the base frequency."""
+    """Write scaling (`default`, `linear`, `yarn`), multimodal sections and the base frequency."""
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn"):
         raise CheckpointError(
-            f"config.json: rope_type {kind!r} is unknown: default, linear and yarn are"
+            f"config.json: rope_type is {kind!r}: only default, linear and yarn are supported"
         )
     if kind != "default":
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope.number("factor"))
     if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope.count("original_max_position_embeddings"))
-        for key in ("extrapolation_factor", "attention_factor", "beta_fast", "beta_slow"):
-            if rope.get(key) is not None:
-                method = {
-                    "extrapolation_factor": "ext_factor",
-                    "attention_factor": "attn_factor",
-                }.get(key, key)
-                getattr(writer, f"add_rope_scaling_yarn_{method}")(rope.number(key))
-    if (sections := rope.get("mrope_section")) is not None:
-        if (
-            not isinstance(sections, list)
-            or len(sections) not in (3, 4)
-            or any(type(n) is not int for n in sections)
-        ):
-            raise CheckpointError(
-                f"config.json: mrope_section must be three or four integers, not {sections!r}"
-            )
-        writer.add_rope_dimension_sections([*sections, 0][:4])
+        _describe_yarn(writer, rope)
+    _describe_sections(writer, rope)
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope.number("rope_theta"))
+
+
+def _describe_yarn(writer: GGUFWriter, rope: Hparams) -> None:
+    writer.add_rope_scaling_orig_ctx_len(rope.count("original_max_position_embeddings"))
+    methods = {
+        "extrapolation_factor": writer.add_rope_scaling_yarn_ext_factor,
+        "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
+    for key, add in methods.items():
+        if rope.get(key) is not None:
+            add(rope.number(key))
+
+
+def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
+    sections = rope.get("mrope_section")
+    if sections is None:
+        return
+    sized = isinstance(sections, list) and len(sections) in (3, 4)
+    if not sized or any(type(n) is not int for n in sections):
+        raise CheckpointError(
+            f"config.json: mrope_section must be three or four integers, not {sections!r}"
+        )
+    writer.add_rope_dimension_sections([*sections, 0][:4])
 
 
 VISION = ("model.visual.", "visual.")

@@ -1,6 +1,7 @@
-"""Qwen3-Next: Qwen3.5's predecessor, whose linear attention has its inputs fused and whose configuration is silent on the head.
+"""Qwen3-Next, the predecessor of Qwen3.5.
 
-Everything else is as in `qwen3_5`; the differences follow llama.cpp's `conversion/qwen.py` at 0c1e57098.
+Differences from `qwen3_5`: fused inputs of linear attention, and a head that config.json does not
+declare. Follows llama.cpp's `conversion/qwen.py` at 0c1e57098.
 """
 
 from collections.abc import Sequence
@@ -10,21 +11,22 @@ import numpy as np
 from gguf import GGUFWriter
 
 from mtpforge.checkpoint.families import qwen3_5
-from mtpforge.checkpoint.families.qwen3_5 import LinearHeads, matrix, minus_exp, squeezed
+from mtpforge.checkpoint.families.qwen3_5 import LinearHeads, drop_axis_1, matrix, minus_exp
 from mtpforge.checkpoint.families.table import F32, Family, Row, Source, View, unchanged
 from mtpforge.checkpoint.hparams import Hparams
 
 
 def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
-    """The gated delta rule with its inputs in two matrices; value heads stay grouped by key head."""
-    hidden, kernel, heads = (
-        hp.count("hidden_size"),
-        hp.count("linear_conv_kernel_dim"),
-        LinearHeads(hp),
-    )
-    n, of = heads.values, f"{of}linear_attn."
+    """The gated delta rule with two input matrices; value heads stay grouped by key head."""
+    hidden = hp.count("hidden_size")
+    kernel = hp.count("linear_conv_kernel_dim")
+    heads = LinearHeads(hp)
+    n = heads.values
+    of += "linear_attn."
     fused = (f"{of}in_proj_qkvz.weight",), (heads.channels + heads.value_rows, hidden)
-    convolution = Source((f"{of}conv1d.weight",), (heads.channels, 1, kernel), squeezed(unchanged))
+    convolution = Source(
+        (f"{of}conv1d.weight",), (heads.channels, 1, kernel), drop_axis_1(unchanged)
+    )
     return [
         Row(
             f"{to}attn_qkv.weight", (heads.channels, hidden), (Source(*fused, _parts(heads, 0, 3)),)
@@ -44,10 +46,11 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def _parts(heads: LinearHeads, first: int, end: int) -> View:
-    """Of a matrix whose rows are [query, key, values, gates] for each key head: some of the four, each over all heads."""
+    """Select some of [query, key, values, gates], which the rows hold for each key head in turn."""
 
     def view(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        keys, values = heads.key_rows // heads.keys, heads.value_rows // heads.keys
+        keys = heads.key_rows // heads.keys
+        values = heads.value_rows // heads.keys
         grouped = arrays[0].reshape(heads.keys, 2 * (keys + values), -1)
         return np.split(grouped, np.cumsum([keys, keys, values]), axis=1)[first:end]
 
@@ -55,7 +58,7 @@ def _parts(heads: LinearHeads, first: int, end: int) -> View:
 
 
 def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int) -> None:
-    """As Qwen3.5's, without rope sections; `layer_types` is written out also where the configuration leaves it to the interval."""
+    """Write Qwen3.5's metadata without rope sections, and `layer_types` even if only implied."""
     complete = Hparams({**hp.values, "layer_types": qwen3_5.layer_types(hp)})
     qwen3_5.describe(writer, complete, head_blocks, sections=False)
 

@@ -1,4 +1,4 @@
-"""The families of architectures that mtpforge converts itself, one module each; adding one touches its module and this list."""
+"""The families that mtpforge converts itself. To add one, write its module and list it here."""
 
 from mtpforge.checkpoint.families import qwen3_5, qwen3_next
 from mtpforge.checkpoint.families.table import Family
@@ -8,9 +8,9 @@ FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE)
 
 
 def family_of(architecture: str) -> Family:
-    """The family that serves a `config.json` architecture. Raises CheckpointError with the list of known ones."""
+    """Return the family of an architecture. Raises CheckpointError if it is unknown."""
     for family in FAMILIES:
         if architecture in family.huggingface_architectures:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.huggingface_architectures)
-    raise CheckpointError(f"unknown architecture {architecture}: mtpforge knows {known}")
+    raise CheckpointError(f"unknown architecture {architecture}: mtpforge converts {known}")

@@ -1,7 +1,7 @@
-"""The vocabulary in which a family of architectures is described: rows of names, shapes and transforms.
+"""How a family of architectures is described: one row per GGUF tensor, with shape and transforms.
 
-A family says which tensors its GGUF has, from the configuration alone, and for each of them where its values come from in
-a checkpoint. Conversion, inventory and verification all read these rows, so they cannot disagree.
+The rows follow from the configuration alone, and name each tensor's source in a checkpoint.
+Conversion and verification read the same rows, so they cannot disagree.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,20 +20,21 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def unchanged(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The source as it is; of several sources (experts), each after the other."""
+    """Return the arrays as they are; several (experts) are stacked."""
     return list(arrays)
 
 
 def identity(values: np.ndarray) -> np.ndarray:
-    """No change of values."""
+    """Return the values unchanged."""
     return values
 
 
 @dataclass(frozen=True)
 class Source:
-    """One way in which a checkpoint may hold a row: tensor names, the shape of each, and how to look at them.
+    """One layout in which a checkpoint may store a row: tensor names and the shape of each.
 
-    `view` maps the arrays to views that, one after the other in C order, are the row's values; it must not compute.
+    `view` maps the arrays to views that, concatenated in C order, are the row's values. It must not
+    compute anything.
     """
 
     names: tuple[str, ...]
@@ -43,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the GGUF: `shape` rows first, `sources` the layouts it may have, `change` its elementwise function."""
+    """One tensor of the GGUF: shape (rows first), possible layouts, and an elementwise function."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,28 +55,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """A family: the architectures it serves and, as functions of the hyperparameters, its rows and its metadata."""
+    """Architectures with the same tensors; rows and metadata are functions of hyperparameters."""
 
     gguf_architecture: str
     huggingface_architectures: tuple[str, ...]
     trunk: Callable[[Hparams], list[Row]]
     head: Callable[[Hparams], list[Row]]
     describe: Callable[[GGUFWriter, Hparams, int], None]
-    """Writes the architecture's metadata; the last argument is the number of head blocks (0 or 1)."""
+    """Writes the architecture's metadata; the last argument is the number of head blocks."""
     ignored: tuple[str, ...] = ()
-    """Prefixes of checkpoint tensors that a text model does not have (a vision tower)."""
+    """Prefixes of tensors outside the text model (a vision tower)."""
     head_prefix: str = "mtp."
     declares_head: bool = True
-    """Whether config.json says with `mtp_num_hidden_layers` that there is a head."""
+    """Whether config.json declares the head with `mtp_num_hidden_layers`."""
 
     def canonical(self, name: str) -> str:
-        """A checkpoint tensor's name as the tables have it, whatever wrapper class saved it."""
+        """Return a checkpoint tensor's name as in the rows, without prefixes of wrapper classes."""
         return name.replace("language_model.", "").replace(
             f"model.{self.head_prefix}", self.head_prefix
         )
 
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
-        """The rows of part `all`, `trunk`, `head`, or `draft`: the head with what it shares with the trunk."""
+        """Return the rows of a part: all, trunk, head, or draft (head and shared tensors)."""
         rows = self.trunk(hparams) if part != "head" else []
         if part == "draft":
             rows = [row for row in rows if not row.name.startswith("blk.")]
