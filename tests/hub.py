@@ -85,6 +85,10 @@ class Hub(ThreadingHTTPServer):
         """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    def address(self, path: str) -> str:
+        """Signed address on the second server."""
+        return f"http://127.0.0.1:{self.cdn.server_port}/{path}?signature={self.signature}"
+
     def digest(self, path: Path) -> str:
         """sha256 of a large file, git id of a small one."""
         if path not in self.digests:
@@ -307,7 +311,7 @@ class _Handler(_Answering):
         return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
 
     def validate(self, card: str) -> None:
-        """Check a model card as far as the Hub's rules are known: a mapping with some string values."""
+        """Check a model card by the Hub's known rules: a mapping with some string values."""
         match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
         try:
             data = yaml.safe_load(match[1]) if match else None
@@ -371,7 +375,7 @@ class _Handler(_Answering):
         objects = []
         for entry in asked["objects"]:
             if not self.hub.object(str(entry["oid"])).exists():
-                put = f"http://127.0.0.1:{self.hub.cdn.server_port}/put/{entry['oid']}?signature={self.hub.signature}"
+                put = self.hub.address(f"put/{entry['oid']}")
                 verify = self.path.replace(".git/info/lfs/objects/batch", "/verify")
                 entry["actions"] = {
                     "upload": {"href": put},
@@ -461,11 +465,11 @@ class _Handler(_Answering):
         )
 
     def resolve(self, path: Path, name: str, asked: str) -> None:
-        """Redirect to the second server for a large file, to a cache on this one for a small file."""
+        """Redirect a large file to the second server, a small one to a cache on this one."""
         headers = {"ETag": f'"{self.hub.digest(path)}"', "X-Repo-Commit": COMMIT}
         if path.suffix in LARGE:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(path.stat().st_size)}
-            address = f"http://127.0.0.1:{self.hub.cdn.server_port}/{name}/{path.name}?signature={self.hub.signature}"
+            address = self.hub.address(f"{name}/{path.name}")
             self.answer(b"", "text/plain", 302, {**headers, "Location": address})
         elif asked.startswith("/api/"):
             self.file(path, headers["ETag"])

@@ -128,7 +128,7 @@ def mixed_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """A `ForCausalLM` checkpoint: no vision tower, no wrapper in names or configuration, output untied."""
+    """A `ForCausalLM` checkpoint: no vision tower, no wrapper, untied output matrix."""
     text = config.pop("text_config")
     architecture = config["architectures"][0].replace("ForConditionalGeneration", "ForCausalLM")
     config.clear()
@@ -152,14 +152,20 @@ def wide_types(config: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def qwen3_next() -> tuple[dict[str, Any], Tensors]:
-    """A tiny Qwen3-Next with random weights: fused linear attention, an expert a matrix, no word of the head in its config."""
+    """A tiny random Qwen3-Next: fused linear attention, separate experts, undeclared head."""
     config: dict[str, Any] = {
-        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 128, "num_hidden_layers": 2,
-        "full_attention_interval": 2, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
-        "intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64, "vocab_size": 1280, "rms_norm_eps": 1e-6, "rope_theta": 10000000,
-        "partial_rotary_factor": 0.25, "rope_scaling": None, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "full_attention_interval": 2, "head_dim": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64, "vocab_size": 1280, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25, "rope_scaling": None, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     shapes = {
         "model.embed_tokens.weight": (1280, 128),
@@ -167,11 +173,13 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
         "lm_head.weight": (1280, 128),
     }
     linear = {
-        "in_proj_qkvz.weight": (384, 128), "in_proj_ba.weight": (8, 128), "conv1d.weight": (256, 1, 4), "A_log": (4,),
+        "in_proj_qkvz.weight": (384, 128), "in_proj_ba.weight": (8, 128), "conv1d.weight": (256, 1,
+        4), "A_log": (4,),
         "dt_bias": (4,), "norm.weight": (32,), "out_proj.weight": (128, 128),
     }  # fmt: skip
     full = {
-        "q_proj.weight": (256, 128), "k_proj.weight": (64, 128), "v_proj.weight": (64, 128), "o_proj.weight": (128, 128),
+        "q_proj.weight": (256, 128), "k_proj.weight": (64, 128), "v_proj.weight": (64, 128),
+        "o_proj.weight": (128, 128),
         "q_norm.weight": (64,), "k_norm.weight": (64,),
     }  # fmt: skip
     mlp = {"gate.weight": (4, 128), "shared_expert_gate.weight": (1, 128)}
@@ -203,7 +211,7 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
 
 
 def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """Block matrices in FP8 with a scale for each 128 x 128, as the FP8 releases have them, trunk and head."""
+    """Matrices of trunk and head in FP8 with a scale per 128 x 128 block, as in FP8 releases."""
     config["quantization_config"] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -255,7 +263,7 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
 
 
 def end_with_eos(folder: Path) -> None:
-    """A post-processor that adds the last token, and a configuration that denies it, as embedding models have."""
+    """A post-processor that adds EOS although config denies it, as in embedding models."""
     path = folder / "tokenizer.json"
     tokenizer, eos = (
         json.loads(path.read_text()),
@@ -267,7 +275,8 @@ def end_with_eos(folder: Path) -> None:
         {"SpecialToken": {"id": eos, "type_id": 0}},
     )
     template = {
-        "type": "TemplateProcessing", "single": [first, last], "pair": [first, last, {"Sequence": {"id": "B", "type_id": 1}}, last],
+        "type": "TemplateProcessing", "single": [first, last], "pair": [first, last,
+        {"Sequence": {"id": "B", "type_id": 1}}, last],
         "special_tokens": {eos: {"id": eos, "ids": [token], "tokens": [eos]}},
     }  # fmt: skip
     tokenizer["post_processor"] = {
@@ -285,7 +294,7 @@ def _change_tokenizer_config(folder: Path, change: Callable[[dict[str, Any]], No
 
 
 def add_tokens(folder: Path) -> None:
-    """Tokens that only `tokenizer_config.json` names, as the seven audio tokens of real Qwen3.5 checkpoints."""
+    """Tokens only in `tokenizer_config.json`, like the seven audio tokens of real Qwen3.5."""
 
     def token(content: str, special: bool, normalized: bool = False) -> dict[str, Any]:
         flags = dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
@@ -305,7 +314,7 @@ def add_tokens(folder: Path) -> None:
 
 
 def add_tokens_as_older_transformers(folder: Path) -> None:
-    """The same without `added_tokens_decoder`: in `added_tokens.json` and `special_tokens_map.json`."""
+    """The same tokens in `added_tokens.json` and `special_tokens_map.json` instead."""
     _change_tokenizer_config(folder, lambda settings: settings.pop("added_tokens_decoder"))
     (folder / "added_tokens.json").write_text(json.dumps({"<|audio_end|>": 1270, "<more>": 1269}))
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -325,7 +334,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
 
 
 def write_layout(name: str, parent: Path) -> Path:
-    """The folder of a checkpoint by name: an embedded one as it is, a derived one written below `parent`."""
+    """Return a checkpoint's folder: an embedded one, or a layout written below `parent`."""
     if name == "qwen3-next":
         return write_checkpoint(
             parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2

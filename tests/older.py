@@ -1,7 +1,7 @@
-"""An older llama.cpp, to test injection into its files: converter, llama-quantize, llama-gguf-split.
+"""An older llama.cpp, to test injection into its files.
 
-`make older` compiles it in about 8 minutes on 2 cores and keeps it in the user's cache: another clone
-builds nothing.
+Provides converter, llama-quantize and llama-gguf-split. `make older` compiles it in about 8 minutes
+on 2 cores and keeps it in the user's cache, so that other clones need not build it.
 """
 
 import os

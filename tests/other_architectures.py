@@ -1,8 +1,8 @@
-"""Tiny checkpoints of architectures that upstream's converter serves, written at test time: random, but their heads draft.
+"""Tiny random checkpoints of architectures that upstream converts, whose heads draft.
 
-Embedding and output are made so that the trunk's next token depends on the current one alone, and attention and MLP add next to
-nothing. The head takes the embedding's half of its input as it is, so it foresees the token after the next: nearly all drafts are
-accepted where everything is wired right, nearly none where the halves are swapped.
+The trunk's next token depends only on the current one, and attention and MLP add almost nothing. The
+head passes on the embedding half of its input, so it predicts the token after the next: nearly all
+drafts are accepted if everything is wired correctly, nearly none if the halves are swapped.
 """
 
 import json
@@ -24,10 +24,14 @@ SPECIAL = (
 Shapes = dict[str, tuple[int, ...]]
 
 COMMON: dict[str, Any] = {
-    "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KEYS, "head_dim": SIZE, "intermediate_size": 128,
-    "moe_intermediate_size": FEED, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "max_position_embeddings": 4096, "tie_word_embeddings": False, "num_experts_per_tok": 2, "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "eos_token_id": 1257, "dtype": "bfloat16",
+    "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KEYS,
+    "head_dim": SIZE, "intermediate_size": 128,
+    "moe_intermediate_size": FEED, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "tie_word_embeddings": False, "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "eos_token_id": 1257,
+    "dtype": "bfloat16",
     "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 
@@ -39,7 +43,8 @@ def prefixed(prefix: str, shapes: Shapes) -> Shapes:
 def attention(q: str = "q_proj", o: str = "o_proj", norms: bool = False) -> Shapes:
     """Separate projections, with or without norms of queries and keys."""
     shapes: Shapes = {
-        f"{q}.weight": (HEADS * SIZE, HIDDEN), "k_proj.weight": (KEYS * SIZE, HIDDEN), "v_proj.weight": (KEYS * SIZE, HIDDEN),
+        f"{q}.weight": (HEADS * SIZE, HIDDEN), "k_proj.weight": (KEYS * SIZE, HIDDEN),
+        "v_proj.weight": (KEYS * SIZE, HIDDEN),
         f"{o}.weight": (HIDDEN, HEADS * SIZE),
     }  # fmt: skip
     return {**shapes, "q_norm.weight": (SIZE,), "k_norm.weight": (SIZE,)} if norms else shapes
@@ -48,8 +53,10 @@ def attention(q: str = "q_proj", o: str = "o_proj", norms: bool = False) -> Shap
 def latent_attention() -> Shapes:
     """Queries, and keys with values, through a narrow matrix."""
     return {
-        "q_a_proj.weight": (32, HIDDEN), "q_a_layernorm.weight": (32,), "q_b_proj.weight": (HEADS * (32 + 16), 32),
-        "kv_a_proj_with_mqa.weight": (32 + 16, HIDDEN), "kv_a_layernorm.weight": (32,), "kv_b_proj.weight": (HEADS * (32 + 64), 32),
+        "q_a_proj.weight": (32, HIDDEN), "q_a_layernorm.weight": (32,),
+        "q_b_proj.weight": (HEADS * (32 + 16), 32),
+        "kv_a_proj_with_mqa.weight": (32 + 16, HIDDEN), "kv_a_layernorm.weight": (32,),
+        "kv_b_proj.weight": (HEADS * (32 + 64), 32),
         "o_proj.weight": (HIDDEN, HEADS * 64),
     }  # fmt: skip
 
@@ -97,7 +104,7 @@ ENDS: Shapes = {
 
 
 def glm() -> tuple[dict[str, Any], Shapes]:
-    """GLM-4.5: a dense layer, one of experts, and a head that brings its own copies of embedding and output."""
+    """GLM-4.5: a dense layer, an MoE layer, and a head with its own embedding and output."""
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts")
     shapes = {
         **ENDS,
@@ -138,19 +145,23 @@ def glm_lite() -> tuple[dict[str, Any], Shapes]:
         "model.layers.2.", "shared_head.norm"
     )
     config = {
-        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "n_routed_experts": EXPERTS,
-        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite",
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 16, "v_head_dim": 64, "num_key_value_heads": HEADS, "head_dim": 48,
     }  # fmt: skip
     return config, shapes
 
 
 def step() -> tuple[dict[str, Any], Shapes]:
-    """Step-3.5: stacked experts, norms stored as w-1, a head of two blocks, of which one has experts."""
+    """Step-3.5: stacked experts, norms stored as w-1, a head of two blocks, one with experts."""
     attend: Shapes = {**attention(norms=True), "g_proj.weight": (HEADS, HIDDEN)}
     stacked: Shapes = {
-        "moe.gate.weight": (EXPERTS, HIDDEN), "moe.router_bias": (EXPERTS,), "moe.gate_proj.weight": (EXPERTS, FEED, HIDDEN),
-        "moe.up_proj.weight": (EXPERTS, FEED, HIDDEN), "moe.down_proj.weight": (EXPERTS, HIDDEN, FEED),
+        "moe.gate.weight": (EXPERTS, HIDDEN), "moe.router_bias": (EXPERTS,),
+        "moe.gate_proj.weight": (EXPERTS, FEED, HIDDEN),
+        "moe.up_proj.weight": (EXPERTS, FEED, HIDDEN), "moe.down_proj.weight": (EXPERTS, HIDDEN,
+        FEED),
         **prefixed("share_expert.", mlp(FEED)),
     }  # fmt: skip
     dense = prefixed("mlp.", mlp())
@@ -163,10 +174,13 @@ def step() -> tuple[dict[str, Any], Shapes]:
         shapes |= fusion(f"model.layers.{layer}.", "transformer.shared_head.norm")
         shapes[f"model.layers.{layer}.transformer.shared_head.output.weight"] = (VOCABULARY, HIDDEN)
     config = {
-        "architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5", "num_attention_groups": KEYS, "moe_num_experts": EXPERTS,
-        "moe_top_k": 2, "share_expert_dim": FEED, "moe_layers_enum": "1", "moe_router_scaling_factor": 1.0,
+        "architectures": ["Step3p5ForCausalLM"], "model_type": "step3p5",
+        "num_attention_groups": KEYS, "moe_num_experts": EXPERTS,
+        "moe_top_k": 2, "share_expert_dim": FEED, "moe_layers_enum": "1",
+        "moe_router_scaling_factor": 1.0,
         "norm_expert_weight": True, "sliding_window": 128, "num_nextn_predict_layers": 2,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention",
+        "full_attention"],
         "partial_rotary_factors": [0.5, 1.0, 1.0, 0.5],
         "attention_other_setting": {"num_attention_heads": HEADS, "num_attention_groups": KEYS},
     }  # fmt: skip
@@ -174,10 +188,12 @@ def step() -> tuple[dict[str, Any], Shapes]:
 
 
 def nemotron() -> tuple[dict[str, Any], Shapes]:
-    """Nemotron-H: a Mamba layer, attention, experts; two numbered layers of the head make one block."""
+    """Nemotron-H: Mamba, attention, experts; two numbered layers make one head block."""
     mamba: Shapes = {
-        "in_proj.weight": (2 * 128 + 2 * 2 * 16 + 4, HIDDEN), "conv1d.weight": (128 + 2 * 2 * 16, 1, 4),
-        "conv1d.bias": (128 + 2 * 2 * 16,), "dt_bias": (4,), "A_log": (4,), "D": (4,), "norm.weight": (128,),
+        "in_proj.weight": (2 * 128 + 2 * 2 * 16 + 4, HIDDEN), "conv1d.weight": (128 + 2 * 2 * 16, 1,
+        4),
+        "conv1d.bias": (128 + 2 * 2 * 16,), "dt_bias": (4,), "A_log": (4,), "D": (4,),
+        "norm.weight": (128,),
         "out_proj.weight": (HIDDEN, 128),
     }  # fmt: skip
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts", gate=False)
@@ -199,9 +215,12 @@ def nemotron() -> tuple[dict[str, Any], Shapes]:
     }
     shapes |= {"mtp.layers.0.enorm.weight": (HIDDEN,), "mtp.layers.0.hnorm.weight": (HIDDEN,)}
     config = {
-        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "num_hidden_layers": 3,
-        "hybrid_override_pattern": "M*E", "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2, "ssm_state_size": 16,
-        "conv_kernel": 4, "expand": 2, "layer_norm_epsilon": 1e-5, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
+        "num_hidden_layers": 3,
+        "hybrid_override_pattern": "M*E", "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 2,
+        "ssm_state_size": 16,
+        "conv_kernel": 4, "expand": 2, "layer_norm_epsilon": 1e-5, "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
         "moe_shared_expert_intermediate_size": FEED, "n_group": 1, "topk_group": 1,
     }  # fmt: skip
     return config, shapes
@@ -226,10 +245,14 @@ def mimo() -> tuple[dict[str, Any], Shapes]:
             f"model.mtp.layers.{layer}.", "final_layernorm"
         )
     config = {
-        "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2", "n_routed_experts": EXPERTS, "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "hybrid_layer_pattern": [0, 1], "sliding_window": 128,
-        "swa_head_dim": SIZE, "v_head_dim": SIZE, "swa_v_head_dim": SIZE, "swa_num_attention_heads": HEADS,
-        "swa_num_key_value_heads": KEYS, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.5, "layernorm_epsilon": 1e-5,
+        "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2",
+        "n_routed_experts": EXPERTS, "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "hybrid_layer_pattern": [0, 1],
+        "sliding_window": 128,
+        "swa_head_dim": SIZE, "v_head_dim": SIZE, "swa_v_head_dim": SIZE,
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": KEYS, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "layernorm_epsilon": 1e-5,
     }  # fmt: skip
     return config, shapes
 
@@ -258,7 +281,8 @@ def hunyuan() -> tuple[dict[str, Any], Shapes]:
 def bailing() -> tuple[dict[str, Any], Shapes]:
     """Ling 2.0, whose head llama.cpp keeps and cannot use."""
     attend: Shapes = {
-        "query_key_value.weight": ((HEADS + 2 * KEYS) * SIZE, HIDDEN), "dense.weight": (HIDDEN, HEADS * SIZE),
+        "query_key_value.weight": ((HEADS + 2 * KEYS) * SIZE, HIDDEN), "dense.weight": (HIDDEN,
+        HEADS * SIZE),
         "query_layernorm.weight": (SIZE,), "key_layernorm.weight": (SIZE,),
     }  # fmt: skip
     routed = experts("gate.weight", "gate.expert_bias", "shared_experts")
@@ -285,7 +309,8 @@ def bailing() -> tuple[dict[str, Any], Shapes]:
 def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
     """Latent attention with an indexer that chooses among keys: DeepSeek V3.2 and GLM-5."""
     indexer: Shapes = {
-        "wq_b.weight": (4 * 64, 32), "wk.weight": (64, HIDDEN), "k_norm.weight": (64,), "k_norm.bias": (64,),
+        "wq_b.weight": (4 * 64, 32), "wk.weight": (64, HIDDEN), "k_norm.weight": (64,),
+        "k_norm.bias": (64,),
         "weights_proj.weight": (4, HIDDEN),
     }  # fmt: skip
     config, shapes = glm_lite()
@@ -311,8 +336,10 @@ def cohere() -> tuple[dict[str, Any], Shapes]:
         del shapes[f"model.layers.{layer}.post_attention_layernorm.weight"]
     shapes |= fusion("model.layers.2.", "shared_head.norm")
     config = {
-        "architectures": ["Cohere2MoeForCausalLM"], "model_type": "cohere2_moe", "intermediate_size": FEED, "logit_scale": 1.0,
-        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"], "num_experts": EXPERTS,
+        "architectures": ["Cohere2MoeForCausalLM"], "model_type": "cohere2_moe",
+        "intermediate_size": FEED, "logit_scale": 1.0,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts": EXPERTS,
         "num_shared_experts": 1, "expert_selection_fn": "sigmoid",
     }  # fmt: skip
     return config, shapes
@@ -333,15 +360,17 @@ def exaone() -> tuple[dict[str, Any], Shapes]:
         for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     }
     config = {
-        "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe", "num_experts": EXPERTS, "num_shared_experts": 1,
-        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "sliding_window": 128, "sliding_window_pattern": "LG",
+        "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe",
+        "num_experts": EXPERTS, "num_shared_experts": 1,
+        "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1, "sliding_window": 128,
+        "sliding_window_pattern": "LG",
         "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     return config, shapes
 
 
 def ling() -> tuple[dict[str, Any], Shapes]:
-    """Ling 3.0: a layer of linear attention, one of gated latent attention, which the head has too."""
+    """Ling 3.0: linear attention, and gated latent attention, which the head has too."""
     attend: Shapes = {
         **latent_attention(),
         "g_proj.weight": (HEADS, HIDDEN),
@@ -372,16 +401,21 @@ def ling() -> tuple[dict[str, Any], Shapes]:
         if key.endswith(("lora_rank", "head_dim"))
     }
     config = {
-        "architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_moe_v3", "num_experts": EXPERTS,
-        "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid", "layer_group_size": 2,
-        "no_kda_lora": True, "kda_safe_gate": True, "kda_lower_bound": -5.0, "short_conv_kernel_size": 4,
-        "gated_attention_proj_granularity_type": "head_wise", "moe_shared_expert_intermediate_size": FEED,
+        "architectures": ["BailingMoeV3ForCausalLM"], "model_type": "bailing_moe_v3",
+        "num_experts": EXPERTS,
+        "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "score_function": "sigmoid",
+        "layer_group_size": 2,
+        "no_kda_lora": True, "kda_safe_gate": True, "kda_lower_bound": -5.0,
+        "short_conv_kernel_size": 4,
+        "gated_attention_proj_granularity_type": "head_wise",
+        "moe_shared_expert_intermediate_size": FEED,
     }  # fmt: skip
     return {**latent, **config, "head_dim": SIZE}, shapes
 
 
 MODELS: dict[str, Callable[[], tuple[dict[str, Any], Shapes]]] = {
-    "glm": glm, "glm-lite": glm_lite, "step": step, "step-wrapped": step, "nemotron": nemotron, "mimo": mimo, "mimo-fp8": mimo,
+    "glm": glm, "glm-lite": glm_lite, "step": step, "step-wrapped": step, "nemotron": nemotron,
+    "mimo": mimo, "mimo-fp8": mimo,
     "hunyuan": hunyuan, "bailing": bailing, "cohere": cohere, "exaone": exaone, "ling": ling,
     "glm-dsa": lambda: sparse("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
     "deepseek": lambda: sparse("DeepseekV32ForCausalLM", "deepseek_v32"),
@@ -415,7 +449,7 @@ def tensors_of(name: str, shapes: Shapes) -> Tensors:
 
 
 def by_rank(tensors: Tensors, ranks: int = 4) -> Tensors:
-    """Fused projections in FP8 as MiMo has them: the rows of each of `ranks` together, with scales of their own."""
+    """Fused projections in FP8 as in MiMo: each of `ranks` has its rows and scales."""
     result = dict(tensors)
     for name, (dtype, codes) in tensors.items():
         if name.endswith("qkv_proj.weight"):
@@ -434,7 +468,7 @@ def by_rank(tensors: Tensors, ranks: int = 4) -> Tensors:
 
 
 def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Path:
-    """A checkpoint in two shards with the embedded tokenizer, without tensors whose name has `drop` in it."""
+    """Write a checkpoint in two shards, without tensors whose name contains `drop`."""
     settings, shapes = MODELS[name]()
     config = {**COMMON, **settings, **changes}
     tensors = {key: value for key, value in tensors_of(name, shapes).items() if drop not in key}
@@ -459,7 +493,7 @@ def write_model(name: str, folder: Path, drop: str = "\0", **changes: Any) -> Pa
         for i, text in enumerate(SPECIAL)
     ]
     path.write_text(json.dumps(tokenizer))
-    if name == "deepseek":  # of which upstream demands a first token
+    if name == "deepseek":  # upstream requires a first token
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings |= {
             "tokenizer_class": "LlamaTokenizerFast",

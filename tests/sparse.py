@@ -31,11 +31,16 @@ def write_35b(folder: Path) -> int:
     The trunk's experts are fused, the head's are not; the head is in the last two of 14 shards.
     """
     config = {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "vocab_size": 248320, "head_dim": 256, "num_hidden_layers": 40,
-        "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4, "mtp_num_hidden_layers": 1, "partial_rotary_factor": 0.25, "rope_theta": 1e7,
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "vocab_size": 248320,
+        "head_dim": 256, "num_hidden_layers": 40,
+        "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "num_experts": 256, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4, "mtp_num_hidden_layers": 1, "partial_rotary_factor": 0.25,
+        "rope_theta": 1e7,
         "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "tie_word_embeddings": False,
     }  # fmt: skip
     folder.mkdir(parents=True)

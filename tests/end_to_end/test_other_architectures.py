@@ -1,6 +1,6 @@
-"""What upstream's converter makes for us: its own bytes, with the whole head, from a checkpoint whose code never runs.
+"""Upstream's converter gives its usual bytes with the whole head, and runs no checkpoint code.
 
-Tiny models of each architecture, written here. Needs the toolchain and upstream's environment (`make converter`).
+Converts tiny models of each architecture. Needs the toolchain and `make converter`.
 """
 
 import json
@@ -59,7 +59,7 @@ for checkpoint, out in zip(pairs[::2], pairs[1::2]):
 
 @dataclass(frozen=True)
 class Made:
-    """All that is converted for these tests: `checkpoints` have code in them, `plain` is what upstream made without it."""
+    """The conversions of these tests: `checkpoints` contain code, `plain` is made without it."""
 
     folder: Path
     runs: dict[str, "subprocess.CompletedProcess[str]"]
@@ -82,7 +82,7 @@ class Made:
 
 
 def plant_code(checkpoint: Path, marker: Path) -> None:
-    """Classes of the checkpoint's own for configuration and tokenizer, as `trust_remote_code` would load them."""
+    """Configuration and tokenizer classes that `trust_remote_code` would load."""
     (checkpoint / "evil.py").write_text(
         f"open({str(marker)!r}, 'w')\nEvilConfig = EvilTokenizer = object\n"
     )
@@ -202,7 +202,7 @@ def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
 
 
 def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_path: Path) -> None:
-    """llama-server sees a picture through a tower of zeros all the same: it only counts."""
+    """llama-server accepts a tower of zeros, so only the proof sees it."""
     good, checkpoint = reader.read(made.file("mmproj")), Checkpoint(made.checkpoint("vision"))
     proof.prove(good, checkpoint, "mmproj")
     for name, piece in good.ranges.items():
@@ -358,7 +358,7 @@ def test_a_head_is_injected_into_a_quantized_trunk(
 
 
 def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf:
-    """A copy without the tensors that end with `drop`, and with the last bit of those that end with `flip` changed."""
+    """A copy without tensors ending in `drop`, with the last bit of those in `flip` changed."""
     opened = reader.read(source)
     writer.write(
         out,
@@ -404,7 +404,7 @@ def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(
 
 
 def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) -> None:
-    """Matrices in F32, a little off the BF16 values to which they round; then one that rounds to others."""
+    """F32 matrices that round to the BF16 values; then one that does not."""
     config, key = (
         json.loads((made.checkpoint("glm") / "config.json").read_text()),
         "model.layers.2.self_attn.q_proj.weight",

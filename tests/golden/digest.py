@@ -51,9 +51,8 @@ def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
         for kind in ("metadata", "tensors"):
             ours, theirs = made["parts"][part][kind], expected[kind]
             if list(ours) != list(theirs):
-                found.append(
-                    f"{part}: other {kind}, or in another order: {sorted(ours.keys() ^ theirs.keys())}"
-                )
+                changed = sorted(ours.keys() ^ theirs.keys())
+                found.append(f"{part}: other {kind}, or in another order: {changed}")
             found += [
                 f"{part}: {key} is {ours.get(key)}"
                 for key, value in theirs.items()

@@ -252,7 +252,7 @@ def test_the_probe_of_pre_tokenizers_is_upstreams() -> None:
 
 
 def test_tokens_named_beside_tokenizer_json_keep_names_and_types(tmp_path: Path) -> None:
-    """Real Qwen3.5 checkpoints name seven tokens in tokenizer_config.json alone; they must not become padding."""
+    """Real Qwen3.5 checkpoints name seven tokens only in tokenizer_config.json."""
     native.convert(
         write_layout("dense-added-tokens", tmp_path), tmp_path / "F.gguf", "all", "qwen35"
     )
@@ -260,8 +260,10 @@ def test_tokens_named_beside_tokenizer_json_keep_names_and_types(tmp_path: Path)
     tokens, types = opened.get("tokenizer.ggml.tokens"), opened.get("tokenizer.ggml.token_type")
     normal, control, user_defined, unused = 1, 3, 4, 5
     assert dict(zip(tokens[1264:1274], types[1264:1274], strict=True)) == {
-        "<tool_call>": control, "</tool_call>": user_defined, "<think>": control, "</think>": user_defined,
-        "<|audio_start|>": control, "<tts_pad>": user_defined, tokens[1270]: user_defined, "<brand new>": control,
+        "<tool_call>": control, "</tool_call>": user_defined, "<think>": control,
+        "</think>": user_defined,
+        "<|audio_start|>": control, "<tts_pad>": user_defined, tokens[1270]: user_defined,
+        "<brand new>": control,
         "<|audio_pad|>": control, "[PAD1273]": unused,
     }  # fmt: skip
     assert types[0] == normal

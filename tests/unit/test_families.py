@@ -6,32 +6,46 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
 
 DENSE = {
-    "num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 9216, "vocab_size": 248320, "head_dim": 256,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
+    "num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 9216, "vocab_size": 248320,
+    "head_dim": 256,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
     "tie_word_embeddings": True,
 }  # fmt: skip
 EXPERTS = {
-    "num_hidden_layers": 40, "hidden_size": 2048, "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8,
-    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+    "num_hidden_layers": 40, "hidden_size": 2048, "num_key_value_heads": 2, "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 # Real models: trunk tensors, all tensors, weights of the head (from published configurations).
 REAL = {
-    "Qwen3.5-0.8B": ({"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8,
-                      "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 20_452_864),
-    "Qwen3.5-2B": ({"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 8,
+    "Qwen3.5-0.8B": ({"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 3584,
+    "num_attention_heads": 8,
+                      "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335,
+                      20_452_864),
+    "Qwen3.5-2B": ({"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_attention_heads": 8,
                     "num_key_value_heads": 2, "linear_num_value_heads": 16}, 320, 335, 60_828_160),
     "Qwen3.5-4B": ({}, 426, 441, 120_599_552),
-    "Qwen3.5-9B": ({"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}, 427, 442, 243_290_624),
-    "Qwen3.5-27B": ({"num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 24,
-                     "linear_num_value_heads": 48, "tie_word_embeddings": False}, 851, 866, 424_699_392),
+    "Qwen3.5-9B": ({"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+    427, 442, 243_290_624),
+    "Qwen3.5-27B": ({"num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 17408,
+    "num_attention_heads": 24,
+                     "linear_num_value_heads": 48, "tie_word_embeddings": False}, 851, 866,
+                     424_699_392),
     "Qwen3.5-35B-A3B": (EXPERTS, 733, 753, 844_640_768),
-    "Qwen3.5-122B-A10B": ({**EXPERTS, "num_hidden_layers": 48, "hidden_size": 3072, "num_attention_heads": 32,
+    "Qwen3.5-122B-A10B": ({**EXPERTS, "num_hidden_layers": 48, "hidden_size": 3072,
+    "num_attention_heads": 32,
                            "linear_num_value_heads": 64, "moe_intermediate_size": 1024,
                            "shared_expert_intermediate_size": 1024}, 879, 899, 2_523_679_232),
-    "Qwen3.5-397B-A17B": ({**EXPERTS, "num_hidden_layers": 60, "hidden_size": 4096, "num_attention_heads": 32,
-                           "linear_num_value_heads": 64, "num_experts": 512, "moe_intermediate_size": 1024,
+    "Qwen3.5-397B-A17B": ({**EXPERTS, "num_hidden_layers": 60, "hidden_size": 4096,
+    "num_attention_heads": 32,
+                           "linear_num_value_heads": 64, "num_experts": 512,
+                           "moe_intermediate_size": 1024,
                            "shared_expert_intermediate_size": 1024}, 1098, 1118, 6_595_568_128),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from mtpforge.verify.digests import head_source
 from sparse import write_35b
 
 REPO = "Owner/model"
-LAST = "model-00005-of-00005.safetensors"  # of the small mixture of experts; the last two have the head
+LAST = "model-00005-of-00005.safetensors"  # the last two of the small MoE have the head
 
 
 class Client:
@@ -202,7 +202,8 @@ def test_adjacent_tensors_are_joined_and_long_ranges_cut() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("drop", 2, after=5000), Fault("stall", after=5000), Fault("broken"), Fault("busy"), Fault("expired"), Fault("short"),
+        Fault("drop", 2, after=5000), Fault("stall", after=5000), Fault("broken"), Fault("busy"),
+        Fault("expired"), Fault("short"),
         Fault("whole"), Fault("wrong range"),
     ],
     ids=lambda fault: fault.kind,

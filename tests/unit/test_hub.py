@@ -38,7 +38,8 @@ class Client:
         self.folder, self.home = path / "here" / "tiny-qwen3.5", path / "home"
         self.environment = {
             **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(self.home), "HF_TOKEN": TOKEN,
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "MTPFORGE_RETRY_WAIT": "0.02",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1",
+            "MTPFORGE_RETRY_WAIT": "0.02",
         }  # fmt: skip
 
     def command(self, program: str, *arguments: object) -> list[str]:
@@ -98,7 +99,7 @@ def listings() -> dict[str, bytes]:
 
 @pytest.fixture
 def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
-    """A Hub with the dense checkpoint and files that must not be downloaded, and a listing of it."""
+    """A Hub with the dense checkpoint and files that must not be downloaded; its listing."""
     folder = Path(
         shutil.copytree(
             CHECKPOINTS / "tiny-qwen3.5",
@@ -131,7 +132,8 @@ def test_a_listing_has_files_and_tensors(client: Client) -> None:
     for tensor in Checkpoint(client.source).tensors.values():
         entry = listing["tensors"].pop(tensor.name)
         assert entry == {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "shard": tensor.shard, "offset": tensor.offset, "size": tensor.size
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "shard": tensor.shard,
+            "offset": tensor.offset, "size": tensor.size
         }  # fmt: skip
     assert listing["tensors"] == {}
 

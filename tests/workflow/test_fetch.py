@@ -1,4 +1,4 @@
-"""Models, bases and importance matrices from repositories of the Hub go through the whole workflow, as local ones do."""
+"""Models, bases and importance matrices from the Hub go through the workflow like local ones."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def weights(hub: Hub) -> int:
 def test_a_repository_gives_the_same_file_as_the_folder(
     tmp_path: Path, remote: Path, built: Path, toolchain: Path
 ) -> None:
-    """Also over a bad line, and when the run is killed in the middle of a shard: then the rest of that is fetched."""
+    """Also after dropped connections, and a kill in the middle of a shard, which then resumes."""
     copy = repository(tmp_path / "repository", toolchain, {"BF16": {}})
     size = sum(path.stat().st_size for path in remote.glob("*.safetensors"))
     with serve({SOURCE["repo"]: remote}) as hub:
