@@ -267,7 +267,10 @@ def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(
         tmp_path / "report.json",
     )
     assert done.returncode == 0, done.stderr
-    said = r"\| loading +\| passed +\| \d+ tokens generated from 3 prompts; llama\.cpp 0c1e57098 loads exaone-moe but cannot"
+    said = (
+        r"\| loading +\| passed +\| \d+ tokens generated from 3 prompts; "
+        r"llama\.cpp 0c1e57098 loads exaone-moe but cannot"
+    )
     assert re.search(said, done.stdout), done.stdout
     assert "drafts" not in json.loads((tmp_path / "report.json").read_text())
 
