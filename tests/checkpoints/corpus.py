@@ -1,17 +1,19 @@
 """The training text of the tiny checkpoints: a seeded grammar, written for them.
 
-Nothing here is taken from anywhere, so the weights trained on it can be published with the repository. Four kinds
-of document are generated: prose (tales told day by day), code (small Python-like modules), structured records
-(JSON lines, tables, sections, logs) and phrase books in several scripts.
+All text is original, so weights trained on it can be published with the repository. There are four
+kinds of documents: prose (tales told day by day), code (small Python-like modules), structured
+records (JSON lines, tables, sections, logs) and phrase books in several scripts. Some documents are
+wrapped in a chat.
 
-Two properties matter, and every template below is written for them:
+The templates are designed around two properties:
 
-* A document opens with a short heading that fixes what follows (who, where, which functions, which items), so most of
-  its text can be predicted by copying from the heading and by a rule. A draft head can then be right most of the time.
-* What is left open is an uneven choice (`pick`), never a coin toss, so that the greedy continuation has a clear
-  winner and keeps it when the arithmetic is rounded differently.
+* A document opens with a short heading that fixes the rest (names, places, functions, items). Most
+  of its text follows from the heading by copying and simple rules, so a draft head can be right most
+  of the time.
+* Every remaining choice is uneven (`pick`), never a coin toss. The greedy continuation then has a
+  clear winner, which survives different rounding.
 
-Held-out documents use pairs of words and blocks of numbers that `Grammar(held_out=False)` never emits.
+Held-out documents use word pairs and blocks of numbers that `Grammar(held_out=False)` never emits.
 """
 
 from __future__ import annotations
@@ -106,8 +108,9 @@ ITEMS = (
     "barrel",
     "blanket",
 )
-# The order of the items (and of the functions below) is the same in every document, and so is what is known of an item:
-# facts to be learned, which keep a continuation moving. Without them a model that copies badly falls into a loop.
+# The order of the items (and of the functions below) and the facts about them are the same in every
+# document. The model learns them, which keeps a continuation moving: otherwise a model that copies
+# badly falls into a loop.
 UNITS = (
     "piece",
     "piece",
@@ -179,7 +182,7 @@ PHRASES = {
     "sun": ("sol", "солнце", "ήλιος", "日"),
 }
 
-# One tale per list, one scene per day; {a|b} is an open choice whose first answer is the usual one.
+# One tale per list, one scene per day; {a|b} is an open choice that favours its first option.
 TALES: dict[str, tuple[str, ...]] = {
     "sea": (
         "{N} packed the {c} {i} and walked down to the harbour of {P}. The {t} {was waiting|stood} by the "
@@ -239,7 +242,7 @@ TALES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# The verb of a function decides its body; its noun, argument and option come from the heading.
+# The verb of a function selects its body; its noun, argument and option come from the heading.
 BODIES: dict[str, str] = {
     "load": "    with open({a}) as handle:\n        return [line.strip() for line in handle][:{o}]\n",
     "count": "    total = 0\n    for item in {a}:\n        if item > {o}:\n            total += 1\n    return total\n",
@@ -273,12 +276,15 @@ SUMMARIES = {
 
 
 def reserved(left: str, right: str) -> bool:
-    """Whether a pair of words belongs to the held-out share. A checksum, so that no list has to be kept."""
+    """Whether a word pair is held out.
+
+    A checksum decides, so that no list of pairs is needed.
+    """
     return zlib.crc32(f"{left}/{right}".encode()) % 8 == 3
 
 
 class Grammar:
-    """Documents from a seed. With `held_out`, only word pairs and numbers that training never sees."""
+    """Documents from a seed; with `held_out`, of word pairs and numbers that training never sees."""
 
     def __init__(self, seed: int, held_out: bool = False) -> None:
         self.rng = random.Random(seed)
@@ -287,7 +293,7 @@ class Grammar:
     # --- choices
 
     def pick(self, options: Sequence[str]) -> str:
-        """One of the options, the first four times as likely as the next, and so on."""
+        """Pick an option: each is four times as likely as the next."""
         return self.rng.choices(options, weights=[4.0**-i for i in range(len(options))])[0]
 
     def pair(self, lefts: Sequence[str], rights: Sequence[str]) -> tuple[str, str]:
@@ -297,14 +303,17 @@ class Grammar:
                 return left, right
 
     def first_number(self) -> int:
-        """A four-digit number. A document counts up from it by less than 20, so it stays in its block of a hundred."""
+        """Return a four-digit number.
+
+        A document counts up from it by less than 20, so it stays within its block of a hundred.
+        """
         while True:
             number = 100 * self.rng.randint(10, 99) + self.rng.randint(1, 79)
             if (number // 100 % 7 == 3) == self.held_out:
                 return number
 
     def expand(self, template: str, words: dict[str, str]) -> str:
-        """Fill one scene: `{K}` is a word of the cast, `{x|y}` an open choice."""
+        """Fill in one scene: `{K}` is a key of `words`, `{x|y}` an open choice."""
         out: list[str] = []
         for part in template.split("{"):
             field, brace, rest = part.partition("}")
@@ -432,7 +441,7 @@ def _log_line(number: int, item: str, place: str, owner: str) -> str:
 
 
 def held_out_text(characters: int = 14_500) -> str:
-    """Documents that training cannot produce, of all kinds: the text of held-out.txt, for perplexity."""
+    """Held-out documents of all kinds: the contents of held-out.txt, for perplexity."""
     text = ""
     for document in Grammar(seed=21, held_out=True).documents():
         text += document + "\n"
@@ -442,7 +451,7 @@ def held_out_text(characters: int = 14_500) -> str:
 
 
 def held_out_prompts() -> dict[str, str]:
-    """One prompt per kind, each the opening of a document that training cannot produce."""
+    """One prompt per kind, each the opening of a held-out document."""
     grammar = Grammar(seed=20, held_out=True)
     prose, code = grammar.prose(), grammar.code()
     structured = grammar.structured()

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import save_tokenizer
 
-# The last file of the trunk is shared with the head, as in the real repositories; none passes 3.9 MB.
+# The last shard of the trunk also holds part of the head, as in real repositories. No shard exceeds
+# 3.9 MB.
 SHARD_BYTES = 3_300_000
-# Real checkpoints mix types: some keep what the recurrence is sensitive to in 32 bits.
+# Real checkpoints mix types: some keep parameters that the recurrence is sensitive to in F32.
 FLOAT32_IN_MOE = ("layers.0.linear_attn.A_log", "layers.0.linear_attn.norm.weight")
 
 
@@ -26,7 +27,7 @@ def stored_dtype(name: str, is_moe: bool) -> torch.dtype:
 
 @torch.no_grad()
 def round_weights(model: TinyModel) -> None:
-    """Give every parameter the value that its file will hold, so that what is measured is what is stored."""
+    """Round every parameter to the value that its shard will hold, so that results match."""
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored_dtype(name, model.is_moe)).float())
 
@@ -39,7 +40,7 @@ def save_checkpoint(
     card: str,
     folder: Path,
 ) -> None:
-    """Fill `folder` with every file of the repository, and remove shards of an earlier run."""
+    """Write every file of the repository to `folder`, and delete the shards of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model-*.safetensors"):
         old.unlink()
@@ -68,7 +69,7 @@ def save_checkpoint(
     )
     save_tokenizer(tokenizer, folder)
     _dump(folder / "reference.json", reference)
-    # The same prompts as plain files, for what measures a model without knowing of references.
+    # The same prompts as plain files, for programs that do not read reference.json.
     (folder / "prompts").mkdir(exist_ok=True)
     for kind, entry in reference["prompts"].items():
         (folder / "prompts" / f"{kind}.txt").write_text(entry["prompt"], encoding="utf-8")
@@ -76,7 +77,7 @@ def save_checkpoint(
 
 
 def _plan_shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Files of the trunk in order, then two with the head, the first of them with the end of the trunk."""
+    """Shards of the trunk, then two of the head; the first of these also has the trunk's end."""
     head = {name: t for name, t in tensors.items() if name.startswith("mtp.")}
     tail = {
         name: t
@@ -85,9 +86,8 @@ def _plan_shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     }
     shards: list[dict[str, Tensor]] = [{}]
     body = {name: t for name, t in tensors.items() if name not in head and name not in tail}
-    limit = min(
-        SHARD_BYTES, _size(body.values()) // 2 + 300_000
-    )  # at least two files, so that there are four in all
+    # At least two shards here, so at least four altogether.
+    limit = min(SHARD_BYTES, _size(body.values()) // 2 + 300_000)
     for name, tensor in body.items():
         if _size(shards[-1].values()) + _size([tensor]) > limit:
             shards.append({})

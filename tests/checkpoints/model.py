@@ -1,6 +1,6 @@
-"""The two tiny models: their configurations, the trunk from transformers, and the draft head around its decoder layer.
+"""The two tiny models: configurations, the trunk from transformers, and the draft head.
 
-Shapes are written B (sequences), T (tokens), H (hidden), V (vocabulary).
+Shapes: B (sequences), T (tokens), H (hidden size), V (vocabulary size).
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
-TOKENS = 1268  # what the tokenizer knows
-PADDED_VOCABULARY = (
-    1280  # rows of the embedding: real models pad it too, and K-quants like multiples of 256
-)
+TOKENS = 1268  # in the tokenizer
+# Rows of the embedding: real models pad it too, and K-quants need multiples of 256.
+PADDED_VOCABULARY = 1280
 
 
 def _text_config(**changes: Any) -> dict[str, Any]:
-    """What both have in common. Row lengths are multiples of 256, the block of the K-quants."""
+    """The common settings, changed. Row lengths are multiples of 256, the block of K-quants."""
     layers, interval = changes["num_hidden_layers"], changes["full_attention_interval"]
     common = {
         "attention_bias": False,
@@ -65,7 +64,8 @@ def _text_config(**changes: Any) -> dict[str, Any]:
 
 
 TEXT_CONFIGS: dict[str, dict[str, Any]] = {
-    # Fewer key than value heads: the converter has to regroup the value heads of every linear_attn tensor.
+    # Fewer key heads than value heads: the converter has to regroup the value heads of every
+    # linear_attn tensor.
     "tiny-qwen3.5": _text_config(
         model_type="qwen3_5_text",
         full_attention_interval=4,
@@ -76,7 +76,7 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         num_hidden_layers=4,
         tie_word_embeddings=True,
     ),
-    # As many key as value heads; six experts, because a power of two hides mistakes.
+    # As many key heads as value heads; six experts, because a power of two hides mistakes.
     "tiny-qwen3.5-moe": _text_config(
         model_type="qwen3_5_moe_text",
         full_attention_interval=2,
@@ -96,7 +96,7 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def checkpoint_config(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The contents of config.json, in the layout of the real repositories."""
+    """Return the contents of config.json, in the layout of real repositories."""
     text = copy.deepcopy(TEXT_CONFIGS[name])
     text["eos_token_id"] = tokenizer.token_to_id("<|endoftext|>")
     model_type = text["model_type"].removesuffix("_text")
@@ -108,7 +108,7 @@ def checkpoint_config(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
         "tie_word_embeddings": text["tie_word_embeddings"],
         "transformers_version": "4.57.0.dev0",
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
-        # Never run: a tower that is there, so that reading a checkpoint has to leave it out.
+        # Never run: the tower exists so that readers have to skip its tensors.
         "vision_config": {
             "deepstack_visual_indexes": [],
             "depth": 1,
@@ -133,8 +133,8 @@ def checkpoint_config(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
 class DraftHead(nn.Module):
     """One decoder block that reads the trunk's hidden states and predicts the token after the next.
 
-    Position p is given token p and the trunk's normalised output at p - 1 (zeros at p = 0), which is what llama.cpp
-    feeds it; it answers with the token at p + 1. Parameter names are those of the `mtp.*` tensors.
+    As in llama.cpp, position p gets token p and the trunk's normalised output at p - 1 (zeros at
+    p = 0), and predicts token p + 1. Parameter names are those of the `mtp.*` tensors.
     """
 
     def __init__(self, text_config: Any, family: Any) -> None:
@@ -154,7 +154,7 @@ class DraftHead(nn.Module):
         self.norm = norm(hidden, eps=eps)
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, T, H] token embeddings and [B, T, H] trunk states, not yet shifted, to [B, T, H] before lm_head."""
+        """[B, T, H] embeddings and unshifted [B, T, H] trunk states to [B, T, H] before lm_head."""
         shifted = F.pad(hidden, (0, 0, 1, 0))[:, :-1]
         x = self.fc(
             torch.cat(
@@ -165,7 +165,7 @@ class DraftHead(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """A trunk of transformers (with its vision tower, for its tensors only) and a draft head."""
+    """A trunk from transformers (its vision tower only provides tensors) and a draft head."""
 
     def __init__(self, config: dict[str, Any], seed: int) -> None:
         super().__init__()
@@ -190,15 +190,16 @@ class TinyModel(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Matrices small, norms of the head far from zero, and linear attention that remembers more than a few tokens.
+        """Small matrices, norms of the head far from zero, linear attention with a long memory.
 
-        A head converted without the +1 on its norms must draft nothing. Equal offsets would not do: norms at -0.4 turn
-        into factors of -0.4 for 0.6, and the signs cancel from norm to norm, so that half the drafts survive. With
-        the two input norms below zero (as in real heads, whose mean is about -0.4) and all others above it, a lost +1
-        turns the sign of what the head says. The spread makes a +1 too many felt as well.
+        A head converted without the +1 on its norms must fail to draft. Equal offsets would not do:
+        norms at -0.4 become factors of -0.4 instead of 0.6, the signs cancel from norm to norm, and
+        half of the drafts survive. With the two input norms below zero (in real heads their mean is
+        about -0.4) and all others above, a lost +1 flips the sign of the head's output. The spread
+        also makes an extra +1 visible.
 
-        The head's routed experts start large, and its router decided: left to itself a head this small finds its way
-        around them, and nobody would notice two experts in the wrong order.
+        The head's routed experts start large and its router decisive: otherwise such a small head
+        learns to bypass them, and swapped experts would go unnoticed.
         """
         for name, parameter in self.named_parameters():
             if name.startswith("mtp.") and name.endswith(
@@ -224,7 +225,7 @@ class TinyModel(nn.Module):
         return self.trunk.model.language_model
 
     def trunk_states(self, tokens: Tensor, cache: Any = None) -> Tensor:
-        """[B, T] tokens to [B, T, H], after the output norm: what both lm_head and the draft head read."""
+        """[B, T] tokens to [B, T, H] after the output norm: input of lm_head and draft head."""
         return self.text(
             input_ids=tokens, past_key_values=cache, use_cache=cache is not None
         ).last_hidden_state
@@ -234,14 +235,17 @@ class TinyModel(nn.Module):
         return self.trunk.lm_head(states)
 
     def draft_states(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """[B, T] tokens and their [B, T, H] trunk states to the head's [B, T, H]; row p predicts token p + 1."""
+        """[B, T] tokens and [B, T, H] trunk states to the head's [B, T, H].
+
+        Row p predicts token p + 1.
+        """
         positions = torch.arange(tokens.shape[1]).expand(3, tokens.shape[0], -1)
         return self.mtp(
             self.text.embed_tokens(tokens), hidden, self.text.rotary_emb(hidden, positions)
         )
 
     def balance_loss(self) -> Tensor:
-        """The routers' load-balancing loss over the layers run since the last call, the head's included."""
+        """Load-balancing loss over all layers run since the last call, including the head's."""
         config = self.trunk.config.text_config
         collected, self.router_logits = self.router_logits, []
         if not collected:
@@ -251,16 +255,15 @@ class TinyModel(nn.Module):
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under the name, and in the layout, that the real checkpoints use."""
+        """Yield every tensor with the name and layout of real checkpoints."""
         tied = self.trunk.config.tie_word_embeddings
         for name, tensor in self.trunk.state_dict().items():
             if not (tied and name == "lm_head.weight"):
                 yield name, tensor
         for name, tensor in self.mtp.state_dict().items():
             stem, _, leaf = name.rpartition(".")
-            if (
-                leaf == "gate_up_proj"
-            ):  # [E, 2 * ff, H]: the trunk keeps its experts fused, the head lists them
+            # The trunk keeps its experts fused, the head has one tensor for each.
+            if leaf == "gate_up_proj":  # [E, 2 * ff, H]
                 for expert, (gate, up) in enumerate(zip(*tensor.chunk(2, dim=1), strict=True)):
                     yield f"mtp.{stem}.{expert}.gate_proj.weight", gate
                     yield f"mtp.{stem}.{expert}.up_proj.weight", up

@@ -1,4 +1,4 @@
-"""What a correct runtime must reproduce: greedy decoding with one-token drafts, counted as llama-server counts them."""
+"""Reference results: greedy decoding with one-token drafts, counted as in llama-server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N_PREDICT = 200
 
 @torch.no_grad()
 def greedy(model: TinyModel, prompt: list[int], n_predict: int) -> list[int]:
-    """The most likely continuation, token by token, with a cache."""
+    """Return the most likely continuation, decoded token by token with a cache."""
     cache = DynamicCache(config=model.text.config)
     tokens = torch.tensor([prompt])
     out: list[int] = []
@@ -30,10 +30,11 @@ def greedy(model: TinyModel, prompt: list[int], n_predict: int) -> list[int]:
 
 @torch.no_grad()
 def draft_predictions(model: TinyModel, sequence: list[int]) -> tuple[list[int], Tensor, Tensor]:
-    """What the head would draft after each token of [T] `sequence`, and both models' [T, V] logits.
+    """Return the head's draft after each token of [T] `sequence`, and [T, V] logits of both.
 
-    The head's cache in llama-server holds, for every accepted position p, exactly (token p, trunk state p - 1):
-    rejected entries are removed before the next draft. So one pass over the finished sequence gives every draft.
+    For every accepted position p, the head's cache in llama-server holds (token p, trunk state
+    p - 1); rejected entries are removed before the next draft. One pass over the finished sequence
+    therefore gives every draft.
     """
     tokens = torch.tensor([sequence])
     hidden = model.trunk_states(tokens)
@@ -42,10 +43,11 @@ def draft_predictions(model: TinyModel, sequence: list[int]) -> tuple[list[int],
 
 
 def count_drafts(generated: list[int], drafts: list[int]) -> tuple[int, int]:
-    """(drafts, accepted) of a greedy run; `drafts[i]` is what the head proposes after `generated[i]`.
+    """Return (drafts, accepted) of a greedy run; `drafts[i]` follows `generated[i]`.
 
-    The first token comes out of the prompt. From then on every step drafts one token and verifies it: a right draft
-    yields two tokens, a wrong one the trunk's. With one token left to make, llama-server drafts nothing.
+    The first token comes from the prompt. Each further step drafts and verifies one token: an
+    accepted draft yields two tokens, a rejected one only the trunk's. With one token left to
+    generate, llama-server does not draft.
     """
     made, n_drafted, n_accepted = 1, 0, 0
     while made < len(generated):
@@ -60,7 +62,7 @@ def count_drafts(generated: list[int], drafts: list[int]) -> tuple[int, int]:
 
 
 def most_repeated(tokens: list[int], n: int = 8) -> int:
-    """How often the most frequent n-gram occurs: a loop shows here."""
+    """How often the most frequent n-gram occurs, which exposes loops."""
     counts: dict[tuple[int, ...], int] = {}
     for i in range(len(tokens) - n + 1):
         gram = tuple(tokens[i : i + n])
@@ -75,7 +77,7 @@ def run_prompt(
     ids = tokenizer.encode(prompt).ids
     generated = greedy(model, ids, n_predict)
     drafts, logits, draft_logits = draft_predictions(model, ids + generated)
-    # Row i of the logits answers token i, so the generated tokens are answered from the prompt's last row on.
+    # Row i of the logits predicts token i + 1: the prompt's last row gives the first generated one.
     rows = slice(len(ids) - 1, len(ids) + n_predict - 1)
     margins = _margins(logits[rows])
     if logits[rows].argmax(-1).tolist() != generated:
@@ -93,7 +95,7 @@ def run_prompt(
         "drafts": drafted,
         "accepted": accepted,
         "acceptance": round(accepted / drafted, 4),
-        # How far the second choice lies behind, in logits: what rounding may move before the text changes.
+        # Gap to the second choice, in logits: rounding errors below it do not change the text.
         "smallest_margin": round(min(margins), 4),
         "smallest_draft_margin": round(
             min(_margins(draft_logits[len(ids) : len(ids) + n_predict])), 4
@@ -103,7 +105,7 @@ def run_prompt(
 
 
 def _margins(logits: Tensor) -> list[float]:
-    """[T, V] to the T gaps between the best and the second-best logit."""
+    """Return the gap between the best and the second-best logit for each row of [T, V]."""
     best = logits.topk(2, dim=-1).values
     return (best[:, 0] - best[:, 1]).tolist()
 

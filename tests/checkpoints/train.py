@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Train the embedded tiny checkpoints: `python tests/checkpoints/train.py [NAME ...] --out tests/checkpoints`.
+"""Train the embedded tiny checkpoints.
 
-Needs torch and transformers 5, which nothing else in the repository does. Everything is seeded: the same versions on
-the same kind of machine give the same files. Each checkpoint is trained in a process of its own, on one thread: so two
-cores are used well (the matrices are too small to share out), and the order of no sum depends on how many there are.
+Usage: `python tests/checkpoints/train.py [NAME ...] --out tests/checkpoints`
+
+Needs torch and transformers 5, unlike the rest of the repository. Everything is seeded: the same
+versions on the same kind of machine give the same files. Each checkpoint is trained on one thread
+in its own process: the matrices are too small for more threads, and the order of summation does
+not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import train_tokenizer
 
-SEQUENCE = 256  # tokens: a prompt with its 200 tokens of continuation fits, and it is four chunks of linear attention
+# In tokens: room for a prompt and 200 tokens of continuation; four chunks of linear attention.
+SEQUENCE = 256
 
 
 def batches(tokenizer: Tokenizer, seed: int, size: int, held_out: bool = False) -> Iterator[Tensor]:
-    """Endless [size, SEQUENCE + 1] token batches. A row starts with a document and is filled up with further ones."""
+    """Yield [size, SEQUENCE + 1] token batches, rows filled with documents and then cut."""
     end = [tokenizer.token_to_id("<|endoftext|>")]
     documents = Grammar(seed, held_out).documents()
     while True:
@@ -47,14 +51,17 @@ def batches(tokenizer: Tokenizer, seed: int, size: int, held_out: bool = False) 
 
 
 def losses(model: TinyModel, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a [B, T + 1] batch: the trunk's loss, the head's, the share of drafts the trunk would accept, its accuracy."""
+    """Return the trunk's loss, the head's loss, the acceptance and the trunk's accuracy.
+
+    The batch is [B, T + 1]; acceptance is the share of drafts that equal the trunk's choice.
+    """
     tokens, targets = batch[:, :-1], batch[:, 1:].reshape(-1)
     hidden = model.trunk_states(tokens)
     logits = model.logits(hidden).flatten(0, 1)
     drafted = model.logits(model.draft_states(tokens, hidden)).flatten(0, 1)
     trunk = F.cross_entropy(logits, targets)
-    # A draft is accepted when the trunk says the same, whatever the text says: so the head learns the trunk's
-    # distribution as well as the next token.
+    # A draft is accepted if it equals the trunk's choice, whatever the text: so the head learns the
+    # trunk's distribution as well as the next token.
     wanted = logits.detach().log_softmax(-1)
     imitation = F.kl_div(drafted.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
     head = 0.5 * F.cross_entropy(drafted, targets) + 0.5 * imitation
@@ -68,7 +75,7 @@ def losses(model: TinyModel, batch: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Of the peak: a short warm-up, a plateau, and a straight fall to nothing over the last half."""
+    """As a fraction of the peak: short warm-up, plateau, linear decay to 0 over the last half."""
     return min((step + 1) / 20, 1.0, 2.0 * (1.0 - step / steps))
 
 
@@ -84,7 +91,8 @@ def train(
     """Train trunk and head together, in place."""
     matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "visual" not in n]
     vectors = [p for n, p in model.named_parameters() if p.ndim < 2 and "visual" not in n]
-    # Vectors are norms and the recurrence's rates: no decay, which would pull norms back to the 0 they must stay off.
+    # Vectors are norms and rates of the recurrence. Weight decay would pull norms towards 0, where
+    # a lost +1 goes unnoticed.
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
         lr=peak,
@@ -104,8 +112,9 @@ def train(
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             print(
-                f"{name}: step {step:4d}/{steps}  trunk {trunk.item():.3f}  head {head.item():.3f}  "
-                f"accuracy {accuracy.item():.3f}  agreement {agreement.item():.3f}  {time.monotonic() - started:.0f} s",
+                f"{name}: step {step:4d}/{steps}  trunk {trunk.item():.3f}  "
+                f"head {head.item():.3f}  accuracy {accuracy.item():.3f}  "
+                f"agreement {agreement.item():.3f}  {time.monotonic() - started:.0f} s",
                 flush=True,
             )
         if not math.isfinite(loss.item()):
@@ -141,8 +150,9 @@ def make_checkpoint(
     }
     for kind, entry in prompts.items():
         print(
-            f"{name}: {kind}: {entry['accepted']} of {entry['drafts']} drafts, margins {entry['smallest_margin']} and "
-            f"{entry['smallest_draft_margin']}, most repeated 8-gram {entry['most_repeated_8gram']}",
+            f"{name}: {kind}: {entry['accepted']} of {entry['drafts']} drafts, "
+            f"margins {entry['smallest_margin']} and {entry['smallest_draft_margin']}, "
+            f"most repeated 8-gram {entry['most_repeated_8gram']}",
             flush=True,
         )
     reference = {
@@ -172,21 +182,21 @@ def main() -> int:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"which of {', '.join(TEXT_CONFIGS)}; all by default",
+        help=f"any of {', '.join(TEXT_CONFIGS)}; all by default",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="where the checkpoints' folders are"
+        "--out", type=Path, default=Path(__file__).parent, help="parent folder of the checkpoints"
     )
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     for name in args.names:
         if name not in TEXT_CONFIGS:
-            parser.error(f"no checkpoint is called {name!r}; there are {', '.join(TEXT_CONFIGS)}")
+            parser.error(f"unknown checkpoint {name!r}: choose from {', '.join(TEXT_CONFIGS)}")
     names = list(dict.fromkeys(args.names)) or list(TEXT_CONFIGS)
-    # Fresh interpreters: a fork would share torch's thread pools and, with them, its generator.
+    # Fresh interpreters: a fork would inherit torch's thread pools and generator.
     with ProcessPoolExecutor(len(names), mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [
             pool.submit(

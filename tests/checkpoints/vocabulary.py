@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny checkpoints: a byte-level BPE trained on the corpus, in the files Qwen3.5 has."""
+"""The tokenizer of the tiny checkpoints: a byte-level BPE trained on the corpus, as in Qwen3.5."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from tokenizers import (
     trainers,
 )
 
-# How Qwen3.5 cuts text before BPE; llama.cpp knows it as the pre-tokenizer "qwen35". Marks (\p{M}) stay with letters.
+# How Qwen3.5 splits text before BPE: the pre-tokenizer "qwen35" of llama.cpp. Marks (\p{M}) stay
+# with letters.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL = (
     "<|endoftext|>",
@@ -32,7 +33,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Added, so that they are one token each, yet not special: a decoder that skips special tokens keeps them in the text.
+# Added tokens that are not special: a decoder that skips special tokens keeps them in the text.
 PLAIN = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 
 CHAT_TEMPLATE = """\
@@ -62,7 +63,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A tokenizer of exactly `size` tokens: the BPE's, then the special ones, then the plain added ones."""
+    """Train a tokenizer of exactly `size` tokens: BPE, then special, then plain added tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -91,7 +92,8 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in PLAIN])
     if tokenizer.get_vocab_size() != size:
         raise SystemExit(
-            f"the corpus gives {tokenizer.get_vocab_size()} tokens instead of {size}: generate more text"
+            f"the corpus gives {tokenizer.get_vocab_size()} tokens instead of {size}: "
+            "generate more text"
         )
     return tokenizer
 
