@@ -19,16 +19,16 @@ def measured(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("measured")
     results = built / "results" / MODEL
     done = run(
-        "reference_logits.py", results / "work/convert/all.gguf", "--text", TEXT, "--out", folder / "logits", "--chunks", 2,
-        "--threads", 1,
+        "reference_logits.py", results / "work/convert/all.gguf", "--text", TEXT, "--out",
+        folder / "logits", "--chunks", 2, "--threads", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "at most 0.00 GB, for 2 chunks of 512 tokens and 1,280 logits a token" in done.stdout
     for variant in ("BF16", "IQ3_S-mix"):
         done = run(
-            "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2, "--threads", 1, "--serve=-fa on",
-            "--prompts", CHECKPOINTS / MODEL / "prompts", "--reference-logits", folder / "logits",
-            "--out", folder / f"{variant}.json",
+            "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2,
+            "--threads", 1, "--serve=-fa on", "--prompts", CHECKPOINTS / MODEL / "prompts",
+            "--reference-logits", folder / "logits", "--out", folder / f"{variant}.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -97,8 +97,9 @@ def test_a_text_without_logits_gives_only_perplexity(
     built: Path, run: Run, tmp_path: Path, measured: dict[str, Any]
 ) -> None:
     done = run(
-        "measure.py", built / "results" / MODEL / f"{MODEL}-BF16.gguf", "--n-max", 1, "--repeats", 1, "--threads", 1,
-        "--prompts", CHECKPOINTS / MODEL / "prompts", "--text", TEXT, "--chunks", 2, "--out", tmp_path / "out.json",
+        "measure.py", built / "results" / MODEL / f"{MODEL}-BF16.gguf", "--n-max", 1, "--repeats",
+        1, "--threads", 1, "--prompts", CHECKPOINTS / MODEL / "prompts", "--text", TEXT, "--chunks",
+        2, "--out", tmp_path / "out.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
@@ -120,8 +121,9 @@ def test_a_file_without_a_head_is_measured_without_drafting(
     built: Path, run: Run, tmp_path: Path
 ) -> None:
     done = run(
-        "measure.py", built / "results" / MODEL / "work/convert/trunk.gguf", "--n-max", 1, "--repeats", 1, "--threads", 1,
-        "--prompts", CHECKPOINTS / MODEL / "prompts", "--out", tmp_path / "out.json",
+        "measure.py", built / "results" / MODEL / "work/convert/trunk.gguf", "--n-max", 1,
+        "--repeats", 1, "--threads", 1, "--prompts", CHECKPOINTS / MODEL / "prompts", "--out",
+        tmp_path / "out.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
