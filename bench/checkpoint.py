@@ -135,6 +135,20 @@ def _write_shard(path: Path, tensors: dict[str, Stored], raw: bytes) -> None:
 
 def _write_tokenizer(folder: Path) -> None:
     """Write a byte-level BPE tokenizer with the real numbers of tokens and merges."""
+    vocabulary, merges = _tokens()
+    tokenizer = _tokenizer(vocabulary, merges)
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|special_0|>",
+        "add_bos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _tokens() -> tuple[dict[str, int], list[list[str]]]:
+    """The vocabulary without special tokens, and its merges."""
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
     vocabulary = dict(zip(letters, range(256), strict=True))
@@ -150,6 +164,11 @@ def _write_tokenizer(folder: Path) -> None:
                 merges.append([left, right])
                 longer.append(left + right)
         level = longer
+    return vocabulary, merges
+
+
+def _tokenizer(vocabulary: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
+    """The contents of tokenizer.json."""
     added = [
         {
             "id": len(vocabulary) + i,
@@ -178,7 +197,7 @@ def _write_tokenizer(folder: Path) -> None:
         "trim_offsets": False,
         "use_regex": False,
     }
-    tokenizer = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -200,12 +219,3 @@ def _write_tokenizer(folder: Path) -> None:
             "merges": merges,
         },
     }
-    (folder / "tokenizer.json").write_text(
-        json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8"
-    )
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "eos_token": "<|special_0|>",
-        "add_bos_token": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -66,48 +66,49 @@ def typical(measure: Callable[[], Cost], repeats: int) -> Cost:
     return runs[len(runs) // 2]
 
 
-def measure_model(
-    name: str, settings: dict[str, Any], scratch: Path, repeats: int, upstream: bool
-) -> dict[str, Any]:
+def measure_model(name: str, scratch: Path, repeats: int, upstream: bool) -> dict[str, Any]:
     """Measure one checkpoint, which is in the page cache if it fits."""
     folder = scratch / name.replace(", ", "-").replace(" ", "-")
-    checkpoint = write_checkpoint(folder, settings, eight_bit=name.endswith("FP8"))
+    checkpoint = write_checkpoint(folder, MODELS[name], eight_bit=name.endswith("FP8"))
     shards = sorted(checkpoint.glob("*.safetensors"))
     out = scratch / "out"
-    size = sum(path.stat().st_size for path in shards)
 
     def run(*command: object) -> Cost:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         return cost_of(*command)
 
-    def ours() -> Cost:
-        program = [sys.executable, ROOT / "workflow/scripts/convert.py", checkpoint]
-        return run(*program, "--tokenizer-pre", "qwen35", "--out", out / "ours.gguf")
-
-    def theirs() -> Cost:
-        converter = ROOT / "resources/converter"
-        python = [converter / "environment/bin/python", "-I"]
-        program = [*python, ROOT / "workflow/scripts/run_upstream.py", "--tokenizer-pre", "qwen35"]
-        options = ["--outtype", "bf16", "--outfile", out / "upstream.gguf"]
-        return run(*program, converter / "source", checkpoint, *options)
-
     for path in shards:  # into the page cache
         subprocess.run(["cat", str(path)], stdout=subprocess.DEVNULL, check=True)
     copy = typical(lambda: run("cp", *shards, out), repeats)
-    convert = typical(ours, repeats)
-    opening = open_seconds(out / "ours.gguf")
+    converted = out / "ours.gguf"
+    convert = typical(lambda: run(*our_command(checkpoint, converted)), repeats)
     result = {
         "model": name,
-        "bytes": size,
+        "bytes": sum(path.stat().st_size for path in shards),
         "cp": vars(copy),
         "convert": vars(convert),
-        "open": opening,
+        "open": open_seconds(converted),
     }
     if upstream:
-        result["upstream"] = vars(theirs())
+        result["upstream"] = vars(run(*upstream_command(checkpoint, out / "upstream.gguf")))
     shutil.rmtree(out, ignore_errors=True)
     return result
+
+
+def our_command(checkpoint: Path, out: Path) -> list[object]:
+    """Convert with convert.py."""
+    program = ROOT / "workflow/scripts/convert.py"
+    return [sys.executable, program, checkpoint, "--tokenizer-pre", "qwen35", "--out", out]
+
+
+def upstream_command(checkpoint: Path, out: Path) -> list[object]:
+    """Convert with llama.cpp's converter."""
+    converter = ROOT / "resources/converter"
+    python = converter / "environment/bin/python"
+    program = [python, "-I", ROOT / "workflow/scripts/run_upstream.py"]
+    source = ["--tokenizer-pre", "qwen35", converter / "source", checkpoint]
+    return [*program, *source, "--outtype", "bf16", "--outfile", out]
 
 
 def open_seconds(path: Path) -> float:
@@ -176,7 +177,7 @@ def main() -> None:
     results = []
     for name in args.models:
         print(f"measuring: {name}", file=sys.stderr, flush=True)
-        results.append(measure_model(name, MODELS[name], args.scratch, args.repeats, upstream))
+        results.append(measure_model(name, args.scratch, args.repeats, upstream))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
         json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n"

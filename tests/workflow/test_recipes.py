@@ -1,4 +1,4 @@
-"""Recipes and importance matrices in a build: made once, shared, and made again for what uses them alone."""
+"""Recipes and importance matrices in a build: shared, and an edit reruns only their users."""
 
 import copy
 import hashlib
@@ -50,7 +50,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     return made
 
 
-def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Repository) -> None:
+def test_low_bit_files_with_a_computed_matrix_draft(repository: Repository) -> None:
     results = repository.path / "results/tiny-qwen3.5"
     for variant in ("IQ2_XS", "IQ3_XXS"):
         opened = reader.read(results / f"tiny-qwen3.5-{variant}.gguf")
@@ -58,29 +58,23 @@ def test_low_bit_files_made_with_a_computed_matrix_load_and_draft(repository: Re
         assert opened.get("quantize.imatrix.file") == MATRIX
         assert opened.get("quantize.imatrix.dataset") == "calibration.txt"
         report = json.loads((results / f"reports/tiny-qwen3.5-{variant}.json").read_text())
-        assert report["accepted"] > 0 and all(check["passed"] for check in report["checks"])
-        assert (
-            (repository.path / f"logs/tiny-qwen3.5/plan-quantized-{variant}.log")
-            .read_text()
-            .startswith("| tensor ")
-        )
-    assert (
-        reader.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors["blk.3.attn_q.weight"].type.name
-        == "Q4_K"
-    )
+        assert report["accepted"] > 0
+        assert all(check["passed"] for check in report["checks"])
+        log = repository.path / f"logs/tiny-qwen3.5/plan-quantized-{variant}.log"
+        assert log.read_text().startswith("| tensor ")
+    tensors = reader.read(results / "tiny-qwen3.5-IQ2_XS.gguf").tensors
+    assert tensors["blk.3.attn_q.weight"].type.name == "Q4_K"
 
 
-def test_what_is_published_names_the_text_and_has_its_digest(repository: Repository) -> None:
+def test_the_provenance_has_the_name_and_digest_of_the_text(repository: Repository) -> None:
     results = repository.path / "results/tiny-qwen3.5"
     text = (results / "provenance/tiny-qwen3.5-IQ2_XS.json").read_text()
     definition = json.loads(text)["predicate"]["buildDefinition"]
-    assert definition["externalParameters"]["variants"]["IQ2_XS"]["imatrix"] == {
-        "text": "calibration.txt"
-    }
+    variant = definition["externalParameters"]["variants"]["IQ2_XS"]
+    assert variant["imatrix"] == {"text": "calibration.txt"}
     digest = hashlib.sha256((repository.path / TEXT).read_bytes()).hexdigest()
-    assert {"name": "calibration.txt", "digest": {"sha256": digest}} in definition[
-        "resolvedDependencies"
-    ]
+    dependency = {"name": "calibration.txt", "digest": {"sha256": digest}}
+    assert dependency in definition["resolvedDependencies"]
     assert "texts/" not in text + (results / "README.md").read_text()
 
 
@@ -102,7 +96,7 @@ def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository
     assert repository.pending() == {}
 
 
-def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> None:
+def test_an_edited_text_reruns_its_matrix_and_variants(repository: Repository) -> None:
     text = repository.path / TEXT
     text.touch()
     assert repository.pending() == {}
@@ -120,7 +114,7 @@ def test_an_edited_text_reruns_what_is_made_with_it(repository: Repository) -> N
     assert repository.pending() == {}
 
 
-def test_a_matrix_that_is_made_again_is_the_same(repository: Repository) -> None:
+def test_a_recomputed_matrix_has_the_same_bytes(repository: Repository) -> None:
     matrix = repository.path / "results/tiny-qwen3.5/work/imatrix" / MATRIX
     before = matrix.read_bytes()
     assert repository.snakemake("--forcerun", "imatrix", "--until", "imatrix").returncode == 0

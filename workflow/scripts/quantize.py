@@ -157,8 +157,6 @@ def quantize_once(args: argparse.Namespace, out: Path | None) -> dict[str, str]:
 
 def quantize_planned(args: argparse.Namespace) -> dict[str, str]:
     """Make the whole planned file or one piece of it, and return the digests."""
-    if args.log:
-        args.log.write_text("", encoding="utf-8")
     plan = QuantizePlan.read(args.plan)
     source = reader.read(args.source)
     job = QuantizeJob(plan, source, programs.from_options(args), args.imatrix)

@@ -70,18 +70,13 @@ class QuantizeJob:
             yield list(self.source.tensors)
             return
         batch: list[str] = []
-        size = 0
-        limit = 0
         for name in (name for name in self.source.tensors if name in wanted):
-            own_size = self.source.tensors[name].size
-            limit = max(limit, self._run_limit(name))
-            if batch and size + own_size > limit:
+            larger = [*batch, name]
+            size = sum(self.source.tensors[each].size for each in larger)
+            if batch and size > max(map(self._run_limit, larger)):
                 yield batch
-                batch = []
-                size = 0
-                limit = self._run_limit(name)
-            batch.append(name)
-            size += own_size
+                larger = [name]
+            batch = larger
         if batch:
             yield batch
 

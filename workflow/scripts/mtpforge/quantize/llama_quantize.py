@@ -48,7 +48,8 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if llama.log:
-        llama.log.write_text(f"{table}\n", encoding="utf-8")
+        with llama.log.open("a", encoding="utf-8") as log:
+            log.write(f"{table}\n")
     mixture.check_imatrix(source, chosen, request, rows)
     return chosen
 

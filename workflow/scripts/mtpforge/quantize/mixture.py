@@ -80,17 +80,15 @@ def check_imatrix(
     `rows` has the number of values in the importance matrix for each tensor. Raises ConfigError,
     naming the tensors, also if a row has the wrong length.
     """
-    missing: list[str] = []
-    wrong: list[str] = []
-    for name, info in source.tensors.items():
-        if chosen[name] == info.type:
-            continue
-        fits = rows.get(name) == _row_length(info)
-        # llama-quantize ignores rows of embeddings.
-        if name in rows and not fits and name not in quant_types.EMBEDDINGS[:2]:
-            wrong.append(name)
-        elif not fits and quant_types.needs_imatrix(name, chosen[name].name, request.file_type):
-            missing.append(f"{name} ({chosen[name].name})")
+    changed = {name: info for name, info in source.tensors.items() if chosen[name] != info.type}
+    unfit = [name for name, info in changed.items() if rows.get(name) != _row_length(info)]
+    # llama-quantize ignores rows of embeddings.
+    wrong = [name for name in unfit if name in rows and name not in quant_types.EMBEDDINGS[:2]]
+    missing = [
+        f"{name} ({chosen[name].name})"
+        for name in unfit
+        if quant_types.needs_imatrix(name, chosen[name].name, request.file_type)
+    ]
     if wrong or (request.imatrix and not rows.keys() & source.tensors.keys()):
         raise ConfigError(
             f"{request.imatrix}: importance matrix of another model: {source.path} has no matching "
