@@ -63,9 +63,8 @@ def call(
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
     cwd: Path | None = None,
-    append: bool = False,
 ) -> None:
-    """Run a program to its end. `log` gets its output, appended if `append` says so.
+    """Run a program to its end, and append its output to `log`.
 
     `environment` is the whole environment of the program, by default ours without LLAMA_ARG_*.
     `name` is the program's name in messages. Raises ToolchainError with the program's reason.
@@ -74,7 +73,7 @@ def call(
     tail = deque[str](maxlen=8)
     shown = time.monotonic()
     with (
-        (log or Path(os.devnull)).open("a" if append else "w", encoding="utf-8") as kept,
+        (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
         _reading(command, environment, cwd) as process,
     ):
         assert process.stdout is not None
