@@ -1,6 +1,6 @@
 """Tiny random checkpoints of architectures that upstream converts, whose heads draft.
 
-The trunk's next token depends only on the current one, and attention and MLP add almost nothing. The
+The trunk's next token depends only on the current one; attention and MLP add almost nothing. The
 head passes on the embedding half of its input, so it predicts the token after the next: nearly all
 drafts are accepted if everything is wired correctly, nearly none if the halves are swapped.
 """

@@ -77,7 +77,7 @@ class Made:
 
     @property
     def marker(self) -> Path:
-        """What the checkpoints' code creates when it is run."""
+        """The file that the checkpoints' code creates if it runs."""
         return self.folder / "code-was-run"
 
 
@@ -154,12 +154,12 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_file_is_upstreams_own_to_the_byte(made: Made, name: str) -> None:
+def test_the_file_has_upstreams_bytes(made: Made, name: str) -> None:
     assert made.file(name).read_bytes() == made.plain(name).read_bytes()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
+def test_the_head_has_all_blocks(made: Made, name: str) -> None:
     opened = reader.read(made.file(name))
     assert len(opened.head_blocks) == BLOCKS.get(name, 1)
     assert all(
@@ -167,17 +167,17 @@ def test_all_blocks_of_the_head_are_there(made: Made, name: str) -> None:
     )
 
 
-def test_code_of_a_checkpoint_is_never_run(made: Made) -> None:
+def test_code_of_a_checkpoint_never_runs(made: Made) -> None:
     assert all(made.file(name) for name in MODELS) and not made.marker.exists()
 
 
-def test_the_runner_refuses_code_that_the_folder_would_have_kept_out(made: Made) -> None:
+def test_run_upstream_itself_refuses_code(made: Made) -> None:
     done = made.runs["runner"]
     assert done.returncode != 0 and "needs to run its own code: refused" in done.stderr
     assert not (made.folder / "runner.gguf").exists()
 
 
-def test_an_unknown_pre_tokenizer_is_one_line_that_says_what_to_do(made: Made) -> None:
+def test_an_unknown_pre_tokenizer_error_says_what_to_do(made: Made) -> None:
     done = made.runs["unnamed"]
     assert (
         done.returncode == 1
@@ -194,14 +194,14 @@ def test_the_trunk_has_no_head(made: Made) -> None:
     assert not trunk.head_blocks and trunk.tensors.keys() == whole.tensors.keys() - head
 
 
-def test_a_vision_tower_becomes_a_file_of_its_own(made: Made) -> None:
+def test_a_vision_tower_gets_its_own_file(made: Made) -> None:
     opened = reader.read(made.file("mmproj"))
     assert opened.architecture == "clip" and opened.get("clip.has_vision_encoder") is True
     assert {info.type.name for info in opened.tensors.values()} == {"F16", "F32"}
     assert not any(name.startswith(("blk.", "token_embd")) for name in opened.tensors)
 
 
-def test_a_vision_tower_that_is_not_the_checkpoints_is_refused(made: Made, tmp_path: Path) -> None:
+def test_a_changed_vision_tower_is_refused(made: Made, tmp_path: Path) -> None:
     """llama-server accepts a tower of zeros, so only the proof sees it."""
     good, checkpoint = reader.read(made.file("mmproj")), Checkpoint(made.checkpoint("vision"))
     proof.prove(good, checkpoint, "mmproj")
@@ -255,9 +255,7 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
         assert report.drafts > 100 and report.acceptance > 0.95
 
 
-def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(
-    made: Made, run, tmp_path: Path
-) -> None:
+def test_the_report_says_if_llama_server_cannot_draft(made: Made, run, tmp_path: Path) -> None:
     done = run(
         "verify.py",
         made.file("exaone"),
@@ -276,7 +274,7 @@ def test_the_report_of_a_file_that_cannot_be_drafted_with_says_so(
 
 
 def swapped(source: Path, out: Path) -> Path:
-    """A copy whose head takes the hidden state for the embedding, in each of its blocks."""
+    """A copy whose head swaps hidden state and embedding in every block."""
     shutil.copy(source, out)
     opened = reader.read(source)
     with out.open("r+b") as file:
@@ -307,14 +305,14 @@ def test_a_head_with_its_halves_swapped_is_refused(
     )
 
 
-def test_another_models_file_is_no_reference(made: Made, fails, tmp_path: Path) -> None:
+def test_a_reference_of_another_model_is_refused(made: Made, fails, tmp_path: Path) -> None:
     options = ("--reference", made.file("glm-lite"), "--threads", 1)
     assert "inventory: " in fails(
         "verify.py", made.file("glm"), *options, out=tmp_path / "report.json"
     )
 
 
-def test_the_trunk_drafts_with_the_head_as_a_model_of_its_own(
+def test_the_trunk_drafts_with_a_separate_draft_model(
     made: Made, toolchain: Path, tmp_path: Path
 ) -> None:
     draft = [
@@ -393,7 +391,7 @@ def rewrite(source: Path, out: Path, drop: str = "\0", flip: str = "\0") -> Gguf
         ("bailing", "exp_probs_b.bias"),
     ],
 )
-def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(
+def test_a_lost_or_changed_tensor_of_the_head_is_named(
     made: Made, tmp_path: Path, name: str, ending: str
 ) -> None:
     checkpoint = Checkpoint(made.checkpoint(name))
@@ -406,7 +404,7 @@ def test_a_tensor_of_the_head_that_is_lost_or_changed_by_a_bit_is_named(
         assert ("and none of the GGUF" in str(caught.value)) == ("drop" in fault)
 
 
-def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) -> None:
+def test_f32_values_are_compared_after_rounding(made: Made, tmp_path: Path) -> None:
     """F32 matrices that round to the BF16 values; then one that does not."""
     config, key = (
         json.loads((made.checkpoint("glm") / "config.json").read_text()),
@@ -424,7 +422,7 @@ def test_wide_values_are_proven_as_they_are_rounded(made: Made, tmp_path: Path) 
         proof.prove(reader.read(made.file("glm")), Checkpoint(other), "all")
 
 
-def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:
+def test_swapped_experts_are_refused(made: Made, tmp_path: Path) -> None:
     shutil.copy(made.file("glm"), tmp_path / "faulty.gguf")
     piece = reader.read(made.file("glm")).ranges["blk.2.ffn_up_exps.weight"]
     raw = bytearray((tmp_path / "faulty.gguf").read_bytes())
@@ -438,7 +436,7 @@ def test_experts_out_of_order_are_seen(made: Made, tmp_path: Path) -> None:
         )
 
 
-def test_a_head_that_upstream_does_not_declare_is_seen(made: Made) -> None:
+def test_an_undeclared_head_is_refused(made: Made) -> None:
     with pytest.raises(GgufError, match="1 blocks, upstream declares 0"):
         proof.prove(reader.read(made.file("trunk")), Checkpoint(made.checkpoint("glm")), "all")
     with pytest.raises(GgufError, match="in the trunk"):

@@ -31,7 +31,7 @@ def remote(tmp_path: Path) -> Path:
 
 
 def repository(path: Path, toolchain: Path, variants: dict[str, object]) -> Repository:
-    """One whose only model comes from the Hub."""
+    """A repository whose only model comes from the Hub."""
     copy = Repository(path, toolchain)
     copy.config["models"] = {
         "fetched": {**CONFIG["models"][MODEL], "source": SOURCE, "variants": variants}
@@ -52,7 +52,7 @@ def weights(hub: Hub) -> int:
     return sum(count for name, count in hub.sent.items() if name.endswith(".safetensors"))
 
 
-def test_a_repository_gives_the_same_file_as_the_folder(
+def test_a_hub_model_gives_the_same_file_as_a_local_one(
     tmp_path: Path, remote: Path, built: Path, toolchain: Path
 ) -> None:
     """Also after dropped connections, and a kill in the middle of a shard, which then resumes."""
@@ -98,13 +98,15 @@ def test_a_repository_gives_the_same_file_as_the_folder(
     assert (copy.path / "results/fetched" / name).read_bytes() == (
         built / "results" / MODEL / name
     ).read_bytes()
-    assert copy.pending() == {}  # without the Hub: a commit does not change
+    assert copy.pending() == {}  # even without the Hub: a commit does not change
     for shard in fetched.rglob("*.safetensors"):
         shard.touch()
     assert copy.pending() == {}
 
 
-def test_so_does_that_of_a_mixture_of_experts(tmp_path: Path, built: Path, toolchain: Path) -> None:
+def test_a_hub_moe_gives_the_same_file_as_a_local_one(
+    tmp_path: Path, built: Path, toolchain: Path
+) -> None:
     name = "tiny-qwen3.5-moe"
     remote = Path(
         shutil.copytree(
@@ -122,7 +124,7 @@ def test_so_does_that_of_a_mixture_of_experts(tmp_path: Path, built: Path, toolc
     ).read_bytes()
 
 
-def test_for_an_injection_only_the_head_is_fetched(
+def test_injection_downloads_only_the_head(
     tmp_path: Path, remote: Path, built: Path, toolchain: Path
 ) -> None:
     theirs = tmp_path / "theirs"
@@ -152,7 +154,7 @@ def test_for_an_injection_only_the_head_is_fetched(
     assert copy.pending() == {}
 
 
-def test_an_importance_matrix_from_the_hub_is_used(
+def test_a_variant_uses_an_imatrix_from_the_hub(
     tmp_path: Path, built: Path, toolchain: Path
 ) -> None:
     theirs = tmp_path / "theirs"
@@ -182,12 +184,10 @@ def test_an_importance_matrix_from_the_hub_is_used(
         done = copy.snakemake(**environment(hub, tmp_path))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     made = reader.read(copy.path / "results" / MODEL / f"{MODEL}-IQ4_XS.gguf")
-    assert (
-        made.get("quantize.imatrix.file") == "imatrix.gguf"
-    )  # no path of the machine that made it
+    assert made.get("quantize.imatrix.file") == "imatrix.gguf"  # no path of this machine
 
 
-def test_a_split_base_is_fetched_whole_and_given_its_head(
+def test_a_split_base_from_the_hub_gets_its_head(
     tmp_path: Path, remote: Path, toolchain: Path
 ) -> None:
     theirs = tmp_path / "theirs"
