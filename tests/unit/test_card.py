@@ -1,4 +1,4 @@
-"""Model cards: valid front matter, figures from the reports, and commands that name the right file."""
+"""Model cards: valid front matter, figures from reports, and commands for the right file."""
 
 import json
 import re

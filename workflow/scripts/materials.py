@@ -2,8 +2,8 @@
 
 Local files are hashed; the digests of downloaded ones come from their records.
 
-example: materials.py '{"path": "Qwen3.5-4B"}' Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors \\
-             --out materials.json
+example: materials.py '{"path": "Qwen3.5-4B"}' --out materials.json \\
+             Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors
 """
 
 import json

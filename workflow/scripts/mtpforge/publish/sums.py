@@ -54,7 +54,10 @@ def write_sums(path: Path, sums: Sums) -> None:
 
 
 def read_sums(path: Path) -> Sums:
-    """Read a list. Raises VerificationError if it is malformed or names a file outside its folder."""
+    """Read a list.
+
+    Raises VerificationError if it is malformed or names a file outside its folder.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):

@@ -119,7 +119,10 @@ def _check_again(folder: Path, names: list[str]) -> None:
 
 
 def _listed(folder: Path) -> Sums:
-    """The listed files and the list itself. Raises VerificationError if one is missing or changed."""
+    """The listed files and the list itself.
+
+    Raises VerificationError if one is missing or changed.
+    """
     path = folder / SUMS
     sums = read_sums(path)
     for name, digest in sums.items():

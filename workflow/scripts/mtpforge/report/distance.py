@@ -25,11 +25,7 @@ def distance(measured: Sequence[Measurement]) -> Svg:
         "Size and distance from BF16",
         "KL divergence of the predictions (mean, nats; lower is better) by file size.",
     )
-    files = [
-        _File(found.stem, found.bytes, max(found.kl_divergence.mean, 0.0))
-        for found in measured
-        if found.kl_divergence
-    ]
+    files = _compared(measured)
     if not files:
         raise ConfigError(
             "no KL divergence to draw: measure with `--text` and `--reference-logits`"
@@ -59,6 +55,15 @@ class _File:
     name: str
     size: int
     divergence: float
+
+
+def _compared(measured: Sequence[Measurement]) -> list[_File]:
+    """The files with a measured divergence. One that rounds to less than 0 is 0."""
+    return [
+        _File(found.stem, found.bytes, max(found.kl_divergence.mean, 0.0))
+        for found in measured
+        if found.kl_divergence
+    ]
 
 
 @dataclass(frozen=True)
