@@ -1,7 +1,7 @@
 """Assembly: a quantized file put together from reused tensors and newly quantized ones.
 
-Reused tensors are copied while llama-quantize works on the others, and hashed where they then
-stand. Those that turn out damaged or gone are requantized after that.
+Reused tensors are copied while llama-quantize works on the others, and the copies are hashed. Those
+that turn out damaged or gone are requantized after that.
 """
 
 import errno

@@ -31,9 +31,9 @@ SAMPLE = 1 << 16
 
 MAX_PIECES = 999
 PIECE_SECONDS = 2 * 3600
-"""Intended time of a piece on all threads, unless the number of pieces is configured. Work that takes
-less than one and a half times as long stays whole: a kill costs all of it, but pieces would copy
-source and result once more, which can take over a tenth of the time."""
+"""Intended time of a piece on all threads, unless the number of pieces is configured. Work below
+one and a half times that stays whole: a kill costs all of it, but pieces would copy source and
+result once more, which can take over a tenth of the time."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from mtpforge.quantize.manifest import MANIFESTS, Manifest, ManifestEntry
 
 MIN_SHARE = 0.1
 COPY_FACTOR = 3.0
-"""A file is assembled from reused tensors if they save at least this share of the work, by cost, and
-this many times the cost of copying the rest, whose source and result are written twice."""
+"""A file is assembled from reused tensors if they save at least this share of the work, by cost,
+and this many times the cost of copying the rest, whose source and result are written twice."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ Reusable = dict[str, ReusableTensor]
 def find_reusable(job: QuantizeJob, folder: Path, scratch: Path) -> Reusable:
     """Find the planned tensors that files under `folder` hold, by the manifests of these files.
 
-    The files are hard-linked into `scratch`, so they stay readable if somebody deletes or replaces
-    them meanwhile.
+    The files are hard-linked into `scratch`, so they stay readable even if they are deleted or
+    replaced meanwhile.
     """
     keys = job.plan.keys()
     found: Reusable = {}
