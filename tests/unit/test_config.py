@@ -185,7 +185,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(head={"type": "Q8_0", "tensors": {}}), f"{VARIANT}/head/tensors: must not be empty"),
     (
         config(head={"type": "Q8_0", "tensors": {"a=b": "Q4_K"}}),
-        f"{VARIANT}/head/tensors/a=b: .* without white space and '='",
+        f"{VARIANT}/head/tensors/a=b: .* without white space or '='",
     ),
     (config(replace_head=True), f"{VARIANT}/replace_head: there is no base"),
     (config(tensors={"attn_.*": "Q4_K_M"}), f"{VARIANT}/tensors/attn_.*: unknown tensor type"),
