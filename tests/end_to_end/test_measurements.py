@@ -55,7 +55,7 @@ def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> Non
 
 
 def test_acceptance_equals_that_of_verification(measured: dict[str, Any], built: Path) -> None:
-    """The same prompts and lengths, one token ahead: each repeat drafts as verification did."""
+    """Prompts and lengths are the same, so with one draft token repeats draft like verification."""
     total = measured["IQ3_S-mix"]["by_n_max"][1]
     report = json.loads(
         (built / "results" / MODEL / "reports" / f"{MODEL}-IQ3_S-mix.json").read_text()

@@ -32,19 +32,14 @@ from other_architectures import HIDDEN, MODELS, write_model
 
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON, SOURCE = CONVERTER / "environment" / "bin" / "python", CONVERTER / "source"
-BLOCKS = {
-    "step": 2,
-    "step-wrapped": 2,
-    "mimo": 3,
-    "mimo-fp8": 3,
-}  # of the heads that have more than one
+BLOCKS = {"step": 2, "step-wrapped": 2, "mimo": 3, "mimo-fp8": 3}  # of heads with more than one
 UNDRAFTED = {"bailing", "exaone"}
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="upstream's environment is missing: `make converter`"
 )
 
-# Upstream as it is, for all checkpoints in one process: torch takes seconds to load.
+# Unmodified upstream, for all checkpoints in one process: torch takes seconds to load.
 PLAIN = """
 import runpy, sys
 source, *pairs = sys.argv[1:]
@@ -128,7 +123,7 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         jobs[out] = [sys.executable, SCRIPTS / "convert_upstream.py", *files, *options]
     jobs["unnamed"] = [word for word in jobs["glm"] if word not in ("--tokenizer-pre", "qwen35")]
     jobs["unnamed"][jobs["unnamed"].index(folder / "glm.gguf")] = folder / "unnamed.gguf"
-    # Of these, Nemotron is the one with which upstream trusts the checkpoint's code.
+    # Nemotron is the only one whose code upstream trusts.
     jobs["runner"] = [
         PYTHON,
         "-I",

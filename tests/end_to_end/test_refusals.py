@@ -1,4 +1,4 @@
-"""Wrong files are never published: verify refuses planted faults, and says why."""
+"""Wrong files are never published: verification refuses planted faults and names them."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_a_head_with_unshifted_norms_drafts_nothing_and_is_refused(
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of a finished file, and the start of the verdict on it."""
+    """A change to a finished file, and the beginning of the resulting error."""
 
     verdict: str
     tensors: str
@@ -74,7 +74,7 @@ class Fault:
 
 
 def shift(by: float) -> Change:
-    """Shift norms once more (1), or take their shift back (-1)."""
+    """Shift norms a second time (1), or undo the shift (-1)."""
 
     def change(info: TensorInfo, data: bytearray) -> None:
         values = np.frombuffer(data, np.float32)
@@ -167,7 +167,7 @@ def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple
 
 
 def refused(built: Path, fails: Fails, folder: Path, fault: Fault, digests: bool) -> str:
-    """The message on a file with this fault; no other file has appeared."""
+    """Return the message on a file with this fault; no other file appears."""
     name = f"{fault.model}-{fault.variant}.gguf"
     faulty = damaged(
         built / "results" / fault.model / name, folder / "faulty.gguf", fault.change, fault.tensors
@@ -197,7 +197,7 @@ def test_a_fault_is_refused_by_the_right_check(
 def test_only_digests_find_a_changed_bit(
     built: Path, fails: Fails, tmp_path: Path, name: str
 ) -> None:
-    """Values show it only in unquantized files."""
+    """The check of values finds it only in unquantized files."""
     fault = SHOWN_BY_DIGESTS[name]
     message = refused(built, fails, tmp_path, fault, digests=True)
     assert fault.verdict in message and ("values: " in message) == (fault.variant == "BF16")
@@ -251,7 +251,7 @@ def test_wrong_metadata_is_refused(
 def test_a_head_from_another_checkpoint_is_refused(
     built: Path, run: Run, fails: Fails, tmp_path: Path, model: str
 ) -> None:
-    """It fits in every shape and drafts: the same head with slightly changed matrices."""
+    """All shapes match and it drafts: the same head with slightly changed matrices."""
     config, tensors = (
         json.loads((CHECKPOINTS / model / "config.json").read_text()),
         read_tensors(CHECKPOINTS / model),

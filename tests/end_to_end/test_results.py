@@ -1,4 +1,4 @@
-"""`make` leaves twelve files that match config.yaml, load in a real llama.cpp, and draft."""
+"""`make` builds twelve files that match config.yaml, load in llama.cpp and draft."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant:
     assert report["acceptance"] >= 0.6
 
 
-def test_the_summary_has_a_line_for_each(built: Path) -> None:
+def test_the_summary_has_a_line_for_each_file(built: Path) -> None:
     table = (built / "results" / "summary.md").read_text().splitlines()
     assert [line.split()[1] for line in table[2:]] == [
         f"{model}-{variant}.gguf" for model in MODELS for variant in VARIANTS
@@ -64,7 +64,7 @@ def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_llama_cpp_accepts_the_drafts_that_the_torch_reference_accepts(
+def test_llama_cpp_accepts_the_same_drafts_as_the_torch_reference(
     built: Path, toolchain: Path, tmp_path: Path, model: str
 ) -> None:
     reference = json.loads((CHECKPOINTS / model / "reference.json").read_text())
@@ -82,7 +82,7 @@ def test_llama_cpp_accepts_the_drafts_that_the_torch_reference_accepts(
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
             assert expected["accepted"] / expected["drafts"] >= 0.7, kind
-            # Within one token in a hundred: near ties can fall the other way in BF16.
+            # Within 1% of the tokens: BF16 can decide near ties differently.
             difference = abs(answer.accepted - expected["accepted"])
             assert difference <= expected["drafts"] / 100, (
                 kind,
@@ -93,10 +93,13 @@ def test_llama_cpp_accepts_the_drafts_that_the_torch_reference_accepts(
 
 
 MIXED_TEXT = """# Notes / Notizen (2026-11-21)
-The quick brown fox's 12 lazy dogs can't jump; they'll "rest" -- won't they?   Tabs\there,  double  spaces  there.
+The quick brown fox's 12 lazy dogs can't jump; they'll "rest" -- won't they?   Tabs\there,  \
+double  spaces  there.
 def area(width: float, height: float = 3.5e-2) -> float:\n    return width * height  # m²
-{"id": 10423, "tags": ["a_b", "C++", "x-y"], "ok": true, "nil": null, "url": "https://example.org/?q=1&r=%20#frag"}
-Grüße aus Köln, à bientôt, ¿qué tal?, Привет, мир! Γειά σου. 你好，世界。こんにちは世界 안녕하세요 हिन्दी ภาษาไทย עברית العربية
+{"id": 10423, "tags": ["a_b", "C++", "x-y"], "ok": true, "nil": null, \
+"url": "https://example.org/?q=1&r=%20#frag"}
+Grüße aus Köln, à bientôt, ¿qué tal?, Привет, мир! Γειά σου. \
+你好，世界。こんにちは世界 안녕하세요 हिन्दी ภาษาไทย עברית العربية
 Emoji: 😀 👩‍👩‍👧 🇫🇷 ✅; maths: ∑ ∫ √2 ≈ 1.41421; arrows → ⇒; currency € £ ¥; quotes “ ” ‘ ’ « ».
 <|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nHi.<|im_end|>\n
 \r\nWindows line\r\n\r\n\r\n   trailing   \n\n\n\n1234567890 3.14159 1,000,000 v2.0.1-rc3 0xFF\n"""

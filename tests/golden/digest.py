@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
-LONGEST = 16  # items of an array that is kept; longer ones become a digest
+LONGEST = 16  # longer arrays are hashed
 
 
 def digest(path: Path) -> dict[str, Any]:

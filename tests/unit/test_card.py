@@ -79,7 +79,7 @@ def measurement(
     speeds: tuple[float, ...] = (207.0, 250.0, 290.0, 280.0),
     **values: Any,
 ) -> Measurement:
-    """A sweep from 0 to 3. Code is accepted to 90%, prose to 40%, when cold 20% less."""
+    """A sweep from 0 to 3. Acceptance is 90% for code and 40% for prose, 20% less when cold."""
     shares = [
         ("code", "warm", 90),
         ("code", "cold", 70),
@@ -264,7 +264,7 @@ def test_kind_of_prompt_named_like_a_column_keeps_its_own_column() -> None:
     assert cells == ["2.00", "90.0%"]
 
 
-def test_measured_options_are_those_to_serve_with() -> None:
+def test_commands_serve_with_the_measured_options() -> None:
     options = ("-fa", "on", "--ctx-size", "8192")
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS -fa on --ctx-size 8192"
     text = make(result(measured=measurement(options=options)))
@@ -309,7 +309,7 @@ def test_number_that_rounds_to_zero_has_no_sign() -> None:
 
 
 def test_commands_use_the_first_quantized_file_that_drafts() -> None:
-    """Not the fastest: that is one that was quantized further."""
+    """Not the fastest, which is usually a smaller one."""
     slow = measurement(1, (10.0, 20.0))
     fast = measurement(3, (30.0, 31.0, 32.0, 40.0))
     results = [
@@ -403,7 +403,7 @@ def test_sidecar_is_for_a_file_without_a_head() -> None:
     ]
 
 
-def test_ollama_gets_only_files_that_it_loads() -> None:
+def test_ollama_commands_use_only_files_that_it_loads() -> None:
     text = make()
     assert "issue 16282" in text
     assert "ollama run" not in text
@@ -455,7 +455,7 @@ def test_tags_resolve_as_in_llama_cpp(tag: str, name: str | None) -> None:
     assert serving.resolve(tag, NAMES) == name
 
 
-def test_file_that_no_tag_selects_is_given_by_name() -> None:
+def test_file_without_a_tag_is_served_by_name() -> None:
     text = make(result("Q4_K_M", bits_per_weight=4.0), result("Q4_K_M-injected"))
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type"
     assert command in text
@@ -473,7 +473,7 @@ def test_names_are_escaped() -> None:
 
 
 def test_every_architecture_has_its_runtimes() -> None:
-    """It has a first build if and only if the pinned llama.cpp, which is newer, drafts with it."""
+    """It has a first build if and only if the pinned (newer) llama.cpp drafts with it."""
     known = {entry.gguf: entry.drafts for entry in architectures.ARCHITECTURES.values()}
     known |= {family.gguf_architecture: True for family in FAMILIES}
     assert {name: bool(each.llama_cpp) for name, each in runtimes.RUNTIMES.items()} == known
@@ -487,6 +487,6 @@ def test_every_architecture_has_its_runtimes() -> None:
     assert max(builds) < int(runtimes.PINNED[1:])
 
 
-def test_recipe_is_that_of_the_configuration() -> None:
+def test_recipe_comes_from_the_configuration() -> None:
     recipe = make().split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}

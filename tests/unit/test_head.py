@@ -1,4 +1,4 @@
-"""The head of a checkpoint is downloaded on its own: the same bytes, and hardly any others."""
+"""The head of a checkpoint is downloaded separately: its bytes, and hardly any others."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def serving(folder: Path, path: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    """A client of a Hub with the small mixture of experts."""
+    """A client of a Hub with the tiny MoE."""
     folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5-moe", tmp_path / "repository"))
     with serving(folder, tmp_path) as ready:
         yield ready
@@ -147,7 +147,7 @@ def test_the_head_converts_to_the_same_bytes_as_in_the_whole_checkpoint(
 
 @pytest.mark.parametrize("prefix", ["mtp.", "model.mtp."])
 def test_a_separate_head_file_is_found(tmp_path: Path, prefix: str) -> None:
-    """Some publish one beside an index without it."""
+    """Some repositories publish it beside an index without it."""
     original = CHECKPOINTS / "tiny-qwen3.5"
     config, tensors = json.loads((original / "config.json").read_text()), read_tensors(original)
     heads = {
@@ -229,7 +229,9 @@ def test_a_head_download_survives_a_fault(client: Client, fault: Fault) -> None:
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
-def test_a_permanent_fault_is_a_clear_error(client: Client, fault: Fault, message: str) -> None:
+def test_a_permanent_fault_ends_with_one_error_line(
+    client: Client, fault: Fault, message: str
+) -> None:
     client.hub.faults[LAST] = [Fault("drop", after=5000), fault]
     error = client.fetch_head(fails=True)
     assert (
@@ -261,7 +263,7 @@ cli.run(fetch_head.main)
 """
 
 
-def test_a_killed_head_download_keeps_its_intact_pieces(client: Client) -> None:
+def test_a_killed_head_download_keeps_intact_pieces(client: Client) -> None:
     command = [sys.executable, "-c", SMALL_PIECES, str(SCRIPTS), *map(str, client.arguments()[1:])]
     size = sum(tensor.size for tensor in client.tensors().values() if tensor.shard == LAST)
     partial = client.folder / f".{LAST}.part"
@@ -290,12 +292,12 @@ def test_a_killed_head_download_keeps_its_intact_pieces(client: Client) -> None:
     (client.folder / f".{LAST}.sums").unlink()
     interrupted()
     torn = bytearray(partial.read_bytes())
-    torn[900_000] ^= 1  # as a power cut may leave it
+    torn[900_000] ^= 1  # as after a power cut
     partial.write_bytes(torn)
     assert resumed() == size - 500_000
 
 
-def test_a_head_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Client) -> None:
+def test_a_head_is_trusted_on_first_use_until_whole_shards_verify_it(client: Client) -> None:
     client.fetch_head()
     assert client.standings() == {records.FIRST_USE}
     client.fetch(LAST)
@@ -316,7 +318,7 @@ def test_a_head_is_trusted_on_first_use_until_whole_shards_confirm_it(client: Cl
 
 
 def test_a_whole_shard_exposes_a_wrong_listing(client: Client) -> None:
-    """Offsets of tensors come from byte ranges, which no digest covers."""
+    """Tensor offsets come from byte ranges, which no digest covers."""
     client.fetch(LAST)
     listing = json.loads(client.listing.read_text())
     entries = [
@@ -334,7 +336,7 @@ def test_a_whole_shard_exposes_a_wrong_listing(client: Client) -> None:
 
 
 def test_a_whole_shard_exposes_wrong_bytes_of_a_head(client: Client) -> None:
-    """The Hub has no digest of a part, so until then the head is only trusted."""
+    """The Hub has no digests of parts, so the head is only trusted until then."""
     client.hub.faults[LAST] = [Fault("content")]
     client.fetch_head()
     assert client.standings() == {records.FIRST_USE}

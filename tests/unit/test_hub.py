@@ -1,4 +1,4 @@
-"""Commits of a Hub on loopback are listed and downloaded by the real huggingface_hub client.
+"""Listing and downloading commits of a Hub on loopback with the real huggingface_hub client.
 
 Connections break, servers misbehave, runs are killed.
 """
@@ -93,7 +93,7 @@ class Client:
 
 @pytest.fixture(scope="module")
 def listings() -> dict[str, bytes]:
-    """The listing of the first test, which serves them all."""
+    """A cache for the listing, which is the same in all tests."""
     return {}
 
 
@@ -161,9 +161,7 @@ def test_a_branch_is_refused_with_its_commit(client: Client) -> None:
 @pytest.mark.parametrize(
     ("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)]
 )
-def test_a_missing_repository_is_an_error_of_one_line(
-    client: Client, repo: str, revision: str
-) -> None:
+def test_a_missing_repository_is_refused(client: Client, repo: str, revision: str) -> None:
     client.listing.unlink()
     done = client.resolve(repo, revision)
     assert (
@@ -295,9 +293,7 @@ def test_a_complete_file_is_hashed_and_not_downloaded_again(client: Client) -> N
     client.hub.sent.clear()
     client.complete(client.fetch())
     assert client.hub.sent[SHARD] == 0
-    (client.folder / SHARD).write_bytes(
-        bytes((client.source / SHARD).stat().st_size)
-    )  # damaged since
+    (client.folder / SHARD).write_bytes(bytes((client.source / SHARD).stat().st_size))  # damage it
     client.complete(client.fetch())
 
 
@@ -338,7 +334,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize(("faults", "message"), LASTING.values(), ids=LASTING.keys())
-def test_a_permanent_fault_is_a_clear_error(
+def test_a_permanent_fault_ends_with_one_error_line(
     client: Client, faults: list[Fault], message: str
 ) -> None:
     client.hub.faults[SHARD] = faults

@@ -1,4 +1,4 @@
-"""Measuring: llama.cpp's output is read strictly, and only a head that speeds up is recommended."""
+"""Measuring: llama.cpp's output is parsed strictly; a head is recommended only if it is faster."""
 
 import contextlib
 import shlex
@@ -25,9 +25,11 @@ sys.path.insert(0, str(CHECKPOINTS))
 import corpus
 
 LOG = """\
-0.00.832.143 I slot print_timing: id  0 | task 0 | draft acceptance = 0.65672 (  132 accepted /   201 generated), mean len =  2.97
+0.00.832.143 I slot print_timing: id  0 | task 0 | draft acceptance = 0.65672 \
+(  132 accepted /   201 generated), mean len =  2.97
 0.00.832.151 I slot print_timing: id  0 | task 0 |      acc per pos = (0.985, 0.582, 0.403)
-0.00.832.203 I spec common_specu: statistics draft-mtp: #mean acc len = 2.97, #acc rate/pos = (0.985, 0.582, 0.403), dur = 0.002 ms
+0.00.832.203 I spec common_specu: statistics draft-mtp: #mean acc len = 2.97, \
+#acc rate/pos = (0.985, 0.582, 0.403), dur = 0.002 ms
 0.01.378.601 I slot print_timing: id  0 | task 70 |      acc per pos = (0.500, 0.250, 0.000)
 """
 SAID = """\
@@ -74,7 +76,7 @@ def test_the_fastest_is_recommended() -> None:
     )
 
 
-def test_a_slow_head_is_not_recommended_and_the_verdict_says_so() -> None:
+def test_a_slow_head_is_not_recommended() -> None:
     recommended, verdict = recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
     assert recommended == 0
     speeds = "51.0 tokens/s with n_max 1, 100.0 without"
@@ -92,7 +94,7 @@ def test_nothing_is_recommended_without_a_head() -> None:
     assert recommend([OFF], 3) == (0, "no head to draft with")
 
 
-def test_a_single_repeat_or_no_drafts_are_no_reason_to_draft() -> None:
+def test_nothing_is_recommended_after_one_repeat_or_without_drafts() -> None:
     fast = total(1, 150, 155, 160)
     dead = replace(fast, drafts=0)
     assert recommend([OFF, fast], 1)[0] == 0
@@ -105,7 +107,7 @@ def test_acceptance_by_position_is_read_for_each_request() -> None:
 
 
 @pytest.mark.parametrize("drafts", [[201], [201, 12, 12], [0, 0]])
-def test_positions_that_do_not_fit_the_requests_are_dropped(drafts: list[int]) -> None:
+def test_positions_that_do_not_match_the_requests_are_dropped(drafts: list[int]) -> None:
     assert by_position(LOG, drafts) == [[] for _ in drafts]
 
 
@@ -123,7 +125,7 @@ def runs_of(
     ]
 
 
-def test_kinds_are_combined_at_equal_numbers_of_tokens() -> None:
+def test_kinds_are_weighted_by_equal_numbers_of_tokens() -> None:
     """1 s for 60 tokens of one kind and 2 s for 60 of the other: 120 in 3 s."""
     cold = (1.0, 0, 0, [])
     runs = runs_of(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, []))
@@ -183,7 +185,7 @@ def test_a_server_that_cannot_list_its_devices_is_an_error(
         describe_machine(LlamaCpp(tmp_path))
 
 
-def test_the_size_of_logits() -> None:
+def test_the_size_of_logits_is_predicted() -> None:
     assert (
         perplexity.size(8, 1280) == 5_255_124
     )  # as llama-perplexity of the pinned llama.cpp wrote them
@@ -233,7 +235,7 @@ def test_nothing_is_measured_by_default() -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_options_of_a_measurement() -> None:
+def test_configured_options_reach_the_measurement() -> None:
     made = build({})
     assert made.measurements() == [
         f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")

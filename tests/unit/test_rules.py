@@ -1,4 +1,4 @@
-"""Inputs and parameters of the rules: what each stage makes of a configuration."""
+"""Inputs and parameters that each stage's rules derive from a configuration."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_defaults() -> None:
     assert "--min-acceptance 0.1" in build.verify.options(wildcards())
 
 
-def test_a_split_variant_is_a_folder_and_its_own_size_comes_first() -> None:
+def test_a_split_variant_is_a_folder_and_overrides_the_size() -> None:
     variants = {"BF16": {}, "Q8_0": {"split": "2G"}}
     build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": variants}))
     files = ["results/m/Name-BF16", "results/m/Name-Q8_0", "results/m/mtp-Name-Q8_0.gguf"]
@@ -54,7 +54,7 @@ def test_a_split_variant_is_a_folder_and_its_own_size_comes_first() -> None:
     assert build.verify.split_options(wildcards("Q8_0")).endswith(" --split 2G")
 
 
-def test_only_variants_and_types_are_names_of_quantizations() -> None:
+def test_quantizations_are_named_by_variant_or_type() -> None:
     names = Build(config({"variants": {"my-mix": {"type": "Q4_0"}}})).names()["name"]
     assert {"my-mix", "IQ3_S"} < set(names) and "another" not in names
 
@@ -70,7 +70,7 @@ def test_a_variant_of_another_model_is_refused() -> None:
 # ── fetch ──
 
 
-def test_only_the_head_of_a_checkpoint_is_fetched_if_nothing_else_is_used() -> None:
+def test_only_the_head_is_fetched_if_nothing_else_is_used() -> None:
     file = "Base-Q4_K_M-00001-of-00002.gguf"
     theirs = {"repo": "They/Base", "file": file, "revision": "1" * 40}
     variants: dict[str, Any] = {"a": {"base": theirs}, "b": {"base": {"path": "x/base.gguf"}}}
@@ -94,10 +94,10 @@ def test_only_the_head_of_a_checkpoint_is_fetched_if_nothing_else_is_used() -> N
         assert build.fetch.checkpoint(wildcards("a")) == f"{FETCHED}/Name"
 
 
-def test_a_fetched_file_that_is_gone_is_an_error_that_says_what_to_do(
+def test_a_deleted_fetched_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Snakemake sees only the records, and converting without tokenizer_config.json is different."""
+    """Snakemake only sees records, and conversion differs without tokenizer_config.json."""
     monkeypatch.chdir(tmp_path)
     source, folder = HubRepository(repo="Owner/Name", revision=REVISION), Path(FETCHED)
     record, file = folder / "records/config.json.json", folder / "Name/config.json"
@@ -117,7 +117,7 @@ def test_a_fetched_file_that_is_gone_is_an_error_that_says_what_to_do(
 # ── convert ──
 
 
-def test_files_of_llama_cpps_converter_are_compared_with_it_or_with_its_digests() -> None:
+def test_upstreams_files_are_compared_with_the_converted_file_or_its_digests() -> None:
     variants = {"BF16": {}, "Q8_0": {}, "Q4_0": {"head": "none"}}
     build = Build(config({"converter": "llama.cpp", "variants": variants}))
     assert build.verify.source_option(wildcards("Q8_0")) == f"--reference {WORK}/convert/all.gguf"
@@ -140,7 +140,7 @@ def test_a_variant_without_a_head_is_made_from_the_trunk() -> None:
 # ── quantize ──
 
 
-def test_a_recipe_by_name_is_written_as_the_recipe() -> None:
+def test_a_named_recipe_is_resolved() -> None:
     recipe = {"ffn_": "Q4_K", "attn_": "Q6_K"}
     named = Build({**config(tensors="mix"), "recipes": {"mix": recipe, "other": {"a": "Q8_0"}}})
     assert named.quantize.recipe(wildcards()) == json.dumps(recipe)
@@ -148,7 +148,7 @@ def test_a_recipe_by_name_is_written_as_the_recipe() -> None:
     assert Build(config()).quantize.recipe(wildcards()) == "{}"
 
 
-def test_types_within_a_head_are_written_as_a_recipe_of_their_own() -> None:
+def test_types_within_a_head_become_a_recipe() -> None:
     exceptions = {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}
     build = Build(config(head={"type": "Q4_K", "tensors": exceptions}))
     assert build.quantize.head_recipe(wildcards()) == json.dumps(exceptions)
@@ -173,7 +173,7 @@ def test_an_importance_matrix_has_a_relative_path() -> None:
         assert Build(config()).quantize.imatrix_inputs(wildcards(kind=kind)) == []
 
 
-def test_variants_share_the_importance_matrix_of_a_text_and_no_two_texts_do() -> None:
+def test_variants_share_an_importance_matrix_per_text() -> None:
     texts = ["a/b.txt", "a_b.txt", "a%2Fb.txt", "../a/b.txt", "b.txt", "/a/b.txt", "my text.txt"]
     variants = {f"v{i}": {"type": "Q4_0", "imatrix": {"text": t}} for i, t in enumerate(texts)}
     build = Build(config({"variants": {**variants, "same": variants["v0"]}})).quantize
@@ -205,8 +205,8 @@ def test_a_part_alone_is_quantized_without_recipe_and_imatrix() -> None:
     assert build.names_option(wildcards()) == f"{also} {kept}"
 
 
-def test_the_tensors_of_an_own_base_are_also_in_the_injected_files() -> None:
-    """Snakemake deletes the base before it is made again: its tensors are then reused from there."""
+def test_tensors_of_an_own_base_are_reused_from_injected_files() -> None:
+    """Snakemake deletes the base before it rebuilds it, so tensors come from injected files."""
     build = Build(config({"variants": {"inj": {"base": {"type": "Q4_K_M"}}, "Q4_K_M": {}}}))
     also = f"--also {WORK}/injected/inj.gguf results/m/Name-inj.gguf results/m/Name-inj"
     assert build.quantize.names_option(wildcards("Q4_K_M", kind="trunk")) == also
@@ -244,7 +244,7 @@ def test_pieces_are_configured_or_planned(tmp_path: Path) -> None:
 # ── inject ──
 
 
-def test_the_routes() -> None:
+def test_the_route_follows_from_the_base() -> None:
     variants = {
         "BF16": {},
         "mine": {"base": {"type": "Q4_K_M"}},
@@ -289,14 +289,14 @@ def test_acceptance_is_compared_with_bf16_if_the_file_is_quantized_here() -> Non
 # ── publish ──
 
 
-def test_published_configuration_has_no_pieces_but_any_pattern() -> None:
+def test_published_configuration_has_patterns_but_no_pieces() -> None:
     build = Build(config(tensors={"pieces": "Q6_K"}, pieces=3)).publish
     for part in (build.about(wildcards()), build.parameters(wildcards(stem="Name-Q4_K_M"))):
         variant = json.loads(part)["variants"]["Q4_K_M"]
         assert variant["tensors"] == {"pieces": "Q6_K"} and "pieces" not in variant
 
 
-def test_published_configuration_has_no_folders_of_this_machine(tmp_path: Path) -> None:
+def test_published_configuration_has_no_local_folders(tmp_path: Path) -> None:
     (tmp_path / "secret/Name").mkdir(parents=True)
     source = {"path": str(tmp_path / "secret/Name")}
     variants = {

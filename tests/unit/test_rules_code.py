@@ -1,4 +1,4 @@
-"""A rule's code inputs are its program and each local module that it imports, directly or not."""
+"""A rule's code inputs are its program and all local modules that it imports."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from mtpforge.rules.code import code
 LIBRARY = "workflow/scripts/mtpforge/"
 
 
-def test_a_program_has_what_it_imports_and_nothing_else() -> None:
+def test_code_inputs_are_the_imports_and_nothing_else() -> None:
     files = code("convert.py")
     assert files[0] == "workflow/scripts/convert.py"
     assert (
@@ -22,14 +22,19 @@ def test_a_program_has_what_it_imports_and_nothing_else() -> None:
     )
     assert "workflow/scripts/run_upstream.py" in code(
         "convert_upstream.py"
-    )  # which another Python runs
+    )  # run by another Python
 
 
-def test_it_finds_all_that_python_really_loads() -> None:
+PRINT_FILES = (
+    "print(*(m.__file__ or '' for m in sys.modules.values() if "
+    "getattr(m, '__file__', '')), sep='\\n')"
+)
+
+
+def test_code_inputs_include_every_module_that_python_loads() -> None:
     for program in SCRIPTS.glob("*.py"):
         loaded = subprocess.run(
-            [sys.executable, "-c", f"import sys, {program.stem}; print(*(m.__file__ or '' for m in sys.modules.values() if "
-             "getattr(m, '__file__', '')), sep='\\n')"],
+            [sys.executable, "-c", f"import sys, {program.stem}; {PRINT_FILES}"],
             cwd=SCRIPTS, capture_output=True, text=True, check=True,
         ).stdout.splitlines()  # fmt: skip
         local = {name for name in loaded if name.startswith(str(SCRIPTS))}

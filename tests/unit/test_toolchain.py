@@ -1,4 +1,4 @@
-"""The toolchain: the cache of builds, when it builds again, and the errors.
+"""The toolchain: the cache of builds, rebuilds and errors.
 
 The builds are real, with pip, CMake and Ninja, of a stand-in for llama.cpp that compiles in a
 second and, like llama.cpp, has the paths of its source files in its programs.
@@ -60,8 +60,8 @@ def archive_files() -> dict[str, str]:
     return {
         "PKG-INFO": "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n",
         "pyproject.toml": PYPROJECT,
-        "CHANGELOG.md": "## [1.0]\n\n- update llama.cpp to ggml-org/llama.cpp@abcdef123\n\n## [0.9]\n\n"
-        "- update llama.cpp to ggml-org/llama.cpp@000000000\n",
+        "CHANGELOG.md": "## [1.0]\n\n- update llama.cpp to ggml-org/llama.cpp@abcdef123\n\n"
+        "## [0.9]\n\n- update llama.cpp to ggml-org/llama.cpp@000000000\n",
         "vendor/llama.cpp/CMakeLists.txt": CMAKE_LISTS,
         "vendor/llama.cpp/convert_hf_to_gguf.py": "",
         "vendor/llama.cpp/conversion/__init__.py": "",
@@ -70,7 +70,7 @@ def archive_files() -> dict[str, str]:
 
 
 class Clone:
-    """A checkout with a cache of its own, in which the program runs as the rule runs it."""
+    """A checkout with its own cache, which runs the program as the rule does."""
 
     def __init__(self, root: Path, files: dict[str, str] | None = None) -> None:
         self.root = root
@@ -129,7 +129,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 def write_programs(directory: Path, **scripts: str) -> Path:
     directory.mkdir()
     for name in PROGRAMS:
-        says = "echo 'version: 0.5.0-dev (build 7, commit abc1234)' >&2; echo 'built with GNU 1 for Test'"
+        says = (
+            "echo 'version: 0.5.0-dev (build 7, commit abc1234)' >&2; "
+            "echo 'built with GNU 1 for Test'"
+        )
         (directory / name).write_text(
             "#!/bin/sh\n" + scripts.get(name.removeprefix("llama-"), says) + "\n"
         )
@@ -330,7 +333,7 @@ def test_an_archive_that_escapes_its_folder_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_log(tmp_path: Path) -> None:
+def test_a_failed_build_shows_and_keeps_its_log(tmp_path: Path) -> None:
     broken = CMAKE_LISTS.replace("int main() {", "int main() { syntax error")
     clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/CMakeLists.txt": broken})
     code, said = clone.run()
@@ -342,7 +345,7 @@ def test_a_failed_build_shows_the_end_of_its_log_and_keeps_the_log(tmp_path: Pat
     assert not list(clone.cache.glob("llama.cpp/*.part"))
 
 
-def test_without_a_compiler_the_message_names_the_package(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported_with_its_package(tmp_path: Path) -> None:
     code, said = Clone(tmp_path).run(CXX="no-such-compiler")
     assert (code, said.count("\n")) == (1, 1)
     assert "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++" in said
@@ -363,7 +366,7 @@ def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:
     assert not clone.cache.exists()
 
 
-def test_the_older_form_of_a_version_is_read(tmp_path: Path) -> None:
+def test_an_older_version_format_is_read(tmp_path: Path) -> None:
     old = "echo 'version: 9789 (abc1234)'; echo 'built with Clang 17 for Linux'"
     names = {name.removeprefix("llama-"): old for name in PROGRAMS}
     code, said = Clone(tmp_path).run(

@@ -126,7 +126,7 @@ def test_a_row_lost_in_a_scale_is_accepted(tmp_path: Path) -> None:
     )
 
 
-def test_errors_in_the_report(large: tuple[Gguf, np.ndarray]) -> None:
+def test_the_report_has_the_error_of_each_type(large: tuple[Gguf, np.ndarray]) -> None:
     opened, right = large
     found = values.compare_tensors(
         opened, {name: lambda numbers: right[numbers] for name in opened.tensors}
@@ -239,7 +239,7 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_the_check_of_programs_has_the_given_name(tmp_path: Path, status: int) -> None:
+def test_the_check_of_other_programs_has_the_given_name(tmp_path: Path, status: int) -> None:
     program = tmp_path / "llama-gguf-split"
     program.write_text(f"#!/bin/sh\nexit {status}\n")
     program.chmod(0o755)

@@ -63,7 +63,9 @@ def test_a_hub_model_gives_the_same_file_as_a_local_one(
             Fault("drop", after=5000),
             Fault("expired", skip=1),
         ]
-        hub.faults[SHARD] = [Fault("stall", after=1_000_000, skip=1)]  # its header was well read
+        hub.faults[SHARD] = [
+            Fault("stall", after=1_000_000, skip=1)
+        ]  # not while its header is read
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "all"]
         variables = {**os.environ, **environment(hub, tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
         with (tmp_path / "killed.log").open("w") as log:
@@ -214,7 +216,7 @@ def test_a_split_base_from_the_hub_gets_its_head(
     assert head.trunk_digests(made) == head.trunk_digests(reader.read(source))
 
 
-def test_add_prints_an_entry(tmp_path: Path, remote: Path, toolchain: Path) -> None:
+def test_add_prints_a_configuration_entry(tmp_path: Path, remote: Path, toolchain: Path) -> None:
     copy = Repository(tmp_path / "repository", toolchain)
     with serve({SOURCE["repo"]: remote}) as hub:
         command = [

@@ -1,4 +1,4 @@
-"""Other outputs of a model: without a head, sidecar, vision tower, split; and upstream's converter."""
+"""Other outputs: without a head, sidecar, vision tower, split; and upstream's converter."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Path:
 
 
 def share_converter(copy: Repository) -> None:
-    """Link the repository's own converter: installing another takes a minute and a gigabyte."""
+    """Link the repository's converter: another installation takes a minute and a gigabyte."""
     shared = copy.path / "resources/converter"
     shared.mkdir(parents=True)
     for name in ("environment", "source"):
@@ -69,11 +69,11 @@ def report(results: Path, name: str) -> dict[str, object]:
     return dict(json.loads((results / "reports" / f"{name}.json").read_text()))
 
 
-def test_nothing_else_is_published(results: Path) -> None:
+def test_only_the_configured_files_are_published(results: Path) -> None:
     assert sorted(path.name for path in results.glob("*.gguf")) == sorted(FILES)
 
 
-def test_a_file_without_a_head_is_loaded_and_has_no_acceptance(results: Path) -> None:
+def test_a_file_without_a_head_loads_and_has_no_acceptance(results: Path) -> None:
     found = report(results, "tiny-qwen3.5-plain")
     assert found["head"] == "none" and "drafts" not in found
     assert [check["name"] for check in found["checks"]] == [*BEFORE, "loading", "programs"]
@@ -112,7 +112,7 @@ def test_a_vision_tower_reads_a_picture(results: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["glm-BF16", "glm-Q4_0", "glm-Q5_0-injected", "mtp-glm-Q8_0"])
-def test_a_head_converted_by_upstream_is_compared_and_drafts(results: Path, name: str) -> None:
+def test_a_head_converted_by_upstream_is_verified_and_drafts(results: Path, name: str) -> None:
     found = report(results.parent / "glm", name)
     names = [check["name"] for check in found["checks"]]
     before = [*BEFORE[1:], "trunk"] if "injected" in name else BEFORE
