@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: one rewritten line on a terminal, a line now and then in a log."""
+"""Progress of long work on stderr: one rewritten line on a terminal, some lines in a log."""
 
 import sys
 import time

@@ -150,7 +150,7 @@ def _empty(folder: Path) -> None:
 
 
 def _start_over(lock: int, temporary: Path, target: Path) -> int:
-    """Use a new temporary file: a program that outlived its run may still write into the old one."""
+    """Use a new temporary file: a program that outlived its run may still write to the old one."""
     try:
         temporary.unlink()
         return _open_locked(temporary, target, os.O_RDWR | os.O_CREAT)
