@@ -1,4 +1,4 @@
-"""Write the parts of the pages that repeat the code: tables, options, error messages, the rule graph.
+"""Write the generated parts of the pages: tables, options, error messages, the rule graph.
 
 Such a part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 
@@ -101,10 +101,12 @@ def runtimes() -> str:
     notes = [
         "`*` counted from the history: the release that has it may be the next one.",
         f"The pinned llama.cpp is {known.PINNED}. {known.BROKEN} fail when they draft.",
-        "ik_llama.cpp drafts with `--spec-type mtp` and the same tensors and keys. Its README advises"
+        "ik_llama.cpp drafts with `--spec-type mtp` and the same tensors and keys. Its README"
+        " advises"
         " against F16 tensors.",
         f"LM Studio drafts with an embedded head from {known.LM_STUDIO} on.",
-        f"Ollama {known.OLLAMA} does not load {' and '.join(known.OLLAMA_WITHOUT)} files that have a"
+        f"Ollama {known.OLLAMA} does not load {' and '.join(known.OLLAMA_WITHOUT)} files that"
+        f" have a"
         " head: make one with `head: none` for it.",
     ]
     return markdown(rows, left=4) + "".join(f"\n- {note}" for note in notes) + "\n"
@@ -144,7 +146,7 @@ def configuration() -> str:
 
 
 def _tables(path: str, value: Schema, schema: Schema) -> Iterator[str]:
-    """The table of a mapping, or of the forms that it can have, then those of the mappings in it."""
+    """The table of a mapping, or one for each of its forms, then the tables of nested mappings."""
     forms = [form for form in _forms(value, schema) if "properties" in form]
     keys = {key: (form, entry) for form in forms for key, entry in form["properties"].items()}
     if keys:
@@ -305,7 +307,7 @@ def _help(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 # ── troubleshooting.md ──
 
 _HELPERS = {"refuse": ("ConfigError", 0), "_matching": ("ConfigError", 1), "fail": ("GgufError", 0)}
-"""Functions that make an error of a message: the error's class, and which argument is the message."""
+"""Functions that raise an error: its class, and which argument is the message."""
 
 Names = Mapping[str, ast.expr]
 """The expression that a name was last assigned in a function or module."""
@@ -340,7 +342,7 @@ def classes() -> dict[str, type[errors.ForgeError]]:
 
 
 def messages_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(class, message) of each typed error that a module makes; ValueError if one is not readable."""
+    """(class, message) of each typed error of a module. Raises ValueError if one is unreadable."""
     yield from _made(tree, _assigned(tree.body))
 
 

@@ -1,4 +1,4 @@
-"""Every command line of README and tour is run, in a copy of the repository with its built results."""
+"""Run every command of README and tour in a copy of the repository with its built results."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from hub import Hub, serve
 from pages import Command, blocks, commands
 
 NOT_RUN = {"make test": "runs this test"}
-"""Lines that are not run here, and why. `tests/workflow/test_docs.py` checks that they are understood."""
+"""Lines that are not run here, and why; `tests/workflow/test_docs.py` parses them."""
 
 MAKE = ["make", "-o", "setup", "-o", "setup-test"]
 """Without setting up the environment, which is the one that runs the tests."""
@@ -56,7 +56,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_tables_are_those_of_the_summary(built: Path) -> None:
-    """Sizes and types; acceptance may differ by a token between processors, and speed is each machine's own."""
+    """Sizes and types: acceptance can differ by a token between processors, and speed differs."""
     made = _rows(built / "results/summary.md")
     assert made == _rows(ROOT / "docs/tour.md")
     shown = _rows(ROOT / "README.md")
@@ -115,7 +115,7 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(command: Command, folder: Path, environment: dict[str, str]) -> str:
-    """Run a line as a reader does, and check that it fails only if the page says so; all that it said."""
+    """Run a line like a reader; it may fail only if the page says so. Returns its output."""
     program, *arguments = command.words
     if _bare(command) in NOT_RUN or program in (
         "export",

@@ -19,7 +19,7 @@ sys.path.insert(0, str(DOCS))
 import generate
 
 OTHER_PROGRAMS = ("export", "ls", "curl", "model_signing", "cosign", "sha256sum", ".ci/run")
-"""Programs whose options are not checked here. What README and tour say of them is run (test_tour)."""
+"""Programs whose options are not checked here; test_tour runs those of README and tour."""
 
 
 def test_readme_fits_on_a_page() -> None:
@@ -51,7 +51,7 @@ def test_every_class_of_errors_has_a_cause_and_a_remedy() -> None:
 
 
 def test_every_typed_error_is_listed() -> None:
-    """Counted by another way: calls of the classes in the text, less those of functions that are given the message."""
+    """Counted another way: calls of the classes in the text, minus functions given the message."""
     for path in SCRIPTS.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         made = re.findall(

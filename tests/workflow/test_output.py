@@ -1,4 +1,4 @@
-"""What a run of real Snakemake shows on the terminal: a few lines of ours, or with --verbose all."""
+"""Real Snakemake prints a few lines of ours, or everything with --verbose."""
 
 import re
 from collections import Counter
@@ -61,7 +61,8 @@ def test_nothing_else_is_shown(first: list[str], jobs: int) -> None:
 def test_an_end_line_has_time_count_and_figure(first: list[str], jobs: int) -> None:
     (line,) = [line for line in first if " done " in line and "verify Q8_0" in line]
     assert re.search(
-        rf"verify Q8_0 \([\d.]+ (s|min \d+ s), \d+/{jobs + 1}\): \d+ of \d+ drafts accepted \(9\d\.\d%\)$",
+        rf"verify Q8_0 \([\d.]+ (s|min \d+ s), \d+/{jobs + 1}\): "
+        r"\d+ of \d+ drafts accepted \(9\d\.\d%\)$",
         line,
     )
 

@@ -1,6 +1,6 @@
-"""What mtpforge's programs share: one module per idea, none of which needs torch or runs code from a checkpoint."""
+"""The library of mtpforge's programs: no module needs torch or runs code from a checkpoint."""
 
 import os
 
-# Nothing here multiplies matrices. numpy's threads for that would spin for a tenth of a second on each processor, at every start.
+# Nothing here multiplies matrices, and numpy's threads would spin for 0.1 s per core at each start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -69,7 +69,8 @@ class MeasureSettings(Entry):
         default=[1, 2, 3, 4],
         min_length=1,
         description=(
-            "Draft lengths to measure (llama-server's --spec-draft-n-max). Speed without drafting is always measured too."
+            "Draft lengths to measure (llama-server's --spec-draft-n-max). Speed without"
+            " drafting is always measured too."
         ),
     )
     repeats: int = Field(
@@ -78,7 +79,8 @@ class MeasureSettings(Entry):
     text: FilePath | None = Field(
         default=None,
         description=(
-            "A text of at least 1,024 tokens to measure perplexity and KL divergence from BF16 on. Without it, neither is measured."
+            "A text of at least 1,024 tokens to measure perplexity and KL divergence from BF16"
+            " on. Without it, neither is measured."
         ),
     )
     chunks: int = Field(
@@ -124,19 +126,22 @@ class Model(Entry):
     converter: Literal["mtpforge", "llama.cpp"] = Field(
         default="mtpforge",
         description=(
-            "Converter of the checkpoint: mtpforge's, or llama.cpp's own for architectures that mtpforge does not know."
+            "Converter of the checkpoint: mtpforge's, or llama.cpp's own for architectures that"
+            " mtpforge does not know."
         ),
     )
     mmproj: bool = Field(
         default=False,
         description=(
-            "Also make mmproj-NAME-F16.gguf, the vision tower of Qwen3.5, with llama.cpp's own converter."
+            "Also make mmproj-NAME-F16.gguf, the vision tower of Qwen3.5, with llama.cpp's own"
+            " converter."
         ),
     )
     tokenizer_pre: PreTokenizer | None = Field(
         default=None,
         description=(
-            "Name of the pre-tokenizer in llama.cpp, needed if the vocabulary was changed and is therefore not recognized."
+            "Name of the pre-tokenizer in llama.cpp, needed if the vocabulary was changed and is"
+            " therefore not recognized."
         ),
         examples=["qwen35"],
     )
@@ -164,7 +169,8 @@ class Model(Entry):
     sidecar: SidecarType | None = Field(
         default=None,
         description=(
-            "Also make mtp-NAME-TYPE.gguf of this type, the head as a draft model of its own (llama-server -md)."
+            "Also make mtp-NAME-TYPE.gguf of this type, the head as a draft model of its own"
+            " (llama-server -md)."
         ),
         examples=["Q8_0"],
     )
@@ -228,7 +234,8 @@ class LlamaCppPrograms(Entry):
     bin_dir: str = Field(
         default="",
         description=(
-            "Folder with llama.cpp programs that are already built, for example with CUDA. Empty: build the pinned source."
+            "Folder with llama.cpp programs that are already built, for example with CUDA."
+            " Empty: build the pinned source."
         ),
     )
 

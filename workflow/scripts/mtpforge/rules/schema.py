@@ -11,7 +11,10 @@ from pydantic_core import core_schema
 
 from mtpforge.rules.config import Config
 
-COMMAND = "PYTHONPATH=workflow/scripts python -m mtpforge.rules.schema > workflow/schemas/config.schema.json"
+COMMAND = (
+    "PYTHONPATH=workflow/scripts python -m mtpforge.rules.schema"
+    " > workflow/schemas/config.schema.json"
+)
 
 
 def json_schema() -> str:

@@ -156,7 +156,8 @@ Revision = Annotated[
     str,
     _matching(
         _COMMIT,
-        "is not a commit hash: `snakemake --cores 1 add --config repo=OWNER/NAME` prints the entry with the current one",
+        "is not a commit hash: `snakemake --cores 1 add --config repo=OWNER/NAME` prints the"
+        " entry with the current one",
     ),
 ]
 GgufName = Annotated[

@@ -134,7 +134,8 @@ class Variant(Entry):
     tensors: Tensors | None = Field(
         default=None,
         description=(
-            "Tensor types by pattern, or the name of a recipe under `recipes`; the first pattern found in a tensor's name wins."
+            "Tensor types by pattern, or the name of a recipe under `recipes`; the first pattern"
+            " found in a tensor's name wins."
         ),
         examples=["attention-first", {"attn_": "Q6_K", "ssm_": "Q8_0"}],
     )
