@@ -106,7 +106,7 @@ def accepted_drafts(found: Report | Acceptance) -> str:
 def as_table(file: str, checks: Iterable[Check]) -> str:
     """The verdicts on a file as a table for the terminal."""
     rows = [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in checks]
-    return table.markdown([(file, "verdict", "what it rests on"), *rows], left=3)
+    return table.markdown([(file, "verdict", "evidence"), *rows], left=3)
 
 
 def some(problems: list[str]) -> str:
