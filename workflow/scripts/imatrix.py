@@ -5,7 +5,7 @@ example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gg
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import imatrix
@@ -27,6 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
     imatrix.compute(args.model, args.text, args.out, programs.from_options(args))
+    print(table.size_of(args.out))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from mtpforge.gguf import reader
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
-from mtpforge.quantize import request
+from mtpforge.quantize import mixture, request
 from mtpforge.quantize.llama_quantize import choose_types
 from mtpforge.quantize.plan import make_plan
 
@@ -53,6 +53,7 @@ def main() -> None:
     if args.pieces:
         atomic.write_json(args.pieces, plan.piece_count(llama))
     plan.write(args.out)
+    print(mixture.total(source, types))
 
 
 if __name__ == "__main__":

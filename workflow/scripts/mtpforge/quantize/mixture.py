@@ -103,6 +103,13 @@ def check_imatrix(
         )
 
 
+def total(source: Gguf, types: Types) -> str:
+    """Size and bits per weight of the tensors of `source` in `types`, in words."""
+    size = _size(source, types, source.tensors)
+    weights = sum(info.elements for info in source.tensors.values())
+    return f"{table.size(size)}, {8 * size / weights:.2f} bits per weight"
+
+
 def _parse_row(line: str, source: Gguf) -> tuple[str, GGMLQuantizationType]:
     row = _ROW.fullmatch(line)
     info = source.tensors.get(row["name"]) if row else None

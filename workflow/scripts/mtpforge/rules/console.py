@@ -136,7 +136,7 @@ class Console(logging.Handler):
         return (
             f"\n{summary.read_text(encoding='utf-8')}\n"
             f"files     {', '.join(folders)}\n"
-            f"reports   reports/ in each of them: what was checked; this table: {summary}\n"
+            f"reports   {summary} (this table), reports/*.json in each folder (each check)\n"
             "pictures  `make report` writes report.html"
         )
 
