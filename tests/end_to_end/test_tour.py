@@ -24,12 +24,12 @@ NOT_RUN = {"make test": "runs this test"}
 """Lines that are not run here, and why; `tests/workflow/test_docs.py` parses them."""
 
 MAKE = ["make", "-o", "setup", "-o", "setup-test"]
-"""Without setting up the environment, which is the one that runs the tests."""
+"""Skips the setup: the environment is the one that runs the tests."""
 
 
 @pytest.fixture(scope="module")
 def copy(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with what is built in it, but without environments."""
+    """The repository with its built files, but without environments."""
     folder = tmp_path_factory.mktemp("tour") / "mtpforge"
     folder.mkdir()
     left_out = (".git", ".venv", ".venv-lock", ".pytest_cache", ".mypy_cache", ".ruff_cache")
@@ -41,7 +41,7 @@ def copy(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """A Hub on loopback that has the repository that the README names, with a tiny checkpoint."""
+    """A Hub on loopback with the repository that the README names, as a tiny checkpoint."""
     new = tmp_path_factory.mktemp("hub")
     (new / "objects").mkdir()
     with serve({"Qwen/Qwen3.5-4B": CHECKPOINTS / "tiny-qwen3.5"}, new) as running:
@@ -55,7 +55,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **hf, "PATH": path, "HF_HOME": str(tmp_path)}
 
 
-def test_the_tables_are_those_of_the_summary(built: Path) -> None:
+def test_the_tables_match_the_summary(built: Path) -> None:
     """Sizes and types: acceptance can differ by a token between processors, and speed differs."""
     made = _rows(built / "results/summary.md")
     assert made == _rows(ROOT / "docs/tour.md")
@@ -64,12 +64,12 @@ def test_the_tables_are_those_of_the_summary(built: Path) -> None:
 
 
 def _rows(page: Path) -> set[tuple[str, ...]]:
-    """File, size, bits per weight and type of the head of each line of a table of files."""
+    """File, size, bits per weight and head type of each row of a table of files."""
     lines = re.findall(r"^\| [\w.-]+\.gguf .*\|$", page.read_text(), re.MULTILINE)
     return {tuple(cell.strip() for cell in line.split("|")[1:5]) for line in lines}
 
 
-def test_the_lines_that_are_not_run_are_there() -> None:
+def test_every_skipped_line_exists() -> None:
     assert NOT_RUN.keys() <= {_bare(command) for page in _pages() for command in commands(page)}
 
 
@@ -100,7 +100,7 @@ def _bare(command: Command) -> str:
 
 
 def change(copy: Path, new: dict[str, Any]) -> None:
-    """Put keys into config.yaml, as a reader does by hand."""
+    """Add keys to config.yaml, as a reader does by hand."""
     config = yaml.safe_load((copy / "config.yaml").read_text())
     (copy / "config.yaml").write_text(yaml.safe_dump(_merged(config, new)))
 
@@ -134,7 +134,7 @@ def run(command: Command, folder: Path, environment: dict[str, str]) -> str:
 
 
 def drafts(words: list[str], folder: Path) -> str:
-    """Start the server on a free port, ask it what the tour asks, and check that it drafted."""
+    """Start the server on a free port, send the request of the tour, and check drafts."""
     with started(words, folder) as address:
         (curl,) = [c.words for c in commands(ROOT / "docs/tour.md") if c.words[0] == "curl"]
         asked = [

@@ -43,7 +43,7 @@ def test_every_generated_part_is_on_a_page() -> None:
     assert sorted(parts) == sorted(generate.PARTS)
 
 
-def test_every_class_of_errors_has_a_cause_and_a_remedy() -> None:
+def test_every_error_class_has_a_cause_and_a_remedy() -> None:
     table = re.findall(
         r"^\| `(\w+)` +\| (.+?) +\| (.+?) +\|$", (DOCS / "troubleshooting.md").read_text(), re.M
     )
@@ -85,8 +85,8 @@ def check(path, names, kind):
         list(generate.messages_in(ast.parse("def f(text):\n    raise GgufError(text)")))
 
 
-def test_symptoms_are_what_programs_say() -> None:
-    """In the table of common problems; those of Snakemake and llama.cpp are theirs."""
+def test_symptoms_are_messages_of_the_programs() -> None:
+    """In the table of common problems, except those of Snakemake and llama.cpp."""
     rows = re.findall(
         r"^\| `([a-z].+?)` +\|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE
     )
@@ -119,7 +119,7 @@ def test_every_check_is_explained() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for link in links(page):
         if link.startswith("https://"):
             continue
@@ -129,7 +129,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
+def test_every_page_is_linked_from_the_readme() -> None:
     assert {DOCS / page.name for page in DOCS.glob("*.md")} == {
         ROOT / link for link in links(ROOT / "README.md") if link.startswith("docs/")
     }
@@ -148,7 +148,7 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "command", [c for page in PAGES for c in commands(page)], ids=lambda c: c.line
 )
-def test_commands_are_understood(command: Command) -> None:
+def test_commands_are_valid(command: Command) -> None:
     """Programs, options, targets of make and rules exist, and no required option is missing."""
     program, *arguments = command.words
     if program == "python" and arguments[:1] != ["-m"]:

@@ -19,7 +19,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
 
 @pytest.fixture(scope="module")
 def jobs(repository: Repository) -> int:
-    """How many jobs the first run has."""
+    """Number of jobs in the first run."""
     return repository.pending().total()
 
 
@@ -44,9 +44,7 @@ def labels(shown: list[str], word: str) -> Counter[str]:
     return Counter(match[1] for match in found if match)
 
 
-def test_each_job_has_a_line_when_it_starts_and_one_when_it_ends(
-    first: list[str], jobs: int
-) -> None:
+def test_each_job_has_a_start_line_and_an_end_line(first: list[str], jobs: int) -> None:
     assert labels(first, "start") == labels(first, "done")
     assert labels(first, "start").total() == jobs
     assert "tiny-qwen3.5: verify Q8_0" in labels(first, "done")
@@ -67,7 +65,7 @@ def test_an_end_line_has_time_count_and_figure(first: list[str], jobs: int) -> N
     )
 
 
-def test_a_run_ends_with_the_summary_and_where_the_files_are(
+def test_a_run_ends_with_the_summary_and_its_folder(
     repository: Repository, first: list[str]
 ) -> None:
     ends_with_the_summary(repository, first)
@@ -98,7 +96,7 @@ def lines_of_a_dry_run(repository: Repository, *arguments: str) -> list[str]:
     return (done.stdout + done.stderr).splitlines()
 
 
-def test_verbose_shows_what_snakemake_and_the_programs_print(
+def test_verbose_shows_the_output_of_snakemake_and_programs(
     repository: Repository, first: list[str]
 ) -> None:
     shown = lines(repository, 0, "--verbose", "--forcerun", "summary")
@@ -110,9 +108,7 @@ def test_verbose_shows_what_snakemake_and_the_programs_print(
     assert labels(shown, "start").total() == 0
 
 
-def test_a_failure_names_file_check_and_log_once_at_the_end(
-    repository: Repository, first: list[str]
-) -> None:
+def test_a_failure_names_file_check_and_log_once(repository: Repository, first: list[str]) -> None:
     model = {**CONFIG["models"]["tiny-qwen3.5"], "min_acceptance": 1.0}
     repository.config["models"] = {"tiny-qwen3.5": model}
     repository.write_config()
