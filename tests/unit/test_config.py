@@ -9,10 +9,10 @@ import yaml
 from conftest import ROOT
 from jsonschema import Draft202012Validator
 from mtpforge.errors import ConfigError
-from mtpforge.rules import checks, schema
+from mtpforge.rules import config_checks, schema
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Config, Model, parse
-from mtpforge.rules.values import Entry
+from mtpforge.rules.fields import Entry
 from mtpforge.rules.variant import HubGguf, ImatrixText, OwnBase, Variant
 
 REVISION = "0" * 40
@@ -130,7 +130,7 @@ def test_a_low_bit_head_is_warned_of_once(capsys: pytest.CaptureFixture[str]) ->
     assert "use Q4_K or better" in lines[0]
     Build(config(head="Q4_K"))
     assert capsys.readouterr().err == ""
-    assert checks.low_bit_heads(parse({**config(head="IQ3_S"), "build": []})) == []
+    assert config_checks.low_bit_heads(parse({**config(head="IQ3_S"), "build": []})) == []
 
 
 VARIANT = "models/m/variants/Q4_K_M"

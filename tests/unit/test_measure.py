@@ -17,7 +17,8 @@ from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure import perplexity
 from mtpforge.measure.measurement import Run as MeasuredRun
 from mtpforge.measure.measurement import Total
-from mtpforge.measure.speed import by_position, combine, describe_machine, make_run, recommend
+from mtpforge.measure.recommendation import recommend
+from mtpforge.measure.speed import by_position, combine, describe_machine, make_run
 from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))

@@ -24,7 +24,7 @@ from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.io import atomic, ranges
 from mtpforge.io.ranges import FileRange, Sink
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.quantize import assembly, imatrix, pieces, plan
+from mtpforge.quantize import assembly, imatrix, piece_count, pieces, plan
 from mtpforge.quantize import job as jobs
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.llama_quantize import choose_types
@@ -281,15 +281,15 @@ def test_the_number_of_pieces_follows_from_the_cost_and_the_threads(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
 
     def count(planned: QuantizePlan, threads: int) -> int:
-        return planned.piece_count(LlamaCpp(threads=threads))
+        return piece_count.piece_count(planned, LlamaCpp(threads=threads))
 
     assert count(q4, 1) == count(q4, 8) == 1
-    monkeypatch.setattr(plan, "PIECE_SECONDS", q4.cost / 20)
+    monkeypatch.setattr(piece_count, "PIECE_SECONDS", q4.cost / 20)
     assert [count(q4, threads) for threads in (1, 2, 8, 0, 64)] == [20, 10, 2, 2, 2]
     slow = with_other_types(q4, "IQ3_S", "ffn_up")
     assert count(slow, 1) == round(20 * slow.cost / q4.cost) > 20
-    monkeypatch.setattr(plan, "PIECE_SECONDS", q4.cost / 1e6)
-    assert count(q4, 1) == plan.MAX_PIECES
+    monkeypatch.setattr(piece_count, "PIECE_SECONDS", q4.cost / 1e6)
+    assert count(q4, 1) == piece_count.MAX_PIECES
 
 
 def test_every_type_has_a_cost() -> None:

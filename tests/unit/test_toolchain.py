@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from mtpforge.errors import ToolchainError
-from mtpforge.llama_cpp.build import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
 from mtpforge.llama_cpp.toolchain import is_whole
 
 PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"

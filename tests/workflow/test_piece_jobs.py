@@ -207,7 +207,7 @@ def test_a_killed_run_keeps_its_finished_pieces(repository: Repository) -> None:
 
 def test_the_default_number_of_pieces_is_planned_once(repository: Repository) -> None:
     """A later run with another number of cores has nothing to do."""
-    library = repository.path / "workflow/scripts/mtpforge/quantize/plan.py"
+    library = repository.path / "workflow/scripts/mtpforge/quantize/piece_count.py"
     code = library.read_text()
     assert "PIECE_SECONDS = 2 * 3600" in code
     library.write_text(code.replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3"))

@@ -12,7 +12,7 @@ from mtpforge.io import atomic
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import card
-from mtpforge.publish.about import About
+from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.verify.report import Report
 

@@ -23,7 +23,8 @@ from mtpforge.quantize import pieces, request
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.llama_quantize import choose_types, quantize
 from mtpforge.quantize.manifest import Manifest
-from mtpforge.quantize.plan import MAX_PIECES, QuantizePlan
+from mtpforge.quantize.piece_count import MAX_PIECES
+from mtpforge.quantize.plan import QuantizePlan
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import mixture, request
 from mtpforge.quantize.llama_quantize import choose_types
+from mtpforge.quantize.piece_count import piece_count
 from mtpforge.quantize.plan import make_plan
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     digests = read_json(args.digests) if args.digests else reader.digests(args.source)
     plan = make_plan(source, digests, types, asked, llama)
     if args.pieces:
-        atomic.write_json(args.pieces, plan.piece_count(llama))
+        atomic.write_json(args.pieces, piece_count(plan, llama))
     plan.write(args.out)
     print(mixture.total(source, types))
 

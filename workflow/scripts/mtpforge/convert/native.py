@@ -13,8 +13,8 @@ from gguf import GGUFWriter, Metadata, size_label
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
+from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.families.table import Family
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mtpforge.checkpoint import fp8
-from mtpforge.checkpoint.families.table import Family, Row, Source
+from mtpforge.checkpoint.families.family import Family, Row, Source
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
 from mtpforge.errors import CheckpointError

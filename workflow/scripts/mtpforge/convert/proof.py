@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from mtpforge.checkpoint.families.table import BF16, F32
+from mtpforge.checkpoint.families.family import BF16, F32
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert.upstream_head import (
     ExpectedTensor,

@@ -6,7 +6,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge.checkpoint import fp8
-from mtpforge.checkpoint.families.table import BF16, F32, identity
+from mtpforge.checkpoint.families.family import BF16, F32, identity
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import CheckpointError

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge import progress
+from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.families.table import Family
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, CheckpointTensor, architecture_of
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download

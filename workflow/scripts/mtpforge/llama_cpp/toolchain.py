@@ -19,7 +19,7 @@ from mtpforge import progress
 from mtpforge.errors import RecordError, ToolchainError
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import digest_of
-from mtpforge.llama_cpp.build import (
+from mtpforge.llama_cpp.compilation import (
     PROGRAMS,
     Pin,
     Recipe,

@@ -17,7 +17,7 @@ from mtpforge.errors import VerificationError
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import tables
-from mtpforge.publish.about import About
+from mtpforge.publish.card_config import About
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result

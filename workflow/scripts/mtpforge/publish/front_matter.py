@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from mtpforge.io.text import TEXT_LIMIT
-from mtpforge.publish.about import About
+from mtpforge.publish.card_config import About
 
 TAGS = ("gguf", "mtp", "speculative-decoding")
 _COPIED = ("license", "license_name", "license_link", "pipeline_tag")

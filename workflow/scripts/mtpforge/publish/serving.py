@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mtpforge.llama_cpp import runtimes
-from mtpforge.publish.about import HUB, About
+from mtpforge.publish.card_config import HUB, About
 from mtpforge.publish.markdown import code, shell
 from mtpforge.publish.result import Result
 

@@ -29,12 +29,6 @@ from mtpforge.quantize.request import QuantizeRequest
 SAMPLE = 1 << 16
 """Bytes of each tensor that are hashed to tell whether a plan belongs to a file."""
 
-MAX_PIECES = 999
-PIECE_SECONDS = 2 * 3600
-"""Intended time of a piece on all threads, unless the number of pieces is configured. Work below
-one and a half times that stays whole: a kill costs all of it, but pieces would copy source and
-result once more, which can take over a tenth of the time."""
-
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -91,14 +85,6 @@ class QuantizePlan:
     def cost(self) -> float:
         """Approximate CPU seconds to quantize all tensors."""
         return sum(tensor.cost for tensor in self.tensors.values())
-
-    def piece_count(self, llama: LlamaCpp) -> int:
-        """The best number of pieces on the threads of `llama`.
-
-        It is not part of the plan, which is the same on every machine.
-        """
-        seconds = self.cost / llama.processors
-        return min(max(1, round(seconds / PIECE_SECONDS)), MAX_PIECES)
 
     def check(self, source: Gguf, matrix: Path | None, llama: LlamaCpp) -> None:
         """Raise GgufError or ConfigError unless the plan was made for exactly these inputs."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtpforge.gguf import quant_types
-from mtpforge.rules import checks, layout
+from mtpforge.rules import config_checks, layout
 from mtpforge.rules.config import parse
 from mtpforge.rules.convert import ConvertRules
 from mtpforge.rules.fetch import FetchRules
@@ -24,7 +24,7 @@ class Build:
 
     def __init__(self, config: Mapping[str, Any], checkpoints: Any = None) -> None:
         self.config = parse(config)
-        checks.check(self.config)
+        config_checks.check(self.config)
         self.fetch = FetchRules(self.config, checkpoints)
         self.convert = ConvertRules(self.config)
         self.quantize = QuantizeRules(self.config, checkpoints)

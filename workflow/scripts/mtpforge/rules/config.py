@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mtpforge.errors import ConfigError
 from mtpforge.quantize.recipe import NO_HEAD
-from mtpforge.rules.values import (
+from mtpforge.rules.fields import (
     FORM,
     All,
     Entry,

@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr
 
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import NO_HEAD, default_head
-from mtpforge.rules.values import (
+from mtpforge.rules.fields import (
     Entry,
     FileName,
     FilePath,

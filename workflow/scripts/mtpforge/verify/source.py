@@ -14,9 +14,9 @@ from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.io.text import read_json, read_text
-from mtpforge.verify import values
+from mtpforge.verify import tensors
 from mtpforge.verify.request import Request
-from mtpforge.verify.values import SourceRows
+from mtpforge.verify.tensors import SourceRows
 
 
 class Source(Protocol):
@@ -87,7 +87,7 @@ class CheckpointSource:
 
     def rows(self) -> Mapping[str, SourceRows]:
         planned = plan.plan_conversion(self._checkpoint, self._family, self._hparams, self._part)
-        return values.rows_of_checkpoint(self._checkpoint, planned)
+        return tensors.rows_of_checkpoint(self._checkpoint, planned)
 
 
 class GgufSource:
@@ -109,7 +109,7 @@ class GgufSource:
         return template if isinstance(template, str) else None
 
     def rows(self) -> Mapping[str, SourceRows]:
-        return values.rows_of_gguf(self._reference)
+        return tensors.rows_of_gguf(self._reference)
 
 
 def chat_template(directory: Path) -> str | None:

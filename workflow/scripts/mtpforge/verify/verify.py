@@ -22,13 +22,13 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import NO_HEAD
-from mtpforge.verify import inventory, metadata, values
+from mtpforge.verify import inventory, metadata, tensors
 from mtpforge.verify.digests import check_digests, check_trunk
 from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
 from mtpforge.verify.request import Request
 from mtpforge.verify.running import check_drafting, check_programs, check_running, check_vision
 from mtpforge.verify.source import Source, open_source
-from mtpforge.verify.values import Comparisons, SourceRows
+from mtpforge.verify.tensors import Comparisons, SourceRows
 
 
 def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
@@ -111,7 +111,7 @@ def _check_against_source(
     head = set() if request.headless else set(opened.head.tensors)
     # Another program can round the last bit differently.
     exact = set(opened.tensors) if request.ours else head
-    compared = values.compare_tensors(opened, rows, whole=head, exact=exact, threads=threads)
+    compared = tensors.compare_tensors(opened, rows, whole=head, exact=exact, threads=threads)
     checks.append(_check_finite(compared))
     if source and rows:
         checks += _check_values(opened, compared, source.note)
@@ -149,10 +149,10 @@ def _coverage(opened: Gguf, compared: Comparisons, note: str) -> str:
     weights = sum(each.rows * opened.tensors[each.name].shape[-1] for each in results)
     share = weights / sum(info.elements for info in opened.tensors.values())
     detail = f"{len(results)} tensors, {share:.1%} of all weights compared{note}; "
-    worst = max(results, key=lambda each: (each.error or 0.0) / values.error_limit(each.type))
+    worst = max(results, key=lambda each: (each.error or 0.0) / tensors.error_limit(each.type))
     if not worst.error:
         return f"{detail}all equal the source"
-    limit = values.error_limit(worst.type)
+    limit = tensors.error_limit(worst.type)
     error = f"error {worst.error:.3f}, limit {limit:.3f}"
     return f"{detail}nearest to its limit: {worst.name} ({worst.type}, {error})"
 

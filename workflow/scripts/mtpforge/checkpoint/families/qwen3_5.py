@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 from gguf.constants import GGMLQuantizationType
 
-from mtpforge.checkpoint.families.table import (
+from mtpforge.checkpoint.families.family import (
     BF16,
     F32,
     Change,

@@ -11,8 +11,8 @@ import numpy as np
 from gguf import GGUFWriter
 
 from mtpforge.checkpoint.families import qwen3_5
+from mtpforge.checkpoint.families.family import F32, Family, Row, Source, View, unchanged
 from mtpforge.checkpoint.families.qwen3_5 import LinearHeads, drop_axis_1, matrix, minus_exp
-from mtpforge.checkpoint.families.table import F32, Family, Row, Source, View, unchanged
 from mtpforge.checkpoint.hparams import Hparams
 
 

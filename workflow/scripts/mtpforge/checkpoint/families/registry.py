@@ -1,7 +1,7 @@
 """The families that mtpforge converts itself. To add one, write its module and list it here."""
 
 from mtpforge.checkpoint.families import qwen3_5, qwen3_next
-from mtpforge.checkpoint.families.table import Family
+from mtpforge.checkpoint.families.family import Family
 from mtpforge.errors import CheckpointError
 
 FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE)

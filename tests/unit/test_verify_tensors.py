@@ -18,7 +18,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Server
-from mtpforge.verify import running, source, values
+from mtpforge.verify import running, source, tensors
 from mtpforge.verify.report import Acceptance, Check, TypeErrors
 from mtpforge.verify.request import Request
 
@@ -27,7 +27,7 @@ EXPERTS, ROWS, WIDTH = (
     16,
     200,
     512,
-)  # more weights than `values.LARGE`, and no whole number of stretches in an expert
+)  # more weights than `tensors.LARGE`, and no whole number of stretches in an expert
 
 
 @pytest.mark.parametrize(
@@ -52,19 +52,19 @@ def test_sampled_rows_of_a_checkpoint_equal_the_converted_tensor(name: str, tmp_
 def test_a_sample_is_spread_over_the_whole_tensor(shape: tuple[int, ...]) -> None:
     info = TensorInfo("blk.0.x.weight", shape, Q8_0)
     rows, matrix = info.elements // shape[-1], shape[-2]
-    numbers = values.sample_rows(info)
-    assert np.array_equal(numbers, values.sample_rows(info)) and np.array_equal(
+    numbers = tensors.sample_rows(info)
+    assert np.array_equal(numbers, tensors.sample_rows(info)) and np.array_equal(
         numbers, np.unique(numbers)
     )
     assert numbers[0] >= 0 and numbers[-1] < rows
-    if matrix > values.RUN * values.SAMPLE:
-        assert len(numbers) < 2 * rows / values.SAMPLE + values.RUN
+    if matrix > tensors.RUN * tensors.SAMPLE:
+        assert len(numbers) < 2 * rows / tensors.SAMPLE + tensors.RUN
     assert set(numbers // matrix) == set(range(rows // matrix))  # each expert
-    stretches = numbers // (values.RUN * values.SAMPLE)
+    stretches = numbers // (tensors.RUN * tensors.SAMPLE)
     assert (
         np.diff(np.unique(stretches)).max(initial=1) <= 2
     )  # and no long stretch of rows is left out
-    assert np.array_equal(values.sample_rows(info, whole=True), np.arange(rows))
+    assert np.array_equal(tensors.sample_rows(info, whole=True), np.arange(rows))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gguf, np.ndarray]:
     """A file with one large tensor at Q8_0, and its right values as rows."""
     right = np.random.default_rng(1).standard_normal((EXPERTS * ROWS, WIDTH)).astype(np.float32)
     info = TensorInfo("blk.0.ffn_up_exps.weight", (EXPERTS, ROWS, WIDTH), Q8_0)
-    assert info.elements > values.LARGE
+    assert info.elements > tensors.LARGE
     path = tmp_path_factory.mktemp("large") / "large.gguf"
     writer.write(path, {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
     return reader.read(path), right
@@ -80,7 +80,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gguf, np.ndarray]:
 
 def problem(large: tuple[Gguf, np.ndarray], right: np.ndarray) -> str:
     (opened, _), name = large, "blk.0.ffn_up_exps.weight"
-    found = values.compare_tensors(opened, {name: lambda numbers: right[numbers]}).all
+    found = tensors.compare_tensors(opened, {name: lambda numbers: right[numbers]}).all
     assert [each.name for each in found] == [name] and 0 < found[0].rows < len(right) / 8
     return found[0].problem
 
@@ -115,20 +115,20 @@ def test_a_row_lost_in_a_scale_is_accepted(tmp_path: Path) -> None:
     info = TensorInfo("token_embd.weight", right.shape, Q8_0)
     writer.write(tmp_path / "f.gguf", {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
     opened = reader.read(tmp_path / "f.gguf")
-    assert not values.stored_rows(opened, info.name, np.array([5])).any()
+    assert not tensors.stored_rows(opened, info.name, np.array([5])).any()
     assert (
-        values.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems == []
+        tensors.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems == []
     )
     right[5] = 0.05  # small, but not lost
     assert (
         "has a row with an error of 1.00"
-        in values.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems[0]
+        in tensors.compare_tensors(opened, {info.name: lambda numbers: right[numbers]}).problems[0]
     )
 
 
 def test_the_report_has_the_error_of_each_type(large: tuple[Gguf, np.ndarray]) -> None:
     opened, right = large
-    found = values.compare_tensors(
+    found = tensors.compare_tensors(
         opened, {name: lambda numbers: right[numbers] for name in opened.tensors}
     )
     assert found.errors is not None

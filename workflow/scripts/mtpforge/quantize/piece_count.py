@@ -1,0 +1,19 @@
+"""The default number of pieces of a quantization."""
+
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize.plan import QuantizePlan
+
+MAX_PIECES = 999
+PIECE_SECONDS = 2 * 3600
+"""Intended time of a piece on all threads, unless the number of pieces is configured. Work below
+one and a half times that stays whole: a kill costs all of it, but pieces would copy source and
+result once more, which can take over a tenth of the time."""
+
+
+def piece_count(plan: QuantizePlan, llama: LlamaCpp) -> int:
+    """The best number of pieces on the threads of `llama`.
+
+    It is not part of the plan, which is the same on every machine.
+    """
+    seconds = plan.cost / llama.processors
+    return min(max(1, round(seconds / PIECE_SECONDS)), MAX_PIECES)
