@@ -41,6 +41,7 @@ setup-test: setup ## the same, plus what the tests need
 report: all ## build, then write report.html: pictures of speed, acceptance and errors, the job graph, run times
 	@$(ACTIVE) snakemake --cores $(CORES) plots
 	@$(ACTIVE) snakemake --report report.html --report-stylesheet workflow/report/report.css plots
+	@echo "wrote report.html"
 
 toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain

@@ -30,8 +30,11 @@ SHOWN = (
     "Reasons:",
     "This was a dry-run",
 )
-# ... and none of these: of failed jobs, `failure` says more.
+# ... and never these: a user cannot use them, or `failure` says more.
 HIDDEN = (
+    "Adding ",  # to report.html
+    "Building DAG of jobs",
+    "Updating checkpoint dependencies",
     "Assuming unrestricted shared filesystem",
     "Exiting because a job execution failed",
     "WorkflowError:\nAt least one job did not complete",
