@@ -37,7 +37,7 @@ def main() -> None:
     for written in filter(None, (out, args.digests, args.manifest, args.keep)):
         atomic.refuse_overwriting(written, args.source, args.imatrix, args.plan)
     digests = quantize_planned(args) if args.plan else quantize_once(args, out)
-    if digests and args.digests:
+    if args.digests and not args.dry_run:
         atomic.write_json(args.digests, digests)
 
 
