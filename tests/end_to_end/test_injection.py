@@ -10,6 +10,7 @@ from mtpforge.gguf.head import trunk_digests, types_of
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import serve
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.quantize.recipe import Recipe, head_recipe
@@ -68,7 +69,7 @@ class Bench:
             "1",
         ]
         llama = LlamaCpp(self.programs, threads=1)
-        with llama.serve(path, self.folder / "server.log", options) as running:
+        with serve(llama, path, self.folder / "server.log", options) as running:
             answer = running.completion(prompt, 64)
         assert answer.drafts > 0
         return answer.accepted / answer.drafts

@@ -23,6 +23,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import inject
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import serve
 from mtpforge.quantize import llama_quantize
 from mtpforge.quantize.recipe import head_recipe
 from mtpforge.quantize.request import QuantizeRequest
@@ -320,7 +321,7 @@ def test_the_trunk_drafts_with_a_separate_draft_model(
     ]
     llama = LlamaCpp(toolchain, threads=1)
     options = ["--ctx-size", "2048", *draft]
-    with llama.serve(made.file("trunk"), tmp_path / "log", options) as running:
+    with serve(llama, made.file("trunk"), tmp_path / "log", options) as running:
         answer = running.completion("The quick brown fox", 100)
     assert answer.drafts > 40 and answer.accepted > 0.95 * answer.drafts
 

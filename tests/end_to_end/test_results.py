@@ -8,6 +8,7 @@ from conftest import CHECKPOINTS, MODELS
 from mtpforge.gguf import head, reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import serve
 from tokenizers import Tokenizer
 
 VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
@@ -77,7 +78,7 @@ def test_llama_cpp_accepts_the_same_drafts_as_the_torch_reference(
         "1",
     ]
     llama = LlamaCpp(toolchain, threads=1)
-    with llama.serve(result(built, model, "BF16"), tmp_path / "log", options) as running:
+    with serve(llama, result(built, model, "BF16"), tmp_path / "log", options) as running:
         for kind, expected in reference["prompts"].items():
             assert running.tokenize(expected["prompt"]) == expected["prompt_tokens"], kind
             answer = running.completion(expected["prompt"], reference["n_predict"])
@@ -113,7 +114,7 @@ def test_llama_cpp_tokenizes_like_the_tokenizers_package(
         Tokenizer.from_file(str(CHECKPOINTS / model / "tokenizer.json")).encode(MIXED_TEXT).ids
     )
     llama = LlamaCpp(toolchain, threads=1)
-    with llama.serve(result(built, model, "Q8_0"), tmp_path / "log") as running:
+    with serve(llama, result(built, model, "Q8_0"), tmp_path / "log") as running:
         assert running.tokenize(MIXED_TEXT) == expected
 
 

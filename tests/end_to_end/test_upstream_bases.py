@@ -27,6 +27,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp import server
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import serve
 from mtpforge.quantize.recipe import default_head
 
 CONVERTER = ROOT / "resources" / "converter"
@@ -277,7 +278,7 @@ def drafted(
 
     @cache
     def ask(path: Path, model: str) -> server.Completion:
-        with LlamaCpp(toolchain, threads=1).serve(path, log, options) as running:
+        with serve(LlamaCpp(toolchain, threads=1), path, log, options) as running:
             return running.completion((CHECKPOINTS / model / "prompts/code.txt").read_text(), 64)
 
     return ask

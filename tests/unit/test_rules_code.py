@@ -20,6 +20,7 @@ def test_code_inputs_are_the_imports_and_nothing_else() -> None:
     assert (
         LIBRARY + "verify/report.py" not in files and LIBRARY + "llama_cpp/server.py" not in files
     )
+    assert LIBRARY + "llama_cpp/server.py" not in code("quantize.py")
     assert "workflow/scripts/run_upstream.py" in code(
         "convert_upstream.py"
     )  # run by another Python

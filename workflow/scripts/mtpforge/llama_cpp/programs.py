@@ -1,6 +1,7 @@
 """Calls of llama.cpp's programs.
 
-Functions pass on one `LlamaCpp`: the folder of programs, their threads and their log.
+Functions pass on one `LlamaCpp`: the folder of programs, their threads and their log. `server`
+starts llama-server with it, so that an edit of the server's protocol does not redo quantization.
 """
 
 import argparse
@@ -8,14 +9,12 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import process
-from mtpforge.llama_cpp.server import Server, started
 from mtpforge.llama_cpp.version import Version, version_of
 
 DEFAULT_FOLDER = Path("resources/toolchain/bin")
@@ -99,13 +98,6 @@ class LlamaCpp:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ToolchainError(f"llama-server cannot list its devices: {error}") from None
         return tuple(re.findall(r"^  (\w+: .+)$", listed.stdout, re.MULTILINE))
-
-    @contextmanager
-    def serve(self, model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
-        """Start llama-server on `model` and wait until it is ready. Raises ToolchainError."""
-        command = [str(self.find("llama-server")), "--threads", str(self.processors)]
-        with started(command, model, log, options) as server:
-            yield server
 
     def _call(self, command: Iterable[Argument], cwd: Path | None = None) -> None:
         process.call(list(map(_word, command)), self.log, cwd=cwd)

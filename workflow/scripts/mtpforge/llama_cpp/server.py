@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.programs import LlamaCpp
 
 HOST = "127.0.0.1"
 START_LIMIT = 1800.0
@@ -50,7 +51,7 @@ class Completion:
 
 
 class Server:
-    """A running llama-server; made by `LlamaCpp.serve`."""
+    """A running llama-server; made by `serve`."""
 
     def __init__(self, port: int, pid: int) -> None:
         self.port = port
@@ -132,13 +133,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(
-    command: Sequence[str], model: Path, log: Path, options: Sequence[str] = ()
-) -> Iterator[Server]:
-    """Start llama-server (`command`) on `model`, and wait until it is ready. `log` gets its output.
+def serve(llama: LlamaCpp, model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[Server]:
+    """Start llama-server on `model`, and wait until it is ready. `log` gets its output.
 
     Raises ToolchainError.
     """
+    command = [str(llama.find("llama-server")), "--threads", str(llama.processors)]
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]

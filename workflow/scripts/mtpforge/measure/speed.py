@@ -31,7 +31,7 @@ from mtpforge.errors import ToolchainError
 from mtpforge.gguf import split
 from mtpforge.llama_cpp import architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.llama_cpp.server import Completion
+from mtpforge.llama_cpp.server import Completion, serve
 from mtpforge.measure.measurement import Machine, Measurement, Run, Spread, Total
 from mtpforge.measure.recommendation import recommend
 
@@ -180,7 +180,7 @@ class _Session:
         """Start the server, send the requests: a cold and a warm run. Raises ToolchainError."""
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "server.log"
-            with self.llama.serve(self.path, log, [*_OPTIONS, *more, *self._drafting()]) as server:
+            with serve(self.llama, self.path, log, [*_OPTIONS, *more, *self._drafting()]) as server:
                 answers = [server.completion(self.prompt, N_PREDICT) for _ in range(1 + repeats)]
                 self.memory = [peak for peak in [server.peak_memory()] if peak is not None]
                 positions = _positions(log, [answer.drafts for answer in answers])

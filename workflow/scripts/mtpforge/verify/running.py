@@ -13,7 +13,7 @@ from mtpforge.gguf import reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.llama_cpp.server import Choice, Completion, Server
+from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
 from mtpforge.verify.report import Acceptance, Check, raise_failed, some
 from mtpforge.verify.request import Request
 
@@ -184,7 +184,7 @@ def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
 def _serve(model: Path, options: Sequence[str], llama: LlamaCpp) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
-        with llama.serve(model, log, ["--ctx-size", "4096", *options]) as server:
+        with serve(llama, model, log, ["--ctx-size", "4096", *options]) as server:
             yield server
 
 
