@@ -2,8 +2,8 @@
 # Needs: the network, and for gated repositories a token that huggingface_hub finds (HF_TOKEN, or
 # `hf auth login`).
 # Makes, under resources/hub/<owner>/<name>/<revision>/: files.json, a list of the commit's files
-# and tensors; <name>/, the fetched files, and under records/ a record of each one whose content
-# is right; head/<name>/, a checkpoint with the head only, and head.json, its record.
+# and tensors; <name>/, the fetched files, and records/, with one record per verified file;
+# head/<name>/, a checkpoint with the head only, and head.json, its record.
 # The fetched files are not outputs: Snakemake would delete them when a job fails, and compare
 # shards by time.
 

@@ -1,4 +1,4 @@
-# Injects a head into a GGUF that has none, or replaces the one that it has.
+# Injects a head into a GGUF that has none, or replaces its head.
 # Needs: the base, the head as a BF16 GGUF, and llama-quantize for the type of the head.
 # Makes: results/<model>/work/injected/<variant>.gguf, and beside it the sha256 of each tensor of
 # the base's trunk and of the new head.

@@ -1,8 +1,8 @@
-# Completes a model's folder so that it can be uploaded as a repository of the Hub, and uploads it.
+# Completes a model's folder as a repository for the Hub, and uploads it.
 # Needs: the verified files with their reports and measurements, and the checkpoint's card and
 # digests.
-# Makes, in results/<model>/: README.md, the model card; provenance/, a statement for each report
-# of what its files were made from; and SHA256SUMS, the list of all published files, to check
+# Makes, in results/<model>/: README.md, the model card; provenance/, a statement per report that
+# lists the inputs of its files; and SHA256SUMS, the list of all published files, to check
 # downloads.
 # `publish` is not part of `all`. It has no output, so it always asks the Hub which files it has,
 # and uploads the others.

@@ -2,9 +2,9 @@
 # Needs: the converted checkpoint, and llama-quantize.
 # Makes, under results/<model>/work/: quantized/<variant>.gguf; imatrix/<text>.gguf, an importance
 # matrix; trunk/<type>.gguf, a base without a head to inject into; draft/<type>.gguf, the head as
-# a draft model of its own; the digests of each file beside it; and manifests/, which says where
-# each tensor can be found again, and keeps the pieces of unfinished files and a second name of
-# unverified ones.
+# a separate draft model; the digests of each file beside it; and manifests/, which lists where to
+# find each finished tensor, and keeps the pieces of unfinished files and hard links to unverified
+# ones.
 
 
 rule recipe:

@@ -1,4 +1,4 @@
-"""Measure which share of drafts an unquantized GGUF accepts, to compare its quants with.
+"""Measure an unquantized GGUF's acceptance, as the reference for its quants.
 
 example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 """

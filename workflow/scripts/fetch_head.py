@@ -1,4 +1,4 @@
-"""Download only the MTP head of a checkpoint, as a small checkpoint of its own.
+"""Download only the MTP head of a checkpoint, as a small checkpoint.
 
 example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 """

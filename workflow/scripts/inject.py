@@ -1,9 +1,9 @@
-"""Give a GGUF a multi-token-prediction head; all other tensors stay the same byte for byte.
+"""Inject a multi-token-prediction head into a GGUF; other tensors are copied byte for byte.
 
 example: inject.py Qwen3.5-4B-Q4_K_M.gguf --head Qwen3.5-4B --head-type Q8_0 --out with-head.gguf
 
 For a split base, name its first file, X-00001-of-0000N.gguf. --out is then one file F.gguf, or a
-folder for as many files.
+folder to write the same number of files to.
 """
 
 import argparse
@@ -58,19 +58,19 @@ def _parser() -> argparse.ArgumentParser:
         "--head-tensors",
         type=Path,
         metavar="FILE",
-        help="exceptions from --head-type, as YAML of pattern: type; the first match decides",
+        help="exceptions to --head-type, as YAML of pattern: type; the first match decides",
     )
     add(
         "--replace-head",
         action="store_true",
-        help="replace the head if the base has another one (default: an error)",
+        help="replace the head if the base has a different one (default: an error)",
     )
     add("--out", type=Path, required=True, help="the GGUF to write, or a folder for a split base")
     add(
         "--digests",
         type=Path,
         metavar="FILE",
-        help="first write the sha256 of each tensor of the base's trunk and of the head, as JSON",
+        help="write the sha256 of each tensor of the base's trunk and of the head, as JSON",
     )
     add(
         "--bin",

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "file",
         type=Path,
         metavar="F.gguf",
-        help="the GGUF; of a split one, its first file or folder",
+        help="the GGUF; if split, its first file or folder",
     )
     parser.add_argument("--out", type=Path, required=True, help="the measurement, as JSON")
     parser.add_argument(
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_option(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
-        help="measure perplexity on this text; with --reference-logits, the text they are of",
+        help="measure perplexity on this text; with --reference-logits, the text of the logits",
     )  # fmt: skip
     parser.add_argument(
         "--chunks", type=_positive, default=16, metavar="N",

@@ -1,7 +1,7 @@
-"""Quantize a BF16 GGUF with llama-quantize, with its MTP head at a type of its own.
+"""Quantize a BF16 GGUF with llama-quantize, with a separate type for the MTP head.
 
-First prints a table of the types that the tensors will have. With --plan, the types are those of a
-plan that quantize_plan.py wrote, and tensors can be reused from finished files.
+First prints a table of the chosen types. With --plan, the types come from a plan that
+quantize_plan.py wrote, and tensors can be reused from finished files.
 
 example: quantize.py BF16.gguf --type IQ4_XS --head Q8_0 --out IQ4_XS.gguf
          quantize.py BF16.gguf --type IQ3_S --tensors recipe.yaml --dry-run
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="the GGUF to write; with --piece, a folder FOLDER/manifests for several",
+        help="the GGUF to write; with --piece, a folder FOLDER/manifests for its files",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the table and stop")
     types = parser.add_mutually_exclusive_group(required=True)
@@ -97,7 +97,7 @@ def add_planned_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="F",
-        help="names for the manifest that the file, or the folder of its shards, can have later",
+        help="later names of the file, or of the folder of its shards, to list in the manifest",
     )
     parser.add_argument(
         "--keep",

@@ -1,6 +1,6 @@
 """Plan a quantization: each tensor's type, and everything its bytes depend on.
 
-Prints a table of the types. The plan is equal for equal work; `quantize.py --plan` carries it out.
+Prints a table of the types. The plan changes only if the work does; `quantize.py --plan` runs it.
 
 example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out plan.json
 """

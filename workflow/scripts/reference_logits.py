@@ -24,7 +24,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True,
-        help="the logits: 0.13 GB a chunk for a vocabulary of 248,320",
+        help="logits to write: 0.13 GB per chunk for a vocabulary of 248,320",
     )  # fmt: skip
     programs.add_options(parser)
     args = parser.parse_args()

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, metavar="DIR", help="compare the file with this checkpoint"
     )
     source.add_argument(
-        "--reference", type=Path, metavar="BF16.gguf", help="compare it with convert_upstream.py's"
+        "--reference", type=Path, metavar="BF16.gguf", help="compare with this upstream conversion"
     )
     parser.add_argument(
         "--digests", type=Path, metavar="FILE",
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     trunk = parser.add_mutually_exclusive_group()
     trunk.add_argument("--base", type=Path, metavar="GGUF", help="compare the trunk with this base")
     trunk.add_argument(
-        "--trunk", type=Path, metavar="FILE", help="the base's sha256 from inject.py --digests"
+        "--trunk", type=Path, metavar="FILE", help="the same, with inject.py's --digests"
     )
     parser.add_argument(
         "--target", type=Path, metavar="GGUF",
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--head-record", type=Path, metavar="FILE",
-        help="record of fetch_head.py: put into the report how far the head is trusted",
+        help="record of fetch_head.py, to report how far the head is trusted",
     )  # fmt: skip
     _add_requested(parser)
     _add_thresholds(parser)
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the report, as JSON")
     parser.add_argument(
-        "--publish", type=Path, metavar="FILE", help="name that the file gets if it passes"
+        "--publish", type=Path, metavar="FILE", help="final name of the file, if it passes"
     )
     parser.add_argument(
         "--split", metavar="SIZE",
@@ -92,7 +92,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--type", metavar="T", help="requested file type")
     parser.add_argument("--head", metavar="T", help="requested type of the head; none: no head")
     parser.add_argument(
-        "--head-tensors", type=Path, metavar="FILE", help="requested exceptions from --head"
+        "--head-tensors", type=Path, metavar="FILE", help="requested exceptions to --head"
     )
     parser.add_argument("--tensors", type=Path, metavar="FILE", help="requested recipe")
     parser.add_argument(

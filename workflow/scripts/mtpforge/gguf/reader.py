@@ -1,4 +1,4 @@
-"""A strict, fast reader of GGUF files: metadata, tensor entries and where each tensor's bytes lie.
+"""A strict, fast reader of GGUF files: metadata, tensor entries and each tensor's byte range.
 
 Every length is checked against the file before it is used. Format: ggml's docs/gguf.md, versions 2
 and 3.
@@ -56,7 +56,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Gguf:
-    """A GGUF file: metadata and tensors in file order, and where each tensor's bytes lie."""
+    """A GGUF file: metadata and tensors in file order, and each tensor's byte range."""
 
     path: Path
     metadata: dict[str, Value]
@@ -329,7 +329,7 @@ class _Parser:
         return TensorInfo(name, shape, kind), offset
 
     def place(self, metadata: dict[str, Value], entries: list[tuple[TensorInfo, int]]) -> Gguf:
-        """The file, if the data of the entries follows in their order, without gaps, to the end."""
+        """The file with each tensor's byte range. Data must follow in entry order, without gaps."""
         start = aligned(self.position)
         expected = 0
         tensors: dict[str, TensorInfo] = {}

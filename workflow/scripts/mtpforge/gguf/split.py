@@ -6,7 +6,7 @@ Splitting produces the bytes of `llama-gguf-split --split-max-size`, with three 
 - A GGUF that fits into one file keeps a name without a number, because Ollama cannot pull shards.
 - The files appear together or not at all.
 
-As in llama-gguf-split, the limit counts tensors with their padding. The header comes on top: some
+As in llama-gguf-split, the limit counts tensors with their padding. The header comes on top: a few
 megabytes in the shard with the vocabulary.
 """
 
@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
 
 
 def read(path: Path) -> Gguf:
-    """Open a GGUF as a whole, given its file or the first one of a split one. Raises GgufError."""
+    """Open a GGUF as a whole, given its file or, if split, its first file. Raises GgufError."""
     return joined(shards(path))
 
 
@@ -199,10 +199,10 @@ def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
 
 
 def check(source: Gguf, files: Sequence[Path]) -> list[str]:
-    """The faults of `files` as the shards of `source`; none if llama.cpp finds everything in them.
+    """The faults of `files` as shards of `source`; empty if llama.cpp finds everything in them.
 
-    File names and `split.*` keys must be as llama.cpp needs them, the metadata must be that of the
-    source, and each of its tensors must be in exactly one file, byte for byte. Raises OSError.
+    File names and `split.*` keys must be as llama.cpp needs them, the metadata must equal the
+    source's, and each of its tensors must be in exactly one file, byte for byte. Raises OSError.
     """
     if not files:
         return ["there are no files"]

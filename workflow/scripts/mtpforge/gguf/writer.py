@@ -44,8 +44,8 @@ def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -
 def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
     """Write a header in place and give the file its size; `put` fills in the tensors, in any order.
 
-    An existing file keeps its data until it is overwritten, and so its pages in memory: allocating
-    new ones can take longer than copying.
+    An existing file is not truncated first, so its pages stay in memory: allocating new ones can
+    take longer than copying.
     """
     start = header(metadata, infos)
     sizes = (aligned(info.size) for info in infos)
@@ -77,10 +77,10 @@ def put(whole: Gguf, name: str, payload: Payload) -> None:
 
 
 def padded(metadata: Mapping[str, Value], tensors: Tensors, source: Gguf) -> dict[str, Value]:
-    """The metadata with a last key that aligns the tensor data with that of `source`.
+    """The metadata with an extra last key that aligns the tensor data with the source's.
 
-    Then the data has the same offset within a block of the file system in both files, which can
-    share the blocks (see `io.ranges`).
+    The data then has the same offset within a file system block in both files, so they can share
+    the blocks (see `io.ranges`).
     """
 
     def with_padding(count: int) -> dict[str, Value]:

@@ -1,9 +1,9 @@
-"""Injection of a head into a GGUF that has none, or has another.
+"""Injection of a head into a GGUF that has none, or has a different one.
 
 The base's tensors are copied unchanged and the head's are appended. Only metadata that depends on
-the number of blocks changes; every other key keeps its bytes, type and place. One key is added,
-whose length aligns the trunk with that of the base, so that both files can share its blocks on disk
-(see `io.ranges`).
+the number of blocks changes; every other key keeps its bytes, type and place. A padding key is
+added that aligns the trunk with the base's, so that both files can share its blocks on disk (see
+`io.ranges`).
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ Tensor: TypeAlias = tuple[TensorInfo, Payload]
 
 @dataclass(frozen=True)
 class Options:
-    """How to inject a head; by default it keeps the types that it has."""
+    """How to inject a head; by default it keeps its types."""
 
     head_types: Recipe = ()
     """As `recipe.head_recipe` makes it."""
@@ -90,7 +90,7 @@ def inject(
 
 
 def _open_head(head: Path, scratch: Path) -> Gguf:
-    """The GGUF with the head, converted if need be, under the name that was given.
+    """The GGUF with the head, converted if needed, under the given name.
 
     Raises GgufError, CheckpointError.
     """
@@ -155,7 +155,7 @@ def _write_digests(path: Path, base: Gguf, head: Gguf) -> None:
 
 
 def _has_head(base: Gguf, head: Gguf, replace_head: bool) -> bool:
-    """Whether the base has this very head. Raises GgufError if it has another that must stay."""
+    """Whether the base already has this head. Raises GgufError if it must keep a different one."""
     if not base.head.tensors:
         return False
     differences = _differences(base.head, head)
@@ -295,10 +295,10 @@ def merged_metadata(base: Gguf, head: Gguf) -> dict[str, Value]:
 
 
 def _per_block(base: Gguf, key: str, head: Gguf) -> Value:
-    """An array as long as the base has blocks, with the head's entries added if it is per block.
+    """An array with one entry per base block; the head's entries are added if it is per block.
 
-    The head's file tells: there, a per-block array also has the head's entries, while another array
-    (such as rope sections) is the same.
+    Rope sections and the like can have that length by chance. They are equal in the head's file,
+    where a per-block array also has the head's entries.
     """
     value = base.metadata[key]
     theirs = head.metadata.get(key)

@@ -10,7 +10,7 @@ from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 
-# Keys of the architecture that may differ between base and head of one model.
+# Keys of the architecture that may differ between a base and a head of the same model.
 _FREE = ("block_count", "nextn_predict_layers", "context_length")
 # Keys that the base must have if the head's file has them.
 _NEEDED = (
@@ -57,7 +57,7 @@ def vocabulary_difference(
 ) -> Difference | None:
     """How two vocabularies differ; None if a head fits both, or if one has no vocabulary.
 
-    Up to 1% of the tokens may have another text, because publishers rename reserved tokens. Merges
+    Up to 1% of the tokens may differ in text, because publishers rename reserved tokens. Merges
     must be equal.
     """
     return _token_difference(found, expected) or _merge_difference(found, expected)

@@ -1,4 +1,4 @@
-"""Assembly: a quantized file put together from reused tensors and newly quantized ones.
+"""Assemble a quantized file from reused tensors and newly quantized ones.
 
 Reused tensors are copied while llama-quantize works on the others, and the copies are hashed. Those
 that turn out damaged or gone are requantized after that.
@@ -110,7 +110,7 @@ def _copying(job: QuantizeJob, reusable: Reusable, whole: Gguf) -> Iterator[Copi
 
 
 def _steps(tensor: ReusableTensor, stopped: Event) -> Iterator[FileRange]:
-    """The bytes of a tensor, chunk by chunk, so that a termination need not wait for gigabytes.
+    """The bytes of a tensor, chunk by chunk, so that stopping need not wait for gigabytes.
 
     A piece is read only for this, so each chunk's page cache is freed for the next one, which can
     be faster than getting other memory.

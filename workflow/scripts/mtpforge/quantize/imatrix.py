@@ -56,7 +56,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 Row: TypeAlias = tuple[int, list[FileRange]]
-"""The number of a tensor's values, and where its data lies."""
+"""The number of a tensor's values, and the byte ranges of its data."""
 
 
 def _too_short(text: Path) -> ConfigError:

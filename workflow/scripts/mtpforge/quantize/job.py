@@ -117,7 +117,7 @@ class QuantizeJob:
     def _row_ranges(self, name: str) -> Iterator[tuple[int, int]]:
         """First row and number of rows of each run.
 
-        No run has a single row, because llama-quantize would take it for a vector.
+        No run is a single row, because llama-quantize would take it for a vector.
         """
         info = self.source.tensors[name]
         rows = info.shape[0]

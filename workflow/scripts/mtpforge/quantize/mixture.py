@@ -52,7 +52,7 @@ def parse(output: str, source: Gguf) -> Types:
 def show(source: Gguf, default: Types, chosen: Types) -> str:
     """A table of tensor, default type, chosen type and size.
 
-    The same tensor of several blocks has one row, and so have all tensors that keep their type.
+    A tensor has one row for all blocks with the same types; tensors that keep their type share one.
     """
     groups: dict[tuple[str, str, str], list[str]] = {}
     unchanged: list[str] = []

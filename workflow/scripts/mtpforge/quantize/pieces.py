@@ -1,7 +1,7 @@
 """Quantize a planned file in one go, or in pieces: separate jobs that each make some tensors.
 
-Finished files survive a kill, and a job takes from them what it would otherwise quantize again.
-The result has the same bytes as one plain run of llama-quantize.
+Finished files survive a kill, and later jobs reuse their tensors. The result has the same bytes as
+one plain run of llama-quantize.
 """
 
 import hashlib
@@ -37,8 +37,8 @@ def quantize_piece(
 ) -> dict[str, str]:
     """Write to `folder` those tensors of piece `number` (from 1) that no file under `reuse` has.
 
-    Each run of llama-quantize makes a GGUF with a manifest, so a kill loses one run at most. Pieces
-    can share a folder; if `reuse` contains it, a later job finds the files, however it is cut.
+    Each run of llama-quantize makes a GGUF with a manifest, so a kill loses at most one run. Pieces
+    can share a folder; if `reuse` contains it, later jobs find the files, however they are split.
     Returns the sha256 of every tensor of the piece. Raises ToolchainError if llama-quantize fails.
     """
     names = split_into_pieces(job.plan, job.source, count)[number - 1]

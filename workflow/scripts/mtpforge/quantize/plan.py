@@ -1,8 +1,8 @@
 """The plan of a quantization: what each tensor of the file is made from, and its type.
 
-A plan is small, and equal for equal work: while it is unchanged, nothing needs requantizing. Each
-tensor has a key that covers everything its bytes depend on, so any file that already holds the
-tensor can be found.
+A plan is small, and changes only if the work does: while it is unchanged, nothing needs
+requantizing. Each tensor has a key that covers everything its bytes depend on, which finds any file
+that already holds the tensor.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class QuantizePlan:
     def keys(self) -> dict[str, str]:
         """A digest per tensor of everything that its bytes depend on.
 
-        Neither the other tensors nor the type of the file are part of it.
+        That includes neither the other tensors nor the type of the file.
         """
         return {
             name: _digest([self.toolchain, *vars(tensor).values()])

@@ -1,4 +1,4 @@
-"""What a quantization is asked for: the type of the file, and exceptions by recipe."""
+"""The request for a quantization: the type of the file, and exceptions by recipe."""
 
 import argparse
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--head-tensors",
         type=Path,
         metavar="FILE",
-        help="exceptions from --head, as YAML of pattern: type; the first match decides",
+        help="exceptions to --head, as YAML of pattern: type; the first match decides",
     )
     parser.add_argument(
         "--tensors",
@@ -45,12 +45,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--imatrix",
         type=Path,
         metavar="FILE",
-        help="importance matrix, such as imatrix.py writes; its name gets into the output",
+        help="importance matrix, for example from imatrix.py; its name is stored in the output",
     )
 
 
 def from_options(args: argparse.Namespace) -> QuantizeRequest:
-    """The request that --type and the options of `add_options` make. Raises ConfigError."""
+    """The request in --type and the options of `add_options`. Raises ConfigError."""
     exceptions = read_recipe(args.head_tensors)
     return QuantizeRequest(
         file_type=args.type,

@@ -26,7 +26,7 @@ and this many times the cost of copying the rest, whose source and result are wr
 
 @dataclass(frozen=True)
 class ReusableTensor:
-    """A finished tensor: where its bytes lie, their sha256 by the manifest, and the file's name."""
+    """A finished tensor: its byte range, its sha256 in the manifest, and the file's name."""
 
     data: FileRange
     digest: str
@@ -137,7 +137,7 @@ def _existing(files: Iterable[Path]) -> Iterator[Path]:
 def _tensors_of(
     job: QuantizeJob, file: Path, wanted: Mapping[str, ManifestEntry], scratch: Path
 ) -> Reusable:
-    """The wanted tensors that a file really has; none if it is gone, or something else by now."""
+    """The wanted tensors that a file really has; none if the file is gone or was replaced."""
     try:
         opened = reader.read(_hard_link(file, scratch))
     except (GgufError, OSError):

@@ -1,7 +1,7 @@
 """`config.yaml` as typed objects: each key with its type, its default and its description.
 
-`parse` is the way in. Checks that concern several keys, or files on disk, are in `checks`; the JSON
-schema for editors comes from `schema`.
+Start at `parse`. Checks that involve several keys, or files on disk, are in `config_checks`; the
+JSON schema for editors comes from `schema`.
 """
 
 from collections.abc import Mapping
@@ -94,7 +94,7 @@ class MeasureSettings(Entry):
     serve: list[ServeOption] = Field(
         default_factory=list,
         description=(
-            "More options of llama-server, to measure with, and shown in the card's commands."
+            "More llama-server options to measure with; the card's commands show them too."
         ),
         examples=[["-ngl", "999", "-fa", "on"]],
     )
@@ -109,7 +109,7 @@ class PublishTarget(Entry):
     )
     private: bool = Field(
         default=True,
-        description="Create the repository as a private one. An existing one stays as it is.",
+        description="Create the repository as private. An existing one is left unchanged.",
     )
 
 
@@ -126,7 +126,7 @@ class Model(Entry):
     converter: Literal["mtpforge", "llama.cpp"] = Field(
         default="mtpforge",
         description=(
-            "Converter of the checkpoint: mtpforge's, or llama.cpp's own for architectures that"
+            "Converter of the checkpoint: mtpforge's, or llama.cpp's for architectures that"
             " mtpforge does not know."
         ),
     )
@@ -140,8 +140,8 @@ class Model(Entry):
     tokenizer_pre: PreTokenizer | None = Field(
         default=None,
         description=(
-            "Name of the pre-tokenizer in llama.cpp, needed if the vocabulary was changed and is"
-            " therefore not recognized."
+            "Name of the pre-tokenizer in llama.cpp, needed if the vocabulary was changed and"
+            " llama.cpp does not recognize it."
         ),
         examples=["qwen35"],
     )
@@ -153,15 +153,15 @@ class Model(Entry):
         default=0.1,
         ge=0.01,
         le=1,
-        description="Least share of drafted tokens that must be accepted, or the file is refused.",
+        description="A file is refused if a smaller share of its drafted tokens is accepted.",
     )
     max_acceptance_drop: float = Field(
         default=0.2,
         gt=0,
         le=1,
         description=(
-            "How far a quantized file's acceptance may lie below the BF16 file's; 1 turns the"
-            " comparison off, and the BF16 file is then not run."
+            "How far a quantized file's acceptance may fall below the BF16 file's; 1 turns the"
+            " comparison off, so the BF16 file is not run."
         ),
     )
     split: Size | None = Field(default=None, description=SPLIT, examples=["500M", "48G"])
@@ -169,7 +169,7 @@ class Model(Entry):
     sidecar: SidecarType | None = Field(
         default=None,
         description=(
-            "Also make mtp-NAME-TYPE.gguf of this type, the head as a draft model of its own"
+            "Also make mtp-NAME-TYPE.gguf of this type, the head as a separate draft model"
             " (llama-server -md)."
         ),
         examples=["Q8_0"],
@@ -186,7 +186,7 @@ class Model(Entry):
         default=None, description="Where to upload the model. Without it, it is not uploaded."
     )
     variants: Annotated[dict[VariantName, Variant], Field(min_length=1)] = Field(
-        description="The files to make, by name; the name ends the file's name.",
+        description="The files to make, by name; each file's name ends with its variant's.",
         examples=[{"BF16": {}, "Q4_K_M": {"head": "Q8_0"}}],
     )
 
@@ -215,7 +215,7 @@ class Model(Entry):
 
     @property
     def head_only(self) -> bool:
-        """Whether all bases are foreign, so that only the checkpoint's head is needed."""
+        """Whether all bases were quantized elsewhere, so only the checkpoint's head is needed."""
         return (
             all(variant.foreign for variant in self.variants.values())
             and not self.needs_upstream
@@ -257,13 +257,13 @@ class Config(Entry):
     )
     repo: str = Field(
         default="",
-        description="Repository to print an entry for, only on the command line of the rule `add`.",
+        description="Repository to print an entry for; only for the rule `add`'s command line.",
         examples=["Qwen/Qwen3.5-4B"],
     )
     dry_run: Literal[False, True, "false", "true"] = Field(
         default=False,
         description=(
-            "Only list what would be uploaded, only on the command line of the rule `publish`."
+            "Only list what would be uploaded; only for the rule `publish`'s command line."
         ),
     )
     toolchain: Toolchain = Field(
@@ -283,7 +283,7 @@ class Config(Entry):
 
     @model_validator(mode="after")
     def _resolve(self) -> "Config":
-        """Tell models and variants their names, and replace the names of recipes by the recipes."""
+        """Set the names of models and variants, and replace recipe names by the recipes."""
         for name, model in self.models.items():
             model._name = name
             for key, variant in model.variants.items():

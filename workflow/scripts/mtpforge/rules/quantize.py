@@ -32,7 +32,7 @@ class QuantizeRules(Stage):
         return json.dumps(self.variant(wildcards).recipe)
 
     def head_recipe(self, wildcards: Wildcards) -> str:
-        """The exceptions from the type of its head, as JSON; empty without any."""
+        """The exceptions to its head's type, as JSON; empty without any."""
         head = self.variant(wildcards).head_types
         return json.dumps(head.tensors if head else {})
 

@@ -31,7 +31,7 @@ class HubRepository(Entry):
 
     repo: Repository = Field(description="The repository on the Hub.", examples=["Qwen/Qwen3.5-4B"])
     revision: Revision = Field(
-        description="The commit hash (40 hex digits), so that a build can be repeated.",
+        description="The commit hash (40 hex digits), for reproducible builds.",
         examples=["851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"],
     )
 
@@ -47,7 +47,7 @@ class OwnBase(Entry):
 class LocalGguf(Entry):
     """A GGUF on this machine."""
 
-    path: GgufPath = Field(description="A GGUF on this machine; of a split one, the first file.")
+    path: GgufPath = Field(description="A GGUF on this machine; if split, its first file.")
 
 
 class ImatrixText(Entry):
@@ -74,7 +74,7 @@ class HubFile(HubRepository):
 class HubGguf(HubFile):
     """A GGUF in a repository of the Hub."""
 
-    file: GgufName = Field(description="A GGUF in the repository; of a split one, the first file.")
+    file: GgufName = Field(description="A GGUF in the repository; if split, its first file.")
 
 
 class HeadTypes(Entry):
@@ -108,10 +108,10 @@ Tensors = Annotated[
     Annotated[str, form("name")] | Annotated[Recipe, form("recipe")],
     by_type("name", "recipe"),
 ]
-SPLIT = "Publish a folder of files of at most this size, which llama.cpp loads by the first one."
+SPLIT = "Publish shards of at most this size, in a folder; llama.cpp finds all from the first one."
 PIECES = (
-    "Number of parallel quantization jobs; finished jobs survive a restart. The default aims at two"
-    " hours a job on this machine's cores, and is 1 below three hours."
+    "Number of parallel quantization jobs; finished jobs survive a restart. By default, a job takes"
+    " about two hours on this machine's cores, and work below three hours is one job."
 )
 
 
@@ -126,7 +126,7 @@ class Variant(Entry):
     head: Head | None = Field(
         default=None,
         description=(
-            "Tensor type of the head, on its own or with exceptions by pattern; `none` leaves the"
+            "Tensor type of the head, optionally with exceptions by pattern; `none` leaves the"
             " head out. Default: Q8_0, or the file's own type if it is F32, F16 or BF16."
         ),
         examples=["BF16", {"type": "Q4_K", "tensors": {"eh_proj": "Q8_0"}}, "none"],
@@ -174,12 +174,12 @@ class Variant(Entry):
 
     @property
     def file_type(self) -> str:
-        """The type of the file; for a base from elsewhere, only a name."""
+        """The type of the file; only a label if the base was quantized elsewhere."""
         return self.type or (self.base.type if isinstance(self.base, OwnBase) else self.name)
 
     @property
     def foreign(self) -> bool:
-        """Whether the base was quantized elsewhere, so that its types are not ours to choose."""
+        """Whether the base was quantized elsewhere, so its types are given."""
         return self.base is not None and not isinstance(self.base, OwnBase)
 
     @property
@@ -197,7 +197,7 @@ class Variant(Entry):
 
     @property
     def unquantized(self) -> bool:
-        """Whether it is a mere conversion of the checkpoint."""
+        """Whether it is only a conversion of the checkpoint."""
         return self.base is None and self.file_type in quant_types.UNQUANTIZED
 
     @property

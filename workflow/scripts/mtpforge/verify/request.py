@@ -8,7 +8,7 @@ from mtpforge.quantize.recipe import NO_HEAD, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the file should be. A check is left out if the field that it needs is None."""
+    """The requested properties of a file. A check is skipped if the field it needs is None."""
 
     checkpoint: Path | None = None
     reference: Path | None = None
@@ -25,7 +25,7 @@ class Request:
     head: str | None = None
     """Type of the head; "none" for a file without one."""
     head_tensors: Recipe = ()
-    """Exceptions from the type of the head, by pattern."""
+    """Exceptions to the type of the head, by pattern."""
     recipe: Recipe = ()
     tokenizer_pre: str | None = None
     """Pre-tokenizer that conversion was told to use, for the metadata."""
@@ -50,5 +50,5 @@ class Request:
 
     @property
     def ours(self) -> bool:
-        """Whether the trunk was quantized here, not by another publisher."""
+        """Whether the trunk was quantized here, not elsewhere."""
         return self.file_type is not None

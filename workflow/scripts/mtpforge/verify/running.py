@@ -117,7 +117,7 @@ def check_same(drafted: Sequence[Sequence[int]], choices: Sequence[Sequence[Choi
 def check_acceptance(measured: Acceptance, unquantized: Acceptance, most: float) -> Check:
     """Acceptance is at most `most` below that of the unquantized file, if that was measured.
 
-    Chance alone moves it by 0.04 with 300 drafts: another quant soon continues with another text.
+    With 300 drafts, chance alone moves it by 0.04: another quant soon generates a different text.
     """
     if measured.acceptance is None or unquantized.acceptance is None:
         return Check("acceptance", True, f"not compared: {unquantized.skipped}")
@@ -167,7 +167,7 @@ def check_programs(
 
 
 def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
-    """llama-server loads a model with this vision tower, and a picture becomes prompt tokens."""
+    """llama-server loads a model with this vision tower, and an image becomes prompt tokens."""
     if request.target is None:
         raise ConfigError(f"{opened.path}: is a vision tower: name its model with --target")
     text = {"type": "text", "text": "What is this?"}
@@ -195,7 +195,7 @@ def _prompt_tokens(server: Server, *content: object) -> int:
 
 
 def _counts(answers: Sequence[Completion]) -> tuple[int, int]:
-    """Number of drafts, and of accepted ones."""
+    """Numbers of drafted and accepted tokens."""
     drafts = sum(answer.drafts for answer in answers)
     return drafts, sum(answer.accepted for answer in answers)
 

@@ -20,7 +20,7 @@ from mtpforge.verify.tensors import SourceRows
 
 
 class Source(Protocol):
-    """The right content of a file."""
+    """The expected content of a file."""
 
     @property
     def architecture(self) -> str:
@@ -45,7 +45,7 @@ class Source(Protocol):
         """The chat template, None if there is none."""
 
     def rows(self) -> Mapping[str, SourceRows]:
-        """The right values of each tensor. Raises ForgeError."""
+        """The expected values of each tensor. Raises ForgeError."""
 
 
 def open_source(request: Request) -> Source | None:

@@ -2,7 +2,7 @@
 
 The head and small tensors are compared whole, large tensors by a sample of rows: short runs spread
 over the whole tensor, at least one in each expert, so that 70 GB take minutes. The sample shows
-rows and experts in the wrong place. It cannot show a single changed bit; digests do.
+misplaced rows and experts. It can miss a single changed bit; digests cannot.
 """
 
 import os
@@ -119,12 +119,12 @@ def error_limit(kind: str) -> float:
 def rows_of_checkpoint(
     checkpoint: Checkpoint, planned: list[ConvertedTensor]
 ) -> dict[str, SourceRows]:
-    """The right rows of each tensor, converted from a checkpoint."""
+    """The expected rows of each tensor, converted from a checkpoint."""
     return {item.row.name: partial(values.rows, checkpoint, item) for item in planned}
 
 
 def rows_of_gguf(reference: Gguf) -> dict[str, SourceRows]:
-    """The right rows of each tensor, from an unquantized GGUF."""
+    """The expected rows of each tensor, from an unquantized GGUF."""
     return {name: partial(stored_rows, reference, name) for name in reference.tensors}
 
 
@@ -266,7 +266,7 @@ class _Sums:
 
     @property
     def shift(self) -> int:
-        """The shift that all batches of a norm have."""
+        """The shift that all batches of a norm agree on."""
         is_shifted = self.info.name.endswith(_NORM) and len(self.shifts) == 1
         return next(iter(self.shifts)) if is_shifted else 0
 

@@ -1,13 +1,13 @@
 """Verification: check that a finished GGUF is what was requested, and that its head drafts.
 
-A file with a wrong head loads without a message. So its inventory, types, metadata and values are
+A file with a wrong head loads without a warning. So its inventory, types, metadata and values are
 compared with the checkpoint, llama-server must draft with it and accept drafts, and the text must
-be the same without drafting. Every check gives a verdict; one failed check means no result.
+be the same without drafting. Every check gives a verdict; one failed check rejects the file.
 
-Of large trunk tensors only a sample is compared (see `values`), which cannot show a changed bit.
-Digests do: conversion, quantization and injection record them as they write the file, so later
-damage is found. Damage before that, such as bad memory while llama-quantize runs, shows only if it
-exceeds the error limits. A bad sector stays hidden while the file is in the page cache.
+Large trunk tensors are compared by sample (see `tensors`), which can miss a changed bit. Digests do
+not: conversion, quantization and injection record them as they write the file, so later damage is
+found. Earlier damage, such as bad memory while llama-quantize runs, shows only if it exceeds the
+error limits. A bad sector stays hidden while the file is in the page cache.
 """
 
 from collections.abc import Mapping
@@ -68,8 +68,8 @@ def publish_split(
     with split.splitting(opened, folder, folder.name, limit) as files:
         checks = [_check_files(opened, files)]
         if len(files) > 1 and checks[0].passed:
-            # The head was measured in the whole file, and the bytes are the same: it remains to be
-            # seen whether llama.cpp finds them.
+            # The head was measured in the whole file, and the bytes are the same: all that is left
+            # is whether llama.cpp finds them.
             shards = replace(opened, path=files[0])
             short = replace(
                 request, prompts=request.prompts[:1], min_acceptance=0, perplexity=False
