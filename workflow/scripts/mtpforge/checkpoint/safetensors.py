@@ -58,7 +58,7 @@ class Checkpoint:
     """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed."""
 
     def __init__(self, directory: Path) -> None:
-        # Resolved, because the model is named after the folder, even if it is ".".
+        # Resolved, because the model is named after the folder, which may be given as ".".
         self.directory = Path(directory).resolve()
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
@@ -90,7 +90,7 @@ class Checkpoint:
         return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
 
     def scatter(self, tensor: CheckpointTensor) -> None:
-        """Tell the system to read single rows of the tensor, without their surroundings."""
+        """Tell the system to expect reads of single rows, so that it does not read ahead."""
         mapped = self._map(tensor.shard)
         if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE

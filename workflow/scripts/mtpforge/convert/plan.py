@@ -109,7 +109,7 @@ def _belongs(name: str, family: Family, part: str) -> bool:
 
 
 def _check_tied(checkpoint: Checkpoint, names: Mapping[str, CheckpointTensor]) -> None:
-    """Check that a second copy of tied embeddings is a copy. Raises CheckpointError."""
+    """Check that a second copy of tied embeddings is identical. Raises CheckpointError."""
     output = names[OUTPUT]
     embeddings = names.get(EMBEDDINGS)
     if embeddings is None or checkpoint.digest(output) != checkpoint.digest(embeddings):

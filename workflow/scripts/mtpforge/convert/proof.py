@@ -65,9 +65,9 @@ def pair(
     kinds: tuple[GGMLQuantizationType, ...],
     directory: Path,
 ) -> None:
-    """Pair each expected tensor with one of the file that has its bytes as one of `kinds`.
+    """Pair each expected tensor with one in the file that has the same bytes in one of `kinds`.
 
-    Names may differ. Several head blocks may each have a copy of a shared tensor. Raises GgufError
+    Names may differ, and each head block may have a copy of a shared tensor. Raises GgufError
     naming the tensors without a counterpart, on either side.
     """
     paired = Counter[tuple[Slot, str]]()

@@ -1,6 +1,6 @@
 """Special token ids, their flags and the chat template, as the pinned upstream writes them.
 
-An older gguf-py reads them; the differences from the pinned upstream are made up for here. The
+An older gguf-py reads them; this module corrects where it differs from the pinned upstream. The
 chat template is copied and never rendered.
 """
 
@@ -88,9 +88,9 @@ def _text(token: Any) -> Any:
 
 
 def _read(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> SpecialVocab:
-    """Let gguf-py read the checkpoint with another tokenizer_config.json.
+    """Let gguf-py read the checkpoint with `config` as its tokenizer_config.json.
 
-    It needs everything in `tokenizer.json` except the model, so it gets a small one.
+    gguf-py does not need the model in `tokenizer.json`, the largest part, so it is left out.
     """
     rest = {key: value for key, value in settings.items() if key != "model"}
     with tempfile.TemporaryDirectory() as name:

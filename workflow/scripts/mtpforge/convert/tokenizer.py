@@ -63,8 +63,8 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     """
     path = directory / "tokenizer.json"
     text = read_text(path)
-    # The package runs in a child process: it takes as long as everything else, and a hostile file
-    # may crash it.
+    # The package runs in a child process: it takes as long as everything else together, and a
+    # hostile file may crash it.
     receiver, sender = Pipe(duplex=False)
     child = Process(target=_child, args=(sender, text, added_tokens.read(directory)), daemon=True)
     child.start()
@@ -120,7 +120,7 @@ def vocabulary(
 
 
 def _looks_special(token: str) -> bool:
-    """Some checkpoints do not mark their control tokens; upstream recognizes these spellings."""
+    """Whether upstream takes an unmarked token for a control token because of its spelling."""
     return (
         token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
         or (token.startswith("<|") and token.endswith("|>"))
@@ -152,7 +152,7 @@ def _joined(merge: str | list[str]) -> str:
     return text if text.count(" ") == 1 else " ".join(part.replace(" ", _SPACE) for part in merge)
 
 
-# ── the tokenizers package, in a process of its own ──
+# ── the tokenizers package, in a separate process ──
 
 
 @dataclass(frozen=True)

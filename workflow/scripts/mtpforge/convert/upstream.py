@@ -1,6 +1,6 @@
-"""Converts architectures without a family of ours, with llama.cpp's own converter.
+"""Converts architectures that mtpforge has no family for, with llama.cpp's own converter.
 
-Upstream's program runs in an environment of its own, on a copy of the checkpoint without code. The
+Upstream's program runs in a separate environment, on a copy of the checkpoint without code. The
 GGUF gets its name only if it has every tensor of the checkpoint's head, byte for byte.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import run_upstream  # only for its path; so rules track it as code
+import run_upstream  # for its path, and so that rules track it as code
 
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
@@ -183,7 +183,7 @@ def _leads_outside(key: str) -> bool:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """Return upstream's environment: no token, proxy or home of ours, no PYTHON* variable."""
+    """Return upstream's environment: without our token, proxy, home and PYTHON* variables."""
     passed = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {
         **{key: os.environ[key] for key in passed if key in os.environ},

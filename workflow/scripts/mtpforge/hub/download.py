@@ -1,6 +1,6 @@
 """Downloads files of a commit: resumes interrupted downloads and checks every digest.
 
-A file gets its name only if its content is that of the commit.
+A file gets its final name only if its content matches the commit.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def remote_file(listing: Listing, name: str) -> RemoteFile:
 
 
 def cached(listing: Listing, name: str) -> Path:
-    """Return the path that a file has in the local cache of huggingface_hub, there or not."""
+    """Return a file's path in the local cache of huggingface_hub, whether it exists or not."""
     repository = repo_folder_name(repo_id=listing.repo, repo_type="model")
     return Path(constants.HF_HUB_CACHE, repository, "blobs", listing.files[name].digest)
 
@@ -103,7 +103,7 @@ class Digest:
             return file.tell()
 
     def matches_file(self, path: Path) -> bool:
-        """Hash a file on disk; True if it is there, whole and right."""
+        """Hash a file on disk; True if it exists and matches."""
         there = path.is_file() and path.stat().st_size == self._file.bytes
         return there and self.update_from(path) == self._file.bytes and self.matches
 
@@ -119,7 +119,7 @@ class Digest:
 
     @property
     def mismatch(self) -> str:
-        """Found and expected digest, for messages."""
+        """The actual and the expected digest, for messages."""
         kind = "sha256" if self._file.lfs else "git id"
         return f"its {kind} is {self._found}, the Hub says {self._file.digest}"
 

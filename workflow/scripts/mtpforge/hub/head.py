@@ -1,8 +1,8 @@
-"""Downloads the head of a checkpoint by byte range, as a small checkpoint of its own.
+"""Downloads the head of a checkpoint by byte range, as a small checkpoint.
 
-Its shards have the same names as in the whole checkpoint, so both convert to the same bytes. A
-part of a file cannot be compared with the digest of the whole: the head is trusted on first use,
-until whole shards confirm it.
+Its shards have the same names as in the whole checkpoint, so both convert to the same bytes. Part
+of a file cannot be compared with the digest of the whole: the head is trusted on first use, until
+whole shards confirm it.
 """
 
 import hashlib

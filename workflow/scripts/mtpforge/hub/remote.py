@@ -1,8 +1,8 @@
 """Reads byte ranges of a file on the Hub, and checks every response.
 
 huggingface_hub provides the file's address and the token. Since 2.4 it restarts an interrupted
-download and accepts any range the server sends, so the reading is done here: a response that does
-not match the request is read again from where it broke.
+download and accepts any range the server sends. So this module reads itself: if a response does not
+match the request or breaks off, it requests the rest.
 """
 
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class RemoteFile:
                     begin += len(block)
                     retry.reset()
             except REQUEST_ERRORS as error:
-                # A signed address expires, and a new one may lead to a better server.
+                # A signed URL expires, and a new one may lead to a better server.
                 self._address = None
                 retry.wait(error)
 

@@ -21,8 +21,8 @@ from mtpforge.errors import ForgeError
 def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`, on any error remove it.
 
-    What a killed run left behind is removed. With `keep`, it is kept to be resumed, also after an
-    error. Raises ForgeError if another process is writing the same file.
+    Leftovers of a killed run are removed. With `keep` they stay, also after an error, so that the
+    caller can resume. Raises ForgeError if another process is writing the same file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder; on success flush it and rename it to `path`, else remove it.
 
     An existing folder `path` is replaced with everything in it. A reader may find no folder for a
-    moment, but never an incomplete one. What a killed run left behind is removed. Raises ForgeError
+    moment, but never an incomplete one. Leftovers of a killed run are removed. Raises ForgeError
     if another process is writing the same folder.
     """
     path = Path(path)
@@ -75,8 +75,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """Yield an empty hidden folder next to `beside`, on the same disk; remove it at the end.
 
-    What a killed run left behind is removed. Raises ForgeError if another process is using the
-    same folder.
+    Leftovers of a killed run are removed. Raises ForgeError if another process is using the same
+    folder.
     """
     folder = beside.with_name(f".{beside.name}.scratch")
     with _locked_folder(folder, beside):
@@ -141,7 +141,7 @@ def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a folder, but not the folder, which is locked."""
+    """Remove the contents of a folder, but not the folder, which is locked."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -2,7 +2,7 @@
 
 The kernel copies ranges if it can (`copy_file_range`). Btrfs and XFS then share whole blocks
 instead of copying them, if a range has the same offset within a block in both files. Otherwise a
-bounded buffer is used. An I/O error is never taken for "not supported".
+bounded buffer is used. I/O errors are raised, never taken for "not supported".
 """
 
 import errno
@@ -34,7 +34,7 @@ Payload: TypeAlias = Iterable[FileRange | memoryview]
 
 
 class Sink:
-    """Appends ranges of other files, and buffers, to a file, and starts to flush them at once.
+    """Appends ranges of other files, and buffers, to a file, and starts flushing them at once.
 
     Otherwise gigabytes of unwritten data pile up in memory, and the final fsync takes as long again
     as the copying.
@@ -65,7 +65,7 @@ class Sink:
         return self.size - before
 
     def flush(self) -> None:
-        """Start to write what was appended since the last call to the disk."""
+        """Start writing to the disk all data appended since the last call."""
         if self._flush:
             # Linux keeps dirty pages in memory and only starts to write them.
             size = self.size - self._flushed

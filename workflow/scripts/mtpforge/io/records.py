@@ -28,7 +28,7 @@ class Record:
 
     @classmethod
     def parse(cls, text: bytes | str, path: Path) -> Self:
-        """The record in JSON text; `path` is where it comes from. Raises RecordError."""
+        """Parse JSON text; `path` is its file, for messages. Raises RecordError."""
         try:
             record: Self = _adapter(cls).validate_json(text, by_alias=True)
         except ValidationError as error:

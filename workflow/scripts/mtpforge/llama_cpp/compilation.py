@@ -94,7 +94,7 @@ def read_pin(requirement: Path) -> Pin:
 def compiler() -> str:
     """The compilers that CMake will find: "GNU 12.2.0", or "C Clang 14.0.6, C++ GNU 12.2.0".
 
-    The kernels of quantization are C, so both determine the bytes. Raises ToolchainError.
+    The quantization kernels are C, so both compilers determine the bytes. Raises ToolchainError.
     """
     cxx = _compiler("c++", os.environ.get("CXX"), ("c++", "g++", "clang++"))
     c = _compiler("c", os.environ.get("CC"), ("cc", "gcc", "clang"))

@@ -31,8 +31,8 @@ _INTERVAL = 10.0
 def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
     """Start a child process, with options of Popen, and end it when the block is left.
 
-    A signal has to wait while the child starts: if it were raised in Popen's constructor, nobody
-    would know the child.
+    Signals are held back while the child starts: one raised in Popen's constructor would leave a
+    child that nothing can end.
     """
     pending: list[int] = []
     raising = [

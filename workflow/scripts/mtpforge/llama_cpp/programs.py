@@ -1,6 +1,6 @@
 """Calls of llama.cpp's programs.
 
-Functions pass on one `LlamaCpp`: the folder of programs, their threads and their log. `server`
+Functions pass one `LlamaCpp` along: the folder of programs, their threads and their log. `server`
 starts llama-server with it, so that an edit of the server's protocol does not redo quantization.
 """
 

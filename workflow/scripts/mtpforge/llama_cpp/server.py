@@ -1,4 +1,4 @@
-"""llama-server as a context manager: on loopback, asked over HTTP, ended with its caller."""
+"""llama-server as a context manager: on loopback, queried over HTTP, stopped with its caller."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Choice(NamedTuple):
     """A chosen token, the second best, and the difference of their log-probabilities.
 
-    None and 0 if the server does not tell: it omits tokens that end within a character.
+    None and 0 if the server omits the token, as it does for tokens that end within a character.
     """
 
     token: int

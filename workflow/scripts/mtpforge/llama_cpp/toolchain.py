@@ -60,7 +60,7 @@ def built(requirement: Path, jobs: int) -> Path:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with only_builder(entry) as alone:
-            if is_whole(entry):  # the run that we waited for has built it
+            if is_whole(entry):  # built by the run that we waited for
                 return entry
             if alone:
                 for left in entry.parent.glob(f"{entry.name}.*.part"):  # by killed runs

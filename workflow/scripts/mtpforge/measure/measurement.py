@@ -82,7 +82,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Record):
-    """What measure.py found out about one file."""
+    """The results of measure.py for one file."""
 
     written_by: ClassVar[str] = "measure.py"
     file: str

@@ -1,19 +1,18 @@
 """Decoding speed of a GGUF with and without drafting, and acceptance of its drafts.
 
-Each kind of prompt and each n_max (tokens drafted ahead; 0: no drafting) gets a llama-server of its
-own. Its first request is **cold**: the server starts without its usual warm-up, so the process has
-not touched the weights. The prompt is read before the first token is decoded, so by then all
-weights of a dense model are in memory; of a mixture of experts, those that the prompt needs. The
-page cache is left alone, and a file that was just written is in it: the speed of the disk is not
-measured. The next requests are **warm**: the same prompt, without prompt cache. All are greedy, at
-p_min 0.
+Each kind of prompt and each n_max (tokens drafted ahead; 0: no drafting) gets its own llama-server.
+Its first request is **cold**: the server starts without its usual warm-up, so the process has not
+touched the weights. The prompt is processed before the first token is decoded, which loads all
+weights of a dense model, or the experts that the prompt uses. The page cache is not cleared, and
+holds a file that was just written: disk speed is not measured. The next requests are **warm**: the
+same prompt, without prompt cache. All are greedy, at p_min 0.
 
 Speeds are llama-server's own, of decoding alone. Speeds of several kinds are combined by their
 harmonic mean: the speed at the same number of tokens of each kind.
 
-Acceptance by position is what llama-server logs at verbosity 4 after each request: the share of
-verified drafts in which this position, and so all before it, was accepted. It is empty if a build
-does not log it.
+Acceptance by position comes from llama-server's log at verbosity 4: the share of verified drafts in
+which this position, and therefore all before it, was accepted. It is empty if a build does not log
+it.
 """
 
 import hashlib
@@ -96,7 +95,7 @@ def measure(
 def make_run(
     kind: str, state: str, n_max: int, answers: Sequence[Completion], by_position: list[list[float]]
 ) -> Run:
-    """The run that these answers make; `by_position` has the acceptance of each answer."""
+    """Make a run from these answers; `by_position` has the acceptance of each answer."""
     speeds = tuple(round(answer.tokens_per_second, 2) for answer in answers)
     drafts = sum(answer.drafts for answer in answers)
     accepted = sum(answer.accepted for answer in answers)

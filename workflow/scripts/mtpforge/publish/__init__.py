@@ -1,1 +1,1 @@
-"""What is published: model card, checksums, provenance, upload."""
+"""Publishing: model card, checksums, provenance, upload."""

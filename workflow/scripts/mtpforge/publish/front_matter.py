@@ -22,8 +22,8 @@ _TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
 def read_front_matter(path: Path) -> dict[str, Any]:
     """The license, tags and languages on a checkpoint's card; malformed values are left out.
 
-    Not its library_name: that library does not load a GGUF. The Hub shows how to use one by its
-    files if there is none.
+    library_name is left out, because that library cannot load a GGUF. Without it, the Hub looks at
+    the files to show how to use them.
     """
     found = _load(path)
     known = {key: found[key] for key in _COPIED if _is_text(found.get(key))}
@@ -53,7 +53,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             return {}
         found = metadata_load(path)
     except (ValueError, yaml.YAMLError, RecursionError):
-        return {}  # a broken card of the checkpoint does not stop ours
+        return {}  # the checkpoint's broken card must not stop ours
     return found if isinstance(found, Mapping) else {}
 
 

@@ -1,4 +1,4 @@
-"""Markdown of the model card: text from strangers, escaped, and blocks of commands."""
+"""Markdown of the model card: escaped text from others, and code blocks of commands."""
 
 import html
 import re
@@ -9,7 +9,7 @@ _MARKUP = re.compile(r"([\\`*\[\]|~$]|\b_\B|\B_\b)")
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, also within a table."""
+    """Escape text so that Markdown shows it literally, even in a table."""
     return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 

@@ -31,7 +31,7 @@ def statement(
     parameters: Mapping[str, Any],
     dependencies: list[Resource],
 ) -> dict[str, Any]:
-    """The statement on `files` (path, bytes, sha256), built from dependencies with parameters.
+    """The statement that `files` (path, bytes, sha256) were built from these dependencies.
 
     `parameters` are the relevant part of the configuration.
     """
@@ -68,7 +68,7 @@ def subjects(path: Path) -> dict[str, str]:
 def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
     """The files of a source: local files, which are hashed, or records of downloaded ones.
 
-    `source` is as in the configuration. A head that was downloaded by itself has one entry per
+    `source` is as in the configuration. A head that was downloaded alone has one entry per
     tensor, with its standing: verified, or trusted on first use.
     """
     if "path" in source:

@@ -182,7 +182,7 @@ def _downloaded(
 
 
 def _other_files(files: _Repository) -> list[str]:
-    """What to change in the commands for another file, if there are several."""
+    """How to adapt the commands to another file, if there are several."""
     if len(files.models) == 1:
         return [""]
     if files.sidecars:

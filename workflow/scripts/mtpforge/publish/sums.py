@@ -1,4 +1,4 @@
-"""SHA256SUMS, the list of all published files of a results folder, and the check of a copy.
+"""SHA256SUMS, the list of all published files of a results folder, and checking a copy with it.
 
 Files in the folder that are not on the list, such as those of a removed variant, are reported and
 never published.

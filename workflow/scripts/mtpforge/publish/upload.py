@@ -112,7 +112,7 @@ def upload(plan: UploadPlan, private: bool) -> str:
 
 
 def _check_again(folder: Path, names: list[str]) -> None:
-    """Hash every file once more: an upload may be impossible to take back."""
+    """Hash every file once more, because an upload cannot always be undone."""
     for name, digest in read_sums(folder / SUMS).items():
         if name in names:
             check_unchanged(folder / name, digest, folder / SUMS)

@@ -1,1 +1,1 @@
-"""Figures of the report."""
+"""The summary table and the figures of the report."""

@@ -17,7 +17,7 @@ _SMALLEST = 1e-6
 
 
 def distance(measured: Sequence[Measurement]) -> Svg:
-    """One point per file. The axis of divergence is logarithmic, with 0 at its foot.
+    """One point per file. The divergence axis is logarithmic, with 0 at the bottom.
 
     Files without a measured divergence are left out. Raises ConfigError if there are no others.
     """
@@ -43,7 +43,7 @@ def distance(measured: Sequence[Measurement]) -> Svg:
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, up to a hyphen; empty if all are the same."""
+    """The prefix of all names, up to a hyphen; empty if all are the same."""
     first = min(names)
     last = max(names)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
@@ -58,7 +58,7 @@ class _File:
 
 
 def _compared(measured: Sequence[Measurement]) -> list[_File]:
-    """The files with a measured divergence. One that rounds to less than 0 is 0."""
+    """The files with a measured divergence; rounding can make it negative, which counts as 0."""
     return [
         _File(found.stem, found.bytes, max(found.kl_divergence.mean, 0.0))
         for found in measured
@@ -115,7 +115,7 @@ def _draw_axes(svg: Svg, scale: _Scale) -> None:
 
 
 class _Labels:
-    """Names beside points that do not overlap if there is room."""
+    """Labels of points, placed so that they do not overlap if there is room."""
 
     def __init__(self, svg: Svg, scale: _Scale) -> None:
         self._svg = svg

@@ -1,4 +1,4 @@
-"""Figures of what was measured: speed, acceptance, and distance from BF16."""
+"""Figures of measurements: speed, and acceptance."""
 
 from collections.abc import Callable, Sequence
 
@@ -116,7 +116,7 @@ def _percent_grid(svg: Svg, bottom: float) -> None:
 
 
 def _acceptance_mark(svg: Svg, run: Run, kinds: Sequence[str], middle: float) -> None:
-    """A mark below that of the kind before: they are often nearly equal."""
+    """One mark per kind, each lower than the last, because values are often nearly equal."""
     if run.acceptance is not None:
         series = kinds.index(run.kind)
         shift = (series - (len(kinds) - 1) / 2) * _MARK_HEIGHT

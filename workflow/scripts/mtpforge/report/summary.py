@@ -45,12 +45,12 @@ def acceptance(report: Report) -> str:
 
 
 def speed(measured: Measurement) -> str:
-    """Tokens per second without drafting and at the fastest n_max, be it slower or faster."""
+    """Tokens per second without drafting and at the fastest n_max, even if that is slower."""
     off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
     return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"
 
 
 def _by_file(measurements: Iterable[Path]) -> Mapping[tuple[Path, str], Measurement]:
-    """By folder too, since two models can have files of the same name."""
+    """Measurements by folder and name, because models can have files of the same name."""
     found = [(path.parent.parent, Measurement.read(path)) for path in measurements]
     return {(folder, measured.file): measured for folder, measured in found}

@@ -65,7 +65,7 @@ def _chips(svg: Svg, types: Sequence[str]) -> None:
 
 
 def _chip(svg: Svg, x: float, words: str, *, depth: float) -> None:
-    """A label on a ground that is darker the deeper: 0 to 1."""
+    """A label on a background; `depth` from 0 to 1 makes it darker."""
     rgb = [round(light + (dark - light) * depth) for light, dark in zip(_LIGHT, _DARK, strict=True)]
     fill = "#{:02x}{:02x}{:02x}".format(*rgb)
     svg.rect(x, svg.y - 12, CHARACTER * len(words) + 8, 16, fill)

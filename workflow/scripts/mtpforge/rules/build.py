@@ -39,7 +39,7 @@ class Build:
         return [output for model in self.config.chosen for output in layout.outputs(model)]
 
     def files(self) -> list[str]:
-        """The files among it, and the folders of split ones."""
+        """All published files, or the folders of split ones."""
         return [output.file for output in self.outputs()]
 
     def reports(self) -> list[str]:
@@ -47,7 +47,7 @@ class Build:
         return [output.report for output in self.outputs()]
 
     def measurements(self) -> list[str]:
-        """The measurements of all models that ask for some."""
+        """The measurements of all models that have `measure`."""
         return [path for model in self.config.chosen for path in layout.measurements(model)]
 
     def names(self) -> dict[str, list[str]]:

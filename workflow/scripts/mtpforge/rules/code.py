@@ -1,7 +1,7 @@
 """The source files of a program, as inputs of the rule that runs it.
 
 Snakemake compares small inputs by checksum: touching or reverting a module reruns nothing; editing
-one reruns exactly the rules that import it, directly or not.
+one reruns exactly the rules that import it, even indirectly.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Checks of `config.yaml` that concern several keys, or files on this machine."""
+"""Checks of `config.yaml` that involve several keys, or files on this machine."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError, with the key's path, for what cannot be built; warn of what is unwise."""
+    """Raise ConfigError, with the key's path, for impossible settings; warn of unwise ones."""
     for name, model in config.models.items():
         path = f"models/{name}"
         for key, variant in model.variants.items():
@@ -111,7 +111,7 @@ def _check_chosen(config: Config) -> None:
 
 
 def _check_files(path: str, model: Model) -> None:
-    """Only for models that are built: those of others need not be on this machine."""
+    """Check the files of models under `build`; others need not be on this machine."""
     if isinstance(model.source, LocalFolder) and not Path(model.source.path).is_dir():
         _refuse(f"{path}/source/path", f"no such folder: {model.source.path}")
     text = model.measure and model.measure.text

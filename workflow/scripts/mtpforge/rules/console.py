@@ -1,6 +1,6 @@
-"""What a run shows on the terminal: each job's start and end, then what was made or what failed.
+"""Terminal output of a run: each job's start and end, then the summary or the failures.
 
-Replaces Snakemake's handler of its messages, which are all still in .snakemake/log/. A program's
+Replaces Snakemake's log handler; all of its messages are still in .snakemake/log/. A program's
 output goes to the job's log, whose last line is the job's progress and, at the end, its figure.
 With `--verbose` Snakemake's handler stays, and the programs' output is shown too.
 """
@@ -21,7 +21,7 @@ from mtpforge.rules.joblog import Job
 
 NOTHING_TO_DO = "Nothing to be done"
 INTERRUPTED = "Terminating processes on user request"
-# During a run, of the messages without an event only these are shown, and warnings and errors ...
+# During a run, only these messages without an event are shown, plus warnings and errors ...
 SHOWN = (
     NOTHING_TO_DO,
     INTERRUPTED,
@@ -40,7 +40,7 @@ HIDDEN = (
     "WorkflowError:\nAt least one job did not complete",
 )
 EXIT_STATUS = re.compile(r"CalledProcessError in .*exit status (\d+)", re.DOTALL)
-PROGRESS_INTERVAL = 30.0  # seconds; a tenth of the time that a job has run, if that is longer
+PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
 
 
 def attach(workflow: Any) -> "Console | None":
@@ -57,7 +57,7 @@ def attach(workflow: Any) -> "Console | None":
 
 
 class Console(logging.Handler):
-    """Shows Snakemake's messages in few lines."""
+    """Shows Snakemake's messages briefly."""
 
     def __init__(self, workflow: Any, stock: "logging.StreamHandler[Any]") -> None:
         super().__init__()
@@ -111,13 +111,13 @@ class Console(logging.Handler):
     # ── the end of a run ──
 
     def success(self) -> None:
-        """Say what the run has made."""
+        """Report the built files."""
         elapsed = duration(time.time() - self.began)
         jobs = "1 job" if self.done == 1 else f"{self.done} jobs"
         self._tell(f"\n{jobs} done in {elapsed}.\n{self._made()}")
 
     def failure(self) -> None:
-        """Say of each failed job what is wrong, where its log is, and what to do."""
+        """Report what is wrong with each failed job, where its log is, and what to do."""
         failed = list(self.failed.values())
         if not self.interrupted:  # such as one whose output is missing, which has no JOB_ERROR
             failed += [describe(job, "see above", "-", job.log) for job in self.running.values()]
@@ -129,7 +129,7 @@ class Console(logging.Handler):
         self._tell("\n".join(["", *failed, counts + advice]), logging.ERROR)
 
     def _made(self) -> str:
-        """The summary and where the files are; empty if not all was asked for."""
+        """The summary and where the files are; empty unless the target was `all`."""
         target = next((job for job in self.workflow.dag.jobs if job.rule.name == "all"), None)
         if target is None:
             return ""
@@ -228,7 +228,7 @@ class Console(logging.Handler):
                 self.release()
 
     def look(self) -> None:
-        """Show what running jobs say now."""
+        """Show the progress of running jobs."""
         for job in self.running.values():
             self._copy(job)
         if self.stream.isatty() and not self.verbose:
@@ -297,7 +297,7 @@ def duration(seconds: float) -> str:
 
 
 def ending(status: int) -> str:
-    """How a program ended that left no message."""
+    """Describe the end of a program that left no message."""
     if status == 128 + 9:
         return "killed (signal 9): out of memory?"
     if status > 128:

@@ -31,7 +31,7 @@ class FetchRules(Stage):
         return layout.fetched(wildcards)
 
     def head_folder(self, wildcards: Wildcards) -> str:
-        """The folder of a checkpoint of which only the head is fetched."""
+        """The folder of a checkpoint of which only the head is downloaded."""
         return layout.fetched_head(wildcards)
 
     def checkpoint(self, wildcards: Wildcards) -> str:
@@ -41,7 +41,7 @@ class FetchRules(Stage):
     def checkpoint_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that reads the checkpoint: its files, or the records of fetched files.
 
-        A shard has no record until its content is right, and touching it changes no record.
+        A shard has no record until it is verified, and touching it changes no record.
         """
         model = self.model(wildcards)
         source = model.source

@@ -206,7 +206,7 @@ def form(name: str) -> Tag:
 
 
 def by_key(*keys: str) -> Discriminator:
-    """Tells the forms of a mapping apart by the one of `keys` that each of them has."""
+    """Tells the forms of a mapping apart by which of `keys` it has."""
 
     def present(value: Any) -> str | None:
         has = value if isinstance(value, Mapping) else getattr(value, "__dict__", ())

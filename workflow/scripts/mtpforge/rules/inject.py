@@ -11,7 +11,7 @@ class InjectRules(Stage):
     """Inputs and parameters of rules/inject.smk."""
 
     def base(self, wildcards: Wildcards) -> str:
-        """The GGUF to inject into; of a split one, the first file."""
+        """The GGUF to inject into; if split, its first file."""
         base = self._base(wildcards)
         if isinstance(base, OwnBase):
             return layout.quantized(wildcards.model, "trunk", base.type).file
@@ -47,6 +47,6 @@ class InjectRules(Stage):
         return base
 
     def _head(self, wildcards: Wildcards) -> layout.Intermediate:
-        """llama.cpp's converter cannot write a head alone."""
+        """The head alone, or the whole model: llama.cpp's converter cannot write a head alone."""
         part = "head" if self.model(wildcards).native else "all"
         return layout.converted(wildcards.model, part)

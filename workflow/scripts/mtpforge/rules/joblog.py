@@ -1,4 +1,4 @@
-"""A job that runs, and what its log says of it."""
+"""A running job, and the messages in its log."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass
 class Job:
-    """A job that has started. Its log need not be there yet."""
+    """A job that has started. Its log may not exist yet."""
 
     label: str
     log: Path
@@ -23,7 +23,7 @@ class Job:
     copied: int = 0
 
     def last_line(self) -> str:
-        """The progress of a job that runs, the figure of one that is done; empty if its log is."""
+        """A running job's progress, or a finished one's figure; empty if the log is."""
         return "".join(self._tail()[-1:])[:WIDTH]
 
     def error(self) -> str:
@@ -38,7 +38,7 @@ class Job:
         return [line for line in _lines(self._read(0)) if line.startswith("warning: ")]
 
     def news(self) -> str:
-        """What the log has gained since the last call."""
+        """The text added to the log since the last call."""
         data = self._read(self.copied)
         self.copied += len(data)
         return data.decode(errors="replace")

@@ -21,7 +21,7 @@ from mtpforge.rules.variant import (
 )
 
 GivenFile: TypeAlias = LocalGguf | HubGguf | LocalFile | HubFile
-"""A file that somebody else made: a base or an importance matrix."""
+"""A file that was not made here: a base or an importance matrix."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Output:
 
 
 def outputs(model: Model) -> Iterator[Output]:
-    """All that a model publishes: its variants, then its sidecar and vision tower."""
+    """Everything that a model publishes: its variants, then its sidecar and vision tower."""
     for variant in model.variants:
         yield output(model, variant)
     if model.sidecar:
@@ -106,7 +106,7 @@ def sidecar(model: Model, file_type: str) -> Output:
 
 
 def measurements(model: Model) -> list[str]:
-    """The measurements of a model's variants; none if it asks for none."""
+    """The measurements of a model's variants; none without `measure`."""
     variants = model.variants if model.measure else ()
     return [output(model, variant).measurement for variant in variants]
 
@@ -175,7 +175,7 @@ def imatrix(model: str, text: str) -> str:
 
 
 def imatrix_name(text: str) -> str:
-    """Its name, which gets into published files: it must not tell folders of this machine."""
+    """Its name, which is stored in published files, so it must not reveal local folders."""
     return f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -248,7 +248,7 @@ def checkpoint(model: Model) -> str:
 
 
 def local_path(file: GivenFile | ImatrixText, model: str) -> str:
-    """The path of a file once it is fetched or made; of a split GGUF, the first."""
+    """The path of a file once it is fetched or made; for a split GGUF, of its first file."""
     if isinstance(file, ImatrixText):
         return imatrix(model, file.text)
     if isinstance(file, HubFile):

@@ -48,7 +48,7 @@ class MeasureRules(Stage):
         return shlex.join(options)
 
     def measurements(self, wildcards: Wildcards) -> list[str]:
-        """The measurements of a model; none if it asks for none."""
+        """The measurements of a model; none without `measure`."""
         return layout.measurements(self.model(wildcards))
 
     def _settings(self, wildcards: Wildcards) -> MeasureSettings:

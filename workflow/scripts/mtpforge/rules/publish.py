@@ -36,7 +36,7 @@ class PublishRules(Stage):
     # ── card and sums ──
 
     def files(self, wildcards: Wildcards) -> list[str]:
-        """A model's files, folders of split ones among them."""
+        """A model's files, including the folders of split ones."""
         return [output.file for output in layout.outputs(self.model(wildcards))]
 
     def reports(self, wildcards: Wildcards) -> list[str]:
@@ -108,11 +108,11 @@ class PublishRules(Stage):
     # ── upload ──
 
     def ends(self) -> list[str]:
-        """The last file of each model's folder, for all models."""
+        """The file that is made last in each model's folder."""
         return [layout.sums(model) for model in self.config.chosen]
 
     def uploads(self, wildcards: object) -> list[str]:
-        """The same for models that have a repository to go to."""
+        """The same for models that have a repository."""
         return [layout.sums(model) for model in self.config.chosen if model.publish]
 
     def upload_options(self, wildcards: object) -> str:
@@ -157,7 +157,7 @@ def _variants(model: Model, *names: str) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """The same with file names instead of paths, which would reveal folders of this machine."""
+    """The same with file names instead of paths, which would reveal local folders."""
     if not isinstance(value, Mapping):
         return value
     return {

@@ -1,4 +1,4 @@
-"""Stage `report`: figures of what was measured and verified."""
+"""Stage `report`: figures of measured and verified files."""
 
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
@@ -9,7 +9,7 @@ class ReportRules(Stage):
     """Inputs of rules/report.smk."""
 
     def figures(self) -> list[str]:
-        """All figures: of each model its measurements, of each variant its tensors."""
+        """All figures: measurements of each model, tensors of each variant."""
         return [
             layout.plot(model, figure)
             for model in self.config.chosen

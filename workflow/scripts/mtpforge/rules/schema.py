@@ -28,7 +28,7 @@ def json_schema() -> str:
 
 
 class _Schema(GenerateJsonSchema):
-    """The schema without what only pydantic needs: titles, and null for keys that are left out."""
+    """The schema without pydantic's extras: titles, and null for keys that are left out."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False

@@ -32,7 +32,7 @@ class VerifyRules(Stage):
     def unquantized(self, wildcards: Wildcards) -> list[str]:
         """The acceptance of the BF16 file, to compare with.
 
-        Nothing for a foreign base: no BF16 file is made for this alone.
+        Nothing for a base from elsewhere: no BF16 file is made just for this.
         """
         variant = self.variant(wildcards)
         if variant.foreign or variant.unquantized or variant.head_types is None:
@@ -44,7 +44,7 @@ class VerifyRules(Stage):
         return self._against(wildcards, self.reference(wildcards))
 
     def options(self, wildcards: Wildcards) -> str:
-        """The types and gates that the file must meet; a foreign base keeps its types."""
+        """The types and gates that the file must meet; a base from elsewhere keeps its types."""
         model, variant = self.model(wildcards), self.variant(wildcards)
         gates = self._gates(wildcards, self.unquantized(wildcards))
         options = ["--head", variant.head_type, *gates]

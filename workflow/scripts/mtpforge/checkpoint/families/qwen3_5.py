@@ -265,7 +265,7 @@ def trunk(hp: Hparams, mlp: Part, linear: Part = linear_attention) -> list[Row]:
 
 
 def head(hp: Hparams, mlp: Part) -> list[Row]:
-    """Return block N. It uses the trunk's embeddings and output matrix, so it must not have any."""
+    """Return block N. It shares the trunk's embeddings and output, so it must not have its own."""
     if hp.flag("mtp_use_dedicated_embeddings"):
         raise CheckpointError(
             "config.json: mtp_use_dedicated_embeddings is true, which llama.cpp does not support"
