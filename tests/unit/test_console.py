@@ -15,7 +15,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 
 def job(log: Path) -> Job:
-    return Job("convert", log, started=0, next_progress=30)
+    return Job("convert", "F.gguf", log, started=0, next_progress=30)
 
 
 def test_the_last_line_is_what_a_terminal_would_show(tmp_path: Path) -> None:
@@ -82,7 +82,12 @@ def message(event: LogEvent | None, text: str = "", **values: object) -> logging
 
 def started(log: Path, number: int = 1) -> logging.LogRecord:
     return message(
-        LogEvent.JOB_INFO, jobid=number, rule_msg="m: convert", shellcmd="python", log=[str(log)]
+        LogEvent.JOB_INFO,
+        jobid=number,
+        rule_msg="m: convert",
+        shellcmd="python",
+        output=["F.gguf"],
+        log=[str(log)],
     )
 
 
@@ -130,7 +135,7 @@ def test_the_report_on_failures_leaves_out_what_a_second_attempt_has_mended(tmp_
     for number in (1, 2):
         shown.handle(started(log, number))
         log.write_text(f"error: no. {number}\n")
-        values = {"rule_msg": None, "output": ["F.gguf"], "log": [str(log)], "thread": 7}
+        values = {"rule_msg": None, "log": [str(log)], "thread": 7}
         shown.handle(message(LogEvent.JOB_ERROR, jobid=number, **values))
     shown.handle(started(log, 1))
     shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
@@ -145,7 +150,7 @@ def test_a_killed_program_is_told_from_one_that_fails(tmp_path: Path) -> None:
     shown.handle(started(tmp_path / "log"))
     why = "RuleException:\nCalledProcessError in file X:\n'...' returned non-zero exit status 137."
     shown.handle(message(LogEvent.ERROR, why, thread=7))
-    values = {"rule_msg": None, "output": ["F.gguf"], "log": [], "thread": 7}
+    values = {"rule_msg": None, "log": [], "thread": 7}
     shown.handle(message(LogEvent.JOB_ERROR, jobid=1, **values))
     assert "killed (signal 9): out of memory?" in shown.failed[1]
 
@@ -168,7 +173,7 @@ def test_a_job_that_never_ended_is_reported_unless_the_user_stopped_it(
     shown = shown_on(io.StringIO())
     shown.handle(started(tmp_path / "log"))
     shown.failure()
-    assert "m: convert\n  error  see above\n" in caplog.messages[-1]
+    assert "m: convert\n  error  see above\n  file   F.gguf\n" in caplog.messages[-1]
     assert "1 failed" in caplog.messages[-1]
     shown.handle(message(None, "Terminating processes on user request, this might take some time."))
     shown.failure()

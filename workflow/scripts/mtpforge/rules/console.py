@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Console(logging.Handler):
         """Report what is wrong with each failed job, where its log is, and what to do."""
         failed = list(self.failed.values())
         if not self.interrupted:  # such as one whose output is missing, which has no JOB_ERROR
-            failed += [describe(job, "see above", "-", job.log) for job in self.running.values()]
+            failed += [describe(job, "see above", [job.log]) for job in self.running.values()]
         counts = f"{self.done} of {self.total} jobs done, {len(failed)} failed"
         counts += ", interrupted. " if self.interrupted else ". "
         advice = "Run the same command again to continue: finished jobs are kept."
@@ -182,9 +183,10 @@ class Console(logging.Handler):
             reason, _, _ = record.reason.partition(":")
             self._line(f"{label} [{reason.lower()}]")
             return
+        output = record.output[0] if record.output else "-"
         log = Path(record.log[0] if record.log else os.devnull)
         progress = record.created + PROGRESS_INTERVAL
-        self.running[record.jobid] = Job(label, log, record.created, progress)
+        self.running[record.jobid] = Job(label, output, log, record.created, progress)
         self._say("start", label)
 
     def _finish(self, record: Any) -> None:
@@ -214,8 +216,7 @@ class Console(logging.Handler):
             return
         self._say("FAILED", f"{job.label} ({took})")
         error = record.rule_msg or job.error() or ending(status)
-        output = ", ".join(record.output[:1])
-        self.failed[record.jobid] = describe(job, error, output, ", ".join(record.log))
+        self.failed[record.jobid] = describe(job, error, record.log)
 
     # ── jobs that run ──
 
@@ -279,9 +280,10 @@ def progress(job: Job) -> str:
     return f"{job.label} ({duration(time.time() - job.started)})" + (line and f": {line}")
 
 
-def describe(job: Job, error: str, output: str, log: object) -> str:
+def describe(job: Job, error: str, logs: Sequence[object]) -> str:
     """A failed job's part of the report at the end."""
-    return f"{job.label}\n  error  {error}\n  file   {output or '-'}\n  log    {log}\n"
+    named = ", ".join(map(str, logs))
+    return f"{job.label}\n  error  {error}\n  file   {job.output}\n  log    {named}\n"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ class Job:
     """A job that has started. Its log may not exist yet."""
 
     label: str
+    output: str
     log: Path
     started: float
     next_progress: float
