@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from mtpforge.rules import console
 from mtpforge.rules.joblog import WIDTH, Job
+from snakemake.logging import DefaultFilter
+from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
 
@@ -29,8 +31,8 @@ def test_the_last_line_is_what_a_terminal_would_show(tmp_path: Path) -> None:
 
 def test_an_error_is_what_the_program_says_it_is(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("12% done\nerror: first\nagain\nerror: F.gguf: is damaged\n  line 3: see\n")
-    assert job(log).error().splitlines() == ["F.gguf: is damaged", "         line 3: see"]
+    log.write_text("12% done\nerror: first\nagain\nerror: F.gguf: is damaged\n  error: see 3\n")
+    assert job(log).error().splitlines() == ["F.gguf: is damaged", "           error: see 3"]
     log.write_text("".join(f"line {number}\n" for number in range(100)))
     assert job(log).error().endswith("line 99") and len(job(log).error().splitlines()) == 12
     log.write_text("")
@@ -67,11 +69,13 @@ def test_a_program_without_a_message_ended_somehow() -> None:
     assert console.ending(3) == "no message (exit status 3)"
 
 
-def shown_on(stream: io.TextIOBase) -> console.Console:
-    """A console without a workflow."""
-    settings = SimpleNamespace(verbose=False, dryrun=False, quiet=None)
+def shown_on(stream: io.TextIOBase, *quiet: Quietness) -> console.Console:
+    """A console without a workflow, with Snakemake's own filter."""
+    settings = SimpleNamespace(verbose=False, dryrun=False, quiet=set(quiet))
     workflow = SimpleNamespace(logger_manager=SimpleNamespace(settings=settings))
-    return console.Console(workflow, logging.StreamHandler(stream))
+    stock = logging.StreamHandler(stream)
+    stock.addFilter(DefaultFilter(set(quiet), False, False, False, False))
+    return console.Console(workflow, stock)
 
 
 def message(event: LogEvent | None, text: str = "", **values: object) -> logging.LogRecord:
@@ -152,6 +156,48 @@ def test_a_killed_program_is_told_from_one_that_fails(tmp_path: Path) -> None:
     shown.handle(message(LogEvent.ERROR, why, thread=7))
     values = {"rule_msg": None, "log": [], "thread": 7}
     shown.handle(message(LogEvent.JOB_ERROR, jobid=1, **values))
+    assert "killed (signal 9): out of memory?" in shown.failed[1]
+
+
+@pytest.mark.parametrize("quietness", [Quietness.ALL, Quietness.RULES, Quietness.PROGRESS])
+def test_quiet_hides_jobs_but_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, quietness: Quietness
+) -> None:
+    stream, log = io.StringIO(), tmp_path / "log"
+    shown = shown_on(stream, quietness)
+    for number in (1, 2):
+        shown.handle(started(log, number))
+    log.write_text("error: bad file\n")
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    values = {"rule_msg": None, "log": [str(log)], "thread": 7, "levelno": logging.ERROR}
+    shown.handle(message(LogEvent.JOB_ERROR, jobid=2, **values))
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(f"FAILED m: convert (0.0 s): see {log}")
+    shown.failure()
+    assert "error  bad file" in caplog.messages[-1] and "1 failed" in caplog.messages[-1]
+    assert not hasattr(caplog.records[-1], "quietness")
+
+
+def test_failures_are_reported_even_if_snakemake_calls_no_handler(tmp_path: Path) -> None:
+    """With --no-hooks, or if an input function raises after a checkpoint."""
+    stream, log = io.StringIO(), tmp_path / "log"
+    shown = shown_on(stream)
+    shown.handle(started(log))
+    log.write_text("error: bad file\n")
+    values = {"rule_msg": None, "log": [str(log)], "thread": 7}
+    shown.handle(message(LogEvent.JOB_ERROR, jobid=1, **values))
+    shown.close()
+    assert stream.getvalue().count("error  bad file") == 1
+
+
+def test_a_program_that_a_signal_ended_is_described(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    shown = shown_on(io.StringIO())
+    shown.handle(started(tmp_path / "log"))
+    why = "CalledProcessError in file X:\n'...' died with <Signals.SIGKILL: 9>."
+    shown.handle(message(LogEvent.ERROR, why, thread=7))
+    shown.handle(message(LogEvent.JOB_ERROR, jobid=1, rule_msg=None, log=[], thread=7))
     assert "killed (signal 9): out of memory?" in shown.failed[1]
 
 

@@ -325,3 +325,19 @@ def test_layout_of_a_sidecar_and_a_vision_tower() -> None:
     assert "variants" not in parameters
     with pytest.raises(ConfigError, match="m has no file Other"):
         build.publish.parameters(wildcards(stem="Other"))
+
+
+@pytest.mark.parametrize(
+    ("file_type", "head"), [("BF16", "BF16"), ("F16", "F16"), ("Q4_K_M", "Q8_0")]
+)
+def test_the_default_head_of_a_foreign_base_follows_its_declared_type(
+    file_type: str, head: str
+) -> None:
+    build = Build(config({"variants": {file_type: {"base": {"path": "x/base.gguf"}}}}))
+    assert build.inject.head_type(wildcards(file_type)) == head
+
+
+def test_a_head_without_exceptions_is_published_as_it_can_be_configured() -> None:
+    """The card's recipe must be accepted by config.yaml again."""
+    about = json.loads(Build(config(head={"type": "Q4_K"})).publish.about(wildcards()))
+    assert about["variants"]["Q4_K_M"]["head"] == {"type": "Q4_K"}

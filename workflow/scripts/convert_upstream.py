@@ -46,7 +46,7 @@ def main() -> None:
         default=Path("resources/converter"),
         help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
-    parser.add_argument("--log", type=Path, metavar="FILE", help="file for the converter's output")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
     convert_upstream(

@@ -118,7 +118,7 @@ def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
     )
     if log:
         parser.add_argument(
-            "--log", type=Path, metavar="FILE", help="keep everything that llama.cpp prints"
+            "--log", type=Path, metavar="FILE", help="append everything that llama.cpp prints"
         )
 
 

@@ -100,7 +100,7 @@ def _check_imatrix(path: str, variant: Variant) -> None:
 
 def _head_types(variant: Variant) -> list[str]:
     head = variant.head_types
-    return [*head.tensors.values(), head.type] if head else []
+    return [*(head.tensors or {}).values(), head.type] if head else []
 
 
 def _check_chosen(config: Config) -> None:

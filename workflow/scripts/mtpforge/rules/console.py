@@ -40,7 +40,18 @@ HIDDEN = (
     "Exiting because a job execution failed",
     "WorkflowError:\nAt least one job did not complete",
 )
-EXIT_STATUS = re.compile(r"CalledProcessError in .*exit status (\d+)", re.DOTALL)
+# With these events, jobs are counted and errors kept, even if --quiet hides their lines.
+ALWAYS_HANDLED = (
+    LogEvent.JOB_INFO,
+    LogEvent.JOB_FINISHED,
+    LogEvent.PROGRESS,
+    LogEvent.JOB_ERROR,
+    LogEvent.ERROR,
+)
+QUIET = {Quietness.ALL, Quietness.PROGRESS, Quietness.RULES}
+EXIT_STATUS = re.compile(
+    r"CalledProcessError in .*(?:exit status (\d+)|died with <Signals\.\w+: (\d+)>)", re.DOTALL
+)
 PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
 
 
@@ -66,7 +77,7 @@ class Console(logging.Handler):
         settings = workflow.logger_manager.settings
         self.verbose: bool = settings.verbose
         self.dryrun: bool = settings.dryrun
-        self.quiet = not {Quietness.ALL, Quietness.PROGRESS}.isdisjoint(settings.quiet or ())
+        self.quiet = not QUIET.isdisjoint(settings.quiet or ())
         self.stream = stock.stream
         self.filters = stock.filters  # they know --quiet, --printshellcmds and --debug-dag
         self.formatter = stock.formatter
@@ -79,6 +90,7 @@ class Console(logging.Handler):
         self.total = 0
         self.began = 0.0
         self.interrupted = False
+        self.reported = False  # the failures, at the end
         self.closed = threading.Event()
         self.shows = {
             None: self._message,
@@ -93,6 +105,13 @@ class Console(logging.Handler):
             LogEvent.DEBUG_DAG: self._unchanged,
         }
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to handle a message: `--quiet` must not hide failures."""
+        event = getattr(record, "event", None)
+        if event in ALWAYS_HANDLED or record.levelno >= logging.ERROR:
+            return True
+        return bool(super().filter(record))
+
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message, if a user needs it."""
         try:
@@ -104,9 +123,11 @@ class Console(logging.Handler):
             self.handleError(record)
 
     def close(self) -> None:
-        """End the thread that follows the jobs."""
+        """End the thread that follows the jobs, and report failures that `onerror` has not."""
         self.closed.set()
         self._rewrite("")
+        if self.failed and not self.reported:  # --no-hooks, or an exception in an input function
+            self._line("\n".join(["", *self.failed.values()]))
         super().close()
 
     # ── the end of a run ──
@@ -119,6 +140,7 @@ class Console(logging.Handler):
 
     def failure(self) -> None:
         """Report what is wrong with each failed job, where its log is, and what to do."""
+        self.reported = True
         failed = list(self.failed.values())
         if not self.interrupted:  # such as one whose output is missing, which has no JOB_ERROR
             failed += [describe(job, "see above", [job.log]) for job in self.running.values()]
@@ -134,7 +156,10 @@ class Console(logging.Handler):
         target = next((job for job in self.workflow.dag.jobs if job.rule.name == "all"), None)
         if target is None:
             return ""
-        summary = next(Path(file) for file in target.input if file.endswith("/summary.md"))
+        named = (Path(file) for file in target.input if file.endswith("/summary.md"))
+        summary = next(named, Path(os.devnull))
+        if not summary.is_file():  # --touch or --batch
+            return ""
         sums = [Path(file) for file in target.input if file.endswith("/SHA256SUMS")]
         folders = sorted(str(file.parent) for file in sums)
         return (
@@ -146,7 +171,8 @@ class Console(logging.Handler):
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""
-        logger.log(level, text, extra={"quietness": Quietness.PROGRESS})
+        quietness = {"quietness": Quietness.PROGRESS} if level == logging.INFO else {}
+        logger.log(level, text, extra=quietness)
 
     # ── messages ──
 
@@ -161,7 +187,8 @@ class Console(logging.Handler):
 
     def _error(self, record: logging.LogRecord) -> None:
         if failed := EXIT_STATUS.search(str(record.msg)):
-            self.exit_status[record.thread] = int(failed[1])
+            status = int(failed[1]) if failed[1] else 128 + int(failed[2])
+            self.exit_status[record.thread] = status
         else:
             self._unless_hidden(record)
 
@@ -179,6 +206,8 @@ class Console(logging.Handler):
         if record.shellcmd is None:  # such as `all`
             return
         label = record.rule_msg or " ".join([record.rule_name, *record.wildcards.values()])
+        if self.dryrun and self.quiet:
+            return
         if self.dryrun:
             reason, _, _ = record.reason.partition(":")
             self._line(f"{label} [{reason.lower()}]")
@@ -187,7 +216,8 @@ class Console(logging.Handler):
         log = Path(record.log[0] if record.log else os.devnull)
         progress = record.created + PROGRESS_INTERVAL
         self.running[record.jobid] = Job(label, output, log, record.created, progress)
-        self._say("start", label)
+        if not self.quiet:
+            self._say("start", label)
 
     def _finish(self, record: Any) -> None:
         self.done = record.done
@@ -196,13 +226,16 @@ class Console(logging.Handler):
             self.failed.pop(number, None)  # in an earlier attempt
             if job := self.running.pop(number, None):
                 self._copy(job)
-                took = duration(record.created - job.started)
-                figure = job.last_line()
-                counts = f"({took}, {self.done}/{self.total})"
-                self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
-                for line in job.warnings():
-                    self._line(f"         {line}")
+                if not self.quiet:
+                    self._show_end(job, record.created)
         self.finished.clear()
+
+    def _show_end(self, job: Job, now: float) -> None:
+        figure = job.last_line()
+        counts = f"({duration(now - job.started)}, {self.done}/{self.total})"
+        self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
+        for line in job.warnings():
+            self._line(f"         {line}")
 
     def _fail(self, record: Any) -> None:
         status = self.exit_status.pop(record.thread, 0)
@@ -214,7 +247,7 @@ class Console(logging.Handler):
         if self.interrupted:
             self._say("stopped", f"{job.label} ({took})")
             return
-        self._say("FAILED", f"{job.label} ({took})")
+        self._say("FAILED", f"{job.label} ({took}): see {job.log}")
         error = record.rule_msg or job.error() or ending(status)
         self.failed[record.jobid] = describe(job, error, record.log)
 
@@ -225,6 +258,8 @@ class Console(logging.Handler):
             self.acquire()
             try:
                 self.look()
+            except OSError:  # the log has gone, or the terminal
+                continue
             finally:
                 self.release()
 
@@ -268,10 +303,18 @@ class Console(logging.Handler):
 
     def _rewrite(self, status: str) -> None:
         if status != self.status:
-            width = os.get_terminal_size(self.stream.fileno()).columns or 80
+            width = terminal_width(self.stream.fileno())
             self.stream.write(f"\r\x1b[K{status[: width - 1]}")
             self.stream.flush()
             self.status = status
+
+
+def terminal_width(descriptor: int) -> int:
+    """Columns of a terminal; 80 if it does not say."""
+    try:
+        return os.get_terminal_size(descriptor).columns or 80
+    except OSError:
+        return 80
 
 
 def progress(job: Job) -> str:
@@ -304,4 +347,4 @@ def ending(status: int) -> str:
         return "killed (signal 9): out of memory?"
     if status > 128:
         return f"ended by signal {status - 128}"
-    return f"no message (exit status {status})"
+    return f"no message (exit status {status})" if status else "no message"

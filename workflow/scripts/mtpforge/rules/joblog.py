@@ -25,7 +25,7 @@ class Job:
 
     def last_line(self) -> str:
         """A running job's progress, or a finished one's figure; empty if the log is."""
-        return "".join(self._tail()[-1:])[:WIDTH]
+        return "".join(self._tail()[-1:]).strip()[:WIDTH]
 
     def error(self) -> str:
         """Its `error:` line with what follows, or else the last lines of the log."""
@@ -58,4 +58,4 @@ class Job:
 
 def _lines(data: bytes) -> list[str]:
     parts = LINE_ENDS.split(data.decode(errors="replace"))
-    return [line for part in parts if (line := ESCAPES.sub("", part).strip())]
+    return [line for part in parts if (line := ESCAPES.sub("", part).rstrip())]

@@ -34,7 +34,7 @@ class QuantizeRules(Stage):
     def head_recipe(self, wildcards: Wildcards) -> str:
         """The exceptions to its head's type, as JSON; empty without any."""
         head = self.variant(wildcards).head_types
-        return json.dumps(head.tensors if head else {})
+        return json.dumps((head.tensors or {}) if head else {})
 
     def imatrix_text(self, wildcards: Wildcards) -> str:
         """The text of an importance matrix. Raises ConfigError for one that no variant uses."""

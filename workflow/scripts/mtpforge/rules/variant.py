@@ -81,8 +81,8 @@ class HeadTypes(Entry):
     """Types of a head's tensors, with exceptions by pattern."""
 
     type: TensorType = Field(description="Tensor type of the head.", examples=["Q4_K"])
-    tensors: Recipe = Field(
-        default_factory=dict,
+    tensors: Recipe | None = Field(
+        default=None,
         description="Exceptions by pattern; the first pattern found in a tensor's name wins.",
         examples=[{"eh_proj": "Q8_0"}],
     )
@@ -187,7 +187,7 @@ class Variant(Entry):
         """The types of the head; None for a file without one."""
         if isinstance(self.head, HeadTypes):
             return self.head
-        name = self.head or ("Q8_0" if self.foreign else default_head(self.file_type))
+        name = self.head or default_head(self.file_type)
         return None if name == NO_HEAD else HeadTypes(type=name)
 
     @property
