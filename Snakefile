@@ -1,6 +1,6 @@
 # mtpforge: GGUF quantizations with a working multi-token-prediction head.
-# config.yaml says what to build, `all` builds it. Each file of workflow/rules/ is one stage, whose
-# inputs and parameters are in the module of the same name in workflow/scripts/mtpforge/rules/.
+# `all` builds the models in config.yaml. Each file of workflow/rules/ is one stage; its inputs and
+# parameters come from the module of the same name in workflow/scripts/mtpforge/rules/.
 import os
 import sys
 

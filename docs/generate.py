@@ -99,15 +99,13 @@ def runtimes() -> str:
     for name, entry in known.RUNTIMES.items():
         rows.append((name, _since(entry), _numbers(entry.pull_requests) or "-", _ik(entry)))
     notes = [
-        "`*` counted from the history: the release that has it may be the next one.",
-        f"The pinned llama.cpp is {known.PINNED}. {known.BROKEN} fail when they draft.",
+        "`*` counted from the commit history: the release that has it may be the next one.",
+        f"The pinned llama.cpp is {known.PINNED}. Builds {known.BROKEN} fail when drafting.",
         "ik_llama.cpp drafts with `--spec-type mtp` and the same tensors and keys. Its README"
-        " advises"
-        " against F16 tensors.",
+        " advises against F16 tensors.",
         f"LM Studio drafts with an embedded head from {known.LM_STUDIO} on.",
         f"Ollama {known.OLLAMA} does not load {' and '.join(known.OLLAMA_WITHOUT)} files that"
-        f" have a"
-        " head: make one with `head: none` for it.",
+        " have a head: make one with `head: none` for it.",
     ]
     return markdown(rows, left=4) + "".join(f"\n- {note}" for note in notes) + "\n"
 

@@ -3,7 +3,7 @@
 # text if it has one.
 # Makes: results/<model>/measure/<name>-<variant>.json, results/summary.md with all files, and
 # once per model the BF16 logits on the text, in results/<model>/work/logits/.
-# A measurement takes all cores, so that no other job disturbs it.
+# A measurement takes all cores, so that no other job runs beside it.
 
 
 rule reference_logits:

@@ -25,7 +25,7 @@ rule recipe:
         " && printf '%s\\n' {params.head:q} > {output.head:q}; }} 2> {log:q}"
 
 
-# <text> is the name of a text, followed by a part of the sha256 of its path.
+# <text> is the name of a text, followed by part of the sha256 of its path.
 rule imatrix:
     input:
         code=code("imatrix.py"),
@@ -54,8 +54,8 @@ rule imatrix:
 # <kind> is `quantized` and <name> a variant, or <kind> is `trunk` or `draft` and <name> a type.
 # The plan alone decides whether `quantize` reruns, so rules that read the source take it as
 # `ancient`.
-# The number of pieces depends on the machine, so it is in a file of its own. `plan` is a checkpoint
-# because the graph learns from it whether `quantize` has anything to do, and in how many pieces.
+# The number of pieces depends on the machine, so it is in a separate file. `plan` is a checkpoint
+# because the graph depends on it: whether `quantize` has anything to do, and in how many pieces.
 checkpoint plan:
     input:
         code=code("quantize_plan.py"),
@@ -85,8 +85,7 @@ checkpoint plan:
         " --out {output.plan:q} > {log:q} 2>&1"
 
 
-# The tensors themselves are not outputs, here and below: Snakemake would delete them before they
-# can be used again.
+# Here and below the tensors are not outputs: Snakemake would delete them before they can be reused.
 rule piece:
     input:
         code=code("quantize.py"),

@@ -3,8 +3,7 @@
 # programs that are already built.
 # Makes: resources/toolchain/, with bin/ and stamp.json, which describes the build; and
 # resources/converter/, with source/, environment/ (including torch) and stamp.json.
-# Rules that run one of the programs take the stamp as an input: it changes only if the toolchain
-# does.
+# Rules that run these programs take the stamp as an input: it changes only if the toolchain does.
 # After you replace programs in `bin_dir`: snakemake --forcerun toolchain.
 
 

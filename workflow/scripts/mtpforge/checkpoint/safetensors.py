@@ -233,7 +233,7 @@ def _check_index(
     if surplus := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} "
-            f"({len(surplus)} such tensors): index and shards are of different versions"
+            f"({len(surplus)} such tensors): index and shards are from different versions"
         )
 
 

@@ -31,7 +31,7 @@ NAME_LIMIT = 63
 """Bytes of a tensor name: GGML_MAX_NAME without the closing zero."""
 
 _last_strings: dict[int, bytes] = {}
-"""The last array of strings by its number of items: files of one model share their vocabulary."""
+"""The last string array of each length, because files of one model share their vocabulary."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mtpforge.io.ranges import FileRange, Sink, sha256
 from mtpforge.io.text import parse_json, read_json
 
 PIECE = 64 << 20
-"""Bytes that are downloaded again after an interruption, at most."""
+"""Maximum number of bytes to download again after an interruption."""
 
 
 def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadRecord:

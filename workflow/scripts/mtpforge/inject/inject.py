@@ -44,7 +44,7 @@ class Options:
     head_types: Recipe = ()
     """As `recipe.head_recipe` makes it."""
     replace_head: bool = False
-    """Whether to replace another head of the base; else it is an error."""
+    """Whether to replace a different head of the base, which is otherwise an error."""
     digests: Path | None = None
     """JSON to write first: the sha256 of each tensor of the trunk and of the new head."""
 

@@ -76,7 +76,7 @@ class Architecture:
     needs: str = ""
     """A tensor that drafting needs in each block of the head."""
     ranked: str = ""
-    """Ending of a fused projection in which, in FP8, each rank of a cluster quantized its rows."""
+    """Ending of a fused projection whose FP8 rows each rank of a cluster quantized separately."""
     changes: Mapping[str, Change] = field(default_factory=dict)
     """Ending of a tensor's name: the change of its values."""
     models: str = ""
@@ -113,13 +113,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the name in config.json.
 
-Missing: heads that upstream drops (DeepSeek V3, ERNIE), tokenizers that need code of the checkpoint
-(Kimi) or a newer transformers (GLM-5 Next), GLM-4.5V, with whose head and multimodal rotation
-llama-server aborts, and architectures that we convert ourselves.
+Missing: architectures that mtpforge converts itself, heads that upstream drops (DeepSeek V3,
+ERNIE), tokenizers that need code of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), and
+GLM-4.5V: llama-server aborts on its head, which has multimodal rotation.
 """
 
 VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-"""Our own architectures whose vision tower upstream can write and we can prove."""
+"""Architectures of ours whose vision tower upstream can convert and we can verify."""
 
 
 def why_not_drafting(opened: Gguf) -> str | None:

@@ -144,7 +144,7 @@ def unpack(archive: Path, target: Path, pin: Pin) -> str:
     section = changes.partition(f"## [{pin.version}]")[2].partition("\n## ")[0]
     commit = re.search(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})", section)  # newest first
     if commit is None or not (target / "CMakeLists.txt").is_file():
-        raise ToolchainError(f"{archive.name}: has no llama.cpp, or its change log no commit")
+        raise ToolchainError(f"{archive.name}: no llama.cpp in it, or no commit in its change log")
     return commit[1]
 
 

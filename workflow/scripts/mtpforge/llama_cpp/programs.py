@@ -21,8 +21,8 @@ DEFAULT_FOLDER = Path("resources/toolchain/bin")
 BUFFER = ("--max-buffer-size", "256")
 """MiB of a tensor that llama-quantize works on at a time.
 
-The bytes stay the same, and large tensors do not take gigabytes of memory, which a virtual machine
-can be slower to provide than to quantize."""
+The output is the same, but large tensors do not take gigabytes of memory: on a virtual machine,
+getting that much can take longer than quantizing."""
 
 DEVICES_LIMIT = 60.0
 """Seconds that llama-server may take to list its devices."""

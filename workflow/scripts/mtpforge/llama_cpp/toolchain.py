@@ -35,7 +35,7 @@ from mtpforge.llama_cpp.stamp import ConverterStamp, Stamp
 from mtpforge.llama_cpp.version import version_of
 
 SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
-"""llama.cpp's own converter, as ours is compared with it."""
+"""The files of llama.cpp's converter, kept to run it and to compare ours with it."""
 
 
 def cache_root() -> Path:

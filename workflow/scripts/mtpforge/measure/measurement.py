@@ -89,7 +89,7 @@ class Measurement(Record):
     bytes: int
     threads: int
     options: tuple[str, ...]
-    """Further options that llama-server got."""
+    """Additional options passed to llama-server."""
     llama_cpp: Annotated[str, Field(alias="llama.cpp")]
     """Version and commit"""
     machine: Machine
@@ -104,7 +104,7 @@ class Measurement(Record):
     """In ascending order of n_max; the first is without drafting."""
     recommended_n_max: int
     verdict: str
-    """Why that n_max, in words."""
+    """The reason for the recommended n_max, in words."""
     memory_bytes: int | None
     perplexity: float | None
     kl_divergence: KlDivergence | None

@@ -44,8 +44,8 @@ def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: Lla
         raise ConfigError(f"{text}: too short: perplexity needs at least {2 * CONTEXT} tokens")
     if found not in {size(count, len(tokens)) for count in range(1, chunks + 1)}:
         raise ToolchainError(
-            f"llama-perplexity wrote {found} bytes to {out}, which no number of chunks has: "
-            "is the disk full, or the program of another version?"
+            f"llama-perplexity wrote {found} bytes to {out}, not a whole number of chunks: "
+            "is the disk full, or is it another version?"
         )
 
 
@@ -74,7 +74,7 @@ def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:
     found = {name: re.search(pattern, printed, re.MULTILINE) for name, pattern in patterns.items()}
     if missing := [name for name, match in found.items() if match is None]:
         raise ToolchainError(
-            f"llama-perplexity does not print {', '.join(missing)}: is it of another version, or "
+            f"llama-perplexity does not print {', '.join(missing)}: is it another version, or "
             "is the text too short?"
         )
     # Adding 0.0 turns a negative zero into zero.

@@ -63,7 +63,7 @@ class UploadPlan:
         for name in unlisted(self.folder, read_sums(self.folder / SUMS)):
             say(f"  not uploaded: {self.folder / name} is no longer configured: delete it")
         for name in self.foreign:
-            say(f"  left alone: {name} is only in the repository: delete it there if it is old")
+            say(f"  left alone: {name} is only in the repository: delete it there if outdated")
 
 
 def compare(folder: Path, repo: str) -> UploadPlan:

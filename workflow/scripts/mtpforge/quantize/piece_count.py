@@ -6,8 +6,8 @@ from mtpforge.quantize.plan import QuantizePlan
 MAX_PIECES = 999
 PIECE_SECONDS = 2 * 3600
 """Intended time of a piece on all threads, unless the number of pieces is configured. Work below
-one and a half times that stays whole: a kill costs all of it, but pieces would copy source and
-result once more, which can take over a tenth of the time."""
+one and a half times that is not split: a kill then loses all of it, but pieces would copy source
+and result once more, which can take over a tenth of the time."""
 
 
 def piece_count(plan: QuantizePlan, llama: LlamaCpp) -> int:

@@ -12,7 +12,7 @@ from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf
 
 NO_HEAD = "none"
-"""Stands for the type of a head if the file is to have none."""
+"""Given instead of a head type to leave the head out."""
 
 Recipe = Sequence[tuple[str, str]]
 """Ordered (pattern, tensor type); the first pattern found in a tensor's name decides."""

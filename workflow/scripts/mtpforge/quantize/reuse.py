@@ -21,7 +21,7 @@ from mtpforge.quantize.manifest import MANIFESTS, Manifest, ManifestEntry
 MIN_SHARE = 0.1
 COPY_FACTOR = 3.0
 """A file is assembled from reused tensors if they save at least this share of the work, by cost,
-and this many times the cost of copying the rest, whose source and result are written twice."""
+and this many times the cost of copying the other tensors' source and result once more."""
 
 
 @dataclass(frozen=True)

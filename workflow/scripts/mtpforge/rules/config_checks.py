@@ -11,7 +11,7 @@ from mtpforge.rules.config import Config, LocalFolder, Model
 from mtpforge.rules.variant import Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-"""llama.cpp 0c1e57098 takes no file of a repository with one of these in its name for a model
+"""llama.cpp 0c1e57098 does not load a repository's file as the model if its name has one of these
 (`common/download.cpp`)."""
 
 
@@ -23,7 +23,7 @@ def check(config: Config) -> None:
             _check_name(f"{path}/variants/{key}", f"{model.base_name}-{key}")
             _check_variant(f"{path}/variants/{key}", variant)
         if not model.base_name.isprintable():
-            _refuse(f"{path}/source/path", "the folder's name begins file names: rename it")
+            _refuse(f"{path}/source/path", "file names start with the folder's name: rename it")
     _check_chosen(config)
     for model in config.chosen:
         _check_files(f"models/{model.name}", model)
@@ -82,7 +82,7 @@ def _check_base(path: str, variant: Variant) -> None:
     if variant.base and variant.head_types is None:
         _refuse(
             f"{path}/head",
-            "`none` leaves the head out, but a base is there to get one: give it a type",
+            "`none` leaves the head out, but a base needs a head to inject: give its type",
         )
 
 
@@ -131,7 +131,7 @@ def _check_repositories(config: Config) -> None:
         other = seen.setdefault(repo.lower(), model.name)
         if other != model.name:
             path = f"models/{model.name}/publish/repo"
-            _refuse(path, f"{repo} is the repository of {other}: use one of its own")
+            _refuse(path, f"{repo} is the repository of {other}: give each model its own")
 
 
 def _check_outputs(config: Config) -> None:

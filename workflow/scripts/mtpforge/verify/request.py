@@ -12,13 +12,13 @@ class Request:
 
     checkpoint: Path | None = None
     reference: Path | None = None
-    """Instead of a checkpoint of an architecture that upstream converts: the proven BF16 GGUF."""
+    """The proven BF16 GGUF, instead of the checkpoint, if upstream converts the architecture."""
     digests: Path | None = None
     """sha256 of the file's tensors, recorded by conversion or quantization."""
     base: Path | None = None
     """The file that the head was injected into."""
     trunk: Path | None = None
-    """Instead of the base: the sha256 of its tensors, recorded by injection."""
+    """The sha256 of the base's tensors, recorded by injection, instead of the base."""
     target: Path | None = None
     """The model that a draft sidecar or a vision tower is for."""
     file_type: str | None = None

@@ -35,11 +35,11 @@ SAMPLE = 32
 BATCH = 1 << 18
 """Weights compared at a time."""
 GATE = 1.5
-"""Limit of a tensor's error, relative to what its type has on heavy-tailed weights."""
+"""Limit of a tensor's error, relative to its type's error on heavy-tailed weights."""
 ROW_GATE = 0.9
 """Limit of a row's error: a misplaced row has 1.41, a coarse quantization about 0.5."""
 FAINT = 1e-3
-"""Errors of rows below this share of the usual row are relative to it: a scale can lose them."""
+"""Rows below this share of the usual row are judged relative to it: a scale can round them away."""
 ROUNDING = 2.0**-20
 """Relative error of values that another program computed in float32."""
 SHIFTS = {
@@ -49,7 +49,7 @@ SHIFTS = {
 _NORM = "norm.weight"
 
 SourceRows: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""Maps ascending row numbers of a tensor to their right values, float32 [rows, row length]."""
+"""Maps ascending row numbers of a tensor to their expected values, float32 [rows, row length]."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Comparison:
     """Number of rows compared."""
     finite: bool
     error: float | None = None
-    """RMS of the difference over RMS of the right values; None without a source."""
+    """RMS of the difference over RMS of the expected values; None without a source."""
     problem: str = ""
     shift: int = 0
     """-1 or 1 for a norm that is off by exactly that, else 0."""
