@@ -88,7 +88,7 @@ def test_a_slow_head_is_not_recommended() -> None:
 def test_nothing_is_recommended_within_the_spread(drafting: tuple[float, float, float]) -> None:
     recommended, verdict = recommend([OFF, total(1, *drafting)], 3)
     assert recommended == 0
-    assert verdict.startswith("not faster than without drafting beyond the spread")
+    assert verdict.startswith("no faster than without drafting, given the spread")
 
 
 def test_nothing_is_recommended_without_a_head() -> None:

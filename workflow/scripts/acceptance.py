@@ -15,7 +15,7 @@ from mtpforge.verify.running import measure_acceptance
 def main() -> None:
     """Parse the command line and measure."""
     parser = cli.parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="BF16.gguf")
+    parser.add_argument("file", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
     prompts.add_option(parser)
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")

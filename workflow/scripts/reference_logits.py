@@ -14,7 +14,7 @@ from mtpforge.measure.perplexity import reference_logits
 def main() -> None:
     """Parse the command line and write the logits."""
     parser = cli.parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="BF16.gguf")
+    parser.add_argument("model", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
     parser.add_argument(
         "--text", type=Path, required=True, metavar="FILE", help="text of at least 1024 tokens"
     )

@@ -48,7 +48,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="F.gguf")
+    parser.add_argument("file", type=Path, metavar="F.gguf", help="the GGUF to verify")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compare the file with this checkpoint"

@@ -28,4 +28,4 @@ def recommend(by_n_max: Sequence[Total], repeats: int) -> tuple[int, str]:
         return best.n_max, f"{best.speedup:.2f} times as fast as without drafting: {speeds}"
     if best.spread[1] < off.spread[0]:
         return 0, f"slower than without drafting: {speeds}: leave drafting off"
-    return 0, f"not faster than without drafting beyond the spread: {speeds}: leave drafting off"
+    return 0, f"no faster than without drafting, given the spread: {speeds}: leave drafting off"
