@@ -247,7 +247,7 @@ class Console(logging.Handler):
         if self.interrupted:
             self._say("stopped", f"{job.label} ({took})")
             return
-        self._say("FAILED", f"{job.label} ({took}): see {job.log}")
+        self._say("FAILED", f"{job.label} ({took})")
         error = record.rule_msg or job.error() or ending(status)
         self.failed[record.jobid] = describe(job, error, record.log)
 
