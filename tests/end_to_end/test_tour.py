@@ -87,7 +87,7 @@ def test_the_commands_of_the_tour(copy: Path, environment: dict[str, str]) -> No
         for line in text.splitlines() if language == "sh" else ():
             run(Command(ROOT / "docs/tour.md", line), copy, environment)
     log = (copy / "logs/mine/quantized-Q4_K_M.log").read_text()
-    assert "(63 of 70 tensors)" in log and "quantized 7" in log
+    assert "reused 63 of 70 tensors" in log and "quantized 7" in log
     assert (copy / "report.html").exists()
 
 
