@@ -9,13 +9,14 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtpforge.checkpoint import quantization
 from mtpforge.errors import CheckpointError
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import parse_json, read_json, read_text
@@ -54,22 +55,50 @@ class CheckpointTensor:
     size: int
 
 
-class Checkpoint:
-    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed."""
+class Outline:
+    """Configuration and tensors of a checkpoint without their values: enough to plan a conversion.
 
-    def __init__(self, directory: Path) -> None:
-        # Resolved, because the model is named after the folder, which may be given as ".".
-        self.directory = Path(directory).resolve()
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{directory}: no such checkpoint folder")
-        self.config = read_json(self.directory / "config.json")
-        self.tensors = _read_tensors(self.directory)
-        self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+    `directory` is the checkpoint in messages: its folder, or its repository on the Hub. `files` are
+    the names of its files.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        tensors: dict[str, CheckpointTensor],
+        files: Iterable[str] = (),
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+        self.files = frozenset(files)
 
     @property
     def architecture(self) -> str:
         """The first of `architectures` in config.json. Raises CheckpointError."""
         return architecture_of(self.directory / "config.json", self.config)
+
+    def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
+        """Whether two tensors are equal, as far as is known without their values."""
+        return (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+class Checkpoint(Outline):
+    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed."""
+
+    def __init__(self, directory: Path) -> None:
+        # Resolved, because the model is named after the folder, which may be given as ".".
+        folder = Path(directory).resolve()
+        if not folder.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint folder")
+        files = [path.name for path in folder.iterdir() if path.is_file()]
+        super().__init__(folder, read_config(folder), _read_tensors(folder), files)
+        self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+
+    def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
+        """Whether two tensors have the same bytes."""
+        return self.digest(one) == self.digest(other)
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
         """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
@@ -106,6 +135,13 @@ class Checkpoint:
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="r")
         return self._maps[shard]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of config.json, with ModelOpt's settings. Raises CheckpointError."""
+    config = read_json(directory / "config.json")
+    beside = directory / quantization.MODELOPT
+    return quantization.with_modelopt(config, read_json(beside)) if beside.exists() else config
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.family import Family, Row, Source
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo
 
@@ -41,7 +41,7 @@ class ConvertedTensor:
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, family: Family, hparams: Hparams, part: str
+    checkpoint: Outline, family: Family, hparams: Hparams, part: str
 ) -> list[ConvertedTensor]:
     """Find the source of each tensor of a part, in upstream's order. Raises CheckpointError."""
     check_sizes(hparams)
@@ -69,7 +69,7 @@ def check_sizes(hparams: Hparams) -> None:
         )
 
 
-def canonical_names(checkpoint: Checkpoint, family: Family) -> dict[str, CheckpointTensor]:
+def canonical_names(checkpoint: Outline, family: Family) -> dict[str, CheckpointTensor]:
     """Return the text model's tensors by the names in the family's tables."""
     names: dict[str, CheckpointTensor] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -108,11 +108,11 @@ def _belongs(name: str, family: Family, part: str) -> bool:
     return part == "all" or name.startswith(family.head_prefix) == (part != "trunk")
 
 
-def _check_tied(checkpoint: Checkpoint, names: Mapping[str, CheckpointTensor]) -> None:
+def _check_tied(checkpoint: Outline, names: Mapping[str, CheckpointTensor]) -> None:
     """Check that a second copy of tied embeddings is identical. Raises CheckpointError."""
     output = names[OUTPUT]
     embeddings = names.get(EMBEDDINGS)
-    if embeddings is None or checkpoint.digest(output) != checkpoint.digest(embeddings):
+    if embeddings is None or not checkpoint.same(output, embeddings):
         raise CheckpointError(
             f"{output.shard}: {output.name} differs from the embeddings, but config.json ties them "
             "(tie_word_embeddings): set it to false if the output matrix was trained separately"
@@ -155,7 +155,7 @@ def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -
 
 
 def _with_scales(
-    item: ConvertedTensor, names: Mapping[str, CheckpointTensor], checkpoint: Checkpoint
+    item: ConvertedTensor, names: Mapping[str, CheckpointTensor], checkpoint: Outline
 ) -> ConvertedTensor:
     """Add the scales of FP8 tensors. Raises CheckpointError if one is missing or malformed."""
     if item.tensors[0].dtype != fp8.DTYPE:

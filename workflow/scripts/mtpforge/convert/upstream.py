@@ -14,10 +14,10 @@ from typing import Any
 import run_upstream  # for its path, and so that rules track it as code
 
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
+from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import plan
 from mtpforge.convert.proof import prove
-from mtpforge.convert.upstream_head import check_types, count_blocks, expected_vision
+from mtpforge.convert.upstream_head import check_types, count_blocks, vision_tensors
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
@@ -89,7 +89,7 @@ def convert_upstream(
         prove(reader.read(temporary), checkpoint, part)
 
 
-def check(checkpoint: Checkpoint, part: str) -> None:
+def check(checkpoint: Outline, part: str) -> None:
     """Check that upstream can convert the part. Raises CheckpointError."""
     name = checkpoint.architecture
     known = VISION if part == "mmproj" else tuple(ARCHITECTURES)
@@ -138,10 +138,10 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     return folder
 
 
-def _check_vision_files(checkpoint: Checkpoint) -> None:
-    if not list(expected_vision(checkpoint)):
+def _check_vision_files(checkpoint: Outline) -> None:
+    if not vision_tensors(checkpoint):
         raise CheckpointError(f"{checkpoint.directory}: has no tensors of a vision tower")
-    if not any((checkpoint.directory / file).is_file() for file in _PREPROCESSORS):
+    if not checkpoint.files & set(_PREPROCESSORS):
         raise CheckpointError(
             f"{checkpoint.directory}: no {' or '.join(_PREPROCESSORS)}, "
             "which a vision tower needs: download it from the original repository"

@@ -12,7 +12,7 @@ import numpy as np
 from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
 from mtpforge.convert.values import decode
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture
@@ -32,7 +32,7 @@ class ExpectedTensor(NamedTuple):
     dtype: str
 
 
-def count_blocks(checkpoint: Checkpoint) -> int:
+def count_blocks(checkpoint: Outline) -> int:
     """Return the number of blocks of the head. Raises CheckpointError if config.json disagrees."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     declared = architecture.blocks
@@ -54,7 +54,7 @@ def count_blocks(checkpoint: Checkpoint) -> int:
     return found
 
 
-def head_tensors(checkpoint: Checkpoint) -> list[CheckpointTensor]:
+def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
     """Return the checkpoint's tensors that belong to its head."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     tensors = checkpoint.tensors.values()
@@ -69,7 +69,7 @@ def head_tensors(checkpoint: Checkpoint) -> list[CheckpointTensor]:
     return found
 
 
-def check_types(checkpoint: Checkpoint) -> None:
+def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     for tensor in head_tensors(checkpoint):
@@ -94,17 +94,21 @@ def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
             yield from _expected(checkpoint, tensor, architecture)
 
 
+def vision_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
+    """Return the checkpoint's tensors that belong to its vision tower."""
+    return [t for t in checkpoint.tensors.values() if t.name.startswith(VISION_PREFIXES)]
+
+
 def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield what a vision tower's GGUF must hold.
 
     The patch embedding becomes one tensor for each of the two frames of a patch.
     """
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.startswith(VISION_PREFIXES):
-            array = checkpoint.array(tensor)
-            frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
-            for frame in frames:
-                yield ExpectedTensor(tensor.name, 0, frame, tensor.dtype)
+    for tensor in vision_tensors(checkpoint):
+        array = checkpoint.array(tensor)
+        frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
+        for frame in frames:
+            yield ExpectedTensor(tensor.name, 0, frame, tensor.dtype)
 
 
 def _layer(name: str, architecture: Architecture) -> int | None:
@@ -187,9 +191,7 @@ def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: tuple[int, 
     return 0
 
 
-def _check_scale(
-    checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
-) -> None:
+def _check_scale(checkpoint: Outline, tensor: CheckpointTensor, architecture: Architecture) -> None:
     """Raise CheckpointError if an FP8 tensor has no fitting scale."""
     name = tensor.name + fp8.SUFFIX
     scale = checkpoint.tensors.get(name)

@@ -1,0 +1,33 @@
+"""How a checkpoint says that its weights are quantized, for the messages that refuse it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MODELOPT = "hf_quant_config.json"
+"""Settings of NVIDIA's ModelOpt, whose older versions leave them out of config.json."""
+
+_SHOWN = ("quant_method", "quant_algo", "format", "bits")
+
+
+def with_modelopt(config: dict[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json with the settings of the ModelOpt file beside it, if it has none."""
+    settings = beside.get("quantization")
+    if not isinstance(settings, dict) or _settings(config):
+        return config
+    return {**config, "quantization_config": {"quant_method": "modelopt", **settings}}
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Return method, algorithm and bits as config.json has them; empty if not quantized."""
+    settings = _settings(config)
+    shown = [f"{key} {str(settings[key])[:50]}" for key in _SHOWN if settings.get(key) is not None]
+    return ", ".join(shown) or ("quantization_config" if settings else "")
+
+
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            if isinstance(part.get(key), dict) and part[key]:
+                return part[key]  # type: ignore[no-any-return]
+    return {}
