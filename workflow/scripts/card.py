@@ -54,7 +54,13 @@ def main() -> None:
     args = parser.parse_args()
     results = read_results(args.files, args.reports, args.measurements)
     stamp = Stamp.read(args.toolchain)
-    text = card.make(args.about, results, args.checkpoint_card, stamp, args.template)
+    text = card.make(
+        args.about,
+        results,
+        checkpoint_card=args.checkpoint_card,
+        stamp=stamp,
+        template=args.template,
+    )
     atomic.write_text(args.out, text)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
-    convert(args.checkpoint, args.out, args.part, args.tokenizer_pre)
+    convert(args.checkpoint, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
     print(table.size_of(args.out))

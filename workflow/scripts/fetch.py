@@ -31,7 +31,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     listing = Listing.read(args.listing)
-    record = download.download(listing, args.name, args.folder, listing.companions(args.name))
+    record = download.download(
+        listing, args.name, folder=args.folder, together=listing.companions(args.name)
+    )
     if args.head and args.head.exists() and args.name.endswith(".safetensors"):
         count = download.confirm_head(args.head, args.folder / args.name)
         print(f"{args.name}: confirms {count} tensors of the head that was downloaded on its own")

@@ -26,7 +26,7 @@ def main() -> None:
     programs.add_options(parser, log=True)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    imatrix.compute(args.model, args.text, args.out, programs.from_options(args))
+    imatrix.compute(args.model, args.text, out=args.out, llama=programs.from_options(args))
     print(table.size_of(args.out))
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         replace_head=args.replace_head,
         digests=args.digests,
     )
-    inject(args.base, args.head, args.out, options, LlamaCpp(args.bin))
+    inject(args.base, args.head, out=args.out, options=options, llama=LlamaCpp(args.bin))
     print(table.size_of(args.out))
 
 

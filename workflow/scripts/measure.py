@@ -30,7 +30,9 @@ def main() -> None:
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(
-        measure(first, texts, args.n_max, args.repeats, llama, args.serve),
+        measure(
+            first, texts, n_max=args.n_max, repeats=args.repeats, llama=llama, options=args.serve
+        ),
         file=args.file.name,
         perplexity=value,
         kl_divergence=divergence,
@@ -87,7 +89,7 @@ def _perplexity(
     if args.reference_logits:
         return perplexity.against_reference(model, args.reference_logits, llama)
     if args.text:
-        return perplexity.of_text(model, args.text, args.chunks, llama), None
+        return perplexity.of_text(model, args.text, chunks=args.chunks, llama=llama), None
     return None, None
 
 

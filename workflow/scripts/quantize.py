@@ -152,7 +152,7 @@ def quantize_once(args: argparse.Namespace, out: Path | None) -> dict[str, str]:
     if out is None:
         choose_types(reader.read(args.source), asked, llama)
         return {}
-    quantize(args.source, out, asked, llama)
+    quantize(args.source, out, request=asked, llama=llama)
     return reader.digests(out, llama.processors) if args.digests else {}
 
 
@@ -160,10 +160,10 @@ def quantize_planned(args: argparse.Namespace) -> dict[str, str]:
     """Make the whole planned file or one piece of it, and return the digests."""
     plan = QuantizePlan.read(args.plan)
     source = reader.read(args.source)
-    job = QuantizeJob(plan, source, programs.from_options(args), args.imatrix)
+    job = QuantizeJob(plan, source, llama=programs.from_options(args), imatrix=args.imatrix)
     if args.piece:
         number, count = args.piece
-        return pieces.quantize_piece(job, args.out, number, count, args.reuse)
+        return pieces.quantize_piece(job, args.out, number=number, count=count, reuse=args.reuse)
     digests = pieces.quantize_whole(job, args.out, args.reuse)
     names = [args.out, *args.also]
     if args.keep:

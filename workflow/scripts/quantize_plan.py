@@ -50,7 +50,7 @@ def main() -> None:
     source = reader.read(args.source)
     types = choose_types(source, asked, llama)
     digests = read_json(args.digests) if args.digests else reader.digests(args.source)
-    plan = make_plan(source, digests, types, asked, llama)
+    plan = make_plan(source, digests, types=types, request=asked, llama=llama)
     if args.pieces:
         atomic.write_json(args.pieces, piece_count(plan, llama))
     plan.write(args.out)

@@ -31,7 +31,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.model, args.text)
     llama = programs.from_options(args)
     with atomic.replacing(args.out) as temporary:
-        reference_logits(args.model, args.text, temporary, args.chunks, llama)
+        reference_logits(args.model, args.text, out=temporary, chunks=args.chunks, llama=llama)
     print(table.size_of(args.out))
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     if args.head_record:
         report = replace(report, head_source=head_source(args.head_record))
     if args.publish:
-        report = _publish(args, report, limit, request, llama)
+        report = _publish(args, report, limit=limit, request=request, llama=llama)
     report.write(args.out)
     print(as_table(report.file, report.checks))
     print(accepted_drafts(report) or f"{len(report.checks)} checks passed")
@@ -161,7 +161,9 @@ def _publish(
     if limit is None:
         atomic.give_name(args.file, args.publish)  # without a second copy on the disk
         return replace(report, file=args.publish.name)
-    files, checks = publish_split(args.file, args.publish, limit, request, llama)
+    files, checks = publish_split(
+        args.file, args.publish, limit=limit, request=request, llama=llama
+    )
     checks = [*report.checks, *checks]
     return replace(report, file=args.publish.name, files=files, checks=tuple(checks))
 

@@ -211,8 +211,10 @@ def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointT
         raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
     entries.pop("__metadata__", None)
     start = 8 + len(header)
-    tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
-    _check_tiling(path, tensors, start, size)
+    tensors = [
+        _parse_entry(path, name, entry=entry, start=start) for name, entry in entries.items()
+    ]
+    _check_tiling(path, tensors, start=start, size=size)
     return tensors
 
 
@@ -224,7 +226,7 @@ def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
         raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
     text = read_text(index) if index.exists() else None
     return gather_tensors(
-        directory, text, present, lambda shard: read_shard_header(directory / shard)
+        directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
     )
 
 
@@ -294,7 +296,9 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
             f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, "
             f"but its range has {end - begin:,}"
         )
-    return CheckpointTensor(name, dtype, tuple(shape), path.name, start + begin, size)
+    return CheckpointTensor(
+        name, dtype, shape=tuple(shape), shard=path.name, offset=start + begin, size=size
+    )
 
 
 def _check_tiling(path: Path, tensors: list[CheckpointTensor], start: int, size: int) -> None:

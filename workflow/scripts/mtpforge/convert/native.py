@@ -39,7 +39,7 @@ def convert(
     checkpoint = Checkpoint(directory)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config)
-    planned = plan_conversion(checkpoint, family, hparams, part)
+    planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
     metadata = describe(
         checkpoint,
         family,
@@ -73,7 +73,7 @@ def describe(
     if part == "head":
         writer.add_vocab_size(vocab_size)  # without embeddings, nothing else says it
     else:
-        tokenizer.describe(writer, checkpoint.directory, vocab_size, tokenizer_pre)
+        tokenizer.describe(writer, checkpoint.directory, vocab_size=vocab_size, pre=tokenizer_pre)
     return {key: _encoded(key, entry) for key, entry in writer.kv_data[0].items()}
 
 
@@ -95,7 +95,7 @@ def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
     """Derive name, license, tags and sampling defaults from the model card, as gguf-py does."""
     total, shared, experts, expert_count = writer.get_total_parameter_count()
     try:
-        metadata = Metadata.load(None, directory, None, total)
+        metadata = Metadata.load(model_path=directory, total_params=total)
         # gguf 0.19.0 does not know this name of generation_config.json; the pinned upstream does.
         generation = Metadata.load_generation_config(directory)
         metadata.sampling_penalty_repeat = generation.get(

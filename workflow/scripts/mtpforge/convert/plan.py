@@ -46,7 +46,7 @@ def plan_conversion(
     """Find the source of each tensor of a part, in upstream's order. Raises CheckpointError."""
     check_sizes(hparams)
     names = canonical_names(checkpoint, family)
-    check_head(names, family, hparams, part)
+    check_head(names, family, hparams=hparams, part=part)
     if hparams.flag("tie_word_embeddings") and OUTPUT in names:
         _check_tied(checkpoint, names)
         del names[OUTPUT]

@@ -56,7 +56,12 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
             f"{checkpoint.directory}: its head has {blocks} blocks, "
             f"upstream declares {len(made.head_blocks)}"
         )
-    pair(_stored(made.head), expected_head(checkpoint), (BF16, F32), checkpoint.directory)
+    pair(
+        _stored(made.head),
+        expected_head(checkpoint),
+        kinds=(BF16, F32),
+        directory=checkpoint.directory,
+    )
 
 
 def pair(
@@ -98,7 +103,9 @@ def _prove_vision(made: Gguf, checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory}: upstream wrote a file of {made.architecture} "
             "without a vision tower"
         )
-    pair(_stored(made), expected_vision(checkpoint), (F16, F32), checkpoint.directory)
+    pair(
+        _stored(made), expected_vision(checkpoint), kinds=(F16, F32), directory=checkpoint.directory
+    )
 
 
 def _matches(

@@ -78,7 +78,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     del text
     loaded = _receive(receiver, child, path)
     model = settings["model"]["vocab"]  # it exists: the package has loaded it
-    tokens, types = vocabulary(model, loaded.added, vocab_size, directory)
+    tokens, types = vocabulary(model, loaded.added, size=vocab_size, directory=directory)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre or pre_tokenizer(loaded.checksum, directory))
     writer.add_token_list(tokens)

@@ -108,7 +108,7 @@ def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
         array = checkpoint.array(tensor)
         frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
         for frame in frames:
-            yield ExpectedTensor(tensor.name, 0, frame, tensor.dtype)
+            yield ExpectedTensor(tensor.name, 0, values=frame, dtype=tensor.dtype)
 
 
 def _layer(name: str, architecture: Architecture) -> int | None:
@@ -135,13 +135,13 @@ def _expected(
     if endings:
         change = architecture.changes[endings[0]]
         for values in change(decode(array, dtype), Hparams(checkpoint.config)):
-            yield ExpectedTensor(name, 0, values, "F32")
+            yield ExpectedTensor(name, 0, values=values, dtype="F32")
     elif array.ndim == 3:  # stacked experts
         for expert, values in enumerate(array):
-            yield ExpectedTensor(name, expert, values, dtype)
+            yield ExpectedTensor(name, expert, values=values, dtype=dtype)
     else:
         match = re.search(r"\.experts\.(\d{1,5})\.", name)
-        yield ExpectedTensor(name, int(match[1]) if match else 0, array, dtype)
+        yield ExpectedTensor(name, int(match[1]) if match else 0, values=array, dtype=dtype)
 
 
 # ── FP8 ──

@@ -348,4 +348,4 @@ class _Parser:
             tensors[info.name] = info
             ranges[info.name] = FileRange(self.path, start + offset, info.size)
             expected = aligned(offset + info.size)
-        return Gguf(self.path, metadata, tensors, ranges)
+        return Gguf(self.path, metadata, tensors=tensors, ranges=ranges)

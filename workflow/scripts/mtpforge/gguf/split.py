@@ -100,7 +100,7 @@ def joined(files: Sequence[Gguf]) -> Gguf:
         ranges |= file.ranges
     first = files[0]
     metadata = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    return Gguf(first.path, metadata, tensors, ranges)
+    return Gguf(first.path, metadata, tensors=tensors, ranges=ranges)
 
 
 # ── writing ──

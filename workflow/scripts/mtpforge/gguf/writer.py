@@ -33,7 +33,7 @@ def write(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> None:
     Raises GgufError if a payload does not have the size of its tensor.
     """
     with replacing(path) as temporary, progress.bar(path.name) as show:
-        _write(temporary, metadata, tensors, show)
+        _write(temporary, metadata, tensors=tensors, show=show)
 
 
 def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
@@ -58,7 +58,7 @@ def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInf
         info.name: FileRange(path, offset, info.size)
         for info, offset in zip(infos, offsets, strict=False)
     }
-    return Gguf(path, dict(metadata), {info.name: info for info in infos}, ranges)
+    return Gguf(path, dict(metadata), tensors={info.name: info for info in infos}, ranges=ranges)
 
 
 def put(whole: Gguf, name: str, payload: Payload) -> None:

@@ -72,7 +72,7 @@ def read_text(listing: Listing, name: str) -> str:
 
 def remote_file(listing: Listing, name: str) -> RemoteFile:
     """Return a file of the listing for reading from the Hub."""
-    return RemoteFile(listing.repo, listing.revision, name, listing.files[name])
+    return RemoteFile(listing.repo, listing.revision, name=name, file=listing.files[name])
 
 
 def cached(listing: Listing, name: str) -> Path:

@@ -45,18 +45,22 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadReco
             f"{listing.label}: this checkpoint has lost its head: use the original one"
         )
     _write_small_files(listing, folder, tensors)
-    standings = _write_shards(listing, folder, tensors, whole)
+    standings = _write_shards(listing, folder, tensors=tensors, whole=whole)
     checkpoint = Checkpoint(folder)
     for shard in [shard for shard, standing in standings.items() if standing == FIRST_USE]:
         local = _local_shard(listing, shard, whole)  # may have arrived in the meantime
         if local is not None:
-            _confirm(listing, local, [t for t in tensors if t.shard == shard], checkpoint)
+            _confirm(
+                listing, local, tensors=[t for t in tensors if t.shard == shard], head=checkpoint
+            )
             standings[shard] = VERIFIED
     return HeadRecord(
         listing.repo,
         listing.revision,
         {
-            name: HeadTensor(t.shard, t.size, checkpoint.digest(t), standings[t.shard])
+            name: HeadTensor(
+                t.shard, t.size, sha256=checkpoint.digest(t), standing=standings[t.shard]
+            )
             for name, t in sorted(checkpoint.tensors.items())
         },
     )
@@ -132,7 +136,7 @@ def _write_shards(
                 def step(count: int, before: int = done) -> None:
                     show(before + count, total)
 
-                _fetch_shard(listing, folder / shard, members, step)
+                _fetch_shard(listing, folder / shard, tensors=members, show=step)
             done += sum(tensor.size for tensor in members)
     return standings
 
@@ -194,11 +198,11 @@ def _fetch_shard(
     ranges = pieces(tensors)
     sums = path.with_name(f".{path.name}.sums")
     known = sums.read_text(encoding="ascii", errors="replace").split() if sums.exists() else []
-    if path.exists() and _count_whole(path, header, ranges, known) == len(ranges):
+    if path.exists() and _count_whole(path, header, ranges=ranges, sums=known) == len(ranges):
         return
     remote = download.remote_file(listing, path.name)
     with atomic.replacing(path, keep=True) as partial:
-        have = _count_whole(partial, header, ranges, known)
+        have = _count_whole(partial, header, ranges=ranges, sums=known)
         atomic.write_text(sums, "".join(f"{digest}\n" for digest in known[:have]))
         done = sum(end - begin for begin, end in ranges[:have])
         os.truncate(partial, len(header) + done if have else 0)

@@ -101,4 +101,4 @@ def _tensors(listing: Listing, shards: list[str]) -> dict[str, CheckpointTensor]
         return safetensors.parse_shard_header(path, header, remote.size)
 
     index = read_text(listing, INDEX) if INDEX in listing.files else None
-    return safetensors.gather_tensors(Path(listing.repo), index, shards, read_header)
+    return safetensors.gather_tensors(Path(listing.repo), index, present=shards, read=read_header)

@@ -74,7 +74,7 @@ def inject(
         given = _open_head(head, scratch)
         check_match(whole, given)
         progress.say(cost(whole, given, options.head_types))
-        new = _quantized(given, options.head_types, scratch, llama)
+        new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
         if options.digests:
             _write_digests(options.digests, whole, new)
         if _has_head(whole, new, options.replace_head):
@@ -145,7 +145,7 @@ def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gg
     out = scratch / "quantized.gguf"
     writer.write(source, head.metadata, contents(head))
     # Any quantized file type serves: every matrix of the head has an override.
-    quantize(source, out, QuantizeRequest("Q8_0", head=types), llama)
+    quantize(source, out, request=QuantizeRequest("Q8_0", head=types), llama=llama)
     return reader.read(out)
 
 

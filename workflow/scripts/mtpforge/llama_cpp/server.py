@@ -74,10 +74,10 @@ class Server:
         return Completion(
             answer["content"],
             answer.get("tokens", []),
-            float(timings.get("predicted_per_second", 0.0)),
+            tokens_per_second=float(timings.get("predicted_per_second", 0.0)),
             # Both fields are missing if nothing was drafted: that is a dead head, not a pass.
-            int(timings.get("draft_n", 0)),
-            int(timings.get("draft_n_accepted", 0)),
+            drafts=int(timings.get("draft_n", 0)),
+            accepted=int(timings.get("draft_n_accepted", 0)),
         )
 
     def choices(self, prompt: str, n_predict: int) -> list[Choice]:
@@ -155,7 +155,7 @@ def serve(llama: LlamaCpp, model: Path, log: Path, options: Sequence[str] = ()) 
     ):
         try:
             server = Server(port, child.pid)
-            _wait_until_ready(server, child, model, log)
+            _wait_until_ready(server, child, model=model, log=log)
             yield server
         finally:
             child.terminate()

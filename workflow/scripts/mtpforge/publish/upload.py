@@ -79,7 +79,7 @@ def compare(folder: Path, repo: str) -> UploadPlan:
         if not _is_uploaded(folder / name, digest, (uploaded or {}).get(name))
     ]
     foreign = sorted((uploaded or {}).keys() - sums.keys() - {".gitattributes"})
-    return UploadPlan(folder, repo, uploaded is not None, missing, foreign)
+    return UploadPlan(folder, repo, exists=uploaded is not None, missing=missing, foreign=foreign)
 
 
 def upload(plan: UploadPlan, private: bool) -> str:

@@ -32,7 +32,9 @@ def assemble(job: QuantizeJob, reusable: Reusable, out: Path, scratch: Path) -> 
     infos = [job.target_info(name) for name in job.plan.tensors]
     whole = writer.lay_out(out, whole_metadata(job, scratch), infos)
     with _copying(job, reusable, whole) as copies:
-        digests = _quantize_into(whole, job, job.plan.tensors.keys() - reusable, scratch, copies)
+        digests = _quantize_into(
+            whole, job, names=job.plan.tensors.keys() - reusable, scratch=scratch, copies=copies
+        )
         intact = {
             name: reusable[name]
             for name, copy in copies.items()
@@ -41,7 +43,7 @@ def assemble(job: QuantizeJob, reusable: Reusable, out: Path, scratch: Path) -> 
     damaged = {name: each for name, each in reusable.items() if name not in intact}
     if damaged:
         warn_damaged(damaged)
-        digests |= _quantize_into(whole, job, damaged, scratch, {})
+        digests |= _quantize_into(whole, job, names=damaged, scratch=scratch, copies={})
     report(intact, job.plan.tensors)
     digests |= {name: each.digest for name, each in intact.items()}
     header = sha256(reader.header_range(whole))

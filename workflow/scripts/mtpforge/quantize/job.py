@@ -43,7 +43,14 @@ class QuantizeJob:
     def quantize(self, source: Gguf, out: Path) -> Gguf:
         """Quantize `source`, the whole source or a part of it, to `out`, in place."""
         plan = self.plan
-        return run(source, out, plan.types(), plan.file_type, self.imatrix, self.llama)
+        return run(
+            source,
+            out,
+            types=plan.types(),
+            file_type=plan.file_type,
+            matrix=self.imatrix,
+            llama=self.llama,
+        )
 
     def quantize_tensors(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         """Quantize these tensors to `out`, in place, from a copy of their part of the source.
@@ -106,11 +113,15 @@ class QuantizeJob:
     def _quantize_by_rows(self, name: str, out: Path, scratch: Path) -> Gguf:
         whole: Gguf | None = None
         for start, count in self._row_ranges(name):
-            part = self._copy_part(reader.rows(self.source, name, start, count), scratch)
+            part = self._copy_part(
+                reader.rows(self.source, name, start=start, count=count), scratch
+            )
             made = self.quantize(part, scratch / "rows.gguf")
             if whole is None:
                 whole = writer.lay_out(out, made.metadata, [self.target_info(name)])
-            writer.put(reader.rows(whole, name, start, count), name, [made.ranges[name]])
+            writer.put(
+                reader.rows(whole, name, start=start, count=count), name, [made.ranges[name]]
+            )
         assert whole is not None
         return whole
 

@@ -33,7 +33,14 @@ def quantize(source: Path, out: Path, request: QuantizeRequest, llama: LlamaCpp)
     opened = reader.read(source)
     types = choose_types(opened, request, llama)
     with replacing(out) as temporary:
-        run(opened, temporary, types, request.file_type, request.imatrix, llama)
+        run(
+            opened,
+            temporary,
+            types=types,
+            file_type=request.file_type,
+            matrix=request.imatrix,
+            llama=llama,
+        )
 
 
 def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Types:
@@ -42,15 +49,15 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     Raises ConfigError for impossible types, and for types that need an importance matrix which is
     missing or does not cover the tensor.
     """
-    overrides = plan_overrides(source, request.file_type, request.head, request.recipe)
+    overrides = plan_overrides(source, request.file_type, head=request.head, recipe=request.recipe)
     rows = imatrix.read(request.imatrix) if request.imatrix else {}
-    default, chosen = _dry_runs(source, request, overrides, llama)
+    default, chosen = _dry_runs(source, request, overrides=overrides, llama=llama)
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if llama.log:
         with llama.log.open("a", encoding="utf-8") as log:
             log.write(f"{table}\n")
-    mixture.check_imatrix(source, chosen, request, rows)
+    mixture.check_imatrix(source, chosen, request=request, rows=rows)
     return chosen
 
 

@@ -26,7 +26,7 @@ def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> di
     with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
         reusable = find_reusable(job, reuse, scratch) if reuse else {}
         if reusable and worth_reusing(job, reusable):
-            return assemble(job, reusable, temporary, scratch)
+            return assemble(job, reusable, out=temporary, scratch=scratch)
         written = job.quantize(job.source, temporary)
         report({}, job.plan.tensors)
         return reader.digests_of(written, job.llama.processors)
@@ -44,10 +44,10 @@ def quantize_piece(
     names = split_into_pieces(job.plan, job.source, count)[number - 1]
     with atomic.scratch_folder(folder / f"{number}-of-{count}") as scratch:
         found = find_reusable(job, reuse, scratch) if reuse else {}
-        reused = reusable_for_piece(job, found, names, folder)
+        reused = reusable_for_piece(job, found, names=names, folder=folder)
         digests = {name: each.digest for name, each in reused.items()}
         for batch in job.batches([name for name in names if name not in reused]):
-            digests |= _quantize_batch(job, batch, folder, scratch)
+            digests |= _quantize_batch(job, batch, folder=folder, scratch=scratch)
         report(reused, names)
         return {name: digests[name] for name in names}
 

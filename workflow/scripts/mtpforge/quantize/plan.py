@@ -170,7 +170,9 @@ def make_plan(
         raise GgufError(f"{source.path}: tensors differ from those of its digests: hash it again")
     rows = imatrix.digests(request.imatrix) if request.imatrix else {}
     tensors = {
-        name: PlannedTensor(kind.name, source_form(source, name), digests[name], rows.get(name, ""))
+        name: PlannedTensor(
+            kind.name, source_form(source, name), source=digests[name], row=rows.get(name, "")
+        )
         for name, kind in types.items()
     }
     matrix_name, matrix_sha256 = _imatrix_identity(request.imatrix)

@@ -64,7 +64,7 @@ def find_reusable(job: QuantizeJob, folder: Path, scratch: Path) -> Reusable:
         for file in _existing(manifest.files):
             if wanted.keys() <= found.keys():
                 break
-            found = _tensors_of(job, file, wanted, scratch) | found
+            found = _tensors_of(job, file, wanted=wanted, scratch=scratch) | found
     return {name: found[name] for name in keys if name in found}
 
 

@@ -215,7 +215,9 @@ class Console(logging.Handler):
         output = record.output[0] if record.output else "-"
         log = Path(record.log[0] if record.log else os.devnull)
         progress = record.created + PROGRESS_INTERVAL
-        self.running[record.jobid] = Job(label, output, log, record.created, progress)
+        self.running[record.jobid] = Job(
+            label, output, log=log, started=record.created, next_progress=progress
+        )
         if not self.quiet:
             self._say("start", label)
 

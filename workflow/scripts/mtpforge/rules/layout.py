@@ -91,13 +91,13 @@ def outputs(model: Model) -> Iterator[Output]:
 def output(model: Model, variant: str) -> Output:
     """A variant's file."""
     split = model.variants[variant].split or model.split
-    return Output(model.name, f"{model.base_name}-{variant}", variant, bool(split))
+    return Output(model.name, f"{model.base_name}-{variant}", variant=variant, split=bool(split))
 
 
 def possible_outputs(model: Model, variant: str) -> list[str]:
     """The final names that a variant's file can have: its own, or the folder of a split one."""
     stem = f"{model.base_name}-{variant}"
-    return [Output(model.name, stem, variant, split).file for split in (False, True)]
+    return [Output(model.name, stem, variant=variant, split=split).file for split in (False, True)]
 
 
 def sidecar(model: Model, file_type: str) -> Output:

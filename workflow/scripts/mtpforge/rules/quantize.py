@@ -101,7 +101,7 @@ class QuantizeRules(Stage):
         count = self._pieces(wildcards)
         if count == 1:
             return []
-        return layout.pieces(wildcards.model, wildcards.kind, wildcards.name, count)
+        return layout.pieces(wildcards.model, wildcards.kind, name=wildcards.name, count=count)
 
     def _pieces(self, wildcards: Wildcards) -> int:
         if wildcards.kind == "draft":

@@ -42,7 +42,7 @@ def check_running(
     if request.unquantized:
         unquantized = Acceptance.read(request.unquantized)
         checks.append(check_acceptance(measured, unquantized, request.max_acceptance_drop))
-    checks.append(check_without_drafting(opened, request, answers, llama))
+    checks.append(check_without_drafting(opened, request, answers=answers, llama=llama))
     return checks, measured
 
 
@@ -184,7 +184,7 @@ def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
 def _serve(model: Path, options: Sequence[str], llama: LlamaCpp) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
-        with serve(llama, model, log, ["--ctx-size", "4096", *options]) as server:
+        with serve(llama, model, log=log, options=["--ctx-size", "4096", *options]) as server:
             yield server
 
 

@@ -79,14 +79,21 @@ class CheckpointSource:
     def metadata(self) -> Mapping[str, Value]:
         rows = list(self.tensors.values())
         return native.describe(
-            self._checkpoint, self._family, self._hparams, self._part, rows, self._tokenizer_pre
+            self._checkpoint,
+            self._family,
+            hparams=self._hparams,
+            part=self._part,
+            infos=rows,
+            tokenizer_pre=self._tokenizer_pre,
         )
 
     def template(self) -> str | None:
         return chat_template(self._checkpoint.directory)
 
     def rows(self) -> Mapping[str, SourceRows]:
-        planned = plan.plan_conversion(self._checkpoint, self._family, self._hparams, self._part)
+        planned = plan.plan_conversion(
+            self._checkpoint, self._family, hparams=self._hparams, part=self._part
+        )
         return tensors.rows_of_checkpoint(self._checkpoint, planned)
 
 

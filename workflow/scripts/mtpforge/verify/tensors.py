@@ -142,7 +142,9 @@ def compare_tensors(
 
     def compare(info: TensorInfo) -> Comparison:
         rows = sample_rows(info, info.name in whole)
-        return compare_tensor(opened, info, rows, expected.get(info.name), info.name in exact)
+        return compare_tensor(
+            opened, info, numbers=rows, source=expected.get(info.name), exact=info.name in exact
+        )
 
     infos = list(opened.tensors.values())
     total = sum(info.size for info in infos)
@@ -209,14 +211,14 @@ def compare_tensor(
         if source is not None:
             sums.add(batch, stored, source(batch))
     if source is None:
-        return Comparison(info.name, info.type.name, len(numbers), finite)
+        return Comparison(info.name, info.type.name, rows=len(numbers), finite=finite)
     problem = sums.problem
     shift = sums.shift if problem else 0
     return Comparison(
         info.name,
         info.type.name,
-        len(numbers),
-        finite,
+        rows=len(numbers),
+        finite=finite,
         error=sums.error,
         problem=problem,
         shift=shift,
@@ -291,7 +293,9 @@ def _batches(numbers: np.ndarray, step: int) -> Iterator[np.ndarray]:
 
 def _type_errors(kind: str, errors: list[float]) -> TypeErrors:
     mean = sum(errors) / len(errors)
-    return TypeErrors(len(errors), _short(mean), _short(max(errors)), _short(error_limit(kind)))
+    return TypeErrors(
+        len(errors), _short(mean), worst=_short(max(errors)), gate=_short(error_limit(kind))
+    )
 
 
 def _short(number: float) -> float:

@@ -54,7 +54,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     running, acceptance = check_running(opened, request, llama)
     checks += [*running, check_programs(opened, request, llama)]
     raise_failed(path.name, checks)
-    return _report(opened, checks, compared, trunk, acceptance)
+    return _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
 
 
 def publish_split(
@@ -65,7 +65,7 @@ def publish_split(
     Returns the files and the checks on them. Raises VerificationError; `folder` is then unchanged.
     """
     opened = reader.read(path)
-    with split.splitting(opened, folder, folder.name, limit) as files:
+    with split.splitting(opened, folder, stem=folder.name, limit=limit) as files:
         checks = [_check_files(opened, files)]
         if len(files) > 1 and checks[0].passed:
             # The head was measured in the whole file, and the bytes are the same: all that is left
@@ -76,7 +76,7 @@ def publish_split(
             )
             check, _ = check_drafting(shards, short, llama)
             checks.append(replace(check, name="files load"))
-            checks.append(check_programs(shards, short, llama, "files open"))
+            checks.append(check_programs(shards, short, llama=llama, name="files open"))
         raise_failed(folder.name, checks)
         listed = tuple(Shard(file.name, file.stat().st_size, digest_of(file)) for file in files)
     return listed, checks
