@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -63,6 +63,14 @@ class Hub(ThreadingHTTPServer):
         """Faults by file name; `api` for answers about repositories."""
         self.gated: set[str] = set()
         """Repositories that need a token."""
+        self.closed: set[str] = set()
+        """Repositories that do not accept the token either."""
+        self.rejects_tokens = False
+        """Whether every token is a revoked one."""
+        self.renamed: dict[str, str] = {}
+        """New names of repositories by their old ones."""
+        self.mirror: Callable[[Path], str] | None = None
+        """The ETag of a file, empty for none, on a mirror that serves large files itself."""
         self.tokens: list[tuple[str, str]] = []
         """(`hub` or `cdn`, Authorization header) of every request with a token."""
         self.digests: dict[Path, str] = {}
@@ -223,6 +231,8 @@ class _Answering(BaseHTTPRequestHandler):
             "ETag": '"other"' if self.fails(name, "etag") else etag,
             "Content-Type": "application/octet-stream",
         }
+        if not headers["ETag"]:
+            del headers["ETag"]
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         if self.fails(name, "short"):
@@ -268,6 +278,8 @@ class _Handler(_Answering):
 
     def route(self, path: str) -> None:
         self.hub.requests.append(f"{self.command} {path}")
+        if self.is_elsewhere(path):
+            return None
         for name, folder in self.hub.repositories.items():
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
                 if path in (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}"):
@@ -287,6 +299,18 @@ class _Handler(_Answering):
             if path.startswith((f"/{name}/", f"/api/models/{name}/")) and not self.is_hidden(name):
                 return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RevisionNotFound"})
         return self.answer(b"", "text/plain", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def is_elsewhere(self, path: str) -> bool:
+        """Answer that the token is invalid, or that the repository was renamed."""
+        if self.hub.rejects_tokens and self.headers.get("Authorization"):
+            said = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            self.answer(b"", "text/plain", 401, said)
+            return True
+        for old, new in self.hub.renamed.items():
+            if path.startswith((f"/{old}/", f"/api/models/{old}/")) or path.endswith(f"/{old}"):
+                self.answer(b"", "text/plain", 307, {"Location": path.replace(old, new, 1)})
+                return True
+        return False
 
     def do_POST(self) -> None:
         path, content = unquote(urlsplit(self.path).path), b"".join(self.content())
@@ -436,9 +460,10 @@ class _Handler(_Answering):
 
     def gate(self, name: str) -> bool:
         """Answer that a token is needed, if it is missing."""
-        closed = name in self.hub.gated and not self.headers.get("Authorization")
+        token = self.headers.get("Authorization")
+        closed = name in self.hub.closed or (name in self.hub.gated and not token)
         if closed:
-            self.answer(b"", "text/plain", 401, {"X-Error-Code": "GatedRepo"})
+            self.answer(b"", "text/plain", 403 if token else 401, {"X-Error-Code": "GatedRepo"})
         return closed
 
     def model_info(self, name: str, folder: Path, commit: str) -> None:
@@ -467,7 +492,9 @@ class _Handler(_Answering):
     def resolve(self, path: Path, name: str, asked: str) -> None:
         """Redirect a large file to the second server, a small one to a cache on this one."""
         headers = {"ETag": f'"{self.hub.digest(path)}"', "X-Repo-Commit": COMMIT}
-        if path.suffix in LARGE:
+        if self.hub.mirror:
+            self.file(path, self.hub.mirror(path))
+        elif path.suffix in LARGE:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(path.stat().st_size)}
             address = self.hub.address(f"{name}/{path.name}")
             self.answer(b"", "text/plain", 302, {**headers, "Location": address})

@@ -3,6 +3,7 @@
 Connections break, servers misbehave, runs are killed.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -210,16 +211,87 @@ def test_a_busy_hub_is_retried(client: Client, kind: str) -> None:
     assert done.returncode == 1 and "status 500: gave up after 6 tries" in done.stderr
 
 
+MIRRORS = {
+    "sha1": lambda path: f'"{hashlib.sha1(path.read_bytes()).hexdigest()}"',
+    "sha256": lambda path: f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"',
+    "sha256 of something else": lambda path: f'"{hashlib.sha256(path.name.encode()).hexdigest()}"',
+    "upper case": lambda path: f'"{hashlib.sha256(path.read_bytes()).hexdigest().upper()}"',
+    "weak": lambda path: f'W/"{path.stat().st_size:x}-5f3c"',
+    "without quotes": lambda path: "5f3c",
+    "none": lambda path: "",
+}
+
+
+@pytest.mark.parametrize("etag", MIRRORS.values(), ids=MIRRORS)
+def test_a_mirror_with_etags_of_its_own_works(client: Client, etag: Callable[[Path], str]) -> None:
+    """The content is compared with the commit in any case."""
+    before = client.listing.read_bytes()
+    client.hub.mirror = etag
+    assert client.resolve().returncode == 0 and client.listing.read_bytes() == before
+    client.hub.faults[SHARD] = [Fault("drop", 2, after=5000)]
+    for name in (SHARD, "config.json"):
+        client.complete(client.fetch(name), name)
+    head = ("--folder", client.path / "head", "--out", client.path / "head.json")
+    assert client.run("fetch_head.py", client.listing, *head).returncode == 0
+    (client.folder / SHARD).unlink()
+    (client.path / f"{SHARD}.json").unlink()
+    client.hub.faults[SHARD] = [Fault("content", -1)]
+    client.refused(client.fetch(), "sha256 is")
+
+
+def test_a_hub_that_links_another_digest_is_refused(client: Client) -> None:
+    client.hub.digests[client.source / SHARD] = "1" * 64
+    client.hub.sent.clear()
+    client.refused(client.fetch(), "the server now reports 1111", "do not trust this server")
+    assert not client.hub.sent[SHARD]
+
+
+def test_a_rejected_token_is_named_as_the_cause(client: Client) -> None:
+    """The repository is public: without the token everything works."""
+    client.hub.rejects_tokens = True
+    message = "your token was rejected (expired, revoked or mistyped)"
+    client.refused(client.fetch(), message, "unset HF_TOKEN", "hf auth logout")
+    client.listing.with_name(f".{client.listing.name}").unlink(missing_ok=True)
+    done = client.resolve()
+    assert done.returncode == 1 and message in done.stderr
+    del client.environment["HF_TOKEN"]
+    assert client.resolve().returncode == 0
+    client.complete(client.fetch())
+
+
+def test_a_token_without_access_is_told_from_no_token(client: Client) -> None:
+    client.hub.closed.add(REPO)
+    client.refused(client.fetch(), "is gated, and your token does not open it")
+    assert "that your token cannot read" in client.resolve("Owner/private").stderr
+    del client.environment["HF_TOKEN"]
+    client.refused(client.fetch(), "is gated: accept its terms", "set HF_TOKEN")
+    assert "a private one: check the name, set HF_TOKEN" in client.resolve("Owner/private").stderr
+
+
+def test_a_renamed_repository_works_under_its_old_name(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    client.hub.renamed["Old/name"] = REPO
+    done = client.resolve("Old/name")
+    assert done.returncode == 0
+    assert f"Old/name is now called {REPO}: write `repo: {REPO}`" in done.stderr
+    client.complete(client.fetch())
+    assert f"source: {{repo: {REPO}," in client.run("add.py", "Old/name").stdout
+    assert "is now called" not in client.resolve().stderr
+
+
 def test_a_redirect_from_a_mirror_does_not_get_the_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[httpx2.Request] = []
+    digest = "1" * 64
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(request)
         return httpx2.Response(
             302,
-            headers={"Location": "https://huggingface.co/Owner/x", "ETag": '"1"'},
+            headers={"Location": "https://huggingface.co/Owner/x", "X-Linked-ETag": f'"{digest}"'},
             request=request,
         )
 
@@ -230,7 +302,7 @@ def test_a_redirect_from_a_mirror_does_not_get_the_token(
     )
     assert remote._metadata("https://mirror.example/Owner/x") == (
         "https://huggingface.co/Owner/x",
-        "1",
+        digest,
         None,
     )
     assert [(request.url.host, "authorization" in request.headers) for request in asked] == [

@@ -7,7 +7,7 @@ from mtpforge import cli, errors
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.hub import head
 from mtpforge.hub.listing import REPOSITORY, Listing
-from mtpforge.hub.resolve import list_commit, model_info
+from mtpforge.hub.resolve import current_name, list_commit, model_info
 from mtpforge.llama_cpp import architectures
 
 
@@ -29,7 +29,9 @@ def entry(repo: str) -> str:
             f"{repo!r}: write the repository as OWNER/NAME "
             "(snakemake --cores 1 add --config repo=OWNER/NAME)"
         )
-    listing = list_commit(repo, str(model_info(repo).sha))
+    info = model_info(repo)
+    repo = current_name(info, repo)
+    listing = list_commit(repo, str(info.sha))
     if not listing.tensors:
         raise errors.DownloadError(
             f"{repo}: has no *.safetensors: only safetensors checkpoints can be converted"

@@ -5,6 +5,7 @@ download and accepts any range the server sends. So this module reads itself: if
 match the request or breaks off, it requests the rest.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -27,6 +28,7 @@ from mtpforge.hub.retry import (
 )
 
 REDIRECTS = 5
+_SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 class RemoteFile:
@@ -38,6 +40,7 @@ class RemoteFile:
         self._repo = repo
         self._revision = revision
         self._digest = file.digest
+        self._is_lfs = file.lfs
         self._address: str | None = None
         self._etag: str | None = None
 
@@ -94,12 +97,7 @@ class RemoteFile:
         """Return the current address and headers, with the token only for the Hub itself."""
         if self._address is None:
             found = _metadata(hf_hub_url(self._repo, self.name, revision=self._revision))
-            if found.etag != self._digest or found.size not in (None, str(self.size)):
-                raise DownloadError(
-                    f"{self._label}: the server now reports {found.etag} of {found.size} bytes, "
-                    f"the listing has {self._digest} of {self.size}: a commit does not change: "
-                    "do not trust this server (HF_ENDPOINT)"
-                )
+            self._check_commit(found)
             secure = urlsplit(constants.ENDPOINT).scheme == "https"
             if secure and urlsplit(found.address).scheme != "https":
                 raise DownloadError(
@@ -107,6 +105,20 @@ class RemoteFile:
                 )
             self._address = found.address
         return self._address, _headers(self._address)
+
+    def _check_commit(self, found: "Metadata") -> None:
+        """Raise DownloadError if the server has another file than the listing.
+
+        Only the sha256 that the Hub links to a large file says so. The ETag of a mirror can be
+        anything, and the content of a whole file is hashed in any case.
+        """
+        digest = (self._is_lfs and found.digest) or self._digest
+        if digest != self._digest or found.size not in (None, str(self.size)):
+            raise DownloadError(
+                f"{self._label}: the server now reports {digest} of {found.size} bytes, "
+                f"the listing has {self._digest} of {self.size}: a commit does not change: "
+                "do not trust this server (HF_ENDPOINT)"
+            )
 
     def _check(self, response: httpx2.Response, begin: int, end: int) -> None:
         """Raise UnusableAnswer unless the headers promise exactly the requested bytes."""
@@ -119,7 +131,7 @@ class RemoteFile:
         length = headers.get("Content-Length", str(end - begin))
         if not encoded and length != str(end - begin):
             raise UnusableAnswer(f"Content-Length is {length}, expected {end - begin}")
-        self._check_etag(headers.get("ETag", ""), partial)
+        self._check_etag(headers.get("ETag", "").removeprefix("W/"))
 
     def _check_status(self, response: httpx2.Response, partial: bool) -> None:
         status = response.status_code
@@ -136,22 +148,21 @@ class RemoteFile:
         if encoded:
             raise UnusableAnswer("the range is compressed")
 
-    def _check_etag(self, etag: str, partial: bool) -> None:
-        if partial and not etag:
-            raise UnusableAnswer("the range has no ETag")
-        if self._etag not in (None, etag):
+    def _check_etag(self, etag: str) -> None:
+        """Raise DownloadError if the file changed between two requests, as far as ETags tell."""
+        if etag and self._etag not in (None, etag):
             raise DownloadError(
                 f"{self._label}: changed during the download (ETag {self._etag}, then {etag}): "
                 "run again"
             )
-        self._etag = etag
+        self._etag = etag or self._etag
 
 
 class Metadata(NamedTuple):
-    """Address, ETag and size of a file, as the Hub's first answer reports them."""
+    """Address of a file, and its sha256 and size as far as the first answer reports them."""
 
     address: str
-    etag: str
+    digest: str | None
     size: str | None
 
 
@@ -176,9 +187,9 @@ def _metadata(url: str) -> Metadata:
         if within and "X-Linked-ETag" not in found:
             url = target
             continue
-        etag = found.get("X-Linked-ETag") or found.get("ETag") or ""
+        linked = _SHA256.search(found.get("X-Linked-ETag", "").lower())
         size = found.get("X-Linked-Size") or (None if location else found.get("Content-Length"))
-        return Metadata(target, etag.removeprefix("W/").strip('"'), size)
+        return Metadata(target, linked and linked[0], size)
     raise UnusableAnswer(f"more than {REDIRECTS} redirects")
 
 

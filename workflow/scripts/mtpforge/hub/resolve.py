@@ -7,11 +7,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+from mtpforge import progress
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor
 from mtpforge.errors import DownloadError
 from mtpforge.hub.download import read_text, remote_file
-from mtpforge.hub.listing import COMMIT, FILE_NAME, File, Listing
+from mtpforge.hub.listing import COMMIT, FILE_NAME, REPOSITORY, File, Listing
 from mtpforge.hub.retry import Retry
 
 _FIRST_READ = 64 << 10  # bytes; most shard headers fit, so one request is enough
@@ -32,11 +33,19 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
         return info
 
     try:
-        return Retry(label).call(ask)
+        info = Retry(label).call(ask)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DownloadError(
             f"{label}: malformed answer from the Hub ({type(error).__name__}: {error})"
         ) from None
+    if (name := current_name(info, repo)) != repo:
+        progress.say(f"{repo} is now called {name}: write `repo: {name}`")
+    return info
+
+
+def current_name(info: ModelInfo, repo: str) -> str:
+    """The name that the Hub gives to a repository: another one than `repo` if it was renamed."""
+    return info.id if REPOSITORY.fullmatch(str(info.id)) else repo
 
 
 def list_commit(repo: str, revision: str) -> Listing:

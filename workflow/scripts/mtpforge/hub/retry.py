@@ -36,6 +36,25 @@ LONGEST_WAIT = 600.0
 """Seconds; a server that asks for a longer wait ends the run."""
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
+# What a refusal means depends on whether the request had a token.
+_LOG_IN = "set HF_TOKEN or log in with `hf auth login`"
+_GATED = f"is gated: accept its terms on its page, then {_LOG_IN}"
+_STILL_GATED = (
+    "is gated, and your token does not open it: accept its terms on its page with the token's "
+    "account, and let a fine-grained token read gated repositories"
+)
+_REJECTED = (
+    "your token was rejected (expired, revoked or mistyped): drop it if the repository is public "
+    "(unset HF_TOKEN, or `hf auth logout`), or renew it at https://huggingface.co/settings/tokens"
+)
+_NOT_FOUND = f"no such repository, or a private one: check the name, {_LOG_IN}"
+_STILL_NOT_FOUND = (
+    "no such repository, or a private one that your token cannot read: check the name, and the "
+    "rights of the token"
+)
+_DENIED = "access denied: set HF_TOKEN to a token with access, or run `hf auth login`"
+_STILL_DENIED = "access denied: your token has no right to do this: give it the right"
+
 T = TypeVar("T")
 
 
@@ -110,19 +129,19 @@ def explain(error: Exception) -> str:
     """Describe a failed request in one line; huggingface_hub's messages have no token."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: unset it to use the Hub"
-    if isinstance(error, GatedRepoError):
-        return (
-            "is gated: accept its terms on its page, then set HF_TOKEN or log in "
-            "with `hf auth login`"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            "no such repository, or a private one: check the name, set HF_TOKEN or log in "
-            "with `hf auth login`"
-        )
     response = getattr(error, "response", None)
-    if response is not None and response.status_code in (401, 403):
-        return "access denied: set HF_TOKEN to a token with access, or run `hf auth login`"
+    if response is None:
+        return first_line(error)
+    status = response.status_code
+    with_token = "Authorization" in response.request.headers
+    if isinstance(error, GatedRepoError):
+        return _STILL_GATED if with_token else _GATED
+    if status == 401 and with_token and response.headers.get("X-Error-Code") != "RepoNotFound":
+        return _REJECTED
+    if isinstance(error, RepositoryNotFoundError):
+        return _STILL_NOT_FOUND if with_token else _NOT_FOUND
+    if status in (401, 403):
+        return _STILL_DENIED if with_token else _DENIED
     return first_line(error)
 
 
