@@ -124,6 +124,9 @@ def entry(
         {"a": entry(shape=[2.0])},
         {"a": entry(shape=[True, 2])},
         {"a": entry(shape=[3])},
+        {"a": entry(dtype="F4", shape=[15])},
+        {"a": entry(dtype="F4", shape=[8])},
+        {"a": entry(dtype="U32", shape=[8])},
         {"a": entry(offsets=[0, 4])},
         {"a": entry(offsets=[8, 0])},
         {"a": entry(offsets=[0])},
@@ -138,6 +141,26 @@ def entry(
 def test_a_malformed_header_is_refused(tmp_path: Path, header: object) -> None:
     with pytest.raises(CheckpointError):
         read_shard_header(write_header(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count"),
+    [
+        ("U64", 1), ("C64", 1), ("U32", 2), ("I32", 2), ("U16", 4), ("U8", 8), ("BOOL", 8),
+        ("F8_E8M0", 8), ("F8_E4M3FNUZ", 8), ("F8_E5M2FNUZ", 8), ("F4", 16),
+    ],
+)  # fmt: skip
+def test_every_type_of_the_format_has_a_size(tmp_path: Path, dtype: str, count: int) -> None:
+    header = {"a": entry(dtype=dtype, shape=[count])}
+    (tensor,) = read_shard_header(write_header(tmp_path / "x.safetensors", header, bytes(8)))
+    assert (tensor.dtype, tensor.size) == (dtype, 8)
+
+
+@pytest.mark.parametrize("dtype", ["F6_E3M2", "F6_E2M3"])
+def test_types_of_six_bits_have_a_size(tmp_path: Path, dtype: str) -> None:
+    header = {"a": entry(dtype=dtype, shape=[4, 8], offsets=[0, 24])}
+    (tensor,) = read_shard_header(write_header(tmp_path / "x.safetensors", header, bytes(24)))
+    assert tensor.size == 24
 
 
 def test_a_header_longer_than_the_file_is_refused(tmp_path: Path) -> None:

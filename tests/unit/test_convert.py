@@ -72,6 +72,29 @@ def refusal(checkpoint: Path, part: str = "all", pre: str | None = "qwen35") -> 
     return str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["U32", "I32", "U8", "F8_E8M0", "F8_E5M2"])
+def test_the_head_converts_beside_a_trunk_of_any_type(tmp_path: Path, dtype: str) -> None:
+    """Only the head is needed for an injection, and other quantizers leave it alone."""
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    tensors = {
+        name: (dtype, np.zeros((8, 8), {"U32": "<u4", "I32": "<i4"}.get(dtype, "u1")))
+        if name.endswith("_proj.weight") and not name.startswith("mtp.")
+        else tensor
+        for name, tensor in read_tensors(source).items()
+    }
+    config = json.loads((source / "config.json").read_text())
+    folder = write_checkpoint(tmp_path / source.name, source, config, tensors)
+    native.convert(folder, tmp_path / "head.gguf", "head")
+    native.convert(source, tmp_path / "expected.gguf", "head")
+    found, expected = (
+        reader.hashes(reader.read(tmp_path / name).ranges)
+        for name in ("head.gguf", "expected.gguf")
+    )
+    assert found == expected
+    with pytest.raises(CheckpointError, match=rf"is {dtype}: only BF16, F16, F32 and FP8"):
+        native.convert(folder, tmp_path / "all.gguf", "all", "qwen35")
+
+
 def test_a_separate_head_file_is_found_beside_an_index_without_it(tmp_path: Path) -> None:
     source = CHECKPOINTS / "tiny-qwen3.5"
     settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)

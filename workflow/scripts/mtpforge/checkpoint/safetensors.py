@@ -42,6 +42,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
 }
 
+# Every type of the format -> bits. Only the tensors that are converted need a type in `DTYPES`: the
+# head is read beside a trunk that another program quantized.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class CheckpointTensor:
@@ -286,16 +293,17 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        if dtype not in DTYPES or any(type(n) is not int or n < 0 for n in numbers):
+        if dtype not in BITS or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"type {dtype}, shape {shape}, range {begin}..{end}")
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error})") from None
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if size != end - begin:
+    bits = math.prod(shape) * BITS[dtype]
+    if bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{path}: tensor {name}: {dtype} {shape} takes {size:,} bytes, "
-            f"but its range has {end - begin:,}"
+            f"{path}: tensor {name}: {dtype} {shape} takes {bits:,} bits, "
+            f"but its range has {end - begin:,} bytes"
         )
+    size = end - begin
     return CheckpointTensor(
         name, dtype, shape=tuple(shape), shard=path.name, offset=start + begin, size=size
     )

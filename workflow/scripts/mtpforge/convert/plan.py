@@ -143,14 +143,14 @@ def _missing(name: str, row: Row) -> CheckpointError:
 
 
 def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
-        )
     if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
         raise CheckpointError(
             f"{tensor.shard}: {name} is {tensor.dtype}: only BF16, F16, F32 and FP8 (E4M3) "
             "can be converted"
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
         )
 
 
