@@ -352,3 +352,27 @@ def write_layout(name: str, parent: Path) -> Path:
 
 
 ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", *FOLDERS)
+
+
+def fine_tune(folder: Path, noise: float = 0.15, model: str = "tiny-qwen3.5") -> Path:
+    """A checkpoint whose trunk has moved by this share of each matrix, and whose head is lost."""
+    config = json.loads((CHECKPOINTS / model / "config.json").read_text())
+    rng = np.random.default_rng(0)
+    moved: Tensors = {}
+    for name, (dtype, array) in read_tensors(CHECKPOINTS / model).items():
+        if dtype == "BF16" and array.ndim > 1 and "visual" not in name:
+            values = (array.astype(np.uint32) << 16).view(np.float32)
+            scale = noise * float(np.sqrt((values**2).mean()))
+            values = values + scale * rng.standard_normal(values.shape, np.float32)
+            array = (values.view(np.uint32) >> 16).astype("<u2")
+        if not name.startswith("mtp."):
+            moved[name] = (dtype, array)
+    return write_checkpoint(folder, CHECKPOINTS / model, config, moved)
+
+
+def head_alone(folder: Path, model: str = "tiny-qwen3.5") -> Path:
+    """A checkpoint of which only the head is there."""
+    config = json.loads((CHECKPOINTS / model / "config.json").read_text())
+    tensors = read_tensors(CHECKPOINTS / model)
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    return write_checkpoint(folder, CHECKPOINTS / model, config, head)

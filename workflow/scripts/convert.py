@@ -6,6 +6,8 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 from pathlib import Path
 
 from mtpforge import cli, table
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import graft
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -26,6 +28,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="GGUF to write")
     parser.add_argument("--part", choices=PARTS, default="all", help=PART)
     parser.add_argument(
+        "--head-from",
+        type=Path,
+        metavar="DIR",
+        help="take the head from this checkpoint, for a fine-tune that has lost its own",
+    )
+    parser.add_argument(
+        "--name",
+        help="name of the model in the metadata (default: the folder's name)",
+    )
+    parser.add_argument(
         "--tokenizer-pre",
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
@@ -40,8 +52,13 @@ def main() -> None:
         help="write the sha256 of each tensor, as JSON",
     )
     args = parser.parse_args()
-    atomic.refuse_overwriting(args.out, args.checkpoint)
-    convert(args.checkpoint, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre)
+    atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
+    if args.head_from:
+        trunk, donor = Checkpoint(args.checkpoint, args.name), Checkpoint(args.head_from)
+        graft.convert(trunk, donor, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre)
+    else:
+        options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre, "name": args.name}
+        convert(args.checkpoint, args.out, **options)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
     print(table.size_of(args.out))

@@ -13,7 +13,7 @@ from mtpforge.gguf.split import check_target, parse_size, plan
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.quantize.recipe import read_recipe
+from mtpforge.quantize.recipe import NO_HEAD, read_recipe
 from mtpforge.verify.digests import head_source
 from mtpforge.verify.report import Report, accepted_drafts, as_table
 from mtpforge.verify.request import Request
@@ -26,10 +26,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
+    _check_donor(parser, args)
     request = _request(args)
     inputs = (args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk)
     for out in filter(None, (args.out, args.publish)):
-        atomic.refuse_overwriting(out, *inputs, args.target)
+        atomic.refuse_overwriting(out, *inputs, args.head_from, args.target)
     limit = _limit(args.split, args.file, args.publish)
     llama = programs.from_options(args)
     try:
@@ -56,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--reference", type=Path, metavar="BF16.gguf", help="compare with this upstream conversion"
     )
+    parser.add_argument(
+        "--head-from", type=Path, metavar="DIR",
+        help="compare the head with this checkpoint: the trunk only with --checkpoint, if it is "
+        "given, and with --base or --trunk",
+    )  # fmt: skip
     parser.add_argument(
         "--digests", type=Path, metavar="FILE",
         help="sha256 of its tensors, recorded by convert.py or quantize.py",
@@ -98,6 +104,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as given to convert.py"
     )
+    parser.add_argument("--name", help="name of the model, as given to convert.py")
     parser.add_argument(
         "--perplexity", action="store_true", help="llama-perplexity must load the file too"
     )
@@ -118,6 +125,18 @@ def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _check_donor(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a donor of the head with which nothing would prove the trunk."""
+    if args.head_from is None:
+        return
+    if args.reference or args.head == NO_HEAD:
+        parser.error("--head-from does not go with --reference or --head none")
+    if not (args.checkpoint or args.base or args.trunk):
+        parser.error(
+            "--head-from says nothing about the trunk: add --base, --trunk or --checkpoint"
+        )
+
+
 def _request(args: argparse.Namespace) -> Request:
     return Request(
         checkpoint=args.checkpoint,
@@ -125,6 +144,8 @@ def _request(args: argparse.Namespace) -> Request:
         digests=args.digests,
         base=args.base,
         trunk=args.trunk,
+        head_from=args.head_from,
+        name=args.name,
         target=args.target,
         file_type=args.type,
         head=args.head,

@@ -92,16 +92,25 @@ class Outline:
 
 
 class Checkpoint(Outline):
-    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed."""
+    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
 
-    def __init__(self, directory: Path) -> None:
+    `given_name` is the model's name if it is not the folder's.
+    """
+
+    def __init__(self, directory: Path, given_name: str | None = None) -> None:
         # Resolved, because the model is named after the folder, which may be given as ".".
         folder = Path(directory).resolve()
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         files = [path.name for path in folder.iterdir() if path.is_file()]
         super().__init__(folder, read_config(folder), _read_tensors(folder), files)
+        self.given_name = given_name
         self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.given_name or folder_name(self.directory)
 
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
         """Whether two tensors have the same bytes."""
@@ -149,6 +158,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     beside = directory / quantization.MODELOPT
     return quantization.with_modelopt(config, read_json(beside)) if beside.exists() else config
+
+
+def folder_name(folder: Path) -> str:
+    """Return a checkpoint folder's name; for a snapshot in the Hub's cache, its repository's.
+
+    A snapshot is models--OWNER--NAME/snapshots/COMMIT.
+    """
+    kind, _, repository = folder.parent.parent.name.partition("--")
+    if folder.parent.name == "snapshots" and kind == "models" and repository:
+        return repository.rpartition("--")[2]
+    return folder.name
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> str:

@@ -29,14 +29,19 @@ PARTS = ("all", "trunk", "head", "draft")
 
 
 def convert(
-    directory: Path, out: Path, part: str = "all", tokenizer_pre: str | None = None
+    directory: Path,
+    out: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
 ) -> None:
     """Write a part of a checkpoint as a BF16 GGUF. Raises CheckpointError.
 
     `head` has no tokenizer: it is only quantized and injected. `draft` is the head with what it
     shares with the trunk (embeddings, output norm and matrix), for llama-server beside a trunk.
+    `name` is the model's name if it is not the folder's.
     """
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory, name)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config)
     planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
@@ -66,7 +71,7 @@ def describe(
             info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.type
         )
     writer.add_type(GGUFType.MODEL)
-    _model_metadata(checkpoint.directory, writer).set_gguf_meta_model(writer)
+    _model_metadata(checkpoint, writer).set_gguf_meta_model(writer)
     family.describe(writer, hparams, 0 if part == "trunk" else 1)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     vocab_size = hparams.count("vocab_size")
@@ -91,11 +96,16 @@ def _encoded(key: str, entry: GGUFValue) -> Value:
         ) from None
 
 
-def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
+def _model_metadata(checkpoint: Checkpoint, writer: GGUFWriter) -> Metadata:
     """Derive name, license, tags and sampling defaults from the model card, as gguf-py does."""
+    directory = checkpoint.directory
     total, shared, experts, expert_count = writer.get_total_parameter_count()
     try:
-        metadata = Metadata.load(model_path=directory, total_params=total)
+        metadata = Metadata.load(
+            model_path=directory, model_name=checkpoint.given_name, total_params=total
+        )
+        if checkpoint.name != directory.name:
+            _rename(metadata, checkpoint, total)
         # gguf 0.19.0 does not know this name of generation_config.json; the pinned upstream does.
         generation = Metadata.load_generation_config(directory)
         metadata.sampling_penalty_repeat = generation.get(
@@ -106,6 +116,19 @@ def _model_metadata(directory: Path, writer: GGUFWriter) -> Metadata:
         raise CheckpointError(
             f"{directory}: malformed README.md, generation_config.json or config.json ({reason})"
         ) from None
-    metadata.name = metadata.name or directory.name
+    metadata.name = metadata.name or checkpoint.name
     metadata.size_label = metadata.size_label or size_label(total, shared, experts, expert_count)
     return metadata
+
+
+def _rename(metadata: Metadata, checkpoint: Checkpoint, total: int) -> None:
+    """Replace what gguf-py derived from the folder's name by what it derives from the model's."""
+    card = Metadata.load_model_card(checkpoint.directory)
+    config = Metadata.load_hf_parameters(checkpoint.directory)
+    folder = Path(checkpoint.name)
+    right = Metadata.apply_metadata_heuristic(
+        Metadata(), card, config, model_path=folder, total_params=total
+    )
+    right.name = checkpoint.given_name or right.name
+    for key in ("name", "organization", "basename", "finetune", "version", "size_label"):
+        setattr(metadata, key, getattr(right, key))

@@ -88,13 +88,14 @@ def check_head(
     names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str
 ) -> None:
     """Check that tensors and configuration agree on the head. Raises CheckpointError."""
-    if part == "trunk":
+    if part in ("trunk", "shared"):
         return
     declared = hparams.get("mtp_num_hidden_layers", 0)
     if not any(name.startswith(family.head_prefix) for name in names):
         raise CheckpointError(
             f"no {family.head_prefix}* tensors: this checkpoint has lost its head "
-            f"(config.json declares {declared} layers): use the original checkpoint, or {_HEADLESS}"
+            f"(config.json declares {declared} layers): take the original's (`head_from`, "
+            f"--head-from), or {_HEADLESS}"
         )
     if declared != 1 and (declared or family.declares_head):
         raise CheckpointError(
@@ -105,7 +106,8 @@ def check_head(
 
 def _belongs(name: str, family: Family, part: str) -> bool:
     """Whether a part must use this tensor. A draft model may ignore the rest of the trunk."""
-    return part == "all" or name.startswith(family.head_prefix) == (part != "trunk")
+    is_head = name.startswith(family.head_prefix)
+    return {"all": True, "trunk": not is_head, "shared": False}.get(part, is_head)
 
 
 def _check_tied(checkpoint: Outline, names: Mapping[str, CheckpointTensor]) -> None:

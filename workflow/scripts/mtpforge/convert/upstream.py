@@ -119,7 +119,7 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     Weights are links. JSON is rewritten without keys that lead to code or out of the folder.
     Returns the folder, which has the checkpoint's name. Raises CheckpointError.
     """
-    folder = parent / "checkpoint" / checkpoint.directory.name  # becomes general.name
+    folder = parent / "checkpoint" / checkpoint.name  # becomes general.name
     folder.mkdir(parents=True)
     shards = {name: tensor.shard for name, tensor in checkpoint.tensors.items()}
     for shard in set(shards.values()):

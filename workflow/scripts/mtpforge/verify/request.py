@@ -19,6 +19,10 @@ class Request:
     """The file that the head was injected into."""
     trunk: Path | None = None
     """The sha256 of the base's tensors, recorded by injection, instead of the base."""
+    head_from: Path | None = None
+    """The checkpoint that the head is from, if it is not the trunk's."""
+    name: str | None = None
+    """The model's name that conversion was given, for the metadata."""
     target: Path | None = None
     """The model that a draft sidecar or a vision tower is for."""
     file_type: str | None = None
@@ -51,4 +55,9 @@ class Request:
     @property
     def ours(self) -> bool:
         """Whether the trunk was quantized here, not elsewhere."""
-        return self.file_type is not None
+        return self.file_type is not None and not self.head_only
+
+    @property
+    def head_only(self) -> bool:
+        """Whether only the head has a source: the trunk is a base's, as its digests prove."""
+        return self.head_from is not None and self.checkpoint is None

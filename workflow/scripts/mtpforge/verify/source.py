@@ -9,7 +9,7 @@ from gguf.constants import Keys
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import native, plan
+from mtpforge.convert import graft, native, plan
 from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
@@ -51,17 +51,37 @@ class Source(Protocol):
 def open_source(request: Request) -> Source | None:
     """The source that a request names, if it names one. Raises ForgeError."""
     if request.checkpoint:
-        return CheckpointSource(request.checkpoint, request.part, request.tokenizer_pre)
+        return CheckpointSource(
+            Checkpoint(request.checkpoint, request.name),
+            request.part,
+            request.tokenizer_pre,
+            donor=Checkpoint(request.head_from) if request.head_from else None,
+        )
+    if request.head_from:
+        return CheckpointSource(Checkpoint(request.head_from), request.part, head_only=True)
     return GgufSource(request.reference) if request.reference else None
 
 
 class CheckpointSource:
-    """A checkpoint of a family that we convert ourselves."""
+    """A checkpoint of a family that we convert ourselves.
+
+    With a donor, the head is the donor's. With `head_only`, the trunk has no source, as if the
+    checkpoint had none.
+    """
 
     head_blocks: range | None = None
 
-    def __init__(self, path: Path, part: str, tokenizer_pre: str | None) -> None:
-        self._checkpoint = Checkpoint(path)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        part: str,
+        tokenizer_pre: str | None = None,
+        *,
+        donor: Checkpoint | None = None,
+        head_only: bool = False,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._donor = donor
         self._family = family_of(self._checkpoint.architecture)
         self._hparams = Hparams(self._checkpoint.config)
         self._tokenizer_pre = tokenizer_pre
@@ -73,8 +93,10 @@ class CheckpointSource:
         }
         names = plan.canonical_names(self._checkpoint, self._family)
         head_alone = part == "all" and plan.EMBEDDINGS not in names  # and without a tokenizer
-        self._part = "head" if head_alone else part
+        self._part = "head" if head_alone or head_only else part
         self.note = "; the checkpoint here has only the head" if head_alone else ""
+        if head_only:
+            self.note = "; only the head is this checkpoint's"
 
     def metadata(self) -> Mapping[str, Value]:
         rows = list(self.tensors.values())
@@ -91,10 +113,15 @@ class CheckpointSource:
         return chat_template(self._checkpoint.directory)
 
     def rows(self) -> Mapping[str, SourceRows]:
-        planned = plan.plan_conversion(
-            self._checkpoint, self._family, hparams=self._hparams, part=self._part
-        )
-        return tensors.rows_of_checkpoint(self._checkpoint, planned)
+        if self._donor is None:
+            planned = plan.plan_conversion(
+                self._checkpoint, self._family, hparams=self._hparams, part=self._part
+            )
+            return tensors.rows_of_checkpoint(self._checkpoint, planned)
+        rows: dict[str, SourceRows] = {}
+        for half, item in graft.plan_halves(self._checkpoint, self._donor, self._part):
+            rows |= tensors.rows_of_checkpoint(half, [item])
+        return rows
 
 
 class GgufSource:

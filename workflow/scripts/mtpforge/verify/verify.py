@@ -30,6 +30,11 @@ from mtpforge.verify.running import check_drafting, check_programs, check_runnin
 from mtpforge.verify.source import Source, open_source
 from mtpforge.verify.tensors import Comparisons, SourceRows
 
+_FINE_TUNE = (
+    "; if the base is a fine-tune, only the head is this checkpoint's: name it with `head_from` in "
+    "config.yaml, or with --head-from in place of --checkpoint"
+)
+
 
 def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     """Verify the GGUF at `path`.
@@ -115,6 +120,10 @@ def _check_against_source(
     checks.append(_check_finite(compared))
     if source and rows:
         checks += _check_values(opened, compared, source.note)
+        if not request.ours and any(
+            each.problem and each.name not in head for each in compared.all
+        ):
+            checks[-1] = replace(checks[-1], detail=checks[-1].detail + _FINE_TUNE)
     return checks, compared
 
 

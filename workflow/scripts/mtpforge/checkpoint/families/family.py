@@ -76,8 +76,11 @@ class Family:
         )
 
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
-        """Return the rows of a part: all, trunk, head, or draft (head and shared tensors)."""
+        """Return the rows of a part: all, trunk, head, draft (head and shared tensors), or shared.
+
+        Head and trunk share what is in no block.
+        """
         rows = self.trunk(hparams) if part != "head" else []
-        if part == "draft":
+        if part in ("draft", "shared"):
             rows = [row for row in rows if not row.name.startswith("blk.")]
-        return rows + (self.head(hparams) if part != "trunk" else [])
+        return rows + (self.head(hparams) if part not in ("trunk", "shared") else [])

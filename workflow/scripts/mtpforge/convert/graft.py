@@ -1,0 +1,74 @@
+"""The trunk of one checkpoint with the head of another, its donor.
+
+For fine-tunes that have lost their head, or whose head was not trained. Each half is planned from
+its own checkpoint, so both may store their tensors differently.
+"""
+
+from pathlib import Path
+
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert.native import describe
+from mtpforge.convert.plan import ConvertedTensor, plan_conversion
+from mtpforge.convert.values import payload
+from mtpforge.errors import CheckpointError
+from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.gguf.writer import write
+from mtpforge.inject.match import check_match
+
+_OWN = {"all": "trunk", "draft": "shared"}
+"""Part of a model -> what of it is not the head."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    donor: Checkpoint,
+    out: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+) -> None:
+    """Write a part of a checkpoint as a BF16 GGUF, with the donor's head in place of its own.
+
+    Raises CheckpointError, and GgufError if the head belongs to another model.
+    """
+    if part not in _OWN:
+        raise CheckpointError(f"part {part}: only {' and '.join(_OWN)} have a trunk and a head")
+    planned = plan_halves(checkpoint, donor, part)
+    metadata = describe(
+        checkpoint,
+        family_of(checkpoint.architecture),
+        Hparams(checkpoint.config),
+        part=part,
+        infos=[item.info for _, item in planned],
+        tokenizer_pre=tokenizer_pre,
+    )
+    write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
+
+
+def plan_halves(
+    checkpoint: Checkpoint, donor: Checkpoint, part: str
+) -> list[tuple[Checkpoint, ConvertedTensor]]:
+    """Find the source of each tensor, and the checkpoint that has it.
+
+    Raises CheckpointError, and GgufError if the head belongs to another model.
+    """
+    check_match(_described(checkpoint), _described(donor))
+    return [
+        (half, item)
+        for half, own in ((checkpoint, _OWN[part]), (donor, "head"))
+        for item in plan_conversion(
+            half, family_of(half.architecture), hparams=Hparams(half.config), part=own
+        )
+    ]
+
+
+def _described(checkpoint: Checkpoint) -> Gguf:
+    """The GGUF that a checkpoint with a head would become, without tokenizer and bytes."""
+    family = family_of(checkpoint.architecture)
+    hparams = Hparams(checkpoint.config)
+    infos = [TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, "all")]
+    metadata = describe(
+        checkpoint, family, hparams=hparams, part="head", infos=infos, tokenizer_pre=None
+    )
+    return Gguf(checkpoint.directory, metadata, {info.name: info for info in infos}, {})
