@@ -26,15 +26,20 @@ def read_tensors(folder: Path) -> Tensors:
     """Read all tensors of a checkpoint, in the order of its shards."""
     tensors: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        raw = shard.read_bytes()
-        (length,) = struct.unpack_from("<Q", raw)
-        for name, entry in json.loads(raw[8 : 8 + length]).items():
-            if name != "__metadata__":
-                begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                array = np.frombuffer(raw[begin:end], _NUMPY[entry["dtype"]]).reshape(
-                    entry["shape"]
-                )
-                tensors[name] = (entry["dtype"], array)
+        tensors |= read_shard(shard)
+    return tensors
+
+
+def read_shard(path: Path) -> Tensors:
+    """Read all tensors of a safetensors file, in the order of its header."""
+    tensors: Tensors = {}
+    raw = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", raw)
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        if name != "__metadata__":
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            array = np.frombuffer(raw[begin:end], _NUMPY[entry["dtype"]]).reshape(entry["shape"])
+            tensors[name] = (entry["dtype"], array)
     return tensors
 
 

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
+import numpy as np
 import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
+from layouts import read_shard, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
 from mtpforge.rules.build import Build
-from sparse import write_sparse_shard
+from sparse import write_35b, write_sparse_shard
 
 REPO = "Owner/tiny-qwen3.5"
 SHARD = "model-00001-of-00004.safetensors"
@@ -343,6 +345,66 @@ def test_add_names_the_converter_of_an_architecture(
     client.hub.digests.clear()
     done = client.run("add.py", REPO)
     assert done.returncode == 1 and "unknown architecture OtherForCausalLM" in done.stderr
+
+
+def pack(client: Client) -> None:
+    """Make the last shard one of an NVFP4 checkpoint, whose settings lie beside config.json."""
+    shard = sorted(client.source.glob("*.safetensors"))[-1]
+    tensors = read_shard(shard)
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    rows, columns = tensors[name][1].shape
+    tensors[name] = ("U8", np.zeros((rows, columns // 2), np.uint8))
+    write_shard(shard, tensors)
+    settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+    (client.source / "hf_quant_config.json").write_text(json.dumps(settings))
+    client.hub.digests.clear()
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_refused_before_its_weights(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    client.listing.unlink()
+    pack(client)
+    arguments = (REPO, "--revision", COMMIT, "--convert", "mtpforge:all", "--out", client.listing)
+    for program, given in {"resolve.py": arguments, "add.py": (REPO,)}.items():
+        client.hub.sent.clear()
+        done = client.run(program, *given)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert REPO in done.stderr and "quant_method modelopt, quant_algo NVFP4" in done.stderr
+        headers = [n for name, n in client.hub.sent.items() if name.endswith(".safetensors")]
+        assert max(headers) <= 65536
+    assert not client.listing.exists()
+    assert client.resolve().returncode == 0  # it may have a base
+
+
+def test_what_can_be_converted_is_listed(client: Client) -> None:
+    before = client.listing.read_bytes()
+    kinds = ("mtpforge:all", "mtpforge:head")
+    done = client.run(
+        "resolve.py", REPO, "--revision", COMMIT, "--convert", *kinds, "--out", client.listing
+    )
+    assert done.returncode == 0 and client.listing.read_bytes() == before
+
+
+def test_add_proposes_shards_for_files_that_the_hub_would_refuse(client: Client) -> None:
+    large = client.path / "large"
+    write_35b(large)
+    client.hub.repositories["Owner/large"] = large
+    client.hub.digests |= dict.fromkeys(large.glob("*.safetensors"), "0" * 64)
+    config = yaml.safe_load("models:\n" + client.run("add.py", "Owner/large").stdout)
+    variants = config["models"]["large"]["variants"]
+    assert variants == {"BF16": {"split": "48G"}, "Q4_K_M": {}}  # 71 and 22 GB
+
+
+def test_add_leaves_out_a_lost_head(client: Client) -> None:
+    for shard in client.source.glob("*.safetensors"):
+        kept = {n: t for n, t in read_shard(shard).items() if not n.startswith("mtp.")}
+        write_shard(shard, kept)
+    (client.source / "model.safetensors.index.json").unlink()
+    client.hub.digests.clear()
+    printed = client.run("add.py", REPO).stdout
+    assert "lost its head" in printed and "Q4_K_M: {head: none}" in printed
 
 
 # ── fetching ──

@@ -1,6 +1,7 @@
 # Files from the Hub, pinned to a commit.
 # Needs: the network, and for gated repositories a token that huggingface_hub finds (HF_TOKEN, or
 # `hf auth login`).
+# Refuses a checkpoint that cannot be converted as config.yaml says, before its weights are fetched.
 # Makes, under resources/hub/<owner>/<name>/<revision>/: files.json, a list of the commit's files
 # and tensors; <name>/, the fetched files, and records/, with one record per verified file;
 # head/<name>/, a checkpoint with the head only, and head.json, its record.
@@ -24,11 +25,13 @@ checkpoint resolve:
         "../../envs/run.yaml"
     resources:
         download=1,
+    params:
+        convert=build.fetch.conversions,
     message:
         "list {wildcards.repo} at {wildcards.revision}"
     shell:
         "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision}"
-        " --out {output:q} > {log:q} 2>&1"
+        " {params.convert} --out {output:q} > {log:q} 2>&1"
 
 
 rule fetch:

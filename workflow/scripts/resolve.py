@@ -3,9 +3,12 @@
 example: resolve.py Qwen/Qwen3.5-4B --revision 851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a --out F.json
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge import cli, errors, progress, table
+from mtpforge.convert import converters
+from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import list_commit
 
@@ -17,12 +20,21 @@ def main() -> None:
     parser.add_argument(
         "--revision", required=True, metavar="COMMIT", help="full commit hash (40 hex digits)"
     )
+    parser.add_argument(
+        "--convert",
+        nargs="*",
+        default=[],
+        metavar="CONVERTER:PART",
+        help="refuse a checkpoint of which this converter (mtpforge, llama.cpp) cannot make this "
+        "part (all, trunk, head, draft, mmproj), before anything is downloaded",
+    )
     parser.add_argument("--out", type=Path, required=True, help="listing to write, as JSON")
     args = parser.parse_args()
     # Snakemake deletes the output before a job runs again, so a second copy is kept.
     kept = args.out.with_name(f".{args.out.name}")
     try:
         listing = list_commit(args.repo, args.revision)
+        check(listing, args.convert)
     except errors.DownloadError as error:
         if not kept.exists():
             raise
@@ -34,6 +46,17 @@ def main() -> None:
     listing.write(args.out)
     size = table.size(sum(file.bytes for file in listing.files.values()))
     print(f"{len(listing.files)} files, {size}")
+
+
+def check(listing: Listing, conversions: Iterable[str]) -> None:
+    """Check the plans of conversions, as CONVERTER:PART. Raises CheckpointError, DownloadError."""
+    for conversion in conversions:
+        converter, _, part = conversion.partition(":")
+        outline = download.outline(listing)
+        try:
+            converters.check(outline, converter, part)
+        except errors.CheckpointError as error:
+            raise converters.explain(error, outline, listing.label) from None
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Checkpoint(Outline):
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         files = [path.name for path in folder.iterdir() if path.is_file()]
-        super().__init__(folder, read_config(folder), _read_tensors(folder), files)
+        super().__init__(folder, read_config(folder), tensors=_read_tensors(folder), files=files)
         self.given_name = given_name
         self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
 

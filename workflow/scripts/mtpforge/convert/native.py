@@ -18,6 +18,7 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import tokenizer
+from mtpforge.convert.converters import naming_quantization
 from mtpforge.convert.plan import plan_conversion
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
@@ -44,7 +45,8 @@ def convert(
     checkpoint = Checkpoint(directory, name)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config)
-    planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
+    with naming_quantization(checkpoint, family, part):
+        planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
     metadata = describe(
         checkpoint,
         family,

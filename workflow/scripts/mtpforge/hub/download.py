@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
 from mtpforge import progress
-from mtpforge.checkpoint import safetensors
+from mtpforge.checkpoint import quantization, safetensors
+from mtpforge.checkpoint.safetensors import Outline
 from mtpforge.errors import DownloadError
 from mtpforge.hub.listing import File, Listing, check_name
 from mtpforge.hub.records import FetchRecord, HeadRecord
@@ -22,6 +23,7 @@ from mtpforge.hub.remote import RemoteFile
 from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, text
 from mtpforge.io.ranges import CHUNK, FileRange, sha256
+from mtpforge.io.text import parse_json
 
 
 def download(
@@ -68,6 +70,16 @@ def read_text(listing: Listing, name: str) -> str:
     if not digest.matches:
         raise DownloadError(f"{listing.repo}: {name}: {digest.mismatch}: run again")
     return content.decode("utf-8", "replace")
+
+
+def outline(listing: Listing) -> Outline:
+    """Return the checkpoint without its values. Raises DownloadError, CheckpointError."""
+    path = Path(listing.repo)
+    config = parse_json(path / "config.json", read_text(listing, "config.json"))
+    if quantization.MODELOPT in listing.files:
+        beside = parse_json(path / quantization.MODELOPT, read_text(listing, quantization.MODELOPT))
+        config = quantization.with_modelopt(config, beside)
+    return Outline(path, config, tensors=listing.tensors, files=listing.files)
 
 
 def remote_file(listing: Listing, name: str) -> RemoteFile:

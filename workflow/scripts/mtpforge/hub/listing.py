@@ -22,7 +22,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 # What conversion reads besides the shards. Never *.bin, *.pt or *.py: no code reaches the disk.
 _SMALL = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map"
-    r"|(video_)?preprocessor_config|processor_config)\.json"
+    r"|(video_)?preprocessor_config|processor_config|hf_quant_config)\.json"
     r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|tokenizer\.model|README\.md"
 )
 

@@ -34,6 +34,19 @@ class FetchRules(Stage):
         """The folder of a checkpoint of which only the head is downloaded."""
         return layout.fetched_head(wildcards)
 
+    def conversions(self, wildcards: Wildcards) -> str:
+        """The option that names what models need of a repository: CONVERTER:PART of each."""
+        wanted: set[str] = set()
+        for model in self.config.models.values():
+            source = model.source
+            if isinstance(source, HubRepository) and layout.commit(source) == layout.commit(
+                wildcards
+            ):
+                part = "head" if model.head_only else model.part
+                wanted |= {f"{model.converter}:{part}"}
+                wanted |= {"llama.cpp:mmproj"} if model.mmproj else set()
+        return " ".join(["--convert", *sorted(wanted)]) if wanted else ""
+
     def checkpoint(self, wildcards: Wildcards) -> str:
         """The folder of a model's checkpoint."""
         return layout.checkpoint(self.model(wildcards))

@@ -1,0 +1,108 @@
+"""Whether a converter can make a part of a checkpoint, from configuration and headers alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gguf import GGUFWriter
+
+from mtpforge.checkpoint import fp8, quantization
+from mtpforge.checkpoint.families.family import Family
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.hparams import Hparams
+from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
+from mtpforge.convert import upstream, upstream_head
+from mtpforge.convert.plan import plan_conversion
+from mtpforge.errors import CheckpointError
+from mtpforge.llama_cpp.architectures import ARCHITECTURES
+
+CONVERTERS = ("mtpforge", "llama.cpp")
+"""As in config.yaml, the preferred one first."""
+
+UNPACKED = ("BF16", "F16", "F32", "F64", fp8.DTYPE)
+"""Types with one element for each weight."""
+
+
+def check(checkpoint: Outline, converter: str, part: str) -> None:
+    """Raise CheckpointError if the converter cannot make the part, naming one that can."""
+    error = refusal(checkpoint, converter, part)
+    if error is None:
+        return
+    for other in CONVERTERS:
+        if other != converter and refusal(checkpoint, other, part) is None:
+            raise CheckpointError(f"{error}: set `converter: {other}` in config.yaml")
+    raise error
+
+
+def refusal(checkpoint: Outline, converter: str, part: str) -> CheckpointError | None:
+    """Why the converter cannot make the part; None if it can."""
+    try:
+        if converter == "llama.cpp":
+            upstream.check(checkpoint, part)
+        else:
+            _check_native(checkpoint, part)
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def choose(checkpoint: Outline, part: str) -> str:
+    """Return the preferred converter that can make the part. Raises CheckpointError if none can."""
+    errors = {converter: refusal(checkpoint, converter, part) for converter in CONVERTERS}
+    for converter, error in errors.items():
+        if error is None:
+            return converter
+    known = checkpoint.architecture in ARCHITECTURES
+    raise errors[CONVERTERS[known]] or AssertionError
+
+
+def head_tensors(checkpoint: Outline, converter: str) -> list[CheckpointTensor]:
+    """Return the tensors of the head as a converter sees it. Raises CheckpointError."""
+    if converter == "llama.cpp":
+        return upstream_head.head_tensors(checkpoint)
+    family = family_of(checkpoint.architecture)
+    return [t for name, t in checkpoint.tensors.items() if _in_head(name, family)]
+
+
+def explain(error: CheckpointError, checkpoint: Outline, label: str) -> CheckpointError:
+    """Return the error with the checkpoint's label, and with its quantization if it has one."""
+    how = quantization.describe(checkpoint.config)
+    shown = f" ({how})" if how and how not in str(error) else ""
+    return CheckpointError(f"{label}{shown}: {error}")
+
+
+@contextmanager
+def naming_quantization(checkpoint: Outline, family: Family, part: str) -> Iterator[None]:
+    """Say in a CheckpointError that the part's weights are quantized, if they are."""
+    try:
+        yield
+    except CheckpointError as error:
+        packed = _packed(checkpoint, family, part)
+        if packed is None:
+            raise
+        how = quantization.describe(checkpoint.config) or f"{packed.name} is {packed.dtype}"
+        raise CheckpointError(
+            f"its weights are quantized ({how}), which mtpforge's converter cannot read: "
+            f"use the original checkpoint, in BF16 or FP8 ({error})"
+        ) from None
+
+
+def _check_native(checkpoint: Outline, part: str) -> None:
+    """Plan the conversion, and compute the metadata that follow from config.json."""
+    family = family_of(checkpoint.architecture)
+    hparams = Hparams(checkpoint.config)
+    with naming_quantization(checkpoint, family, part):
+        plan_conversion(checkpoint, family, hparams=hparams, part=part)
+    writer = GGUFWriter(path=None, arch=family.gguf_architecture)
+    family.describe(writer, hparams, 0 if part == "trunk" else 1)
+
+
+def _packed(checkpoint: Outline, family: Family, part: str) -> CheckpointTensor | None:
+    """Return a tensor of the part that holds packed weights; None if there is none."""
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in UNPACKED and (part != "head" or _in_head(name, family)):
+            return tensor
+    return None
+
+
+def _in_head(name: str, family: Family) -> bool:
+    return family.canonical(name).startswith(family.head_prefix)
