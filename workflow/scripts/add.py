@@ -45,7 +45,7 @@ def entry(repo: str) -> str:
     listing = list_commit(repo, str(info.sha))
     if not listing.tensors:
         raise errors.DownloadError(
-            f"{repo}: has no *.safetensors: only safetensors checkpoints can be converted"
+            f"{repo}: has no model*.safetensors: only safetensors checkpoints can be converted"
         )
     outline = download.outline(listing)
     try:

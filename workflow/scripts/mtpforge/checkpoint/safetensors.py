@@ -22,7 +22,9 @@ from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import parse_json, read_json, read_text
 
 INDEX = "model.safetensors.index.json"
-HEAD_FILE = "mtp.safetensors"
+_SINGLE = "model.safetensors"
+_HEAD_FILE = re.compile(r"(.+[._-])?mtp([._-].+)?\.safetensors")
+_NUMBERED = re.compile(r"(.+-)(\d{3,6})-of-(\d{3,6})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _HEADER_LIMIT = 100 << 20  # as in the safetensors library
 
@@ -62,6 +64,23 @@ class CheckpointTensor:
     size: int
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint by name."""
+
+    tensors: dict[str, CheckpointTensor]
+    lost: dict[str, str]
+    """Tensors of a head or vision tower that the index lists and no shard has, with the shard.
+
+    Other parts of the model can do without them.
+    """
+
+    @property
+    def files(self) -> set[str]:
+        """The files that have the tensors."""
+        return {tensor.shard for tensor in self.tensors.values()}
+
+
 class Outline:
     """Configuration and tensors of a checkpoint without their values: enough to plan a conversion.
 
@@ -80,6 +99,8 @@ class Outline:
         self.config = config
         self.tensors = tensors
         self.files = frozenset(files)
+        self.lost: dict[str, str] = {}
+        """As in `Weights`; a repository's are not known."""
 
     @property
     def architecture(self) -> str:
@@ -103,7 +124,11 @@ class Checkpoint(Outline):
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         files = [path.name for path in folder.iterdir() if path.is_file()]
-        super().__init__(folder, read_config(folder), tensors=_read_tensors(folder), files=files)
+        weights = _read_weights(folder)
+        super().__init__(folder, read_config(folder), tensors=weights.tensors, files=files)
+        self.lost = weights.lost
+        self.beside = sorted(set(_weight_files(folder)) - weights.files)
+        """Other safetensors files in the folder: adapters, optimizer states, other sets."""
         self.given_name = given_name
         self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
 
@@ -179,29 +204,50 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
     return names[0]
 
 
+def model_files(names: Collection[str], indexed: Collection[str] = ()) -> list[str]:
+    """Return the safetensors files that make up a model, of the `names` in its folder, sorted.
+
+    These are the `indexed` ones, or without an index `model.safetensors`, or else `model*`; and
+    beside them files that are named after a head. Adapters, optimizer states and other sets of
+    shards are not among them.
+    """
+    weights = [name for name in names if name.endswith(".safetensors")]
+    models = [name for name in weights if name.startswith("model")]
+    model = indexed or ([_SINGLE] if _SINGLE in models else models)
+    heads = [name for name in weights if _HEAD_FILE.fullmatch(name)]
+    return sorted({*model, *heads})
+
+
 def gather_tensors(
     path: Path,
     index: str | None,
     present: Collection[str],
     read: Callable[[str], list[CheckpointTensor]],
-) -> dict[str, CheckpointTensor]:
+) -> Weights:
     """Collect the tensors of all shards, whose headers `read` returns, from disk or the Hub.
 
     `path` is the checkpoint in messages, `index` the text of its index if it has one, `present` the
     names of its safetensors files. Raises CheckpointError if index and shards disagree.
     """
+    expected = _parse_index(path / INDEX, index) if index is not None else {}
+    indexed = set(expected.values())
+    files = model_files(present, indexed)
+    heads = [name for name in files if _HEAD_FILE.fullmatch(name) and name not in indexed]
+    shards = [name for name in files if name not in heads]
     if index is None:
-        return _read_shards(path, sorted(present), read)
-    expected = _parse_index(path / INDEX, index)
-    shards = set(expected.values())
-    tensors = _read_shards(path, sorted(shards), read)
-    _check_index(path / INDEX, expected, tensors)
-    if HEAD_FILE in present and HEAD_FILE not in shards:  # a head that the index does not list
-        head = _read_shards(path, [HEAD_FILE], read)
-        if twice := sorted(head.keys() & tensors.keys()):
-            raise _duplicate(path, tensors[twice[0]], HEAD_FILE)
-        tensors |= head
-    return tensors
+        _check_numbers(path, shards)
+    else:
+        shards = _needed_shards(path, expected, present)
+    tensors: dict[str, CheckpointTensor] = {}
+    for name in shards:
+        _add(path, tensors, read(name))
+    if index is not None:
+        _check_index(path / INDEX, expected, tensors)
+    for name in heads:
+        head = read(name)
+        if _head_names([tensor.name for tensor in head]):
+            _add(path, tensors, head)
+    return Weights(tensors, {name: expected[name] for name in expected.keys() - tensors.keys()})
 
 
 def read_shard_header(path: Path) -> list[CheckpointTensor]:
@@ -245,34 +291,49 @@ def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointT
     return tensors
 
 
-def _read_tensors(directory: Path) -> dict[str, CheckpointTensor]:
+def _weight_files(directory: Path) -> list[str]:
+    return [path.name for path in directory.glob("*.safetensors")]
+
+
+def _read_weights(directory: Path) -> Weights:
     """Return all tensors by name, in the order of the shards and their headers."""
     index = directory / INDEX
-    present = [path.name for path in directory.glob("*.safetensors")]
-    if not present and not index.exists():
-        raise CheckpointError(f"{directory}: no {INDEX} and no *.safetensors file")
+    present = _weight_files(directory)
+    if not index.exists() and not model_files(present):
+        other = f" (rename {present[0]} if it is the model)" if len(present) == 1 else ""
+        raise CheckpointError(f"{directory}: no {INDEX} and no model*.safetensors file{other}")
     text = read_text(index) if index.exists() else None
     return gather_tensors(
         directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
     )
 
 
-def _read_shards(
-    path: Path, shards: list[str], read: Callable[[str], list[CheckpointTensor]]
-) -> dict[str, CheckpointTensor]:
-    tensors: dict[str, CheckpointTensor] = {}
-    for shard in shards:
-        for tensor in read(shard):
-            if tensor.name in tensors:
-                raise _duplicate(path, tensors[tensor.name], shard)
-            tensors[tensor.name] = tensor
-    return tensors
+def _add(
+    path: Path, tensors: dict[str, CheckpointTensor], shard: Collection[CheckpointTensor]
+) -> None:
+    for tensor in shard:
+        if tensor.name in tensors:
+            first = tensors[tensor.name].shard
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} is in {first} and in {tensor.shard}: "
+                "delete the wrong one"
+            )
+        tensors[tensor.name] = tensor
 
 
-def _duplicate(path: Path, tensor: CheckpointTensor, shard: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: tensor {tensor.name} is in {tensor.shard} and in {shard}: delete the wrong one"
-    )
+def _head_names(names: Collection[str]) -> set[str]:
+    """Return the names of a head's tensors: `mtp.*`, or layers that have a head's projections."""
+    outside = r"(?:(?:model|language_model)\.)*"
+    marked = rf"({outside}layers\.\d+\.)(?:eh_proj|enorm|hnorm|shared_head)\."
+    layers = {found[1] for name in names if (found := re.match(marked, name))}
+    own = re.compile(rf"{outside}mtp(?:_\w+)?\.")
+    return {name for name in names if own.match(name) or name.startswith(tuple(layers))}
+
+
+def _spare_names(names: Collection[str]) -> set[str]:
+    """Return the names of tensors without which the trunk can be converted."""
+    vision = re.compile(r"(?:model\.)?visual\.")
+    return _head_names(names) | {name for name in names if vision.match(name)}
 
 
 def _parse_index(path: Path, text: str) -> dict[str, str]:
@@ -287,18 +348,57 @@ def _parse_index(path: Path, text: str) -> dict[str, str]:
     return weight_map
 
 
+def _needed_shards(path: Path, expected: Mapping[str, str], present: Collection[str]) -> list[str]:
+    """Return the shards of an index, without absent ones that the trunk does not need.
+
+    Raises CheckpointError if the index is that of shards that a single file replaced.
+    """
+    indexed = {*expected.values()}
+    if _SINGLE in present and not indexed & {*present}:
+        raise CheckpointError(
+            f"{path / INDEX}: none of its {len(indexed)} shards is there, but {_SINGLE} is: "
+            f"if that is the model, delete {INDEX}"
+        )
+    spare = _spare_names(expected)
+    needed = {shard for name, shard in expected.items() if name not in spare}
+    return sorted(needed | indexed & {*present})
+
+
+def _check_numbers(path: Path, files: Collection[str]) -> None:
+    """Check that numbered files without an index are one set, and complete."""
+    found = [match for name in files if (match := _NUMBERED.fullmatch(name))]
+    sets = sorted({f"{match[1]}*-of-{match[3]}" for match in found})
+    if len(sets) > 1:
+        raise CheckpointError(
+            f"{path}: several sets of shards ({', '.join(sets)}) and no {INDEX}: "
+            "delete the wrong ones"
+        )
+    if not found:
+        return
+    start, width, total = found[0][1], len(found[0][2]), found[0][3]
+    numbers = {int(match[2]) for match in found}
+    for number in range(1, int(total) + 1):
+        if number not in numbers and not (number == int(total) and 0 in numbers):
+            name = f"{start}{number:0{width}}-of-{total}.safetensors"
+            raise CheckpointError(f"{path / name}: shard is missing: download it again")
+
+
 def _check_index(
     path: Path, expected: Mapping[str, str], found: Mapping[str, CheckpointTensor]
 ) -> None:
-    for name, shard in expected.items():
-        if name not in found or found[name].shard != shard:
-            raise CheckpointError(
-                f"{path}: tensor {name} is not in {shard}: download that shard again"
-            )
+    """Check that shards and index have the same tensors; in which shard does not matter."""
+    absent = expected.keys() - found.keys() - _spare_names(expected)
+    if absent:
+        name = min(absent)
+        raise CheckpointError(
+            f"{path}: tensor {name} is not in {expected[name]} ({len(absent)} such tensors): "
+            "download that shard again"
+        )
     if surplus := sorted(found.keys() - expected.keys()):
         raise CheckpointError(
             f"{found[surplus[0]].shard}: tensor {surplus[0]} is absent from {path.name} "
-            f"({len(surplus)} such tensors): index and shards are from different versions"
+            f"({len(surplus)} such tensors): index and shards are from different versions: "
+            "download both again, or delete the index if the shards are right"
         )
 
 

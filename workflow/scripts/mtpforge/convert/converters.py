@@ -8,10 +8,9 @@ from gguf import GGUFWriter
 from mtpforge.checkpoint import fp8, quantization
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import upstream, upstream_head
-from mtpforge.convert.plan import plan_conversion
+from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.architectures import ARCHITECTURES
 
@@ -89,7 +88,7 @@ def naming_quantization(checkpoint: Outline, family: Family, part: str) -> Itera
 def _check_native(checkpoint: Outline, part: str) -> None:
     """Plan the conversion, and compute the metadata that follow from config.json."""
     family = family_of(checkpoint.architecture)
-    hparams = Hparams(checkpoint.config)
+    hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
         plan_conversion(checkpoint, family, hparams=hparams, part=part)
     writer = GGUFWriter(path=None, arch=family.gguf_architecture)

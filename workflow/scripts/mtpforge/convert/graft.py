@@ -6,11 +6,12 @@ its own checkpoint, so both may store their tensors differently.
 
 from pathlib import Path
 
+from mtpforge import progress
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert.names import left_out
 from mtpforge.convert.native import describe
-from mtpforge.convert.plan import ConvertedTensor, plan_conversion
+from mtpforge.convert.plan import ConvertedTensor, plan_conversion, settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import Gguf, TensorInfo
@@ -35,15 +36,18 @@ def convert(
     if part not in _OWN:
         raise CheckpointError(f"part {part}: only {' and '.join(_OWN)} have a trunk and a head")
     planned = plan_halves(checkpoint, donor, part)
+    family = family_of(checkpoint.architecture)
     metadata = describe(
         checkpoint,
-        family_of(checkpoint.architecture),
-        Hparams(checkpoint.config),
+        family,
+        settled_hparams(checkpoint, family),
         part=part,
         infos=[item.info for _, item in planned],
         tokenizer_pre=tokenizer_pre,
     )
     write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
+    for note in left_out(checkpoint, family.ignored):
+        progress.say(note)
 
 
 def plan_halves(
@@ -57,16 +61,19 @@ def plan_halves(
     return [
         (half, item)
         for half, own in ((checkpoint, _OWN[part]), (donor, "head"))
-        for item in plan_conversion(
-            half, family_of(half.architecture), hparams=Hparams(half.config), part=own
-        )
+        for item in _planned(half, own)
     ]
+
+
+def _planned(half: Checkpoint, part: str) -> list[ConvertedTensor]:
+    family = family_of(half.architecture)
+    return plan_conversion(half, family, hparams=settled_hparams(half, family), part=part)
 
 
 def _described(checkpoint: Checkpoint) -> Gguf:
     """The GGUF that a checkpoint with a head would become, without tokenizer and bytes."""
     family = family_of(checkpoint.architecture)
-    hparams = Hparams(checkpoint.config)
+    hparams = settled_hparams(checkpoint, family)
     infos = [TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, "all")]
     metadata = describe(
         checkpoint, family, hparams=hparams, part="head", infos=infos, tokenizer_pre=None

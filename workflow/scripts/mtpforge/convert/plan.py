@@ -1,21 +1,26 @@
 """Plans a conversion: which tensors the GGUF gets, and from which tensors of the checkpoint."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.family import Family, Row, Source
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Outline
+from mtpforge.convert.names import EMBEDDINGS, OUTPUT, canonical_names
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo
-
-EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 # Limits of a plausible configuration. Qwen3.5-397B-A17B has 60 layers and 30,720 experts in total.
 MOST_LAYERS = 1000
 MOST_EXPERTS = 200_000
 
+PLACEHOLDER = (
+    "a placeholder of DeepSpeed ZeRO-3: gather the weights (zero_to_fp32.py, or "
+    "stage3_gather_16bit_weights_on_model_save) and save them again"
+)
+_TIED = "tie_word_embeddings"
 _HEADLESS = "build without a head (`head: none` in config.yaml, or --part trunk)"
 
 
@@ -46,13 +51,13 @@ def plan_conversion(
     """Find the source of each tensor of a part, in upstream's order. Raises CheckpointError."""
     check_sizes(hparams)
     names = canonical_names(checkpoint, family)
-    check_head(names, family, hparams=hparams, part=part)
-    if hparams.flag("tie_word_embeddings") and OUTPUT in names:
+    if part not in ("trunk", "shared"):
+        _check_lost(checkpoint, family, names)
+        check_head(names, family, hparams)
+    if hparams.flag(_TIED) and OUTPUT in names:
         _check_tied(checkpoint, names)
         del names[OUTPUT]
-    planned = [
-        _with_scales(_locate(row, names), names, checkpoint) for row in family.rows(hparams, part)
-    ]
+    planned = [_plan_row(row, names, checkpoint, family) for row in family.rows(hparams, part)]
     _check_all_used([names[name] for name in names if _belongs(name, family, part)], planned)
     # Upstream goes through shards and their tensors by name, and writes a tensor made from several
     # when it has seen the last of them.
@@ -69,39 +74,72 @@ def check_sizes(hparams: Hparams) -> None:
         )
 
 
-def canonical_names(checkpoint: Outline, family: Family) -> dict[str, CheckpointTensor]:
-    """Return the text model's tensors by the names in the family's tables."""
-    names: dict[str, CheckpointTensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if name.startswith(family.ignored):
-            continue
-        canonical = family.canonical(name)
-        if canonical in names:
-            raise CheckpointError(
-                f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor"
-            )
-        names[canonical] = tensor
-    return names
+def settled_hparams(checkpoint: Outline, family: Family) -> Hparams:
+    """Return the hyperparameters, with `tie_word_embeddings` as the tensors have it.
+
+    Savers write it to either level of config.json, or to both with different values. Raises
+    CheckpointError.
+    """
+    hparams = Hparams(checkpoint.config)
+    names = canonical_names(checkpoint, family)
+    levels = [checkpoint.config, checkpoint.config.get("text_config", {})]
+    said = {
+        Hparams({_TIED: level[_TIED]}).flag(_TIED)
+        for level in levels
+        if level.get(_TIED) is not None
+    }
+    if OUTPUT not in names:
+        tied = True in said or (not said and EMBEDDINGS in names)
+    else:
+        tied = said == {True} or (True in said and _same_values(checkpoint, names))
+    return Hparams({**hparams.values, "text_config": {}, _TIED: tied})
 
 
-def check_head(
-    names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams, part: str
-) -> None:
-    """Check that tensors and configuration agree on the head. Raises CheckpointError."""
-    if part in ("trunk", "shared"):
-        return
+def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams) -> None:
+    """Check that there is a head of one layer, as configured. Raises CheckpointError.
+
+    A configuration may leave the head out: some tools remove the key, and Qwen3-Next has none.
+    """
     declared = hparams.get("mtp_num_hidden_layers", 0)
-    if not any(name.startswith(family.head_prefix) for name in names):
+    head = [name for name in names if name.startswith(family.head_prefix)]
+    if not head:
         raise CheckpointError(
             f"no {family.head_prefix}* tensors: this checkpoint has lost its head "
             f"(config.json declares {declared} layers): take the original's (`head_from`, "
             f"--head-from), or {_HEADLESS}"
         )
-    if declared != 1 and (declared or family.declares_head):
+    if more := [name for name in head if re.search(r"\.layers\.[1-9]\d*\.", name)]:
+        raise CheckpointError(
+            f"{more[0]}: the head has more than one layer, which is not supported: {_HEADLESS}"
+        )
+    if declared not in (0, 1):
         raise CheckpointError(
             f"config.json: mtp_num_hidden_layers is {declared!r}, but the checkpoint has tensors "
             f"of a one-layer head: correct the wrong one, or {_HEADLESS}"
         )
+
+
+def _check_lost(checkpoint: Outline, family: Family, names: Mapping[str, CheckpointTensor]) -> None:
+    """Refuse an index that lists tensors of the head which no shard has."""
+    lost = {
+        family.canonical(name): shard
+        for name, shard in sorted(checkpoint.lost.items())
+        if family.canonical(name).startswith(family.head_prefix)
+    }
+    if not lost:
+        return
+    name, shard = next(iter(lost.items()))
+    if shard not in checkpoint.files:
+        raise CheckpointError(
+            f"{checkpoint.directory / shard}: missing, and it has {len(lost)} tensors of the head "
+            f"({name}, ...): download it again, or {_HEADLESS}"
+        )
+    partly = any(known.startswith(family.head_prefix) for known in names)
+    raise CheckpointError(
+        f"{checkpoint.directory / INDEX}: lists {len(lost)} tensors of the head ({name}, ...) that "
+        f"the shards lack: the head is {'incomplete' if partly else 'lost'}, the index is stale: "
+        f"take the original's (`head_from`, --head-from), or {_HEADLESS}"
+    )
 
 
 def _belongs(name: str, family: Family, part: str) -> bool:
@@ -113,12 +151,36 @@ def _belongs(name: str, family: Family, part: str) -> bool:
 def _check_tied(checkpoint: Outline, names: Mapping[str, CheckpointTensor]) -> None:
     """Check that a second copy of tied embeddings is identical. Raises CheckpointError."""
     output = names[OUTPUT]
-    embeddings = names.get(EMBEDDINGS)
-    if embeddings is None or not checkpoint.same(output, embeddings):
+    if not _same_values(checkpoint, names):
         raise CheckpointError(
             f"{output.shard}: {output.name} differs from the embeddings, but config.json ties them "
             "(tie_word_embeddings): set it to false if the output matrix was trained separately"
         )
+
+
+def _same_values(checkpoint: Outline, names: Mapping[str, CheckpointTensor]) -> bool:
+    """Whether the output matrix is a copy of the embeddings."""
+    embeddings = names.get(EMBEDDINGS)
+    return embeddings is not None and checkpoint.same(names[OUTPUT], embeddings)
+
+
+def _plan_row(
+    row: Row, names: Mapping[str, CheckpointTensor], checkpoint: Outline, family: Family
+) -> ConvertedTensor:
+    """Find the source of a tensor, with its scales. Raises CheckpointError."""
+    try:
+        return _with_scales(_locate(row, names), names, checkpoint)
+    except _ShapeError as error:
+        if not row.sources[0].names[0].startswith(family.head_prefix):
+            raise
+        raise CheckpointError(
+            f"{error}: the head does not fit the trunk, which was changed without it (pruned "
+            f"experts?): use a head of the trunk's sizes, or {_HEADLESS}"
+        ) from None
+
+
+class _ShapeError(CheckpointError):
+    """A tensor has another shape than config.json says."""
 
 
 def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
@@ -141,17 +203,26 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
 
 
 def _missing(name: str, row: Row) -> CheckpointError:
+    if name == OUTPUT:
+        return CheckpointError(
+            f"no tensor {OUTPUT}, and config.json does not tie the embeddings: is the checkpoint "
+            "complete? If they are tied, set tie_word_embeddings to true"
+        )
     return CheckpointError(f"no tensor {name}, needed for {row.name}: is the checkpoint complete?")
 
 
 def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape in ((0,), (1,)) and shape != (1,):
+        raise CheckpointError(
+            f"{tensor.shard}: {name} has shape {list(tensor.shape)}: {PLACEHOLDER}"
+        )
     if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
         raise CheckpointError(
             f"{tensor.shard}: {name} is {tensor.dtype}: only BF16, F16, F32 and FP8 (E4M3) "
             "can be converted"
         )
     if tensor.shape != shape:
-        raise CheckpointError(
+        raise _ShapeError(
             f"{tensor.shard}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
         )
 

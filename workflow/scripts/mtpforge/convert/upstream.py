@@ -13,9 +13,11 @@ from typing import Any
 
 import run_upstream  # for its path, and so that rules track it as code
 
+from mtpforge import progress
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import plan
+from mtpforge.convert.names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.proof import prove
 from mtpforge.convert.upstream_head import check_types, count_blocks, vision_tensors
 from mtpforge.errors import CheckpointError, ToolchainError
@@ -87,6 +89,8 @@ def convert_upstream(
         except ToolchainError as error:
             raise ToolchainError(f"{directory}: {error}: {_hint(str(error), log)}") from None
         prove(reader.read(temporary), checkpoint, part)
+    for note in left_out(checkpoint):
+        progress.say(note)
 
 
 def check(checkpoint: Outline, part: str) -> None:
@@ -100,6 +104,8 @@ def check(checkpoint: Outline, part: str) -> None:
             f"only of {', '.join(known)}"
         )
     plan.check_sizes(Hparams(checkpoint.config))
+    check_wrappers(checkpoint.tensors.values())
+    _check_whole(checkpoint, part)
     if part == "mmproj":
         _check_vision_files(checkpoint)
         return
@@ -136,6 +142,23 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
                 raise CheckpointError(f"{path}: not a regular file of at most {limit} MB")
             shutil.copyfile(path, folder / name)
     return folder
+
+
+def _check_whole(checkpoint: Outline, part: str) -> None:
+    """Refuse a stale index and empty tensors, because upstream would convert the rest."""
+    if checkpoint.lost and part != "trunk":
+        name, shard = min(checkpoint.lost.items())
+        raise CheckpointError(
+            f"{checkpoint.directory / INDEX}: lists {len(checkpoint.lost)} tensors that the shards "
+            f"lack ({name} in {shard}): the head is lost, the index is stale: use the original "
+            "checkpoint, or convert with --part trunk"
+        )
+    empty = [t for t in checkpoint.tensors.values() if not t.size and not is_buffer(t)]
+    if empty:
+        raise CheckpointError(
+            f"{empty[0].shard}: {empty[0].name} is empty ({len(empty)} such tensors): "
+            f"{plan.PLACEHOLDER}"
+        )
 
 
 def _check_vision_files(checkpoint: Outline) -> None:

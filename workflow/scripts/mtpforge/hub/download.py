@@ -36,7 +36,7 @@ def download(
     """
     if check_name(name) not in listing.files:
         missing = (
-            "has no *.safetensors"
+            "has no model*.safetensors"
             if name == "model.safetensors"
             else f"has no file {name} in its root folder"
         )

@@ -58,9 +58,9 @@ def list_commit(repo: str, revision: str) -> Listing:
         )
     files = dict(sorted(_files(info.siblings or [])))
     listing = Listing(repo, revision, files, tensors={})
-    shards = [name for name in files if name.endswith(".safetensors")]
-    if shards:
-        listing.tensors.update(sorted(_tensors(listing, shards).items()))
+    present = [name for name in files if name.endswith(".safetensors")]
+    if safetensors.model_files(present) or (present and INDEX in files):
+        listing.tensors.update(sorted(_tensors(listing, present).items()))
     return listing
 
 
@@ -94,7 +94,7 @@ def _file(sibling: RepoSibling) -> File:
     return File(size, digest)
 
 
-def _tensors(listing: Listing, shards: list[str]) -> dict[str, CheckpointTensor]:
+def _tensors(listing: Listing, present: list[str]) -> dict[str, CheckpointTensor]:
     """Read the tensors from the headers of the shards."""
 
     def read_header(shard: str) -> list[CheckpointTensor]:
@@ -110,4 +110,7 @@ def _tensors(listing: Listing, shards: list[str]) -> dict[str, CheckpointTensor]
         return safetensors.parse_shard_header(path, header, remote.size)
 
     index = read_text(listing, INDEX) if INDEX in listing.files else None
-    return safetensors.gather_tensors(Path(listing.repo), index, present=shards, read=read_header)
+    weights = safetensors.gather_tensors(
+        Path(listing.repo), index, present=present, read=read_header
+    )
+    return weights.tensors

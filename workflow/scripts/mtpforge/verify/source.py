@@ -7,9 +7,9 @@ from typing import Protocol
 from gguf.constants import Keys
 
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import graft, native, plan
+from mtpforge.convert.names import EMBEDDINGS, canonical_names
 from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
@@ -83,7 +83,7 @@ class CheckpointSource:
         self._checkpoint = checkpoint
         self._donor = donor
         self._family = family_of(self._checkpoint.architecture)
-        self._hparams = Hparams(self._checkpoint.config)
+        self._hparams = plan.settled_hparams(self._checkpoint, self._family)
         self._tokenizer_pre = tokenizer_pre
         plan.check_sizes(self._hparams)
         self.architecture = self._family.gguf_architecture
@@ -91,8 +91,8 @@ class CheckpointSource:
             row.name: TensorInfo(row.name, row.shape, row.type)
             for row in self._family.rows(self._hparams, part)
         }
-        names = plan.canonical_names(self._checkpoint, self._family)
-        head_alone = part == "all" and plan.EMBEDDINGS not in names  # and without a tokenizer
+        names = canonical_names(self._checkpoint, self._family)
+        head_alone = part == "all" and EMBEDDINGS not in names  # and without a tokenizer
         self._part = "head" if head_alone or head_only else part
         self.note = "; the checkpoint here has only the head" if head_alone else ""
         if head_only:

@@ -66,8 +66,6 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Prefixes of tensors outside the text model (a vision tower)."""
     head_prefix: str = "mtp."
-    declares_head: bool = True
-    """Whether config.json declares the head with `mtp_num_hidden_layers`."""
 
     def canonical(self, name: str) -> str:
         """Return a checkpoint tensor's name as in the rows, without prefixes of wrapper classes."""

@@ -69,5 +69,4 @@ MOE = Family(
     trunk=partial(qwen3_5.trunk, mlp=qwen3_5.expert_mlp, linear=linear_attention),
     head=partial(qwen3_5.head, mlp=qwen3_5.expert_mlp),
     describe=describe,
-    declares_head=False,
 )

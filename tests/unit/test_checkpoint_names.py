@@ -1,0 +1,168 @@
+"""Tensors that are no weights, and names, shapes and flags that contradict each other."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS
+from layouts import Tensors, read_tensors, separate_experts, write_checkpoint
+from mtpforge.convert import native
+from mtpforge.errors import CheckpointError
+from mtpforge.gguf import reader
+
+DENSE, MOE = CHECKPOINTS / "tiny-qwen3.5", CHECKPOINTS / "tiny-qwen3.5-moe"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+
+
+def load(source: Path) -> tuple[dict[str, Any], Tensors]:
+    return json.loads((source / "config.json").read_text()), read_tensors(source)
+
+
+def convert(
+    tmp_path: Path, config: dict[str, Any], tensors: Tensors, part: str = "all"
+) -> reader.Gguf:
+    """Convert a checkpoint that is named as the embedded one, so that the metadata are equal."""
+    folder = tmp_path / "tiny-qwen3.5"
+    if not folder.exists():
+        write_checkpoint(folder, DENSE, config, tensors)
+    native.convert(folder, tmp_path / f"{part}.gguf", part, "qwen35")
+    return reader.read(tmp_path / f"{part}.gguf")
+
+
+def refusal(*arguments: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        convert(*arguments)
+    return str(caught.value)
+
+
+BUFFERS: Tensors = {
+    "model.language_model.rotary_emb.inv_freq": ("F32", np.ones(8, "<f4")),
+    "model.language_model.rotary_emb.original_inv_freq": ("F32", np.ones(8, "<f4")),
+    "model.language_model.layers.3.self_attn.rotary_emb.cos_cached": ("BF16", np.ones(8, "<u2")),
+    "model.language_model.layers.3.self_attn.masked_bias": ("F32", np.ones((), "<f4")),
+    "model.language_model.layers.3.attn.bias": ("F32", np.ones((1, 1, 8, 8), "<f4")),
+    "model.language_model.embeddings.position_ids": ("F32", np.ones((1, 8), "<f4")),
+    "mtp.layers.0.self_attn.rotary_emb.inv_freq": ("F32", np.ones(8, "<f4")),
+}
+
+
+@pytest.mark.parametrize("part", ["all", "trunk", "head", "draft"])
+def test_buffers_are_skipped_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    config, tensors = load(DENSE)
+    made = convert(tmp_path, config, {**tensors, **BUFFERS}, part)
+    plain = convert(tmp_path / "plain", config, tensors, part)
+    assert made.path.read_bytes() == plain.path.read_bytes()
+    assert "skipped 7 buffers, which are no weights" in capsys.readouterr().err
+
+
+def test_a_bias_is_no_buffer(tmp_path: Path) -> None:
+    config, tensors = load(DENSE)
+    name = "model.language_model.layers.3.self_attn.bias"
+    assert name in refusal(tmp_path, config, {**tensors, name: ("F32", np.ones(8, "<f4"))})
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,)])
+@pytest.mark.parametrize("chosen", ["mlp", "mtp.", "norm", "embed_tokens"])
+def test_placeholders_of_zero_3_are_named(
+    tmp_path: Path, shape: tuple[int, ...], chosen: str
+) -> None:
+    config, tensors = load(DENSE)
+    emptied = {
+        name: (dtype, np.zeros(shape, array.dtype) if chosen in name else array)
+        for name, (dtype, array) in tensors.items()
+    }
+    message = refusal(tmp_path, config, emptied)
+    assert "ZeRO-3" in message and "zero_to_fp32.py" in message
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("^", "module.", "DDP or DeepSpeed (`module.`)"),
+        ("^", "base_model.model.", "PEFT (`base_model.`): merge the adapter"),
+        ("^", "_orig_mod.", "torch.compile"),
+        ("^model.", "model._orig_mod.", "torch.compile"),
+        ("layers", "_fsdp_wrapped_module.layers", "FSDP"),
+        ("self_attn", "_checkpoint_wrapped_module.self_attn", "activation checkpointing"),
+        ("q_proj", "q_proj.base_layer", "PEFT"),
+        ("^model.language_model", "model.model", "unknown wrapper (`model.`)"),
+        ("^", "policy.", "unknown wrapper (`policy.`)"),
+        ("^mtp", "student.mtp", "unknown wrapper (`student.`)"),
+    ],
+)
+def test_names_of_wrappers_are_refused(tmp_path: Path, before: str, after: str, named: str) -> None:
+    config, tensors = load(DENSE)
+    renamed = {re.sub(before, after, name, count=1): t for name, t in tensors.items()}
+    assert named in refusal(tmp_path, config, renamed)
+
+
+def pruned(tensors: Tensors, keep: int, head: bool) -> Tensors:
+    """The checkpoint with the first `keep` experts in the head, or else in the trunk."""
+    experts = re.compile(r".*\.mlp\.(gate\.weight|experts\.(gate_up|down)_proj)")
+    return {
+        name: (dtype, np.ascontiguousarray(array[:keep]))
+        if name.startswith("mtp.") == head and experts.fullmatch(name)
+        else (dtype, array)
+        for name, (dtype, array) in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_a_head_with_other_experts_than_the_trunk_is_refused(
+    tmp_path: Path, separate: bool, head: bool
+) -> None:
+    config, tensors = load(MOE)
+    tensors = pruned(tensors, 3, head)
+    if not head:
+        config["text_config"]["num_experts"] = 3
+    if separate:
+        tensors = separate_experts(config, tensors)
+    message = refusal(tmp_path, config, tensors)
+    assert "does not fit the trunk" in message and "head: none" in message
+    made = convert(tmp_path, config, tensors, "trunk")
+    assert made.tensors["blk.0.ffn_gate_exps.weight"].shape[0] == (6 if head else 3)
+
+
+def test_a_head_of_another_width_is_refused(tmp_path: Path) -> None:
+    config, tensors = load(DENSE)
+    name = "mtp.layers.0.mlp.up_proj.weight"
+    tensors[name] = ("BF16", np.concatenate([tensors[name][1]] * 2))
+    message = refusal(tmp_path, config, tensors)
+    assert f"{name} has shape [512, 256], config.json says [256, 256]" in message
+    assert "does not fit the trunk" in message and "--part trunk" in message
+
+
+@pytest.mark.parametrize(
+    ("top", "inner", "tied"),
+    [
+        (True, False, True), (False, True, True), (True, None, True), (None, True, True),
+        (None, None, True), (False, False, None), (None, False, None), (False, None, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("matrix", ["none", "copy", "other"])
+def test_the_tensors_decide_whether_embeddings_are_tied(
+    tmp_path: Path, matrix: str, top: bool | None, inner: bool | None, tied: bool | None
+) -> None:
+    config, tensors = load(DENSE)
+    for level, value in ((config, top), (config["text_config"], inner)):
+        level.pop("tie_word_embeddings", None)
+        if value is not None:
+            level["tie_word_embeddings"] = value
+    dtype, embeddings = tensors[EMBEDDINGS]
+    if matrix != "none":
+        tensors["lm_head.weight"] = (dtype, embeddings if matrix == "copy" else embeddings[::-1])
+    said = {top, inner} - {None}
+    if matrix == "none" and said == {False}:
+        assert "set tie_word_embeddings to true" in refusal(tmp_path, config, tensors)
+    elif matrix == "other" and said == {True}:
+        assert "config.json ties them" in refusal(tmp_path, config, tensors)
+    else:
+        made = convert(tmp_path, config, tensors)
+        dropped = matrix == "copy" and True in said
+        assert ("output.weight" in made.tensors) == (matrix != "none" and not dropped)

@@ -1,0 +1,107 @@
+"""The tensors of a checkpoint by the names in a family's tables.
+
+Buffers are not among them: a model recomputes them. Names of wrapper classes are refused, because
+nothing tells whether the wrapper changed more than the names.
+"""
+
+import re
+from collections.abc import Iterable
+
+from mtpforge.checkpoint.families.family import Family
+from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.errors import CheckpointError
+
+EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+_WRAPPERS = {
+    "module": "DDP or DeepSpeed",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_flat_param": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "base_model": "PEFT",
+    "base_layer": "PEFT",
+    "modules_to_save": "PEFT",
+    "lora_A": "PEFT",
+    "lora_B": "PEFT",
+}
+"""Part of a tensor's name -> what adds it."""
+
+_BUFFER = re.compile(
+    r"(?:.*\.)?(?:(?:original_)?inv_freq|(?:cos|sin)_cached?|freqs_cis|masked_bias|position_ids"
+    r"|(?:causal|attn|attention)_mask|total_(?:ops|params)|_extra_state)"
+)
+_MASK = re.compile(r".*\.(?:self_attn|attention|attn)\.bias")
+
+
+def canonical_names(checkpoint: Outline, family: Family) -> dict[str, CheckpointTensor]:
+    """Return the text model's tensors by the names in the family's tables.
+
+    Raises CheckpointError for names of wrapper classes, and for two names of one tensor.
+    """
+    check_wrappers(checkpoint.tensors.values())
+    names: dict[str, CheckpointTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(family.ignored) or is_buffer(tensor):
+            continue
+        canonical = family.canonical(name)
+        if canonical in names:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor"
+            )
+        names[canonical] = tensor
+    _check_prefix(names, family)
+    return names
+
+
+def is_buffer(tensor: CheckpointTensor) -> bool:
+    """Whether a tensor is no weight: rotation, mask or positions, which a model recomputes."""
+    if _MASK.fullmatch(tensor.name):  # a weight of this name would be a vector
+        return len(tensor.shape) > 1 or tensor.dtype in ("BOOL", "U8")
+    return _BUFFER.fullmatch(tensor.name) is not None
+
+
+def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]:
+    """Return a note on the files that are not read, and one on the buffers, if there are any.
+
+    `ignored` are prefixes of tensors outside the text model.
+    """
+    buffers = [
+        tensor.name
+        for tensor in checkpoint.tensors.values()
+        if is_buffer(tensor) and not tensor.name.startswith(ignored)
+    ]
+    notes = []
+    if checkpoint.beside:
+        notes.append(f"left alone, as no part of the model: {_some(checkpoint.beside)}")
+    if buffers:
+        notes.append(f"skipped {len(buffers)} buffers, which are no weights: {_some(buffers)}")
+    return notes
+
+
+def check_wrappers(tensors: Iterable[CheckpointTensor]) -> None:
+    """Raise CheckpointError if a tensor's name is that of a wrapper class or an adapter."""
+    for tensor in tensors:
+        for part in tensor.name.split("."):
+            if part in _WRAPPERS:
+                raise _wrapped(tensor, part, _WRAPPERS[part])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+
+
+def _check_prefix(names: dict[str, CheckpointTensor], family: Family) -> None:
+    """Refuse an unknown prefix of all names, such as a doubled `model.`."""
+    for known in (EMBEDDINGS, f"{family.head_prefix}fc.weight"):
+        for name, tensor in names.items():
+            if known not in names and name.endswith(f".{known}"):
+                raise _wrapped(tensor, name.removesuffix(f".{known}"), "an unknown wrapper")
+
+
+def _wrapped(tensor: CheckpointTensor, part: str, wrapper: str) -> CheckpointError:
+    how = "merge the adapter" if wrapper == "PEFT" else "unwrap the model"
+    return CheckpointError(
+        f"{tensor.shard}: {tensor.name} has a name from {wrapper} (`{part}.`): {how} before "
+        f"saving, or rename all tensors to the original model's names"
+    )
