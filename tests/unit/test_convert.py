@@ -137,11 +137,20 @@ def test_without_its_head_only_the_trunk_converts(tmp_path: Path) -> None:
     assert reader.read(tmp_path / "trunk.gguf").get("qwen35.nextn_predict_layers") is None
 
 
-def test_a_head_that_config_json_denies_is_refused_unless_only_the_trunk_is_wanted(
-    tmp_path: Path,
+@pytest.mark.parametrize("declared", [0, None])
+def test_a_head_that_config_json_does_not_declare_is_converted(
+    tmp_path: Path, declared: int | None
 ) -> None:
-    checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": 0})
-    assert "mtp_num_hidden_layers is 0" in refusal(checkpoint)
+    checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": declared}, name="tiny-qwen3.5")
+    for folder, name in ((checkpoint, "silent"), (CHECKPOINTS / "tiny-qwen3.5", "declared")):
+        native.convert(folder, tmp_path / f"{name}.gguf", "all", "qwen35")
+    assert digest(tmp_path / "silent.gguf") == digest(tmp_path / "declared.gguf")
+
+
+@pytest.mark.parametrize("declared", [2, -1, "1", float("inf")])
+def test_another_number_of_head_layers_is_refused(tmp_path: Path, declared: Any) -> None:
+    checkpoint = changed(tmp_path, config={"mtp_num_hidden_layers": declared})
+    assert f"mtp_num_hidden_layers is {declared!r}" in refusal(checkpoint)
     native.convert(checkpoint, tmp_path / "trunk.gguf", "trunk", "qwen35")
 
 
@@ -162,6 +171,32 @@ def test_a_copy_of_tied_embeddings_is_dropped_and_another_matrix_refused(
     native.convert(copied, tmp_path / "copied.gguf", "all", "qwen35")
     assert "output.weight" not in reader.read(tmp_path / "copied.gguf").tensors
     assert "tie_word_embeddings" in refusal(changed)
+
+
+def test_words_for_numbers_are_read_in_keys_that_conversion_does_not_use(tmp_path: Path) -> None:
+    """NVIDIA writes `"time_step_limit": [0.0, Infinity]`."""
+    odd = {"time_step_limit": [0.0, float("inf")], "x": {"y": float("nan")}, "z": -float("inf")}
+    checkpoint = changed(tmp_path, config=odd, name="tiny-qwen3.5")
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = float("inf")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    for folder, name in ((checkpoint, "odd"), (CHECKPOINTS / "tiny-qwen3.5", "plain")):
+        native.convert(folder, tmp_path / f"{name}.gguf", "all", "qwen35")
+    assert digest(tmp_path / "odd.gguf") == digest(tmp_path / "plain.gguf")
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "vocab_size", "num_hidden_layers", "layer_types"])
+def test_words_for_numbers_are_refused_in_keys_that_conversion_uses(
+    tmp_path: Path, key: str, value: float
+) -> None:
+    assert key in refusal(changed(tmp_path, config={key: value}))
+
+
+def test_an_infinite_sampling_default_is_refused(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path)
+    (checkpoint / "generation_config.json").write_text('{"temperature": Infinity}')
+    assert "general.sampling.temp: the checkpoint's value does not fit" in refusal(checkpoint)
 
 
 def test_a_missing_tensor_of_the_head_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ is held in memory and the kernel copies most bytes from shard to GGUF. Tensors a
 upstream's order.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ from gguf import GGUFWriter, Metadata, size_label
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
+from mtpforge import progress
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import tokenizer
 from mtpforge.convert.converters import naming_quantization
-from mtpforge.convert.plan import plan_conversion
+from mtpforge.convert.names import left_out
+from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
@@ -44,7 +47,7 @@ def convert(
     """
     checkpoint = Checkpoint(directory, name)
     family = family_of(checkpoint.architecture)
-    hparams = Hparams(checkpoint.config)
+    hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
         planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
     metadata = describe(
@@ -56,6 +59,8 @@ def convert(
         tokenizer_pre=tokenizer_pre,
     )
     write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
+    for note in left_out(checkpoint, family.ignored):
+        progress.say(note)
 
 
 def describe(
@@ -88,6 +93,8 @@ def _encoded(key: str, entry: GGUFValue) -> Value:
     if isinstance(entry.value, Value):  # the merges, encoded in advance
         return entry.value
     try:
+        if isinstance(entry.value, float) and not math.isfinite(entry.value):
+            raise ValueError(f"{entry.value} is not a finite number")
         item = entry.sub_type
         if entry.type is GGUFValueType.ARRAY and item is None:
             item = GGUFValueType.get_type(entry.value[0])

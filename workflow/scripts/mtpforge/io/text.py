@@ -1,4 +1,7 @@
-"""Reading text and JSON that others wrote: limited in size, valid UTF-8, strict JSON."""
+"""Reading text and JSON that others wrote: limited in size and valid UTF-8.
+
+JSON may have the words NaN and Infinity as numbers, as Python writes them.
+"""
 
 import json
 from pathlib import Path
@@ -30,7 +33,7 @@ def read_text(path: Path) -> str:
 def parse_json(path: Path, text: str) -> dict[str, Any]:
     """The object in the text of the JSON file `path`. Raises CheckpointError if it is invalid."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -41,7 +44,3 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError as `read_text` and `parse_json` do."""
     return parse_json(path, read_text(path))
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
