@@ -30,16 +30,21 @@ def run() -> Run:
 @pytest.fixture(scope="session")
 def built() -> Path:
     """The repository after real Snakemake has built config.yaml (nothing to do after `make`)."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", "all"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    _snakemake("all")
     return ROOT
 
 
 @pytest.fixture(scope="session")
-def toolchain(built: Path) -> Path:
+def toolchain() -> Path:
     """The folder of llama.cpp programs."""
+    _snakemake("toolchain")
     return BIN
+
+
+def _snakemake(target: str) -> None:
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", target]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture
