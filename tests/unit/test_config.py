@@ -115,6 +115,12 @@ def test_types_that_need_an_importance_matrix_are_allowed_with_one() -> None:
     Build(config({"variants": {"IQ2_M": {"imatrix": imatrix}, "a": mixed}}))
 
 
+def test_forms_that_need_no_correction() -> None:
+    model = parse(config({"source": {"path": "models/Name/"}, "variants": {"Q8_0": None}}))
+    assert model.models["m"].base_name == "Name"
+    assert model.models["m"].variants["Q8_0"].head_type == "Q8_0"
+
+
 def test_only_models_that_are_built_need_their_files() -> None:
     other = {"source": {"path": "no/such"}, "variants": {"BF16": {}}}
     models = {**config()["models"], "other": other}
@@ -142,14 +148,33 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(hed="Q8_0"), f"{VARIANT}/hed: unknown key, did you mean head"),
     (config(quality=1), f"{VARIANT}/quality: unknown key: known keys are type, head, tensors,"),
     (config(head="Q8_0", allow_low_bit_head=True), f"{VARIANT}/allow_low_bit_head: unknown key"),
-    (config({"source": {"repo": "Owner/Name"}}), "models/m/source/revision: missing"),
+    (
+        config({"source": {"repo": "Owner/Name"}}),
+        "models/m/source/revision: missing: `snakemake .* repo=Owner/Name` prints the entry",
+    ),
     (
         config({"source": {"repo": "Owner/Name", "revision": "main"}}),
         "models/m/source/revision: 'main' is not a commit hash: `snakemake --cores 1 add ",
     ),
     (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
     (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
-    (config({"source": {"path": "here/"}}), "models/m/source/path: 'here/' must not end"),
+    (config({"source": {"path": "here/."}}), "models/m/source/path: 'here/.' must not end"),
+    (
+        config({"source": {"path": "~/here"}}),
+        f"models/m/source/path: '~/here': `~` is not expanded: write {Path.home()}/here",
+    ),
+    (
+        config({"source": {"path": "mine.gguf"}}),
+        "models/m/source/path: a GGUF is not a checkpoint: .* `base: {path: mine.gguf}`",
+    ),
+    (
+        config({"source": {"repo": "https://hf.co/Owner/Name/tree/main", "revision": REVISION}}),
+        "is not a repository: write OWNER/NAME; did you mean Owner/Name",
+    ),
+    (
+        config({"source": {"repo": "Owner/Name", "revision": 12345678}}),
+        "models/m/source/revision: 12345678: must be a valid string: put it in quotes",
+    ),
     (
         config({"source": {"path": "a", "repo": "A/b"}}),
         "models/m/source: must have exactly one of the keys path, repo",
@@ -171,15 +196,25 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"mmproj": "yes"}), "models/m/mmproj: 'yes': must be true or false"),
     (config({"measure": None}), "models/m/measure: empty: remove the key"),
     (config({"variants": {}}), "models/m/variants: must not be empty"),
-    (config({"variants": {"BF16": None}}), "models/m/variants/BF16: None: must be a mapping"),
+    (
+        config({"variants": ["Q4_K_M", "Q8_0"]}),
+        "models/m/variants: .* must be a mapping, such as `Q4_K_M: {}`",
+    ),
+    (config({"variants": {"q4_k_m": {}}}), "type 'q4_k_m', did you mean Q4_K_M"),
+    (config({"variants": {"UD-Q4_K_XL": {}}}), "type 'UD-Q4_K_XL', did you mean Q4_K_M"),
     (config({"variants": {"a/b": {}}}), "models/m/variants/a/b: 'a/b' is not a variant's name"),
-    ({"models": {"M": config()["models"]["m"]}}, "models/M: 'M' is not a model's name"),
+    (
+        {"models": {"My Model": config()["models"]["m"]}},
+        "models/My Model: 'My Model' is not a model's name: .*; did you mean my-model",
+    ),
     (
         config({"variants": {"Q9_X": {}}}),
         "models/m/variants/Q9_X: unknown quantization type 'Q9_X': llama.cpp has",
     ),
     (config(type="Q4KM"), f"{VARIANT}/type: unknown quantization type 'Q4KM'"),
     (config(head="Q7"), f"{VARIANT}/head: unknown tensor type 'Q7'"),
+    (config(head="q8_0"), f"{VARIANT}/head: unknown tensor type 'q8_0', did you mean Q8_0"),
+    (config(head=False), f"{VARIANT}/head: False: .*; `none` leaves the head out"),
     (config(head={"type": "none"}), f"{VARIANT}/head/type: unknown tensor type 'none'"),
     (config(head={"tensors": {"ffn": "Q4_K"}}), f"{VARIANT}/head/type: missing"),
     (config(head={"type": "Q8_0", "tensors": {}}), f"{VARIANT}/head/tensors: must not be empty"),
@@ -228,6 +263,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}),
         f"{VARIANT}/base/file: '../b.gguf' is not a GGUF",
     ),
+    (
+        config(base="b.gguf"),
+        f"{VARIANT}/base: must have exactly one of .*, such as `{{path: b.gguf}}`",
+    ),
     (config(base={"path": "b.bin"}), f"{VARIANT}/base/path: 'b.bin' is not a GGUF"),
     (config(base={"path": "b.gguf", "in_place": True}), f"{VARIANT}/base/in_place: unknown key"),
     (
@@ -253,6 +292,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (config({"sidecar": "IQ3_S"}), "models/m/sidecar: a sidecar cannot have type 'IQ3_S'"),
     (config({"split": "48"}), "models/m/split: '48' is not a size"),
+    (config({"split": "48 GB"}), "models/m/split: '48 GB' is not a size: .*; did you mean 48G"),
     (config(split="1.5G"), f"{VARIANT}/split: '1.5G' is not a size"),
     ({**config(), "build": ["n"]}, "build: there is no model 'n': models has m"),
     ({**config(), "build": ["m", "m"]}, "build: 'm' is listed twice"),

@@ -3,6 +3,10 @@
 A new type needs a row in each table: its number or position, its error and its cost.
 """
 
+import difflib
+import re
+from collections.abc import Iterable
+
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mtpforge.errors import ConfigError
@@ -118,8 +122,9 @@ def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
 def check_file_type(name: str) -> str:
     """Return the name if llama-quantize has that file type. Raises ConfigError."""
     if name not in FILE_TYPES:
+        hint = _hint(name, FILE_TYPES)
         raise ConfigError(
-            f"unknown quantization type {name!r}: llama.cpp has {', '.join(FILE_TYPES)}"
+            f"unknown quantization type {name!r}{hint} llama.cpp has {', '.join(FILE_TYPES)}"
         )
     return name
 
@@ -127,5 +132,15 @@ def check_file_type(name: str) -> str:
 def check_tensor_type(name: str) -> GGMLQuantizationType:
     """The type of that name. Raises ConfigError if llama.cpp has no such type for a tensor."""
     if name not in TENSOR_TYPES:
-        raise ConfigError(f"unknown tensor type {name!r}: llama.cpp has {', '.join(TENSOR_TYPES)}")
+        hint = _hint(name, TENSOR_TYPES)
+        raise ConfigError(
+            f"unknown tensor type {name!r}{hint} llama.cpp has {', '.join(TENSOR_TYPES)}"
+        )
     return GGMLQuantizationType[name]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The known type that was probably meant, also by Unsloth's names, such as UD-Q4_K_XL."""
+    plain = re.sub(r"_X?L$", "_M", name.upper().removeprefix("UD-"))
+    close = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.7)
+    return f", did you mean {close[0]}?" if close else ":"

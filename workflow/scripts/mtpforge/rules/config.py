@@ -328,7 +328,25 @@ def _explain(errors: list[ErrorDetails]) -> str:
 
 
 def _message(error: ErrorDetails) -> str:
-    value = repr(error["input"])[:100]
+    given = error["input"]
+    value = repr(given)[:100]
     if error["type"] in _MESSAGES:
-        return _MESSAGES[error["type"]].format(input=value)
-    return error["msg"].replace("Input should be", f"{value}: must be")
+        return _MESSAGES[error["type"]].format(input=value) + _advice(error)
+    return error["msg"].replace("Input should be", f"{value}: must be") + _advice(error)
+
+
+def _advice(error: ErrorDetails) -> str:
+    """The right form, for mistakes that are made often."""
+    given = error["input"]
+    if error["type"] == "missing" and error["loc"][-1] == "revision":
+        repo = given.get("repo", "OWNER/NAME")
+        return f": `snakemake --cores 1 add --config repo={repo}` prints the entry with it"
+    if error["type"] == "dict_type" and isinstance(given, list) and given:
+        return f", such as `{given[0]}: {{}}`"
+    if error["type"] == "string_type" and type(given) in (int, float):
+        return ": put it in quotes"
+    if given is False and "head" in error["loc"]:
+        return "; `none` leaves the head out"
+    if isinstance(given, str) and "exactly one of the keys" in error["msg"]:
+        return f", such as `{{path: {given}}}`"
+    return ""

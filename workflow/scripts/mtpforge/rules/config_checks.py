@@ -62,7 +62,7 @@ def _check_variant(path: str, variant: Variant) -> None:
         try:
             quant_types.check_file_type(variant.file_type)
         except ConfigError as error:
-            _refuse(path, f"{error}; give a variant of another name a `type`")
+            _refuse(path, f"{error}; a variant of another name needs a `type`")
     _check_base(path, variant)
     head = variant.head_types
     if variant.unquantized and head and (head.type != variant.file_type or head.tensors):
@@ -112,6 +112,12 @@ def _check_chosen(config: Config) -> None:
 
 def _check_files(path: str, model: Model) -> None:
     """Check the files of models under `build`; others need not be on this machine."""
+    if isinstance(model.source, LocalFolder) and model.source.path.endswith(".gguf"):
+        _refuse(
+            f"{path}/source/path",
+            "a GGUF is not a checkpoint: name the checkpoint here, and give a variant"
+            f" `base: {{path: {model.source.path}}}` to inject its head",
+        )
     if isinstance(model.source, LocalFolder) and not Path(model.source.path).is_dir():
         _refuse(f"{path}/source/path", f"no such folder: {model.source.path}")
     text = model.measure and model.measure.text

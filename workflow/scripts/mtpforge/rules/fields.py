@@ -4,9 +4,11 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, LiteralString, NoReturn, TypeAlias
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -67,12 +69,18 @@ class Checked:
         return {**handler(schema), **self.schema}
 
 
-def _matching(pattern: str, why: str) -> Checked:
-    """A string that matches `pattern` as a whole; the message is the wrong string and `why`."""
+def _matching(pattern: str, why: str, correct: Callable[[str], str] | None = None) -> Checked:
+    """A string that matches `pattern` as a whole; the message is the wrong string and `why`.
+
+    `correct` turns a frequent mistake into a string that may match, which is then proposed.
+    """
 
     def check(value: str) -> None:
-        if not re.fullmatch(pattern, value):
-            raise ConfigError(f"{value[:100]!r} {why}")
+        if re.fullmatch(pattern, value):
+            return
+        right = correct(value) if correct else ""
+        hint = f"; did you mean {right}?" if right and re.fullmatch(pattern, right) else ""
+        raise ConfigError(f"{value[:100]!r} {why}{hint}")
 
     return Checked(check, {"pattern": f"^(?:{pattern})$"})
 
@@ -99,6 +107,27 @@ def _check_serve(option: str) -> None:
         raise ConfigError("an empty option")
     if re.fullmatch(_OWN_OPTIONS, option):
         raise ConfigError(f"{option} is set by mtpforge itself: remove it")
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
+
+
+def _repository_in(address: str) -> str:
+    """The repository that a page of the Hub belongs to."""
+    path = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", address)
+    return "/".join(re.split(r"[/?#]", path)[:2])
+
+
+def _size_in(text: str) -> str:
+    """The size in a form such as 48GB, 48 GiB or 48g."""
+    return re.sub(r"I?B$", "", text.upper().replace(" ", ""))
+
+
+def _check_home(path: str) -> None:
+    if path.startswith("~"):
+        full = Path(path).expanduser()
+        raise ConfigError(f"{path!r}: `~` is not expanded: write {full}")
 
 
 def unique(values: list[Any]) -> list[Any]:
@@ -145,13 +174,16 @@ ModelName = Annotated[
     _matching(
         r"[a-z0-9][a-z0-9._-]*",
         "is not a model's name: use lower-case letters, digits, '.', '_' and '-'",
+        _plain_name,
     ),
 ]
 VariantName = Annotated[
     str,
     _matching(_FILE_NAME, "is not a variant's name: use letters, digits, '.', '_' and '-'"),
 ]
-Repository = Annotated[str, _matching(_OWNER_NAME, "is not a repository: write OWNER/NAME")]
+Repository = Annotated[
+    str, _matching(_OWNER_NAME, "is not a repository: write OWNER/NAME", _repository_in)
+]
 Revision = Annotated[
     str,
     _matching(
@@ -180,19 +212,26 @@ FileName = Annotated[
 PreTokenizer = Annotated[
     str, _matching(r"[a-z0-9][a-z0-9._-]*", "is not one of llama.cpp's names, such as qwen35")
 ]
+_HOME = Checked(_check_home, {})
 Folder = Annotated[
     str,
+    _HOME,
     _matching(
-        r"[^{}]*[^/.{}]", "must not end in '/' or '.', because file names begin with its last part"
+        r"[^{}]*[^/.{}]/*", "must not end in '.', because file names begin with its last part"
     ),
+    AfterValidator(lambda path: path.rstrip("/")),
 ]
 GgufPath = Annotated[
-    str, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
+    str, _HOME, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
 ]
-FilePath = Annotated[str, _matching(r"[^{}]+", "is not a path: it is empty or has braces")]
+FilePath = Annotated[str, _HOME, _matching(r"[^{}]+", "is not a path: it is empty or has braces")]
 Size = Annotated[
     str,
-    _matching(r"[1-9][0-9]{0,8}[MG]", "is not a size: write a whole number of M or G, such as 48G"),
+    _matching(
+        r"[1-9][0-9]{0,8}[MG]",
+        "is not a size: write a whole number of M or G, such as 48G",
+        _size_in,
+    ),
 ]
 
 

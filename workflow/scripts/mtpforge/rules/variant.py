@@ -1,8 +1,8 @@
 """A variant in `config.yaml`: its types, its head, its base and its importance matrix."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import NO_HEAD, default_head
@@ -166,6 +166,12 @@ class Variant(Entry):
     )
 
     _name: str = PrivateAttr("")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use_defaults(cls, value: Any) -> Any:
+        """`Q4_K_M:` with nothing behind it is a variant with the defaults."""
+        return {} if value is None else value
 
     @property
     def name(self) -> str:
