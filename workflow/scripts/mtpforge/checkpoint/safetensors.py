@@ -9,8 +9,10 @@ import math
 import mmap
 import re
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CheckpointTensor:
     """One tensor of a shard: shape (rows first), and byte offset from the start of the shard."""
 
@@ -425,8 +427,19 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
         )
     size = end - begin
     return CheckpointTensor(
-        name, dtype, shape=tuple(shape), shard=path.name, offset=start + begin, size=size
+        name,
+        sys.intern(dtype),
+        shape=shared(tuple(shape)),
+        shard=sys.intern(path.name),
+        offset=start + begin,
+        size=size,
     )
+
+
+@cache
+def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return one object for all equal shapes: large checkpoints have 200,000 tensors."""
+    return shape
 
 
 def _check_tiling(path: Path, tensors: list[CheckpointTensor], start: int, size: int) -> None:

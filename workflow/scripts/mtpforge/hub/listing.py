@@ -6,14 +6,16 @@ without the network.
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from sys import intern
 from typing import Any
 
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor
+from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, shared
 from mtpforge.errors import DownloadError
 from mtpforge.gguf.names import gguf_files
-from mtpforge.io.atomic import write_json
+from mtpforge.io.atomic import replacing
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -56,24 +58,26 @@ class Listing:
     def read(cls, path: Path) -> "Listing":
         """Read what `write` wrote. Raises DownloadError if the file is malformed."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"), object_hook=_compact)
             files = {name: File(**entry) for name, entry in value["files"].items()}
-            tensors = {
-                name: CheckpointTensor(name, **{**entry, "shape": tuple(entry["shape"])})
-                for name, entry in value["tensors"].items()
-            }
-            return cls(value["repo"], value["revision"], files, tensors)
+            tensors = value["tensors"]
+            for name, entry in tensors.items():  # in place: there can be 200,000
+                tensors[name] = CheckpointTensor(name, *entry)
+            return cls(value["repo"], value["revision"], files=files, tensors=tensors)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
                 f"{path}: malformed listing ({error}): delete it and run again"
             ) from None
 
     def write(self, path: Path) -> None:
-        """Write the listing as JSON; the same commit gives the same bytes."""
-        value = asdict(self)
-        for tensor in value["tensors"].values():
-            del tensor["name"]
-        write_json(path, value)
+        """Write the listing as JSON, a line each; the same commit gives the same bytes."""
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+            out.write(f'{{"repo": {json.dumps(self.repo)},\n')
+            out.write(f'"revision": {json.dumps(self.revision)},\n"files": {{')
+            out.writelines(_lines((name, asdict(file)) for name, file in self.files.items()))
+            out.write('},\n"tensors": {')
+            out.writelines(_lines((name, _entry(each)) for name, each in self.tensors.items()))
+            out.write("}}\n")
 
     @property
     def label(self) -> str:
@@ -101,6 +105,32 @@ class Listing:
         These are a whole checkpoint, or all parts of a split GGUF.
         """
         return self.checkpoint_files() if name in self.checkpoint_files() else gguf_files(name)
+
+
+def _lines(entries: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """Yield the members of a JSON object, each on a line."""
+    separator = "\n"
+    for name, entry in entries:
+        yield f"{separator}{json.dumps(name)}: {json.dumps(entry)}"
+        separator = ",\n"
+
+
+def _entry(tensor: CheckpointTensor) -> dict[str, Any]:
+    return {
+        "dtype": tensor.dtype,
+        "shape": tensor.shape,
+        "shard": tensor.shard,
+        "offset": tensor.offset,
+        "size": tensor.size,
+    }
+
+
+def _compact(entry: dict[str, Any]) -> Any:
+    """Return a tensor's entry as a tuple that shares its strings and shape with others."""
+    if "shard" not in entry:
+        return entry
+    dtype, shard, shape = entry["dtype"], entry["shard"], tuple(entry["shape"])
+    return intern(dtype), shared(shape), intern(shard), entry["offset"], entry["size"]
 
 
 def check_name(name: Any) -> str:

@@ -1,6 +1,7 @@
 """Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,15 @@ class FetchRules(Stage):
         if model.head_only:
             return [layout.head_record(source)]
         made = self._checkpoints.resolve.get(repo=source.repo, revision=source.revision)
-        listing = Listing.read(Path(made.output[0]))
-        return [checked_record(source, name) for name in listing.checkpoint_files()]
+        listing = Path(made.output[0])
+        names = _checkpoint_files(listing, listing.stat().st_mtime_ns)
+        return [checked_record(source, name) for name in names]
+
+
+@lru_cache
+def _checkpoint_files(listing: Path, written: int) -> list[str]:
+    """The files that conversion reads, parsed once for all jobs unless `written` anew."""
+    return Listing.read(listing).checkpoint_files()
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
