@@ -9,6 +9,7 @@ compares with it.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, RopeScalingType
@@ -338,13 +339,42 @@ def describe_linear_attention(writer: GGUFWriter, hp: Hparams, head_blocks: int)
 
 
 def rope_parameters(hp: Hparams) -> Hparams:
-    """Return `rope_parameters` or `rope_scaling`, completed from the top level like upstream."""
-    given = hp.get("rope_parameters", hp.get("rope_scaling", {}))
-    if not isinstance(given, dict):
-        raise CheckpointError("config.json: rope_parameters must be an object")
+    """Return `rope_parameters` or `rope_scaling`, completed from the top level like upstream.
+
+    Raises CheckpointError if they contradict each other: upstream would take the first, and
+    transformers the second.
+    """
+    given, older = _rotation(hp, "rope_parameters"), _rotation(hp, "rope_scaling")
+    for key in sorted(given.keys() & older.keys()):
+        if given[key] != older[key]:
+            raise CheckpointError(
+                f"config.json: {key} is {given[key]!r} in rope_parameters and {older[key]!r} in "
+                "rope_scaling: remove the wrong one"
+            )
     shared = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     inherited = {key: hp.get(key) for key in shared if hp.get(key) is not None}
-    return Hparams({"rope_type": given.get("type"), **inherited, **given})
+    return Hparams({**inherited, **older, **given})
+
+
+def _rotation(hp: Hparams, place: str) -> dict[str, Any]:
+    """Return the rotation's parameters at a place, `type` renamed; `mrope` is the default type.
+
+    The parameters may be given for each kind of attention.
+    """
+    given = hp.get(place, {})
+    if not isinstance(given, dict):
+        raise CheckpointError(f"config.json: {place} must be an object")
+    if isinstance(full := given.get("full_attention"), dict):
+        given = {**given, **full}
+    kinds = [given[key] for key in ("rope_type", "type") if given.get(key) is not None]
+    kinds = ["default" if kind == "mrope" else kind for kind in kinds]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"config.json: {place} has rope_type {kinds[0]!r} and type {kinds[1]!r}: "
+            "remove the wrong one"
+        )
+    rest = {key: value for key, value in given.items() if key not in ("rope_type", "type")}
+    return {**rest, "rope_type": kinds[0] if kinds else "default"} if given else {}
 
 
 def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
@@ -352,7 +382,8 @@ def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn"):
         raise CheckpointError(
-            f"config.json: rope_type is {kind!r}: only default, linear and yarn are supported"
+            f"config.json: rope_type is {kind!r}: only default, mrope, linear and yarn are "
+            "supported: use the original config.json"
         )
     if kind != "default":
         writer.add_rope_scaling_type(RopeScalingType(kind))
@@ -372,9 +403,10 @@ def _describe_yarn(writer: GGUFWriter, rope: Hparams) -> None:
         "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
         "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
     }
+    older = {"attention_factor": rope.get("attn_factor")}
     for key, add in methods.items():
-        if rope.get(key) is not None:
-            add(rope.number(key))
+        if rope.get(key, older.get(key)) is not None:
+            add(rope.number(key, older.get(key)))
 
 
 def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
