@@ -156,6 +156,20 @@ def wide_types(config: dict[str, Any], tensors: Tensors) -> Tensors:
     return result
 
 
+def as_tools_save(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """The head's key removed, older keys of the rotation, one level tied, and buffers."""
+    text = config["text_config"]
+    del text["mtp_num_hidden_layers"]
+    rotation = text.pop("rope_parameters")
+    text.update({key: rotation[key] for key in ("rope_theta", "partial_rotary_factor")})
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rotation["mrope_section"]}
+    config["tie_word_embeddings"], text["tie_word_embeddings"] = True, False
+    text["time_step_limit"] = [0.0, float("inf")]
+    buffer = ("F32", np.ones(8, "<f4"))
+    names = ("rotary_emb.inv_freq", "layers.3.self_attn.rotary_emb.inv_freq")
+    return {**tensors, **{f"model.language_model.{name}": buffer for name in names}}
+
+
 def qwen3_next() -> tuple[dict[str, Any], Tensors]:
     """A tiny random Qwen3-Next: fused linear attention, separate experts, undeclared head."""
     config: dict[str, Any] = {
@@ -263,6 +277,7 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
         2,
     ),
     "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
+    "dense-as-tools-save": ("tiny-qwen3.5", as_tools_save, 2),
 }
 """Name of a derived checkpoint -> (embedded checkpoint, layout, number of shards)."""
 
@@ -330,10 +345,27 @@ def add_tokens_as_older_transformers(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(roles))
 
 
+def name_templates(folder: Path) -> None:
+    """Two chat templates with names, of which upstream keeps one as the default."""
+    named = {"default": "{{ 'default' }}", "tool-use": "{{ 'tools' }}"}
+    entries = [{"name": name, "template": text} for name, text in named.items()]
+    _change_tokenizer_config(folder, lambda settings: settings.update(chat_template=entries))
+
+
+def add_templates(folder: Path) -> None:
+    """A chat template in its own file, and another in a folder, as newer transformers saves."""
+    _change_tokenizer_config(folder, lambda settings: settings.pop("chat_template"))
+    (folder / "chat_template.jinja").write_text("{{ 'default' }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool-use.jinja").write_text("{{ 'tools' }}")
+
+
 FOLDERS: dict[str, Callable[[Path], None]] = {
     "dense-eos": end_with_eos,
     "dense-added-tokens": add_tokens,
     "dense-added-tokens-older": add_tokens_as_older_transformers,
+    "dense-named-templates": name_templates,
+    "dense-additional-templates": add_templates,
 }
 """Name of a copy of the dense checkpoint -> the function that changes its folder."""
 

@@ -1,11 +1,9 @@
-"""Verification of values and of running files: samples, errors, norms, near ties, templates."""
+"""Verification of values and of running files: samples, errors, norms, near ties."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from layouts import write_layout
@@ -18,7 +16,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Server
-from mtpforge.verify import running, source, tensors
+from mtpforge.verify import running, tensors
 from mtpforge.verify.report import Acceptance, Check, TypeErrors
 from mtpforge.verify.request import Request
 
@@ -248,19 +246,3 @@ def test_the_check_of_other_programs_has_the_given_name(tmp_path: Path, status: 
         opened, Request(prompts=("x",)), LlamaCpp(tmp_path), name="files open"
     )
     assert check.name == "files open" and check.passed == (status == 0)
-
-
-# ── templates ──
-
-
-def test_the_chat_template_of_a_checkpoint_is_found_in_each_place(tmp_path: Path) -> None:
-    settings = json.loads((CHECKPOINTS / "tiny-qwen3.5/tokenizer_config.json").read_text())
-    assert source.chat_template(CHECKPOINTS / "tiny-qwen3.5") == settings["chat_template"]
-    assert source.chat_template(tmp_path) is None
-    (tmp_path / "chat_template.json").write_text('{"chat_template": "a"}')
-    assert source.chat_template(tmp_path) == "a"
-    (tmp_path / "chat_template.jinja").write_text("b")
-    assert source.chat_template(tmp_path) == "b"
-    named = [{"name": "tool_use", "template": "d"}, {"name": "default", "template": "c"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert source.chat_template(tmp_path) == "c"

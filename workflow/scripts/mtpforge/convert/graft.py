@@ -6,11 +6,9 @@ its own checkpoint, so both may store their tensors differently.
 
 from pathlib import Path
 
-from mtpforge import progress
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert.names import left_out
-from mtpforge.convert.native import describe
+from mtpforge.convert.native import describe, say_notes
 from mtpforge.convert.plan import ConvertedTensor, plan_conversion, settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError
@@ -46,8 +44,7 @@ def convert(
         tokenizer_pre=tokenizer_pre,
     )
     write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
-    for note in left_out(checkpoint, family.ignored):
-        progress.say(note)
+    say_notes(checkpoint, family)
 
 
 def plan_halves(

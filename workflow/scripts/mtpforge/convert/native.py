@@ -19,7 +19,7 @@ from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import tokenizer
+from mtpforge.convert import chat_templates, tokenizer
 from mtpforge.convert.converters import naming_quantization
 from mtpforge.convert.names import left_out
 from mtpforge.convert.plan import plan_conversion, settled_hparams
@@ -59,7 +59,15 @@ def convert(
         tokenizer_pre=tokenizer_pre,
     )
     write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
-    for note in left_out(checkpoint, family.ignored):
+    say_notes(checkpoint, family, part)
+
+
+def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None:
+    """Say what of the checkpoint is not in the GGUF of a part."""
+    notes = left_out(checkpoint, family.ignored)
+    if part != "head":
+        notes += chat_templates.notes(checkpoint.directory)
+    for note in notes:
         progress.say(note)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from gguf import SpecialVocab
 
+from mtpforge.convert import chat_templates
 from mtpforge.errors import CheckpointError
 from mtpforge.io.text import read_json
 
@@ -29,8 +30,6 @@ def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
         steps = _post_processors(settings, config, directory)
         special = _read(directory, settings, config)
         template = _read(directory, settings, flagless)
-        if not isinstance(special.chat_template, str | None):
-            raise ValueError("chat_template is not a single text")
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{directory}: malformed tokenizer files ({error})") from None
     # A post-processor overrides tokenizer_config.json; a byte-level one means that it adds nothing.
@@ -43,6 +42,7 @@ def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
     special.add_special_token = flags | {
         key: value for key, value in special.add_special_token.items() if key not in flags
     }
+    special.chat_template = chat_templates.templates(directory)
     return special
 
 
@@ -90,14 +90,13 @@ def _text(token: Any) -> Any:
 def _read(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> SpecialVocab:
     """Let gguf-py read the checkpoint with `config` as its tokenizer_config.json.
 
-    gguf-py does not need the model in `tokenizer.json`, the largest part, so it is left out.
+    gguf-py does not need the model in `tokenizer.json`, the largest part, so it is left out. Chat
+    templates are read in `chat_templates`.
     """
     rest = {key: value for key, value in settings.items() if key != "model"}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        for path in directory.iterdir():
-            if path.name not in ("tokenizer.json", "tokenizer_config.json"):
-                (scratch / path.name).symlink_to(path)
+        (scratch / "config.json").symlink_to(directory / "config.json")
         (scratch / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
         if config:
             text = json.dumps(config)

@@ -85,6 +85,8 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     writer.add_token_types(types)
     writer.add_key_value(Keys.Tokenizer.MERGES, merges, GGUFValueType.ARRAY)
     special_vocab(directory, settings).add_to_gguf(writer, quiet=True)
+    if names := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
+        names.value.sort()  # gguf-py writes them in the order of a set, which varies
 
 
 def pre_tokenizer(checksum: str, directory: Path) -> str:

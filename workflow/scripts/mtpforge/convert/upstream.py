@@ -16,7 +16,7 @@ import run_upstream  # for its path, and so that rules track it as code
 from mtpforge import progress
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
-from mtpforge.convert import plan
+from mtpforge.convert import chat_templates, plan
 from mtpforge.convert.names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.proof import prove
 from mtpforge.convert.upstream_head import check_types, count_blocks, vision_tensors
@@ -89,7 +89,7 @@ def convert_upstream(
         except ToolchainError as error:
             raise ToolchainError(f"{directory}: {error}: {_hint(str(error), log)}") from None
         prove(reader.read(temporary), checkpoint, part)
-    for note in left_out(checkpoint):
+    for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
         progress.say(note)
 
 
@@ -134,13 +134,12 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     for name in _JSON:
         if (checkpoint.directory / name).exists():
             _copy_json(checkpoint.directory / name, folder / name)
-    for name in _COPIED:
-        path = checkpoint.directory / name
+    for path in [checkpoint.directory / name for name in _COPIED]:
         if path.exists():
-            if not path.is_file() or path.stat().st_size > _COPIED_LIMIT:
-                limit = _COPIED_LIMIT >> 20
-                raise CheckpointError(f"{path}: not a regular file of at most {limit} MB")
-            shutil.copyfile(path, folder / name)
+            _copy_text(path, folder / path.name)
+    for path in chat_templates.additional(checkpoint.directory):
+        (folder / chat_templates.FOLDER).mkdir(exist_ok=True)
+        _copy_text(path, folder / chat_templates.FOLDER / path.name)
     return folder
 
 
@@ -175,6 +174,13 @@ def _hint(error: str, log: Path | None) -> str:
     if "pre-tokenizer" in error:
         return "set that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
     return f"see {log}" if log else "--log FILE keeps the whole output"
+
+
+def _copy_text(source: Path, target: Path) -> None:
+    if not source.is_file() or source.stat().st_size > _COPIED_LIMIT:
+        limit = _COPIED_LIMIT >> 20
+        raise CheckpointError(f"{source}: not a regular file of at most {limit} MB")
+    shutil.copyfile(source, target)
 
 
 def _copy_json(source: Path, target: Path) -> None:

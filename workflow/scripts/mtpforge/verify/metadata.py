@@ -10,7 +10,7 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import match
 from mtpforge.verify.report import Check, some
 
-_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 _OF_THE_FILE = (
     "general.file_type",
     "general.quantization_version",
@@ -32,7 +32,7 @@ def check_metadata(opened: Gguf, expected: Mapping[str, Value]) -> Check:
     for key in expected.keys() | opened.metadata.keys():
         found = opened.metadata.get(key)
         right = expected.get(key)
-        if key in (*_OF_THE_FILE, _TEMPLATE) or (right is None and key.startswith(_ADDED)):
+        if key in (*_OF_THE_FILE, TEMPLATE) or (right is None and key.startswith(_ADDED)):
             continue
         compared += 1
         if found is None:
@@ -65,14 +65,28 @@ def check_metadata_of_base(opened: Gguf, expected: Mapping[str, Value]) -> Check
     return _verdict(problems, compared)
 
 
-def check_template(opened: Gguf, expected: str | None) -> Check:
-    """The chat template is the source's, byte for byte."""
-    stored = opened.get(_TEMPLATE)
-    if stored != expected:
-        return Check("chat template", False, _first_difference(stored, expected))
-    size = len((expected or "").encode())
+def templates_in(opened: Gguf) -> dict[str, str]:
+    """A file's chat templates by their keys."""
+    found = {key: opened.get(key) for key in opened.metadata if key.startswith(TEMPLATE)}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def check_template(opened: Gguf, expected: Mapping[str, str]) -> Check:
+    """The chat templates are the source's, byte for byte, and those with a name are listed."""
+    stored = templates_in(opened)
+    problems = []
+    for key in sorted(stored.keys() | expected.keys()):
+        found, right = stored.get(key), expected.get(key)
+        if found != right:
+            where = "" if key == TEMPLATE else f"{key} "
+            problems.append(where + _first_difference(found, right))
+    names = sorted(key.removeprefix(f"{TEMPLATE}.") for key in expected if key != TEMPLATE)
+    listed = sorted(opened.get(Keys.Tokenizer.CHAT_TEMPLATES) or [])
+    if listed != names:
+        problems.append(f"{Keys.Tokenizer.CHAT_TEMPLATES} is {listed}, not {names}")
+    size = sum(len(text.encode()) for text in expected.values())
     detail = f"{size:,} bytes, same as the source's" if expected else "the source has none"
-    return Check("chat template", True, detail)
+    return Check("chat template", not problems, some(problems) or detail)
 
 
 def _verdict(problems: list[str], compared: int) -> Check:

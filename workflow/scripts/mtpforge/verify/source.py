@@ -1,10 +1,9 @@
 """The source that a file is compared with: a checkpoint, or the BF16 GGUF that upstream made."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
-
-from gguf.constants import Keys
 
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
@@ -15,6 +14,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.io.text import read_json, read_text
 from mtpforge.verify import tensors
+from mtpforge.verify.metadata import TEMPLATE, templates_in
 from mtpforge.verify.request import Request
 from mtpforge.verify.tensors import SourceRows
 
@@ -41,8 +41,8 @@ class Source(Protocol):
     def metadata(self) -> Mapping[str, Value]:
         """The metadata that conversion writes. Raises ForgeError."""
 
-    def template(self) -> str | None:
-        """The chat template, None if there is none."""
+    def templates(self) -> Mapping[str, str]:
+        """The chat templates, by their keys in a GGUF."""
 
     def rows(self) -> Mapping[str, SourceRows]:
         """The expected values of each tensor. Raises ForgeError."""
@@ -109,8 +109,8 @@ class CheckpointSource:
             tokenizer_pre=self._tokenizer_pre,
         )
 
-    def template(self) -> str | None:
-        return chat_template(self._checkpoint.directory)
+    def templates(self) -> Mapping[str, str]:
+        return chat_templates(self._checkpoint.directory)
 
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
@@ -138,23 +138,41 @@ class GgufSource:
     def metadata(self) -> Mapping[str, Value]:
         return self._reference.metadata
 
-    def template(self) -> str | None:
-        template = self._reference.get(Keys.Tokenizer.CHAT_TEMPLATE)
-        return template if isinstance(template, str) else None
+    def templates(self) -> Mapping[str, str]:
+        return templates_in(self._reference)
 
     def rows(self) -> Mapping[str, SourceRows]:
         return tensors.rows_of_gguf(self._reference)
 
 
-def chat_template(directory: Path) -> str | None:
-    """A checkpoint's chat template as text, never rendered; None if it has none."""
-    settings = directory / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.exists() else None
-    if template is None and (file := directory / "chat_template.jinja").exists():
-        template = read_text(file)
-    if template is None and (file := directory / "chat_template.json").exists():
-        template = read_json(file).get("chat_template")
-    if isinstance(template, list):  # several, with names
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
-    return template if isinstance(template, str) else None
+def chat_templates(directory: Path) -> dict[str, str]:
+    """A checkpoint's chat templates by their keys in a GGUF, never rendered.
+
+    The key in tokenizer_config.json is preferred to other files, even if it is null; without that
+    file there are none.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    if not settings:
+        return {}
+    given = settings["chat_template"] if "chat_template" in settings else _template_file(directory)
+    named = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    found = {str(entry.get("name")): entry.get("template") for entry in named if entry}
+    return {
+        _template_key(name): text for name, text in found.items() if text and isinstance(text, str)
+    }
+
+
+def _template_file(directory: Path) -> object:
+    """The content of a file with templates: a text, or a list of objects with name and template."""
+    if (path := directory / "chat_template.jinja").exists():
+        more = (directory / "additional_chat_templates").glob("*.jinja")
+        named = {"default": path} | {other.stem: other for other in more}
+        return [{"name": name, "template": read_text(file)} for name, file in named.items()]
+    path = directory / "chat_template.json"
+    return read_json(path).get("chat_template") if path.exists() else None
+
+
+def _template_key(name: str) -> str:
+    plain = re.sub("[^A-Za-z0-9]", "_", name)
+    return TEMPLATE if name == "default" else f"{TEMPLATE}.{plain}"

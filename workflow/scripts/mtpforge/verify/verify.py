@@ -132,7 +132,7 @@ def _check_metadata(opened: Gguf, source: Source, request: Request) -> list[Chec
         return [metadata.check_metadata_of_base(opened, source.metadata())]
     return [
         metadata.check_metadata(opened, source.metadata()),
-        metadata.check_template(opened, source.template()),
+        metadata.check_template(opened, source.templates()),
     ]
 
 

@@ -1,0 +1,162 @@
+"""Chat templates: where a checkpoint keeps them, what is written, and what verify compares."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHECKPOINTS
+from gguf.constants import GGUFValueType
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import chat_templates, native, upstream
+from mtpforge.errors import CheckpointError
+from mtpforge.gguf import reader
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf
+from mtpforge.verify import metadata, source
+from other_architectures import write_model
+
+KEY = "tokenizer.chat_template"
+NAMED = [
+    {"name": "tool-use", "template": "tools"},
+    {"name": "default", "template": "main"},
+    {"name": "rag", "template": "found"},
+]
+NAMED_KEYS = {
+    KEY: "main",
+    f"{KEY}.tool_use": "tools",
+    f"{KEY}.rag": "found",
+    f"{KEY}s": ["rag", "tool_use"],
+}
+
+Change = Callable[[Path, dict[str, Any]], object]
+
+
+def file(name: str, text: str) -> Change:
+    def write(folder: Path, settings: dict[str, Any]) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    return write
+
+
+def key(value: Any) -> Change:
+    return lambda folder, settings: settings.update(chat_template=value)
+
+
+JINJA = file("chat_template.jinja", "file")
+JSON = file("chat_template.json", '{"chat_template": "json"}')
+MORE = [
+    file("additional_chat_templates/tool-use.jinja", "tools"),
+    file("additional_chat_templates/rag.jinja", "found"),
+]
+NOT_TAKEN = "chat_template.jinja: this chat template is not taken"
+
+PLACES: dict[str, tuple[list[Change], dict[str, Any], str]] = {
+    "none": ([], {}, ""),
+    "key": ([key("key")], {KEY: "key"}, ""),
+    "list": ([key(NAMED)], NAMED_KEYS, ""),
+    "list without default": (
+        [key(NAMED[:1])], {f"{KEY}.tool_use": "tools", f"{KEY}s": ["tool_use"]}, ""
+    ),
+    "empty list": ([key([])], {}, ""),
+    "file": ([JINJA], {KEY: "file"}, ""),
+    "folder": ([JINJA, *MORE], {**NAMED_KEYS, KEY: "file"}, ""),
+    "folder alone": (MORE, {}, ""),
+    "json": ([JSON], {KEY: "json"}, ""),
+    "key and file": ([key("key"), JINJA], {KEY: "key"}, NOT_TAKEN),
+    "key and equal file": ([key("file"), JINJA], {KEY: "file"}, ""),
+    "key and folder": ([key("file"), JINJA, *MORE], {KEY: "file"}, NOT_TAKEN),
+    "null and file": ([key(None), JINJA], {}, NOT_TAKEN),
+    "file and json": ([JINJA, JSON], {KEY: "file"}, "chat_template.json: this chat template"),
+}  # fmt: skip
+
+
+def written(tmp_path: Path, changes: list[Change], tokenizer_config: bool = True) -> Path:
+    folder = tmp_path / "tiny-qwen3.5"
+    shutil.copytree(CHECKPOINTS / folder.name, folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["chat_template"]
+    for change in changes:
+        change(folder, settings)
+    path.write_text(json.dumps(settings))
+    if not tokenizer_config:
+        path.unlink()
+    return folder
+
+
+def templates(opened: Gguf) -> dict[str, Any]:
+    return {name: opened.get(name) for name in opened.metadata if name.startswith(KEY)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_templates_are_found_in_each_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    changes, expected, note = PLACES[place]
+    folder = written(tmp_path, changes)
+    native.convert(folder, tmp_path / "F.gguf", "draft", "qwen35")
+    opened = reader.read(tmp_path / "F.gguf")
+    assert templates(opened) == expected
+    said = capsys.readouterr().err
+    assert note in said and bool(said) == bool(note)
+    assert metadata.check_template(opened, source.chat_templates(folder)).passed
+
+
+def test_without_tokenizer_config_a_template_is_not_taken(tmp_path: Path) -> None:
+    folder = written(tmp_path, [JINJA], tokenizer_config=False)
+    assert chat_templates.templates(folder) is None and source.chat_templates(folder) == {}
+    assert "there is no tokenizer_config.json" in chat_templates.notes(folder)[0]
+
+
+@pytest.mark.parametrize("value", [5, [1], [{"name": "a"}], [{"name": 1, "template": "b"}], {}])
+def test_malformed_templates_are_refused(tmp_path: Path, value: Any) -> None:
+    folder = written(tmp_path, [key(value)])
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template is neither"):
+        native.convert(folder, tmp_path / "F.gguf", "draft", "qwen35")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/x.jinja"])
+def test_only_regular_files_are_read(tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path, [JINJA, *MORE])
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="regular file"):
+        native.convert(folder, tmp_path / "F.gguf", "draft", "qwen35")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({f"{KEY}.rag": "foun"}, f"{KEY}.rag differs from the source's from character 4"),
+        ({f"{KEY}.rag": None}, f"{KEY}.rag is missing"),
+        ({KEY: None}, "is missing"),
+        ({f"{KEY}.other": "x"}, f"{KEY}.other the source has none"),
+        ({f"{KEY}s": ["rag"]}, f"{KEY}s is ['rag'], not ['rag', 'tool_use']"),
+    ],
+)
+def test_other_templates_than_the_sources_are_refused(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    folder = written(tmp_path, [key(NAMED)])
+    kinds = {str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
+    values = {
+        name: Value.of(value, kinds[type(value)], GGUFValueType.STRING)
+        for name, value in (NAMED_KEYS | change).items()
+        if value is not None
+    }
+    check = metadata.check_template(Gguf(folder, values, {}, {}), source.chat_templates(folder))
+    assert not check.passed and named in check.detail
+
+
+def test_upstream_sees_additional_templates(tmp_path: Path) -> None:
+    folder = write_model("glm", tmp_path / "glm")
+    for change in (JINJA, *MORE, file("additional_chat_templates/code.py", "raise SystemExit")):
+        change(folder, {})
+    seen = upstream.without_code(Checkpoint(folder), tmp_path / "scratch")
+    names = {path.name for path in (seen / chat_templates.FOLDER).iterdir()}
+    assert names == {"tool-use.jinja", "rag.jinja"}

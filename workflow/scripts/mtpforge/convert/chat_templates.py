@@ -1,0 +1,81 @@
+"""The chat templates of a checkpoint, as the pinned upstream takes them. They are never rendered.
+
+transformers prefers `chat_template.jinja` to `tokenizer_config.json`; upstream does not. Where they
+differ, a note says which was taken.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mtpforge.errors import CheckpointError
+from mtpforge.io.text import read_json, read_text
+
+FOLDER = "additional_chat_templates"
+_CONFIG, _FILE, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
+
+Templates = str | list[dict[str, str]] | None
+"""One template, several with their names, or none."""
+
+
+def templates(directory: Path) -> Templates:
+    """Return the templates that upstream writes. Raises CheckpointError if they are malformed."""
+    return next(iter(_candidates(directory).values()), None) if _settings(directory) else None
+
+
+def notes(directory: Path) -> list[str]:
+    """Return a note on each file with another template than the one that is taken."""
+    found = _candidates(directory)
+    taken = _by_name(templates(directory))
+    first = next(iter(found), "")
+    rule = f"{first} is preferred" if _settings(directory) else f"there is no {_CONFIG}"
+    return [
+        f"{name}: this chat template is not taken, because {rule}, as in llama.cpp's converter: "
+        "delete the wrong one"
+        for name, other in found.items()
+        if _by_name(other) != taken
+    ]
+
+
+def additional(directory: Path) -> list[Path]:
+    """Return the files of additional templates, sorted."""
+    return sorted((directory / FOLDER).glob("*.jinja"))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / _CONFIG
+    return read_json(path) if path.exists() else {}
+
+
+def _candidates(directory: Path) -> dict[str, Templates]:
+    """Return the templates of each file that has some, the preferred one first."""
+    found: dict[str, Any] = {}
+    settings = _settings(directory)
+    if "chat_template" in settings:
+        found[_CONFIG] = settings["chat_template"]
+    if (path := directory / _FILE).exists():
+        more = [{"name": p.stem, "template": read_text(p)} for p in additional(directory)]
+        default = read_text(path)
+        found[_FILE] = [{"name": "default", "template": default}, *more] if more else default
+    if (path := directory / _JSON).exists():
+        found[_JSON] = read_json(path).get("chat_template")
+    return {name: _checked(directory / name, value) for name, value in found.items()}
+
+
+def _checked(path: Path, value: Any) -> Templates:
+    if value is None or isinstance(value, str):
+        return value
+    entries = value if isinstance(value, list) else [None]
+    for entry in entries:
+        texts = [entry.get(key) for key in ("name", "template")] if isinstance(entry, dict) else []
+        if not texts or any(type(text) is not str for text in texts):
+            raise CheckpointError(
+                f"{path}: chat_template is neither a text nor a list of objects with name and "
+                "template"
+            )
+    return list(entries)
+
+
+def _by_name(value: Templates) -> dict[str, str]:
+    if isinstance(value, list):
+        return {entry["name"]: entry["template"] for entry in value}
+    return {"default": value} if value else {}
