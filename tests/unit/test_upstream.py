@@ -63,6 +63,23 @@ def test_a_head_as_declared_is_accepted(tmp_path: Path, name: str) -> None:
     upstream.check(Checkpoint(write_model(name, tmp_path / name)), "all")
 
 
+def test_the_layers_of_nemotron_may_be_given_by_their_kinds(tmp_path: Path) -> None:
+    """As in Nemotron-3 Ultra, which has `layers_block_type` instead of `num_hidden_layers`."""
+    kinds = ["mamba", "attention", "moe"]
+    change = {"num_hidden_layers": None, "hybrid_override_pattern": None}
+    checkpoint = Checkpoint(
+        write_model("nemotron", tmp_path / "nemotron", **change, layers_block_type=kinds)
+    )
+    upstream.check(checkpoint, "all")
+    assert Hparams(checkpoint.config).count("num_hidden_layers") == 3
+    assert (
+        Hparams({"layers_block_type": kinds, "num_hidden_layers": 5}).count("num_hidden_layers")
+        == 5
+    )
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        Hparams({"layers_block_type": []}).count("num_hidden_layers")
+
+
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("glm", {"num_nextn_predict_layers": 0}, "but 0 blocks are declared"),
     ("glm", {"num_nextn_predict_layers": None}, "but 0 blocks are declared"),

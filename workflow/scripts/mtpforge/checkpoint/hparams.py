@@ -14,6 +14,9 @@ class Hparams:
         if not isinstance(text, dict):
             raise CheckpointError("config.json: text_config must be an object")
         self.values: dict[str, Any] = {**config, **text}
+        kinds = self.get("layers_block_type")
+        if isinstance(kinds, list) and self.get("num_hidden_layers") is None:
+            self.values["num_hidden_layers"] = len(kinds)  # Nemotron-H gives one or the other
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the raw value, or `default` if it is missing or null."""

@@ -347,7 +347,7 @@ def _parse_index(path: Path, text: str) -> dict[str, str]:
             raise CheckpointError(
                 f"{path}: tensor {name}: {shard!r} is not a plain *.safetensors file name"
             )
-    return weight_map
+    return {sys.intern(name): sys.intern(shard) for name, shard in weight_map.items()}
 
 
 def _needed_shards(path: Path, expected: Mapping[str, str], present: Collection[str]) -> list[str]:
@@ -427,7 +427,7 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTen
         )
     size = end - begin
     return CheckpointTensor(
-        name,
+        sys.intern(name),
         sys.intern(dtype),
         shape=shared(tuple(shape)),
         shard=sys.intern(path.name),
