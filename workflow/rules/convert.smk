@@ -27,11 +27,13 @@ rule convert:
     params:
         checkpoint=build.fetch.checkpoint,
         tokenizer=build.convert.tokenizer_option,
+        norms=build.convert.norms_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.tokenizer} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
+        " {params.tokenizer} {params.norms} --out {output.file:q} --digests {output.digests:q}"
+        " > {log:q} 2>&1"
 
 
 rule convert_upstream:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtpforge import cli, table
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import graft
+from mtpforge.convert import graft, norms
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -42,6 +42,7 @@ def main() -> None:
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
+    norms.add_option(parser)
     parser.add_argument(
         "--threads", type=int, help="threads for the digests (default: all processors)"
     )
@@ -54,14 +55,17 @@ def main() -> None:
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
     if args.head_from:
-        trunk, donor = Checkpoint(args.checkpoint, args.name), Checkpoint(args.head_from)
-        graft.convert(trunk, donor, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre)
+        trunk = Checkpoint(args.checkpoint, args.name, args.norms)
+        donor = Checkpoint(args.head_from, norms=args.norms)
+        note = graft.convert(
+            trunk, donor, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre
+        )
     else:
         options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre, "name": args.name}
-        convert(args.checkpoint, args.out, **options)
+        note = convert(args.checkpoint, args.out, norm_form=args.norms, **options)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
-    print(table.size_of(args.out))
+    print(table.size_of(args.out) + (note and f"; {note}"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from mtpforge import cli, table
+from mtpforge.convert import norms
 from mtpforge.gguf.names import gguf_files
 from mtpforge.inject.inject import Options, inject
 from mtpforge.io import atomic
@@ -31,6 +32,7 @@ def main() -> None:
     exceptions = read_recipe(args.head_tensors)
     options = Options(
         head_types=head_recipe(args.head_type, exceptions) if args.head_type else (),
+        norm_form=args.norms,
         replace_head=args.replace_head,
         digests=args.digests,
     )
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace the head if the base has a different one (default: an error)",
     )
+    norms.add_option(parser)
     add("--out", type=Path, required=True, help="the GGUF to write, or a folder for a split base")
     add(
         "--digests",

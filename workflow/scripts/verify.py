@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, errors, prompts
+from mtpforge.convert import norms
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_target, parse_size, plan
 from mtpforge.io import atomic
@@ -105,6 +106,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as given to convert.py"
     )
     parser.add_argument("--name", help="name of the model, as given to convert.py")
+    norms.add_option(parser)
     parser.add_argument(
         "--perplexity", action="store_true", help="llama-perplexity must load the file too"
     )
@@ -152,6 +154,7 @@ def _request(args: argparse.Namespace) -> Request:
         head_tensors=read_recipe(args.head_tensors),
         recipe=read_recipe(args.tensors),
         tokenizer_pre=args.tokenizer_pre,
+        norm_form=args.norms,
         unquantized=args.unquantized,
         max_acceptance_drop=args.max_acceptance_drop,
         perplexity=args.perplexity,

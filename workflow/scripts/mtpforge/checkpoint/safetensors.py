@@ -117,10 +117,13 @@ class Outline:
 class Checkpoint(Outline):
     """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
 
-    `given_name` is the model's name if it is not the folder's.
+    `given_name` is the model's name if it is not the folder's, `norms` the form of norms whose
+    values do not tell it ("w" or "w-1").
     """
 
-    def __init__(self, directory: Path, given_name: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, given_name: str | None = None, norms: str | None = None
+    ) -> None:
         # Resolved, because the model is named after the folder, which may be given as ".".
         folder = Path(directory).resolve()
         if not folder.is_dir():
@@ -132,6 +135,7 @@ class Checkpoint(Outline):
         self.beside = sorted(set(_weight_files(folder)) - weights.files)
         """Other safetensors files in the folder: adapters, optimizer states, other sets."""
         self.given_name = given_name
+        self.norms = norms
         self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
 
     @property

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import norms
 from mtpforge.convert.native import describe, say_notes
-from mtpforge.convert.plan import ConvertedTensor, plan_conversion, settled_hparams
+from mtpforge.convert.plan import ConvertedTensor, settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import Gguf, TensorInfo
@@ -26,9 +27,10 @@ def convert(
     out: Path,
     part: str = "all",
     tokenizer_pre: str | None = None,
-) -> None:
+) -> str:
     """Write a part of a checkpoint as a BF16 GGUF, with the donor's head in place of its own.
 
+    Returns a note on norms that were stored as w.
     Raises CheckpointError, and GgufError if the head belongs to another model.
     """
     if part not in _OWN:
@@ -45,6 +47,7 @@ def convert(
     )
     write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
     say_notes(checkpoint, family)
+    return norms.note(item for _, item in planned)
 
 
 def plan_halves(
@@ -58,13 +61,8 @@ def plan_halves(
     return [
         (half, item)
         for half, own in ((checkpoint, _OWN[part]), (donor, "head"))
-        for item in _planned(half, own)
+        for item in norms.plan_by_values(half, own)
     ]
-
-
-def _planned(half: Checkpoint, part: str) -> list[ConvertedTensor]:
-    family = family_of(half.architecture)
-    return plan_conversion(half, family, hparams=settled_hparams(half, family), part=part)
 
 
 def _described(checkpoint: Checkpoint) -> Gguf:

@@ -19,10 +19,10 @@ from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import chat_templates, tokenizer
+from mtpforge.convert import chat_templates, norms, tokenizer
 from mtpforge.convert.converters import naming_quantization
 from mtpforge.convert.names import left_out
-from mtpforge.convert.plan import plan_conversion, settled_hparams
+from mtpforge.convert.plan import settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
@@ -38,18 +38,20 @@ def convert(
     part: str = "all",
     tokenizer_pre: str | None = None,
     name: str | None = None,
-) -> None:
+    norm_form: str | None = None,
+) -> str:
     """Write a part of a checkpoint as a BF16 GGUF. Raises CheckpointError.
 
     `head` has no tokenizer: it is only quantized and injected. `draft` is the head with what it
     shares with the trunk (embeddings, output norm and matrix), for llama-server beside a trunk.
-    `name` is the model's name if it is not the folder's.
+    `name` is the model's name if it is not the folder's, `norm_form` the form of norms whose values
+    do not tell it. Returns a note on norms that were stored as w.
     """
-    checkpoint = Checkpoint(directory, name)
+    checkpoint = Checkpoint(directory, name, norm_form)
     family = family_of(checkpoint.architecture)
     hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
-        planned = plan_conversion(checkpoint, family, hparams=hparams, part=part)
+        planned = norms.plan_by_values(checkpoint, part)
     metadata = describe(
         checkpoint,
         family,
@@ -60,6 +62,7 @@ def convert(
     )
     write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
     say_notes(checkpoint, family, part)
+    return norms.note(planned)
 
 
 def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None:

@@ -43,6 +43,8 @@ class Options:
 
     head_types: Recipe = ()
     """As `recipe.head_recipe` makes it."""
+    norm_form: str | None = None
+    """The form of norms of a checkpoint whose values do not tell it."""
     replace_head: bool = False
     """Whether to replace a different head of the base, which is otherwise an error."""
     digests: Path | None = None
@@ -71,7 +73,7 @@ def inject(
                 f"{out}: name a file F.gguf: only a split base can be written to a folder"
             )
         whole = split.joined(files)
-        given = _open_head(head, scratch)
+        given = _open_head(head, scratch, options.norm_form)
         check_match(whole, given)
         progress.say(cost(whole, given, options.head_types))
         new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
@@ -89,7 +91,7 @@ def inject(
 # ── the head ──
 
 
-def _open_head(head: Path, scratch: Path) -> Gguf:
+def _open_head(head: Path, scratch: Path, norm_form: str | None) -> Gguf:
     """The GGUF with the head, converted if needed, under the given name.
 
     Raises GgufError, CheckpointError.
@@ -97,7 +99,8 @@ def _open_head(head: Path, scratch: Path) -> Gguf:
     place = head
     if head.is_dir():
         place = scratch / "head-BF16.gguf"
-        native.convert(head, place, "head")
+        if note := native.convert(head, place, "head", norm_form=norm_form):
+            progress.say(note)
     opened = replace(split.read(place), path=head)
     if not opened.head.tensors:
         raise GgufError(

@@ -145,6 +145,13 @@ class Model(Entry):
         ),
         examples=["qwen35"],
     )
+    norms: Literal["w", "w-1"] | None = Field(
+        default=None,
+        description=(
+            "How the checkpoint stores norms whose values do not tell it: as w, as MLX does, or as"
+            " w - 1. By default a norm in doubt is an error."
+        ),
+    )
     prompts: str = Field(
         default="workflow/prompts",
         description="Folder of *.txt prompts that every file must draft on.",

@@ -20,6 +20,11 @@ class ConvertRules(Stage):
         pre = self.model(wildcards).tokenizer_pre
         return f"--tokenizer-pre {pre}" if pre else ""
 
+    def norms_option(self, wildcards: Wildcards) -> str:
+        """The option that says how norms in doubt are stored."""
+        form = self.model(wildcards).norms
+        return f"--norms {form}" if form else ""
+
     def unquantized_file(self, wildcards: Wildcards) -> str:
         """The model at BF16, with its head unless no variant has one."""
         return layout.converted(wildcards.model, self.model(wildcards).part).file

@@ -18,6 +18,7 @@ OF_BUILD = (
     "source",
     "converter",
     "tokenizer_pre",
+    "norms",
     "prompts",
     "min_acceptance",
     "max_acceptance_drop",

@@ -108,10 +108,11 @@ class VerifyRules(Stage):
         return layout.converted(wildcards.model, "mmproj").file
 
     def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
-        checkpoint = layout.checkpoint(self.model(wildcards))
-        return shlex.join(
-            ["--reference", reference[0]] if reference else ["--checkpoint", checkpoint]
-        )
+        model = self.model(wildcards)
+        if reference:
+            return shlex.join(["--reference", reference[0]])
+        form = ["--norms", model.norms] if model.norms else []
+        return shlex.join(["--checkpoint", layout.checkpoint(model), *form])
 
     def _gates(self, wildcards: Wildcards, unquantized: list[str]) -> list[str]:
         model = self.model(wildcards)

@@ -33,6 +33,8 @@ class Request:
     recipe: Recipe = ()
     tokenizer_pre: str | None = None
     """Pre-tokenizer that conversion was told to use, for the metadata."""
+    norm_form: str | None = None
+    """Form of norms in doubt that conversion was told."""
     unquantized: Path | None = None
     """Acceptance of the BF16 file of the same model, from acceptance.py."""
     max_acceptance_drop: float = 0.2

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import graft, native, plan
+from mtpforge.convert import graft, native, norms, plan
 from mtpforge.convert.names import EMBEDDINGS, canonical_names
 from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
@@ -50,15 +50,18 @@ class Source(Protocol):
 
 def open_source(request: Request) -> Source | None:
     """The source that a request names, if it names one. Raises ForgeError."""
+    donor = None
+    if request.head_from:
+        donor = Checkpoint(request.head_from, norms=request.norm_form)
     if request.checkpoint:
         return CheckpointSource(
-            Checkpoint(request.checkpoint, request.name),
+            Checkpoint(request.checkpoint, request.name, request.norm_form),
             request.part,
             request.tokenizer_pre,
-            donor=Checkpoint(request.head_from) if request.head_from else None,
+            donor=donor,
         )
-    if request.head_from:
-        return CheckpointSource(Checkpoint(request.head_from), request.part, head_only=True)
+    if donor:
+        return CheckpointSource(donor, request.part, head_only=True)
     return GgufSource(request.reference) if request.reference else None
 
 
@@ -114,9 +117,7 @@ class CheckpointSource:
 
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
-            planned = plan.plan_conversion(
-                self._checkpoint, self._family, hparams=self._hparams, part=self._part
-            )
+            planned = norms.plan_by_values(self._checkpoint, self._part)
             return tensors.rows_of_checkpoint(self._checkpoint, planned)
         rows: dict[str, SourceRows] = {}
         for half, item in graft.plan_halves(self._checkpoint, self._donor, self._part):

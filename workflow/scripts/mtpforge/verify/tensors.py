@@ -85,15 +85,9 @@ class Comparisons:
         return [each.problem for each in self.all if each.problem and not each.shift]
 
     @property
-    def shifted(self) -> list[str]:
-        """One sentence for each wrong shift of norms."""
-        sentences = []
-        for shift, text in SHIFTS.items():
-            names = [each.name for each in self.all if each.shift == shift]
-            if names:
-                count = f"{len(names)} norms ({names[-1]}, ...)"
-                sentences.append(text.format(count if len(names) > 1 else names[0]))
-        return sentences
+    def shifts(self) -> dict[str, int]:
+        """The shift of each norm that is only shifted."""
+        return {each.name: each.shift for each in self.all if each.shift}
 
     @property
     def errors(self) -> dict[str, float] | None:
@@ -109,6 +103,17 @@ class Comparisons:
         return {
             kind: _type_errors(kind, errors) for kind, errors in sorted(by_type.items())
         } or None
+
+
+def describe_shifts(shifts: Mapping[str, int]) -> list[str]:
+    """One sentence for each wrong shift of norms."""
+    sentences = []
+    for shift, text in SHIFTS.items():
+        names = [name for name, wrong in shifts.items() if wrong == shift]
+        if names:
+            count = f"{len(names)} norms ({names[-1]}, ...)"
+            sentences.append(text.format(count if len(names) > 1 else names[0]))
+    return sentences
 
 
 def error_limit(kind: str) -> float:

@@ -24,6 +24,7 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.verify import inventory, metadata, tensors
 from mtpforge.verify.digests import check_digests, check_trunk
+from mtpforge.verify.norms import check_norms
 from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
 from mtpforge.verify.request import Request
 from mtpforge.verify.running import check_drafting, check_programs, check_running, check_vision
@@ -117,9 +118,9 @@ def _check_against_source(
     # Another program can round the last bit differently.
     exact = set(opened.tensors) if request.ours else head
     compared = tensors.compare_tensors(opened, rows, whole=head, exact=exact, threads=threads)
-    checks.append(_check_finite(compared))
+    checks += [_check_finite(compared), *check_norms(opened, compared)]
     if source and rows:
-        checks += _check_values(opened, compared, source.note)
+        checks.append(_check_values(opened, compared, source.note))
         if not request.ours and any(
             each.problem and each.name not in head for each in compared.all
         ):
@@ -142,14 +143,9 @@ def _check_finite(compared: Comparisons) -> Check:
     return Check("finite", not bad, some(bad) or detail)
 
 
-def _check_values(opened: Gguf, compared: Comparisons, note: str) -> list[Check]:
-    norms = sum(each.name.endswith("norm.weight") for each in compared.compared)
-    shifted = "; ".join(compared.shifted) or f"{norms} norms, none with a wrong shift"
+def _check_values(opened: Gguf, compared: Comparisons, note: str) -> Check:
     detail = some(compared.problems) or _coverage(opened, compared, note)
-    return [
-        Check("norms", not compared.shifted, shifted),
-        Check("values", not compared.problems, detail),
-    ]
+    return Check("values", not compared.problems, detail)
 
 
 def _coverage(opened: Gguf, compared: Comparisons, note: str) -> str:

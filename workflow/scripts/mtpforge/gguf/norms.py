@@ -1,0 +1,105 @@
+"""In which form norms are stored: as w - 1, as w, or as w + 1, judged by their values.
+
+Checkpoints of Qwen3-Next and Qwen3.5 store norms as w - 1, a GGUF stores w, and so does MLX. Heads
+get lost in between: 1 is not added, or twice, and the file loads without a warning. Two kinds of
+evidence are combined here.
+
+Bits: the weights were BF16 before anything was added, and BF16 is finer near zero. So w in BF16 has
+only multiples of 1/256, w in F32 less 1 fits into BF16 again, and w - 1 does neither.
+
+Level: the mean of w - 1 of each kind of norm, in released models. Final norms differ too much.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ARCHITECTURES = ("qwen35", "qwen35moe", "qwen3next")
+"""Architectures whose checkpoints store norms as w - 1."""
+
+LEVELS: dict[str, float | None] = {
+    ".attn_norm.weight": 0.1,
+    ".post_attention_norm.weight": 0.1,
+    ".attn_q_norm.weight": 0.35,
+    ".attn_k_norm.weight": 0.35,
+    ".nextn.enorm.weight": -0.4,
+    ".nextn.hnorm.weight": -0.4,
+    ".nextn.shared_head_norm.weight": None,
+    "output_norm.weight": None,
+}
+"""Ending of the name in a GGUF -> usual mean of w - 1 (measured: -0.1 to 0.4 for block norms, -0.25
+to 0.8 for queries and keys, -0.75 to -0.15 for the inputs of a head). Final norms: 0.1 to 2.6."""
+
+FEW = 16
+"""Different small values that are enough to tell a grid from chance."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm as it is stored, and the offsets from w - 1 that its values allow."""
+
+    name: str
+    """In the GGUF."""
+    mean: float
+    by_bits: frozenset[int]
+    """Offsets that leave BF16 values; all of them if none does, as after training in F32."""
+    by_level: frozenset[int]
+    on_grid: bool
+    """Whether small values have no more bits than w in BF16 has."""
+
+    @property
+    def offsets(self) -> frozenset[int]:
+        """The offsets that both kinds of evidence allow; if none, those of the bits."""
+        both = self.by_bits & self.by_level or self.by_bits
+        return both - {0} if self.on_grid and 1 in both else both
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the bits tell the offset, and the level does not deny it."""
+        alone = len(self.offsets) == 1 and self.offsets <= self.by_level
+        return alone and (len(self.by_bits) == 1 or (self.on_grid and 1 in self.offsets))
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is the last norm of the trunk or of the head, whose level tells nothing."""
+        return _level(self.name) is None
+
+
+def is_shifted(name: str) -> bool:
+    """Whether a tensor of a GGUF is a norm that checkpoints store as w - 1."""
+    return name.endswith(tuple(LEVELS))
+
+
+def measure(name: str, values: np.ndarray, slack: float) -> Norm:
+    """Judge the values of a norm (float32). `slack` is how far its mean may be from the usual."""
+    flat = np.asarray(values, dtype=np.float32).reshape(-1)
+    mean = float(flat.mean(dtype=np.float64))
+    by_bits = frozenset(offset for offset in (0, 1, 2) if _fits_bf16(flat, offset))
+    small = np.unique(flat[(np.abs(flat) < 0.5) & (flat != 0)])
+    return Norm(
+        name,
+        mean,
+        by_bits=by_bits or frozenset((0, 1, 2)),
+        by_level=_by_level(name, mean, slack),
+        on_grid=1 in by_bits and len(small) >= FEW and _level(name) is not None,
+    )
+
+
+def _level(name: str) -> float | None:
+    return next(level for ending, level in LEVELS.items() if name.endswith(ending))
+
+
+def _by_level(name: str, mean: float, slack: float) -> frozenset[int]:
+    level = _level(name)
+    if level is None:
+        return frozenset((0, 1, 2))
+    above = min(max(mean - level, 0), 2)
+    likely = {offset for offset in (1, 2) if abs(above - offset) <= slack}
+    return frozenset(likely | {0} if above <= 0.5 else likely)
+
+
+def _fits_bf16(values: np.ndarray, offset: int) -> bool:
+    """Whether all values less `offset` are exact in BF16."""
+    exact = values.astype(np.float64) - offset
+    narrow = exact.astype(np.float32)
+    return bool((narrow == exact).all() and not (narrow.view(np.uint32) & 0xFFFF).any())
