@@ -166,3 +166,27 @@ def test_the_tensors_decide_whether_embeddings_are_tied(
         made = convert(tmp_path, config, tensors)
         dropped = matrix == "copy" and True in said
         assert ("output.weight" in made.tensors) == (matrix != "none" and not dropped)
+
+
+@pytest.mark.parametrize("name", ["mtp.embed_tokens.weight", "mtp.layers.0.mlp.bias"])
+def test_an_unused_tensor_of_the_head_leaves_the_trunk(tmp_path: Path, name: str) -> None:
+    config, tensors = load(DENSE)
+    message = refusal(tmp_path, config, {**tensors, name: ("F32", np.ones(8, "<f4"))})
+    assert name in message and "head: none" in message
+    convert(tmp_path, config, tensors, "trunk")
+
+
+def test_a_missing_tensor_of_the_head_leaves_the_trunk(tmp_path: Path) -> None:
+    config, tensors = load(DENSE)
+    del tensors["mtp.norm.weight"]
+    message = refusal(tmp_path, config, tensors)
+    assert "no tensor mtp.norm.weight" in message and "head: none" in message
+    convert(tmp_path, config, tensors, "trunk")
+
+
+@pytest.mark.parametrize("top", [None, []])
+def test_the_architecture_may_be_that_of_the_text_model(tmp_path: Path, top: Any) -> None:
+    config, tensors = load(DENSE)
+    config["architectures"] = top
+    config["text_config"]["architectures"] = ["Qwen3_5ForCausalLM"]
+    assert convert(tmp_path, config, tensors).architecture == "qwen35"

@@ -203,8 +203,13 @@ def folder_name(folder: Path) -> str:
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
-    """Return the first of `architectures` in a config.json. Raises CheckpointError."""
-    names = config.get("architectures")
+    """Return the first of `architectures` in a config.json, or else in its text_config.
+
+    Raises CheckpointError.
+    """
+    text = config.get("text_config")
+    inner = text.get("architectures") if isinstance(text, dict) else None
+    names = config.get("architectures") or inner
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CheckpointError(f"{path}: 'architectures' must be a list of class names")
     return names[0]

@@ -10,6 +10,7 @@ from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import upstream, upstream_head
+from mtpforge.convert.names import is_buffer
 from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.architectures import ARCHITECTURES
@@ -98,7 +99,11 @@ def _check_native(checkpoint: Outline, part: str) -> None:
 def _packed(checkpoint: Outline, family: Family, part: str) -> CheckpointTensor | None:
     """Return a tensor of the part that holds packed weights; None if there is none."""
     for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype not in UNPACKED and (part != "head" or _in_head(name, family)):
+        if (
+            tensor.dtype not in UNPACKED
+            and not is_buffer(tensor)
+            and (part != "head" or _in_head(name, family))
+        ):
             return tensor
     return None
 

@@ -58,7 +58,9 @@ def plan_conversion(
         _check_tied(checkpoint, names)
         del names[OUTPUT]
     planned = [_plan_row(row, names, checkpoint, family) for row in family.rows(hparams, part)]
-    _check_all_used([names[name] for name in names if _belongs(name, family, part)], planned)
+    _check_all_used(
+        {name: names[name] for name in names if _belongs(name, family, part)}, planned, family
+    )
     # Upstream goes through shards and their tensors by name, and writes a tensor made from several
     # when it has seen the last of them.
     return sorted(planned, key=lambda item: max((t.shard, t.name) for t in item.tensors))
@@ -170,17 +172,25 @@ def _plan_row(
     """Find the source of a tensor, with its scales. Raises CheckpointError."""
     try:
         return _with_scales(_locate(row, names), names, checkpoint)
-    except _ShapeError as error:
+    except (_ShapeError, _MissingError) as error:
         if not row.sources[0].names[0].startswith(family.head_prefix):
             raise
-        raise CheckpointError(
-            f"{error}: the head does not fit the trunk, which was changed without it (pruned "
-            f"experts?): use a head of the trunk's sizes, or {_HEADLESS}"
-        ) from None
+        raise CheckpointError(f"{error}{error.OF_HEAD}{_HEADLESS}") from None
 
 
 class _ShapeError(CheckpointError):
     """A tensor has another shape than config.json says."""
+
+    OF_HEAD = (
+        ": the head does not fit the trunk, which was changed without it (pruned experts?): use a "
+        "head of the trunk's sizes, or "
+    )
+
+
+class _MissingError(CheckpointError):
+    """A tensor is missing."""
+
+    OF_HEAD = " If it is, use the original's head (`head_from`, --head-from), or "
 
 
 def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
@@ -202,13 +212,13 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
     return ConvertedTensor(row, source, tuple(tensors))
 
 
-def _missing(name: str, row: Row) -> CheckpointError:
+def _missing(name: str, row: Row) -> _MissingError:
     if name == OUTPUT:
-        return CheckpointError(
+        return _MissingError(
             f"no tensor {OUTPUT}, and config.json does not tie the embeddings: is the checkpoint "
             "complete? If they are tied, set tie_word_embeddings to true"
         )
-    return CheckpointError(f"no tensor {name}, needed for {row.name}: is the checkpoint complete?")
+    return _MissingError(f"no tensor {name}, needed for {row.name}: is the checkpoint complete?")
 
 
 def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
@@ -247,12 +257,15 @@ def _with_scales(
     return replace(item, scales=tuple(scales))
 
 
-def _check_all_used(tensors: list[CheckpointTensor], planned: list[ConvertedTensor]) -> None:
+def _check_all_used(
+    names: Mapping[str, CheckpointTensor], planned: list[ConvertedTensor], family: Family
+) -> None:
     used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales)}
-    unused = [tensor.name for tensor in tensors if tensor.name not in used]
+    unused = {name: tensor.name for name, tensor in names.items() if tensor.name not in used}
     if unused:
-        named = ", ".join([*unused[:3], *(["..."] if len(unused) > 3 else [])])
+        named = ", ".join([*list(unused.values())[:3], *(["..."] if len(unused) > 3 else [])])
+        of_head = all(name.startswith(family.head_prefix) for name in unused)
         raise CheckpointError(
             f"this architecture does not use {len(unused)} tensors of the checkpoint ({named}): "
-            "refusing to drop them silently"
+            f"refusing to drop them silently{f': {_HEADLESS}' if of_head else ''}"
         )

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.names import gguf_files
 from mtpforge.hub.listing import Listing
@@ -60,7 +61,9 @@ class FetchRules(Stage):
         model = self.model(wildcards)
         source = model.source
         if not isinstance(source, HubRepository):
-            files = [path for path in Path(source.path).iterdir() if path.suffix in KINDS]
+            folder = Path(source.path)
+            files = [path for path in folder.iterdir() if path.suffix in KINDS]
+            files += chat_templates.additional(folder)
             return sorted(str(path) for path in files if path.name != "reference.json")
         if model.head_only:
             return [layout.head_record(source)]
