@@ -1,4 +1,4 @@
-"""Write the generated parts of the pages: tables, options, error messages, the rule graph.
+"""Write the JSON schema, and the generated parts of the pages: tables, options, messages.
 
 Such a part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 
@@ -54,14 +54,15 @@ def main() -> None:
 
 
 def pages() -> dict[Path, str]:
-    """Each page with generated parts, and the text that it should have."""
+    """The schema and each page with generated parts, and the text that it should have."""
     made = {name: make() for name, make in PARTS.items()}
     found = {path: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
-    return {
+    written = {
         path: PART.sub(lambda part: f"{part[1]}\n{made[part[2]]}\n{part[3]}", text)
         for path, text in found.items()
         if PART.search(text)
     }
+    return written | {DOCS / "config.schema.json": json_schema()}
 
 
 # ── models.md ──

@@ -1,7 +1,4 @@
-"""The JSON schema of `config.yaml`, for editors and the documentation.
-
-`COMMAND` writes it.
-"""
+"""The JSON schema of `config.yaml`, for editors and the documentation; `make docs` writes it."""
 
 import json
 from typing import Any
@@ -10,11 +7,6 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from mtpforge.rules.config import Config
-
-COMMAND = (
-    "PYTHONPATH=workflow/scripts python -m mtpforge.rules.schema"
-    " > workflow/schemas/config.schema.json"
-)
 
 
 def json_schema() -> str:
@@ -45,7 +37,3 @@ class _Schema(GenerateJsonSchema):
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
         made = super().dict_schema(schema)
         return {**made, "additionalProperties": False} if "patternProperties" in made else made
-
-
-if __name__ == "__main__":
-    print(json_schema(), end="")
