@@ -30,6 +30,11 @@ LARGE = (".safetensors", ".gguf", ".dat")
 BLOCK = 1 << 20
 
 
+def is_large(path: Path) -> bool:
+    """Whether a file is stored with LFS; parts of a GGUF are."""
+    return path.suffix in LARGE or ".gguf.part" in path.name
+
+
 @dataclass
 class Fault:
     """Spoils `times` answers with a file's content (all if negative), after `skip` good ones."""
@@ -102,9 +107,7 @@ class Hub(ThreadingHTTPServer):
         if path not in self.digests:
             content = path.read_bytes()
             small = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            self.digests[path] = (
-                hashlib.sha256(content).hexdigest() if path.suffix in LARGE else small
-            )
+            self.digests[path] = hashlib.sha256(content).hexdigest() if is_large(path) else small
         return self.digests[path]
 
 
@@ -385,9 +388,7 @@ class _Handler(_Answering):
         answers = []
         for file in files:
             there = folder / str(file["path"])
-            mode = (
-                "lfs" if there.suffix in LARGE or int(str(file["size"])) > 10_000_000 else "regular"
-            )
+            mode = "lfs" if is_large(there) or int(str(file["size"])) > 10_000_000 else "regular"
             known = {"oid": self.hub.digest(there)} if there.exists() else {}
             answers.append(
                 {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known}
@@ -453,7 +454,7 @@ class _Handler(_Answering):
                 entry |= {
                     "type": "file",
                     "size": size,
-                    **(large if path.suffix in LARGE else {"oid": digest}),
+                    **(large if is_large(path) else {"oid": digest}),
                 }
             found.append(entry)
         return found
@@ -475,13 +476,13 @@ class _Handler(_Answering):
                     "rfilename": self.hub.names.get(listed, listed),
                     "size": path.stat().st_size,
                 }
-                if path.suffix in LARGE:
+                if is_large(path):
                     entry["lfs"] = {
                         "sha256": self.hub.digest(path),
                         "size": path.stat().st_size,
                         "pointerSize": 130,
                     }
-                entry["blobId"] = "0" * 40 if path.suffix in LARGE else self.hub.digest(path)
+                entry["blobId"] = "0" * 40 if is_large(path) else self.hub.digest(path)
                 siblings.append(entry)
         known = {"private": False, "downloads": 0, "tags": [], "siblings": siblings}
         self.answer(
@@ -494,9 +495,10 @@ class _Handler(_Answering):
         headers = {"ETag": f'"{self.hub.digest(path)}"', "X-Repo-Commit": COMMIT}
         if self.hub.mirror:
             self.file(path, self.hub.mirror(path))
-        elif path.suffix in LARGE:
+        elif is_large(path):
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(path.stat().st_size)}
-            address = self.hub.address(f"{name}/{path.name}")
+            inside = path.relative_to(self.hub.repositories[name])
+            address = self.hub.address(f"{name}/{inside}")
             self.answer(b"", "text/plain", 302, {**headers, "Location": address})
         elif asked.startswith("/api/"):
             self.file(path, headers["ETag"])
@@ -505,7 +507,12 @@ class _Handler(_Answering):
                 b"",
                 "text/plain",
                 307,
-                {**headers, "Location": f"/api/resolve-cache/models/{name}/{COMMIT}/{path.name}"},
+                {
+                    **headers,
+                    "Location": asked.replace(
+                        f"/{name}/resolve/", f"/api/resolve-cache/models/{name}/", 1
+                    ),
+                },
             )
 
     def head(self, status: int, headers: dict[str, str]) -> None:
@@ -545,5 +552,6 @@ class _CdnHandler(_Answering):
             self.hub.signature += 1
         if parse_qs(urlsplit(self.path).query)["signature"] != [str(self.hub.signature)]:
             return self.answer(b"", "text/plain", 403)
-        folder = self.hub.repositories[path.strip("/").rpartition("/")[0]]
-        return self.file(folder / name, f'"cdn-{self.hub.digest(folder / name)[:16]}"')
+        owner, repository, *inside = path.strip("/").split("/")
+        file = self.hub.repositories[f"{owner}/{repository}"].joinpath(*inside)
+        return self.file(file, f'"cdn-{self.hub.digest(file)[:16]}"')

@@ -1,6 +1,7 @@
 """config.yaml is strict: a mistake is refused with the path of its key and what would be right."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +260,26 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         config(base={"repo": "A/b", "file": "b.gguf", "revision": "main"}),
         f"{VARIANT}/base/revision: 'main' is not a commit hash: https://huggingface",
     ),
-    (
-        config(base={"repo": "A/b", "file": "../b.gguf", "revision": REVISION}),
-        f"{VARIANT}/base/file: '../b.gguf' is not a GGUF",
+    *(
+        (
+            config(base={"repo": "A/b", "file": file, "revision": REVISION}),
+            f"{VARIANT}/base/file: {re.escape(repr(file))} is not a GGUF of a repository",
+        )
+        for file in (
+            "../b.gguf",
+            "a/../b.gguf",
+            "/b.gguf",
+            "a//b.gguf",
+            "./b.gguf",
+            "a\\b.gguf",
+            "a/.gguf",
+            "b.gguf/",
+            "b.gguf.part1",
+            "b.gguf.part1of",
+            "a/b.gguf/c",
+            "b.bin.part1of2",
+            "a/b.gguf\n",
+        )
     ),
     (
         config(base="b.gguf"),
@@ -269,9 +287,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (config(base={"path": "b.bin"}), f"{VARIANT}/base/path: 'b.bin' is not a GGUF"),
     (config(base={"path": "b.gguf", "in_place": True}), f"{VARIANT}/base/in_place: unknown key"),
-    (
-        config(imatrix={"repo": "A/b", "file": "c/d", "revision": REVISION}),
-        f"{VARIANT}/imatrix/file: 'c/d' is not",
+    *(
+        (
+            config(imatrix={"repo": "A/b", "file": file, "revision": REVISION}),
+            f"{VARIANT}/imatrix/file: {re.escape(repr(file))} is not a file of a repository",
+        )
+        for file in ("../c", "c/../d", "/c", "c//d", "c\\d", "c/", "./c", "")
     ),
     (config(base={"type": "Q4"}), f"{VARIANT}/base/type: unknown quantization type 'Q4'"),
     (

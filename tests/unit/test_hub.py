@@ -584,17 +584,98 @@ def test_disk_space_is_checked_before_the_first_byte(client: Client) -> None:
     assert not client.hub.sent
 
 
+# ── folders and parts ──
+
+
+def add_file(client: Client, name: str, content: bytes) -> bytes:
+    """Add a file to the repository; list the commit again with `client.resolve()`."""
+    (client.source / name).parent.mkdir(parents=True, exist_ok=True)
+    (client.source / name).write_bytes(content)
+    return content
+
+
+PARTS = [os.urandom(size) for size in (300_000, 200_000, 100)]
+WHOLE = b"".join(PARTS)
+
+
+def add_parts(client: Client, *numbers: int, count: int = 3, name: str = "Q4/x.gguf") -> None:
+    for number in numbers:
+        add_file(client, f"{name}.part{number}of{count}", PARTS[number - 1])
+    assert client.resolve().returncode == 0
+
+
+def test_a_file_in_a_folder_is_downloaded_into_that_folder(client: Client) -> None:
+    names = ("Q4_K_M/x-00001-of-00002.gguf", "UD/imatrix/m.dat", "Q4_K_M/notes.txt")
+    for name in names:
+        add_file(client, name, os.urandom(50_000))
+    assert client.resolve().returncode == 0
+    for name in names:
+        (client.path / name).parent.mkdir(parents=True, exist_ok=True)
+        client.hub.faults[Path(name).name] = [Fault("drop", after=5000)]
+        client.complete(client.fetch(name), name)
+    done = client.fetch("x-00001-of-00002.gguf")
+    client.refused(done, "but Q4_K_M/x-00001-of-00002.gguf", name="x-00001-of-00002.gguf")
+
+
+def test_shards_in_folders_are_no_part_of_the_checkpoint(client: Client) -> None:
+    before = json.loads(client.listing.read_text())
+    add_file(client, "checkpoint-500/model.safetensors", b"no safetensors at all")
+    assert client.resolve().returncode == 0
+    assert json.loads(client.listing.read_text())["tensors"] == before["tensors"]
+
+
+def test_parts_of_a_gguf_are_joined(client: Client) -> None:
+    add_parts(client, 3, 1, 2)
+    client.hub.faults["x.gguf.part2of3"] = [Fault("drop", 2, after=5000)]
+    (client.path / "Q4").mkdir()
+    done = client.fetch("Q4/x.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "0.50 MB, joined from 3 parts" in done.stdout
+    assert (client.folder / "Q4/x.gguf").read_bytes() == WHOLE
+    assert [path.name for path in (client.folder / "Q4").iterdir()] == ["x.gguf"]
+    record = json.loads((client.path / "Q4/x.gguf.json").read_text())
+    assert record["sha256"] == hashlib.sha256(WHOLE).hexdigest()
+    assert record["bytes"] == len(WHOLE)
+    assert record["parts"] == {
+        f"Q4/x.gguf.part{i}of3": hashlib.sha256(part).hexdigest() for i, part in enumerate(PARTS, 1)
+    }
+    client.hub.sent.clear()
+    assert client.fetch("Q4/x.gguf").returncode == 0 and not client.hub.sent
+    damaged = bytearray(WHOLE)
+    damaged[-1] ^= 1
+    (client.folder / "Q4/x.gguf").write_bytes(damaged)
+    assert client.fetch("Q4/x.gguf").returncode == 0
+    assert (client.folder / "Q4/x.gguf").read_bytes() == WHOLE
+
+
+def test_a_wrong_part_is_refused_and_the_good_ones_are_kept(client: Client) -> None:
+    add_parts(client, 1, 2, 3)
+    (client.path / "Q4").mkdir()
+    client.hub.faults["x.gguf.part2of3"] = [Fault("content")]
+    client.refused(client.fetch("Q4/x.gguf"), "Q4/x.gguf.part2of3: its sha256", name="Q4/x.gguf")
+    client.hub.sent.clear()
+    assert client.fetch("Q4/x.gguf").returncode == 0
+    assert (client.folder / "Q4/x.gguf").read_bytes() == WHOLE
+    assert set(client.hub.sent) == {"x.gguf.part2of3", "x.gguf.part3of3"}
+
+
+def test_a_missing_part_is_named_before_anything_is_downloaded(client: Client) -> None:
+    add_parts(client, 1, 3)
+    client.hub.sent.clear()
+    done = client.fetch("Q4/x.gguf")
+    client.refused(done, "Q4/x.gguf: part 2 of 3 is missing", name="Q4/x.gguf")
+    add_parts(client, 1, count=2)
+    done = client.fetch("Q4/x.gguf")
+    client.refused(done, "has parts of several cuts", name="Q4/x.gguf")
+    assert not any(name.startswith("x.gguf") for name in client.hub.sent)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../x", "a//x", "a\\x", "./x", "a/", ""])
+def test_a_path_outside_the_folder_is_refused(client: Client, name: str) -> None:
+    arguments = ("--folder", client.folder, "--out", client.path / "x")
+    done = client.run("fetch.py", client.listing, name, *arguments)
+    client.refused(done, "plain file name")
+
+
 def test_a_file_that_is_not_in_the_commit_is_refused(client: Client) -> None:
     client.refused(client.fetch("model.gguf"), "has no file model.gguf", name="model.gguf")
-    client.refused(
-        client.run(
-            "fetch.py",
-            client.listing,
-            "../x",
-            "--folder",
-            client.folder,
-            "--out",
-            client.path / "x",
-        ),
-        "plain file name",
-    )

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import Run
 from mtpforge.errors import ConfigError, VerificationError
+from mtpforge.hub.records import FetchRecord
 from mtpforge.io import ranges
 from mtpforge.publish import provenance, sums
 from mtpforge.publish.sums import Sums, check, collect, read_sums
@@ -196,6 +197,18 @@ def test_fetched_head_is_stated_tensor_by_tensor(tmp_path: Path) -> None:
             "annotations": {"standing": "trusted on first use"},
         },
         {"name": "config.json", "uri": f"{uri}#config.json", "digest": {"sha256": "b" * 64}},
+    ]
+
+
+def test_a_joined_file_is_stated_by_the_parts_that_the_commit_has(tmp_path: Path) -> None:
+    parts = {f"Q4/x.gguf.part{i}of2": str(i) * 64 for i in (1, 2)}
+    record = FetchRecord(name="Q4/x.gguf", bytes=2, sha256="a" * 64, parts=parts)
+    record.write(tmp_path / "x.json")
+    source = {"repo": "O/N", "revision": COMMIT}
+    uri = f"pkg:huggingface/O/N@{COMMIT}"
+    assert provenance.materials(source, [tmp_path / "x.json"])[1:] == [
+        {"name": name, "uri": f"{uri}#{name}", "digest": {"sha256": digest}}
+        for name, digest in parts.items()
     ]
 
 

@@ -94,6 +94,27 @@ def test_only_the_head_is_fetched_if_nothing_else_is_used() -> None:
         assert build.fetch.checkpoint(wildcards("a")) == f"{FETCHED}/Name"
 
 
+@pytest.mark.parametrize(
+    ("file", "first", "fetched"),
+    [
+        ("Q4/b.gguf", "Q4/b.gguf", ["Q4/b.gguf"]),
+        ("a/Q4/b-00001-of-00002.gguf", "a/Q4/b-00001-of-00002.gguf",
+         ["a/Q4/b-00001-of-00002.gguf", "a/Q4/b-00002-of-00002.gguf"]),
+        ("b.i1-Q4_K_M.gguf.part1of3", "b.i1-Q4_K_M.gguf", ["b.i1-Q4_K_M.gguf"]),
+        ("Q4/b.gguf.part2of2", "Q4/b.gguf", ["Q4/b.gguf"]),
+    ],
+)  # fmt: skip
+def test_a_base_in_a_folder_keeps_its_folder_and_parts_become_one_file(
+    file: str, first: str, fetched: list[str]
+) -> None:
+    theirs = {"repo": "They/Base", "file": file, "revision": "1" * 40}
+    build = Build(config({"variants": {"a": {"base": theirs}}})).inject
+    folder = f"resources/hub/They/Base/{'1' * 40}"
+    assert build.base(wildcards("a")) == f"{folder}/Base/{first}"
+    records = [f"{folder}/records/{name}.json" for name in fetched]
+    assert build.base_inputs(wildcards("a")) == records
+
+
 def test_a_deleted_fetched_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +186,9 @@ def test_an_importance_matrix_has_a_relative_path() -> None:
     folder = f"resources/hub/A/B/{'1' * 40}"
     assert build.quantize.imatrix_option(wildcards()) == f"--imatrix {folder}/B/imatrix.dat"
     assert build.quantize.imatrix_inputs(wildcards()) == [f"{folder}/records/imatrix.dat.json"]
+    build = Build(config(imatrix={"repo": "A/B", "file": "sub/m.dat", "revision": "1" * 40}))
+    assert build.quantize.imatrix_option(wildcards()) == f"--imatrix {folder}/B/sub/m.dat"
+    assert build.quantize.imatrix_inputs(wildcards()) == [f"{folder}/records/sub/m.dat.json"]
     build = Build(config(imatrix={"path": "my imatrix.dat"}))
     assert build.quantize.imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
     assert build.quantize.imatrix_inputs(wildcards()) == ["my imatrix.dat"]

@@ -160,7 +160,7 @@ def test_a_variant_uses_an_imatrix_from_the_hub(
     tmp_path: Path, built: Path, toolchain: Path
 ) -> None:
     theirs = tmp_path / "theirs"
-    theirs.mkdir()
+    (theirs / "matrices").mkdir(parents=True)
     model, text = (
         built / "results" / MODEL / f"{MODEL}-BF16.gguf",
         CHECKPOINTS / MODEL / "prompts" / "prose.txt",
@@ -173,11 +173,11 @@ def test_a_variant_uses_an_imatrix_from_the_hub(
         "-f",
         tmp_path / "text.txt",
         "-o",
-        theirs / "imatrix.gguf",
+        theirs / "matrices" / "imatrix.gguf",
     ]
     subprocess.run([*command, "-c", "512", "--chunks", "2"], check=True, capture_output=True)
     copy = Repository(tmp_path / "repository", toolchain)
-    imatrix = {"repo": "They/matrices", "file": "imatrix.gguf", "revision": COMMIT}
+    imatrix = {"repo": "They/matrices", "file": "matrices/imatrix.gguf", "revision": COMMIT}
     copy.config["models"] = {
         MODEL: {**CONFIG["models"][MODEL], "variants": {"IQ4_XS": {"imatrix": imatrix}}}
     }
@@ -192,8 +192,8 @@ def test_a_variant_uses_an_imatrix_from_the_hub(
 def test_a_split_base_from_the_hub_gets_its_head(
     tmp_path: Path, remote: Path, toolchain: Path
 ) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
+    theirs = tmp_path / "theirs" / "Q4_K_M"
+    theirs.mkdir(parents=True)
     source = ROOT / "results" / MODEL / "work/trunk/Q4_K_M.gguf"
     command = [
         toolchain / "llama-gguf-split",
@@ -204,12 +204,12 @@ def test_a_split_base_from_the_hub_gets_its_head(
     ]
     subprocess.run(command, check=True, capture_output=True)
     files = sorted(path.name for path in theirs.iterdir())
-    base = {"repo": "They/base", "file": files[0], "revision": COMMIT}
+    base = {"repo": "They/base", "file": f"Q4_K_M/{files[0]}", "revision": COMMIT}
     copy = repository(tmp_path / "repository", toolchain, {"theirs": {"base": base}})
-    with serve({SOURCE["repo"]: remote, "They/base": theirs}) as hub:
+    with serve({SOURCE["repo"]: remote, "They/base": theirs.parent}) as hub:
         done = copy.snakemake(**environment(hub, tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    fetched = copy.path / f"resources/hub/They/base/{COMMIT}/base"
+    fetched = copy.path / f"resources/hub/They/base/{COMMIT}/base/Q4_K_M"
     assert len(files) > 1 and sorted(path.name for path in fetched.iterdir()) == files
     assert all((fetched / name).read_bytes() == (theirs / name).read_bytes() for name in files)
     made = reader.read(next((copy.path / "results").glob("*/*-theirs.gguf")))

@@ -43,7 +43,7 @@ rule fetch:
     log:
         "logs/hub/{repo}/{revision}/{file}.log",
     wildcard_constraints:
-        file="[^/]+",
+        file="[^/]+(/[^/]+)*",
     conda:
         "../../envs/run.yaml"
     resources:

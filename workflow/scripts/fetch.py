@@ -38,7 +38,8 @@ def main() -> None:
         count = download.confirm_head(args.head, args.folder / args.name)
         print(f"{args.name}: confirms {count} tensors of the head that was downloaded on its own")
     record.write(args.out)
-    print(table.size(record.bytes))
+    joined = f", joined from {len(record.parts)} parts" if record.parts else ""
+    print(f"{table.size(record.bytes)}{joined}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import accumulate, repeat
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -17,12 +18,12 @@ from mtpforge import progress
 from mtpforge.checkpoint import quantization, safetensors
 from mtpforge.checkpoint.safetensors import Outline
 from mtpforge.errors import DownloadError
-from mtpforge.hub.listing import File, Listing, check_name
+from mtpforge.hub.listing import File, Listing
 from mtpforge.hub.records import FetchRecord, HeadRecord
 from mtpforge.hub.remote import RemoteFile
 from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, text
-from mtpforge.io.ranges import CHUNK, FileRange, sha256
+from mtpforge.io.ranges import CHUNK, FileRange, digest_of, sha256
 from mtpforge.io.text import parse_json
 
 
@@ -31,27 +32,24 @@ def download(
 ) -> FetchRecord:
     """Download a file of the listing into `folder`, unless it is there already; return its record.
 
-    The disk must have room for it and for the missing files of `together`, which are useless
-    without each other. Raises DownloadError; a second call resumes from the hidden partial file.
+    A GGUF of which the commit has only parts (NAME.gguf.part1of2, ...) is joined. The disk must
+    have room for the file and for the missing files of `together`, which are useless without each
+    other. Raises DownloadError; a second call resumes from the hidden partial file.
     """
-    if check_name(name) not in listing.files:
-        missing = (
-            "has no model*.safetensors"
-            if name == "model.safetensors"
-            else f"has no file {name} in its root folder"
-        )
-        raise DownloadError(
-            f"{listing.label}: {missing}: choose another repository, or another of its files"
-        )
+    parts = listing.parts(name)
     final = folder / name
-    digest = Digest(listing.files[name])
-    if not digest.matches_file(final):
-        check_space(listing, {name, *together}, folder)
+    digests = _matching(listing, parts, final)
+    if not digests:
+        check_space(listing, {*parts, *together}, folder)
         with atomic.replacing(final, keep=True) as partial:
-            digest = _link_cached(listing, name, partial) or _fetch(listing, name, partial)
+            digests = _fetch_parts(listing, parts, partial)
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
-    return FetchRecord(name, listing.files[name].bytes, digest.sha256)
+    size = sum(listing.files[part].bytes for part in parts)
+    if parts == [name]:
+        return FetchRecord(name, size, digests[0].sha256)
+    by_part = {part: each.sha256 for part, each in zip(parts, digests, strict=True)}
+    return FetchRecord(name, size, digest_of(final), by_part)
 
 
 def read_text(listing: Listing, name: str) -> str:
@@ -107,17 +105,24 @@ class Digest:
         if not self._file.lfs:
             self._git.update(block)
 
-    def update_from(self, path: Path) -> int:
-        """Hash all bytes of a file on disk, and return their number."""
+    def update_from(self, path: Path, begin: int = 0) -> int:
+        """Hash a file on disk from byte `begin` on, at most this file's size; return the number."""
+        left = self._file.bytes
         with path.open("rb") as file:
-            while block := file.read(CHUNK):
+            file.seek(begin)
+            while block := file.read(min(CHUNK, left)):
                 self.update(block)
-            return file.tell()
+                left -= len(block)
+        return self._file.bytes - left
 
     def matches_file(self, path: Path) -> bool:
         """Hash a file on disk; True if it exists and matches."""
         there = path.is_file() and path.stat().st_size == self._file.bytes
-        return there and self.update_from(path) == self._file.bytes and self.matches
+        return there and self.matches_part(path, 0)
+
+    def matches_part(self, path: Path, begin: int) -> bool:
+        """Hash a part of a file on disk, from byte `begin` on; True if it matches."""
+        return self.update_from(path, begin) == self._file.bytes and self.matches
 
     @property
     def sha256(self) -> str:
@@ -153,7 +158,7 @@ def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
         return not linkable and not (folder / name).exists()
 
     missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
-    partial = sum(path.stat().st_size for path in folder.glob(".*.part") if path.is_file())
+    partial = sum(path.stat().st_size for path in folder.rglob(".*.part") if path.is_file())
     require_space(sum(file.bytes for file in missing) - partial, folder)
 
 
@@ -170,6 +175,32 @@ def require_space(needed: int, folder: Path) -> None:
 # ── fetching ──
 
 
+def _matching(listing: Listing, parts: list[str], path: Path) -> list[Digest]:
+    """Hash the file that these parts make up; empty if it does not exist or does not match."""
+    sizes = [listing.files[part].bytes for part in parts]
+    if not path.is_file() or path.stat().st_size != sum(sizes):
+        return []
+    digests = [Digest(listing.files[part]) for part in parts]
+    starts = accumulate(sizes, initial=0)
+    return digests if all(map(Digest.matches_part, digests, repeat(path), starts)) else []
+
+
+def _fetch_parts(listing: Listing, parts: list[str], partial: Path) -> list[Digest]:
+    """Write the parts to `partial`, one after the other; those that are whole there are kept."""
+    if len(parts) == 1:
+        return [_link_cached(listing, parts[0], partial) or _fetch(listing, parts[0], partial)]
+    progress.say(f"{len(parts)} parts, to be joined: {', '.join(parts)}")
+    digests = []
+    start = 0
+    for part in parts:
+        digest = Digest(listing.files[part])
+        if not digest.matches_part(partial, start):
+            digest = _fetch(listing, part, partial, start)
+        digests.append(digest)
+        start += listing.files[part].bytes
+    return digests
+
+
 def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
     """Link a file from the local Hub cache, or copy it; None if the cache does not have it."""
     source = cached(listing, name)
@@ -182,32 +213,35 @@ def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
     return digest
 
 
-def _fetch(listing: Listing, name: str, partial: Path) -> Digest:
-    """Append the missing bytes to `partial`. Deletes it and raises DownloadError if wrong."""
+def _fetch(listing: Listing, name: str, partial: Path, start: int = 0) -> Digest:
+    """Append a file's missing bytes to `partial`, in which it begins at byte `start`.
+
+    Deletes it there and raises DownloadError if its content is wrong.
+    """
     file = listing.files[name]
     remote = remote_file(listing, name)
-    if partial.stat().st_size > file.bytes:
-        os.truncate(partial, 0)
+    if partial.stat().st_size - start > file.bytes:
+        os.truncate(partial, start)
     digest = Digest(file)
-    done = digest.update_from(partial)
+    done = digest.update_from(partial, start)
     with partial.open("r+b") as out, progress.bar(name) as show:
-        out.seek(done)
+        out.seek(start + done)
 
         def write(block: bytes) -> None:
             out.write(block)
             digest.update(block)
-            show(out.tell(), file.bytes)
+            show(out.tell() - start, file.bytes)
 
         try:
             remote.read(done, file.bytes, write)
         except RangesRefused as error:
             progress.say(f"{error}: starting over from the first byte")
             digest = Digest(file)
-            out.seek(0)
+            out.seek(start)
             out.truncate()
             remote.read(0, file.bytes, write)
     if not digest.matches:
-        partial.unlink()
+        os.truncate(partial, start)
         raise DownloadError(
             f"{listing.repo}: {name}: {digest.mismatch}: deleted the download: run again"
         )

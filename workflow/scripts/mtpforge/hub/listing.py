@@ -13,13 +13,14 @@ from sys import intern
 from typing import Any
 
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, shared
-from mtpforge.errors import DownloadError
-from mtpforge.gguf.names import gguf_files
+from mtpforge.errors import DownloadError, GgufError
+from mtpforge.gguf.names import gguf_files, parts_of
 from mtpforge.io.atomic import replacing
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}"
+FILE_PATH = re.compile(rf"({_NAME}/){{0,20}}{_NAME}")
 
 # What conversion reads besides the shards. Never *.bin, *.pt or *.py: no code reaches the disk.
 _SMALL = re.compile(
@@ -102,9 +103,31 @@ class Listing:
     def companions(self, name: str) -> list[str]:
         """Return the files that are useless without each other, `name` among them.
 
-        These are a whole checkpoint, or all parts of a split GGUF.
+        These are a whole checkpoint, or all shards of a split GGUF.
         """
         return self.checkpoint_files() if name in self.checkpoint_files() else gguf_files(name)
+
+    def parts(self, name: str) -> list[str]:
+        """Return the files that make up `name`: itself, or the parts into which it was cut.
+
+        Raises DownloadError if it is not there, or not whole.
+        """
+        if check_name(name) in self.files:
+            return [name]
+        try:
+            if parts := parts_of(name, self.files):
+                return parts
+        except GgufError as error:
+            raise DownloadError(f"{self.label}: {error}") from None
+        raise DownloadError(
+            f"{self.label}: {self._lacks(name)}: choose another repository, or another of its files"
+        )
+
+    def _lacks(self, name: str) -> str:
+        if name == "model.safetensors":
+            return "has no model*.safetensors"
+        elsewhere = [path for path in self.files if path.endswith(f"/{Path(name).name}")]
+        return f"has no file {name}" + (f", but {elsewhere[0]}" if elsewhere else "")
 
 
 def _lines(entries: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[str]:
@@ -134,8 +157,8 @@ def _compact(entry: dict[str, Any]) -> Any:
 
 
 def check_name(name: Any) -> str:
-    """Return `name` if it is a plain file name. Raises DownloadError."""
-    if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+    """Return `name` if it is a plain file name, or one in a folder. Raises DownloadError."""
+    if not isinstance(name, str) or not FILE_PATH.fullmatch(name):
         raise DownloadError(
             f"{name!r} is not a plain file name (letters, digits, '.', '_', '-'): refused"
         )

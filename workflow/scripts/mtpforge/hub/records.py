@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ class FetchRecord:
     name: str
     bytes: int
     sha256: str
+    parts: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each part of the commit that was joined to the file; empty for a whole file."""
 
     def write(self, path: Path) -> None:
         """Write the record as JSON."""
-        atomic.write_json(path, asdict(self))
+        value = asdict(self)
+        if not self.parts:
+            del value["parts"]
+        atomic.write_json(path, value)
 
 
 @dataclass(frozen=True)

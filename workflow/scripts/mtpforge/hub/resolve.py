@@ -12,7 +12,7 @@ from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor
 from mtpforge.errors import DownloadError
 from mtpforge.hub.download import read_text, remote_file
-from mtpforge.hub.listing import COMMIT, FILE_NAME, REPOSITORY, File, Listing
+from mtpforge.hub.listing import COMMIT, FILE_PATH, REPOSITORY, File, Listing
 from mtpforge.hub.retry import Retry
 
 _FIRST_READ = 64 << 10  # bytes; most shard headers fit, so one request is enough
@@ -58,19 +58,20 @@ def list_commit(repo: str, revision: str) -> Listing:
         )
     files = dict(sorted(_files(info.siblings or [])))
     listing = Listing(repo, revision, files, tensors={})
-    present = [name for name in files if name.endswith(".safetensors")]
+    in_root = [name for name in files if "/" not in name]
+    present = [name for name in in_root if name.endswith(".safetensors")]
     if safetensors.model_files(present) or (present and INDEX in files):
         listing.tensors.update(sorted(_tensors(listing, present).items()))
     return listing
 
 
 def _files(siblings: Iterable[RepoSibling]) -> Iterable[tuple[str, File]]:
-    """Yield the files in the repository's root; files in folders are never downloaded."""
+    """Yield the files with plain names; those in folders are downloaded only if asked for."""
     for sibling in siblings:
         name = sibling.rfilename
         if not _is_path(name):
             raise DownloadError(f"the Hub lists an impossible file name {name!r}: refused")
-        if FILE_NAME.fullmatch(name):
+        if FILE_PATH.fullmatch(name):
             yield name, _file(sibling)
 
 

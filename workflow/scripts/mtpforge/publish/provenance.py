@@ -81,8 +81,11 @@ def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resour
         if isinstance(record, HeadRecord):
             found += _head_tensors(record, uri)
         else:
-            place = f"{uri}#{record.name}"
-            found.append({"name": record.name, "uri": place, "digest": {"sha256": record.sha256}})
+            files = record.parts or {record.name: record.sha256}
+            found += [
+                {"name": name, "uri": f"{uri}#{name}", "digest": {"sha256": digest}}
+                for name, digest in files.items()
+            ]
     return found
 
 

@@ -153,6 +153,7 @@ _TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
 _OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _COMMIT = r"[0-9a-f]{40}"
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_FILE_PATH = rf"({_FILE_NAME}/)*{_FILE_NAME}"
 
 FileType = Annotated[
     str, Checked(quant_types.check_file_type, {"enum": list(quant_types.FILE_TYPES)})
@@ -195,8 +196,9 @@ Revision = Annotated[
 GgufName = Annotated[
     str,
     _matching(
-        _FILE_NAME + r"\.gguf",
-        "is not a GGUF at the top of a repository: write NAME.gguf, or NAME-00001-of-0000N.gguf",
+        _FILE_PATH + r"\.gguf(\.part[0-9]+of[0-9]+)?",
+        "is not a GGUF of a repository: write NAME.gguf, NAME-00001-of-0000N.gguf or"
+        " NAME.gguf.part1ofN, after its folder: FOLDER/NAME.gguf",
     ),
 ]
 FileRevision = Annotated[
@@ -207,7 +209,7 @@ FileRevision = Annotated[
     ),
 ]
 FileName = Annotated[
-    str, _matching(_FILE_NAME, "is not the name of a file at the top of a repository")
+    str, _matching(_FILE_PATH, "is not a file of a repository: write NAME or FOLDER/NAME")
 ]
 PreTokenizer = Annotated[
     str, _matching(r"[a-z0-9][a-z0-9._-]*", "is not one of llama.cpp's names, such as qwen35")

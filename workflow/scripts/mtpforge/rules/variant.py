@@ -67,14 +67,18 @@ class LocalFile(Entry):
 class HubFile(HubRepository):
     """An importance matrix in a repository of the Hub."""
 
-    file: FileName = Field(description="A file in the repository that llama-imatrix wrote.")
+    file: FileName = Field(
+        description="A file in the repository, with its folder, that llama-imatrix wrote."
+    )
     revision: FileRevision = Field(description="The commit hash (40 hex digits).")
 
 
 class HubGguf(HubFile):
     """A GGUF in a repository of the Hub."""
 
-    file: GgufName = Field(description="A GGUF in the repository; if split, its first file.")
+    file: GgufName = Field(
+        description="A GGUF in the repository, with its folder; if split, its first file."
+    )
 
 
 class HeadTypes(Entry):
