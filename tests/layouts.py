@@ -236,27 +236,113 @@ def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
         "fmt": "e4m3",
         "weight_block_size": [128, 128],
     }
-    code = np.arange(127)  # the positive values of E4M3
-    steps = np.where(
-        code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6
+    return _quantized(tensors, _block_scales, "_scale_inv")
+
+
+def eight_bit_static(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Block scales that are powers of two, and scales of activations, which change no weight."""
+    result = eight_bit(config, tensors)
+    config["quantization_config"]["activation_scheme"] = "static"
+    result |= _quantized(tensors, _block_scales, "_scale_inv", kind="F8_E8M0")
+    for name in [name for name in result if name.endswith("_scale_inv")]:
+        unused = name.replace("weight_scale_inv", "activation_scale")
+        result[unused] = ("F32", np.array(0.02, "<f4"))
+    return result
+
+
+def eight_bit_rows(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """A scale per row, as llm-compressor writes them; the head stays in BF16."""
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head", "re:mtp.*"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        return np.asarray(np.abs(values).max(-1, keepdims=True))
+
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
+    trunk = {name: tensor for name, tensor in tensors.items() if name not in head}
+    return _quantized(trunk, largest, "_scale", kind="BF16") | head
+
+
+def eight_bit_whole(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """One scale per matrix, and those of activations and cache, as ModelOpt writes them."""
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    result = _quantized(tensors, lambda values: np.abs(values).max(), "_scale")
+    for name in [name for name in result if name.endswith("weight_scale")]:
+        unused = [name.replace("weight_scale", "input_scale")]
+        unused += [
+            name.replace(f"{which}_proj.weight_scale", f"{which}_scale")
+            for which in "kv"
+            if f"{which}_proj." in name
+        ]
+        result |= dict.fromkeys(unused, ("F32", np.array(0.02, "<f4")))
+    return result
+
+
+def eight_bit_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Fused experts with one scale per expert, other matrices with one scale."""
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None}
+    return _quantized(
+        fused_head(config, tensors), lambda values: np.abs(values).max((-2, -1)), "_scale_inv"
     )
+
+
+def _block_scales(values: np.ndarray) -> np.ndarray:
+    """The largest value of each block of 128 x 128."""
+    rows, columns = np.arange(0, values.shape[0], 128), np.arange(0, values.shape[1], 128)
+    by_row = np.maximum.reduceat(np.abs(values), rows, 0)
+    return np.asarray(np.maximum.reduceat(by_row, columns, 1))
+
+
+def _quantized(
+    tensors: Tensors,
+    largest: Callable[[np.ndarray], np.ndarray],
+    suffix: str,
+    kind: str = "F32",
+) -> Tensors:
+    """The same with FP8 codes and scales in place of the projections of the text model.
+
+    `largest` returns the largest values of the parts of a matrix, of which each has a scale.
+    """
     result: Tensors = {}
     for name, (dtype, array) in tensors.items():
-        if not name.endswith("_proj.weight") or "visual" in name:
+        if not name.removesuffix(".weight").endswith("_proj") or "visual" in name:
             result[name] = (dtype, array)
             continue
         values = (array.astype(np.uint32) << 16).view(np.float32)
-        scales = np.empty((-(-values.shape[0] // 128), -(-values.shape[1] // 128)), np.float32)
-        codes = np.empty(values.shape, np.uint8)
-        for i, j in np.ndindex(*scales.shape):
-            rows, columns = slice(i * 128, i * 128 + 128), slice(j * 128, j * 128 + 128)
-            scales[i, j] = np.abs(values[rows, columns]).max() / 448
-            part = values[rows, columns] / scales[i, j]
-            codes[rows, columns] = np.abs(np.abs(part)[..., None] - steps).argmin(-1) | (
-                np.signbit(part) * np.uint8(128)
-            )
-        result[name], result[f"{name}_scale_inv"] = ("F8_E4M3", codes), ("F32", scales)
+        stored, scales = _stored(np.asarray(largest(values) / 448, np.float32), kind)
+        result[name + suffix] = (kind, stored)
+        if largest is _block_scales:
+            scales = scales.repeat(128, 0).repeat(128, 1)[: values.shape[0], : values.shape[1]]
+        scales = scales.reshape(*scales.shape, *(1,) * (values.ndim - scales.ndim))
+        result[name] = ("F8_E4M3", _codes(values / scales))
     return result
+
+
+def _stored(scales: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scales as a safetensors type stores them, and their values."""
+    if kind == "F8_E8M0":
+        powers = np.ceil(np.log2(scales))
+        return (powers + 127).astype(np.uint8), np.exp2(powers).astype(np.float32)
+    if kind == "BF16":
+        bits = scales.view(np.uint32) >> 16
+        return bits.astype("<u2"), (bits << 16).view(np.float32)
+    return scales, scales
+
+
+def _codes(values: np.ndarray) -> np.ndarray:
+    """The nearest codes of E4M3, without NaN."""
+    code = np.arange(127)  # of the positive values
+    steps = np.where(
+        code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6
+    )
+    middles = (steps[1:] + steps[:-1]) / 2
+    nearest = np.searchsorted(middles, np.abs(values)).astype(np.uint8)
+    return np.asarray(nearest | (np.signbit(values) * np.uint8(128)))
 
 
 Layout = Callable[[dict[str, Any], Tensors], Tensors]
@@ -276,6 +362,10 @@ LAYOUTS: dict[str, tuple[str, Layout, int]] = {
         lambda config, tensors: eight_bit(config, separate_experts(config, tensors)),
         2,
     ),
+    "dense-fp8-rows": ("tiny-qwen3.5", eight_bit_rows, 2),
+    "dense-fp8-whole": ("tiny-qwen3.5", eight_bit_whole, 2),
+    "dense-fp8-static": ("tiny-qwen3.5", eight_bit_static, 2),
+    "moe-fp8-experts": ("tiny-qwen3.5-moe", eight_bit_experts, 2),
     "dense-wide-types": ("tiny-qwen3.5", wide_types, 2),
     "dense-as-tools-save": ("tiny-qwen3.5", as_tools_save, 2),
 }

@@ -29,7 +29,7 @@ EXPERTS, ROWS, WIDTH = (
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "qwen3-next"]
+    "name", ["tiny-qwen3.5-moe", "moe-separate-experts", "moe-fp8", "moe-fp8-experts", "qwen3-next"]
 )
 def test_sampled_rows_of_a_checkpoint_equal_the_converted_tensor(name: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(write_layout(name, tmp_path))

@@ -1,19 +1,29 @@
-"""FP8 checkpoints: E4M3 weights with one scale per block of rows and columns.
+"""FP8 checkpoints: E4M3 weights, and scales for blocks, rows, experts or whole matrices.
 
 Dequantizes as upstream does. Without its scales, a checkpoint converts and loads, but its head
-drafts nothing: a weight without a scale is refused.
+drafts nothing: a weight without a scale is refused, and so is a scale that is left over.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from mtpforge.checkpoint import quantization
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import CheckpointError
 
 DTYPE = "F8_E4M3"
-SUFFIX = "_scale_inv"
+SUFFIXES = ("_scale_inv", "_scale")
+"""A scale has its weight's name with one of these."""
+UNUSED = (
+    ".input_scale", "_input_scale", ".activation_scale", "_activation_scale", ".k_scale", ".v_scale"
+)  # fmt: skip
+"""Endings of scales of activations and of the cache, which change no weight."""
+
+Block = tuple[int, int] | None
+"""Rows and columns that share a scale; None if config.json names no blocks."""
 
 
 def _values() -> np.ndarray:
@@ -26,18 +36,85 @@ def _values() -> np.ndarray:
 
 
 VALUES = _values()
+"""The value of each code."""
+FINITE = np.nan_to_num(VALUES, nan=0.0)
+POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan))
+"""The value of each code of F8_E8M0: a power of two, which only a scale can have."""
 
 
-def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
+def block_size(config: Mapping[str, Any]) -> Block:
     """Return how many rows and columns share a scale (config.json). Raises CheckpointError."""
-    settings = config.get("quantization_config")
-    size = settings.get("weight_block_size") if isinstance(settings, dict) else None
+    settings = quantization.settings_in(config)
+    groups = settings.get("config_groups")
+    sizes = [settings.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else ():  # of compressed-tensors
+        weights = group.get("weights") if isinstance(group, dict) else None
+        sizes.append(weights.get("block_structure") if isinstance(weights, dict) else None)
+    named = [size for size in sizes if size is not None]
+    if not named:
+        return None
+    size = named[0]
     if not isinstance(size, list) or [type(n) for n in size] != [int, int] or min(size) < 1:
         raise CheckpointError(
-            "config.json: quantization_config.weight_block_size is missing or malformed: "
-            "FP8 weights need two positive integers, such as [128, 128]"
+            "config.json: the block size of its quantization_config is malformed: FP8 weights "
+            "need two positive integers, such as [128, 128]"
+        )
+    if any(other != size for other in named):
+        raise CheckpointError(
+            "config.json: its quantization_config has several block sizes, which is not supported"
         )
     return size[0], size[1]
+
+
+def scale_of(name: str, tensors: Mapping[str, CheckpointTensor], block: Block) -> CheckpointTensor:
+    """Return the scale of an FP8 weight.
+
+    Raises CheckpointError if it has none, or two, or one that does not fit it.
+    """
+    weight = tensors[name]
+    place = f"{weight.shard}: {weight.name} is FP8"
+    found = [tensors[name + suffix] for suffix in SUFFIXES if name + suffix in tensors]
+    if not found:
+        raise CheckpointError(
+            f"{place} and {weight.name}{SUFFIXES[0]} is missing, and so is "
+            f"{weight.name}{SUFFIXES[1]}: is the checkpoint complete?"
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{place} and has two scales, {found[0].name} and {found[1].name}: remove the wrong one"
+        )
+    if not _fits(found[0], weight, block):
+        form = f"each block of {block[0]} x {block[1]}" if block else "the whole or each row"
+        raise CheckpointError(
+            f"{place} of shape {list(weight.shape)} and {found[0].name} is {found[0].dtype} of "
+            f"shape {list(found[0].shape)}: not one number for {form}"
+        )
+    return found[0]
+
+
+def check_leftover(tensors: Mapping[str, CheckpointTensor], names: Iterable[str]) -> None:
+    """Raise CheckpointError if one of the `names`, which no weight uses, is that of a scale."""
+    for name in names:
+        suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+        weight = tensors.get(name.removesuffix(suffix)) if suffix else None
+        if weight and weight.dtype != DTYPE:
+            state = f"{weight.name} is {weight.dtype}"
+        elif not weight and suffix and name.endswith(f"weight{suffix}"):
+            state = "its weight is missing"
+        else:
+            continue
+        raise CheckpointError(
+            f"{tensors[name].shard}: {tensors[name].name} is the scale of an FP8 weight, "
+            f"but {state}: refusing to drop it silently"
+        )
+
+
+def is_scale(name: str, tensors: Mapping[str, CheckpointTensor]) -> bool:
+    """Whether a tensor only scales others: a weight, activations or the cache."""
+    weights = (name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix))
+    return name.endswith(UNUSED) or any(
+        weight in tensors and tensors[weight].dtype == DTYPE for weight in weights
+    )
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
@@ -45,16 +122,38 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
-def scale_index(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return two broadcast arrays of a weight's shape whose sum is the index of each scale."""
-    *leading, per_row = scale_shape(shape, block)
-    per_matrix = leading[-1]
-    matrices = np.arange(math.prod(leading[:-1])).reshape(*leading[:-1], 1, 1) * per_matrix
-    rows = (matrices + (np.arange(shape[-2]) // block[0])[:, None]) * per_row
-    return np.broadcast_to(rows, shape), np.broadcast_to(np.arange(shape[-1]) // block[1], shape)
+def scale_index(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: Block
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return two broadcast arrays of a weight's shape whose sum is the index of each scale.
+
+    `scales` is the shape of the scales.
+    """
+    scales += (1,) * (len(shape) - len(scales))
+    sizes = (1,) * (len(shape) - 2) + (block or (1, 1))
+    indices = []
+    for axis, (length, count, size) in enumerate(zip(shape, scales, sizes, strict=True)):
+        steps = np.arange(length) // (size if count > 1 else length) * math.prod(scales[axis + 1 :])
+        indices.append(steps.reshape(-1, *(1,) * (len(shape) - axis - 1)))
+    rows = sum(indices[:-1], np.zeros((1,) * len(shape), np.intp))
+    return np.broadcast_to(rows, shape), np.broadcast_to(indices[-1], shape)
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: Block) -> np.ndarray:
     """Multiply E4M3 `codes` (uint8, [..., rows, columns]) by their `scales`, in float32."""
-    rows, columns = scale_index(codes.shape, block)
+    rows, columns = scale_index(codes.shape, scales.shape, block)
     return np.asarray(VALUES[codes] * scales.reshape(-1)[rows + columns])
+
+
+def _fits(scale: CheckpointTensor, weight: CheckpointTensor, block: Block) -> bool:
+    """Whether a scale has numbers for the blocks, or else for matrices, experts or rows."""
+    rank = len(weight.shape)
+    if scale.dtype not in ("BF16", "F16", "F32", "F8_E8M0") or rank < 2 or not scale.size:
+        return False
+    if block:
+        return scale.shape == scale_shape(weight.shape, block)
+    padded = scale.shape + (1,) * (rank - len(scale.shape))
+    sizes = (*weight.shape[:-1], 1)
+    return len(padded) == rank and all(
+        count in (1, size) for count, size in zip(padded, sizes, strict=True)
+    )

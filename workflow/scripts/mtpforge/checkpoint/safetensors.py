@@ -38,6 +38,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -49,7 +50,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # Every type of the format -> bits. Only the tensors that are converted need a type in `DTYPES`: the
 # head is read beside a trunk that another program quantized.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
-    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4,
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ nothing tells whether the wrapper changed more than the names.
 import re
 from collections.abc import Iterable
 
+from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
 from mtpforge.errors import CheckpointError
@@ -55,10 +56,10 @@ def canonical_names(checkpoint: Outline, family: Family) -> dict[str, Checkpoint
 
 
 def is_buffer(tensor: CheckpointTensor) -> bool:
-    """Whether a tensor is no weight: rotation, mask or positions, which a model recomputes."""
+    """Whether a tensor is no weight: rotation, mask or positions, or a scale of activations."""
     if _MASK.fullmatch(tensor.name):  # a weight of this name would be a vector
         return len(tensor.shape) > 1 or tensor.dtype in ("BOOL", "U8")
-    return _BUFFER.fullmatch(tensor.name) is not None
+    return tensor.name.endswith(fp8.UNUSED) or _BUFFER.fullmatch(tensor.name) is not None
 
 
 def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]:

@@ -244,17 +244,8 @@ def _with_scales(
     if item.tensors[0].dtype != fp8.DTYPE:
         return item
     block = fp8.block_size(checkpoint.config)
-    scales = []
-    for name, tensor in zip(item.source.names, item.tensors, strict=True):
-        scale = names.get(name + fp8.SUFFIX)
-        shape = fp8.scale_shape(tensor.shape, block)
-        if scale is None or scale.shape != shape or scale.dtype not in ("BF16", "F32"):
-            raise CheckpointError(
-                f"{tensor.shard}: {name} is FP8 and {name}{fp8.SUFFIX} is missing "
-                f"or not a BF16 or F32 tensor of shape {list(shape)}"
-            )
-        scales.append(scale)
-    return replace(item, scales=tuple(scales))
+    scales = tuple(fp8.scale_of(name, names, block) for name in item.source.names)
+    return replace(item, scales=scales)
 
 
 def _check_all_used(
@@ -262,6 +253,7 @@ def _check_all_used(
 ) -> None:
     used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales)}
     unused = {name: tensor.name for name, tensor in names.items() if tensor.name not in used}
+    fp8.check_leftover(names, unused)
     if unused:
         named = ", ".join([*list(unused.values())[:3], *(["..."] if len(unused) > 3 else [])])
         of_head = all(name.startswith(family.head_prefix) for name in unused)

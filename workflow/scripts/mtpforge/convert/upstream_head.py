@@ -13,12 +13,13 @@ from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
-from mtpforge.convert.values import decode
+from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture
 
-_NOT_WRITTEN = (fp8.SUFFIX, ".rotary_emb.inv_freq")
-"""Endings of tensors that upstream uses or recomputes, but does not write."""
+_NOT_WRITTEN = ".rotary_emb.inv_freq"
+"""Ending of tensors that upstream recomputes, and does not write."""
+_RANKED_SCALE = "_scale_inv"
 
 
 class ExpectedTensor(NamedTuple):
@@ -73,7 +74,7 @@ def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     for tensor in head_tensors(checkpoint):
-        if tensor.name.endswith(_NOT_WRITTEN):
+        if not _is_written(tensor, checkpoint):
             continue
         if tensor.dtype == fp8.DTYPE:
             _check_scale(checkpoint, tensor, architecture)
@@ -90,7 +91,7 @@ def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield what the head of the GGUF must hold."""
     architecture = ARCHITECTURES[checkpoint.architecture]
     for tensor in head_tensors(checkpoint):
-        if not tensor.name.endswith(_NOT_WRITTEN):
+        if _is_written(tensor, checkpoint):
             yield from _expected(checkpoint, tensor, architecture)
 
 
@@ -109,6 +110,12 @@ def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
         frames = [array[:, :, i] for i in range(array.shape[2])] if array.ndim == 5 else [array]
         for frame in frames:
             yield ExpectedTensor(tensor.name, 0, values=frame, dtype=tensor.dtype)
+
+
+def _is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
+    """Whether upstream writes a tensor, and does not only use it or compute it again."""
+    is_scale = fp8.is_scale(tensor.name, checkpoint.tensors)
+    return not is_scale and not tensor.name.endswith(_NOT_WRITTEN)
 
 
 def _layer(name: str, architecture: Architecture) -> int | None:
@@ -151,14 +158,15 @@ def _dequantized(
     checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
 ) -> np.ndarray:
     """Return an FP8 tensor's float32 values, as upstream computes them."""
-    scale = checkpoint.tensors[tensor.name + fp8.SUFFIX]
     block = fp8.block_size(checkpoint.config)
     codes = checkpoint.array(tensor)
-    scales = decode(checkpoint.array(scale), scale.dtype)
     if not _is_ranked(tensor, architecture):
-        return fp8.dequantize(codes, scales, block)
+        scale = fp8.scale_of(tensor.name, checkpoint.tensors, block)
+        return fp8.dequantize(codes, scales(checkpoint, scale), block)
+    scale = checkpoint.tensors[tensor.name + _RANKED_SCALE]
+    numbers = scales(checkpoint, scale)
     count = _ranks(tensor, scale, block)
-    ranks = zip(np.split(codes, count), np.split(scales, count), strict=True)
+    ranks = zip(np.split(codes, count), np.split(numbers, count), strict=True)
     cuts = [rows // count for rows in _qkv_ends(tensor, Hparams(checkpoint.config))]
     parts = [np.split(fp8.dequantize(*rank, block), cuts) for rank in ranks]
     return np.concatenate([part[which] for which in range(3) for part in parts])
@@ -178,14 +186,15 @@ def _qkv_ends(tensor: CheckpointTensor, hparams: Hparams) -> tuple[int, int]:
 
 
 def _is_ranked(tensor: CheckpointTensor, architecture: Architecture) -> bool:
-    return bool(architecture.ranked) and tensor.name.endswith(architecture.ranked)
+    fused = bool(architecture.ranked) and tensor.name.endswith(architecture.ranked)
+    return fused and len(tensor.shape) > 1
 
 
-def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: tuple[int, int]) -> int:
+def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: fp8.Block) -> int:
     """Return how many ranks quantized their own rows of a fused projection; 0 if unknown."""
-    for count in (8, 4):  # as upstream tries them
+    for count in (8, 4) if block else ():  # as upstream tries them
         each = (tensor.shape[0] // count, *tensor.shape[1:])
-        rows, *columns = fp8.scale_shape(each, block)
+        rows, *columns = fp8.scale_shape(each, block or (1, 1))
         if tensor.shape[0] % count == 0 and scale.shape == (count * rows, *columns):
             return count
     return 0
@@ -193,16 +202,13 @@ def _ranks(tensor: CheckpointTensor, scale: CheckpointTensor, block: tuple[int, 
 
 def _check_scale(checkpoint: Outline, tensor: CheckpointTensor, architecture: Architecture) -> None:
     """Raise CheckpointError if an FP8 tensor has no fitting scale."""
-    name = tensor.name + fp8.SUFFIX
-    scale = checkpoint.tensors.get(name)
     block = fp8.block_size(checkpoint.config)
-    if scale is not None and scale.dtype in ("BF16", "F32") and len(tensor.shape) > 1:
-        if _is_ranked(tensor, architecture):
-            fits = _ranks(tensor, scale, block) > 0
-        else:
-            fits = scale.shape == fp8.scale_shape(tensor.shape, block)
-        if fits:
-            return
-    raise CheckpointError(
-        f"{tensor.shard}: {tensor.name} is FP8 and {name} is missing or has another shape"
-    )
+    if not _is_ranked(tensor, architecture):
+        fp8.scale_of(tensor.name, checkpoint.tensors, block)
+        return
+    name = tensor.name + _RANKED_SCALE
+    scale = checkpoint.tensors.get(name)
+    if scale is None or scale.dtype not in ("BF16", "F32") or not _ranks(tensor, scale, block):
+        raise CheckpointError(
+            f"{tensor.shard}: {tensor.name} is FP8 and {name} is missing or has another shape"
+        )

@@ -1,6 +1,10 @@
 """Values of converted tensors: read from the checkpoint in slices, transformed, and encoded."""
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -14,17 +18,21 @@ from mtpforge.io.ranges import CHUNK, Payload
 
 SLICE = 1 << 17
 """Values processed at a time; they fit into a processor's cache."""
+JOB = 1 << 20
+"""Values that a thread processes before it takes the next."""
 
 
-def payload(checkpoint: Checkpoint, item: ConvertedTensor) -> Payload:
-    """Yield a tensor's bytes: ranges of the shards if nothing changes, else computed slices."""
+def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None = None) -> Payload:
+    """Yield a tensor's bytes: ranges of the shards if nothing changes, else computed slices.
+
+    Slices are computed by that many threads, or one for each processor.
+    """
     if item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16":
         for view in _views(checkpoint, item):
             for block in blocks(view):
                 yield checkpoint.locate(block) or block.data
     else:
-        for piece in values(checkpoint, item):
-            yield encode(piece, item.row.type)
+        yield from _computed(checkpoint, item, threads or os.cpu_count() or 1)
     checkpoint.release()
 
 
@@ -59,15 +67,15 @@ def rows(checkpoint: Checkpoint, item: ConvertedTensor, numbers: np.ndarray) -> 
     return result
 
 
-def cut(views: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Cut views of one shape along their leading axes into slices of whole rows, up to `SLICE`."""
+def cut(views: Sequence[np.ndarray], most: int = SLICE) -> Iterator[list[np.ndarray]]:
+    """Cut views of one shape along their leading axes into slices of whole rows, up to `most`."""
     entries = len(views[0])
     size = views[0].size // entries
-    if size > SLICE:
+    if size > most:
         for i in range(entries):
-            yield from cut([view[i] for view in views])
+            yield from cut([view[i] for view in views], most)
     else:
-        step = SLICE // size
+        step = most // size
         for start in range(0, entries, step):
             yield [view[start : start + step] for view in views]
 
@@ -87,7 +95,19 @@ def decode(array: np.ndarray, dtype: str) -> np.ndarray:
     """Convert checkpoint values to float32, exactly."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E8M0":
+        return np.asarray(fp8.POWERS[array])
     return array.astype(np.float32)
+
+
+def scales(checkpoint: Checkpoint, scale: CheckpointTensor) -> np.ndarray:
+    """Return the scales of an FP8 tensor as float32. Raises CheckpointError if not finite."""
+    numbers = decode(checkpoint.array(scale), scale.dtype)
+    if not np.isfinite(numbers).all():
+        raise CheckpointError(
+            f"{scale.shard}: {scale.name} is not finite everywhere: the checkpoint is damaged"
+        )
+    return numbers
 
 
 def encode(array: np.ndarray, kind: GGMLQuantizationType) -> memoryview:
@@ -98,22 +118,57 @@ def encode(array: np.ndarray, kind: GGMLQuantizationType) -> memoryview:
     if kind is F32:
         return np.ascontiguousarray(array, dtype="<f4").data
     if np.isnan(array).any():
-        raise CheckpointError("a weight is NaN: the checkpoint is damaged")
+        raise _nan()
+    return _rounded(array).data
+
+
+def _nan() -> CheckpointError:
+    return CheckpointError("a weight is NaN: the checkpoint is damaged")
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """Return float32 values as BF16 bits, rounded to nearest even."""
     bits = array.view(np.uint32)
-    rounded: np.ndarray = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return rounded.astype("<u2").data
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    return rounded.view("<u2")[..., 1::2].copy()
 
 
 Decode = Callable[..., np.ndarray]
 """Slices of the views of a part to float32 values."""
 
 
+def _computed(checkpoint: Checkpoint, item: ConvertedTensor, threads: int) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor whose values change, in order for any number of threads."""
+    direct = item.row.change is identity and item.row.type is BF16 and bool(item.scales)
+
+    def compute(decoded: Decode, job: list[np.ndarray]) -> list[memoryview]:
+        found = (decoded(*pieces).reshape(-1) for pieces in cut(job, SLICE))
+        if direct:
+            return [values.data for values in found]
+        return [encode(item.row.change(values), item.row.type) for values in found]
+
+    waiting: deque[Future[list[memoryview]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for views, decoded in _parts(checkpoint, item, _looked_up if direct else _dequantized):
+            for job in cut(views, JOB):
+                waiting.append(pool.submit(compute, decoded, job))
+                if len(waiting) > threads:
+                    yield from waiting.popleft().result()
+                    checkpoint.release()
+        for future in waiting:
+            yield from future.result()
+
+
 def _parts(
-    checkpoint: Checkpoint, item: ConvertedTensor
+    checkpoint: Checkpoint, item: ConvertedTensor, scaled: Decode | None = None
 ) -> Iterator[tuple[list[np.ndarray], Decode]]:
     """Yield the tensor's views in GGUF order, with the function that decodes slices of them.
 
     FP8 codes come with two index arrays: every code finds its scale, wherever a view moves it.
+    `scaled` decodes them.
     """
     if not item.scales:
         for view in _views(checkpoint, item):
@@ -121,20 +176,37 @@ def _parts(
         return
     block = fp8.block_size(checkpoint.config)
     for tensor, scale in zip(item.tensors, item.scales, strict=True):
-        dequantize = _dequantizer(checkpoint, scale)
+        numbers = scales(checkpoint, scale)
         # A tensor made from several is a stack of them, so a view of one is a view of its part.
-        sources = [checkpoint.array(tensor), *fp8.scale_index(tensor.shape, block)]
+        indices = fp8.scale_index(tensor.shape, numbers.shape, block)
+        sources = [checkpoint.array(tensor), *indices]
+        decoded = partial(scaled or _dequantized, numbers.reshape(-1))
         for views in zip(*(item.source.view([source]) for source in sources), strict=True):
-            yield list(views), dequantize
+            yield list(views), decoded
 
 
-def _dequantizer(checkpoint: Checkpoint, scale: CheckpointTensor) -> Decode:
-    scales = decode(checkpoint.array(scale), scale.dtype).reshape(-1)
+def _dequantized(
+    numbers: np.ndarray, codes: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    return np.asarray(fp8.VALUES[codes] * numbers[rows + columns])
 
-    def dequantize(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        return np.asarray(fp8.VALUES[codes] * scales[rows + columns])
 
-    return dequantize
+def _looked_up(
+    numbers: np.ndarray, codes: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Return BF16 bits, from a table of all codes with each scale that occurs."""
+    index = np.add(rows, columns, order="C")
+    first = index.min()
+    used = numbers[first : index.max() + 1]
+    if len(used) * len(fp8.VALUES) > codes.size:  # the table would cost more than it saves
+        return np.frombuffer(encode(_dequantized(numbers, codes, rows, columns), BF16), "<u2")
+    if ((codes & 127) == 127).any():
+        raise _nan()
+    table = _rounded((fp8.FINITE * used[:, None]).reshape(-1))
+    index -= first
+    index *= len(fp8.VALUES)
+    index += codes
+    return np.asarray(table.take(index, mode="clip"))
 
 
 def _views(checkpoint: Checkpoint, item: ConvertedTensor) -> list[np.ndarray]:
