@@ -1,13 +1,15 @@
 """Norms stored as w - 1, as w (as MLX does) or as w + 1, in all or some of the norms."""
 
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS, MODELS
-from layouts import read_tensors, write_checkpoint
+from layouts import Tensors, qwen3_next, read_tensors, write_checkpoint
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, norms
 from mtpforge.errors import CheckpointError
@@ -306,3 +308,97 @@ def test_a_head_trained_in_f32_is_judged_by_its_level(
     for by in (-1, 1):
         (sentence,) = finished(source, tmp_path / "b.gguf", dict.fromkeys(head, by + 1e-4))
         assert ("is not added to" if by < 0 else "is added twice to") in sentence
+
+
+# ── checkpoints that MLX wrote ──
+
+
+def as_mlx(model: str, dtype: str = "F32") -> tuple[dict[str, Any], Tensors]:
+    """An embedded checkpoint with MLX's names, layouts and norms, its head included."""
+    source = CHECKPOINTS / model
+    result: Tensors = {}
+    for name, (kind, array) in read_tensors(source).items():
+        mlx = name.replace("model.language_model.", "language_model.model.")
+        mlx = mlx.replace("mtp.", "language_model.mtp.").replace("model.visual.", "vision_tower.")
+        if is_norm(name):
+            result[mlx] = plus_one((kind, array), dtype)
+        elif "conv1d" in name:
+            result[mlx] = kind, np.ascontiguousarray(np.moveaxis(array, 2, 1))
+        elif mlx.endswith("experts.gate_up_proj"):
+            for which, half in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                result[mlx.replace("experts.gate_up", f"switch_mlp.{which}") + ".weight"] = (
+                    kind,
+                    half,
+                )
+        elif mlx.endswith("experts.down_proj"):
+            result[mlx.replace("experts", "switch_mlp") + ".weight"] = kind, array
+        else:
+            result[mlx] = kind, array
+    return json.loads((source / "config.json").read_text()), result
+
+
+def write_mlx(parent: Path, model: str, tensors: Tensors, config: dict[str, Any]) -> Path:
+    """Write a checkpoint with MLX's mark in the metadata of its shard."""
+    folder = write_checkpoint(parent / "mlx" / model, CHECKPOINTS / model, config, tensors)
+    shard = folder / "model.safetensors"
+    raw = shard.read_bytes()
+    (length,) = struct.unpack_from("<Q", raw)
+    header = {"__metadata__": {"format": "mlx"}} | json.loads(raw[8 : 8 + length])
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    return folder
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_unquantized_checkpoint_of_mlx_converts(
+    clean: dict[str, Path], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, tensors = as_mlx(model)
+    folder = write_mlx(tmp_path, model, tensors, config)
+    assert "were stored as w" in native.convert(folder, tmp_path / "mlx.gguf", "all", "qwen35")
+    assert "MLX wrote this checkpoint" in capsys.readouterr().err
+    found, expected = (
+        reader.hashes(reader.read(path).ranges) for path in (tmp_path / "mlx.gguf", clean[model])
+    )
+    assert found == expected
+
+
+def test_qwen3_next_in_the_layout_of_mlx_converts(tmp_path: Path) -> None:
+    config, tensors = qwen3_next()
+    mlx = {
+        name: (kind, np.moveaxis(array, 2, 1)) if "conv1d" in name else (kind, array)
+        for name, (kind, array) in tensors.items()
+    }
+    hashes = []
+    for label, each in (("clean", tensors), ("mlx", mlx)):
+        out = tmp_path / f"{label}.gguf"
+        source = CHECKPOINTS / "tiny-qwen3.5"
+        native.convert(
+            write_checkpoint(tmp_path / label, source, config, each), out, "all", "qwen35"
+        )
+        hashes.append(reader.hashes(reader.read(out).ranges))
+    assert hashes[0] == hashes[1]
+
+
+def test_weights_that_mlx_quantized_are_refused_by_name(tmp_path: Path) -> None:
+    """The head beside them can still be read."""
+    config, tensors = as_mlx("tiny-qwen3.5", "BF16")
+    settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+    quantized: Tensors = {}
+    for name, (kind, array) in tensors.items():
+        if name.endswith("_proj.weight") and "mtp" not in name and "vision" not in name:
+            rows, columns = array.shape
+            quantized[name] = "U32", np.zeros((rows, columns // 8), "<u4")
+            for part in ("scales", "biases"):
+                scales = np.zeros((rows, columns // 64), "<u2")
+                quantized[name.replace("weight", part)] = "BF16", scales
+        else:
+            quantized[name] = kind, array
+    config |= {"quantization": settings, "quantization_config": settings}
+    folder = write_mlx(tmp_path, "tiny-qwen3.5", quantized, config)
+    with pytest.raises(CheckpointError, match=r"quantized \(by MLX, bits 4\)") as caught:
+        native.convert(folder, tmp_path / "all.gguf", "all", "qwen35")
+    assert "use the original checkpoint" in str(caught.value) and "inject its head" in str(
+        caught.value
+    )
+    assert "7 of 7 norms" in native.convert(folder, tmp_path / "head.gguf", "head")

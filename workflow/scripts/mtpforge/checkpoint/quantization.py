@@ -21,6 +21,8 @@ def describe(config: Mapping[str, Any]) -> str:
     """Return method, algorithm and bits as config.json has them; empty if not quantized."""
     settings = settings_in(config)
     shown = [f"{key} {str(settings[key])[:50]}" for key in _SHOWN if settings.get(key) is not None]
+    if "group_size" in settings and not {"quant_method", "quant_algo"} & settings.keys():
+        shown.insert(0, "by MLX")
     return ", ".join(shown) or ("quantization_config" if settings else "")
 
 

@@ -144,6 +144,12 @@ class Checkpoint(Outline):
         """The model's name."""
         return self.given_name or folder_name(self.directory)
 
+    @property
+    def format(self) -> str:
+        """The program that wrote the first shard, as its header says: pt, mlx; empty if unknown."""
+        shards = sorted({tensor.shard for tensor in self.tensors.values()})
+        return shard_format(self.directory / shards[0]) if shards else ""
+
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
         """Whether two tensors have the same bytes."""
         return self.digest(one) == self.digest(other)
@@ -284,6 +290,14 @@ def header_length(path: Path, start: bytes, size: int) -> int:
             f"in a file of {size:,}): download it again"
         )
     return length
+
+
+def shard_format(path: Path) -> str:
+    """Return `format` of a shard's metadata; empty without it. Raises CheckpointError."""
+    with path.open("rb") as file:
+        header = file.read(header_length(path, file.read(8), path.stat().st_size))
+    metadata = parse_json(path, header.decode("utf-8")).get("__metadata__")
+    return str(metadata.get("format", ""))[:50] if isinstance(metadata, dict) else ""
 
 
 def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:

@@ -18,6 +18,8 @@ from mtpforge.llama_cpp.architectures import ARCHITECTURES
 CONVERTERS = ("mtpforge", "llama.cpp")
 """As in config.yaml, the preferred one first."""
 
+_ONLY_HEAD = ", or inject its head, which is not quantized, into a GGUF of the trunk"
+
 UNPACKED = ("BF16", "F16", "F32", "F64", fp8.DTYPE)
 """Types with one element for each weight."""
 
@@ -80,9 +82,11 @@ def naming_quantization(checkpoint: Outline, family: Family, part: str) -> Itera
         if packed is None:
             raise
         how = quantization.describe(checkpoint.config) or f"{packed.name} is {packed.dtype}"
+        has_head = any(_in_head(name, family) for name in checkpoint.tensors)
+        usable = has_head and part != "head" and _packed(checkpoint, family, "head") is None
         raise CheckpointError(
             f"its weights are quantized ({how}), which mtpforge's converter cannot read: "
-            f"use the original checkpoint, in BF16 or FP8 ({error})"
+            f"use the original checkpoint, in BF16 or FP8{_ONLY_HEAD * usable} ({error})"
         ) from None
 
 

@@ -70,6 +70,8 @@ def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None
     notes = left_out(checkpoint, family.ignored)
     if part != "head":
         notes += chat_templates.notes(checkpoint.directory)
+    if checkpoint.format == "mlx":
+        notes.append("MLX wrote this checkpoint: norms are read as w or w - 1, as their values say")
     for note in notes:
         progress.say(note)
 

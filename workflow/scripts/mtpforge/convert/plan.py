@@ -195,9 +195,11 @@ class _MissingError(CheckpointError):
 
 def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
     """Find the layout in which the checkpoint has a tensor. Raises CheckpointError."""
-    source = next((s for s in row.sources if s.names[0] in names), None)
-    if source is None:
-        raise _missing(" or ".join(source.names[0] for source in row.sources), row)
+    sources = [source for source in row.sources if source.names[0] in names]
+    if not sources:
+        raise _missing(" or ".join(dict.fromkeys(s.names[0] for s in row.sources)), row)
+    fitting = [source for source in sources if names[source.names[0]].shape == source.shape]
+    source = (fitting or sources)[0]
     tensors: list[CheckpointTensor] = []
     for name in source.names:
         if name not in names:

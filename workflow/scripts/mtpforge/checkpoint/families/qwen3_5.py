@@ -83,9 +83,19 @@ class LinearHeads:
         return [kept, heads] if first else [heads]
 
 
-def drop_axis_1(view: View) -> View:
-    """Apply `view` after dropping axis 1 of a convolution's [channels, 1, kernel]."""
-    return lambda arrays: view([array.squeeze(1) for array in arrays])
+def convolution(name: str, channels: int, kernel: int, view: View) -> tuple[Source, ...]:
+    """Return the layouts of a convolution, a [channels, kernel] with one more axis.
+
+    It is the second, and in MLX the last.
+    """
+
+    def without(axis: int) -> View:
+        return lambda arrays: view([array.squeeze(axis) for array in arrays])
+
+    return (
+        Source((name,), (channels, 1, kernel), without(1)),
+        Source((name,), (channels, kernel, 1), without(2)),
+    )
 
 
 def half(which: int) -> View:
@@ -145,7 +155,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     def vector(name: str, source: str, change: Change = identity) -> Row:
         return Row(name, (n,), (Source((source,), (n,), heads.tiled(1)),), F32, change)
 
-    convolution = Source((f"{of}conv1d.weight",), (channels, 1, kernel), drop_axis_1(qkv))
+    conv1d = convolution(f"{of}conv1d.weight", channels, kernel=kernel, view=qkv)
     return [
         matrix(
             f"{to}attn_qkv.weight",
@@ -170,7 +180,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
             heads.value_rows,
             view=heads.tiled(dim, axis=1),
         ),
-        Row(f"{to}ssm_conv1d.weight", (channels, kernel), (convolution,), F32),
+        Row(f"{to}ssm_conv1d.weight", (channels, kernel), conv1d, F32),
         vector(f"{to}ssm_a", f"{of}A_log", minus_exp),
         vector(f"{to}ssm_dt.bias", f"{of}dt_bias"),
         matrix(f"{to}ssm_norm.weight", f"{of}norm.weight", dim, type=F32),
@@ -193,7 +203,7 @@ def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
-    """Router, experts (fused or one matrix each) and a shared expert with its gate."""
+    """Router, experts (fused, one matrix each, or MLX's stacks) and a shared expert."""
     hidden = hp.count("hidden_size")
     n = hp.count("num_experts")
     ff = hp.count("moe_intermediate_size")
@@ -202,7 +212,8 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 
     def experts(projection: str, shape: tuple[int, int], fused: Source) -> Row:
         single = Source(tuple(f"{of}experts.{e}.{projection}_proj.weight" for e in range(n)), shape)
-        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single))
+        mlx = Source((f"{of}switch_mlp.{projection}_proj.weight",), (n, *shape))
+        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single, mlx))
 
     gate_up = (f"{of}experts.gate_up_proj",)
     down = (f"{of}experts.down_proj",)
@@ -422,6 +433,7 @@ def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
 
 
 VISION = ("model.visual.", "visual.")
+MLX_VISION = "vision_tower."
 
 DENSE = Family(
     gguf_architecture="qwen35",
@@ -429,7 +441,7 @@ DENSE = Family(
     trunk=partial(trunk, mlp=dense_mlp),
     head=partial(head, mlp=dense_mlp),
     describe=describe,
-    ignored=VISION,
+    ignored=(*VISION, MLX_VISION),
 )
 MOE = Family(
     gguf_architecture="qwen35moe",
@@ -437,5 +449,5 @@ MOE = Family(
     trunk=partial(trunk, mlp=expert_mlp),
     head=partial(head, mlp=expert_mlp),
     describe=describe,
-    ignored=VISION,
+    ignored=(*VISION, MLX_VISION),
 )

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 
 from mtpforge.checkpoint.families import qwen3_5
 from mtpforge.checkpoint.families.family import F32, Family, Row, Source, View, unchanged
-from mtpforge.checkpoint.families.qwen3_5 import LinearHeads, drop_axis_1, matrix, minus_exp
+from mtpforge.checkpoint.families.qwen3_5 import LinearHeads, convolution, matrix, minus_exp
 from mtpforge.checkpoint.hparams import Hparams
 
 
@@ -24,9 +24,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
     n = heads.values
     of += "linear_attn."
     fused = (f"{of}in_proj_qkvz.weight",), (heads.channels + heads.value_rows, hidden)
-    convolution = Source(
-        (f"{of}conv1d.weight",), (heads.channels, 1, kernel), drop_axis_1(unchanged)
-    )
+    conv1d = convolution(f"{of}conv1d.weight", heads.channels, kernel=kernel, view=unchanged)
     return [
         Row(
             f"{to}attn_qkv.weight", (heads.channels, hidden), (Source(*fused, _parts(heads, 0, 3)),)
@@ -38,7 +36,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
         ),
         matrix(f"{to}ssm_ba.weight", f"{of}in_proj_ba.weight", 2 * n, hidden),
         matrix(f"{to}ssm_out.weight", f"{of}out_proj.weight", hidden, heads.value_rows),
-        Row(f"{to}ssm_conv1d.weight", (heads.channels, kernel), (convolution,), F32),
+        Row(f"{to}ssm_conv1d.weight", (heads.channels, kernel), conv1d, F32),
         Row(f"{to}ssm_a", (n,), (Source((f"{of}A_log",), (n,)),), F32, minus_exp),
         Row(f"{to}ssm_dt.bias", (n,), (Source((f"{of}dt_bias",), (n,)),), F32),
         matrix(f"{to}ssm_norm.weight", f"{of}norm.weight", heads.value_dim, type=F32),
