@@ -331,13 +331,24 @@ def _listed(modules: Mapping[str, Sequence[str]]) -> str:
 
 @cache
 def classes() -> dict[str, type[errors.ForgeError]]:
-    """All typed errors of the library, by name."""
+    """All typed errors of the library, by name; a module's private one counts as its base."""
     for module in pkgutil.walk_packages(mtpforge.__path__, "mtpforge."):
         importlib.import_module(module.name)
     pending: list[type[errors.ForgeError]] = [errors.ForgeError]
     for each in pending:
         pending += each.__subclasses__()
-    return {each.__name__: each for each in pending}
+    return {each.__name__: each for each in pending if not each.__name__.startswith("_")}
+
+
+@cache
+def _private() -> dict[str, str]:
+    """The public base of each private error."""
+    return {
+        each.__name__: base
+        for base, known in classes().items()
+        for each in known.__subclasses__()
+        if each.__name__.startswith("_")
+    }
 
 
 def messages_in(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -366,7 +377,7 @@ def _assigned(body: Sequence[ast.stmt]) -> dict[str, ast.expr]:
 
 
 def _of_call(call: ast.Call, names: Names) -> Iterator[tuple[str, str]]:
-    name = _name(call.func)
+    name = _private().get(_name(call.func), _name(call.func))
     helper, place = _HELPERS.get(name, ("", 0))
     made = [helper] if helper else [name] if name in classes() else []
     if not made and name in names:  # a class that was chosen before
