@@ -24,6 +24,7 @@ from layouts import read_shard, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
+from mtpforge.hub.listing import Listing
 from mtpforge.rules.build import Build
 from sparse import write_35b, write_sparse_shard
 
@@ -585,6 +586,33 @@ def test_disk_space_is_checked_before_the_first_byte(client: Client) -> None:
 
 
 # ── folders and parts ──
+
+
+def test_additional_chat_templates_are_downloaded_with_the_checkpoint(client: Client) -> None:
+    name, other = "additional_chat_templates/tool_use.jinja", "templates/other.jinja"
+    for path in (client.source / name, client.source / other):
+        path.parent.mkdir()
+        path.write_text("{{ 'tools' }}")
+    assert client.resolve().returncode == 0
+    files = Listing.read(client.listing).checkpoint_files()
+    assert name in files and other not in files
+    head = ("--folder", client.folder, "--out", client.path / "head.json")
+    assert client.run("fetch_head.py", client.listing, *head).returncode == 0
+    assert (client.folder / name).read_text() == "{{ 'tools' }}"
+
+
+def test_adapters_and_optimizer_states_are_not_downloaded(client: Client) -> None:
+    tensors = {"base_model.model.lora_A.weight": ("F32", np.zeros(4, "<f4"))}
+    for name in ("adapter_model", "optimizer", "consolidated"):
+        write_shard(client.source / f"{name}.safetensors", tensors)
+    before = client.listing.read_bytes()
+    assert client.resolve().returncode == 0
+    listing = Listing.read(client.listing)
+    client.listing.write_bytes(before)
+    assert listing.tensors == Listing.read(client.listing).tensors
+    assert not {"adapter_model.safetensors", "optimizer.safetensors"} & {
+        *listing.checkpoint_files()
+    }
 
 
 def add_file(client: Client, name: str, content: bytes) -> bytes:

@@ -27,6 +27,7 @@ _SMALL = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map"
     r"|(video_)?preprocessor_config|processor_config|hf_quant_config)\.json"
     r"|chat_template\.(jinja|json)|merges\.txt|vocab\.json|tokenizer\.model|README\.md"
+    rf"|additional_chat_templates/{_NAME}\.jinja"
 )
 
 
