@@ -24,7 +24,7 @@ def digest(path: Path) -> dict[str, Any]:
                 if field.types[0] is GGUFValueType.ARRAY
                 else field.types[0].name
             )
-            metadata[field.name] = [kind, _short(field.contents())]
+            metadata[field.name] = [kind, shortened(field.contents())]
     tensors = {}
     for tensor in reader.tensors:
         raw = tensor.data.tobytes()
@@ -76,7 +76,8 @@ def _same(ours: Any, theirs: Any) -> bool:
     return bool(ours[:-1] == theirs[:-1] and np.abs(a - b).max() <= 1)
 
 
-def _short(value: Any) -> Any:
+def shortened(value: Any) -> Any:
+    """The value itself, or number and sha256 of the items of a long array."""
     if isinstance(value, list) and len(value) > LONGEST:
         return f"{len(value)} items, sha256 {hashlib.sha256(repr(value).encode()).hexdigest()}"
     return value
