@@ -181,6 +181,32 @@ def test_local_checkpoint_has_no_base_model(tmp_path: Path) -> None:
     assert "a local folder, `Qwen3.5-4B`" in text
 
 
+BASE = {"repo": "Tuner/My-Tune-GGUF", "revision": "1" * 40}
+DONORS = [{"repo": "Qwen/Qwen3.5-4B", "revision": REVISION}]
+
+
+def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path) -> None:
+    about: dict[str, Any] = {"source": None, "bases": [BASE], "donors": DONORS}
+    text = make(theirs=THEIRS, folder=tmp_path, name="My-Tune", **about)
+    assert front(text)["base_model"] == [BASE["repo"]]
+    assert front(text)["base_model_relation"] == "quantized"
+    commit = f"blob/{'1' * 40}/LICENSE"
+    assert front(text)["license_link"] == f"https://huggingface.co/Tuner/My-Tune-GGUF/{commit}"
+    link = "[Tuner/My-Tune-GGUF](https://huggingface.co/Tuner/My-Tune-GGUF)"
+    donor = "[Qwen/Qwen3.5-4B](https://huggingface.co/Qwen/Qwen3.5-4B)"
+    assert f"GGUF quantizations of {link} with the multi-token prediction head" in text
+    assert f"also called NextN) of {donor}. The model" in text
+    lines = [f"- Base: {link}, commit `{'1' * 40}`", f"- Head from: {donor}, commit `{REVISION}`"]
+    assert "\n".join(lines) in text and "- Checkpoint" not in text
+
+
+def test_a_base_beside_a_checkpoint_is_a_base_model_too(tmp_path: Path) -> None:
+    local = {"path": "My-Tune-Q4_K_M.gguf"}
+    text = make(theirs=THEIRS, folder=tmp_path, bases=[BASE, local], donors=DONORS)
+    assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B", BASE["repo"]]
+    assert "- Checkpoint: [Qwen/" in text and "- Base: a local file, `My-Tune-Q4_K_M.gguf`" in text
+
+
 @pytest.mark.parametrize(
     "theirs",
     [

@@ -45,7 +45,7 @@ def test_the_configuration_of_the_repository_is_valid() -> None:
     build = Build(yaml.safe_load((ROOT / "config.yaml").read_text()))
     assert len(build.files()) == 12
     assert "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf" in build.files()
-    others = build.config.models.keys() - {model.name for model in build.config.chosen}
+    others = build.config.models.keys() - {model.key for model in build.config.chosen}
     assert {"qwen3.5-4b", "qwen3.5-35b-a3b"} <= others
 
 
@@ -75,7 +75,7 @@ def test_every_key_is_described_in_a_sentence() -> None:
 
 def test_defaults() -> None:
     model = parse(config()).models["m"]
-    assert (model.name, model.base_name, model.converter) == ("m", "Name", "mtpforge")
+    assert (model.key, model.base_name, model.converter) == ("m", "Name", "mtpforge")
     assert (model.min_acceptance, model.max_acceptance_drop) == (0.1, 0.2)
     assert (model.measure, model.publish, model.sidecar) == (None, None, None)
     variant = model.variants["Q4_K_M"]
@@ -352,5 +352,5 @@ def test_models_and_variants_are_independent() -> None:
     found = parse({"models": {"a": entry, "b": entry}, "recipes": {"mix": {"attn_": "Q6_K"}}})
     a, b = found.models["a"], found.models["b"]
     assert isinstance(a, Model) and isinstance(a.variants["Q4_K_M"], Variant)
-    assert (a.name, b.name) == ("a", "b") and a.variants["Q4_K_M"] is not b.variants["Q4_K_M"]
+    assert (a.key, b.key) == ("a", "b") and a.variants["Q4_K_M"] is not b.variants["Q4_K_M"]
     assert entry["variants"]["Q4_K_M"] == {"tensors": "mix"}

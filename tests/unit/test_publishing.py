@@ -198,6 +198,9 @@ def test_fetched_head_is_stated_tensor_by_tensor(tmp_path: Path) -> None:
         },
         {"name": "config.json", "uri": f"{uri}#config.json", "digest": {"sha256": "b" * 64}},
     ]
+    as_head = provenance.materials({**source, "role": "head"}, [tmp_path / "head.json"])
+    assert [entry["annotations"]["role"] for entry in as_head] == ["head", "head"]
+    assert as_head[1]["annotations"]["standing"] == "trusted on first use"
 
 
 def test_a_joined_file_is_stated_by_the_parts_that_the_commit_has(tmp_path: Path) -> None:

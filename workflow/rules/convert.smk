@@ -1,7 +1,8 @@
 # From a checkpoint to a BF16 GGUF, with mtpforge's converter or llama.cpp's own.
 # Needs: the checkpoint.
-# Makes: results/<model>/work/convert/<part>.gguf (part: all, trunk, head, draft or mmproj), and the
-# digests of its tensors beside it.
+# Makes: results/<model>/work/convert/<part>.gguf (part: all, trunk, head, draft or mmproj), and for
+# `head_from` work/donors/<checkpoint>.gguf, another checkpoint's head; the digests of the tensors
+# of each beside it.
 # Rules that read the GGUF take its digests as an input, and the GGUF itself as `ancient`: Snakemake
 # compares small files by content but large ones by time, and the published BF16 file is a hard link
 # to this one.
@@ -10,7 +11,7 @@
 rule convert:
     input:
         code=code("convert.py"),
-        checkpoint=build.fetch.checkpoint_inputs,
+        checkpoint=build.fetch.conversion_inputs,
         lock="envs/run.txt",  # gguf and tokenizers decide metadata
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
@@ -26,14 +27,40 @@ rule convert:
         "../../envs/run.yaml"
     params:
         checkpoint=build.fetch.checkpoint,
-        tokenizer=build.convert.tokenizer_option,
+        options=build.convert.options,
         norms=build.convert.norms_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.tokenizer} {params.norms} --out {output.file:q} --digests {output.digests:q}"
+        " {params.options} {params.norms} --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
+
+
+rule convert_donor:
+    input:
+        code=code("convert.py"),
+        checkpoint=build.fetch.donor_inputs,
+        lock="envs/run.txt",
+    output:
+        file=temp("results/{model}/work/donors/{donor}.gguf"),
+        digests="results/{model}/work/donors/{donor}.json",
+    log:
+        "logs/{model}/convert-donor-{donor}.log",
+    benchmark:
+        "benchmarks/{model}/convert-donor-{donor}.jsonl"
+    wildcard_constraints:
+        donor="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        checkpoint=build.fetch.donor,
+        norms=build.convert.norms_option,
+    message:
+        "{wildcards.model}: convert the head of {params.checkpoint}"
+    shell:
+        "python {input.code[0]:q} {params.checkpoint:q} --part head"
+        " {params.norms} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
 
 
 rule convert_upstream:

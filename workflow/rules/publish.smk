@@ -36,7 +36,7 @@ rule provenance:
         code=code("provenance.py"),
         programs=build.publish.programs,
         report="results/{model}/reports/{stem}.json",
-        source="results/{model}/work/materials.json",
+        source=build.publish.source_list,
         materials=build.publish.material_inputs,
         toolchain="resources/toolchain/stamp.json",
         locks=build.publish.locks,
@@ -50,12 +50,13 @@ rule provenance:
         "../../envs/run.yaml"
     params:
         parameters=build.publish.parameters,
+        source=build.publish.source_option,
         materials=build.publish.material_options,
     message:
         "{wildcards.model}: state the provenance of {wildcards.stem}"
     shell:
         "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q}"
-        " --source {input.source:q} {params.materials} --toolchain {input.toolchain:q}"
+        " {params.source} {params.materials} --toolchain {input.toolchain:q}"
         " --locks {input.locks:q} --code {input.programs:q} --out {output:q} > {log:q} 2>&1"
 
 

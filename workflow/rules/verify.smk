@@ -37,7 +37,7 @@ rule verify:
         digests=build.verify.digests,
         unquantized=build.verify.unquantized,
         reference=ancient(build.verify.reference),
-        checkpoint=build.fetch.checkpoint_inputs,
+        checkpoint=build.fetch.variant_inputs,
         recipe="results/{model}/work/recipes/{variant}.yaml",
         head_recipe="results/{model}/work/head-recipes/{variant}.yaml",
         prompts=build.verify.prompt_files,
@@ -92,7 +92,7 @@ rule verify_sidecar:
         target=ancient("results/{model}/work/convert/all.gguf"),
         target_digests="results/{model}/work/convert/all.json",
         reference=ancient(build.verify.sidecar_reference),
-        checkpoint=build.fetch.checkpoint_inputs,
+        checkpoint=build.fetch.sidecar_inputs,
         prompts=build.verify.prompt_files,
         unquantized=build.verify.sidecar_unquantized,
     output:

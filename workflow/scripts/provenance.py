@@ -28,8 +28,8 @@ def main() -> None:
         help="the file's part of the configuration",
     )  # fmt: skip
     parser.add_argument(
-        "--source", type=Path, required=True, metavar="FILE",
-        help="list of materials.py on the checkpoint",
+        "--source", type=Path, metavar="FILE",
+        help="list of materials.py on the checkpoint, if the file has anything of it",
     )  # fmt: skip
     parser.add_argument(
         "--material", nargs="+", action="append", default=[], metavar=("JSON", "FILE"),
@@ -58,7 +58,7 @@ def main() -> None:
 
 def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resource]:
     """Everything that the file depends on: checkpoint, base, toolchain, locks and code."""
-    found: list[Resource] = list(read_json(args.source)["materials"])
+    found: list[Resource] = list(read_json(args.source)["materials"]) if args.source else []
     for source, *tracked in args.material:
         found += provenance.materials(json.loads(source), map(Path, tracked))
     found += trunk

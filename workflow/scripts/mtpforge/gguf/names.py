@@ -1,4 +1,4 @@
-"""File names of split GGUFs, as llama-gguf-split writes them."""
+"""File names of GGUFs: those of split ones, as llama-gguf-split writes them, and model names."""
 
 import re
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from mtpforge.errors import GgufError
 MOST_SHARDS = 999
 
 _PART = re.compile(r"(.+\.gguf)\.part(\d{1,4})of(\d{1,4})")
+_TYPE = r"[-._](?:UD-)?(?:I?Q\d\w*|T?Q\d_0|BF16|F16|F32|MXFP4\w*|NVFP4)"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -59,3 +60,15 @@ def first_file(path: Path) -> Path:
     if not files:
         raise GgufError(f"{path}: has no *.gguf files")
     return files[0]
+
+
+def file_model(path: str) -> str:
+    """The name of the model in a GGUF: its file's name without type and shard number."""
+    stem = Path(path).name.removesuffix(".gguf")
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
+    return re.sub(rf"(?<=.){_TYPE}$", "", stem, flags=re.IGNORECASE)
+
+
+def repository_model(repo: str) -> str:
+    """The name of the model in a repository OWNER/NAME-GGUF."""
+    return re.sub(r"(?<=.)[-._]gguf$", "", repo.rpartition("/")[2], flags=re.IGNORECASE)

@@ -49,6 +49,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
     return {
         "title": escape(about.title),
         "origin": about.origin,
+        "head": about.head,
         "drafts": any(result.drafts for result in results),
         "not_drafting": _not_drafting(results),
         "files": tables.files(results).rstrip(),
@@ -60,7 +61,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in measured],
         "runtime": runtime(results),
         "serving": serving(results, about),
-        "checkpoint": about.source,
+        "sources": "\n".join(f"- {source}" for source in about.sources),
         "recipe": _recipe(about),
     }
 

@@ -12,7 +12,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the checkpoint comes from: a commit of a repository on the Hub, or a local folder."""
+    """Where a checkpoint or base comes from: a commit of a repository on the Hub, or a path."""
 
     repo: str | None = None
     revision: str | None = None
@@ -20,18 +20,37 @@ class Checkpoint:
 
     @property
     def url(self) -> str | None:
-        """The address of its files on the Hub; None for a local folder."""
+        """The address of its files on the Hub; None for a local path."""
         return f"{HUB}/{self.repo}/blob/{self.revision}/" if self.repo else None
+
+    @property
+    def link(self) -> str:
+        """Markdown: its repository with a link, or the last part of its path."""
+        repo = self.repo
+        return f"[{escape(repo)}]({HUB}/{repo})" if repo else escape(str(self.path))
+
+    @property
+    def exact(self) -> str:
+        """Markdown: the same with the commit."""
+        if self.repo:
+            return f"{self.link}, commit {code(str(self.revision))}"
+        kind = "file" if str(self.path).endswith(".gguf") else "folder"
+        return f"a local {kind}, {code(str(self.path))}"
 
 
 @dataclass(frozen=True)
 class About:
-    """Name of the model, its checkpoint, its variants, and the repository to publish it in."""
+    """Name of the model, where it comes from, its variants, and the repository to publish it in."""
 
     name: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None if all variants are bases from elsewhere with the heads of donors."""
     variants: Mapping[str, Any]
     repo: str | None = None
+    bases: tuple[Checkpoint, ...] = ()
+    """The bases that have nothing of the checkpoint: their heads are from donors."""
+    donors: tuple[Checkpoint, ...] = ()
+    """The checkpoints that heads are from, if not from the model's own."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -39,9 +58,11 @@ class About:
         entry = json.loads(text)
         return cls(
             name=entry["name"],
-            checkpoint=Checkpoint(**entry["source"]),
+            checkpoint=Checkpoint(**entry["source"]) if entry["source"] else None,
             variants=entry["variants"],
             repo=entry.get("publish", {}).get("repo"),
+            bases=tuple(Checkpoint(**base) for base in entry.get("bases", ())),
+            donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
         )
 
     @property
@@ -50,14 +71,24 @@ class About:
         return self.repo.split("/")[1] if self.repo else f"{self.name}-MTP-GGUF"
 
     @property
-    def origin(self) -> str:
-        """Markdown: the original model, with a link if it is on the Hub."""
-        repo = self.checkpoint.repo
-        return f"[{escape(repo)}]({HUB}/{repo})" if repo else escape(self.name)
+    def trunks(self) -> list[Checkpoint]:
+        """The checkpoint and bases that trunks are from."""
+        return [*([self.checkpoint] if self.checkpoint else []), *self.bases]
 
     @property
-    def source(self) -> str:
-        """Markdown: the exact checkpoint."""
-        if self.checkpoint.repo:
-            return f"{self.origin}, commit {code(str(self.checkpoint.revision))}"
-        return f"a local folder, {code(str(self.checkpoint.path))}"
+    def origin(self) -> str:
+        """Markdown: the original models, with links if they are on the Hub."""
+        names = [trunk.link if trunk.repo else escape(self.name) for trunk in self.trunks]
+        return " and ".join(dict.fromkeys(names))
+
+    @property
+    def head(self) -> str:
+        """Markdown: the models that heads of others are from; empty without any."""
+        return " and ".join(dict.fromkeys(donor.link for donor in self.donors))
+
+    @property
+    def sources(self) -> list[str]:
+        """Markdown: everything that files are made from, one line each."""
+        kinds = [("Checkpoint", [self.checkpoint] if self.checkpoint else [])]
+        kinds += [("Base", [*self.bases]), ("Head from", [*self.donors])]
+        return [f"{kind}: {found.exact}" for kind, all_of in kinds for found in all_of]

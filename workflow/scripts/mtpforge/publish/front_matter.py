@@ -36,8 +36,9 @@ def read_front_matter(path: Path) -> dict[str, Any]:
 def front_matter(about: About, checkpoint: Mapping[str, Any]) -> ModelCardData:
     """The front matter of our card; `checkpoint` is what `read_front_matter` returned."""
     data = dict(checkpoint)
-    if about.checkpoint.repo:
-        data |= {"base_model": [about.checkpoint.repo], "base_model_relation": "quantized"}
+    if repositories := [trunk.repo for trunk in about.trunks if trunk.repo]:
+        names = list(dict.fromkeys(repositories))
+        data |= {"base_model": names, "base_model_relation": "quantized"}
     if (link := _absolute(about, data.pop("license_link", ""))) is not None:
         data["license_link"] = link
     if about.repo:
@@ -64,8 +65,8 @@ def _is_text(value: Any) -> bool:
 def _absolute(about: About, link: str) -> str | None:
     """A link on the checkpoint's card as an absolute URL; None if it has none."""
     try:
-        if link and about.checkpoint.url:
-            link = urljoin(about.checkpoint.url, link)
+        if link and about.trunks and (url := about.trunks[0].url):
+            link = urljoin(url, link)
         return link if urlsplit(link).scheme in ("https", "http") else None
     except ValueError:
         return None

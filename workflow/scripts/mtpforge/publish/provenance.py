@@ -68,9 +68,17 @@ def subjects(path: Path) -> dict[str, str]:
 def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
     """The files of a source: local files, which are hashed, or records of downloaded ones.
 
-    `source` is as in the configuration. A head that was downloaded alone has one entry per
-    tensor, with its standing: verified, or trusted on first use.
+    `source` is as in the configuration, with a `role` if it is not the checkpoint: the base, or
+    the checkpoint of the head. A head that was downloaded alone has one entry per tensor, with its
+    standing: verified, or trusted on first use.
     """
+    role = {"role": source["role"]} if "role" in source else {}
+    found = _materials(source, tracked)
+    annotated = [{**each, "annotations": each.get("annotations", {}) | role} for each in found]
+    return annotated if role else found
+
+
+def _materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
     if "path" in source:
         return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in tracked]
     uri = f"pkg:huggingface/{source['repo']}@{source['revision']}"

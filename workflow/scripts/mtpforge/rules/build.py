@@ -56,7 +56,10 @@ class Build:
         variants = {variant for model in models for variant in model.variants}
         return {
             "model": list(self.config.models),
-            "base": sorted({model.base_name for model in models}),
+            "base": sorted(
+                {model.base_name for model in models}
+                | {model.name_of(each) for model in models for each in model.variants.values()}
+            ),
             "variant": sorted(variants),
             "name": sorted(variants | quant_types.FILE_TYPES.keys()),
         }

@@ -4,22 +4,24 @@ Start at `parse`. Checks that involve several keys, or files on disk, are in `co
 JSON schema for editors comes from `schema`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
+from mtpforge.gguf.names import file_model, repository_model
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,
     All,
     Entry,
     FilePath,
-    Folder,
     ModelName,
+    OutputName,
     PreTokenizer,
     Recipe,
     Repository,
@@ -27,13 +29,20 @@ from mtpforge.rules.fields import (
     SidecarType,
     Size,
     VariantName,
-    by_key,
     by_type,
     form,
     refuse,
     unique,
 )
-from mtpforge.rules.variant import PIECES, SPLIT, HubRepository, Variant
+from mtpforge.rules.variant import (
+    PIECES,
+    SPLIT,
+    HubGguf,
+    HubRepository,
+    LocalGguf,
+    Source,
+    Variant,
+)
 
 
 def parse(config: Mapping[str, Any]) -> "Config":
@@ -44,18 +53,6 @@ def parse(config: Mapping[str, Any]) -> "Config":
         raise ConfigError(f"config.yaml: {_explain(error.errors())}") from None
 
 
-class LocalFolder(Entry):
-    """A folder on this machine."""
-
-    path: Folder = Field(
-        description="A folder with config.json, the tokenizer and the safetensors shards."
-    )
-
-
-Source = Annotated[
-    Annotated[LocalFolder, form("path")] | Annotated[HubRepository, form("repo")],
-    by_key("path", "repo"),
-]
 Chosen = Annotated[
     Annotated[All, form("all")] | Annotated[list[str], AfterValidator(unique), form("list")],
     by_type("all", "list"),
@@ -116,12 +113,32 @@ class PublishTarget(Entry):
 class Model(Entry):
     """A checkpoint, and the files to make from it."""
 
-    source: Source = Field(
+    source: Source | None = Field(
+        default=None,
         description=(
-            "The checkpoint: a local folder, or a repository of the Hub at a pinned commit. File"
-            " names begin with the name of the folder or repository."
+            "The checkpoint: a local folder, or a repository of the Hub at a pinned commit. Needed"
+            " unless every variant has a `base` from elsewhere and a `head_from`."
         ),
         examples=[{"path": "checkpoints/my-finetune"}],
+    )
+    head_from: Source | None = Field(
+        default=None,
+        description=(
+            "Another checkpoint to take the head from, for a fine-tune that has lost its own. Only"
+            " the head is downloaded."
+        ),
+        examples=[
+            {"repo": "Qwen/Qwen3.5-4B", "revision": "851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"}
+        ],
+    )
+    name: OutputName | None = Field(
+        default=None,
+        description=(
+            "The start of file names, and the model's name in files converted here. Default: the"
+            " name of the source's folder or repository (also of a snapshot in the Hub's cache),"
+            " or of the base if its head is from `head_from`."
+        ),
+        examples=["My-Finetune"],
     )
     converter: Literal["mtpforge", "llama.cpp"] = Field(
         default="mtpforge",
@@ -197,18 +214,44 @@ class Model(Entry):
         examples=[{"BF16": {}, "Q4_K_M": {"head": "Q8_0"}}],
     )
 
-    _name: str = PrivateAttr("")
+    _key: str = PrivateAttr("")
 
     @property
-    def name(self) -> str:
+    def key(self) -> str:
         """Its key under `models`."""
-        return self._name
+        return self._key
 
     @property
     def base_name(self) -> str:
-        """The start of its file names: the name of its repository or folder."""
-        source = self.source
-        return Path(source.repo if isinstance(source, HubRepository) else source.path).name
+        """The start of its file names, except for adopted variants: see `name_of`."""
+        if self.name or self.source is None:
+            return self.name or next(map(self.name_of, self.variants.values()))
+        if isinstance(self.source, HubRepository):
+            return Path(self.source.repo).name
+        return folder_name(Path(self.source.path))
+
+    def name_of(self, variant: Variant) -> str:
+        """The start of a variant's file name: an adopted one is named after its base."""
+        if self.name or not self.adopts(variant):
+            return self.base_name
+        base = variant.base
+        if isinstance(base, HubGguf):
+            return repository_model(base.repo)
+        return file_model(base.path) if isinstance(base, LocalGguf) else self.base_name
+
+    def donor(self, variant: Variant) -> Source | None:
+        """The checkpoint that a variant's head is from, if that is not the source."""
+        return (variant.head_from or self.head_from) if variant.head_types else None
+
+    def adopts(self, variant: Variant) -> bool:
+        """Whether a variant has nothing of the source: a base from elsewhere, a donor's head."""
+        return variant.foreign and self.donor(variant) is not None
+
+    @property
+    def uses_source(self) -> bool:
+        """Whether anything is made from the source."""
+        adopted = all(map(self.adopts, self.variants.values()))
+        return not adopted or self.mmproj or self.sidecar is not None
 
     @property
     def native(self) -> bool:
@@ -229,10 +272,29 @@ class Model(Entry):
             and self.sidecar is None
         )
 
+    def conversions(self) -> Iterator[tuple[Source, str]]:
+        """The checkpoints that are read, each with what is converted of it: CONVERTER:PART."""
+        if self.source and self.uses_source:
+            own = "trunk" if self.head_from else self.part
+            yield self.source, f"{self.converter}:{'head' if self.head_only else own}"
+            if self.mmproj:
+                yield self.source, "llama.cpp:mmproj"
+        for variant in self.variants.values():
+            if donor := self.donor(variant):
+                yield donor, "mtpforge:head"
+
+    def has_unquantized(self, variant: Variant) -> bool:
+        """Whether a BF16 file of a variant's trunk is made, to measure its distance from."""
+        return not (self.head_only or self.adopts(variant))
+
     @property
     def part(self) -> str:
-        """The part of the checkpoint that its BF16 file has: all, unless no variant has a head."""
-        return "all" if any(each.head != NO_HEAD for each in self.variants.values()) else "trunk"
+        """The part of the checkpoint that its BF16 file has: all, unless no variant needs a head.
+
+        One that injects the head of its own `head_from` does not.
+        """
+        heads = [each for each in self.variants.values() if each.head != NO_HEAD]
+        return "all" if any(each.head_from is None for each in heads) else "trunk"
 
 
 class LlamaCppPrograms(Entry):
@@ -292,7 +354,7 @@ class Config(Entry):
     def _resolve(self) -> "Config":
         """Set the names of models and variants, and replace recipe names by the recipes."""
         for name, model in self.models.items():
-            model._name = name
+            model._key = name
             for key, variant in model.variants.items():
                 variant._name = key
                 if isinstance(variant.tensors, str):

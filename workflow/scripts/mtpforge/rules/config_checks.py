@@ -7,8 +7,8 @@ from mtpforge import progress
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.rules import layout
-from mtpforge.rules.config import Config, LocalFolder, Model
-from mtpforge.rules.variant import Variant
+from mtpforge.rules.config import Config, Model
+from mtpforge.rules.variant import LocalFolder, Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """llama.cpp 0c1e57098 does not load a repository's file as the model if its name has one of these
@@ -19,14 +19,18 @@ def check(config: Config) -> None:
     """Raise ConfigError, with the key's path, for impossible settings; warn of unwise ones."""
     for name, model in config.models.items():
         path = f"models/{name}"
+        _check_sources(path, model)
         for key, variant in model.variants.items():
-            _check_name(f"{path}/variants/{key}", f"{model.base_name}-{key}")
+            stem = layout.stem(model, key)
+            _check_name(f"{path}/variants/{key}", stem)
             _check_variant(f"{path}/variants/{key}", variant)
-        if not model.base_name.isprintable():
-            _refuse(f"{path}/source/path", "file names start with the folder's name: rename it")
+            if not stem.isprintable():
+                what = "base" if model.adopts(variant) else "folder"
+                where = f"{path}/variants/{key}/base" if model.adopts(variant) else f"{path}/source"
+                _refuse(f"{where}/path", f"file names start with the {what}'s name: rename it")
     _check_chosen(config)
     for model in config.chosen:
-        _check_files(f"models/{model.name}", model)
+        _check_files(f"models/{model.key}", model)
     _check_repositories(config)
     _check_outputs(config)
     for line in low_bit_heads(config):
@@ -40,7 +44,7 @@ def low_bit_heads(config: Config) -> list[str]:
         for variant in model.variants.values():
             low = [kind for kind in _head_types(variant) if quant_types.bits(kind) < 4]
             if low:
-                path = f"models/{model.name}/variants/{variant.name}/head"
+                path = f"models/{model.key}/variants/{variant.name}/head"
                 few = f"a head at {low[0]} ({quant_types.bits(low[0]):.2f} bits) drafts badly"
                 lines.append(f"warning: config.yaml: {path}: {few}: use Q4_K or better")
     return lines
@@ -48,6 +52,19 @@ def low_bit_heads(config: Config) -> list[str]:
 
 def _refuse(path: str, message: str) -> None:
     raise ConfigError(f"config.yaml: {path}: {message}")
+
+
+def _check_sources(path: str, model: Model) -> None:
+    """Check that all that is needed has a source, and that donors of heads can be used."""
+    if model.source is None and model.uses_source:
+        why = "only variants with a `base` from elsewhere and a `head_from` do without"
+        _refuse(f"{path}/source", f"missing: {why}")
+    for key, variant in model.variants.items():
+        if variant.head_from and variant.base is None:
+            way = "set the model's, or give the variant a `base`, such as {type: Q4_K_M}"
+            _refuse(f"{path}/variants/{key}/head_from", f"without a base, {way}")
+        if model.donor(variant) and not model.native:
+            _refuse(f"{path}/converter", "llama.cpp's cannot convert a head alone for `head_from`")
 
 
 def _check_name(path: str, stem: str) -> None:
@@ -118,8 +135,12 @@ def _check_files(path: str, model: Model) -> None:
             "a GGUF is not a checkpoint: name the checkpoint here, and give a variant"
             f" `base: {{path: {model.source.path}}}` to inject its head",
         )
-    if isinstance(model.source, LocalFolder) and not Path(model.source.path).is_dir():
-        _refuse(f"{path}/source/path", f"no such folder: {model.source.path}")
+    sources = {"source": model.source if model.uses_source else None, "head_from": model.head_from}
+    for key, variant in model.variants.items():
+        sources[f"variants/{key}/head_from"] = variant.head_from
+    for place, source in sources.items():
+        if isinstance(source, LocalFolder) and not Path(source.path).is_dir():
+            _refuse(f"{path}/{place}/path", f"no such folder: {source.path}")
     text = model.measure and model.measure.text
     if text and not Path(text).is_file():
         _refuse(f"{path}/measure/text", f"no such file: {text}")
@@ -134,9 +155,9 @@ def _check_repositories(config: Config) -> None:
         if model.publish is None:
             continue
         repo = model.publish.repo
-        other = seen.setdefault(repo.lower(), model.name)
-        if other != model.name:
-            path = f"models/{model.name}/publish/repo"
+        other = seen.setdefault(repo.lower(), model.key)
+        if other != model.key:
+            path = f"models/{model.key}/publish/repo"
             _refuse(path, f"{repo} is the repository of {other}: give each model its own")
 
 

@@ -1,6 +1,7 @@
 """Stage `convert`: from a checkpoint to BF16 GGUFs."""
 
 import re
+import shlex
 
 from mtpforge.rules import layout
 from mtpforge.rules.stage import Stage, Wildcards
@@ -12,8 +13,18 @@ class ConvertRules(Stage):
     def models(self, converter: str) -> str:
         """A regular expression for the models of a converter; matches nothing if it has none."""
         models = self.config.models.values()
-        names = [re.escape(model.name) for model in models if model.converter == converter]
+        names = [re.escape(model.key) for model in models if model.converter == converter]
         return "|".join(names) or "(?!)"
+
+    def options(self, wildcards: Wildcards) -> str:
+        """Pre-tokenizer, name and the donor of the head, as options of convert.py."""
+        model = self.model(wildcards)
+        options = [self.tokenizer_option(wildcards)] if model.tokenizer_pre else []
+        if model.name:
+            options += ["--name", model.name]
+        if model.head_from and wildcards.part in ("all", "draft"):
+            options += ["--head-from", shlex.quote(layout.head_checkpoint(model.head_from))]
+        return " ".join(options)
 
     def tokenizer_option(self, wildcards: Wildcards) -> str:
         """The option that names a pre-tokenizer that is not recognized."""

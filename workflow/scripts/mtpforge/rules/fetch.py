@@ -12,7 +12,7 @@ from mtpforge.hub.listing import Listing
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubFile, HubRepository, ImatrixText
+from mtpforge.rules.variant import HubFile, HubRepository, ImatrixText, Source
 
 KINDS = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
 """Kinds of files that belong to a local checkpoint."""
@@ -27,6 +27,7 @@ class FetchRules(Stage):
     def __init__(self, config: Config, checkpoints: Any) -> None:
         super().__init__(config)
         self._checkpoints = checkpoints
+        self._donors = {layout.donor_name(donor): donor for donor in _donors(config)}
 
     def folder(self, wildcards: Wildcards) -> str:
         """The folder of a repository's files."""
@@ -38,15 +39,13 @@ class FetchRules(Stage):
 
     def conversions(self, wildcards: Wildcards) -> str:
         """The option that names what models need of a repository: CONVERTER:PART of each."""
-        wanted: set[str] = set()
-        for model in self.config.models.values():
-            source = model.source
-            if isinstance(source, HubRepository) and layout.commit(source) == layout.commit(
-                wildcards
-            ):
-                part = "head" if model.head_only else model.part
-                wanted |= {f"{model.converter}:{part}"}
-                wanted |= {"llama.cpp:mmproj"} if model.mmproj else set()
+        wanted = {
+            conversion
+            for model in self.config.models.values()
+            for source, conversion in model.conversions()
+            if isinstance(source, HubRepository)
+            and layout.commit(source) == layout.commit(wildcards)
+        }
         return " ".join(["--convert", *sorted(wanted)]) if wanted else ""
 
     def checkpoint(self, wildcards: Wildcards) -> str:
@@ -59,24 +58,64 @@ class FetchRules(Stage):
         A shard has no record until it is verified, and touching it changes no record.
         """
         model = self.model(wildcards)
-        source = model.source
-        if not isinstance(source, HubRepository):
-            folder = Path(source.path)
-            files = [path for path in folder.iterdir() if path.suffix in KINDS]
-            files += chat_templates.additional(folder)
-            return sorted(str(path) for path in files if path.name != "reference.json")
-        if model.head_only:
-            return [layout.head_record(source)]
-        made = self._checkpoints.resolve.get(repo=source.repo, revision=source.revision)
+        if model.source is None or not model.uses_source:
+            return []
+        if model.head_only or not isinstance(model.source, HubRepository):
+            return head_inputs(model.source)
+        names = self.checkpoint_files(model.source)
+        return [checked_record(model.source, name) for name in names]
+
+    def conversion_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Inputs of a job that converts a part of the checkpoint."""
+        with_head = wildcards.part in ("all", "draft")
+        return self.sidecar_inputs(wildcards) if with_head else self.checkpoint_inputs(wildcards)
+
+    def sidecar_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Inputs of a job that reads the checkpoint, and that of the head."""
+        donor = self.model(wildcards).head_from
+        return [*self.checkpoint_inputs(wildcards), *(head_inputs(donor) if donor else [])]
+
+    def variant_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Inputs of a job that compares a variant with its checkpoint, and with its head's."""
+        model, variant = self.model(wildcards), self.variant(wildcards)
+        donor = model.donor(variant)
+        own = [] if model.adopts(variant) else self.checkpoint_inputs(wildcards)
+        return [*own, *(head_inputs(donor) if donor else [])]
+
+    def donor(self, wildcards: Wildcards) -> str:
+        """The folder of the checkpoint that a head is from."""
+        return layout.head_checkpoint(self._donor(wildcards))
+
+    def donor_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Inputs of a job that reads its head."""
+        return head_inputs(self._donor(wildcards))
+
+    def checkpoint_files(self, at: layout.Commit) -> list[str]:
+        """The files of a commit that conversion and model cards need."""
+        made = self._checkpoints.resolve.get(repo=at.repo, revision=at.revision)
         listing = Path(made.output[0])
-        names = _checkpoint_files(listing, listing.stat().st_mtime_ns)
-        return [checked_record(source, name) for name in names]
+        return _checkpoint_files(listing, listing.stat().st_mtime_ns)
+
+    def _donor(self, wildcards: Wildcards) -> Source:
+        if wildcards.donor not in self._donors:
+            raise ConfigError(f"config.yaml: no `head_from` is {wildcards.donor}")
+        return self._donors[wildcards.donor]
 
 
 @lru_cache
 def _checkpoint_files(listing: Path, written: int) -> list[str]:
     """The files that conversion reads, parsed once for all jobs unless `written` anew."""
     return Listing.read(listing).checkpoint_files()
+
+
+def head_inputs(source: Source) -> list[str]:
+    """Inputs of a job that reads the head of a checkpoint: its record, or the local files."""
+    if isinstance(source, HubRepository):
+        return [layout.head_record(source)]
+    folder = Path(source.path)
+    files = [path for path in folder.iterdir() if path.suffix in KINDS]
+    files += chat_templates.additional(folder)
+    return sorted(str(path) for path in files if path.name != "reference.json")
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
@@ -101,3 +140,10 @@ def checked_record(at: layout.Commit, name: str) -> str:
                 f"{file}: fetched before, but now {why}: delete {record} and run again"
             )
     return str(record)
+
+
+def _donors(config: Config) -> list[Source]:
+    models = config.models.values()
+    found = [model.head_from for model in models]
+    found += [variant.head_from for model in models for variant in model.variants.values()]
+    return [donor for donor in found if donor]

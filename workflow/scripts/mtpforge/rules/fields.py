@@ -223,6 +223,9 @@ Folder = Annotated[
     ),
     AfterValidator(lambda path: path.rstrip("/")),
 ]
+OutputName = Annotated[
+    str, _matching(_FILE_NAME, "cannot begin a file name: use letters, digits, '.', '_' and '-'")
+]
 GgufPath = Annotated[
     str, _HOME, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
 ]

@@ -48,5 +48,7 @@ class InjectRules(Stage):
 
     def _head(self, wildcards: Wildcards) -> layout.Intermediate:
         """The head alone, or the whole model: llama.cpp's converter cannot write a head alone."""
+        if donor := self.model(wildcards).donor(self.variant(wildcards)):
+            return layout.donated(wildcards.model, donor)
         part = "head" if self.model(wildcards).native else "all"
         return layout.converted(wildcards.model, part)

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from mtpforge.errors import ConfigError
 from mtpforge.gguf.names import gguf_files
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import (
@@ -18,6 +19,7 @@ from mtpforge.rules.variant import (
     ImatrixText,
     LocalFile,
     LocalGguf,
+    Source,
 )
 
 GivenFile: TypeAlias = LocalGguf | HubGguf | LocalFile | HubFile
@@ -85,24 +87,29 @@ def outputs(model: Model) -> Iterator[Output]:
     if model.sidecar:
         yield sidecar(model, model.sidecar)
     if model.mmproj:
-        yield Output(model.name, f"mmproj-{model.base_name}-F16")
+        yield Output(model.key, f"mmproj-{model.base_name}-F16")
 
 
 def output(model: Model, variant: str) -> Output:
     """A variant's file."""
     split = model.variants[variant].split or model.split
-    return Output(model.name, f"{model.base_name}-{variant}", variant=variant, split=bool(split))
+    return Output(model.key, stem(model, variant), variant=variant, split=bool(split))
 
 
 def possible_outputs(model: Model, variant: str) -> list[str]:
     """The final names that a variant's file can have: its own, or the folder of a split one."""
-    stem = f"{model.base_name}-{variant}"
-    return [Output(model.name, stem, variant=variant, split=split).file for split in (False, True)]
+    name = stem(model, variant)
+    return [Output(model.key, name, variant=variant, split=split).file for split in (False, True)]
+
+
+def stem(model: Model, variant: str) -> str:
+    """A variant's file name without its ending."""
+    return f"{model.name_of(model.variants[variant])}-{variant}"
 
 
 def sidecar(model: Model, file_type: str) -> Output:
     """The draft model of a type."""
-    return Output(model.name, f"mtp-{model.base_name}-{file_type}")
+    return Output(model.key, f"mtp-{model.base_name}-{file_type}")
 
 
 def measurements(model: Model) -> list[str]:
@@ -118,12 +125,12 @@ def folder(model: str) -> str:
 
 def sums(model: Model) -> str:
     """The list of all published files; it is made last."""
-    return f"{folder(model.name)}/SHA256SUMS"
+    return f"{folder(model.key)}/SHA256SUMS"
 
 
 def plot(model: Model, figure: str) -> str:
     """A figure of the report."""
-    return f"{folder(model.name)}/plots/{figure}.svg"
+    return f"{folder(model.key)}/plots/{figure}.svg"
 
 
 # ── intermediate files ──
@@ -137,6 +144,18 @@ def work(model: str) -> str:
 def converted(model: str, part: str) -> Intermediate:
     """The checkpoint, or a part of it (trunk, head, draft, mmproj), as a GGUF."""
     return Intermediate(f"{work(model)}/convert/{part}")
+
+
+def donated(model: str, donor: Source) -> Intermediate:
+    """The head of another checkpoint, as a GGUF."""
+    return Intermediate(f"{work(model)}/donors/{donor_name(donor)}")
+
+
+def donor_name(donor: Source) -> str:
+    """A name for the checkpoint that a head is from, without its folder."""
+    place = f"{donor.repo}@{donor.revision}" if isinstance(donor, HubRepository) else donor.path
+    name = Path(head_checkpoint(donor)).name
+    return f"{name}-{sha256(place.encode()).hexdigest()[:8]}"
 
 
 def quantized(model: str, kind: str, name: str) -> Intermediate:
@@ -153,10 +172,10 @@ def candidate(model: Model, variant: str) -> Intermediate:
     """The file of a variant before it is verified."""
     entry = model.variants[variant]
     if entry.base:
-        return injected(model.name, variant)
+        return injected(model.key, variant)
     if entry.file_type == "BF16":
-        return converted(model.name, entry.part)  # no second copy of 70 GB
-    return quantized(model.name, "quantized", variant)
+        return converted(model.key, entry.part)  # no second copy of 70 GB
+    return quantized(model.key, "quantized", variant)
 
 
 def recipe(model: str, variant: str) -> str:
@@ -241,10 +260,17 @@ def head_record(at: Commit) -> str:
 
 
 def checkpoint(model: Model) -> str:
-    """The folder of a model's checkpoint."""
-    if not isinstance(model.source, HubRepository):
-        return model.source.path
-    return fetched_head(model.source) if model.head_only else fetched(model.source)
+    """The folder of a model's checkpoint. Raises ConfigError if it has none."""
+    if model.source is None:
+        raise ConfigError(f"config.yaml: models/{model.key}/source: missing")
+    if model.head_only or not isinstance(model.source, HubRepository):
+        return head_checkpoint(model.source)
+    return fetched(model.source)
+
+
+def head_checkpoint(source: Source) -> str:
+    """The folder of a checkpoint of which only the head is used."""
+    return fetched_head(source) if isinstance(source, HubRepository) else source.path
 
 
 def local_path(file: GivenFile | ImatrixText, model: str) -> str:

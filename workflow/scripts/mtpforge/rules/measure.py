@@ -13,7 +13,7 @@ class MeasureRules(Stage):
 
     def file(self, wildcards: Wildcards) -> str:
         """A variant's verified file, or the folder of a split one."""
-        self.check_base(wildcards)
+        self.check_base(wildcards, self.variant(wildcards))
         return self._output(wildcards).file
 
     def report(self, wildcards: Wildcards) -> str:
@@ -26,8 +26,9 @@ class MeasureRules(Stage):
         return [text] if text else []
 
     def logits(self, wildcards: Wildcards) -> list[str]:
-        """The BF16 logits for it; nothing if only the checkpoint's head is fetched."""
-        needed = self.text(wildcards) and not self.model(wildcards).head_only
+        """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""
+        model = self.model(wildcards)
+        needed = self.text(wildcards) and model.has_unquantized(self.variant(wildcards))
         return [layout.reference_logits(wildcards.model)] if needed else []
 
     def chunks(self, wildcards: Wildcards) -> int:

@@ -2,20 +2,30 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.code import code
 from mtpforge.rules.config import Config, Model
-from mtpforge.rules.fetch import FetchRules, tracked_inputs
+from mtpforge.rules.fetch import FetchRules, checked_record, head_inputs, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubRepository, ImatrixText, LocalFile, OwnBase
+from mtpforge.rules.variant import (
+    HubGguf,
+    HubRepository,
+    ImatrixText,
+    LocalFile,
+    OwnBase,
+    Source,
+)
 
 OF_BUILD = (
     "source",
+    "head_from",
+    "name",
     "converter",
     "tokenizer_pre",
     "norms",
@@ -49,12 +59,20 @@ class PublishRules(Stage):
         return [output.statement for output in layout.outputs(self.model(wildcards))]
 
     def checkpoint_card(self, wildcards: Wildcards) -> str:
-        """The checkpoint's own model card, which need not exist."""
-        return f"{layout.checkpoint(self.model(wildcards))}/README.md"
+        """The model card of the checkpoint or base, which need not exist."""
+        model = self.model(wildcards)
+        if model.uses_source:
+            return f"{layout.checkpoint(model)}/README.md"
+        base = self._carded_base(model)
+        return f"{layout.fetched(base)}/README.md" if base else "none"
 
     def checkpoint_card_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that reads it."""
-        if isinstance(self.model(wildcards).source, HubRepository):
+        model = self.model(wildcards)
+        if base := self._carded_base(model):
+            there = "README.md" in self._fetch.checkpoint_files(base)
+            return [checked_record(base, "README.md")] if there else []
+        if isinstance(model.source, HubRepository):
             inputs = self._fetch.checkpoint_inputs(wildcards)
             return [name for name in inputs if name.endswith(("/README.md.json", "/head.json"))]
         card = self.checkpoint_card(wildcards)
@@ -64,7 +82,13 @@ class PublishRules(Stage):
         """The part of a model's configuration that its card shows, as JSON."""
         model = self.model(wildcards)
         part = _dump(model, *OF_BUILD, "publish") | {"variants": _variants(model, *model.variants)}
-        return json.dumps({"name": model.base_name, **_without_folders(part)})
+        variants = model.variants.values()
+        bases = [each.base for each in variants if each.base and model.adopts(each)]
+        donors = [donor for each in variants if (donor := model.donor(each))]
+        part |= {"bases": _dumped(bases), "donors": _dumped(donors), "name": model.base_name}
+        if not model.uses_source:
+            part["source"] = None
+        return json.dumps(_without_folders(part))
 
     # ── provenance ──
 
@@ -78,20 +102,31 @@ class PublishRules(Stage):
         return json.dumps(_without_folders(part))
 
     def source(self, wildcards: Wildcards) -> str:
-        """The source of the checkpoint, as JSON."""
+        """The source of the model, as JSON."""
         return json.dumps(_without_folders(_dump(self.model(wildcards), "source")["source"]))
 
+    def source_list(self, wildcards: Wildcards) -> list[str]:
+        """The list of the checkpoint's files, unless the variant has nothing of it."""
+        model = self.model(wildcards)
+        variant = model.variants.get(self._variant(wildcards))
+        adopted = variant is not None and model.adopts(variant)
+        return [] if adopted else [f"{layout.work(model.key)}/materials.json"]
+
+    def source_option(self, wildcards: Wildcards) -> str:
+        """The same as an option of provenance.py."""
+        return shlex.join(
+            word for path in self.source_list(wildcards) for word in ("--source", path)
+        )
+
     def material_inputs(self, wildcards: Wildcards) -> list[str]:
-        """A base and an importance matrix that were given, if any."""
-        files = self._materials(wildcards)
-        return [path for file in files for path in tracked_inputs(file, wildcards.model)]
+        """What else was given: another checkpoint's head, a base, an importance matrix."""
+        return [path for _, paths in self._materials(wildcards) for path in paths]
 
     def material_options(self, wildcards: Wildcards) -> str:
         """The same as options of provenance.py."""
         options: list[str] = []
-        for file in self._materials(wildcards):
-            about = json.dumps(_without_folders(file.model_dump()))
-            options += ["--material", about, *tracked_inputs(file, wildcards.model)]
+        for about, paths in self._materials(wildcards):
+            options += ["--material", json.dumps(_without_folders(about)), *paths]
         return shlex.join(options)
 
     def locks(self, wildcards: Wildcards) -> list[str]:
@@ -122,7 +157,7 @@ class PublishRules(Stage):
         for model in self.config.chosen:
             if target := model.publish:
                 visibility = "--private" if target.private else "--public"
-                options += [visibility, layout.folder(model.name), target.repo]
+                options += [visibility, layout.folder(model.key), target.repo]
         return shlex.join(options)
 
     def _variant(self, wildcards: Wildcards) -> str:
@@ -132,17 +167,39 @@ class PublishRules(Stage):
                 return output.variant
         raise ConfigError(f"{wildcards.model} has no file {wildcards.stem}")
 
-    def _materials(self, wildcards: Wildcards) -> list[layout.GivenFile]:
-        variant = self.model(wildcards).variants.get(self._variant(wildcards))
-        if variant is None:
-            return []
-        base = [] if isinstance(variant.base, OwnBase) or not variant.base else [variant.base]
-        return [*base, *([_given(variant.imatrix)] if variant.imatrix else [])]
+    def _materials(self, wildcards: Wildcards) -> list[tuple[dict[str, Any], list[str]]]:
+        """What else was given, as its part of the configuration with its role, and its files."""
+        model = self.model(wildcards)
+        variant = model.variants.get(self._variant(wildcards))
+        donor = model.donor(variant) if variant else model.head_from if model.sidecar else None
+        found = []
+        if donor:
+            found += [(donor.model_dump() | {"role": "head"}, head_inputs(donor))]
+        if variant and variant.base and not isinstance(variant.base, OwnBase):
+            files = tracked_inputs(variant.base, model.key)
+            found += [(variant.base.model_dump() | {"role": "base"}, files)]
+        if variant and variant.imatrix:
+            given = _given(variant.imatrix)
+            found += [(given.model_dump(), tracked_inputs(given, model.key))]
+        return found
+
+    def _carded_base(self, model: Model) -> HubGguf | None:
+        """The base whose repository's card has the license; None if that is not the only one."""
+        bases = [variant.base for variant in model.variants.values()]
+        hub = [base for base in bases if isinstance(base, HubGguf)]
+        only = len(hub) == len(bases) and len({layout.commit(base) for base in hub}) == 1
+        return hub[0] if only and not model.uses_source else None
 
 
 def _given(imatrix: ImatrixText | layout.GivenFile) -> layout.GivenFile:
     """The file itself, or the text that it is computed from."""
     return LocalFile(path=imatrix.text) if isinstance(imatrix, ImatrixText) else imatrix
+
+
+def _dumped(entries: Iterable[OwnBase | Source | layout.GivenFile]) -> list[dict[str, Any]]:
+    """Repository and commit, or path, of each, without repeats."""
+    found = [entry.model_dump(include={"repo", "revision", "path"}) for entry in entries]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 
 def _dump(model: Model, *keys: str) -> dict[str, Any]:
@@ -159,9 +216,13 @@ def _variants(model: Model, *names: str) -> dict[str, Any]:
 
 def _without_folders(value: Any) -> Any:
     """The same with file names instead of paths, which would reveal local folders."""
+    if isinstance(value, list):
+        return [_without_folders(entry) for entry in value]
     if not isinstance(value, Mapping):
         return value
     return {
-        key: Path(entry).name if key in ("path", "text", "prompts") else _without_folders(entry)
+        key: folder_name(Path(entry))
+        if key in ("path", "text", "prompts")
+        else _without_folders(entry)
         for key, entry in value.items()
     }

@@ -85,14 +85,14 @@ class QuantizeRules(Stage):
         """Other names that the file can have later, as options of quantize.py."""
         model, name = self.model(wildcards), wildcards.name
         if self._variant(wildcards):
-            kept = layout.unverified(model.name, name)
+            kept = layout.unverified(model.key, name)
             return shlex.join(["--also", *layout.possible_outputs(model, name), "--keep", kept])
         if wildcards.kind == "draft":
             return shlex.join(["--also", layout.sidecar(model, name).file])
         also: list[str] = []
         for variant in model.variants.values():
             if isinstance(variant.base, OwnBase) and variant.base.type == name:
-                also.append(layout.injected(model.name, variant.name).file)
+                also.append(layout.injected(model.key, variant.name).file)
                 also += layout.possible_outputs(model, variant.name)
         return shlex.join(["--also", *also]) if also else ""
 

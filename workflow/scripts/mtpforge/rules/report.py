@@ -20,9 +20,9 @@ class ReportRules(Stage):
 def _measured(model: Model) -> list[str]:
     if model.measure is None:
         return []
-    compared = model.measure.text and not model.head_only
+    compared = model.measure.text and any(map(model.has_unquantized, model.variants.values()))
     return ["speed", "acceptance", *(["distance"] if compared else [])]
 
 
 def _tensors(model: Model) -> list[str]:
-    return [f"tensors-{model.base_name}-{variant}" for variant in model.variants]
+    return [f"tensors-{layout.stem(model, variant)}" for variant in model.variants]

@@ -14,12 +14,14 @@ class Wildcards(Protocol):
     variant: str
     base: str
     type: str
+    part: str
     text: str
     repo: str
     revision: str
     stem: str
     kind: str
     name: str
+    donor: str
 
 
 class Stage:
@@ -43,9 +45,9 @@ class Stage:
             raise ConfigError(f"config.yaml: models/{model}/variants has no {variant}")
         return variants[variant]
 
-    def check_base(self, wildcards: Wildcards) -> None:
-        """Raise ConfigError for a file that has the name of another model."""
-        base = self.model(wildcards).base_name
+    def check_base(self, wildcards: Wildcards, variant: Variant | None = None) -> None:
+        """Raise ConfigError for a file, of a variant or of none, with the name of another model."""
+        model = self.model(wildcards)
+        base = model.name_of(variant) if variant else model.base_name
         if wildcards.base != base:
-            model = wildcards.model
-            raise ConfigError(f"files of {model} are named {base}-*, not {wildcards.base}-*")
+            raise ConfigError(f"files of {model.key} are named {base}-*, not {wildcards.base}-*")

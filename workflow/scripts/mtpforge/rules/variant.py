@@ -12,6 +12,7 @@ from mtpforge.rules.fields import (
     FilePath,
     FileRevision,
     FileType,
+    Folder,
     GgufName,
     GgufPath,
     HeadType,
@@ -33,6 +34,14 @@ class HubRepository(Entry):
     revision: Revision = Field(
         description="The commit hash (40 hex digits), for reproducible builds.",
         examples=["851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"],
+    )
+
+
+class LocalFolder(Entry):
+    """A folder on this machine."""
+
+    path: Folder = Field(
+        description="A folder with config.json, the tokenizer and the safetensors shards."
     )
 
 
@@ -92,6 +101,10 @@ class HeadTypes(Entry):
     )
 
 
+Source = Annotated[
+    Annotated[LocalFolder, form("path")] | Annotated[HubRepository, form("repo")],
+    by_key("path", "repo"),
+]
 Base = Annotated[
     Annotated[OwnBase, form("type")]
     | Annotated[LocalGguf, form("path")]
@@ -150,6 +163,14 @@ class Variant(Entry):
             " quantized here, any GGUF on disk, or any GGUF on the Hub."
         ),
         examples=[{"type": "Q4_K_M"}, {"path": "downloads/model-Q4_K_M.gguf"}],
+    )
+    head_from: Source | None = Field(
+        default=None,
+        description=(
+            "The checkpoint that has the head to inject into the base. Default: the model's"
+            " `head_from`, or its source."
+        ),
+        examples=[{"path": "checkpoints/original"}],
     )
     imatrix: Imatrix | None = Field(
         default=None,

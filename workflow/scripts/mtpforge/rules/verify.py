@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mtpforge.rules import layout
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubRepository
+from mtpforge.rules.variant import HubRepository, Source
 
 
 class VerifyRules(Stage):
@@ -13,8 +13,7 @@ class VerifyRules(Stage):
 
     def candidate(self, wildcards: Wildcards) -> str:
         """The file of a variant before it is verified."""
-        self.check_base(wildcards)
-        self.variant(wildcards)
+        self.check_base(wildcards, self.variant(wildcards))
         return layout.candidate(self.model(wildcards), wildcards.variant).file
 
     def digests(self, wildcards: Wildcards) -> str:
@@ -32,24 +31,32 @@ class VerifyRules(Stage):
     def unquantized(self, wildcards: Wildcards) -> list[str]:
         """The acceptance of the BF16 file, to compare with.
 
-        Nothing for a base from elsewhere: no BF16 file is made just for this.
+        Nothing for a base from elsewhere: no BF16 file is made just for this. Nor is one made with
+        the head of a variant's own donor.
         """
         variant = self.variant(wildcards)
-        if variant.foreign or variant.unquantized or variant.head_types is None:
+        own = variant.head_types and not (variant.foreign or variant.head_from)
+        if variant.unquantized or not own:
             return []
         return self.sidecar_unquantized(wildcards)
 
     def source_option(self, wildcards: Wildcards) -> str:
         """The source of inventory, metadata and values, as an option of verify.py."""
-        return self._against(wildcards, self.reference(wildcards))
+        model, variant = self.model(wildcards), self.variant(wildcards)
+        donor = model.donor(variant)
+        if donor and model.adopts(variant):
+            form = ["--norms", model.norms] if model.norms else []
+            return shlex.join(["--head-from", layout.head_checkpoint(donor), *form])
+        return self._against(wildcards, self.reference(wildcards), donor)
 
     def options(self, wildcards: Wildcards) -> str:
         """The types and gates that the file must meet; a base from elsewhere keeps its types."""
         model, variant = self.model(wildcards), self.variant(wildcards)
         gates = self._gates(wildcards, self.unquantized(wildcards))
         options = ["--head", variant.head_type, *gates]
-        if isinstance(model.source, HubRepository) and model.head_only:
-            options += ["--head-record", layout.head_record(model.source)]
+        fetched = model.donor(variant) or (model.source if model.head_only else None)
+        if isinstance(fetched, HubRepository):
+            options += ["--head-record", layout.head_record(fetched)]
         if not variant.foreign:
             options += ["--type", variant.file_type]
         if model.tokenizer_pre:
@@ -96,7 +103,8 @@ class VerifyRules(Stage):
 
     def sidecar_source_option(self, wildcards: Wildcards) -> str:
         """The source of inventory, metadata and values, as an option of verify.py."""
-        return self._against(wildcards, self.sidecar_reference(wildcards))
+        reference = self.sidecar_reference(wildcards)
+        return self._against(wildcards, reference, self.model(wildcards).head_from)
 
     def sidecar_options(self, wildcards: Wildcards) -> str:
         """The acceptance that it must reach."""
@@ -107,12 +115,15 @@ class VerifyRules(Stage):
         self.check_base(wildcards)
         return layout.converted(wildcards.model, "mmproj").file
 
-    def _against(self, wildcards: Wildcards, reference: list[str]) -> str:
-        model = self.model(wildcards)
+    def _against(self, wildcards: Wildcards, reference: list[str], donor: Source | None) -> str:
         if reference:
             return shlex.join(["--reference", reference[0]])
-        form = ["--norms", model.norms] if model.norms else []
-        return shlex.join(["--checkpoint", layout.checkpoint(model), *form])
+        model = self.model(wildcards)
+        options = ["--checkpoint", layout.checkpoint(model)]
+        options += ["--name", model.name] if model.name else []
+        options += ["--head-from", layout.head_checkpoint(donor)] if donor else []
+        options += ["--norms", model.norms] if model.norms else []
+        return shlex.join(options)
 
     def _gates(self, wildcards: Wildcards, unquantized: list[str]) -> list[str]:
         model = self.model(wildcards)
