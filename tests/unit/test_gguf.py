@@ -202,6 +202,51 @@ HOSTILE = {
 }
 
 
+# ── types that gguf-py does not know ──
+
+IQ4_KS, OTHER = 144, 250
+
+
+def unknown(sizes: tuple[int, int], *, end: int = 0, second: int | None = None) -> bytes:
+    """A file with `first` at IQ4_KS and `second` at another type, of these sizes with padding."""
+    offset = sizes[0] if second is None else second
+    entries = tensor(b"first", (4, 3), IQ4_KS) + tensor(b"second", (5,), OTHER, offset)
+    head = packed(tensors=2, rest=entries)
+    return head + bytes(-len(head) % 32) + bytes(range(256))[: sum(sizes) + end]
+
+
+def test_the_size_of_an_unknown_type_follows_from_the_offsets(tmp_path: Path) -> None:
+    (path := tmp_path / "x.gguf").write_bytes(unknown((96, 64)))
+    opened = reader.read(path)
+    data = path.read_bytes()[-160:]
+    for name, begin, size in (("first", 0, 96), ("second", 96, 64)):
+        place = opened.ranges[name]
+        assert opened.tensors[name].size == place.size == size
+        assert path.read_bytes()[place.offset :][:size] == data[begin:][:size]
+    assert [info.type.name for info in opened.tensors.values()] == ["IQ4_KS", "type 250"]
+    assert reader.unreadable(opened) == {"IQ4_KS": 1, "type 250": 1}
+    copy = tmp_path / "copy.gguf"
+    write(copy, opened.metadata, reader.contents(opened))
+    assert copy.read_bytes() == path.read_bytes()
+    known = TensorInfo("third", (4,), F32)
+    write(copy, {}, [*reader.contents(opened), (known, [memoryview(bytes(16))])])
+    assert reader.read(copy).tensors == {**opened.tensors, "third": known}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        unknown((96, 64), end=-1), unknown((96, 64), end=-32 * 2), unknown((96, 64), end=-31),
+        unknown((96, 64), second=0), unknown((96, 64), second=95), unknown((96, 64), second=192),
+        unknown((96, 64), second=1 << 63),
+    ],
+)  # fmt: skip
+def test_an_unknown_type_does_not_hide_damage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(GgufError, match=r"x\.gguf.*(truncated|lies at offset)"):
+        reader.read(tmp_path / "x.gguf")
+
+
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "hostile.gguf"

@@ -19,7 +19,7 @@ from mtpforge.inject.inject import Options, cost, inject
 from mtpforge.inject.match import vocabulary_difference
 from mtpforge.io.ranges import BLOCK
 from mtpforge.quantize.recipe import head_recipe
-from splits import split
+from splits import relabel, split
 
 CHECKPOINT = CHECKPOINTS / "tiny-qwen3.5"
 
@@ -484,3 +484,40 @@ def test_a_single_base_is_not_written_to_a_folder(
 ) -> None:
     with pytest.raises(GgufError, match=r"folder: name a file F\.gguf: only a split base"):
         inject(parts["trunk"], parts["head"], tmp_path / "folder")
+
+
+# ── a base with types that gguf-py does not know ──
+
+UNKNOWN = r"blk\.1\.ffn_(up|down|gate)\.weight|token_embd\.weight"
+
+
+def test_tensors_of_an_unknown_type_are_copied_unseen(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    base = relabel(parts["trunk"], tmp_path / "base.gguf", UNKNOWN, 144)
+    inject(base, CHECKPOINT, tmp_path / "out.gguf")
+    before, after = reader.read(base), reader.read(tmp_path / "out.gguf")
+    assert reader.unreadable(before) == reader.unreadable(after) == {"IQ4_KS": 4}
+    assert after.trunk.tensors == before.tensors
+    assert all(content(after, name) == content(before, name) for name in before.tensors)
+    shards = split(base, tmp_path / "shards", "base", 2_000_000)
+    assert len(shards) > 1
+    inject(shards[0], CHECKPOINT, tmp_path / "joined.gguf")
+    assert trunk_digests(reader.read(tmp_path / "joined.gguf")) == trunk_digests(after)
+    inject(shards[0], CHECKPOINT, tmp_path / "folder")
+    found = read_split(next(iter(sorted((tmp_path / "folder").iterdir()))))
+    assert trunk_digests(found) == trunk_digests(after)
+
+
+def test_a_head_of_an_unknown_type_is_refused(parts: dict[str, Path], tmp_path: Path) -> None:
+    head = relabel(parts["head"], tmp_path / "head.gguf", r".*eh_proj\.weight", 144)
+    assert "tensors at IQ4_KS" in refusal(parts["trunk"], head, tmp_path)
+
+
+def test_a_file_with_unknown_types_is_not_quantized(
+    parts: dict[str, Path], run: Run, tmp_path: Path
+) -> None:
+    source = relabel(parts["trunk"], tmp_path / "source.gguf", UNKNOWN, 144)
+    done = run("quantize.py", source, "--type", "Q8_0", "--out", tmp_path / "out.gguf")
+    assert done.returncode == 1 and "has tensors at IQ4_KS" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out.gguf").exists()

@@ -88,7 +88,7 @@ def describe(
     writer = GGUFWriter(path=None, arch=family.gguf_architecture)
     for info in infos:
         writer.add_tensor_info(
-            info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.type
+            info.name, info.shape, np.dtype(np.float32), info.size, raw_dtype=info.known_type
         )
     writer.add_type(GGUFType.MODEL)
     _model_metadata(checkpoint, writer).set_gguf_meta_model(writer)

@@ -131,7 +131,7 @@ def _stored(made: Gguf) -> Stored:
         size = info.size // count
         for expert in range(count):
             digest = sha256(FileRange(made.path, made.ranges[name].offset + expert * size, size))
-            slot = (expert, info.elements // count, info.type)
+            slot = (expert, info.elements // count, info.known_type)
             stored.setdefault(slot, {}).setdefault(digest, []).append(name)
     return stored
 

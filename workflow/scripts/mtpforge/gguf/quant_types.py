@@ -21,6 +21,13 @@ FILE_TYPES = {
     "IQ1_M": 31, "IQ1_S": 24, "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
 
+# Types that gguf-py lacks: 42 is in llama.cpp 0c1e57098, 133 to 158 are in ik_llama.cpp (ggml.h).
+_OTHER_NAMES = {
+    42: "Q2_0", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K",
+    140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS",
+    153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
+}  # fmt: skip
+
 UNQUANTIZED = ("F32", "F16", "BF16")
 
 # The types of a tensor, finest first. Below 4 bits, the acceptance of a head drops sharply
@@ -96,6 +103,15 @@ _FALLBACK = {
     "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ2_S": "IQ4_NL",
     "IQ2_XS": "IQ4_NL", "IQ2_XXS": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ1_S": "IQ4_NL",
 }  # fmt: skip
+
+
+class UnknownType(int):
+    """The number of a tensor type that gguf-py does not know, in place of its own enum."""
+
+    @property
+    def name(self) -> str:
+        """The type's name, or its number if it is none of ik_llama.cpp or a newer llama.cpp."""
+        return _OTHER_NAMES.get(int(self), f"type {int(self)}")
 
 
 def bits(name: str) -> float:

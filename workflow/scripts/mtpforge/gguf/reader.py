@@ -19,6 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
+from mtpforge.gguf.quant_types import TENSOR_TYPES, UnknownType
 from mtpforge.io.ranges import FileRange, Payload, sha256
 
 MAGIC = b"GGUF"
@@ -30,6 +31,8 @@ VISION = "clip"
 NAME_LIMIT = 63
 """Bytes of a tensor name: GGML_MAX_NAME without the closing zero."""
 
+_KNOWN = frozenset(GGMLQuantizationType)
+
 _last_strings: dict[int, bytes] = {}
 """The last string array of each length, because files of one model share their vocabulary."""
 
@@ -40,7 +43,16 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GGMLQuantizationType | UnknownType
+    stored: int = 0
+    """Bytes with padding, if the type is unknown; from the offsets, which tell no more."""
+
+    @property
+    def known_type(self) -> GGMLQuantizationType:
+        """The type. Raises GgufError if it is unknown."""
+        if isinstance(self.type, UnknownType):
+            raise GgufError(f"{self.name} has the unknown {self.type.name}")
+        return self.type
 
     @property
     def elements(self) -> int:
@@ -49,7 +61,9 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
-        """The number of bytes, without padding."""
+        """The number of bytes, without padding unless the type is unknown."""
+        if isinstance(self.type, UnknownType):
+            return self.stored
         block, bytes_per_block = GGML_QUANT_SIZES[self.type]
         return self.elements // block * bytes_per_block
 
@@ -158,6 +172,12 @@ def rows(source: Gguf, name: str, start: int, count: int) -> Gguf:
 def contents(source: Gguf) -> list[tuple[TensorInfo, Payload]]:
     """The tensors with their bytes, as `writer.write` takes them."""
     return [(info, [source.ranges[name]]) for name, info in source.tensors.items()]
+
+
+def unreadable(source: Gguf) -> dict[str, int]:
+    """The types whose values cannot be read here, with their numbers of tensors."""
+    names = [info.type.name for info in source.tensors.values()]
+    return {name: names.count(name) for name in sorted({*names} - {*TENSOR_TYPES})}
 
 
 def drop_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -320,27 +340,28 @@ class _Parser:
         shape = tuple(self.number(U64) for _ in range(n_dims))[::-1]
         tag = self.number(U32)
         offset = self.number(U64)
-        try:
-            kind = GGMLQuantizationType(tag)
-        except ValueError:
-            raise self.fail(f"tensor {name} has the unknown type {tag}") from None
-        if not all(shape) or math.prod(shape) >= 1 << 62 or shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = GGMLQuantizationType(tag) if tag in _KNOWN else UnknownType(tag)
+        block = GGML_QUANT_SIZES[kind][0] if isinstance(kind, GGMLQuantizationType) else 1
+        if not all(shape) or math.prod(shape) >= 1 << 62 or shape[-1] % block:
             raise self.fail(f"tensor {name}: shape {list(shape)} is impossible for {kind.name}")
         return TensorInfo(name, shape, kind), offset
 
     def place(self, metadata: dict[str, Value], entries: list[tuple[TensorInfo, int]]) -> Gguf:
         """The file with each tensor's byte range. Data must follow in entry order, without gaps."""
         start = aligned(self.position)
+        ends = [offset for _, offset in entries[1:]] + [self.size - start]
         expected = 0
         tensors: dict[str, TensorInfo] = {}
         ranges: dict[str, FileRange] = {}
-        for info, offset in entries:
+        for (info, offset), end in zip(entries, ends, strict=False):
             if info.name in tensors:
                 raise self.fail(f"duplicate tensor {info.name}")
             if offset != expected:
                 raise self.fail(
                     f"tensor {info.name} lies at offset {offset:,}, expected {expected:,}"
                 )
+            if isinstance(info.type, UnknownType):
+                info = self.measured(info, end - offset)
             if start + offset + info.size > self.size:
                 raise GgufError(
                     f"{self.path}: truncated: tensor {info.name} runs past the end of the file"
@@ -349,3 +370,15 @@ class _Parser:
             ranges[info.name] = FileRange(self.path, start + offset, info.size)
             expected = aligned(offset + info.size)
         return Gguf(self.path, metadata, tensors=tensors, ranges=ranges)
+
+    def measured(self, info: TensorInfo, stored: int) -> TensorInfo:
+        """A tensor of an unknown type with its size: up to the next one, or to the end of the file.
+
+        Its padding belongs to it, so a file that ends within the padding is a truncated one.
+        """
+        if stored <= 0 or stored % ALIGNMENT:
+            raise self.fail(
+                f"tensor {info.name} of the unknown {info.type.name} takes {stored:,} bytes, not a "
+                f"multiple of {ALIGNMENT}: truncated"
+            )
+        return replace(info, stored=stored)

@@ -106,6 +106,11 @@ def _open_head(head: Path, scratch: Path, norm_form: str | None) -> Gguf:
         raise GgufError(
             f"{head}: has no head: nextn_predict_layers or the tensors of its blocks are missing"
         )
+    if unread := reader.unreadable(opened.head):
+        raise GgufError(
+            f"{head}: its head has tensors at {', '.join(unread)}, which cannot be read: give a "
+            "head at a type of llama.cpp"
+        )
     return opened
 
 
@@ -184,7 +189,7 @@ def _differences(own: Gguf, head: Gguf) -> list[str]:
     return sorted(problems)
 
 
-def _stored(info: TensorInfo) -> tuple[GGMLQuantizationType, tuple[int, ...]]:
+def _stored(info: TensorInfo) -> tuple[int, tuple[int, ...]]:
     return info.type, drop_leading_ones(info.shape)
 
 

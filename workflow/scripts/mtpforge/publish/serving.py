@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mtpforge.gguf import reader
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
 from mtpforge.publish.markdown import code, shell
@@ -19,8 +20,21 @@ _NOT_A_MODEL = re.compile("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
-def runtime(results: Iterable[Result]) -> str:
-    """First versions of the runtimes that draft with these files; empty if none of them drafts."""
+def runtime(results: Sequence[Result]) -> str:
+    """First versions of the runtimes that draft with these files, and types that few programs have.
+
+    Empty if none of the files drafts, and all have types of llama.cpp.
+    """
+    sentences = [_first_versions(results), *(_own_types(result) for result in results)]
+    return " ".join(filter(None, sentences))
+
+
+def _own_types(result: Result) -> str:
+    types = " and ".join(map(code, reader.unreadable(result.gguf)))
+    return f"{code(result.name)} has {types} tensors: few programs know them." if types else ""
+
+
+def _first_versions(results: Iterable[Result]) -> str:
     name = next((result.gguf.architecture for result in results if result.drafts), None)
     if name is None:
         return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gguf.constants import GGUFValueType
 
-from mtpforge.errors import ToolchainError
+from mtpforge.errors import GgufError, ToolchainError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import PADDING, Gguf
@@ -47,8 +47,13 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     """Print the table of types, and return each tensor's type in the order of the quantized file.
 
     Raises ConfigError for impossible types, and for types that need an importance matrix which is
-    missing or does not cover the tensor.
+    missing or does not cover the tensor; GgufError for a source at types that are unknown.
     """
+    if unread := reader.unreadable(source):
+        raise GgufError(
+            f"{source.path}: has tensors at {', '.join(unread)}, which llama-quantize cannot read: "
+            "quantize a BF16 file"
+        )
     overrides = plan_overrides(source, request.file_type, head=request.head, recipe=request.recipe)
     rows = imatrix.read(request.imatrix) if request.imatrix else {}
     default, chosen = _dry_runs(source, request, overrides=overrides, llama=llama)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mtpforge.gguf import split
 from mtpforge.gguf.names import first_file
-from mtpforge.gguf.quant_types import bits
 from mtpforge.report.svg import AXIS, CHARACTER, GRID, INK, PLAIN, WIDTH, Font, Svg
 
 _CHIPS = 176.0
@@ -30,12 +29,14 @@ def tensors(path: Path, errors: Mapping[str, float]) -> Svg:
     )
     if errors:
         svg.paragraph("Below: relative errors of these tensors, smallest to largest, and the mean.")
-    types = {name: info.type.name for name, info in split.read(first_file(path)).tensors.items()}
+    infos = split.read(first_file(path)).tensors
+    types = {name: info.type.name for name, info in infos.items()}
+    bits = {info.type.name: 8 * info.size / info.elements for info in infos.values()}
     svg.y += 6
     for name, group in _by_name(types).items():
         svg.y += 16
         svg.text(10, svg.y, name)
-        _chips(svg, [types[tensor] for tensor in group])
+        _chips(svg, [types[tensor] for tensor in group], bits)
         _errors(svg, [errors[tensor] for tensor in group if tensor in errors])
         svg.y += 6
     if errors:
@@ -51,7 +52,7 @@ def _by_name(names: Mapping[str, str]) -> dict[str, list[str]]:
     return groups
 
 
-def _chips(svg: Svg, types: Sequence[str]) -> None:
+def _chips(svg: Svg, types: Sequence[str], bits: Mapping[str, float]) -> None:
     """Each type with its number of tensors, most first, on as many lines as they need."""
     x = _CHIPS
     for kind, count in Counter(types).most_common():
@@ -60,7 +61,7 @@ def _chips(svg: Svg, types: Sequence[str]) -> None:
         if x + width > WIDTH - 6 and x > _CHIPS:
             x = _CHIPS
             svg.y += 18
-        _chip(svg, x, words, depth=min(max((bits(kind) - 2) / 14, 0), 1))
+        _chip(svg, x, words, depth=min(max((bits[kind] - 2) / 14, 0), 1))
         x += width + 4
 
 

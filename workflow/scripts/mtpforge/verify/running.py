@@ -65,7 +65,8 @@ def check_drafting(
         with _serve(request.target or opened.path, options, llama) as server:
             answers = [server.completion(prompt, N_PREDICT) for prompt in request.prompts]
     except ForgeError as error:
-        return Check("drafting" if drafts else "loading", False, str(error)), []
+        detail = f"{error}{_unknown_types(opened)}"
+        return Check("drafting" if drafts else "loading", False, detail), []
     if drafts:
         return _check_accepted(_counts(answers), request.min_acceptance), answers
     return _check_loading(answers, reason), []
@@ -203,6 +204,18 @@ def _counts(answers: Sequence[Completion]) -> tuple[int, int]:
 def _acceptance_of(answers: Sequence[Completion]) -> Acceptance:
     drafts, accepted = _counts(answers)
     return Acceptance(drafts=drafts, accepted=accepted, acceptance=round(accepted / drafts, 4))
+
+
+def _unknown_types(opened: Gguf) -> str:
+    """Advice for a file with types that the programs may not know; empty without any."""
+    names = reader.unreadable(opened)
+    if not names:
+        return ""
+    listed = ", ".join(f"{name} ({count} tensors)" for name, count in names.items())
+    return (
+        f"; it has types that these programs may not know: {listed}: set "
+        "`toolchain.llama_cpp.bin_dir` (by hand: --bin) to programs that can run them"
+    )
 
 
 def _check_accepted(counts: tuple[int, int], least: float) -> Check:

@@ -201,7 +201,7 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     stored = np.frombuffer(raw, np.uint8).reshape(len(numbers), size)
     with np.errstate(all="ignore"):  # the caller checks for damaged scales
         data = stored.view(np.float32) if info.type.name == "F32" else stored
-        return np.asarray(dequantize(data, info.type), dtype=np.float32)
+        return np.asarray(dequantize(data, info.known_type), dtype=np.float32)
 
 
 def compare_tensor(
@@ -252,7 +252,7 @@ class _Sums:
 
     def add(self, numbers: np.ndarray, stored: np.ndarray, right: np.ndarray) -> None:
         if self.exact and self.first_difference < 0:
-            wrong = (stored != as_stored(right, self.info.type)).any(axis=1)
+            wrong = (stored != as_stored(right, self.info.known_type)).any(axis=1)
             if wrong.any():
                 self.first_difference = int(numbers[int(wrong.argmax())])
         with np.errstate(all="ignore"):
