@@ -13,6 +13,10 @@ from layouts import read_tensors, write_checkpoint
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.prompts import read_prompts
+from mtpforge.verify.request import Request
+from mtpforge.verify.running import check_drafting
 
 MOE, INJECTED = MODELS[1], "Q4_K_M-injected"
 
@@ -53,12 +57,17 @@ def prompts(model: str) -> tuple[object, ...]:
 
 
 def test_a_head_with_unshifted_norms_drafts_nothing_and_is_refused(
-    built: Path, fails: Fails, tmp_path: Path
+    built: Path, toolchain: Path, fails: Fails, tmp_path: Path
 ) -> None:
+    """Without a source, its values show it before llama-server does."""
     source = built / "results/tiny-qwen3.5/tiny-qwen3.5-BF16.gguf"
     dead = damaged(source, tmp_path / "dead.gguf", shift(-1), r"blk\.4\..*norm\.weight")
     message = fails("verify.py", dead, *prompts("tiny-qwen3.5"), out=tmp_path / "report.json")
-    assert "drafts accepted" in message and "the head is dead or damaged" in message
+    assert "norms: 1 is not added to 7 norms" in message
+    texts = tuple(read_prompts(CHECKPOINTS / "tiny-qwen3.5" / "prompts").values())
+    request = Request(prompts=texts)
+    check, _ = check_drafting(reader.read(dead), request, LlamaCpp(toolchain, threads=1))
+    assert not check.passed and "the head is dead or damaged" in check.detail
 
 
 @dataclass(frozen=True)

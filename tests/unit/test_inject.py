@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CHECKPOINTS, Run
-from gguf.constants import GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
-from mtpforge.gguf.head import trunk_digests
+from mtpforge.gguf.head import quantizable, trunk_digests
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.gguf.split import read as read_split
@@ -319,9 +321,29 @@ def test_the_cost_is_shown_first(
         "27.1% on top of trunk.gguf"
     ]
     head = reader.read(parts["head"])
-    assert "at Q4_K/Q8_0" in cost(
-        reader.read(parts["trunk"]), head, [("attn|ffn", "Q8_0"), ("", "Q4_K")]
-    )
+    trunk = reader.read(parts["trunk"])
+    assert "at Q4_K/Q8_0" in cost(trunk, head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
+    assert cost(trunk, head, [("", "IQ3_S")]).endswith("; below 4 bits a head drafts badly")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_K", "IQ4_XS", "Q2_K", "IQ2_S", "TQ2_0"])
+def test_the_head_of_a_sidecar_is_taken_at_any_type(
+    parts: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Whoever published it chose the type; its bytes stay as they are."""
+    draft = reader.read(parts["draft"])
+    tensors = []
+    for info, payload in reader.contents(draft):
+        if quantizable(info):
+            info = replace(info, type=GGMLQuantizationType[kind])
+            payload = [memoryview(np.random.default_rng(info.size).bytes(info.size))]
+        tensors.append((info, payload))
+    sidecar = tmp_path / "mtp-tiny.gguf"
+    writer.write(sidecar, draft.metadata, tensors)
+    inject(parts["trunk"], sidecar, tmp_path / "out.gguf")
+    made, given = reader.read(tmp_path / "out.gguf"), reader.read(sidecar)
+    assert contents(made.head) == contents(given.head)
+    assert contents(made.trunk) == contents(reader.read(parts["trunk"]))
 
 
 # ── a base that has a head ──

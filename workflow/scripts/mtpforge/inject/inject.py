@@ -121,9 +121,10 @@ def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
     bits = 8 * size / sum(info.elements for info in infos)
     before = sum(info.size for info in base.tensors.values())
     names = "/".join(dict.fromkeys(info.type.name for info in infos if quantizable(info)))
+    coarse = "; below 4 bits a head drafts badly" if bits < 4 else ""
     return (
         f"the head at {names}: {len(infos)} tensors, {size:,} bytes, {bits:.2f} bits per weight; "
-        f"{100 * size / before:.1f}% on top of {base.path.name}"
+        f"{100 * size / before:.1f}% on top of {base.path.name}{coarse}"
     )
 
 
