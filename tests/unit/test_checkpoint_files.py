@@ -126,12 +126,13 @@ def test_two_sets_without_index_are_refused(tmp_path: Path, tensors: Tensors) ->
     assert "several sets of shards (model-*-of-00002, model-*-of-00003)" in refusal(folder)
 
 
-def test_an_index_of_replaced_shards_is_refused(tmp_path: Path, tensors: Tensors) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors"])
+def test_an_index_of_other_shards_is_refused(tmp_path: Path, tensors: Tensors, name: str) -> None:
     folder = write(tmp_path / "copy", tensors, shards=2)
-    for name in SHARDS:
-        (folder / name).unlink()
-    write_shard(folder / "model.safetensors", tensors)
-    assert f"delete {INDEX}" in refusal(folder)
+    for shard in SHARDS:
+        (folder / shard).unlink()
+    write_shard(folder / name, tensors)
+    assert f"{name} is: if that is the model, delete {INDEX}" in refusal(folder)
     (folder / INDEX).unlink()
     native.convert(folder, tmp_path / "all.gguf", "all", "qwen35")
 

@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from layouts import read_tensors, write_checkpoint
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
 from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import reader, writer
@@ -103,6 +103,32 @@ def test_tensors_must_match_the_configuration(
     checkpoint = write_model(name, tmp_path / name, **change)
     assert named in refusal(checkpoint)
     upstream.check(Checkpoint(checkpoint), "trunk")  # needs no head
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"), [("glm", "layers.2."), ("nemotron", "mtp."), ("mimo", "mtp.")]
+)
+def test_a_stale_index_that_lists_a_lost_head_leaves_the_trunk(
+    tmp_path: Path, name: str, drop: str
+) -> None:
+    whole = read_tensors(write_model(name, tmp_path / "whole"))
+    checkpoint = write_model(name, tmp_path / name, drop=drop)
+    index = json.loads((checkpoint / INDEX).read_text())
+    last = max(index["weight_map"].values())
+    index["weight_map"] = dict.fromkeys(whole, last) | index["weight_map"]
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    assert "the head is lost, the index is stale" in refusal(checkpoint)
+    upstream.check(Checkpoint(checkpoint), "trunk")
+
+
+def test_wrapped_and_empty_tensors_are_refused(tmp_path: Path) -> None:
+    checkpoint = write_model("glm", tmp_path / "glm")
+    config, tensors = json.loads((checkpoint / "config.json").read_text()), read_tensors(checkpoint)
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    empty = {**tensors, "model.norm.weight": ("BF16", np.zeros(0, "<u2"))}
+    for label, named, changed in (("a", "`module.`", wrapped), ("b", "ZeRO-3", empty)):
+        source = CHECKPOINTS / "tiny-qwen3.5"
+        assert named in refusal(write_checkpoint(tmp_path / label, source, config, changed))
 
 
 def test_parts_that_upstream_cannot_write_are_refused(tmp_path: Path) -> None:

@@ -326,8 +326,10 @@ def _read_weights(directory: Path) -> Weights:
     index = directory / INDEX
     present = _weight_files(directory)
     if not index.exists() and not model_files(present):
-        other = f" (rename {present[0]} if it is the model)" if len(present) == 1 else ""
-        raise CheckpointError(f"{directory}: no {INDEX} and no model*.safetensors file{other}")
+        hint = f": rename {present[0]} if it is the model, merge it if it is an adapter"
+        raise CheckpointError(
+            f"{directory}: no {INDEX} and no model*.safetensors file{hint if present else ''}"
+        )
     text = read_text(index) if index.exists() else None
     return gather_tensors(
         directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
@@ -377,13 +379,14 @@ def _parse_index(path: Path, text: str) -> dict[str, str]:
 def _needed_shards(path: Path, expected: Mapping[str, str], present: Collection[str]) -> list[str]:
     """Return the shards of an index, without absent ones that the trunk does not need.
 
-    Raises CheckpointError if the index is that of shards that a single file replaced.
+    Raises CheckpointError if the index is that of other shards.
     """
     indexed = {*expected.values()}
-    if _SINGLE in present and not indexed & {*present}:
+    others = [name for name in model_files(present) if not _HEAD_FILE.fullmatch(name)]
+    if others and not indexed & {*present}:
         raise CheckpointError(
-            f"{path / INDEX}: none of its {len(indexed)} shards is there, but {_SINGLE} is: "
-            f"if that is the model, delete {INDEX}"
+            f"{path / INDEX}: none of its {len(indexed)} shards is there, but {others[0]} is: if "
+            f"that is the model, delete {INDEX}"
         )
     spare = _spare_names(expected)
     needed = {shard for name, shard in expected.items() if name not in spare}
