@@ -197,6 +197,22 @@ def test_the_converter_of_an_architecture_is_found() -> None:
         converters.check(outline(), "llama.cpp", "trunk")
 
 
+def test_quantizations_that_upstream_cannot_read_are_refused_before_it_runs() -> None:
+    def found(**settings: Any) -> str:
+        return str(converters.refusal(glm(quantization_config=settings), "llama.cpp", "all"))
+
+    for method in ("awq", "bitsandbytes", "quark", "torchao"):
+        assert f"quant_method {method}), which llama.cpp's converter" in found(quant_method=method)
+    assert "cannot read" in found(quant_method="compressed-tensors", format="marlin-24")
+    assert "cannot read" in found(quant_method=["fp8"])
+    assert "by MLX, bits 4" in str(
+        converters.refusal(glm(quantization={"group_size": 64, "bits": 4}), "llama.cpp", "trunk")
+    )
+    assert found(quant_method="fp8") == found(quant_method="modelopt") == "None"
+    assert found(quant_algo="NVFP4") == "None"
+    assert found(quant_method="compressed-tensors", format="pack-quantized") == "None"
+
+
 def test_a_refusal_names_the_blocks_that_are_missing_or_the_architecture() -> None:
     with pytest.raises(CheckpointError, match=r"1 head layers.*2 blocks are declared"):
         converters.choose(glm(num_nextn_predict_layers=2), "all")

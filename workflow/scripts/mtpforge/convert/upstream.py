@@ -14,6 +14,7 @@ from typing import Any
 import run_upstream  # for its path, and so that rules track it as code
 
 from mtpforge import progress
+from mtpforge.checkpoint import quantization
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import chat_templates, plan
@@ -41,6 +42,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _JSON = (
     "config.json",
+    quantization.MODELOPT,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,6 +55,18 @@ _JSON = (
 )
 _COPIED = ("README.md", "chat_template.jinja", "merges.txt", "tokenizer.model")
 _COPIED_LIMIT = 100 << 20
+
+_METHODS = {
+    "fp8": (),
+    "gptq": (),
+    "modelopt": (),
+    "mxfp4": (),
+    "compressed-tensors": (
+        "float-quantized", "int-quantized", "naive-quantized", "pack-quantized",
+        "nvfp4-pack-quantized", "mixed-precision",
+    ),
+}  # fmt: skip
+"""quant_method that upstream's converter reads -> its formats, if it does not read all."""
 
 
 def convert_upstream(
@@ -105,6 +119,7 @@ def check(checkpoint: Outline, part: str) -> None:
         )
     plan.check_sizes(Hparams(checkpoint.config))
     check_wrappers(checkpoint.tensors.values())
+    _check_quantization(checkpoint)
     _check_whole(checkpoint, part)
     if part == "mmproj":
         _check_vision_files(checkpoint)
@@ -141,6 +156,17 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         (folder / chat_templates.FOLDER).mkdir(exist_ok=True)
         _copy_text(path, folder / chat_templates.FOLDER / path.name)
     return folder
+
+
+def _check_quantization(checkpoint: Outline) -> None:
+    found = quantization.settings_in(checkpoint.config)
+    method = found.get("quant_method", "mlx" if "bits" in found else None)
+    formats = _METHODS.get(str(method))
+    if method is not None and (formats is None or (formats and found.get("format") not in formats)):
+        raise CheckpointError(
+            f"its weights are quantized ({quantization.describe(checkpoint.config)}), which "
+            "llama.cpp's converter cannot read: use the original checkpoint"
+        )
 
 
 def _check_whole(checkpoint: Outline, part: str) -> None:
