@@ -76,6 +76,16 @@ def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None
         progress.say(note)
 
 
+def trunk(directory: Path) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint's trunk, as conversion names them, even if only the head is here.
+
+    Raises CheckpointError.
+    """
+    checkpoint = Checkpoint(directory)
+    rows = family_of(checkpoint.architecture).rows(Hparams(checkpoint.config), "trunk")
+    return {row.name: TensorInfo(row.name, row.shape, row.type) for row in rows}
+
+
 def describe(
     checkpoint: Checkpoint,
     family: Family,

@@ -6,6 +6,7 @@ added that aligns the trunk with the base's, so that both files can share its bl
 `io.ranges`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -74,7 +75,7 @@ def inject(
             )
         whole = split.joined(files)
         given = _open_head(head, scratch, options.norm_form)
-        check_match(whole, given)
+        check_match(whole, given, _trunk_of(given))
         progress.say(cost(whole, given, options.head_types))
         new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
         if options.digests:
@@ -112,6 +113,13 @@ def _open_head(head: Path, scratch: Path, norm_form: str | None) -> Gguf:
             "head at a type of llama.cpp"
         )
     return opened
+
+
+def _trunk_of(head: Gguf) -> Mapping[str, TensorInfo] | None:
+    """The tensors of the trunk that a head was trained with, if its file or folder has that."""
+    if head.path.is_dir():
+        return native.trunk(head.path)
+    return head.trunk.tensors if "blk.0.attn_norm.weight" in head.tensors else None
 
 
 def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
@@ -307,17 +315,18 @@ def _per_block(base: Gguf, key: str, head: Gguf) -> Value:
     """An array with one entry per base block; the head's entries are added if it is per block.
 
     Rope sections and the like can have that length by chance. They are equal in the head's file,
-    where a per-block array also has the head's entries.
+    where a per-block array also has the head's entries, or one value stands for all blocks.
     """
     value = base.metadata[key]
-    theirs = head.metadata.get(key)
-    if theirs == value:
+    if head.metadata.get(key) == value:
         return value
-    if theirs is None or theirs.item_type != value.item_type or not same_value(base, key, head):
+    if key not in head.metadata or not same_value(base, key, head):
         raise GgufError(
             f"{base.path}: {key} has an entry for each of {len(value)} blocks, "
             f"but {head.path} has none for the head"
         )
     trunk = base.head_blocks.start
-    entries = [*value.decode()[:trunk], *theirs.decode()[trunk:]]
+    theirs = head.get(key)
+    added = theirs[trunk:] if isinstance(theirs, list) else [theirs] * len(head.head_blocks)
+    entries = [*value.decode()[:trunk], *added]
     return Value.of(entries, GGUFValueType.ARRAY, value.item_type)

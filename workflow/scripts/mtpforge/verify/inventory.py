@@ -3,6 +3,7 @@
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf, drop_leading_ones
+from mtpforge.inject import match
 from mtpforge.quantize.recipe import by_recipe, head_recipe
 from mtpforge.verify.report import Check, some
 from mtpforge.verify.request import Request
@@ -25,14 +26,21 @@ def check_types(opened: Gguf, request: Request) -> Check:
 
 
 def check_inventory(opened: Gguf, source: Source, request: Request) -> Check:
-    """Architecture, names, shapes, and the types of unquantized tensors equal the source's."""
-    problems = sorted(_name_problems(opened, source))
+    """Architecture, names, shapes, and the types of unquantized tensors equal the source's.
+
+    A base may have another layout: see `inject.match`.
+    """
     if request.ours:
+        problems = sorted(_name_problems(opened, source))
         problems += sorted(_type_problems(opened, source, request))
+    else:
+        problems = match.tensor_problems(opened, source.tensors)
+    if opened.architecture != source.architecture:
+        problems.append(f"architecture is {opened.architecture}, not {source.architecture}")
     blocks = opened.head_blocks
     if source.head_blocks not in (None, blocks):
         problems.append(f"its head is blocks {list(blocks)}, not {list(source.head_blocks or ())}")
-    detail = f"all {len(source.tensors)} tensors of {source.architecture}"
+    detail = f"all {len(opened.tensors)} tensors of {source.architecture}"
     return Check("inventory", not problems, some(problems) or detail)
 
 
@@ -55,8 +63,6 @@ def _name_problems(opened: Gguf, source: Source) -> list[str]:
         if drop_leading_ones(found[name]) != drop_leading_ones(expected[name].shape):
             shape = list(expected[name].shape)
             problems.append(f"{name} has shape {list(found[name])}, not {shape}")
-    if opened.architecture != source.architecture:
-        problems.append(f"architecture is {opened.architecture}, not {source.architecture}")
     return problems
 
 

@@ -1,6 +1,7 @@
 """Checks of metadata and chat template."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from gguf.constants import Keys
 
@@ -20,8 +21,6 @@ _OF_THE_FILE = (
 """Keys that describe the file, not the model."""
 _ADDED = ("quantize.", "split.", reader.PADDING)
 """Prefixes of keys that quantizing, splitting and writing add."""
-_CORRECTED = (".context_length", ".vocab_size")
-"""Endings of keys that publishers of bases correct."""
 _VOCABULARY = (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES)
 
 
@@ -47,21 +46,19 @@ def check_metadata(opened: Gguf, expected: Mapping[str, Value]) -> Check:
 def check_metadata_of_base(opened: Gguf, expected: Mapping[str, Value]) -> Check:
     """Keys of the architecture that both have are equal, and the vocabularies match.
 
-    Other keys of a base are its publisher's choice, as are number types and the context length.
+    Other keys of a base are its publisher's choice: see `inject.match`.
     """
-    problems = []
-    compared = 0
-    for key in expected.keys() & opened.metadata.keys():
-        if not key.startswith(f"{opened.architecture}.") or key.endswith(_CORRECTED):
-            continue
-        compared += 1
-        found = opened.metadata[key]
-        right = expected[key]
-        if found != right and found.decode() != right.decode():
-            problems.append(_difference(key, found, right))
-    compared += sum(key in expected and key in opened.metadata for key in _VOCABULARY)
+    source = replace(opened, metadata=dict(expected))
+    differences = match.key_differences(opened, source)
     if difference := match.vocabulary_difference(opened.metadata, expected):
-        problems.append("{} is {}, not {}".format(*difference))
+        differences.append(difference)
+    prefix = f"{opened.architecture}."
+    for key in (prefix + name for name in match.BLOCKS):
+        if opened.get(key) != source.get(key):
+            differences.append(match.Difference(key, opened.get(key), source.get(key)))
+    problems = ["{} is {}, not {}".format(*map(_short, each)) for each in differences]
+    shared = expected.keys() & opened.metadata.keys() - {prefix + name for name in match.FREE}
+    compared = sum(key.startswith((prefix, *_VOCABULARY)) for key in shared)
     return _verdict(problems, compared)
 
 
@@ -99,7 +96,11 @@ def _difference(key: str, found: Value, right: Value) -> str:
 
 
 def _shown(value: Value) -> str:
-    text = str(value.decode())
+    return _short(value.decode())
+
+
+def _short(value: object) -> str:
+    text = str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

@@ -5,6 +5,7 @@ over the whole tensor, at least one in each expert, so that 70 GB take minutes. 
 misplaced rows and experts. It can miss a single changed bit; digests cannot.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -49,7 +50,10 @@ SHIFTS = {
 _NORM = "norm.weight"
 
 SourceRows: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""Maps ascending row numbers of a tensor to their expected values, float32 [rows, row length]."""
+"""Maps ascending row numbers of a tensor to their expected values, float32 [rows, row length].
+
+Rows after the source's last are left out.
+"""
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,21 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     stored = np.frombuffer(raw, np.uint8).reshape(len(numbers), size)
     with np.errstate(all="ignore"):  # the caller checks for damaged scales
         data = stored.view(np.float32) if info.type.name == "F32" else stored
-        return np.asarray(dequantize(data, info.known_type), dtype=np.float32)
+        found = np.asarray(dequantize(data, info.known_type), dtype=np.float32)
+        scale = _scale(opened, info, numbers)
+        if scale is not None:
+            found *= scale
+        return found
+
+
+def _scale(opened: Gguf, info: TensorInfo, numbers: np.ndarray) -> np.ndarray | None:
+    """The factor of each row, [rows, 1], if there is one: NVFP4 has one for each matrix."""
+    stem, _, ending = info.name.rpartition(".")
+    scale = opened.tensors.get(f"{stem}.scale") if ending == "weight" else None
+    if scale is None or len(info.shape) < 2 or scale.elements != math.prod(info.shape[:-2]):
+        return None
+    scales = stored_rows(opened, scale.name, np.arange(scale.elements // scale.shape[-1]))
+    return np.asarray(scales.reshape(-1, 1)[numbers // info.shape[-2]])
 
 
 def compare_tensor(
@@ -222,7 +240,7 @@ def compare_tensor(
     return Comparison(
         info.name,
         info.type.name,
-        rows=len(numbers),
+        rows=sums.rows,
         finite=finite,
         error=sums.error,
         problem=problem,
@@ -247,10 +265,15 @@ class _Sums:
         self.noise = 0.0
         self.signal = 0.0
         self.worst_row = 0.0
+        self.rows = 0
         self.first_difference = -1
         self.shifts: set[int] = set()
 
     def add(self, numbers: np.ndarray, stored: np.ndarray, right: np.ndarray) -> None:
+        self.rows += len(right)
+        if not len(right):
+            return
+        stored = stored[: len(right)]
         if self.exact and self.first_difference < 0:
             wrong = (stored != as_stored(right, self.info.known_type)).any(axis=1)
             if wrong.any():

@@ -22,7 +22,7 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import NO_HEAD
-from mtpforge.verify import inventory, metadata, tensors
+from mtpforge.verify import inventory, layout, metadata, tensors
 from mtpforge.verify.digests import check_digests, check_trunk
 from mtpforge.verify.norms import check_norms
 from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
@@ -113,7 +113,7 @@ def _check_against_source(
         if not checks[0].passed:
             return checks, Comparisons()
         checks += _check_metadata(opened, source, request)
-        rows = source.rows()
+        rows = layout.rows_in_layout(opened, source.tensors, source.rows())
     head = set() if request.headless else set(opened.head.tensors)
     # Another program can round the last bit differently.
     exact = set(opened.tensors) if request.ours else head
@@ -121,7 +121,8 @@ def _check_against_source(
     compared = tensors.compare_tensors(read, rows, whole=head, exact=exact, threads=threads)
     checks += [_check_finite(opened, compared), *check_norms(read, compared)]
     if source and rows:
-        checks.append(_check_values(opened, compared, source.note))
+        note = source.note or layout.not_compared(opened, source.tensors, rows)
+        checks.append(_check_values(opened, compared, note))
         if not request.ours and any(
             each.problem and each.name not in head for each in compared.all
         ):
