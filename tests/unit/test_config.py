@@ -183,6 +183,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"prompts": "workflow"}), r"models/m/prompts: no \*.txt files in workflow"),
     (config({"tokenizer_pre": "Qwen 3"}), "models/m/tokenizer_pre: 'Qwen 3' is not"),
     (config({"converter": "mine"}), "models/m/converter: 'mine': must be 'mtpforge' or"),
+    (config({"norms": "w + 1"}), r"models/m/norms: 'w \+ 1': must be 'w' or 'w-1'"),
+    (
+        config({"norms": "w", "converter": "llama.cpp"}),
+        "models/m/norms: llama.cpp's converter always reads w - 1: remove it",
+    ),
     (
         config({"variants": {"mtp-Q8_0": {}}}),
         "models/m/variants/mtp-Q8_0: llama.cpp would not find Name-mtp-Q8_0.gguf",

@@ -203,6 +203,15 @@ def test_a_variant_with_a_base_has_its_own_donor() -> None:
     assert alone.fetch.conversions(SimpleNamespace(**TUNE)) == "--convert mtpforge:trunk"
 
 
+def test_the_form_of_norms_in_doubt_is_given_to_conversion_and_verification() -> None:
+    made = build(source=TUNE, norms="w", sidecar="Q8_0", variants={"Q4_K_M": {}})
+    assert made.convert.norms_option(wildcards(part="all")) == "--norms w"
+    for option in (made.verify.source_option, made.verify.sidecar_source_option):
+        assert option(wildcards()).endswith(" --norms w")
+    assert adopted(norms="w-1").verify.source_option(wildcards()).endswith(" --norms w-1")
+    assert tuned().convert.norms_option(wildcards(part="all")) == ""
+
+
 # ── mistakes ──
 
 

@@ -16,7 +16,8 @@ from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader
 from mtpforge.gguf.norms import Norm, measure
 from mtpforge.verify.norms import check_norms
-from mtpforge.verify.tensors import Comparisons
+from mtpforge.verify.source import CheckpointSource
+from mtpforge.verify.tensors import Comparisons, compare_tensors
 
 INPUTS = ("mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight")
 BLOCK = tuple(
@@ -287,6 +288,18 @@ def test_each_norm_without_its_one_or_with_two_is_found_without_a_source(
     assert "1 is not added to " in sentence and name in sentence
     (sentence,) = finished(clean[model], tmp_path / "b.gguf", {name: 1})
     assert "1 is added twice to " in sentence and name in sentence
+
+
+def test_the_report_says_which_norms_were_stored_as_w(tmp_path: Path) -> None:
+    copy = with_norms(tmp_path, "tiny-qwen3.5", list(INPUTS), "F32")
+    native.convert(copy, tmp_path / "a.gguf", "all", "qwen35")
+    source = CheckpointSource(Checkpoint(copy), "all", "qwen35")
+    opened = reader.read(tmp_path / "a.gguf")
+    compared = compare_tensors(opened, source.rows(), exact=set(opened.tensors))
+    (check,) = check_norms(opened, compared, source.norm_note)
+    names = "blk.4.nextn.enorm.weight, blk.4.nextn.hnorm.weight"
+    assert check.passed
+    assert f"; 2 of 18 norms ({names}) were stored as w, not w - 1" in check.detail
 
 
 def test_both_faults_are_named(clean: dict[str, Path], tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def _check_sources(path: str, model: Model) -> None:
     if model.source is None and model.uses_source:
         why = "only variants with a `base` from elsewhere and a `head_from` do without"
         _refuse(f"{path}/source", f"missing: {why}")
+    if model.norms and not model.native:
+        _refuse(f"{path}/norms", "llama.cpp's converter always reads w - 1: remove it")
     for key, variant in model.variants.items():
         if variant.head_from and variant.base is None:
             way = "set the model's, or give the variant a `base`, such as {type: Q4_K_M}"

@@ -16,8 +16,11 @@ SLACK = 0.8
 _UNQUANTIZED = ("F32", "F16", "BF16")
 
 
-def check_norms(opened: Gguf, compared: Comparisons) -> list[Check]:
-    """Norms are not shifted against their source, nor by their values; no check without both."""
+def check_norms(opened: Gguf, compared: Comparisons, note: str = "") -> list[Check]:
+    """Norms are not shifted against their source, nor by their values; no check without both.
+
+    `note` is on the norms of the source.
+    """
     judged = _judged(opened)
     against_source = [each.name for each in compared.compared if each.name.endswith("norm.weight")]
     if not judged and not against_source:
@@ -25,6 +28,7 @@ def check_norms(opened: Gguf, compared: Comparisons) -> list[Check]:
     wrong = {name: shift for name, shift in judged.items() if shift} | compared.shifts
     count = len(judged.keys() | set(against_source))
     detail = "; ".join(describe_shifts(wrong)) or f"{count} norms, none with a wrong shift"
+    detail += note and f"; {note}"
     return [Check("norms", not wrong, detail)]
 
 

@@ -38,6 +38,10 @@ class Source(Protocol):
     def note(self) -> str:
         """Why not all values can be compared; empty if they can."""
 
+    @property
+    def norm_note(self) -> str:
+        """The norms that the source stores as w, once `rows` has read them; empty if none."""
+
     def metadata(self) -> Mapping[str, Value]:
         """The metadata that conversion writes. Raises ForgeError."""
 
@@ -73,6 +77,7 @@ class CheckpointSource:
     """
 
     head_blocks: range | None = None
+    norm_note = ""
 
     def __init__(
         self,
@@ -118,9 +123,12 @@ class CheckpointSource:
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
             planned = norms.plan_by_values(self._checkpoint, self._part)
+            self.norm_note = norms.note(planned)
             return tensors.rows_of_checkpoint(self._checkpoint, planned)
+        halves = graft.plan_halves(self._checkpoint, self._donor, self._part)
+        self.norm_note = norms.note(item for _, item in halves)
         rows: dict[str, SourceRows] = {}
-        for half, item in graft.plan_halves(self._checkpoint, self._donor, self._part):
+        for half, item in halves:
             rows |= tensors.rows_of_checkpoint(half, [item])
         return rows
 
@@ -128,7 +136,7 @@ class CheckpointSource:
 class GgufSource:
     """The BF16 GGUF of an architecture that upstream converts."""
 
-    note = ""
+    note = norm_note = ""
 
     def __init__(self, path: Path) -> None:
         self._reference = reader.read(path)

@@ -119,7 +119,10 @@ def _check_against_source(
     exact = set(opened.tensors) if request.ours else head
     read = opened if request.ours else _without_unreadable(opened)
     compared = tensors.compare_tensors(read, rows, whole=head, exact=exact, threads=threads)
-    checks += [_check_finite(opened, compared), *check_norms(read, compared)]
+    checks += [
+        _check_finite(opened, compared),
+        *check_norms(read, compared, source.norm_note if source else ""),
+    ]
     if source and rows:
         note = source.note or layout.not_compared(opened, source.tensors, rows)
         checks.append(_check_values(opened, compared, note))
