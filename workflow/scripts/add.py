@@ -53,7 +53,7 @@ def entry(repo: str) -> str:
         lost = ""
     except errors.CheckpointError as error:
         converter = _without_head(outline, converters.explain(error, outline, listing.label))
-        lost = ", which has lost its head"
+        lost = ", without a head (`head_from` takes the original's)"
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     head = sum(tensor.size for tensor in converters.head_tensors(outline, converter))
     about = lost or f", {head / 1e9:.2f} GB of it the head"

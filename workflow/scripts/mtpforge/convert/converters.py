@@ -7,7 +7,7 @@ from gguf import GGUFWriter
 
 from mtpforge.checkpoint import fp8, quantization
 from mtpforge.checkpoint.families.family import Family
-from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.families.registry import FAMILIES, family_of
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import upstream, upstream_head
 from mtpforge.convert.names import is_buffer
@@ -49,12 +49,19 @@ def refusal(checkpoint: Outline, converter: str, part: str) -> CheckpointError |
 
 def choose(checkpoint: Outline, part: str) -> str:
     """Return the preferred converter that can make the part. Raises CheckpointError if none can."""
-    errors = {converter: refusal(checkpoint, converter, part) for converter in CONVERTERS}
-    for converter, error in errors.items():
+    errors: dict[str, CheckpointError] = {}
+    for converter in CONVERTERS:
+        error = refusal(checkpoint, converter, part)
         if error is None:
             return converter
-    known = checkpoint.architecture in ARCHITECTURES
-    raise errors[CONVERTERS[known]] or AssertionError
+        errors[converter] = error
+    name = checkpoint.architecture
+    if name in ARCHITECTURES:
+        raise errors["llama.cpp"]
+    if not any(name in family.huggingface_architectures for family in FAMILIES):
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{errors['mtpforge']}; with `converter: llama.cpp`, {known}")
+    raise errors["mtpforge"]
 
 
 def head_tensors(checkpoint: Outline, converter: str) -> list[CheckpointTensor]:
