@@ -16,7 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.gguf import reader
+from mtpforge.gguf import reader, split
+from mtpforge.gguf.names import gguf_files
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import pieces, request
@@ -34,8 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     check_options(parser, args)
     out = None if args.dry_run else args.out
+    sources = [args.source.with_name(name) for name in gguf_files(args.source.name)]
     for written in filter(None, (out, args.digests, args.manifest, args.keep)):
-        atomic.refuse_overwriting(written, args.source, args.imatrix, args.plan)
+        atomic.refuse_overwriting(written, *sources, args.imatrix, args.plan)
     digests = quantize_planned(args) if args.plan else quantize_once(args, out)
     if args.digests and not args.dry_run:
         atomic.write_json(args.digests, digests)
@@ -44,7 +46,10 @@ def main() -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all options."""
     parser.add_argument(
-        "source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
+        "source",
+        type=Path,
+        metavar="IN.gguf",
+        help="a BF16 GGUF, with or without a head; if split, its first file",
     )
     parser.add_argument(
         "--out",
@@ -150,7 +155,7 @@ def quantize_once(args: argparse.Namespace, out: Path | None) -> dict[str, str]:
     asked = request.from_options(args)
     llama = programs.from_options(args)
     if out is None:
-        choose_types(reader.read(args.source), asked, llama)
+        choose_types(split.read(args.source), asked, llama)
         return {}
     quantize(args.source, out, request=asked, llama=llama)
     return reader.digests(out, llama.processors) if args.digests else {}
@@ -159,7 +164,7 @@ def quantize_once(args: argparse.Namespace, out: Path | None) -> dict[str, str]:
 def quantize_planned(args: argparse.Namespace) -> dict[str, str]:
     """Make the whole planned file or one piece of it, and return the digests."""
     plan = QuantizePlan.read(args.plan)
-    source = reader.read(args.source)
+    source = split.read(args.source)
     job = QuantizeJob(plan, source, llama=programs.from_options(args), imatrix=args.imatrix)
     if args.piece:
         number, count = args.piece

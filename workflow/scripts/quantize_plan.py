@@ -8,7 +8,7 @@ example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out p
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.gguf import reader
+from mtpforge.gguf import reader, split
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
@@ -22,7 +22,10 @@ def main() -> None:
     """Parse the command line and plan."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "source", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
+        "source",
+        type=Path,
+        metavar="IN.gguf",
+        help="a BF16 GGUF, with or without a head; if split, its first file",
     )
     parser.add_argument("--out", type=Path, required=True, help="the plan to write, a JSON file")
     parser.add_argument(
@@ -47,9 +50,9 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, *inputs)
     llama = programs.from_options(args)
     asked = request.from_options(args)
-    source = reader.read(args.source)
+    source = split.read(args.source)
     types = choose_types(source, asked, llama)
-    digests = read_json(args.digests) if args.digests else reader.digests(args.source)
+    digests = read_json(args.digests) if args.digests else reader.digests_of(source)
     plan = make_plan(source, digests, types=types, request=asked, llama=llama)
     if args.pieces:
         atomic.write_json(args.pieces, piece_count(plan, llama))

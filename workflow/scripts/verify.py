@@ -10,7 +10,7 @@ from pathlib import Path
 from mtpforge import cli, errors, prompts
 from mtpforge.convert import norms
 from mtpforge.gguf import reader
-from mtpforge.gguf.split import check_target, parse_size, plan
+from mtpforge.gguf.split import check_target, parse_size, plan, shards
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -50,7 +50,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
-    parser.add_argument("file", type=Path, metavar="F.gguf", help="the GGUF to verify")
+    parser.add_argument(
+        "file", type=Path, metavar="F.gguf", help="the GGUF to verify; if split, its first file"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compare the file with this checkpoint"
@@ -168,6 +170,11 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
 
     Raises ForgeError now, not after minutes of verification, if the file cannot be split so.
     """
+    if folder and len(shards(file)) > 1:
+        raise errors.ConfigError(
+            f"{file}: is split: verify it without --publish, or merge it with "
+            "llama-gguf-split --merge"
+        )
     if size is None:
         return None
     if folder is None:

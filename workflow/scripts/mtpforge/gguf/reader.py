@@ -193,8 +193,8 @@ def aligned(position: int) -> int:
 
 
 def header_range(source: Gguf) -> FileRange:
-    """Everything before the tensor data."""
-    offsets = (place.offset for place in source.ranges.values())
+    """Everything before the tensor data; of a split file, the first one's."""
+    offsets = (place.offset for place in source.ranges.values() if place.path == source.path)
     return FileRange(source.path, 0, min(offsets, default=source.path.stat().st_size))
 
 

@@ -71,6 +71,11 @@ def shards(path: Path) -> list[Gguf]:
     return files
 
 
+def files_of(opened: Gguf) -> list[Path]:
+    """The files of a GGUF that `read` opened, in order."""
+    return sorted({opened.path, *(place.path for place in opened.ranges.values())})
+
+
 def _check_shards(files: Sequence[Gguf]) -> None:
     for number, file in enumerate(files):
         stated = (file.get("split.no"), file.get("split.count"))

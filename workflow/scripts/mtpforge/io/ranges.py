@@ -135,6 +135,19 @@ def forget(piece: FileRange) -> None:
 def sha256(piece: FileRange) -> str:
     """The sha256 of a range of a file, which is read once and not held in memory."""
     digest = hashlib.sha256()
+    _update(digest, piece)
+    return digest.hexdigest()
+
+
+def digest_of(*paths: Path) -> str:
+    """The sha256 of a whole file, or of several, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        _update(digest, FileRange(path, 0, path.stat().st_size))
+    return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", piece: FileRange) -> None:
     left = piece.size
     buffer = memoryview(bytearray(min(left, 1 << 20)))  # fits into the processor's cache
     with piece.path.open("rb", buffering=0) as file:
@@ -142,9 +155,3 @@ def sha256(piece: FileRange) -> str:
         while left and (count := file.readinto(buffer[:left])):
             digest.update(buffer[:count])
             left -= count
-    return digest.hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """The sha256 of a whole file."""
-    return sha256(FileRange(path, 0, path.stat().st_size))

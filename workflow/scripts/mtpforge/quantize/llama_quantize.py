@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf.constants import GGUFValueType
 
 from mtpforge.errors import GgufError, ToolchainError
-from mtpforge.gguf import reader, writer
+from mtpforge.gguf import reader, split, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.io.atomic import replacing
@@ -26,11 +26,11 @@ from mtpforge.quantize.request import QuantizeRequest
 
 
 def quantize(source: Path, out: Path, request: QuantizeRequest, llama: LlamaCpp) -> None:
-    """Quantize `source` (BF16) to `out` after printing the table of types.
+    """Quantize `source` (BF16, or the first file of a split one) to `out`; prints the types first.
 
     Raises ConfigError for impossible types, ToolchainError if llama-quantize fails.
     """
-    opened = reader.read(source)
+    opened = split.read(source)
     types = choose_types(opened, request, llama)
     with replacing(out) as temporary:
         run(
@@ -80,7 +80,9 @@ def run(
         type_file = scratch.folder / "types.txt"
         type_file.write_text("\n".join(lines), encoding="utf-8")
         options = [*scratch.imatrix_options, "--tensor-type-file", type_file]
-        llama.quantize([*options, source.path.resolve(), out.resolve(), file_type], scratch.folder)
+        # Behind a link, the first file of a split one may have a name that tells no other.
+        source_path = source.path.absolute()
+        llama.quantize([*options, source_path, out.resolve(), file_type], scratch.folder)
     written = reader.read(out)  # checks that it is whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
         raise ToolchainError(
@@ -113,8 +115,10 @@ def _dry_runs(
     """The types that llama-quantize would use, by default and with the overrides."""
     with _scratch(request.imatrix) as scratch:
         infos = list(source.tensors.values())
-        weightless = scratch.folder / "source.gguf"
-        writer.lay_out(weightless, without_vocabulary(source), infos)
+        # A path without the temporary folder, because llama-quantize's messages have it.
+        weightless = Path("dry-run", source.path.name)
+        (scratch.folder / "dry-run").mkdir()
+        writer.lay_out(scratch.folder / weightless, without_vocabulary(source), infos)
         arguments = [*scratch.imatrix_options, weightless, request.file_type]
         options: list[Argument] = []
         for pattern, kind in overrides:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtpforge import table
 from mtpforge.errors import ConfigError, ForgeError
-from mtpforge.gguf import reader
+from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -135,11 +135,11 @@ def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> A
     VerificationError if the head drafts nothing.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = path.stat().st_size
+    opened = split.read(path)
+    size = sum(file.stat().st_size for file in split.files_of(opened))
     if size > memory:
         sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
         return Acceptance(skipped=f"BF16 was not run: {sizes}")
-    opened = reader.read(path)
     if reason := architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
     request = Request(prompts=tuple(prompts), min_acceptance=0)

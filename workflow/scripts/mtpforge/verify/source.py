@@ -9,7 +9,7 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import graft, native, norms, plan
 from mtpforge.convert.names import EMBEDDINGS, canonical_names
-from mtpforge.gguf import reader
+from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.io.text import read_json, read_text
@@ -139,7 +139,7 @@ class GgufSource:
     note = norm_note = ""
 
     def __init__(self, path: Path) -> None:
-        self._reference = reader.read(path)
+        self._reference = split.read(path)
         self.architecture = self._reference.architecture
         self.tensors = self._reference.tensors
         self.head_blocks: range | None = self._reference.head_blocks

@@ -38,11 +38,11 @@ _FINE_TUNE = (
 
 
 def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
-    """Verify the GGUF at `path`.
+    """Verify the GGUF at `path`; for a split one, that of its first file.
 
     Raises VerificationError, naming each failed check, if the file must not be published.
     """
-    opened = reader.read(path)
+    opened = split.read(path)
     checks = [check_digests(opened, request.digests)] if request.digests else []
     if opened.is_vision:
         checks.append(check_vision(opened, request, llama))
@@ -84,7 +84,7 @@ def publish_split(
             checks.append(replace(check, name="files load"))
             checks.append(check_programs(shards, short, llama=llama, name="files open"))
         raise_failed(folder.name, checks)
-        listed = tuple(Shard(file.name, file.stat().st_size, digest_of(file)) for file in files)
+        listed = tuple(map(_shard, files))
     return listed, checks
 
 
@@ -208,10 +208,11 @@ def _report(
     infos = opened.tensors.values()
     types = [info.type.name for info in infos]
     bits = 8 * sum(info.size for info in infos)
+    files = split.files_of(opened)
     return Report(
-        file=opened.path.name,
-        bytes=opened.path.stat().st_size,
-        sha256=digest_of(opened.path),
+        file=opened.path.name if len(files) == 1 else opened.path.absolute().parent.name,
+        bytes=sum(file.stat().st_size for file in files),
+        sha256=digest_of(*files),
         bits_per_weight=round(bits / sum(info.elements for info in infos), 3),
         head="/".join(sorted(types_of(opened.head))) if opened.head_blocks else NO_HEAD,
         types={name: types.count(name) for name in sorted(set(types))},
@@ -222,4 +223,9 @@ def _report(
         accepted=acceptance.accepted if acceptance else None,
         acceptance=acceptance.acceptance if acceptance else None,
         checks=tuple(checks),
+        files=tuple(map(_shard, files)) if len(files) > 1 else None,
     )
+
+
+def _shard(file: Path) -> Shard:
+    return Shard(file.name, file.stat().st_size, digest_of(file))
