@@ -236,6 +236,20 @@ def model_files(names: Collection[str], indexed: Collection[str] = ()) -> list[s
     return sorted({*model, *heads})
 
 
+def files_beside(directory: Path) -> list[str]:
+    """Return the safetensors files in a folder that are no part of its model.
+
+    Only names and index tell; none if the index is malformed, which conversion reports.
+    """
+    present = _weight_files(directory)
+    index = directory / INDEX
+    try:
+        expected = _parse_index(index, read_text(index)) if index.exists() else {}
+    except CheckpointError:
+        return []
+    return sorted({*present} - {*model_files(present, {*expected.values()})})
+
+
 def gather_tensors(
     path: Path,
     index: str | None,
