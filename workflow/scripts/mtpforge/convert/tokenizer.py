@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint as GGUF metadata: tokens, types, merges and pre-tokenizer.
 
-Follows llama.cpp's `conversion/base.py` (0c1e57098) for byte-level BPE, with the `tokenizers`
+Follows llama.cpp's `conversion/base.py` (b11434) for byte-level BPE, with the `tokenizers`
 package instead of transformers, so no code of a checkpoint runs.
 """
 

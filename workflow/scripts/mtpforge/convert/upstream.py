@@ -26,7 +26,8 @@ from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import process
-from mtpforge.llama_cpp.architectures import ARCHITECTURES, LLAMA_CPP, VISION
+from mtpforge.llama_cpp.architectures import ARCHITECTURES, VISION
+from mtpforge.llama_cpp.runtimes import PINNED
 
 PROGRAM = "convert_hf_to_gguf.py"
 RUNNER = Path(run_upstream.__file__)
@@ -126,7 +127,7 @@ def check(checkpoint: Outline, part: str) -> None:
         return
     if part != "all" and not ARCHITECTURES[name].splits:
         raise CheckpointError(
-            f"{name}: llama.cpp {LLAMA_CPP} cannot write its {part} part, only the whole: "
+            f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
             "convert part all"
         )
     if part != "trunk":

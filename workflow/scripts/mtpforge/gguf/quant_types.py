@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mtpforge.errors import ConfigError
 
-# File type -> general.file_type, as listed by `llama-quantize --help` of llama.cpp 0c1e57098.
+# File type -> general.file_type, as listed by `llama-quantize --help` of llama.cpp b11434.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q6_K": 18,
     "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q5_1": 9,

@@ -1,6 +1,6 @@
 """Architectures that the pinned llama.cpp converts, and how it treats their heads.
 
-The table follows `conversion/*.py` and `src/models/*.cpp` of llama.cpp 0c1e57098.
+The table follows `conversion/*.py` and `src/models/*.cpp` of llama.cpp b11434.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,7 @@ import numpy as np
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import Gguf
-
-LLAMA_CPP = "0c1e57098"
+from mtpforge.llama_cpp.runtimes import PINNED
 
 Change = Callable[[np.ndarray, Hparams], list[np.ndarray]]
 """Maps a checkpoint's float32 tensor to the values of the tensors that upstream writes."""
@@ -127,7 +126,7 @@ def why_not_drafting(opened: Gguf) -> str | None:
     for entry in ARCHITECTURES.values():
         if entry.gguf != opened.architecture:
             continue
-        loads = f"llama.cpp {LLAMA_CPP} loads {entry.gguf} but cannot draft with"
+        loads = f"llama.cpp {PINNED} loads {entry.gguf} but cannot draft with"
         if not entry.drafts:
             return f"{loads} it"
         needed = [f"blk.{block}.{entry.needs}" for block in opened.head_blocks if entry.needs]

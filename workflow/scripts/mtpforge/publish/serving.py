@@ -77,7 +77,7 @@ def recommended(results: Iterable[Result]) -> Result | None:
 
 
 def resolve(tag: str, names: Iterable[str]) -> str | None:
-    """The file that `-hf repo:TAG` selects in llama.cpp 0c1e57098; None if it finds none."""
+    """The file that `-hf repo:TAG` selects in llama.cpp b11434; None if it finds none."""
     matches = re.compile(f"{tag}[.-]", re.IGNORECASE)
     return next(filter(matches.search, filter(_can_be_selected, sorted(names))), None)
 

@@ -11,7 +11,7 @@ from mtpforge.rules.config import Config, Model
 from mtpforge.rules.variant import LocalFolder, Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-"""llama.cpp 0c1e57098 does not load a repository's file as the model if its name has one of these
+"""llama.cpp b11434 does not load a repository's file as the model if its name has one of these
 (`common/download.cpp`)."""
 
 

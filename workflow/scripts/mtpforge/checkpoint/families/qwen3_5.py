@@ -3,7 +3,7 @@
 Qwen3.6 and 3.8 use the same classes.
 
 Blocks alternate between linear attention (a gated delta rule) and full attention; the head is one
-more block of full attention. Follows llama.cpp's `conversion/qwen.py` at 0c1e57098; `tests/golden`
+more block of full attention. Follows llama.cpp's `conversion/qwen.py` at b11434; `tests/golden`
 compares with it.
 """
 
