@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all report setup setup-test toolchain converter older lint docs test golden check-golden check-results bench lock clean help \
+.PHONY: all report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean help \
 	python compiler
 .SUFFIXES:
 
@@ -65,11 +65,15 @@ docs: setup ## write the generated parts of docs/
 test: lint ## lint, then run all tests
 	@$(ACTIVE) pytest
 
-golden: converter ## rewrite the golden digests with llama.cpp's own converter
+golden: toolchain converter ## rewrite the golden digests with llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py
 
-check-golden: converter ## check the golden digests against llama.cpp's own converter
+check-golden: toolchain converter ## check the golden digests against llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py --check
+
+upgrade-toolchain: setup ## pin another llama.cpp and print what changes (docs/upgrade.md): VERSION=11434.0.0
+	@$(ACTIVE) python tests/golden/pin.py "$(VERSION)"
+	@$(MAKE) golden
 
 check-results: setup ## check a results folder, local or downloaded: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
@@ -93,7 +97,7 @@ clean: ## delete results/, but keep downloads and the toolchain
 	rm -rf results
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \

@@ -44,9 +44,9 @@ def digest(path: Path) -> dict[str, Any]:
 
 def differences(golden: dict[str, Any], made: dict[str, Any]) -> list[str]:
     """Describe the differences between two sets of parts; order counts."""
-    if golden["upstream"] != made["upstream"]:
-        return [f"made by {golden['upstream']}, now {made['upstream']}"]
     found = []
+    if golden["upstream"] != made["upstream"]:
+        found.append(f"made by {golden['upstream']}, now {made['upstream']}")
     for part, expected in golden["parts"].items():
         for kind in ("metadata", "tensors"):
             ours, theirs = made["parts"][part][kind], expected[kind]

@@ -1,7 +1,8 @@
 """Make the golden digests with llama.cpp's convert_hf_to_gguf.py, or compare them with it.
 
 Runs in the converter's environment (envs/converter.txt, with torch), on the embedded checkpoints
-and their layouts.
+and their layouts. Prints what differs from the committed digests, and from upstream.json, the
+tables of types, heads and options.
 
 example: make.py --check
 """
@@ -45,26 +46,62 @@ def main() -> None:
         default=ROOT / "resources/converter",
         help="folder with stamp.json and source/",
     )
+    parser.add_argument(
+        "--programs",
+        type=Path,
+        default=ROOT / "resources/toolchain/bin",
+        help="folder with llama.cpp's programs",
+    )
     args = parser.parse_args()
     stamp = json.loads((args.converter / "stamp.json").read_text())
     stale = []
-    for name in (*ALL, REAL):
+    for name in ("upstream", *ALL, REAL):
         path = HERE / f"{name}.json"
         try:
-            made = golden(name, args.converter / "source", stamp)
+            if name == "upstream":
+                made = tables(args.converter / "source", args.programs)
+            else:
+                made = golden(name, args.converter / "source", stamp)
         except UnavailableError as error:
             print(f"{name}: skipped: {error}", flush=True)
             continue
+        found = compare(json.loads(path.read_text()), made) if path.exists() else ["is new"]
+        print(f"{name}: {'differs' if found else 'ok'}", *found, sep="\n  ", flush=True)
+        stale += [name] * bool(found)
         if not args.check:
             path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
-        elif found := differences(json.loads(path.read_text()), made):
-            stale.append(f"{name}: {found[0]}")
-        print(
-            f"{name}: {'differs' if stale and stale[-1].startswith(f'{name}:') else 'ok'}",
-            flush=True,
-        )
-    if stale:
-        sys.exit(f"error: differs from upstream's converter: {'; '.join(stale)}: run `make golden`")
+    if args.check and stale:
+        sys.exit(f"error: differs from upstream: {', '.join(stale)}: run `make golden`")
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Describe what changed between two sets of digests, or two of tables."""
+    if "parts" in new:
+        return differences(old, new)
+    found = []
+    for table, entries in new.items():
+        before = old.get(table, {})
+        for name in sorted(before.keys() | entries.keys()):
+            if before.get(name) != entries.get(name):
+                found.append(f"{table}: {name}: {_change(before.get(name), entries.get(name))}")
+    return found
+
+
+def _change(old: Any, new: Any) -> str:
+    if isinstance(old, list) and isinstance(new, list):
+        gone = [f"- {entry}" for entry in old if entry not in new]
+        return ", ".join([*gone, *(f"+ {entry}" for entry in new if entry not in old)])
+    return f"{old} is now {new}"
+
+
+def tables(source: Path, programs: Path) -> dict[str, Any]:
+    """What upstream knows of types, heads and options."""
+    command = [sys.executable, "-I", HERE / "tables.py", source, programs]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: cannot read the tables of {source}:\n{done.stderr[-2000:]}")
+    read: dict[str, Any] = json.loads(done.stdout)
+    return read
 
 
 def golden(name: str, source: Path, stamp: dict[str, Any]) -> dict[str, Any]:

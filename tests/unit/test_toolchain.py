@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
 from mtpforge.llama_cpp.runtimes import PINNED
@@ -418,3 +419,23 @@ def test_an_unusable_existing_program_is_named(tmp_path: Path, break_it, complai
     assert "llama-server" in said
     assert "Traceback" not in said
     assert not (tmp_path / "out/stamp.json").exists()
+
+
+def test_another_pin_is_written_with_its_sha256_and_tag(tmp_path: Path) -> None:
+    clone, root = Clone(tmp_path / "index"), tmp_path / "repository"
+    program = root / "tests" / "golden" / "pin.py"
+    constant = root / "workflow/scripts/mtpforge/llama_cpp/runtimes.py"
+    for path in (program, constant, root / "envs" / "x"):
+        path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "tests/golden/pin.py", program)
+    (root / "envs/llama.cpp.txt").write_text(
+        f"# stand-in vendors b66\nstand-in==66.1 --hash=sha256:{'0' * 64}\n"
+    )
+    constant.write_text('PINNED = "b66"\nBROKEN = "b66 to b67"\n')
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+    environment["PIP_FIND_LINKS"] = (clone.root / "index").as_uri()
+    subprocess.run([sys.executable, program, "77.0"], env=environment, check=True)
+    assert (root / "envs/llama.cpp.txt").read_text() == (
+        f"# stand-in vendors b77\nstand-in==77.0 --hash=sha256:{clone.sha256}\n"
+    )
+    assert constant.read_text() == 'PINNED = "b77"\nBROKEN = "b66 to b67"\n'

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from conftest import CHECKPOINTS, ROOT
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from layouts import read_tensors, write_checkpoint
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
 from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.gguf import reader, writer
+from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.inject import inject
@@ -306,3 +306,60 @@ def test_latent_attention_is_split_by_head() -> None:
     assert k[1, 4].tolist() == values[4:7, 4].tolist() and v[1].tolist() == values[7:8].tolist()
     with pytest.raises(CheckpointError, match="kv_b_proj has 7 rows"):
         architectures.split_kv_b(values[:7], hparams)
+
+
+# ── the tables of the pinned llama.cpp ──
+
+TABLES = json.loads((ROOT / "tests" / "golden" / "upstream.json").read_text())
+
+NOT_CONVERTED = {
+    "BailingMoeV3VLForConditionalGeneration": "no checkpoint with a head is known",
+    "DeepseekV4ForCausalLM": "not yet",
+    "Dots3NoteForCausalLM": "no checkpoint with a head is known",
+    "Dots3NoteForConditionalGeneration": "no checkpoint with a head is known",
+    "Dots3NoteTextForCausalLM": "no checkpoint with a head is known",
+    "Glm4vMoeForConditionalGeneration": "llama-server aborts: multimodal rotation in the head",
+    "Glm5NextForConditionalGeneration": "its tokenizer needs a newer transformers",
+    "MiniCPMV4_6ForConditionalGeneration": "no checkpoint with a head is known",
+    "Qwen4ExpForCausalLM": "not yet",
+    "Qwen4ExpForConditionalGeneration": "not yet",
+}
+"""Architectures whose head upstream exports and we do not convert, with the reason."""
+
+
+def test_every_head_that_upstream_exports_is_known() -> None:
+    exported = {
+        name: gguf
+        for name, (gguf, exports) in TABLES["converters"].items()
+        if exports == "exports a head"
+    }
+    ours = {
+        name: family.gguf_architecture
+        for family in FAMILIES
+        for name in family.huggingface_architectures
+    }
+    ours |= {name: entry.gguf for name, entry in architectures.ARCHITECTURES.items()}
+    missing = exported.keys() - ours.keys() - NOT_CONVERTED.keys()
+    assert not missing and not ours.keys() & NOT_CONVERTED.keys()
+    assert {name: ours[name] for name in exported.keys() & ours.keys()} == {
+        name: exported[name] for name in exported.keys() & ours.keys()
+    }
+
+
+def test_the_parts_that_upstream_can_write_are_those_of_its_tables() -> None:
+    """Nemotron's class is that of its dense models; it takes another architecture with experts."""
+    for name in architectures.ARCHITECTURES.keys() - {"NemotronHForCausalLM"}:
+        entry = architectures.ARCHITECTURES[name]
+        exports = "exports a head" if entry.splits else "exports no head alone"
+        assert TABLES["converters"][name] == [entry.gguf, exports]
+
+
+def test_our_types_are_upstreams() -> None:
+    """Numbers, blocks and sizes; ours come from the gguf package."""
+    ours = {t.name: [t.value, *GGML_QUANT_SIZES[t]] for t in GGMLQuantizationType}
+    assert set(quant_types.TENSOR_TYPES) <= TABLES["tensor_types"].keys()
+    for name in quant_types.TENSOR_TYPES:
+        assert ours[name] == TABLES["tensor_types"][name]
+    known = {name.partition("_")[2]: number for name, number in TABLES["file_types"].items()}
+    for name, number in quant_types.FILE_TYPES.items():
+        assert known[name] == number
