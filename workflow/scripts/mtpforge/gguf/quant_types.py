@@ -21,7 +21,7 @@ FILE_TYPES = {
     "IQ1_M": 31, "IQ1_S": 24, "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
 
-# Types that gguf-py lacks: 42 is in llama.cpp 0c1e57098, 133 to 158 are in ik_llama.cpp (ggml.h).
+# Types that gguf-py lacks: 42 is in llama.cpp b11434, 133 to 158 are in ik_llama.cpp (ggml.h).
 _OTHER_NAMES = {
     42: "Q2_0", 133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K",
     140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS",

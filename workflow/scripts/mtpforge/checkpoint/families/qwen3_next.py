@@ -1,7 +1,7 @@
 """Qwen3-Next, the predecessor of Qwen3.5.
 
 Differences from `qwen3_5`: fused inputs of linear attention, and a head that config.json does not
-declare. Follows llama.cpp's `conversion/qwen.py` at 0c1e57098.
+declare. Follows llama.cpp's `conversion/qwen.py` at b11434.
 """
 
 from collections.abc import Sequence
