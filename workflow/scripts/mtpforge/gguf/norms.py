@@ -17,18 +17,19 @@ import numpy as np
 ARCHITECTURES = ("qwen35", "qwen35moe", "qwen3next")
 """Architectures whose checkpoints store norms as w - 1."""
 
-LEVELS: dict[str, float | None] = {
+FINAL = (".nextn.shared_head_norm.weight", "output_norm.weight")
+"""The last norms of head and trunk. Their mean of w - 1 is between 0.1 and 2.6."""
+
+LEVELS = {
     ".attn_norm.weight": 0.1,
     ".post_attention_norm.weight": 0.1,
     ".attn_q_norm.weight": 0.35,
     ".attn_k_norm.weight": 0.35,
     ".nextn.enorm.weight": -0.4,
     ".nextn.hnorm.weight": -0.4,
-    ".nextn.shared_head_norm.weight": None,
-    "output_norm.weight": None,
 }
 """Ending of the name in a GGUF -> usual mean of w - 1 (measured: -0.1 to 0.4 for block norms, -0.25
-to 0.8 for queries and keys, -0.75 to -0.15 for the inputs of a head). Final norms: 0.1 to 2.6."""
+to 0.8 for queries and keys, -0.75 to -0.15 for the inputs of a head)."""
 
 FEW = 16
 """Different small values that are enough to tell a grid from chance."""
@@ -61,13 +62,13 @@ class Norm:
 
     @property
     def is_final(self) -> bool:
-        """Whether it is the last norm of the trunk or of the head, whose level tells nothing."""
-        return _level(self.name) is None
+        """Whether it is the last norm of the trunk or of the head."""
+        return self.name.endswith(FINAL)
 
 
 def is_shifted(name: str) -> bool:
     """Whether a tensor of a GGUF is a norm that checkpoints store as w - 1."""
-    return name.endswith(tuple(LEVELS))
+    return name.endswith((*LEVELS, *FINAL))
 
 
 def measure(name: str, values: np.ndarray, slack: float) -> Norm:
@@ -86,7 +87,8 @@ def measure(name: str, values: np.ndarray, slack: float) -> Norm:
 
 
 def _level(name: str) -> float | None:
-    return next(level for ending, level in LEVELS.items() if name.endswith(ending))
+    """The usual mean of a kind of norm; None if it tells nothing."""
+    return next((level for ending, level in LEVELS.items() if name.endswith(ending)), None)
 
 
 def _by_level(name: str, mean: float, slack: float) -> frozenset[int]:
