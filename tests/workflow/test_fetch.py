@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from hub import COMMIT, Fault, Hub, serve
+from layouts import read_shard, write_shard
 from mtpforge.gguf import head, reader
 from repository import CONFIG, Repository
 
@@ -124,6 +125,21 @@ def test_a_hub_moe_gives_the_same_file_as_a_local_one(
     assert (copy.path / f"results/fetched/{name}-BF16.gguf").read_bytes() == (
         built / f"results/{name}/{name}-BF16.gguf"
     ).read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_refused_before_it_is_fetched(
+    tmp_path: Path, remote: Path, toolchain: Path
+) -> None:
+    for shard in remote.glob("*.safetensors"):
+        tensors = read_shard(shard)
+        write_shard(shard, {n: t for n, t in tensors.items() if not n.startswith("mtp.")})
+    (remote / "model.safetensors.index.json").unlink()
+    copy = repository(tmp_path / "repository", toolchain, {"BF16": {}})
+    with serve({SOURCE["repo"]: remote}) as hub:
+        done = copy.snakemake(**environment(hub, tmp_path))
+        assert done.returncode == 1 and "has lost its head" in done.stdout + done.stderr
+        assert weights(hub) <= 4 * 65536
+    assert list(copy.path.rglob("files.json")) == list(copy.path.rglob("*.safetensors.json")) == []
 
 
 def test_injection_downloads_only_the_head(
