@@ -234,6 +234,8 @@ def test_a_vocabulary_may_rename_reserved_tokens_but_not_change_merges(
     assert found(tokens, lambda values: values.extend(["<|tool|>"] * 128)) is None
     assert found(tokens, lambda values: values.insert(0, "x")) == ("token 0", "x", "!")
     assert (found(merges, lambda values: values.reverse()) or ("",))[0] == merges
+    assert (found(merges, lambda values: values.pop(0)) or ("",))[0] == merges
+    assert found(merges, lambda values: values.pop()) is None  # with the last tokens cut off
 
 
 def test_a_per_layer_array_that_the_head_lacks_is_refused(
@@ -417,6 +419,21 @@ def test_a_split_base_becomes_one_file(
         PADDING: None,
     }  # without split.*
     assert (tmp_path / "trunk.json").read_text() == (tmp_path / "expected.json").read_text()
+
+
+def test_shards_may_be_links_into_a_cache(
+    parts: dict[str, Path], shards: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "snapshot").mkdir()
+    for i, shard in enumerate(shards):
+        (tmp_path / f"blob-{i}").write_bytes(shard.read_bytes())
+        (tmp_path / "snapshot" / shard.name).symlink_to(f"../blob-{i}")
+    links = tmp_path / "snapshot" / shards[0].name
+    inject(links, parts["head"], tmp_path / "linked")
+    inject(shards[0], parts["head"], tmp_path / "plain")
+    for shard in shards:
+        linked, plain = (tmp_path / name / shard.name for name in ("linked", "plain"))
+        assert not linked.is_symlink() and linked.read_bytes() == plain.read_bytes()
 
 
 def test_a_split_base_stays_split(

@@ -158,7 +158,7 @@ def vocabulary_difference(
 
     Fine-tunes pad, cut and extend vocabularies, and the head uses the base's. Of the tokens that
     both have, up to 1% may differ in text, because publishers rename reserved tokens. Merges must
-    be equal.
+    be equal as far as both go.
     """
     return _token_difference(found, expected) or _merge_difference(found, expected)
 
@@ -273,23 +273,23 @@ def _shape_problems(found: Mapping[str, Shape], right: Mapping[str, Shape]) -> I
 
 def _vocabulary_problems(base: Gguf) -> list[str]:
     rows = base.tensors[EMBEDDINGS].shape[0]
-    tokens = _tokens(base.metadata)
+    tokens = _texts(base.metadata, Keys.Tokenizer.LIST)
     if tokens is None or len(tokens) == rows:
         return []
     return [f"{EMBEDDINGS} has {rows} rows for {len(tokens)} tokens, which llama.cpp cannot load"]
 
 
-def _tokens(metadata: Mapping[str, Value]) -> Value | None:
-    """The texts of the tokens, if a file has a vocabulary."""
-    tokens = metadata.get(Keys.Tokenizer.LIST)
-    return tokens if tokens and tokens.item_type is GGUFValueType.STRING else None
+def _texts(metadata: Mapping[str, Value], key: str) -> Value | None:
+    """A list of texts, if a file has it."""
+    texts = metadata.get(key)
+    return texts if texts and texts.item_type is GGUFValueType.STRING else None
 
 
 def _token_difference(
     found: Mapping[str, Value], expected: Mapping[str, Value]
 ) -> Difference | None:
-    ours = _tokens(found)
-    theirs = _tokens(expected)
+    ours = _texts(found, Keys.Tokenizer.LIST)
+    theirs = _texts(expected, Keys.Tokenizer.LIST)
     if ours is None or theirs is None or ours == theirs:
         return None
     pairs = list(zip(ours.decode(), theirs.decode(), strict=False))
@@ -303,8 +303,10 @@ def _merge_difference(
     found: Mapping[str, Value], expected: Mapping[str, Value]
 ) -> Difference | None:
     key = Keys.Tokenizer.MERGES
-    ours = found.get(key)
-    theirs = expected.get(key)
+    ours = _texts(found, key)
+    theirs = _texts(expected, key)
     if ours is None or theirs is None or ours == theirs:
+        return None
+    if all(our == their for our, their in zip(ours.decode(), theirs.decode(), strict=False)):
         return None
     return Difference(key, f"a list of {len(ours)}", f"another list of {len(theirs)}")
