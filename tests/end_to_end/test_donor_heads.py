@@ -24,9 +24,7 @@ CARD = "---\nlicense: cc-by-4.0\n---\n"
 
 
 @pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, built: Path, toolchain: Path, run: Run
-) -> Repository:
+def made(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, run: Run) -> Repository:
     """A fine-tune, quantized by another and published; and the same fine-tune quantized here."""
     folder = tmp_path_factory.mktemp("donor")
     copy = Repository(folder / "repository", toolchain)

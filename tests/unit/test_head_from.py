@@ -199,6 +199,9 @@ def test_the_head_of_another_donor_is_refused(injected: Path, base: Path, tmp_pa
 def test_a_trunk_that_is_not_the_checkpoints_leads_to_head_from(injected: Path, base: Path) -> None:
     message = refused(injected, Request(checkpoint=ORIGINAL, base=base, tokenizer_pre="qwen35"))
     assert "if the base is a fine-tune" in message and "`head_from`" in message
+    given = Request(checkpoint=ORIGINAL, head_from=ORIGINAL, base=base, tokenizer_pre="qwen35")
+    message = refused(injected, given)
+    assert "token_embd.weight" in message and "fine-tune" not in message
 
 
 def test_a_file_made_from_the_fine_tune_is_compared_with_both(tune: Path, tmp_path: Path) -> None:

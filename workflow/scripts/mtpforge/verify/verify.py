@@ -126,9 +126,8 @@ def _check_against_source(
     if source and rows:
         note = source.note or layout.not_compared(opened, source.tensors, rows)
         checks.append(_check_values(opened, compared, note))
-        if not request.ours and any(
-            each.problem and each.name not in head for each in compared.all
-        ):
+        wrong = {each.name for each in compared.all if each.problem}
+        if wrong - head and request.checkpoint and not (request.ours or request.head_from):
             checks[-1] = replace(checks[-1], detail=checks[-1].detail + _FINE_TUNE)
     return checks, compared
 
