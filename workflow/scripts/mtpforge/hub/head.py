@@ -42,7 +42,7 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadReco
     tensors = head_tensors(listing, family)
     if not tensors:
         raise CheckpointError(
-            f"{listing.label}: this checkpoint has lost its head: use the original one"
+            f"{listing.label}: this checkpoint has lost its head: name the original in `head_from`"
         )
     _write_small_files(listing, folder, tensors)
     standings = _write_shards(listing, folder, tensors=tensors, whole=whole)
