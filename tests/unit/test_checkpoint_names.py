@@ -78,6 +78,7 @@ def test_placeholders_of_zero_3_are_named(
     }
     message = refusal(tmp_path, config, emptied)
     assert "ZeRO-3" in message and "zero_to_fp32.py" in message
+    assert ("head: none" in message) == (chosen == "mtp.")
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _plan_row(
     """Find the source of a tensor, with its scales. Raises CheckpointError."""
     try:
         return _with_scales(_locate(row, names), names, checkpoint)
-    except (_ShapeError, _MissingError) as error:
+    except (_ShapeError, _MissingError, _PlaceholderError) as error:
         if not row.sources[0].names[0].startswith(family.head_prefix):
             raise
         raise CheckpointError(f"{error}{error.OF_HEAD}{_HEADLESS}") from None
@@ -185,6 +185,12 @@ class _ShapeError(CheckpointError):
         ": the head does not fit the trunk, which was changed without it (pruned experts?): use a "
         "head of the trunk's sizes, or "
     )
+
+
+class _PlaceholderError(CheckpointError):
+    """A tensor is a placeholder."""
+
+    OF_HEAD = ", or "
 
 
 class _MissingError(CheckpointError):
@@ -225,7 +231,7 @@ def _missing(name: str, row: Row) -> _MissingError:
 
 def _check_tensor(name: str, tensor: CheckpointTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape in ((0,), (1,)) and shape != (1,):
-        raise CheckpointError(
+        raise _PlaceholderError(
             f"{tensor.shard}: {name} has shape {list(tensor.shape)}: {PLACEHOLDER}"
         )
     if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
