@@ -140,18 +140,23 @@ def _as_stored(item: ConvertedTensor) -> ConvertedTensor:
 
 
 def _check(checkpoint: Checkpoint, found: Mapping[str, tuple[Norm, int | None]]) -> None:
-    twice = [name for name, (_, offset) in found.items() if offset == 2]
+    twice = [
+        name
+        for name, (norm, offset) in found.items()
+        if offset == 2 or (offset is None and norm.offsets == {2})
+    ]
     if twice:
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(twice)} norms ({twice[0]}, ...) are stored as w + 1: "
+            f"{checkpoint.directory}: norms are stored as w + 1 ({len(twice)}: {twice[0]}, ...): "
             "a converter added 1 twice: use the original checkpoint"
         )
     doubtful = [(name, norm) for name, (norm, offset) in found.items() if offset is None]
     if doubtful:
         name, norm = doubtful[0]
+        others = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(doubtful)} norms are stored as w - 1 or as w already, "
-            f"as MLX does, and their values do not tell: w of {name} has a mean of "
-            f"{norm.mean + 1:.2f} or {norm.mean:.2f}: use the original checkpoint, or say which it "
-            "is (norms in config.yaml, or --norms w-1 or w)"
+            f"{checkpoint.directory}: the values of {name}{others} do not tell if it is stored "
+            f"as w - 1 (then w has a mean of {norm.mean + 1:.2f}) or as w, as MLX does "
+            f"({norm.mean:.2f}): use the original checkpoint, or say which (norms in config.yaml, "
+            "or --norms)"
         )
