@@ -1,5 +1,6 @@
 """Bases in every layout that llama.cpp loads get a head; injection and verification agree."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from base_layouts import Base, write_base
 from conftest import CHECKPOINTS
 from gguf.constants import GGUFValueType
-from layouts import write_layout
+from layouts import read_tensors, write_checkpoint, write_layout
 from mtpforge.convert import native
 from mtpforge.errors import GgufError, VerificationError
 from mtpforge.gguf import reader
@@ -296,3 +297,18 @@ def test_other_key_heads_are_another_model(bench: Callable[[str], Bench]) -> Non
         base.set_array("qwen35.attention.head_count_kv", [2, 2, 2, 1], GGUFValueType.UINT32)
 
     assert "is [2, 2, 2, 1] in" in bench(DENSE).refusal(change)
+
+
+def test_a_head_knows_whether_its_embeddings_are_tied_as_conversion_does(
+    bench: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    """The levels of config.json disagree; without an output matrix, the base must not have one."""
+    made = bench(DENSE)
+    config = json.loads((made.checkpoint / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    config["text_config"]["tie_word_embeddings"] = False
+    folder = write_checkpoint(
+        tmp_path / "levels", made.checkpoint, config=config, tensors=read_tensors(made.checkpoint)
+    )
+    inject(made.trunk, folder, tmp_path / "out.gguf")
+    assert "output.weight" not in reader.read(tmp_path / "out.gguf").tensors

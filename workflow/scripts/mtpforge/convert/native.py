@@ -82,7 +82,8 @@ def trunk(directory: Path) -> dict[str, TensorInfo]:
     Raises CheckpointError.
     """
     checkpoint = Checkpoint(directory)
-    rows = family_of(checkpoint.architecture).rows(Hparams(checkpoint.config), "trunk")
+    family = family_of(checkpoint.architecture)
+    rows = family.rows(settled_hparams(checkpoint, family), "trunk")
     return {row.name: TensorInfo(row.name, row.shape, row.type) for row in rows}
 
 
