@@ -318,6 +318,15 @@ def test_the_report_says_which_norms_were_stored_as_w(tmp_path: Path) -> None:
     assert f"; 2 of 18 norms ({names}) were stored as w, not w - 1" in check.detail
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_norms_of_a_sidecar_are_judged_too(model: str, tmp_path: Path) -> None:
+    draft = tmp_path / "draft.gguf"
+    native.convert(CHECKPOINTS / model, draft, "draft", "qwen35")
+    assert finished(draft, tmp_path / "a.gguf", {}) == []
+    (sentence,) = finished(draft, tmp_path / "b.gguf", {"norm.weight": -1})
+    assert "1 is not added to 8 norms" in sentence
+
+
 def test_both_faults_are_named(clean: dict[str, Path], tmp_path: Path) -> None:
     source = clean["tiny-qwen3.5"]
     (sentence,) = finished(
