@@ -402,6 +402,8 @@ def _needed_shards(path: Path, expected: Mapping[str, str], present: Collection[
             f"{path / INDEX}: none of its {len(indexed)} shards is there, but {others[0]} is: if "
             f"that is the model, delete {INDEX}"
         )
+    if indexed <= {*present}:
+        return sorted(indexed)
     spare = _spare_names(expected)
     needed = {shard for name, shard in expected.items() if name not in spare}
     return sorted(needed | indexed & {*present})
@@ -430,8 +432,8 @@ def _check_index(
     path: Path, expected: Mapping[str, str], found: Mapping[str, CheckpointTensor]
 ) -> None:
     """Check that shards and index have the same tensors; in which shard does not matter."""
-    absent = expected.keys() - found.keys() - _spare_names(expected)
-    if absent:
+    absent = expected.keys() - found.keys()
+    if absent and (absent := absent - _spare_names(expected)):
         name = min(absent)
         raise CheckpointError(
             f"{path}: tensor {name} is not in {expected[name]} ({len(absent)} such tensors): "

@@ -27,12 +27,15 @@ _WRAPPERS = {
     "lora_B": "PEFT",
 }
 """Part of a tensor's name -> what adds it."""
+_WRAPPED = re.compile(rf"(?<![^.])({'|'.join(_WRAPPERS)})(?![^.])")
 
-_BUFFER = re.compile(
-    r"(?:.*\.)?(?:(?:original_)?inv_freq|(?:cos|sin)_cached?|freqs_cis|masked_bias|position_ids"
-    r"|(?:causal|attn|attention)_mask|total_(?:ops|params)|_extra_state)"
-)
-_MASK = re.compile(r".*\.(?:self_attn|attention|attn)\.bias")
+_BUFFERS = {
+    "inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "cos_cache", "sin_cache",
+    "freqs_cis", "masked_bias", "position_ids", "causal_mask", "attn_mask", "attention_mask",
+    "total_ops", "total_params", "_extra_state",
+}  # fmt: skip
+"""Last parts of names: rotation, masks, positions, and counters of tools."""
+_MASKS = ("self_attn.bias", "attention.bias", "attn.bias")
 
 
 def canonical_names(checkpoint: Outline, family: Family) -> dict[str, CheckpointTensor]:
@@ -57,9 +60,10 @@ def canonical_names(checkpoint: Outline, family: Family) -> dict[str, Checkpoint
 
 def is_buffer(tensor: CheckpointTensor) -> bool:
     """Whether a tensor is no weight: rotation, mask or positions, or a scale of activations."""
-    if _MASK.fullmatch(tensor.name):  # a weight of this name would be a vector
+    name = tensor.name
+    if name.endswith(_MASKS):  # a weight of this name would be a vector
         return len(tensor.shape) > 1 or tensor.dtype in ("BOOL", "U8")
-    return tensor.name.endswith(fp8.UNUSED) or _BUFFER.fullmatch(tensor.name) is not None
+    return name.rpartition(".")[2] in _BUFFERS or name.endswith(fp8.UNUSED)
 
 
 def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]:
@@ -83,9 +87,8 @@ def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]
 def check_wrappers(tensors: Iterable[CheckpointTensor]) -> None:
     """Raise CheckpointError if a tensor's name is that of a wrapper class or an adapter."""
     for tensor in tensors:
-        for part in tensor.name.split("."):
-            if part in _WRAPPERS:
-                raise _wrapped(tensor, part, _WRAPPERS[part])
+        if found := _WRAPPED.search(tensor.name):
+            raise _wrapped(tensor, found[1], _WRAPPERS[found[1]])
 
 
 def _some(names: list[str]) -> str:
