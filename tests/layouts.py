@@ -22,6 +22,13 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 _NUMPY = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
+_CODE = np.arange(127)
+E4M3 = np.where(
+    _CODE >> 3, (1 + (_CODE & 7) / 8) * 2.0 ** ((_CODE >> 3) - 7), (_CODE & 7) / 8 * 2.0**-6
+)
+"""The positive values of E4M3, by code."""
+
+
 def read_tensors(folder: Path) -> Tensors:
     """Read all tensors of a checkpoint, in the order of its shards."""
     tensors: Tensors = {}
@@ -291,6 +298,33 @@ def eight_bit_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
     )
 
 
+def four_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """NVFP4 as ModelOpt writes it: two codes a byte, scales of 16 codes and of the matrix.
+
+    The head stays in BF16.
+    """
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    result: Tensors = {}
+    for name, (dtype, array) in tensors.items():
+        if not name.endswith("_proj.weight") or name.startswith("mtp.") or "visual" in name:
+            result[name] = (dtype, array)
+            continue
+        values = (array.astype(np.uint32) << 16).view(np.float32)
+        groups = values.reshape(len(values), -1, 16)
+        whole = np.float32(np.abs(values).max() / (6 * 448))
+        scales = _codes(np.abs(groups).max(-1) / (6 * whole))
+        parts = groups / np.maximum(E4M3[scales] * whole, 1e-12)[..., None]
+        steps = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nearest = np.searchsorted((steps[1:] + steps[:-1]) / 2, np.abs(parts)).astype(np.uint8)
+        codes = (nearest | np.signbit(parts) * np.uint8(8)).reshape(len(values), -1, 2)
+        module = name.removesuffix(".weight")
+        result[name] = ("U8", np.asarray(codes[..., 0] | codes[..., 1] << 4, np.uint8))
+        result[f"{module}.weight_scale"] = ("F8_E4M3", scales)
+        result[f"{module}.weight_scale_2"] = ("F32", np.array(whole, "<f4"))
+        result[f"{module}.input_scale"] = ("F32", np.array(0.02, "<f4"))
+    return result
+
+
 def _block_scales(values: np.ndarray) -> np.ndarray:
     """The largest value of each block of 128 x 128."""
     rows, columns = np.arange(0, values.shape[0], 128), np.arange(0, values.shape[1], 128)
@@ -336,11 +370,7 @@ def _stored(scales: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _codes(values: np.ndarray) -> np.ndarray:
     """The nearest codes of E4M3, without NaN."""
-    code = np.arange(127)  # of the positive values
-    steps = np.where(
-        code >> 3, (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7), (code & 7) / 8 * 2.0**-6
-    )
-    middles = (steps[1:] + steps[:-1]) / 2
+    middles = (E4M3[1:] + E4M3[:-1]) / 2
     nearest = np.searchsorted(middles, np.abs(values)).astype(np.uint8)
     return np.asarray(nearest | (np.signbit(values) * np.uint8(128)))
 

@@ -20,7 +20,7 @@ CONVERTERS = ("mtpforge", "llama.cpp")
 
 _ONLY_HEAD = ", or inject its head, which is not quantized, into a GGUF of the trunk"
 
-UNPACKED = ("BF16", "F16", "F32", "F64", fp8.DTYPE)
+UNPACKED = ("BF16", "F16", "F32", "F64", fp8.DTYPE, "F8_E8M0")
 """Types with one element for each weight."""
 
 
@@ -30,6 +30,8 @@ def check(checkpoint: Outline, converter: str, part: str) -> None:
     if error is None:
         return
     for other in CONVERTERS:
+        if f"converter: {other}" in str(error):
+            break
         if other != converter and refusal(checkpoint, other, part) is None:
             raise CheckpointError(f"{error}: set `converter: {other}` in config.yaml")
     raise error
@@ -91,9 +93,12 @@ def naming_quantization(checkpoint: Outline, family: Family, part: str) -> Itera
         how = quantization.describe(checkpoint.config) or f"{packed.name} is {packed.dtype}"
         has_head = any(_in_head(name, family) for name in checkpoint.tensors)
         usable = has_head and part != "head" and _packed(checkpoint, family, "head") is None
+        way = f"use the original checkpoint, in BF16 or FP8{_ONLY_HEAD * usable}"
+        if refusal(checkpoint, "llama.cpp", part) is None:
+            way = "set `converter: llama.cpp` in config.yaml"
         raise CheckpointError(
             f"its weights are quantized ({how}), which mtpforge's converter cannot read: "
-            f"use the original checkpoint, in BF16 or FP8{_ONLY_HEAD * usable} ({error})"
+            f"{way} ({error})"
         ) from None
 
 

@@ -7,7 +7,7 @@ nothing tells whether the wrapper changed more than the names.
 import re
 from collections.abc import Iterable
 
-from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint import fp8, nvfp4
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
 from mtpforge.errors import CheckpointError
@@ -71,10 +71,13 @@ def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]
 
     `ignored` are prefixes of tensors outside the text model.
     """
+    written = fp8.UNUSED if nvfp4.is_nvfp4(checkpoint.config) else ()
     buffers = [
         tensor.name
         for tensor in checkpoint.tensors.values()
-        if is_buffer(tensor) and not tensor.name.startswith(ignored)
+        if is_buffer(tensor)
+        and not tensor.name.startswith(ignored)
+        and not tensor.name.endswith(written)
     ]
     notes = []
     if checkpoint.beside:

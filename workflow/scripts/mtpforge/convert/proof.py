@@ -20,7 +20,7 @@ from mtpforge.convert.values import cut, decode, encode
 from mtpforge.errors import GgufError
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.llama_cpp.architectures import ARCHITECTURES
+from mtpforge.llama_cpp.architectures import entry_of
 
 F16 = GGMLQuantizationType.F16
 
@@ -39,7 +39,7 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
     if part == "mmproj":
         _prove_vision(made, checkpoint)
         return
-    expected = ARCHITECTURES[checkpoint.architecture].gguf
+    expected = entry_of(checkpoint.architecture).gguf
     if made.architecture != expected:
         raise GgufError(
             f"{checkpoint.directory}: upstream wrote {made.architecture}, not {expected}"

@@ -14,7 +14,7 @@ from typing import Any
 import run_upstream  # for its path, and so that rules track it as code
 
 from mtpforge import progress
-from mtpforge.checkpoint import quantization
+from mtpforge.checkpoint import nvfp4, quantization
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import chat_templates, plan
@@ -26,7 +26,7 @@ from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import process
-from mtpforge.llama_cpp.architectures import ARCHITECTURES, VISION
+from mtpforge.llama_cpp.architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
 
 PROGRAM = "convert_hf_to_gguf.py"
@@ -112,7 +112,13 @@ def check(checkpoint: Outline, part: str) -> None:
     """Check that upstream can convert the part. Raises CheckpointError."""
     name = checkpoint.architecture
     known = VISION if part == "mmproj" else tuple(ARCHITECTURES)
-    if name not in known:
+    if part != "mmproj" and name in PACKED:
+        if not nvfp4.is_nvfp4(checkpoint.config):
+            raise CheckpointError(
+                f"{checkpoint.directory}: converter llama.cpp is for NVFP4 weights of {name} only: "
+                "mtpforge's converter reads all others"
+            )
+    elif name not in known:
         what = "a vision tower" if part == "mmproj" else "a head"
         raise CheckpointError(
             f"{checkpoint.directory}: converter llama.cpp does not support {what} of {name}, "
@@ -125,7 +131,7 @@ def check(checkpoint: Outline, part: str) -> None:
     if part == "mmproj":
         _check_vision_files(checkpoint)
         return
-    if part != "all" and not ARCHITECTURES[name].splits:
+    if part != "all" and not entry_of(name).splits:
         raise CheckpointError(
             f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
             "convert part all"
@@ -160,6 +166,9 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
 
 
 def _check_quantization(checkpoint: Outline) -> None:
+    if nvfp4.is_nvfp4(checkpoint.config):
+        nvfp4.check_scales(checkpoint.tensors)
+        return
     found = quantization.settings_in(checkpoint.config)
     method = found.get("quant_method", "mlx" if "bits" in found else None)
     formats = _METHODS.get(str(method))

@@ -15,7 +15,7 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
-from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture
+from mtpforge.llama_cpp.architectures import Architecture, entry_of
 
 _NOT_WRITTEN = ".rotary_emb.inv_freq"
 """Ending of tensors that upstream recomputes, and does not write."""
@@ -35,7 +35,7 @@ class ExpectedTensor(NamedTuple):
 
 def count_blocks(checkpoint: Outline) -> int:
     """Return the number of blocks of the head. Raises CheckpointError if config.json disagrees."""
-    architecture = ARCHITECTURES[checkpoint.architecture]
+    architecture = entry_of(checkpoint.architecture)
     declared = architecture.blocks
     if declared is None:
         declared = Hparams(checkpoint.config).get("num_nextn_predict_layers", 0)
@@ -57,7 +57,7 @@ def count_blocks(checkpoint: Outline) -> int:
 
 def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
     """Return the checkpoint's tensors that belong to its head."""
-    architecture = ARCHITECTURES[checkpoint.architecture]
+    architecture = entry_of(checkpoint.architecture)
     tensors = checkpoint.tensors.values()
     if architecture.prefix:
         return [t for t in tensors if _unwrapped(t.name).startswith(architecture.prefix)]
@@ -72,7 +72,7 @@ def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
 
 def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
-    architecture = ARCHITECTURES[checkpoint.architecture]
+    architecture = entry_of(checkpoint.architecture)
     for tensor in head_tensors(checkpoint):
         if not _is_written(tensor, checkpoint):
             continue
@@ -89,7 +89,7 @@ def check_types(checkpoint: Outline) -> None:
 
 def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield what the head of the GGUF must hold."""
-    architecture = ARCHITECTURES[checkpoint.architecture]
+    architecture = entry_of(checkpoint.architecture)
     for tensor in head_tensors(checkpoint):
         if _is_written(tensor, checkpoint):
             yield from _expected(checkpoint, tensor, architecture)
@@ -144,7 +144,8 @@ def _expected(
         for values in change(decode(array, dtype), Hparams(checkpoint.config)):
             yield ExpectedTensor(name, 0, values=values, dtype="F32")
     elif array.ndim == 3:  # stacked experts
-        for expert, values in enumerate(array):
+        parts = np.split(array, 2, 1) if name.endswith("gate_up_proj") else [array]
+        for expert, values in ((e, each) for part in parts for e, each in enumerate(part)):
             yield ExpectedTensor(name, expert, values=values, dtype=dtype)
     else:
         match = re.search(r"\.experts\.(\d{1,5})\.", name)

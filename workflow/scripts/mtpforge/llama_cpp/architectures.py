@@ -4,7 +4,7 @@ The table follows `conversion/*.py` and `src/models/*.cpp` of llama.cpp b11434.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -117,8 +117,24 @@ ERNIE), tokenizers that need code of the checkpoint (Kimi) or a newer transforme
 GLM-4.5V: llama-server aborts on its head, which has multimodal rotation.
 """
 
+_NORMS = ("norm.weight", "norm_embedding.weight", "norm_hidden.weight")
+_QWEN = Architecture("", prefix="mtp.", blocks=1, changes=dict.fromkeys(_NORMS, plus_one))
+PACKED: dict[str, Architecture] = {
+    "Qwen3_5ForConditionalGeneration": replace(_QWEN, gguf="qwen35"),
+    "Qwen3_5ForCausalLM": replace(_QWEN, gguf="qwen35"),
+    "Qwen3_5MoeForConditionalGeneration": replace(_QWEN, gguf="qwen35moe"),
+    "Qwen3_5MoeForCausalLM": replace(_QWEN, gguf="qwen35moe"),
+    "Qwen3NextForCausalLM": replace(_QWEN, gguf="qwen3next"),
+}
+"""Architectures of ours, which upstream converts if their trunk is packed in NVFP4."""
+
 VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 """Architectures of ours whose vision tower upstream can convert and we can verify."""
+
+
+def entry_of(name: str) -> Architecture:
+    """Return the entry of an architecture in config.json."""
+    return ARCHITECTURES.get(name) or PACKED[name]
 
 
 def why_not_drafting(opened: Gguf) -> str | None:

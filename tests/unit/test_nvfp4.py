@@ -1,0 +1,128 @@
+"""NVFP4 checkpoints: what llama.cpp's converter is given, and what is refused before it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS
+from layouts import Tensors, four_bit, read_tensors, write_checkpoint
+from mtpforge.checkpoint.nvfp4 import is_nvfp4
+from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.convert import converters, native, upstream
+from mtpforge.errors import CheckpointError
+
+SOURCE = CHECKPOINTS / "tiny-qwen3.5"
+UP = "model.language_model.layers.0.mlp.up_proj"
+
+
+def write_nvfp4(
+    folder: Path, change: Callable[[Tensors], object] = lambda t: None, **settings: Any
+) -> Path:
+    """The dense checkpoint in NVFP4, with its tensors and settings changed."""
+    config = json.loads((SOURCE / "config.json").read_text())
+    tensors = four_bit(config, read_tensors(SOURCE))
+    config["quantization_config"] |= settings
+    change(tensors)
+    return write_checkpoint(folder / "tiny-nvfp4", SOURCE, config, tensors)
+
+
+def test_mtpforge_proposes_upstreams_converter(tmp_path: Path) -> None:
+    folder = write_nvfp4(tmp_path)
+    assert converters.choose(Checkpoint(folder), "all") == "llama.cpp"
+    for part in ("all", "trunk"):
+        converters.check(Checkpoint(folder), "llama.cpp", part)
+        with pytest.raises(CheckpointError) as caught:
+            native.convert(folder, tmp_path / "out.gguf", part, "qwen35")
+        assert "(quant_method modelopt, quant_algo NVFP4)" in str(caught.value)
+        assert str(caught.value).count("set `converter: llama.cpp`") == 1
+    for part in ("head", "draft"):  # which are not packed
+        native.convert(folder, tmp_path / f"{part}.gguf", part, "qwen35")
+
+
+def test_upstream_sees_the_settings_beside_config_json(tmp_path: Path) -> None:
+    folder = write_nvfp4(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": settings}))
+    checkpoint = Checkpoint(folder)
+    upstream.check(checkpoint, "all")
+    seen = upstream.without_code(checkpoint, tmp_path) / "hf_quant_config.json"
+    assert json.loads(seen.read_text())["quantization"]["quant_algo"] == "NVFP4"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(f"{UP}.weight_scale"), f"{UP}.weight_scale is missing"),
+        (lambda t: t.pop(f"{UP}.weight_scale_2"), f"{UP}.weight_scale_2 is missing"),
+        (
+            lambda t: t.update({f"{UP}.weight_scale": t[f"{UP}.weight_scale_2"]}),
+            f"{UP}.weight_scale is missing or not F8_E4M3 of shape [256, 16]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight": ("U8", np.zeros((256, 100), "u1"))}),
+            "multiples of 64 weights",
+        ),
+        (
+            lambda t: t.update({"mtp.fc.weight": ("U8", np.zeros((256, 256), "u1"))}),
+            "mtp.fc.weight",
+        ),
+    ],
+)
+def test_a_scale_that_upstream_would_take_for_1_is_refused(
+    tmp_path: Path, change: Callable[[Tensors], object], named: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        upstream.check(Checkpoint(write_nvfp4(tmp_path, change)), "all")
+    assert named in str(caught.value)
+
+
+def test_what_mtpforge_reads_is_not_for_upstream() -> None:
+    with pytest.raises(CheckpointError, match=r"for NVFP4 weights of Qwen3_5.* only"):
+        upstream.check(Checkpoint(SOURCE), "all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, True),
+        ({"quant_algo": "W4A16_NVFP4"}, True),
+        ({"quant_algo": "NVFP4_AWQ"}, False),
+        ({"quant_algo": "FP8"}, False),
+        (
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "NVFP4"}}},
+            True,
+        ),
+        (
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
+            False,
+        ),
+        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["a"]}, False),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, True),
+        ({"format": "mixed-precision", "config_groups": {}}, False),
+        (
+            {
+                "format": "mixed-precision",
+                "config_groups": {"a": {"format": "nvfp4-pack-quantized"}},
+            },
+            True,
+        ),
+        (
+            {
+                "format": "mixed-precision",
+                "config_groups": {
+                    "a": {"format": "nvfp4-pack-quantized"},
+                    "b": {"format": "float-quantized"},
+                },
+            },
+            False,
+        ),
+        ({}, False),
+    ],
+)
+def test_nvfp4_is_recognized_as_upstream_does(settings: dict[str, Any], expected: bool) -> None:
+    assert is_nvfp4({"quantization_config": settings}) is expected
