@@ -379,6 +379,25 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused_before_its_weights(
     assert client.resolve().returncode == 0  # it may have a base
 
 
+@pytest.mark.parametrize("stem", ["model-mtp", "model_mtp", "mtp-bf16", "model.mtp"])
+def test_a_head_beside_the_index_is_listed(client: Client, stem: str) -> None:
+    head, weight_map = {}, {}
+    for shard in sorted(client.source.glob("*.safetensors")):
+        tensors = read_shard(shard)
+        head |= {n: t for n, t in tensors.items() if n.startswith("mtp.")}
+        write_shard(shard, {n: t for n, t in tensors.items() if n not in head})
+        weight_map |= {n: shard.name for n in tensors if n not in head}
+    write_shard(client.source / f"{stem}.safetensors", head)
+    index = client.source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    client.hub.digests.clear()
+    arguments = (REPO, "--revision", COMMIT, "--convert", "mtpforge:all", "--out", client.listing)
+    assert client.run("resolve.py", *arguments).returncode == 0
+    listing = Listing.read(client.listing)
+    found = {tensor.shard for name, tensor in listing.tensors.items() if name.startswith("mtp.")}
+    assert found == {f"{stem}.safetensors"} and found < set(listing.checkpoint_files())
+
+
 def test_what_can_be_converted_is_listed(client: Client) -> None:
     before = client.listing.read_bytes()
     kinds = ("mtpforge:all", "mtpforge:head")
