@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS, ROOT
+from mtpforge.convert import native
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -174,6 +176,18 @@ def test_output_that_was_cut_off_is_requested_again(
     with contextlib.suppress(ToolchainError):
         perplexity.against_reference(Path("F.gguf"), Path("logits"), LlamaCpp())
     assert len(called) == runs
+
+
+def test_logits_of_another_vocabulary_are_noticed(tmp_path: Path) -> None:
+    """llama-perplexity would print figures, and they would be wrong."""
+    native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "draft.gguf", "draft", "qwen35")
+    logits = tmp_path / "logits"
+    logits.write_bytes(b"_logits_" + struct.pack("<3i", 512, 1408, 16))
+    assert perplexity.vocabularies(tmp_path / "draft.gguf", logits) == (1280, 1408)
+    for damaged in (b"", logits.read_bytes()[:19], bytes(20)):
+        logits.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"not written by reference_logits\.py"):
+            perplexity.vocabularies(tmp_path / "draft.gguf", logits)
 
 
 def test_a_server_that_cannot_list_its_devices_is_an_error(

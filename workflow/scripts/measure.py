@@ -87,7 +87,10 @@ def _perplexity(
     args: argparse.Namespace, model: Path, llama: LlamaCpp
 ) -> tuple[float | None, KlDivergence | None]:
     if args.reference_logits:
-        return perplexity.against_reference(model, args.reference_logits, llama)
+        own, others = perplexity.vocabularies(model, args.reference_logits)
+        if own == others:
+            return perplexity.against_reference(model, args.reference_logits, llama)
+        print(f"{args.file.name}: no KL divergence: it has {own:,} tokens, not {others:,}")
     if args.text:
         return perplexity.of_text(model, args.text, chunks=args.chunks, llama=llama), None
     return None, None

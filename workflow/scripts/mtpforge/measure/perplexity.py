@@ -5,6 +5,7 @@
 
 import re
 import shutil
+import struct
 from pathlib import Path
 
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
@@ -15,6 +16,8 @@ from mtpforge.measure.measurement import KlDivergence
 CONTEXT = 512
 """Tokens of a chunk; its second half is scored."""
 ATTEMPTS = 12
+_HEADER = struct.Struct("<8s3i")
+"""Of logits: magic, tokens of a chunk, tokens of the vocabulary, chunks."""
 _NUMBER = r"(-?[0-9]+\.[0-9]+)"
 _DIVERGENCE = {
     "perplexity": rf"Mean PPL\(Q\) +: +{_NUMBER} ±",
@@ -53,6 +56,18 @@ def size(chunks: int, vocabulary: int) -> int:
     """Bytes of the logits: 16 bits for each token of the vocabulary, for half of the text."""
     row = 2 * (2 * ((vocabulary + 1) // 2) + 4)
     return 20 + chunks * (4 * CONTEXT + (CONTEXT - 1 - CONTEXT // 2) * row)
+
+
+def vocabularies(model: Path, logits: Path) -> tuple[int, int]:
+    """The number of tokens of a model, and of the model of `reference_logits`.
+
+    llama-perplexity compares them without a word if they differ. Raises ConfigError, GgufError.
+    """
+    with logits.open("rb") as file:
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size or not start.startswith(b"_logits_"):
+        raise ConfigError(f"{logits}: not written by reference_logits.py")
+    return len(reader.read(model).need("tokenizer.ggml.tokens", list)), _HEADER.unpack(start)[2]
 
 
 def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float, KlDivergence]:
