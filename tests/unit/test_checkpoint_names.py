@@ -84,16 +84,24 @@ def test_placeholders_of_zero_3_are_named(
 @pytest.mark.parametrize(
     ("before", "after", "named"),
     [
-        ("^", "module.", "DDP or DeepSpeed (`module.`)"),
-        ("^", "base_model.model.", "PEFT (`base_model.`): merge the adapter"),
+        ("^", "module.", "`module.` in its name, from a wrapper (DDP or DeepSpeed)"),
+        (
+            "^",
+            "base_model.model.",
+            "`base_model.` in its name, from a wrapper (PEFT): merge the adapter",
+        ),
         ("^", "_orig_mod.", "torch.compile"),
         ("^model.", "model._orig_mod.", "torch.compile"),
         ("layers", "_fsdp_wrapped_module.layers", "FSDP"),
         ("self_attn", "_checkpoint_wrapped_module.self_attn", "activation checkpointing"),
         ("q_proj", "q_proj.base_layer", "PEFT"),
-        ("^model.language_model", "model.model", "unknown wrapper (`model.`)"),
-        ("^", "policy.", "unknown wrapper (`policy.`)"),
-        ("^mtp", "student.mtp", "unknown wrapper (`student.`)"),
+        (
+            "^model.language_model",
+            "model.model",
+            "`model.` in its name, from a wrapper (an unknown one)",
+        ),
+        ("^", "policy.", "`policy.` in its name, from a wrapper (an unknown one)"),
+        ("^mtp", "student.mtp", "`student.` in its name, from a wrapper (an unknown one)"),
     ],
 )
 def test_names_of_wrappers_are_refused(tmp_path: Path, before: str, after: str, named: str) -> None:

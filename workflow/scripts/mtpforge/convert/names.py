@@ -103,12 +103,12 @@ def _check_prefix(names: dict[str, CheckpointTensor], family: Family) -> None:
     for known in (EMBEDDINGS, f"{family.head_prefix}fc.weight"):
         for name, tensor in names.items():
             if known not in names and name.endswith(f".{known}"):
-                raise _wrapped(tensor, name.removesuffix(f".{known}"), "an unknown wrapper")
+                raise _wrapped(tensor, name.removesuffix(f".{known}"), "an unknown one")
 
 
 def _wrapped(tensor: CheckpointTensor, part: str, wrapper: str) -> CheckpointError:
     how = "merge the adapter" if wrapper == "PEFT" else "unwrap the model"
     return CheckpointError(
-        f"{tensor.shard}: {tensor.name} has a name from {wrapper} (`{part}.`): {how} before "
-        f"saving, or rename all tensors to the original model's names"
+        f"{tensor.shard}: {tensor.name} has `{part}.` in its name, from a wrapper ({wrapper}): "
+        f"{how} before saving, or rename all tensors as in the original model"
     )
