@@ -162,6 +162,20 @@ def test_the_license_of_one_of_several_bases_is_not_taken() -> None:
     assert adopted(variants=variants).publish.checkpoint_card(wildcards()) == "none"
 
 
+def test_llama_cpps_converter_makes_the_whole_donor() -> None:
+    """It cannot convert a head alone."""
+    made = adopted(converter="llama.cpp", head_from={"path": "tests/checkpoints/tiny-qwen3.5"})
+    file = made.inject.head_file(wildcards())
+    assert made.verify.reference(wildcards()) == [file, made.inject.head_digests(wildcards())]
+    assert made.verify.source_option(wildcards()) == f"--head-from {file}"
+    assert "--head-record" not in made.verify.options(wildcards())
+    remote = adopted(converter="llama.cpp")
+    donor = Path(remote.inject.head_file(wildcards())).stem
+    assert remote.fetch.donor(wildcards(donor=donor)) == f"{HEAD}/Original"
+    assert remote.fetch.conversions(SimpleNamespace(**DONOR)) == "--convert llama.cpp:all"
+    assert remote.convert.models("llama.cpp") == "m"
+
+
 # ── a checkpoint that is quantized here ──
 
 
@@ -231,7 +245,7 @@ def test_the_form_of_norms_in_doubt_is_given_to_conversion_and_verification() ->
         ),
         (
             {"source": TUNE, "head_from": DONOR, "converter": "llama.cpp", "variants": {"F16": {}}},
-            "m/converter: llama.cpp's cannot convert a head alone",
+            "m/converter: llama.cpp's cannot join the head of `head_from` to a trunk",
         ),
         (
             {"head_from": {"path": "no/such"}, "variants": {"a": {"base": BASE}}},

@@ -159,6 +159,21 @@ def test_a_foreign_trunk_is_proven_by_its_base_and_the_head_by_its_donor(
         assert reaches_the_server(injected, Request(head_from=donor, trunk=digests))
 
 
+def test_the_donor_can_be_a_gguf_of_the_whole_model(
+    base: Path, injected: Path, tmp_path: Path
+) -> None:
+    """As for architectures that llama.cpp's converter converts."""
+    for part in ("all", "head", "trunk"):
+        native.convert(ORIGINAL, tmp_path / f"{part}.gguf", part, "qwen35")
+    assert reaches_the_server(injected, Request(head_from=tmp_path / "all.gguf", base=base))
+    head = damaged(tmp_path / "all.gguf", "blk.4.attn_q.weight", tmp_path / "other.gguf")
+    message = refused(injected, Request(head_from=head, base=base))
+    assert "values: blk.4.attn_q.weight differs from its source" in message
+    for part in ("head", "trunk"):
+        with pytest.raises(GgufError, match="name a GGUF of the whole model"):
+            verify(injected, Request(head_from=tmp_path / f"{part}.gguf", base=base), NO_PROGRAMS)
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -220,6 +235,7 @@ def test_the_program_wants_a_proof_of_the_trunk(run: Run, injected: Path, tmp_pa
         ((), "says nothing about the trunk"),
         (("--base", injected, "--head", "none"), "does not go with"),
         (("--reference", injected), "does not go with"),
+        (("--checkpoint", ORIGINAL, "--head-from", injected), "must be a checkpoint's folder"),
     ]:
         done = run("verify.py", injected, "--head-from", ORIGINAL, *options, *out)
         assert done.returncode == 2 and why in done.stderr

@@ -50,6 +50,7 @@ rule convert_donor:
     benchmark:
         "benchmarks/{model}/convert-donor-{donor}.jsonl"
     wildcard_constraints:
+        model=build.convert.models("mtpforge"),
         donor="[^/]+",
     conda:
         "../../envs/run.yaml"
@@ -89,6 +90,33 @@ rule convert_upstream:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
         " {params.tokenizer} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
         " >> {log:q} 2>&1"
+
+
+rule convert_donor_upstream:
+    input:
+        code=code("convert_upstream.py"),
+        checkpoint=build.fetch.donor_inputs,
+        converter="resources/converter/stamp.json",
+    output:
+        file=temp("results/{model}/work/donors/{donor}.gguf"),
+        digests="results/{model}/work/donors/{donor}.json",
+    log:
+        "logs/{model}/convert-donor-{donor}.log",
+    benchmark:
+        "benchmarks/{model}/convert-donor-{donor}.jsonl"
+    wildcard_constraints:
+        model=build.convert.models("llama.cpp"),
+        donor="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        checkpoint=build.fetch.donor,
+        tokenizer=build.convert.tokenizer_option,
+    message:
+        "{wildcards.model}: convert {params.checkpoint} with llama.cpp's converter, for its head"
+    shell:
+        "python {input.code[0]:q} {params.checkpoint:q} {params.tokenizer} --log {log:q}"
+        " --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"
 
 
 rule mmproj:

@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "--reference", type=Path, metavar="BF16.gguf", help="compare with this upstream conversion"
     )
     parser.add_argument(
-        "--head-from", type=Path, metavar="DIR",
-        help="compare the head with this checkpoint: the trunk only with --checkpoint, if it is "
-        "given, and with --base or --trunk",
+        "--head-from", type=Path, metavar="HEAD",
+        help="compare the head with this checkpoint or GGUF: the trunk only with --checkpoint, if "
+        "it is given, and with --base or --trunk",
     )  # fmt: skip
     parser.add_argument(
         "--digests", type=Path, metavar="FILE",
@@ -135,6 +135,8 @@ def _check_donor(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         return
     if args.reference or args.head == NO_HEAD:
         parser.error("--head-from does not go with --reference or --head none")
+    if args.checkpoint and args.head_from.is_file():
+        parser.error("--head-from must be a checkpoint's folder if there is a --checkpoint")
     if not (args.checkpoint or args.base or args.trunk):
         parser.error(
             "--head-from says nothing about the trunk: add --base, --trunk or --checkpoint"

@@ -281,7 +281,7 @@ class Model(Entry):
                 yield self.source, "llama.cpp:mmproj"
         for variant in self.variants.values():
             if donor := self.donor(variant):
-                yield donor, "mtpforge:head"
+                yield donor, f"{self.converter}:{'head' if self.native else 'all'}"
 
     def has_unquantized(self, variant: Variant) -> bool:
         """Whether a BF16 file of a variant's trunk is made, to measure its distance from."""

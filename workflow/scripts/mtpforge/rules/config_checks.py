@@ -65,8 +65,9 @@ def _check_sources(path: str, model: Model) -> None:
         if variant.head_from and variant.base is None:
             way = "set the model's, or give the variant a `base`, such as {type: Q4_K_M}"
             _refuse(f"{path}/variants/{key}/head_from", f"without a base, {way}")
-        if model.donor(variant) and not model.native:
-            _refuse(f"{path}/converter", "llama.cpp's cannot convert a head alone for `head_from`")
+        if model.donor(variant) and not (model.native or model.adopts(variant)):
+            why = "llama.cpp's cannot join the head of `head_from` to a trunk that it converts"
+            _refuse(f"{path}/converter", f"{why}: give {key} a `base` from elsewhere")
 
 
 def _check_name(path: str, stem: str) -> None:

@@ -11,7 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf.names import gguf_files
 from mtpforge.hub.listing import Listing
 from mtpforge.rules import layout
-from mtpforge.rules.config import Config
+from mtpforge.rules.config import Config, Model
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubFile, HubRepository, ImatrixText, Source
 
@@ -61,10 +61,7 @@ class FetchRules(Stage):
         model = self.model(wildcards)
         if model.source is None or not model.uses_source:
             return []
-        if model.head_only or not isinstance(model.source, HubRepository):
-            return head_inputs(model.source)
-        names = self.checkpoint_files(model.source)
-        return [checked_record(model.source, name) for name in names]
+        return head_inputs(model.source) if model.head_only else self._whole(model.source)
 
     def conversion_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that converts a part of the checkpoint."""
@@ -73,29 +70,39 @@ class FetchRules(Stage):
 
     def sidecar_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that reads the checkpoint, and that of the head."""
-        donor = self.model(wildcards).head_from
-        return [*self.checkpoint_inputs(wildcards), *(head_inputs(donor) if donor else [])]
+        model = self.model(wildcards)
+        head = self.inputs_of_donor(model, model.head_from) if model.head_from else []
+        return [*self.checkpoint_inputs(wildcards), *head]
 
     def variant_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that compares a variant with its checkpoint, and with its head's."""
         model, variant = self.model(wildcards), self.variant(wildcards)
         donor = model.donor(variant)
         own = [] if model.adopts(variant) else self.checkpoint_inputs(wildcards)
-        return [*own, *(head_inputs(donor) if donor else [])]
+        return [*own, *(self.inputs_of_donor(model, donor) if donor else [])]
 
     def donor(self, wildcards: Wildcards) -> str:
         """The folder of the checkpoint that a head is from."""
-        return layout.head_checkpoint(self._donor(wildcards))
+        return layout.donor_checkpoint(self.model(wildcards), self._donor(wildcards))
 
     def donor_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that reads its head."""
-        return head_inputs(self._donor(wildcards))
+        return self.inputs_of_donor(self.model(wildcards), self._donor(wildcards))
+
+    def inputs_of_donor(self, model: Model, donor: Source) -> list[str]:
+        """The same, for a donor of a model."""
+        return head_inputs(donor) if model.native else self._whole(donor)
 
     def checkpoint_files(self, at: layout.Commit) -> list[str]:
         """The files of a commit that conversion and model cards need."""
         made = self._checkpoints.resolve.get(repo=at.repo, revision=at.revision)
         listing = Path(made.output[0])
         return _checkpoint_files(listing, listing.stat().st_mtime_ns)
+
+    def _whole(self, source: Source) -> list[str]:
+        if not isinstance(source, HubRepository):
+            return head_inputs(source)
+        return [checked_record(source, name) for name in self.checkpoint_files(source)]
 
     def _donor(self, wildcards: Wildcards) -> Source:
         if wildcards.donor not in self._donors:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.names import gguf_files
 from mtpforge.rules.config import Model
@@ -154,7 +155,7 @@ def donated(model: str, donor: Source) -> Intermediate:
 def donor_name(donor: Source) -> str:
     """A name for the checkpoint that a head is from, without its folder."""
     place = f"{donor.repo}@{donor.revision}" if isinstance(donor, HubRepository) else donor.path
-    name = Path(head_checkpoint(donor)).name
+    name = folder_name(Path(head_checkpoint(donor)))
     return f"{name}-{sha256(place.encode()).hexdigest()[:8]}"
 
 
@@ -266,6 +267,13 @@ def checkpoint(model: Model) -> str:
     if model.head_only or not isinstance(model.source, HubRepository):
         return head_checkpoint(model.source)
     return fetched(model.source)
+
+
+def donor_checkpoint(model: Model, donor: Source) -> str:
+    """The folder of the checkpoint that a head is from; llama.cpp's converter needs all of it."""
+    if model.native or not isinstance(donor, HubRepository):
+        return head_checkpoint(donor)
+    return fetched(donor)
 
 
 def head_checkpoint(source: Source) -> str:

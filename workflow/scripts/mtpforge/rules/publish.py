@@ -11,7 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.code import code
 from mtpforge.rules.config import Config, Model
-from mtpforge.rules.fetch import FetchRules, checked_record, head_inputs, tracked_inputs
+from mtpforge.rules.fetch import FetchRules, checked_record, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
     HubGguf,
@@ -174,7 +174,8 @@ class PublishRules(Stage):
         donor = model.donor(variant) if variant else model.head_from if model.sidecar else None
         found = []
         if donor:
-            found += [(donor.model_dump() | {"role": "head"}, head_inputs(donor))]
+            inputs = self._fetch.inputs_of_donor(model, donor)
+            found += [(donor.model_dump() | {"role": "head"}, inputs)]
         if variant and variant.base and not isinstance(variant.base, OwnBase):
             files = tracked_inputs(variant.base, model.key)
             found += [(variant.base.model_dump() | {"role": "base"}, files)]

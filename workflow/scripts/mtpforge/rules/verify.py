@@ -23,9 +23,12 @@ class VerifyRules(Stage):
 
     def reference(self, wildcards: Wildcards) -> list[str]:
         """The BF16 file to compare with, and its digests, if llama.cpp's converter made it."""
-        if self.model(wildcards).native:
+        model, variant = self.model(wildcards), self.variant(wildcards)
+        if model.native:
             return []
-        made = layout.converted(wildcards.model, self.variant(wildcards).part)
+        made = layout.converted(wildcards.model, variant.part)
+        if donor := model.donor(variant):
+            made = layout.donated(wildcards.model, donor)
         return [made.file, made.digests]
 
     def unquantized(self, wildcards: Wildcards) -> list[str]:
@@ -46,7 +49,8 @@ class VerifyRules(Stage):
         donor = model.donor(variant)
         if donor and model.adopts(variant):
             form = ["--norms", model.norms] if model.norms else []
-            return shlex.join(["--head-from", layout.head_checkpoint(donor), *form])
+            head, *_ = [*self.reference(wildcards), layout.donor_checkpoint(model, donor)]
+            return shlex.join(["--head-from", head, *form])
         return self._against(wildcards, self.reference(wildcards), donor)
 
     def options(self, wildcards: Wildcards) -> str:
@@ -55,7 +59,7 @@ class VerifyRules(Stage):
         gates = self._gates(wildcards, self.unquantized(wildcards))
         options = ["--head", variant.head_type, *gates]
         fetched = model.donor(variant) or (model.source if model.head_only else None)
-        if isinstance(fetched, HubRepository):
+        if isinstance(fetched, HubRepository) and model.native:
             options += ["--head-record", layout.head_record(fetched)]
         if not variant.foreign:
             options += ["--type", variant.file_type]

@@ -20,7 +20,7 @@ class Request:
     trunk: Path | None = None
     """The sha256 of the base's tensors, recorded by injection, instead of the base."""
     head_from: Path | None = None
-    """The checkpoint that the head is from, if it is not the trunk's."""
+    """The checkpoint that the head is from, if it is not the trunk's; or a GGUF made of it."""
     name: str | None = None
     """The model's name that conversion was given, for the metadata."""
     target: Path | None = None

@@ -9,6 +9,7 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import graft, native, norms, plan
 from mtpforge.convert.names import EMBEDDINGS, canonical_names
+from mtpforge.errors import GgufError
 from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
@@ -54,6 +55,8 @@ class Source(Protocol):
 
 def open_source(request: Request) -> Source | None:
     """The source that a request names, if it names one. Raises ForgeError."""
+    if request.head_from and request.head_from.is_file():
+        return GgufSource(request.head_from, head_only=True)
     donor = None
     if request.head_from:
         donor = Checkpoint(request.head_from, norms=request.norm_form)
@@ -134,12 +137,19 @@ class CheckpointSource:
 
 
 class GgufSource:
-    """The BF16 GGUF of an architecture that upstream converts."""
+    """The BF16 GGUF of an architecture that upstream converts.
 
-    note = norm_note = ""
+    With `head_only`, only the head is compared with it.
+    """
 
-    def __init__(self, path: Path) -> None:
+    norm_note = ""
+
+    def __init__(self, path: Path, head_only: bool = False) -> None:
         self._reference = split.read(path)
+        self._compared = self._reference.head if head_only else self._reference
+        self.note = "; only the head is this file's" if head_only else ""
+        if head_only and not (self._compared.tensors and self._reference.trunk.tensors):
+            raise GgufError(f"{path}: has no head, or nothing else: name a GGUF of the whole model")
         self.architecture = self._reference.architecture
         self.tensors = self._reference.tensors
         self.head_blocks: range | None = self._reference.head_blocks
@@ -151,7 +161,7 @@ class GgufSource:
         return templates_in(self._reference)
 
     def rows(self) -> Mapping[str, SourceRows]:
-        return tensors.rows_of_gguf(self._reference)
+        return tensors.rows_of_gguf(self._compared)
 
 
 def chat_templates(directory: Path) -> dict[str, str]:

@@ -32,8 +32,8 @@ from mtpforge.verify.source import Source, open_source
 from mtpforge.verify.tensors import Comparisons, SourceRows
 
 _FINE_TUNE = (
-    "; if the base is a fine-tune, only the head is this checkpoint's: name it with `head_from` in "
-    "config.yaml, or with --head-from in place of --checkpoint"
+    "; if the base is a fine-tune, only the head is this source's: name it with `head_from` in "
+    "config.yaml, or with --head-from in place of --checkpoint or --reference"
 )
 
 
@@ -127,7 +127,7 @@ def _check_against_source(
         note = source.note or layout.not_compared(opened, source.tensors, rows)
         checks.append(_check_values(opened, compared, note))
         wrong = {each.name for each in compared.all if each.problem}
-        if wrong - head and request.checkpoint and not (request.ours or request.head_from):
+        if wrong - head and not (request.ours or request.head_from):
             checks[-1] = replace(checks[-1], detail=checks[-1].detail + _FINE_TUNE)
     return checks, compared
 
