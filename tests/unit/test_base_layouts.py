@@ -255,6 +255,20 @@ def test_injection_and_verification_find_the_same_faults(
     assert evidence == ("FAILED", "blk.1.ffn_up.weight is missing")
 
 
+def test_a_head_with_embeddings_of_its_own_needs_a_base_with_as_many_tokens(
+    bench: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    """As in GLM-4.5, whose heads have them."""
+    made = bench(DENSE)
+    native.convert(made.checkpoint, tmp_path / "head.gguf", "head")
+    own = add("blk.4.nextn.embed_tokens.weight", 1280, 256)
+    head = write_base(tmp_path / "head.gguf", tmp_path / "own.gguf", own)
+    inject(made.trunk, head, tmp_path / "out.gguf")
+    base = write_base(made.trunk, tmp_path / "base.gguf", layouts.resized(1408))
+    with pytest.raises(GgufError, match=r"is for 1280 tokens, .* has 1408: a head with embeddings"):
+        inject(base, head, tmp_path / "refused.gguf")
+
+
 def ollamas_names(base: Base) -> None:
     for name in [name for name in base.tensors if name.endswith("ssm_dt.bias")]:
         base.tensors[name.removesuffix(".bias")] = base.tensors.pop(name)

@@ -48,6 +48,7 @@ _SCALED = re.compile(
     r"|ssm_(in|out|alpha|beta)|nextn\.eh_proj)|output)\.(scale|input_scale)"
 )
 _BIASES = re.compile(r"blk\.[0-9]+\.attn_(q|k|v|qkv)\.bias")
+_OWN_EMBEDDINGS = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 # Tensors that only Ollama's converter writes: a vision tower in the same file, and its own names.
 _OLLAMA = re.compile(r"(v|mm|mtp)\..+|blk\.[0-9]+\.ssm_dt")
 Shape: TypeAlias = tuple[int, ...]
@@ -88,6 +89,7 @@ def check_match(base: Gguf, head: Gguf, trunk: Mapping[str, TensorInfo] | None =
             f"{base.path}: {problems[0]}: the base is incomplete or damaged, or the head belongs "
             "to another model"
         )
+    _check_own_embeddings(base, head)
 
 
 def tensor_problems(base: Gguf, expected: Mapping[str, TensorInfo] | None) -> list[str]:
@@ -228,6 +230,17 @@ def _check_blocks(base: Gguf, head: Gguf) -> None:
             f"{base.path}: is incomplete: it declares {blocks} blocks, "
             f"but has no tensor of block {min(missing)}"
         )
+
+
+def _check_own_embeddings(base: Gguf, head: Gguf) -> None:
+    """Some heads (GLM's) have embeddings of their own, and llama.cpp loads only the base's size."""
+    rows = base.tensors[EMBEDDINGS].shape[0]
+    for name, info in head.tensors.items():
+        if name.endswith(_OWN_EMBEDDINGS) and info.shape[0] != rows:
+            raise GgufError(
+                f"{head.path}: {name} is for {info.shape[0]} tokens, {base.path} has {rows}: "
+                "a head with embeddings of its own needs a base with as many tokens"
+            )
 
 
 # ── tensors ──
