@@ -345,6 +345,23 @@ def test_the_head_of_a_sidecar_is_taken_at_any_type(
     assert contents(made.trunk) == contents(reader.read(parts["trunk"]))
 
 
+@pytest.mark.parametrize(
+    ("by", "problem"), [(-1, "1 is not added to 7 norms"), (1, "1 is added twice to 7 norms")]
+)
+def test_a_head_with_shifted_norms_is_refused(
+    parts: dict[str, Path], tmp_path: Path, by: float, problem: str
+) -> None:
+    """It would load without a warning."""
+    opened, raw = reader.read(parts["head"]), bytearray(parts["head"].read_bytes())
+    for name, place in opened.ranges.items():
+        if name.endswith("norm.weight"):
+            values = np.frombuffer(raw, "<f4", place.size // 4, place.offset) + np.float32(by)
+            raw[place.offset : place.offset + place.size] = values.astype("<f4").tobytes()
+    (tmp_path / "head.gguf").write_bytes(raw)
+    with pytest.raises(GgufError, match=f"{problem} .*the original checkpoint"):
+        inject(parts["trunk"], tmp_path / "head.gguf", tmp_path / "out.gguf")
+
+
 # ── a base that has a head ──
 
 
@@ -359,7 +376,10 @@ def test_injecting_the_same_head_again_changes_nothing(
 def test_another_head_is_refused_or_replaced(parts: dict[str, Path], tmp_path: Path) -> None:
     opened = reader.read(parts["head"])
     dead = tmp_path / "dead.gguf"
-    zeros = [(info, [memoryview(bytes(info.size))]) for info in opened.tensors.values()]
+    zeros = [
+        (info, [memoryview(bytes(info.size))] if quantizable(info) else payload)
+        for info, payload in reader.contents(opened)
+    ]
     writer.write(dead, opened.metadata, zeros)
     inject(parts["trunk"], dead, tmp_path / "base.gguf")
     message = refusal(tmp_path / "base.gguf", parts["head"], tmp_path)

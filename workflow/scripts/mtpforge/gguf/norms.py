@@ -10,9 +10,12 @@ only multiples of 1/256, w in F32 less 1 fits into BF16 again, and w - 1 does ne
 Level: the mean of w - 1 of each kind of norm, in released models. Final norms differ too much.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from mtpforge.gguf.reader import Gguf
 
 ARCHITECTURES = ("qwen35", "qwen35moe", "qwen3next")
 """Architectures whose checkpoints store norms as w - 1."""
@@ -30,6 +33,15 @@ LEVELS = {
 }
 """Ending of the name in a GGUF -> usual mean of w - 1 (measured: -0.1 to 0.4 for block norms, -0.25
 to 0.8 for queries and keys, -0.75 to -0.15 for the inputs of a head)."""
+
+SHIFTS = {
+    -1: "1 is not added to {}: the checkpoint stores w - 1",
+    1: "1 is added twice to {}",
+}
+"""A wrong shift of a norm in a GGUF, and the sentence for it."""
+
+SLACK = 0.8
+"""How far the mean of a GGUF's norm may be from the usual one; wide, as only clear faults count."""
 
 FEW = 16
 """Different small values that are enough to tell a grid from chance."""
@@ -71,6 +83,37 @@ def is_shifted(name: str) -> bool:
     return name.endswith((*LEVELS, *FINAL))
 
 
+def shifts(opened: Gguf) -> dict[str, int]:
+    """Return the shift of each norm of a GGUF: 1 or -1 if its values show that it is not w, else 0.
+
+    Empty for architectures that do not store w - 1.
+    """
+    if opened.architecture not in ARCHITECTURES:
+        return {}
+    values = {name: _values(opened, name) for name in opened.tensors if is_shifted(name)}
+    return {name: shift_of(name, found) for name, found in values.items() if found is not None}
+
+
+def shift_of(name: str, values: np.ndarray) -> int:
+    """Return 1 or -1 if a norm's values show that it is not w, else 0."""
+    if not np.isfinite(values).all():  # another check's fault
+        return 0
+    norm = measure(name, values, SLACK)
+    likely = norm.by_bits & norm.by_level
+    return 0 if 1 in likely or not likely else min(likely) - 1
+
+
+def describe(wrong: Mapping[str, int]) -> str:
+    """Return a sentence for each wrong shift; empty if there is none."""
+    sentences = []
+    for shift, text in SHIFTS.items():
+        names = [name for name, each in wrong.items() if each == shift]
+        if names:
+            count = f"{len(names)} norms ({names[-1]}, ...)"
+            sentences.append(text.format(count if len(names) > 1 else names[0]))
+    return "; ".join(sentences)
+
+
 def measure(name: str, values: np.ndarray, slack: float) -> Norm:
     """Judge the values of a norm (float32). `slack` is how far its mean may be from the usual."""
     flat = np.asarray(values, dtype=np.float32).reshape(-1)
@@ -84,6 +127,20 @@ def measure(name: str, values: np.ndarray, slack: float) -> Norm:
         by_level=_by_level(name, mean, slack),
         on_grid=1 in by_bits and len(small) >= FEW and _level(name) is not None,
     )
+
+
+def _values(opened: Gguf, name: str) -> np.ndarray | None:
+    """The values of an unquantized tensor, as float32; None for other types."""
+    place = opened.ranges[name]
+    kind = opened.tensors[name].type.name
+    stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(kind)
+    if stored is None:
+        return None
+    count = place.size // np.dtype(stored).itemsize
+    values = np.fromfile(place.path, stored, count, offset=place.offset)
+    if kind == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
 
 
 def _level(name: str) -> float | None:

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge import progress
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
-from mtpforge.gguf import quant_types, reader, split, writer
+from mtpforge.gguf import norms, quant_types, reader, split, writer
 from mtpforge.gguf.head import quantizable, trunk_digests, types_of
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import (
@@ -76,6 +76,7 @@ def inject(
         whole = split.joined(files)
         given = _open_head(head, scratch, options.norm_form)
         check_match(whole, given, _trunk_of(given))
+        _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
         new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
         if options.digests:
@@ -120,6 +121,12 @@ def _trunk_of(head: Gguf) -> Mapping[str, TensorInfo] | None:
     if head.path.is_dir():
         return native.trunk(head.path)
     return head.trunk.tensors if "blk.0.attn_norm.weight" in head.tensors else None
+
+
+def _check_norms(head: Gguf) -> None:
+    """Refuse a head in which 1 is not added to the norms, or twice. Raises GgufError."""
+    if wrong := norms.describe(norms.shifts(head.head)):
+        raise GgufError(f"{head.path}: {wrong}: take the head of the original checkpoint")
 
 
 def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:

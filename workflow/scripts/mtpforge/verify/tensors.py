@@ -24,6 +24,7 @@ from mtpforge.convert import values
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types
+from mtpforge.gguf.norms import SHIFTS
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.verify.report import TypeErrors
 
@@ -43,10 +44,6 @@ FAINT = 1e-3
 """Rows below this share of the usual row are judged relative to it: a scale can round them away."""
 ROUNDING = 2.0**-20
 """Relative error of values that another program computed in float32."""
-SHIFTS = {
-    -1: "1 is not added to {}: the checkpoint stores w - 1",
-    1: "1 is added twice to {}",
-}
 _NORM = "norm.weight"
 
 SourceRows: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -107,17 +104,6 @@ class Comparisons:
         return {
             kind: _type_errors(kind, errors) for kind, errors in sorted(by_type.items())
         } or None
-
-
-def describe_shifts(shifts: Mapping[str, int]) -> list[str]:
-    """One sentence for each wrong shift of norms."""
-    sentences = []
-    for shift, text in SHIFTS.items():
-        names = [name for name, wrong in shifts.items() if wrong == shift]
-        if names:
-            count = f"{len(names)} norms ({names[-1]}, ...)"
-            sentences.append(text.format(count if len(names) > 1 else names[0]))
-    return sentences
 
 
 def error_limit(kind: str) -> float:
