@@ -208,6 +208,7 @@ LEVELS = {
     "4B": (0.30, 0.39, 0.75, 0.73, -0.40, -0.30, 2.58),
     "35B-A3B": (-0.10, 0.10, -0.23, -0.20, -0.73, -0.51, 1.93),
 }
+OUTPUT = {"27B": 0.96, "4B": 1.14, "35B-A3B": 1.63}
 NAMES = (
     "attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "nextn.enorm", "nextn.hnorm",
     "nextn.shared_head_norm",
@@ -226,7 +227,7 @@ def released(size: str, seed: int) -> dict[str, np.ndarray]:
             found[f"blk.{block}.{name}.weight"] = bf16(random.normal(level, 0.1, 2560))
     for name in ("attn_q_norm", "attn_k_norm"):
         found[f"blk.7.{name}.weight"] = bf16(random.normal(0.3, 0.2, 256))
-    found["output_norm.weight"] = bf16(random.normal(0.9, 0.15, 2560))
+    found["output_norm.weight"] = bf16(random.normal(OUTPUT[size], 0.15, 2560))
     return found
 
 
@@ -244,6 +245,17 @@ def test_released_models_are_read_as_they_are(size: str) -> None:
         assert set(judged(stored).values()) == {0}
         head = {name: values for name, values in stored.items() if name.startswith("blk.8.")}
         assert set(judged(head).values()) == {0}  # a head that was fetched without its trunk
+
+
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.8.nextn.shared_head_norm.weight"])
+def test_a_value_below_zero_tells_a_final_norm(name: str) -> None:
+    """Other values are so large that w - 1 of one model is w of another."""
+    large = bf16(np.random.default_rng(0).normal(2, 0.2, 2560))
+    with_outlier = np.append(large, np.float32(-0.75))
+    assert measure(name, large, norms.SLACK).offsets == {0, 1, 2}
+    for values, offset in ((with_outlier, 0), (bf16(with_outlier + 1), None)):
+        norm = measure(name, values, norms.SLACK)
+        assert norm.is_proven == (offset == 0) and (offset is None or norm.offsets == {offset})
 
 
 @pytest.mark.parametrize("size", LEVELS)

@@ -21,7 +21,8 @@ ARCHITECTURES = ("qwen35", "qwen35moe", "qwen3next")
 """Architectures whose checkpoints store norms as w - 1."""
 
 FINAL = (".nextn.shared_head_norm.weight", "output_norm.weight")
-"""The last norms of head and trunk. Their mean of w - 1 is between 0.1 and 2.6."""
+"""The last norms of head and trunk. Their mean of w - 1 is between 0.1 and 3.3, but released ones
+have some values below 0, while w is positive."""
 
 LEVELS = {
     ".attn_norm.weight": 0.1,
@@ -70,7 +71,9 @@ class Norm:
     def is_proven(self) -> bool:
         """Whether the bits tell the offset, and the level does not deny it."""
         alone = len(self.offsets) == 1 and self.offsets <= self.by_level
-        return alone and (len(self.by_bits) == 1 or (self.on_grid and 1 in self.offsets))
+        is_negative = self.is_final and len(self.by_level) == 1
+        told = len(self.by_bits) == 1 or (self.on_grid and 1 in self.offsets) or is_negative
+        return alone and told
 
     @property
     def is_final(self) -> bool:
@@ -99,7 +102,7 @@ def shift_of(name: str, values: np.ndarray) -> int:
     if not np.isfinite(values).all():  # another check's fault
         return 0
     norm = measure(name, values, SLACK)
-    likely = norm.by_bits & norm.by_level
+    likely = norm.by_bits if norm.is_final else norm.by_bits & norm.by_level
     return 0 if 1 in likely or not likely else min(likely) - 1
 
 
@@ -124,7 +127,7 @@ def measure(name: str, values: np.ndarray, slack: float) -> Norm:
         name,
         mean,
         by_bits=by_bits or frozenset((0, 1, 2)),
-        by_level=_by_level(name, mean, slack),
+        by_level=_by_level(name, mean, slack) - ({1, 2} if _is_negative(name, flat) else set()),
         on_grid=1 in by_bits and len(small) >= FEW and _level(name) is not None,
     )
 
@@ -141,6 +144,10 @@ def _values(opened: Gguf, name: str) -> np.ndarray | None:
     if kind == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
+
+
+def _is_negative(name: str, values: np.ndarray) -> bool:
+    return name.endswith(FINAL) and bool((values < 0).any())
 
 
 def _level(name: str) -> float | None:
