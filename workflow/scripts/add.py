@@ -12,7 +12,7 @@ from mtpforge import cli, errors
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import converters
 from mtpforge.hub import download
-from mtpforge.hub.listing import REPOSITORY
+from mtpforge.hub.listing import REPOSITORY, Listing
 from mtpforge.hub.resolve import current_name, list_commit, model_info
 
 VARIANTS = {"BF16": 16, "Q4_K_M": 5}
@@ -35,56 +35,67 @@ def entry(repo: str) -> str:
 
     Raises DownloadError, CheckpointError.
     """
+    listing = _list(repo)
+    outline = download.outline(listing)
+    converter, part = _choose(outline, listing.label)
+    return "\n".join(
+        [
+            f"  # {_about(listing, outline, converter)}. Add its name to `build` to build it.",
+            f"  {listing.repo.partition('/')[2].lower()}:",
+            f"    source: {{repo: {listing.repo}, revision: {listing.revision}}}",
+            *([] if converter == "mtpforge" else [f"    converter: {converter}"]),
+            "    variants:",
+            *(f"      {name}: {_settings(outline, part, bits)}" for name, bits in VARIANTS.items()),
+        ]
+    )
+
+
+def _list(repo: str) -> Listing:
+    """List the current commit of a repository, by its current name."""
     if not REPOSITORY.fullmatch(repo):
         raise errors.DownloadError(
             f"{repo!r}: write the repository as OWNER/NAME "
             "(snakemake --cores 1 add --config repo=OWNER/NAME)"
         )
     info = model_info(repo)
-    repo = current_name(info, repo)
-    listing = list_commit(repo, str(info.sha))
+    listing = list_commit(current_name(info, repo), str(info.sha))
     if not listing.tensors:
         raise errors.DownloadError(
             f"{repo}: has no model*.safetensors: only safetensors checkpoints can be converted"
         )
-    outline = download.outline(listing)
+    return listing
+
+
+def _choose(outline: Outline, label: str) -> tuple[str, str]:
+    """Return a converter, and the part to make: the trunk if there is no head, else all."""
     try:
-        converter = converters.choose(outline, "all")
-        lost = ""
+        return converters.choose(outline, "all"), "all"
     except errors.CheckpointError as error:
-        converter = _without_head(outline, converters.explain(error, outline, listing.label))
-        lost = ", without a head (`head_from` takes the original's)"
-    size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
-    head = sum(tensor.size for tensor in converters.head_tensors(outline, converter))
-    about = lost or f", {head / 1e9:.2f} GB of it the head"
-    return "\n".join(
-        [
-            f"  # {size / 1e9:.1f} GB to download{about}. Add its name to `build` to build it.",
-            f"  {repo.partition('/')[2].lower()}:",
-            f"    source: {{repo: {repo}, revision: {listing.revision}}}",
-            *([] if converter == "mtpforge" else [f"    converter: {converter}"]),
-            "    variants:",
-            *(f"      {name}: {_settings(outline, lost, bits)}" for name, bits in VARIANTS.items()),
-        ]
-    )
-
-
-def _without_head(outline: Outline, error: errors.CheckpointError) -> str:
-    """Return a converter for a checkpoint that has lost its head; raise the error for others."""
+        refused = converters.explain(error, outline, label)
     try:
         converter = converters.choose(outline, "trunk")
-        if converters.head_tensors(outline, converter):
-            raise error
-        return converter
     except errors.CheckpointError:
-        raise error from None
+        raise refused from None
+    if converters.head_tensors(outline, converter):
+        raise refused
+    return converter, "trunk"
 
 
-def _settings(outline: Outline, lost: str, bits: int) -> str:
+def _about(listing: Listing, outline: Outline, converter: str) -> str:
+    """Return how much there is to download, and how much of that is the head."""
+    size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
+    head = sum(tensor.size for tensor in converters.head_tensors(outline, converter))
+    about = f"{head / 1e9:.2f} GB of it the head" if head else "without a head"
+    if not head and converter == "mtpforge":
+        about += " (`head_from` takes the original's)"
+    return f"{size / 1e9:.1f} GB to download, {about}"
+
+
+def _settings(outline: Outline, part: str, bits: int) -> str:
     """Return the settings of a variant: no head if it is lost, shards if the file is too large."""
     size = sum(_bf16_size(tensor) for tensor in outline.tensors.values()) * bits / 16
     limit = int(SPLIT.removesuffix("G")) * 1e9
-    settings = ["head: none"] * bool(lost) + [f"split: {SPLIT}"] * (size > limit)
+    settings = ["head: none"] * (part == "trunk") + [f"split: {SPLIT}"] * (size > limit)
     return f"{{{', '.join(settings)}}}"
 
 
