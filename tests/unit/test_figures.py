@@ -9,6 +9,9 @@ import pytest
 from conftest import Run as RunProgram
 from example_records import DIVERGENCE, MACHINE, measurement, run, total
 from mtpforge.errors import ConfigError
+from mtpforge.gguf import writer
+from mtpforge.gguf.quant_types import UnknownType
+from mtpforge.gguf.reader import TensorInfo
 from mtpforge.measure.measurement import Measurement
 from mtpforge.report import figures
 from mtpforge.report.svg import CHARACTER, WIDTH, Svg, ticks
@@ -98,6 +101,12 @@ def test_tensors_figure_shows_types_and_errors(built: Path) -> None:
     assert {"ffn_up", "IQ3_S ×4", "BF16 ×1", "nextn.eh_proj"} <= set(words(picture))
     assert picture.render().count('stroke-width="3"') == 1  # only ffn_up has errors
     assert "0.0001" not in words(tensors(file, {}))  # no axis if nothing was compared
+
+
+def test_tensors_figure_shows_a_type_that_gguf_py_does_not_know(tmp_path: Path) -> None:
+    info = TensorInfo("blk.0.ffn_up.weight", (4, 4), UnknownType(144), stored=32)
+    writer.write(tmp_path / "x.gguf", {}, [(info, [memoryview(bytes(32))])])
+    assert "IQ4_KS ×1" in words(tensors(tmp_path / "x.gguf", {}))
 
 
 def test_tensors_figure_needs_a_file(run: RunProgram, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def _check_finite(opened: Gguf, compared: Comparisons) -> Check:
     detail = f"no NaN or infinity in {len(compared.all)} tensors"
     if len(compared.all) < len(opened.tensors):
         unseen = [f"{count} at {name}" for name, count in reader.unreadable(opened).items()]
-        detail += f"; {' and '.join(unseen)} are unknown here: they were only run"
+        detail += f"; not read: {' and '.join(unseen)}, unknown here"
     return Check("finite", not bad, some(bad) or detail)
 
 
