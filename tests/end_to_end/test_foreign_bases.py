@@ -1,6 +1,7 @@
 """A head injected into a base of another layout passes all checks and drafts in llama-server."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import base_layouts as layouts
 import numpy as np
 import pytest
 from base_layouts import Base, write_base
-from conftest import CHECKPOINTS, Run
+from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
 from mtpforge.gguf import reader
 
 DENSE, MOE = "tiny-qwen3.5", "tiny-qwen3.5-moe"
@@ -107,3 +108,37 @@ def scale_owners(base: Path) -> list[str]:
     """The matrices that have a scale."""
     names = reader.read(base).tensors
     return [name.replace(".scale", ".weight") for name in names if name.endswith(".scale")]
+
+
+# ── fused by upstream's converter ──
+
+
+CONVERTER = ROOT / "resources" / "converter"
+PYTHON = CONVERTER / "environment" / "bin" / "python"
+
+
+def upstreams(out: Path, *options: str) -> Path:
+    """The trunk of the mixture as upstream's converter writes it."""
+    program = [PYTHON, "-I", "-B", SCRIPTS / "run_upstream.py", "--tokenizer-pre", "qwen35"]
+    arguments = ["--no-mtp", "--outtype", "bf16", "--outfile", out, *options]
+    command = [*program, CONVERTER / "source", CHECKPOINTS / MOE, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.mark.skipif(
+    not PYTHON.exists(), reason="upstream's environment is missing: `make converter`"
+)
+def test_a_head_drafts_in_a_base_that_upstream_fused(acceptance: Verify, tmp_path: Path) -> None:
+    fused = upstreams(tmp_path / "fused.gguf", "--fuse-gate-up-exps", "--fuse-qkv")
+    plain = upstreams(tmp_path / "plain.gguf")
+    ours = write_base(plain, tmp_path / "ours.gguf", all_fused)
+    assert tensor_digests(ours) == tensor_digests(fused)
+    assert acceptance(MOE, fused) == pytest.approx(PLAIN[MOE], abs=0.01)
+
+
+def tensor_digests(path: Path) -> dict[str, str]:
+    digests = reader.digests(path)
+    del digests["header"]
+    return digests
