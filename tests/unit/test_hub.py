@@ -163,14 +163,22 @@ def test_a_branch_is_refused_with_its_commit(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repo", "revision"), [("Owner/other", COMMIT), (REPO, "f" * 40), ("no repository", COMMIT)]
+    ("repo", "revision", "reason"),
+    [
+        ("Owner/other", COMMIT, "no such repository"),
+        (REPO, "f" * 40, "has no such commit: check `revision`"),
+        ("no repository", COMMIT, ""),
+    ],
 )
-def test_a_missing_repository_is_refused(client: Client, repo: str, revision: str) -> None:
+def test_a_missing_repository_is_refused(
+    client: Client, repo: str, revision: str, reason: str
+) -> None:
     client.listing.unlink()
     done = client.resolve(repo, revision)
     assert (
         done.returncode == 1
         and repo in done.stderr
+        and reason in done.stderr
         and len(done.stderr.splitlines()) == 1
         and not client.listing.exists()
     )

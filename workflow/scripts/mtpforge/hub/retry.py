@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, not typed
     parse_ratelimit_headers,
@@ -138,6 +139,8 @@ def explain(error: Exception) -> str:
         return _STILL_GATED if with_token else _GATED
     if status == 401 and with_token and response.headers.get("X-Error-Code") != "RepoNotFound":
         return _REJECTED
+    if isinstance(error, RevisionNotFoundError):
+        return "has no such commit: check `revision`"
     if isinstance(error, RepositoryNotFoundError):
         return _STILL_NOT_FOUND if with_token else _NOT_FOUND
     if status in (401, 403):
