@@ -111,6 +111,13 @@ def biased(base: Base) -> None:
         base.tensors[name.replace("weight", "bias")] = np.full(rows, 1e-3, "<f4")
 
 
+def projected(base: Base) -> None:
+    """A projection of embeddings for retrieval, with its bias."""
+    hidden = base.tensors["token_embd.weight"].shape[1]
+    base.tensors["cls.output.weight"] = np.eye(hidden, dtype="<f4")
+    base.tensors["cls.output.bias"] = np.ones(hidden, "<f4")
+
+
 def key_heads_of_each_block(base: Base) -> None:
     """One value for each block where llama.cpp also takes one for all."""
     key = f"{base.metadata['general.architecture'].decode()}.attention.head_count_kv"

@@ -54,6 +54,7 @@ def all_fused(base: Base) -> None:
 
 def biased_heads_of_each_block(base: Base) -> None:
     layouts.biased(base)
+    layouts.projected(base)
     layouts.key_heads_of_each_block(base)
 
 

@@ -47,6 +47,7 @@ _SCALED = re.compile(
     r"(blk\.[0-9]+\.(attn_(q|k|v|qkv|gate|output)|ffn_(gate|up|down)(_exps|_shexp)?"
     r"|ssm_(in|out|alpha|beta)|nextn\.eh_proj)|output)\.(scale|input_scale)"
 )
+_PROJECTION = "cls.output.weight"  # of embeddings for retrieval, with a bias; drafts ignore it
 _BIASES = re.compile(r"blk\.[0-9]+\.attn_(q|k|v|qkv)\.bias")
 _OWN_EMBEDDINGS = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 # Tensors that only Ollama's converter writes: a vision tower in the same file, and its own names.
@@ -261,12 +262,14 @@ def _optional_shape(
     """The shape of a tensor that llama.cpp reads if a file has it; None if it is not optional."""
     if name == OUTPUT:
         return found[EMBEDDINGS].shape
+    if name == _PROJECTION:
+        return (found[name].shape[0], found[EMBEDDINGS].shape[-1])
     matrix_name = f"{name.rpartition('.')[0]}.weight"
     matrix = found.get(matrix_name)
     if matrix and _SCALED.fullmatch(name):
         return drop_leading_ones(matrix.shape[:-2] or (1,))
     matrix = matrix or expected.get(matrix_name)  # biases may be apart where matrices are fused
-    if matrix and _BIASES.fullmatch(name):
+    if matrix and (_BIASES.fullmatch(name) or matrix_name == _PROJECTION):
         return matrix.shape[-2:-1]
     return None
 
