@@ -247,6 +247,25 @@ def test_released_models_are_read_as_they_are(size: str) -> None:
         assert set(judged(head).values()) == {0}  # a head that was fetched without its trunk
 
 
+@pytest.mark.parametrize("size", LEVELS)
+@pytest.mark.parametrize("which", ["head", "all"])
+def test_norms_trained_as_w_are_in_doubt_rather_than_wrong(size: str, which: str) -> None:
+    """They have finer bits than w = 1 + (w - 1) in BF16, and the level of w."""
+    for seed in range(5):
+        released_norms = released(size, seed)
+        trained = {n for n in released_norms if which == "all" or n.startswith("blk.8.")}
+        random = np.random.default_rng(seed)
+        stored = {
+            name: bf16(values + 1 + random.normal(0, 0.01, len(values)))
+            if name in trained
+            else values
+            for name, values in released_norms.items()
+        }
+        answers = judged(stored)
+        assert {answers[name] for name in trained} <= {1, None}
+        assert {answers[name] for name in answers.keys() - trained} <= {0}
+
+
 @pytest.mark.parametrize("name", ["output_norm.weight", "blk.8.nextn.shared_head_norm.weight"])
 def test_a_value_below_zero_tells_a_final_norm(name: str) -> None:
     """Other values are so large that w - 1 of one model is w of another."""

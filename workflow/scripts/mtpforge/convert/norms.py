@@ -81,21 +81,33 @@ def judge(norms: Mapping[str, Norm], head: Collection[str]) -> dict[str, int | N
     A norm whose bits do not prove its form needs the agreement of the others in head or trunk.
     """
     sides = [[n for n in norms.values() if (n.name in head) is side] for side in (True, False)]
-    votes = [Counter(o for n in side if len(n.offsets) == 1 for o in n.offsets) for side in sides]
-    judged = {
-        norm.name: _offset(norm, own or other)
-        for side, own, other in zip(sides, votes, reversed(votes), strict=True)
-        for norm in side
-    }
+    judged: dict[str, int | None] = {}
+    for own, other in (sides, reversed(sides)):
+        judged |= _judge_side(own, other)
     doubtful = {name for name, norm in norms.items() if _is_odd(norm, norms, judged)}
     return {name: None if name in doubtful else offset for name, offset in judged.items()}
 
 
-def _offset(norm: Norm, votes: Counter[int]) -> int | None:
-    """Return a norm's offset, given those that are known of the others beside it."""
+def _judge_side(own: list[Norm], other: list[Norm]) -> dict[str, int | None]:
+    """Judge the norms of the head by each other, or else by the trunk's, or the reverse."""
+    votes = _votes(own) or _votes(other)
+    firm = _votes(norm for norm in own if not norm.is_contradictory)
+    judged = {norm.name: _offset(norm, votes, firm) for norm in own}
+    if any(judged[norm.name] is None and norm.is_contradictory for norm in own):
+        # They may have been trained as w: then bits that look like w - 1 prove nothing.
+        judged |= {norm.name: None for norm in own if len(norm.by_level) > 1}
+    return judged
+
+
+def _votes(norms: Iterable[Norm]) -> Counter[int]:
+    return Counter(offset for n in norms if len(n.offsets) == 1 for offset in n.offsets)
+
+
+def _offset(norm: Norm, votes: Counter[int], firm: Counter[int]) -> int | None:
+    """Return a norm's offset, given those of the others; `firm` are not against their level."""
     if len(norm.offsets) == 1:
         (offset,) = norm.offsets
-        return offset if norm.is_proven or 2 * votes[offset] > votes.total() else None
+        return offset if norm.is_proven or 2 * firm[offset] > votes.total() else None
     agreed = norm.offsets & votes.keys()
     return next(iter(agreed)) if len(votes) == 1 and agreed else None
 

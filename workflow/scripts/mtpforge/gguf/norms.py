@@ -68,6 +68,11 @@ class Norm:
         return both - {0} if self.on_grid and 1 in both else both
 
     @property
+    def is_contradictory(self) -> bool:
+        """Whether the bits allow no offset that the level does, as in a norm trained as w."""
+        return not self.by_bits & self.by_level
+
+    @property
     def is_proven(self) -> bool:
         """Whether the bits tell the offset, and the level does not deny it."""
         alone = len(self.offsets) == 1 and self.offsets <= self.by_level
