@@ -19,7 +19,9 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 Tensors = dict[str, tuple[str, np.ndarray]]
 """Name -> (safetensors type, raw array), in storage order."""
 
-_NUMPY = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_NUMPY = {
+    "BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"),
+}  # fmt: skip
 
 
 _CODE = np.arange(127)
@@ -234,6 +236,115 @@ def qwen3_next() -> tuple[dict[str, Any], Tensors]:
         for name, shape in shapes.items()
     }
     return config, {name: ("BF16", array.astype("<u2")) for name, array in bits.items()}
+
+
+QWEN4_EXP: dict[str, Any] = {
+    "model_type": "qwen4_exp_text", "hidden_size": 128, "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+    "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "vocab_size": 1280,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "mrope_section": [4, 2, 2]},
+    "hc_count": 2, "hc_lowrank": 16, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+    "indexer_head_dim": 32, "indexer_budget": 64, "indexer_compress_ratio": 4,
+    "ple_layer_ids": [1], "ple_embed_dim": 128, "ple_conv_kernel_size": 4, "ngram_size": 3,
+    "heads_per_ngram": 2, "ngram_vocab_size_base": 31, "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 4, "eos_token_id": 1257, "mtp_num_hidden_layers": 1,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def qwen4_exp() -> tuple[dict[str, Any], Tensors]:
+    """A tiny random Qwen4Exp whose head drafts: hyper-connections, an indexer, n-grams in parts.
+
+    Its blocks add almost nothing, so the next token depends on the current one alone. The head has
+    the trunk's last mixer, and passes on the embedding, so it predicts the token after the next.
+    """
+    config = {
+        "architectures": ["Qwen4ExpForConditionalGeneration"], "image_token_id": 1258,
+        "model_type": "qwen4_exp", "text_config": QWEN4_EXP, "tie_word_embeddings": False,
+    }  # fmt: skip
+    rng = np.random.default_rng(4)
+    values: dict[str, np.ndarray] = {
+        name: rng.standard_normal(shape).astype(np.float32) * _scale_of(name)
+        for name, shape in _shapes_of_qwen4_exp().items()
+    }
+    mixer = "model.language_model.hyper_connection_mixer."
+    for name in [name for name in values if name.startswith(mixer)]:
+        values[name.replace("model.language_model.", "mtp.")] = values[name]
+    values["mtp.fc_embedding.weight"] = np.eye(128, dtype=np.float32)
+    words = values["model.language_model.embed_tokens.weight"]
+    words *= 10
+    values["lm_head.weight"] = np.zeros_like(words)
+    values["lm_head.weight"][:1257] = words[rng.permutation(1257)] / 10
+    tensors: Tensors = {
+        name: ("BF16", (array.view(np.uint32) >> 16).astype("<u2"))
+        for name, array in values.items()
+    }
+    table = "model.language_model.layers.0.ple.ple_embedding."
+    for name, numbers in {
+        "layer_multipliers": [9_123_456_789_011, 23_456_789_012_345, 1_234_567_890_123],
+        "ngram_heads_offsets": [0, 31, 68, 109],
+        "ngram_heads_vocab_sizes": [31, 37, 41, 43],
+    }.items():
+        tensors[table + name] = ("I64", np.array(numbers, "<i8"))
+    return config, tensors
+
+
+def _scale_of(name: str) -> float:
+    quiet = ("out_proj", "o_proj", "down_proj", "ple.value_proj", "fc_hidden")
+    if name.removesuffix(".weight").endswith(quiet):
+        return 0.001
+    return 0.05 if any(part in name for part in ("norm", "A_log", "dt_bias")) else 0.1
+
+
+def _shapes_of_qwen4_exp() -> dict[str, tuple[int, ...]]:
+    full = {
+        "q_proj": (256, 128), "k_proj": (64, 128), "v_proj": (64, 128), "o_proj": (128, 128),
+        "q_norm": (64,), "k_norm": (64,), "indexer.index_qk_proj": (96, 128),
+        "indexer.q_layernorm": (32,), "indexer.k_layernorm": (32,),
+    }  # fmt: skip
+    linear = {
+        "in_proj_qkv": (256, 128), "in_proj_z": (128, 128), "in_proj_a": (4, 128),
+        "in_proj_b": (4, 128), "conv1d": (256, 1, 4), "norm": (32,), "out_proj": (128, 128),
+    }  # fmt: skip
+    mixer = {
+        "hc_norm": (256,),
+        "input_mix_weight_down": (16, 256),
+        "input_mix_weight_up": (256, 16),
+    }
+    feed = {"gate": (4, 128), "shared_expert_gate": (1, 128)}
+    feed |= {f"shared_expert.{n}_proj": (64, 128) for n in ("gate", "up")}
+    feed["shared_expert.down_proj"] = (128, 64)
+    ngrams = {
+        "key_proj": (256, 128), "value_proj": (128, 128), "conv1d": (256, 1, 4),
+        "norm_key": (256,), "norm_query": (256,), "norm_conv": (256,),
+    }  # fmt: skip
+    ngrams |= {f"ple_embedding.ngram_embedding.shard_{i}": (38, 32) for i in range(4)}
+    model = "model.language_model."
+    shapes: dict[str, tuple[int, ...]] = {f"{model}embed_tokens.weight": (1280, 128)}
+    shapes["lm_head.weight"] = (1280, 128)
+
+    def add(prefix: str, parts: dict[str, tuple[int, ...]]) -> None:
+        shapes.update({f"{prefix}{name}.weight": shape for name, shape in parts.items()})
+
+    for to, attention in (("0.", linear), ("1.", full), ("", full)):
+        block = f"{model}layers.{to}" if to else "mtp.layers.0."
+        for connection in ("attn", "mlp"):
+            inject = {"block_inject_weight": (2, 256)}
+            add(f"{block}{connection}_hyper_connection.", {**mixer, **inject})
+        add(f"{block}{'linear_attn' if attention is linear else 'self_attn'}.", attention)
+        add(f"{block}mlp.", feed)
+        shapes[f"{block}mlp.experts.gate_up_proj"] = (4, 128, 128)
+        shapes[f"{block}mlp.experts.down_proj"] = (4, 128, 64)
+    shapes |= {f"{model}layers.0.linear_attn.{name}": (4,) for name in ("A_log", "dt_bias")}
+    add(f"{model}layers.0.ple.", ngrams)
+    add(f"{model}hyper_connection_mixer.", mixer)
+    add("mtp.", {"fc_hidden": (128, 128), "fc_embedding": (128, 128)})
+    add("mtp.", {"pre_fc_norm_embedding": (128,), "pre_fc_norm_hidden": (256,)})
+    return shapes
 
 
 def eight_bit(config: dict[str, Any], tensors: Tensors) -> Tensors:
@@ -496,6 +607,8 @@ def write_layout(name: str, parent: Path) -> Path:
         return write_checkpoint(
             parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen3_next(), shards=2
         )
+    if name == "qwen4-exp":
+        return write_checkpoint(parent / name, CHECKPOINTS / "tiny-qwen3.5", *qwen4_exp(), shards=2)
     if name in FOLDERS:
         folder = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", parent / name))
         FOLDERS[name](folder)
@@ -508,7 +621,7 @@ def write_layout(name: str, parent: Path) -> Path:
     return write_checkpoint(parent / name, CHECKPOINTS / embedded, config, tensors, shards)
 
 
-ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", *FOLDERS)
+ALL = ("tiny-qwen3.5", "tiny-qwen3.5-moe", *LAYOUTS, "qwen3-next", "qwen4-exp", *FOLDERS)
 
 
 def fine_tune(folder: Path, noise: float = 0.15, model: str = "tiny-qwen3.5") -> Path:

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from gguf.constants import GGMLQuantizationType
-from layouts import ALL, eight_bit, read_tensors, write_checkpoint, write_layout, write_shard
+from layouts import (
+    ALL,
+    eight_bit,
+    qwen4_exp,
+    read_tensors,
+    write_checkpoint,
+    write_layout,
+    write_shard,
+)
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, tokenizer
 from mtpforge.convert.values import decode, encode
@@ -33,6 +41,37 @@ def test_conversion_equals_upstream(name: str, tmp_path: Path) -> None:
         parts[part] = digest(tmp_path / f"{part}.gguf")
     assert parts.keys() == {"all", "trunk", "draft"}
     assert differences(golden, {"upstream": golden["upstream"], "parts": parts}) == []
+
+
+TABLE = "model.language_model.layers.0.ple.ple_embedding."
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        ("F32", np.ones(3, "<f4")),
+        ("I64", np.ones((1, 3), "<i8")),
+        ("I64", np.array([1, -1, 1], "<i8")),
+        ("I64", np.ones(65, "<i8")),
+        ("I64", np.ones(0, "<i8")),
+    ],
+)
+def test_malformed_constants_are_refused(tmp_path: Path, array: tuple[str, np.ndarray]) -> None:
+    config, tensors = qwen4_exp()
+    tensors[f"{TABLE}layer_multipliers"] = array
+    folder = write_checkpoint(tmp_path / "copy", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert "layer_multipliers" in refusal(folder)
+
+
+def test_fp8_matrices_are_not_joined(tmp_path: Path) -> None:
+    """Their scales would be those of other columns."""
+    config, tensors = qwen4_exp()
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for name in ("mtp.fc_embedding.weight", "mtp.fc_hidden.weight"):
+        tensors[name] = ("F8_E4M3", np.full((128, 128), 56, np.uint8))
+        tensors[f"{name}_scale_inv"] = ("F32", np.ones((1, 1), "<f4"))
+    folder = write_checkpoint(tmp_path / "copy", CHECKPOINTS / "tiny-qwen3.5", config, tensors)
+    assert "only BF16, F16 and F32 can be joined to blk.2.nextn.eh_proj" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3.5", "moe-fused-head"])

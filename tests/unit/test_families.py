@@ -1,6 +1,7 @@
 """The tensors of a GGUF follow from the configuration alone, and match real models."""
 
 import pytest
+from layouts import QWEN4_EXP
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
@@ -71,6 +72,40 @@ def test_the_head_of_qwen3_next_has_the_known_size() -> None:
     changes = {**EXPERTS, "num_hidden_layers": 48, "num_experts": 512}
     head = family_of("Qwen3NextForCausalLM").rows(Hparams({**DENSE, **changes}), "head")
     assert len(head) == 20 and sum(_elements(row.shape) for row in head) == 1_650_471_424
+
+
+def test_the_head_of_qwen_flash_next_has_the_known_tensors() -> None:
+    """31 in the checkpoint; the table of n-grams is stored in 128 parts of 2,500,012 rows."""
+    changes = {
+        **EXPERTS, "num_hidden_layers": 48, "num_experts": 512, "hidden_size": 2560,
+        "num_attention_heads": 24, "linear_num_value_heads": 48, "moe_intermediate_size": 640,
+        "shared_expert_intermediate_size": 640, "hc_count": 4, "hc_lowrank": 320,
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128,
+        "ple_layer_ids": [2], "ple_embed_dim": 2560, "ple_conv_kernel_size": 4, "ngram_size": 3,
+        "heads_per_ngram": 8, "ngram_vocab_size_base": 20_000_000,
+        "make_ngram_vocab_size_divisible_by": 128, "split_ngram_parts": 128,
+    }  # fmt: skip
+    family, hparams = family_of("Qwen4ExpForCausalLM"), Hparams({**DENSE, **changes})
+    head = family.rows(hparams, "head")
+    assert len({name for row in head for name in row.sources[0].names}) == 31
+    (table,) = [row for row in family.rows(hparams, "trunk") if row.name.startswith("per_layer")]
+    assert table.shape == (320_001_536, 160) and table.sources[0].shape == (2_500_012, 160)
+    assert len(table.sources[0].names) == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ple_layer_ids": [1, 2]}, "supports one"),
+        ({"ple_layer_ids": [0]}, "layers from 1 to 2"),
+        ({"ple_layer_ids": 1}, "layers from 1 to 2"),
+        ({"split_ngram_parts": 7}, "split_ngram_parts"),
+        ({"hc_count": "2"}, "hc_count"),
+    ],
+)
+def test_an_impossible_flash_next_is_refused_by_key(change: dict[str, object], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        family_of("Qwen4ExpForCausalLM").rows(Hparams({**QWEN4_EXP, **change}), "all")
 
 
 def _elements(shape: tuple[int, ...]) -> int:

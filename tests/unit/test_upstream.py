@@ -321,8 +321,6 @@ NOT_CONVERTED = {
     "Glm4vMoeForConditionalGeneration": "llama-server aborts: multimodal rotation in the head",
     "Glm5NextForConditionalGeneration": "its tokenizer needs a newer transformers",
     "MiniCPMV4_6ForConditionalGeneration": "no checkpoint with a head is known",
-    "Qwen4ExpForCausalLM": "not yet",
-    "Qwen4ExpForConditionalGeneration": "not yet",
 }
 """Architectures whose head upstream exports and we do not convert, with the reason."""
 

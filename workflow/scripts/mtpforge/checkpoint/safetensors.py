@@ -114,6 +114,10 @@ class Outline:
         """Whether two tensors are equal, as far as is known without their values."""
         return (one.dtype, one.shape) == (other.dtype, other.shape)
 
+    def integers(self, tensor: CheckpointTensor) -> list[int] | None:
+        """Return the values of a vector of integers; None without them."""
+        return None
+
 
 class Checkpoint(Outline):
     """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
@@ -158,6 +162,18 @@ class Checkpoint(Outline):
         """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
         mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
         return mapped.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def integers(self, tensor: CheckpointTensor) -> list[int] | None:
+        """Return the values of a vector of up to 64 integers. Raises CheckpointError."""
+        if tensor.dtype not in ("I64", "I32") or len(tensor.shape) != 1 or tensor.shape[0] > 64:
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, not up to "
+                "64 integers"
+            )
+        numbers: list[int] = self.array(tensor).tolist()
+        if not numbers or min(numbers) < 0:
+            raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty, or negative somewhere")
+        return numbers
 
     def locate(self, view: np.ndarray) -> FileRange | None:
         """Return the byte range of a C-contiguous view of an `array`; None for a copy."""

@@ -118,6 +118,7 @@ def _packed(checkpoint: Outline, family: Family, part: str) -> CheckpointTensor 
         if (
             tensor.dtype not in UNPACKED
             and not is_buffer(tensor)
+            and not name.endswith(family.constants)
             and (part != "head" or _in_head(name, family))
         ):
             return tensor

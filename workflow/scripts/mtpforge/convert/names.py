@@ -46,7 +46,7 @@ def canonical_names(checkpoint: Outline, family: Family) -> dict[str, Checkpoint
     check_wrappers(checkpoint.tensors.values())
     names: dict[str, CheckpointTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if name.startswith(family.ignored) or is_buffer(tensor):
+        if name.startswith(family.ignored) or name.endswith(family.constants) or is_buffer(tensor):
             continue
         canonical = family.canonical(name)
         if canonical in names:

@@ -103,6 +103,8 @@ def describe(
         )
     writer.add_type(GGUFType.MODEL)
     _model_metadata(checkpoint, writer).set_gguf_meta_model(writer)
+    if part in ("head", "draft"):
+        hparams = Hparams({**hparams.values, **family.without_trunk})
     family.describe(writer, hparams, 0 if part == "trunk" else 1)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     vocab_size = hparams.count("vocab_size")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mtpforge.checkpoint import fp8
-from mtpforge.checkpoint.families.family import Family, Row, Source
+from mtpforge.checkpoint.families.family import Family, Row, Source, unchanged
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Outline
 from mtpforge.convert.names import EMBEDDINGS, OUTPUT, canonical_names
@@ -77,9 +77,9 @@ def check_sizes(hparams: Hparams) -> None:
 
 
 def settled_hparams(checkpoint: Outline, family: Family) -> Hparams:
-    """Return the hyperparameters, with `tie_word_embeddings` as the tensors have it.
+    """Return the hyperparameters, with `tie_word_embeddings` and constants as the tensors say.
 
-    Savers write it to either level of config.json, or to both with different values. Raises
+    Savers write the former to either level of config.json, or to both with different values. Raises
     CheckpointError.
     """
     hparams = Hparams(checkpoint.config)
@@ -94,7 +94,14 @@ def settled_hparams(checkpoint: Outline, family: Family) -> Hparams:
         tied = True in said or (not said and EMBEDDINGS in names)
     else:
         tied = said == {True} or (True in said and _same_values(checkpoint, names))
-    return Hparams({**hparams.values, "text_config": {}, _TIED: tied})
+    constants = {
+        name.rpartition(".")[2]: numbers
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(family.constants)
+        for numbers in [checkpoint.integers(tensor)]
+        if numbers is not None
+    }
+    return Hparams({**hparams.values, **constants, "text_config": {}, _TIED: tied})
 
 
 def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: Hparams) -> None:
@@ -251,6 +258,11 @@ def _with_scales(
     """Add the scales of FP8 tensors. Raises CheckpointError if one is missing or malformed."""
     if item.tensors[0].dtype != fp8.DTYPE:
         return item
+    if len(item.tensors) > 1 and item.source.view is not unchanged:
+        raise CheckpointError(
+            f"{item.tensors[0].shard}: {item.tensors[0].name} is {fp8.DTYPE}: only BF16, F16 and "
+            f"F32 can be joined to {item.row.name}"
+        )
     block = fp8.block_size(checkpoint.config)
     scales = tuple(fp8.scale_of(name, names, block) for name in item.source.names)
     return replace(item, scales=scales)

@@ -6,11 +6,17 @@
 from mtpforge.gguf import reader
 from mtpforge.gguf.reader import Gguf, TensorInfo
 
-_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d.weight")
+_NEVER_QUANTIZED = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "ssm_conv1d.weight",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+)
 
 
 def quantizable(info: TensorInfo) -> bool:
-    """Whether llama-quantize changes a tensor: a matrix that is not a norm, router or convolution.
+    """Whether llama-quantize changes a tensor: a matrix, and no norm, router, convolution, indexer.
 
     Source: `tensor_allows_quantization` in llama.cpp's `llama-quant.cpp`.
     """

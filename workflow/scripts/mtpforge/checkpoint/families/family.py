@@ -4,8 +4,9 @@ The rows follow from the configuration alone, and name each tensor's source in a
 Conversion and verification read the same rows, so they cannot disagree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
@@ -14,6 +15,9 @@ from gguf.constants import GGMLQuantizationType
 from mtpforge.checkpoint.hparams import Hparams
 
 F32, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16
+
+SHARED = ("token_embd.weight", "output_norm.weight", "output.weight")
+"""The tensors outside the blocks that a head shares with the trunk."""
 
 View = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 Change = Callable[[np.ndarray], np.ndarray]
@@ -66,6 +70,10 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Prefixes of tensors outside the text model (a vision tower)."""
     head_prefix: str = "mtp."
+    constants: tuple[str, ...] = ()
+    """Endings of integer tensors that become metadata; they are hyperparameters of that name."""
+    without_trunk: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters of a file that has no trunk, in place of the checkpoint's."""
 
     def canonical(self, name: str) -> str:
         """Return a checkpoint tensor's name as in the rows, without prefixes of wrapper classes."""
@@ -76,9 +84,9 @@ class Family:
     def rows(self, hparams: Hparams, part: str) -> list[Row]:
         """Return the rows of a part: all, trunk, head, draft (head and shared tensors), or shared.
 
-        Head and trunk share what is in no block.
+        Head and trunk share embeddings, output norm and output matrix.
         """
         rows = self.trunk(hparams) if part != "head" else []
         if part in ("draft", "shared"):
-            rows = [row for row in rows if not row.name.startswith("blk.")]
+            rows = [row for row in rows if row.name in SHARED]
         return rows + (self.head(hparams) if part not in ("trunk", "shared") else [])

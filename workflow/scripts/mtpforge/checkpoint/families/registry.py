@@ -1,10 +1,10 @@
 """The families that mtpforge converts itself. To add one, write its module and list it here."""
 
-from mtpforge.checkpoint.families import qwen3_5, qwen3_next
+from mtpforge.checkpoint.families import qwen3_5, qwen3_next, qwen4_exp
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.errors import CheckpointError
 
-FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE)
+FAMILIES: tuple[Family, ...] = (qwen3_5.DENSE, qwen3_5.MOE, qwen3_next.MOE, qwen4_exp.MOE)
 
 
 def family_of(architecture: str) -> Family:
