@@ -270,13 +270,13 @@ def test_injection_extends_lists_for_every_block_of_a_head(tmp_path: Path) -> No
         return path.with_suffix(".gguf")
 
     base, head = (
-        with_windows(tmp_path / "base", 2, 0, ("blk.0.x", "blk.1.x")),
+        with_windows(tmp_path / "base", 2, 0, ("token_embd.weight", "blk.0.x", "blk.1.x")),
         with_windows(tmp_path / "head", 4, 2),
     )
     inject.inject(base, head, tmp_path / "out.gguf")
     made = reader.read(tmp_path / "out.gguf")
     assert (made.get("mimo2.block_count"), made.get("mimo2.nextn_predict_layers")) == (4, 2)
-    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[2:] == [
+    assert made.get("mimo2.windows") == [0, 1, 2, 3] and list(made.tensors)[3:] == [
         "blk.2.attn_q.weight",
         "blk.3.attn_q.weight",
     ]
