@@ -131,7 +131,7 @@ def _numbers(numbers: Sequence[int]) -> str:
 Schema = Mapping[str, Any]
 _KINDS = {"string": "text", "boolean": "true or false"}
 _NAMED = {
-    tuple(quant_types.FILE_TYPES): "[file type](#types)",
+    tuple(quant_types.PUBLISHED): "[file type](#types)",
     tuple(quant_types.TENSOR_TYPES): "[tensor type](#types)",
 }
 
@@ -139,7 +139,7 @@ _NAMED = {
 def configuration() -> str:
     """All keys of config.yaml, in a table for each mapping, and the types."""
     schema = json.loads(json_schema())
-    types = [("of a file", *quant_types.FILE_TYPES), ("of a tensor", *quant_types.TENSOR_TYPES)]
+    types = [("of a file", *quant_types.PUBLISHED), ("of a tensor", *quant_types.TENSOR_TYPES)]
     lists = [f"- {of}: {', '.join(names)}\n" for of, *names in types]
     return "\n".join([*_tables("", schema, schema), "## Types\n", "".join(lists)])
 

@@ -309,6 +309,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "models/m/variants/BF16/tensors: BF16 is not quantized, so a recipe has no effect",
     ),
     (
+        config({"variants": {"NVFP4": {}}}),
+        "models/m/variants/NVFP4: only llama.cpp's converter writes NVFP4: set `converter:",
+    ),
+    (
+        config({"converter": "llama.cpp", "variants": {"NVFP4": {"head": "Q8_0"}}}),
+        "models/m/variants/NVFP4/head: NVFP4 is not quantized, so its head must be BF16 or none",
+    ),
+    (
+        config({"converter": "llama.cpp"}, base={"type": "NVFP4"}),
+        f"{VARIANT}/base: llama-quantize cannot make NVFP4",
+    ),
+    (
         config(head="none", base={"type": "Q4_K_M"}),
         f"{VARIANT}/head: `none` leaves the head out, but",
     ),

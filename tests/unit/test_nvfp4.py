@@ -8,23 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS
+from gguf.constants import GGMLQuantizationType
 from layouts import Tensors, four_bit, read_tensors, write_checkpoint
 from mtpforge.checkpoint.nvfp4 import is_nvfp4
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import converters, native, upstream
-from mtpforge.errors import CheckpointError
+from mtpforge.errors import CheckpointError, ConfigError
+from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.quantize.recipe import plan_overrides
+from mtpforge.rules import layout
+from mtpforge.rules.build import Build
 
 SOURCE = CHECKPOINTS / "tiny-qwen3.5"
 UP = "model.language_model.layers.0.mlp.up_proj"
 
 
-def write_nvfp4(
-    folder: Path, change: Callable[[Tensors], object] = lambda t: None, **settings: Any
-) -> Path:
-    """The dense checkpoint in NVFP4, with its tensors and settings changed."""
+def write_nvfp4(folder: Path, change: Callable[[Tensors], object] = lambda t: None) -> Path:
+    """The dense checkpoint in NVFP4, with its tensors changed."""
     config = json.loads((SOURCE / "config.json").read_text())
     tensors = four_bit(config, read_tensors(SOURCE))
-    config["quantization_config"] |= settings
     change(tensors)
     return write_checkpoint(folder / "tiny-nvfp4", SOURCE, config, tensors)
 
@@ -126,3 +128,22 @@ def test_what_mtpforge_reads_is_not_for_upstream() -> None:
 )
 def test_nvfp4_is_recognized_as_upstream_does(settings: dict[str, Any], expected: bool) -> None:
     assert is_nvfp4({"quantization_config": settings}) is expected
+
+
+def test_a_packed_variant_is_the_converted_file() -> None:
+    model = {
+        "source": {"repo": "Owner/Name", "revision": "0" * 40},
+        "converter": "llama.cpp",
+        "variants": {"NVFP4": {}, "trunk": {"type": "NVFP4", "head": "none"}},
+    }
+    parsed = Build({"models": {"m": model}}).config.models["m"]
+    assert parsed.variants["NVFP4"].head_type == "BF16"
+    assert layout.candidate(parsed, "NVFP4") == layout.converted("m", "all")
+    assert layout.candidate(parsed, "trunk") == layout.converted("m", "trunk")
+
+
+def test_packed_weights_are_not_quantized_again(tmp_path: Path) -> None:
+    info = TensorInfo("blk.0.ffn_up.weight", (64, 64), GGMLQuantizationType.NVFP4)
+    source = Gguf(tmp_path / "nvfp4.gguf", {}, {info.name: info}, {})
+    with pytest.raises(ConfigError, match=r"blk\.0\.ffn_up\.weight is NVFP4 already"):
+        plan_overrides(source, "Q4_K_M", head=(), recipe=())

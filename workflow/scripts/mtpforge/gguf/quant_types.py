@@ -30,6 +30,12 @@ _OTHER_NAMES = {
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 
+PACKED = {"NVFP4": 39}
+"""File types of packed checkpoints, which are only converted: llama-quantize cannot make them."""
+
+PUBLISHED = FILE_TYPES | PACKED
+"""File types that a variant can have."""
+
 # The types of a tensor, finest first. Below 4 bits, the acceptance of a head drops sharply
 # (llama.cpp PR #28351).
 TENSOR_TYPES = (
@@ -143,6 +149,11 @@ def check_file_type(name: str) -> str:
             f"unknown quantization type {name!r}{hint} llama.cpp has {', '.join(FILE_TYPES)}"
         )
     return name
+
+
+def check_published_type(name: str) -> str:
+    """Return the name if a variant can have that file type. Raises ConfigError."""
+    return name if name in PACKED else check_file_type(name)
 
 
 def check_tensor_type(name: str) -> GGMLQuantizationType:

@@ -27,6 +27,7 @@ def plan_overrides(
     unknown type, or a pattern without a match.
     """
     quant_types.check_file_type(file_type)
+    _check_source(source)
     for pattern, _ in recipe:
         if not any(re.search(pattern, name) for name in source.tensors):
             raise ConfigError(
@@ -41,6 +42,17 @@ def plan_overrides(
             )
         return []
     return [(rf"^{re.escape(name)}$", kind) for name, kind in types.items()] + list(recipe)
+
+
+def _check_source(source: Gguf) -> None:
+    """Refuse to quantize twice. Raises ConfigError."""
+    for name, info in source.tensors.items():
+        if info.type.name in quant_types.PACKED:
+            kind = info.type.name
+            raise ConfigError(
+                f"{source.path}: {name} is {kind} already, and llama-quantize cannot quantize it "
+                f"again: use the original checkpoint, or keep the type (a variant `{kind}`)"
+            )
 
 
 def head_recipe(kind: str, exceptions: Recipe = ()) -> Recipe:
@@ -70,7 +82,12 @@ def by_recipe(name: str, recipe: Recipe) -> str | None:
 
 
 def default_head(file_type: str) -> str:
-    """Q8_0, which costs hardly any acceptance; in an unquantized file, the type of the file."""
+    """Q8_0, which costs hardly any acceptance; in an unquantized file, the type of the file.
+
+    BF16 beside a packed trunk.
+    """
+    if file_type in quant_types.PACKED:
+        return "BF16"
     return file_type if file_type in quant_types.UNQUANTIZED else "Q8_0"
 
 

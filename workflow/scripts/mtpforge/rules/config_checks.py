@@ -6,6 +6,7 @@ from pathlib import Path
 from mtpforge import progress
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.variant import LocalFolder, Variant
@@ -24,6 +25,7 @@ def check(config: Config) -> None:
             stem = layout.stem(model, key)
             _check_name(f"{path}/variants/{key}", stem)
             _check_variant(f"{path}/variants/{key}", variant)
+            _check_packed(f"{path}/variants/{key}", variant, model)
             if not stem.isprintable():
                 what = "base" if model.adopts(variant) else "folder"
                 where = f"{path}/variants/{key}/base" if model.adopts(variant) else f"{path}/source"
@@ -80,18 +82,28 @@ def _check_name(path: str, stem: str) -> None:
 def _check_variant(path: str, variant: Variant) -> None:
     if not variant.foreign and variant.type is None:
         try:
-            quant_types.check_file_type(variant.file_type)
+            quant_types.check_published_type(variant.file_type)
         except ConfigError as error:
             _refuse(path, f"{error}; a variant of another name needs a `type`")
     _check_base(path, variant)
     head = variant.head_types
-    if variant.unquantized and head and (head.type != variant.file_type or head.tensors):
-        kind = variant.file_type
-        _refuse(f"{path}/head", f"{kind} is not quantized, so its head must be {kind} or none")
+    kind = variant.file_type
+    own = default_head(kind)
+    if variant.unquantized and head and (head.type != own or head.tensors):
+        _refuse(f"{path}/head", f"{kind} is not quantized, so its head must be {own} or none")
     if variant.unquantized and variant.tensors:
-        kind = variant.file_type
         _refuse(f"{path}/tensors", f"{kind} is not quantized, so a recipe has no effect: remove it")
     _check_imatrix(path, variant)
+
+
+def _check_packed(path: str, variant: Variant, model: Model) -> None:
+    kind = variant.file_type
+    if kind in quant_types.PACKED and not variant.foreign:
+        if variant.base:
+            _refuse(f"{path}/base", f"llama-quantize cannot make {kind}")
+        if model.converter != "llama.cpp":
+            way = "set `converter: llama.cpp` on the model, whose checkpoint must be packed"
+            _refuse(path, f"only llama.cpp's converter writes {kind}: {way}")
 
 
 def _check_base(path: str, variant: Variant) -> None:

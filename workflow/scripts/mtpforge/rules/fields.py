@@ -156,7 +156,7 @@ _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _FILE_PATH = rf"({_FILE_NAME}/)*{_FILE_NAME}"
 
 FileType = Annotated[
-    str, Checked(quant_types.check_file_type, {"enum": list(quant_types.FILE_TYPES)})
+    str, Checked(quant_types.check_published_type, {"enum": list(quant_types.PUBLISHED)})
 ]
 TensorType = Annotated[str, Checked(quant_types.check_tensor_type, {"enum": _TENSOR_TYPES})]
 HeadType = Annotated[str, Checked(_check_head, {"enum": [*_TENSOR_TYPES, NO_HEAD]})]

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 
 from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
 from mtpforge.gguf.names import gguf_files
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import (
@@ -174,7 +175,7 @@ def candidate(model: Model, variant: str) -> Intermediate:
     entry = model.variants[variant]
     if entry.base:
         return injected(model.key, variant)
-    if entry.file_type == "BF16":
+    if entry.file_type in ("BF16", *quant_types.PACKED):
         return converted(model.key, entry.part)  # no second copy of 70 GB
     return quantized(model.key, "quantized", variant)
 

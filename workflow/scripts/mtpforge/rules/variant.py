@@ -229,7 +229,8 @@ class Variant(Entry):
     @property
     def unquantized(self) -> bool:
         """Whether it is only a conversion of the checkpoint."""
-        return self.base is None and self.file_type in quant_types.UNQUANTIZED
+        kept = (*quant_types.UNQUANTIZED, *quant_types.PACKED)
+        return self.base is None and self.file_type in kept
 
     @property
     def part(self) -> str:

@@ -48,10 +48,12 @@ def _file_type_problems(opened: Gguf, request: Request) -> list[str]:
     if request.file_type is None:
         return []
     found = opened.get("general.file_type")
-    wanted = quant_types.FILE_TYPES[quant_types.check_file_type(request.file_type)]
+    wanted = quant_types.PUBLISHED[quant_types.check_published_type(request.file_type)]
     if found == wanted:
         return []
-    return [f"general.file_type is {found}, not {wanted} ({request.file_type})"]
+    packed = [kind for kind, number in quant_types.PACKED.items() if number == found]
+    hint = f": its variant must be {packed[0]}" if packed else ""
+    return [f"general.file_type is {found}, not {wanted} ({request.file_type}){hint}"]
 
 
 def _name_problems(opened: Gguf, source: Source) -> list[str]:
@@ -69,9 +71,10 @@ def _name_problems(opened: Gguf, source: Source) -> list[str]:
 def _type_problems(opened: Gguf, source: Source, request: Request) -> list[str]:
     """Tensors that quantization leaves alone but have another type."""
     unquantized = request.file_type if request.file_type in quant_types.UNQUANTIZED else None
+    kept = request.file_type in quant_types.PACKED
     problems = []
     for name, expected in source.tensors.items():
-        wanted = unquantized if quantizable(expected) else expected.type.name
+        wanted = unquantized if quantizable(expected) and not kept else expected.type.name
         found = opened.tensors.get(name)
         if found and wanted and found.type.name != wanted:
             problems.append(f"{name} is {found.type.name}, not {wanted}")
