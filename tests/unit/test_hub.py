@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
-from layouts import read_shard, write_shard
+from layouts import four_bit, read_shard, read_tensors, write_checkpoint, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
@@ -423,6 +423,20 @@ def test_add_proposes_shards_for_files_that_the_hub_would_refuse(client: Client)
     config = yaml.safe_load("models:\n" + client.run("add.py", "Owner/large").stdout)
     variants = config["models"]["large"]["variants"]
     assert variants == {"BF16": {"split": "48G"}, "Q4_K_M": {}}  # 71 and 22 GB
+
+
+def test_add_proposes_the_type_that_a_packed_checkpoint_has(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = json.loads((client.source / "config.json").read_text())
+    packed = four_bit(config, read_tensors(client.source))
+    folder = write_checkpoint(client.path / "packed", client.source, config, packed)
+    client.hub.repositories["Owner/packed"] = folder
+    entry = yaml.safe_load("models:\n" + client.run("add.py", "Owner/packed").stdout)
+    assert entry["models"]["packed"]["converter"] == "llama.cpp"
+    assert entry["models"]["packed"]["variants"] == {"NVFP4": {}}
+    assert Build(entry).files() == ["results/packed/packed-NVFP4.gguf"]
 
 
 def test_add_leaves_out_a_lost_head(client: Client) -> None:

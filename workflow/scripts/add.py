@@ -9,6 +9,7 @@ example: add.py Qwen/Qwen3.5-4B
 import math
 
 from mtpforge import cli, errors
+from mtpforge.checkpoint import nvfp4
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import converters
 from mtpforge.hub import download
@@ -17,6 +18,9 @@ from mtpforge.hub.resolve import current_name, list_commit, model_info
 
 VARIANTS = {"BF16": 16, "Q4_K_M": 5}
 """The proposed variants, and about how many bits a weight takes in each."""
+
+PACKED = {"NVFP4": 16}
+"""The same for a packed checkpoint, which keeps its types: quantized again it would be worse."""
 
 SPLIT = "48G"
 """The Hub refuses files above 50 GB."""
@@ -38,6 +42,8 @@ def entry(repo: str) -> str:
     listing = _list(repo)
     outline = download.outline(listing)
     converter, part = _choose(outline, listing.label)
+    packed = converter == "llama.cpp" and nvfp4.is_nvfp4(outline.config)
+    variants = (PACKED if packed else VARIANTS).items()
     return "\n".join(
         [
             f"  # {_about(listing, outline, converter)}. Add its name to `build` to build it.",
@@ -45,7 +51,7 @@ def entry(repo: str) -> str:
             f"    source: {{repo: {listing.repo}, revision: {listing.revision}}}",
             *([] if converter == "mtpforge" else [f"    converter: {converter}"]),
             "    variants:",
-            *(f"      {name}: {_settings(outline, part, bits)}" for name, bits in VARIANTS.items()),
+            *(f"      {name}: {_settings(outline, part, bits)}" for name, bits in variants),
         ]
     )
 
