@@ -60,6 +60,7 @@ SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
         (["mtp-bf16.safetensors", "a.safetensors"], ["a.safetensors"], None),
         (["model_mtp.safetensors", "model.safetensors"], [], None),
         (["model.mtp.safetensors", "model.safetensors"], [], None),
+        (["Qwen3.5-4B-MTP.safetensors", "model.safetensors"], [], None),
         (["pytorch_model.safetensors", "smtp.safetensors", "README.md"], [], []),
     ],
 )
@@ -128,6 +129,25 @@ def test_a_folder_without_a_model_says_what_is_there(tmp_path: Path, tensors: Te
     folder = write(tmp_path / "copy", tensors)
     (folder / "model.safetensors").rename(folder / "pytorch_model.safetensors")
     assert "rename pytorch_model.safetensors if it is the model" in refusal(folder)
+    (folder / "pytorch_model.safetensors").unlink()
+    assert "convert the weights to safetensors" in refusal(folder)
+
+
+def test_an_index_that_lists_what_the_model_does_not_need_can_be_deleted(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    folder = write(tmp_path / "copy", tensors, shards=2)
+    edit_index(folder, {"lm_head.weight": SHARDS[1]})
+    assert "delete the index if the shards are right" in refusal(folder)
+    (folder / INDEX).unlink()
+    native.convert(folder, tmp_path / "all.gguf", "all", "qwen35")
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path, tensors: Tensors) -> None:
+    folder = write(tmp_path / "copy", tensors)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    assert "config.json: begins with a byte order mark" in refusal(folder)
 
 
 def test_a_missing_shard_of_a_set_without_index_is_named(tmp_path: Path, tensors: Tensors) -> None:

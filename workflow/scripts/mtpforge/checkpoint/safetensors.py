@@ -25,7 +25,7 @@ from mtpforge.io.text import parse_json, read_json, read_text
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HEAD_FILE = re.compile(r"(.+[._-])?mtp([._-].+)?\.safetensors")
+_HEAD_FILE = re.compile(r"(.+[._-])?(?i:mtp)([._-].+)?\.safetensors")
 _NUMBERED = re.compile(r"(.+-)(\d{3,6})-of-(\d{3,6})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _HEADER_LIMIT = 100 << 20  # as in the safetensors library
@@ -356,10 +356,10 @@ def _read_weights(directory: Path) -> Weights:
     index = directory / INDEX
     present = _weight_files(directory)
     if not index.exists() and not model_files(present):
-        hint = f": rename {present[0]} if it is the model, merge it if it is an adapter"
-        raise CheckpointError(
-            f"{directory}: no {INDEX} and no model*.safetensors file{hint if present else ''}"
-        )
+        hint = "convert the weights to safetensors, or download them"
+        if present:
+            hint = f"rename {min(present)} if it is the model, merge it if it is an adapter"
+        raise CheckpointError(f"{directory}: no {INDEX} and no model*.safetensors file: {hint}")
     text = read_text(index) if index.exists() else None
     return gather_tensors(
         directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
@@ -453,7 +453,7 @@ def _check_index(
         name = min(absent)
         raise CheckpointError(
             f"{path}: tensor {name} is not in {expected[name]} ({len(absent)} such tensors): "
-            "download that shard again"
+            "download both again, or delete the index if the shards are right"
         )
     if surplus := sorted(found.keys() - expected.keys()):
         raise CheckpointError(

@@ -107,7 +107,8 @@ def vocabulary(
     last = max([*model.values(), *added], default=-1)
     if not 0 <= last < size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has ids up to {last}, the embedding only {size} rows"
+            f"{directory}: the tokenizer has ids up to {last}, the embedding only {size} rows: "
+            "use the tokenizer with which the model was saved"
         )
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size

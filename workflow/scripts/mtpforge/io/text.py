@@ -32,6 +32,8 @@ def read_text(path: Path) -> str:
 
 def parse_json(path: Path, text: str) -> dict[str, Any]:
     """The object in the text of the JSON file `path`. Raises CheckpointError if it is invalid."""
+    if text.startswith("\ufeff"):
+        raise CheckpointError(f"{path}: begins with a byte order mark: save it as UTF-8 without")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
