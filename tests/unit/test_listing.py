@@ -104,3 +104,33 @@ def test_the_graph_parses_a_listing_once(tmp_path: Path, monkeypatch: pytest.Mon
     large().write(path)
     build.fetch.checkpoint_inputs(SimpleNamespace(model="m"))
     assert len(parsed) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ({}, "mtpforge:all"),
+        ({"sidecar": "Q8_0", "mmproj": True}, "llama.cpp:mmproj mtpforge:all"),
+        ({"variants": {"Q8_0": {"head": "none"}}}, "mtpforge:trunk"),
+        ({"converter": "llama.cpp"}, "llama.cpp:all"),
+        ({"converter": "llama.cpp", "sidecar": "Q8_0"}, "llama.cpp:all llama.cpp:draft"),
+        (
+            {"converter": "llama.cpp", "variants": {"a": {"base": {"type": "Q4_0"}}}},
+            "llama.cpp:all llama.cpp:trunk",
+        ),
+        (
+            {
+                "variants": {
+                    "a": {"base": {"repo": "a/b", "file": "c.gguf", "revision": COMMIT}},
+                }
+            },
+            "mtpforge:head",
+        ),
+    ],
+)
+def test_the_parts_that_a_build_converts_are_checked(model: dict[str, Any], parts: str) -> None:
+    source = {"repo": "Owner/model", "revision": COMMIT}
+    made = Build({"models": {"m": {"source": source, "variants": {"BF16": {}}, **model}}})
+    assert made.fetch.conversions(SimpleNamespace(**source)) == f"--convert {parts}"
+    other = SimpleNamespace(repo="Owner/base", revision=COMMIT)
+    assert made.fetch.conversions(other) == ""

@@ -40,6 +40,7 @@ from mtpforge.rules.variant import (
     HubGguf,
     HubRepository,
     LocalGguf,
+    OwnBase,
     Source,
     Variant,
 )
@@ -275,13 +276,25 @@ class Model(Entry):
     def conversions(self) -> Iterator[tuple[Source, str]]:
         """The checkpoints that are read, each with what is converted of it: CONVERTER:PART."""
         if self.source and self.uses_source:
-            own = "trunk" if self.head_from else self.part
-            yield self.source, f"{self.converter}:{'head' if self.head_only else own}"
+            for part in self._source_parts():
+                yield self.source, f"{self.converter}:{part}"
             if self.mmproj:
                 yield self.source, "llama.cpp:mmproj"
         for variant in self.variants.values():
             if donor := self.donor(variant):
                 yield donor, f"{self.converter}:{'head' if self.native else 'all'}"
+
+    def _source_parts(self) -> set[str]:
+        """The parts that are converted of the source; all includes the others for mtpforge."""
+        if self.head_only:
+            return {"head"}
+        parts = {"trunk" if self.head_from else self.part}
+        if self.native:
+            return parts
+        for variant in self.variants.values():
+            if isinstance(variant.base, OwnBase) or variant.part == "trunk":
+                parts.add("trunk")
+        return parts | {"draft"} if self.sidecar else parts
 
     def has_unquantized(self, variant: Variant) -> bool:
         """Whether a BF16 file of a variant's trunk is made, to measure its distance from."""
