@@ -8,11 +8,13 @@ import pytest
 from conftest import BIN, CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
+from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import imatrix
 
 TEXT = CHECKPOINTS / "corpus.py"
@@ -46,11 +48,48 @@ def test_the_bytes_depend_on_neither_threads_nor_paths(
     experts = "blk.0.ffn_down_exps.weight"
     assert rows["blk.0.attn_qkv.weight"] == 256
     assert rows.get(experts, 0) == (6 * 256 if experts in tensors else 0)
+    (head,) = reader.read(source).head_blocks
+    assert rows[f"blk.{head}.nextn.eh_proj.weight"] == 512
+    assert rows[f"blk.{head}.attn_q.weight"] == 256
 
     old = tmp_path / "old.dat"
     options = ["-m", source, "--in-file", out, "-o", old, "--output-format", "dat"]
     process.call([BIN / "llama-imatrix", *options])
     assert imatrix.read(old) == rows
+
+
+def test_the_trunk_has_the_same_rows_with_and_without_the_head(
+    toolchain: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for part in ("all", "trunk"):
+        model = tmp_path / f"{part}.gguf"
+        native.convert(CHECKPOINTS / "tiny-qwen3.5", model, part, "qwen35")
+        imatrix.compute(model, TEXT, tmp_path / "matrix", LlamaCpp(toolchain, threads=1))
+        found[part] = imatrix.digests(tmp_path / "matrix")
+    trunk = {name: row for name, row in found["all"].items() if not name.startswith("blk.4.")}
+    assert trunk == found["trunk"] and trunk != found["all"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_only_a_program_that_knows_the_option_is_asked_for_the_head(
+    tmp_path: Path, known: bool
+) -> None:
+    native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "model.gguf", "all", "qwen35")
+    infos = [TensorInfo(f"a.weight.{end}", (1, 1), Kind.F32) for end in ("in_sum2", "counts")]
+    write(tmp_path / "made.gguf", METADATA, *infos)
+    program = tmp_path / "llama-imatrix"
+    program.write_text(
+        f"""#!/bin/sh
+[ "$1" = --help ] && {{ echo "  {"--nextn  collect" if known else "--other"}"; exit 0; }}
+echo "$@" > "{tmp_path}/asked"
+while [ "$1" != -o ]; do shift; done
+cat "{tmp_path}/made.gguf" > "$2"
+"""
+    )
+    program.chmod(0o755)
+    imatrix.compute(tmp_path / "model.gguf", TEXT, tmp_path / "out.gguf", LlamaCpp(tmp_path))
+    assert ("--nextn" in (tmp_path / "asked").read_text()) is known
 
 
 @pytest.mark.parametrize("text", ["", "\n", "too short\n" * 100])

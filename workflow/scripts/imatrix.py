@@ -1,4 +1,4 @@
-"""Compute an importance matrix of a model's trunk from a text, with llama-imatrix.
+"""Compute an importance matrix of a model from a text, with llama-imatrix.
 
 example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gguf
 """

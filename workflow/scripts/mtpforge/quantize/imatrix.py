@@ -8,10 +8,12 @@ from typing import BinaryIO, TypeAlias
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
-from mtpforge.gguf import reader
+from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
+from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 
 CHUNK = 512
@@ -21,9 +23,11 @@ MIN_TOKENS = 2 * CHUNK
 
 
 def compute(model: Path, text: Path, out: Path, llama: LlamaCpp) -> None:
-    """Run a text (UTF-8) through a GGUF, and write the importance matrix of its trunk as a GGUF.
+    """Run a text (UTF-8) through a GGUF, and write its importance matrix as a GGUF.
 
-    Raises ConfigError if the text is too short, ToolchainError if llama-imatrix fails.
+    It covers the head if that has one block, which llama-server can draft with, and llama-imatrix
+    is new enough. Raises ConfigError if the text is too short, ToolchainError if llama-imatrix
+    fails.
     """
     # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
     if len(text.read_bytes().strip()) < MIN_TOKENS:
@@ -33,6 +37,7 @@ def compute(model: Path, text: Path, out: Path, llama: LlamaCpp) -> None:
         (folder / text.name).symlink_to(text.resolve())  # the path it is given gets into the file
         files: list[Argument] = ["-m", model.resolve(), "-f", text.name, "-o", temporary.resolve()]
         chunks: list[Argument] = ["-c", CHUNK, "-b", CHUNK, "-ub", CHUNK]
+        chunks += _HEAD if _covers_head(model, llama) else ()
         try:
             llama.imatrix([*files, "--output-format", "gguf", *chunks], folder)
         except ToolchainError as error:
@@ -57,6 +62,19 @@ def digests(path: Path) -> dict[str, str]:
 
 Row: TypeAlias = tuple[int, list[FileRange]]
 """The number of a tensor's values, and the byte ranges of its data."""
+
+
+_HEAD = ("--nextn",)
+
+
+def _covers_head(model: Path, llama: LlamaCpp) -> bool:
+    """Whether llama-imatrix can collect rows for a model's head; it fails on two blocks."""
+    opened = split.read(model)
+    return (
+        len(opened.head_blocks) == 1
+        and why_not_drafting(opened) is None
+        and process.knows(llama.find("llama-imatrix"), _HEAD[0])
+    )
 
 
 def _too_short(text: Path) -> ConfigError:
