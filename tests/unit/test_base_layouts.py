@@ -180,7 +180,7 @@ def swap_halves(ending: str) -> Change:
 
 
 def set_all(ending: str, value: float) -> Change:
-    """Set all entries of small F32 tensors."""
+    """Set all entries of small F32 tensors, or of any tensor to 0."""
 
     def change(base: Base) -> None:
         for name in [name for name in base.tensors if name.endswith(ending)]:
@@ -201,12 +201,25 @@ def set_all(ending: str, value: float) -> Change:
         (DENSE, layouts.resized(1268), swap_halves("token_embd.weight"), "token_embd.weight"),
         (DENSE, layouts.own_output, swap_halves("ffn_up.weight"), "ffn_up.weight"),
         (DENSE, layouts.own_output, set_all("norm.weight", np.nan), "has NaN"),
+        (DENSE, layouts.own_output, swap_halves("output.weight"), "from the source's embeddings"),
+        (DENSE, layouts.own_output, set_all("output.weight", 0), "from the source's embeddings"),
     ],
 )
 def test_a_fault_is_found_in_each_layout(
     bench: Callable[[str], Bench], model: str, layout: Change, fault: Change, found: str
 ) -> None:
     assert found in bench(model).failed(layout, fault)
+
+
+def test_an_output_matrix_that_was_trained_apart_passes(bench: Callable[[str], Bench]) -> None:
+    def trained(base: Base) -> None:
+        layouts.own_output(base)
+        values = (base.tensors["output.weight"].astype(np.uint32) << 16).view(np.float32)
+        noise = np.random.default_rng(0).standard_normal(values.shape, np.float32)
+        moved = values + 0.3 * values.std() * noise
+        base.tensors["output.weight"] = (moved.view(np.uint32) >> 16).astype("<u2")
+
+    assert bench(DENSE).failed(trained) == ""
 
 
 # ── bases that must be refused ──

@@ -124,6 +124,21 @@ def test_a_row_lost_in_a_scale_is_accepted(tmp_path: Path) -> None:
     )
 
 
+def test_lost_rows_are_found_at_the_coarsest_type(tmp_path: Path) -> None:
+    """An error of 1 is below the limit of ternary types."""
+    kind = GGMLQuantizationType.TQ2_0
+    right = np.random.default_rng(3).standard_normal((8, 256)).astype(np.float32)
+    info = TensorInfo("blk.0.ffn_up.weight", right.shape, kind)
+    for lost, problem in [([], ""), ([3], "has only zeros in row 3")]:
+        stored = right.copy()
+        stored[lost] = 0
+        raw = memoryview(quantize(stored, kind).tobytes())
+        writer.write(tmp_path / "x.gguf", {}, [(info, [raw])])
+        opened = reader.read(tmp_path / "x.gguf")
+        found = tensors.compare_tensors(opened, {info.name: lambda rows: right[rows]}).all[0]
+        assert found.problem == (problem and f"{info.name} (TQ2_0) {problem}")
+
+
 def test_the_report_has_the_error_of_each_type(large: tuple[Gguf, np.ndarray]) -> None:
     opened, right = large
     found = tensors.compare_tensors(

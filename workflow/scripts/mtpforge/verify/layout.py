@@ -7,6 +7,7 @@ import numpy as np
 
 from mtpforge.gguf.reader import Gguf, TensorInfo, drop_leading_ones
 from mtpforge.inject import match
+from mtpforge.verify import tensors
 from mtpforge.verify.report import some
 from mtpforge.verify.tensors import SourceRows
 
@@ -37,6 +38,26 @@ def rows_in_layout(
         if name in rows:
             result[name] = partial(_known, rows[name], source[name].shape[0])
     return result
+
+
+def foreign_output(opened: Gguf, rows: Mapping[str, SourceRows]) -> str:
+    """Whether an output matrix that the source ties to its embeddings is unlike them, as a problem.
+
+    A fine-tune can train it apart, but starts from the embeddings and stays near them.
+    """
+    embeddings = rows.get(match.EMBEDDINGS)
+    info = opened.tensors.get(match.OUTPUT)
+    if info is None or embeddings is None or match.OUTPUT in rows:
+        return ""
+    numbers = tensors.sample_rows(info)
+    found = tensors.compare_tensor(opened, info, numbers=numbers, source=embeddings, exact=False)
+    error = found.error or 0.0
+    if error <= max(tensors.ROW_GATE, tensors.error_limit(found.type)):
+        return ""
+    return (
+        f"{info.name} ({found.type}) has a relative error of {error:.3f} from the source's "
+        "embeddings, which are its output too"
+    )
 
 
 def not_compared(

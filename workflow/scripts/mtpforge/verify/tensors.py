@@ -253,6 +253,7 @@ class _Sums:
         self.worst_row = 0.0
         self.rows = 0
         self.first_difference = -1
+        self.first_lost = -1
         self.shifts: set[int] = set()
 
     def add(self, numbers: np.ndarray, stored: np.ndarray, right: np.ndarray) -> None:
@@ -270,6 +271,9 @@ class _Sums:
             signal = (right.astype(np.float64) ** 2).sum(1)
             floor = max(FAINT**2 * float(signal.mean()), 1e-30)
             by_row = np.nan_to_num(np.sqrt(noise / np.maximum(signal, floor)), nan=np.inf)
+            lost = (signal > floor) & ~stored.any(axis=1)
+            if lost.any() and self.first_lost < 0:
+                self.first_lost = int(numbers[int(lost.argmax())])
             self.worst_row = max(self.worst_row, float(by_row.max()))
             self.noise += float(noise.sum())
             self.signal += float(signal.sum())
@@ -297,6 +301,8 @@ class _Sums:
         if self.worst_row > max(ROW_GATE, limit):
             error = f"an error of {self.worst_row:.2f}"
             return f"{name} ({kind}) has a row with {error}: rows or experts are out of place"
+        if self.first_lost >= 0:  # within the limits of ternary types
+            return f"{name} ({kind}) has only zeros in row {self.first_lost:,}"
         return ""
 
 

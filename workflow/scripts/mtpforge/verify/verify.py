@@ -125,9 +125,10 @@ def _check_against_source(
     ]
     if source and rows:
         note = source.note or layout.not_compared(opened, source.tensors, rows)
-        checks.append(_check_values(opened, compared, note))
+        output = layout.foreign_output(read, rows)
+        checks.append(_check_values(opened, compared, note=note, output=output))
         wrong = {each.name for each in compared.all if each.problem}
-        if wrong - head and not (request.ours or request.head_from):
+        if (output or wrong - head) and not (request.ours or request.head_from):
             checks[-1] = replace(checks[-1], detail=checks[-1].detail + _FINE_TUNE)
     return checks, compared
 
@@ -164,9 +165,9 @@ def _check_finite(opened: Gguf, compared: Comparisons) -> Check:
     return Check("finite", not bad, some(bad) or detail)
 
 
-def _check_values(opened: Gguf, compared: Comparisons, note: str) -> Check:
-    detail = some(compared.problems) or _coverage(opened, compared, note)
-    return Check("values", not compared.problems, detail)
+def _check_values(opened: Gguf, compared: Comparisons, note: str, output: str) -> Check:
+    problems = [*compared.problems, *filter(None, [output])]
+    return Check("values", not problems, some(problems) or _coverage(opened, compared, note))
 
 
 def _coverage(opened: Gguf, compared: Comparisons, note: str) -> str:
