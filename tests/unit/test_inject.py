@@ -192,6 +192,15 @@ def test_an_incomplete_base_is_refused(parts: dict[str, Path], tmp_path: Path) -
         GGUFValueType.STRING,
     )
     assert "token 0 is" in base(lambda m: m.update({"tokenizer.ggml.tokens": tokens}), head="all")
+    for count in (5, 0xFFFFFFFF):
+        more = set_u32("qwen35.block_count", count)
+        assert f"it declares {count} blocks, but has no tensor of block 4" in base(more)
+    undeclared = rewrite(
+        parts["all"], tmp_path / "u.gguf", lambda m: m.pop("qwen35.nextn_predict_layers")
+    )
+    message = refusal(undeclared, parts["head"], tmp_path)
+    assert "has blk.4.nextn." in message and "nextn_predict_layers does not declare" in message
+    assert "is a folder: name its GGUF" in refusal(tmp_path, parts["head"], tmp_path)
     many = Value.of([1] * 100_000, GGUFValueType.ARRAY, GGUFValueType.UINT32)
     for key in (
         "qwen35.block_count",

@@ -66,7 +66,8 @@ def inject(
     not belong together, ConfigError for impossible types, ToolchainError if llama-quantize fails.
     """
     if not base.is_file():  # opening a pipe would block
-        raise GgufError(f"{base}: no such file")
+        problem = "is a folder: name its GGUF" if base.is_dir() else "no such file"
+        raise GgufError(f"{base}: {problem}")
     with atomic.scratch_folder(out) as scratch:
         files = split.shards(base)
         if len(files) == 1 and out.suffix != ".gguf":

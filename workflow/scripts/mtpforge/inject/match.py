@@ -219,20 +219,28 @@ def _skips_recurrent_blocks(found: Any, right: Any) -> bool:
 
 def _check_blocks(base: Gguf, head: Gguf) -> None:
     blocks = base.head_blocks.start
+    matches = (re.match(r"blk\.([0-9]+)\.", name) for name in base.tensors)
+    numbers = {match.string: int(match[1]) for match in matches if match}
+    undeclared = [name for name in numbers if ".nextn." in name and numbers[name] < blocks]
+    if undeclared:
+        raise GgufError(
+            f"{base.path}: has {undeclared[0]}, but {base.architecture}.nextn_predict_layers does "
+            "not declare its head: take a quant whose converter knew the head"
+        )
+    present = set(numbers.values())
+    missing = next((number for number in range(blocks) if number not in present), None)
+    if missing is not None:
+        raise GgufError(
+            f"{base.path}: is incomplete: it declares {blocks} blocks, "
+            f"but has no tensor of block {missing}"
+        )
     if blocks != head.head_blocks.start:
         raise GgufError(
             f"{base.path} has {blocks} blocks, the head in {head.path} is block "
             f"{head.head_blocks.start}: it belongs to another model"
         )
-    matches = (re.match(r"blk\.([0-9]+)\.", name) for name in base.tensors)
-    numbers = {match.string: int(match[1]) for match in matches if match}
     if surplus := [name for name, number in numbers.items() if number >= base.head_blocks.stop]:
         raise GgufError(f"{base.path}: has {surplus[0]}, but its metadata declares no such block")
-    if missing := set(range(blocks)) - set(numbers.values()):
-        raise GgufError(
-            f"{base.path}: is incomplete: it declares {blocks} blocks, "
-            f"but has no tensor of block {min(missing)}"
-        )
 
 
 def _check_own_embeddings(base: Gguf, head: Gguf) -> None:
