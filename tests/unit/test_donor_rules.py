@@ -240,6 +240,10 @@ def test_the_form_of_norms_in_doubt_is_given_to_conversion_and_verification() ->
             "m/source: missing",
         ),
         (
+            {"head_from": DONOR, "variants": {"a": {"base": BASE, "head": "none"}}},
+            "variants/a/head: `none` leaves the head out, but a base needs a head",
+        ),
+        (
             {"source": TUNE, "variants": {"Q8_0": {"head_from": DONOR}}},
             "variants/Q8_0/head_from: without a base, set the model's",
         ),

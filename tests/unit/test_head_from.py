@@ -236,6 +236,8 @@ def test_the_program_wants_a_proof_of_the_trunk(run: Run, injected: Path, tmp_pa
         (("--base", injected, "--head", "none"), "does not go with"),
         (("--reference", injected), "does not go with"),
         (("--checkpoint", ORIGINAL, "--head-from", injected), "must be a checkpoint's folder"),
+        (("--base", injected), "is the file itself"),
+        (("--base", ORIGINAL / "none.gguf", "--head-from", injected), "is the file itself"),
     ]:
         done = run("verify.py", injected, "--head-from", ORIGINAL, *options, *out)
         assert done.returncode == 2 and why in done.stderr

@@ -242,7 +242,8 @@ def test_acceptance_is_compared_with_the_unquantized_file(
 
 
 def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
-    with (tmp_path / "huge.gguf").open("wb") as file:
+    writer.write(tmp_path / "huge.gguf", {}, [])
+    with (tmp_path / "huge.gguf").open("r+b") as file:
         file.truncate(1 << 43)
     found = running.measure_acceptance(tmp_path / "huge.gguf", ["x"], LlamaCpp(tmp_path))
     assert "do not fit into" in (found.skipped or "")

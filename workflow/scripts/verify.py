@@ -28,6 +28,9 @@ def main() -> None:
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     _check_donor(parser, args)
+    for other in filter(None, (args.reference, args.head_from, args.base)):
+        if other.exists() and args.file.exists() and other.samefile(args.file):
+            parser.error(f"{other}: is the file itself, so comparing them would prove nothing")
     request = _request(args)
     inputs = (args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk)
     for out in filter(None, (args.out, args.publish)):

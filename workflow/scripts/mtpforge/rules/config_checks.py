@@ -20,6 +20,8 @@ def check(config: Config) -> None:
     """Raise ConfigError, with the key's path, for impossible settings; warn of unwise ones."""
     for name, model in config.models.items():
         path = f"models/{name}"
+        for key, variant in model.variants.items():
+            _check_base(f"{path}/variants/{key}", variant)
         _check_sources(path, model)
         for key, variant in model.variants.items():
             stem = layout.stem(model, key)
@@ -85,7 +87,6 @@ def _check_variant(path: str, variant: Variant) -> None:
             quant_types.check_published_type(variant.file_type)
         except ConfigError as error:
             _refuse(path, f"{error}; a variant of another name needs a `type`")
-    _check_base(path, variant)
     head = variant.head_types
     kind = variant.file_type
     own = default_head(kind)

@@ -36,7 +36,7 @@ def check_inventory(opened: Gguf, source: Source, request: Request) -> Check:
     else:
         problems = match.tensor_problems(opened, source.tensors)
     if opened.architecture != source.architecture:
-        problems.append(f"architecture is {opened.architecture}, not {source.architecture}")
+        problems = [f"architecture is {opened.architecture}, not {source.architecture}", *problems]
     blocks = opened.head_blocks
     if source.head_blocks not in (None, blocks):
         problems.append(f"its head is blocks {list(blocks)}, not {list(source.head_blocks or ())}")

@@ -176,7 +176,7 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     info = opened.tensors[name]
     piece = opened.ranges[name]
     if info.type.name not in quant_types.TENSOR_TYPES:
-        raise GgufError(f"{opened.path}: {name} has the unsupported type {info.type.name}")
+        raise GgufError(f"{opened.path}: {name} is at {info.type.name}, which cannot be read")
     size = piece.size // (info.elements // info.shape[-1])
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     descriptor = os.open(piece.path, os.O_RDONLY)
