@@ -49,5 +49,5 @@ def test_a_packed_trunk_drafts_with_its_head(name: str, toolchain: Path, tmp_pat
         prompts=prompts,
     )
     report = verify(out, request, LlamaCpp(toolchain, threads=1))
-    assert report.passed, [check for check in report.checks if not check.passed]
+    assert [check for check in report.checks if not check.passed] == []
     assert report.drafts
