@@ -1,4 +1,4 @@
-"""Compare conversion with `cp` of the same bytes, and with llama.cpp's converter.
+"""Compare conversion with `cp` of checkpoint and result, and with llama.cpp's converter.
 
 Makes checkpoints of a few GB under resources/bench, once, and deletes the converted files.
 llama.cpp's converter is measured if `make converter` has installed it.
@@ -83,10 +83,17 @@ def measure_model(name: str, scratch: Path, repeats: int, upstream: bool) -> dic
     copy = typical(lambda: run("cp", *shards, out), repeats)
     converted = out / "ours.gguf"
     convert = typical(lambda: run(*our_command(checkpoint, converted)), repeats)
+
+    def copy_result() -> Cost:
+        (out / "copy.gguf").unlink(missing_ok=True)
+        return cost_of("cp", converted, out / "copy.gguf")
+
+    again = typical(copy_result, repeats)
     result = {
         "model": name,
         "bytes": sum(path.stat().st_size for path in shards),
         "cp": vars(copy),
+        "cp_of_result": vars(again),
         "convert": vars(convert),
         "open": open_seconds(converted),
     }
@@ -125,8 +132,9 @@ def open_seconds(path: Path) -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """Times and ratios, as Markdown."""
     lines = [
-        "| checkpoint | GB | cp | convert | × cp | peak MB | upstream | × faster | open |",
-        "| --- |" + " ---: |" * 8,
+        "| checkpoint | GB | cp | convert | × cp | × cp of result | CPU | peak MB"
+        " | upstream | × faster | open |",
+        "| --- |" + " ---: |" * 10,
     ]
     for entry in results:
         copy = entry["cp"]["wall"]
@@ -139,6 +147,8 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{copy:.1f} s",
             f"{convert:.1f} s",
             f"{convert / copy:.2f}",
+            f"{convert / entry['cp_of_result']['wall']:.2f}",
+            f"{entry['convert']['cpu']:.1f} s",
             f"{entry['convert']['memory'] / 1e6:.0f}",
             *faster,
             f"{entry['open']:.3f} s",
