@@ -10,6 +10,7 @@ from pathlib import Path
 from mtpforge import table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader, split
+from mtpforge.gguf.names import gguf_files
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -135,11 +136,12 @@ def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> A
     VerificationError if the head drafts nothing.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    opened = split.read(path)
-    size = sum(file.stat().st_size for file in split.files_of(opened))
+    files = [path.with_name(name) for name in gguf_files(path.name)]
+    size = sum(file.stat().st_size for file in files if file.exists())
     if size > memory:
         sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
         return Acceptance(skipped=f"BF16 was not run: {sizes}")
+    opened = split.read(path)
     if reason := architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
     request = Request(prompts=tuple(prompts), min_acceptance=0)
