@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from layouts import read_tensors, write_checkpoint
+from layouts import (
+    Layout,
+    eight_bit,
+    eight_bit_rows,
+    eight_bit_whole,
+    read_tensors,
+    write_checkpoint,
+)
+from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
@@ -361,3 +369,20 @@ def test_our_types_are_upstreams() -> None:
     known = {name.partition("_")[2]: number for name, number in TABLES["file_types"].items()}
     for name, number in quant_types.FILE_TYPES.items():
         assert known[name] == number
+
+
+@pytest.mark.parametrize("layout", [eight_bit, eight_bit_rows, eight_bit_whole])
+def test_an_fp8_weight_of_the_trunk_without_its_scale_is_refused(
+    tmp_path: Path, layout: Layout
+) -> None:
+    """Upstream would take the codes for values."""
+    plain = write_model("glm", tmp_path / "glm")
+    config = json.loads((plain / "config.json").read_text())
+    tensors = layout(config, read_tensors(plain))
+    upstream.check(Checkpoint(write_checkpoint(tmp_path / "whole", plain, config, tensors)), "all")
+    key = next(name for name in tensors if name.endswith(fp8.SUFFIXES))
+    assert key.startswith("model.layers.0.")
+    del tensors[key]
+    for part in ("all", "trunk"):
+        unscaled = write_checkpoint(tmp_path / part, plain, config, tensors)
+        assert "is FP8 and" in refusal(unscaled, part)

@@ -20,7 +20,7 @@ from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import chat_templates, plan
 from mtpforge.convert.names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.proof import prove
-from mtpforge.convert.upstream_head import check_types, count_blocks, vision_tensors
+from mtpforge.convert.upstream_head import check_scales, check_types, count_blocks, vision_tensors
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
@@ -136,6 +136,7 @@ def check(checkpoint: Outline, part: str) -> None:
             f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
             "convert part all"
         )
+    check_scales(checkpoint)
     if part != "trunk":
         count_blocks(checkpoint)
         check_types(checkpoint)

@@ -72,19 +72,27 @@ def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
 
 def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
-    architecture = entry_of(checkpoint.architecture)
     for tensor in head_tensors(checkpoint):
         if not _is_written(tensor, checkpoint):
             continue
-        if tensor.dtype == fp8.DTYPE:
-            _check_scale(checkpoint, tensor, architecture)
-        elif tensor.dtype not in ("BF16", "F16", "F32"):
+        if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
             raise CheckpointError(
                 f"{tensor.shard}: {tensor.name} is {tensor.dtype}: "
                 "only heads in BF16, F16, F32 or FP8 (E4M3) can be checked"
             )
         if not tensor.size:
             raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty")
+
+
+def check_scales(checkpoint: Outline) -> None:
+    """Check that each FP8 weight has its scale: upstream would convert it without.
+
+    Raises CheckpointError.
+    """
+    architecture = entry_of(checkpoint.architecture)
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype == fp8.DTYPE and not tensor.name.endswith(fp8.SUFFIXES):
+            _check_scale(checkpoint, tensor, architecture)
 
 
 def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
