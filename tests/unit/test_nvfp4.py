@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType
 from layouts import Tensors, four_bit, read_tensors, write_checkpoint
 from mtpforge.checkpoint.nvfp4 import is_nvfp4
@@ -142,8 +142,18 @@ def test_a_packed_variant_is_the_converted_file() -> None:
     assert layout.candidate(parsed, "trunk") == layout.converted("m", "trunk")
 
 
-def test_packed_weights_are_not_quantized_again(tmp_path: Path) -> None:
-    info = TensorInfo("blk.0.ffn_up.weight", (64, 64), GGMLQuantizationType.NVFP4)
-    source = Gguf(tmp_path / "nvfp4.gguf", {}, {info.name: info}, {})
-    with pytest.raises(ConfigError, match=r"blk\.0\.ffn_up\.weight is NVFP4 already"):
+@pytest.mark.parametrize("kind", ["NVFP4", "MXFP4"])
+def test_packed_weights_are_not_quantized_again(tmp_path: Path, kind: str) -> None:
+    info = TensorInfo("blk.0.ffn_up.weight", (64, 64), GGMLQuantizationType[kind])
+    source = Gguf(tmp_path / "packed.gguf", {}, {info.name: info}, {})
+    with pytest.raises(ConfigError, match=rf"blk\.0\.ffn_up\.weight is {kind} already"):
         plan_overrides(source, "Q4_K_M", head=(), recipe=())
+
+
+def test_upstreams_conversion_may_be_its_own_reference(run: Run, tmp_path: Path) -> None:
+    """The workflow verifies a variant BF16 or NVFP4 so: the head is proven by the conversion."""
+    out = tmp_path / "head.gguf"
+    native.convert(SOURCE, out, "head")
+    options = ("--reference", out, "--prompts", SOURCE / "prompts", "--bin", tmp_path)
+    done = run("verify.py", out, *options, "--out", tmp_path / "report.json")
+    assert done.returncode == 1 and "is the file itself" not in done.stderr

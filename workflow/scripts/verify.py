@@ -28,7 +28,8 @@ def main() -> None:
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     _check_donor(parser, args)
-    for other in filter(None, (args.reference, args.head_from, args.base)):
+    # A reference may be the file itself: what llama.cpp's converter made, proven when it was made.
+    for other in filter(None, (args.head_from, args.base)):
         if other.exists() and args.file.exists() and other.samefile(args.file):
             parser.error(f"{other}: is the file itself, so comparing them would prove nothing")
     request = _request(args)
