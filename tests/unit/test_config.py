@@ -310,7 +310,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         config({"variants": {"NVFP4": {}}}),
-        "models/m/variants/NVFP4: only llama.cpp's converter writes NVFP4: set `converter:",
+        "models/m/variants/NVFP4: only llama.cpp's converter writes NVFP4, from a checkpoint",
     ),
     (
         config({"converter": "llama.cpp", "variants": {"NVFP4": {"head": "Q8_0"}}}),

@@ -30,7 +30,7 @@ _OTHER_NAMES = {
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 
-PACKED = {"NVFP4": 39}
+PACKED = {"NVFP4": 39, "MXFP4": 38}
 """File types of packed checkpoints, which are only converted: llama-quantize cannot make them."""
 
 PUBLISHED = FILE_TYPES | PACKED

@@ -103,8 +103,8 @@ def _check_packed(path: str, variant: Variant, model: Model) -> None:
         if variant.base:
             _refuse(f"{path}/base", f"llama-quantize cannot make {kind}")
         if model.converter != "llama.cpp":
-            way = "set `converter: llama.cpp` on the model, whose checkpoint must be packed"
-            _refuse(path, f"only llama.cpp's converter writes {kind}: {way}")
+            why = f"only llama.cpp's converter writes {kind}, from a checkpoint that is packed so"
+            _refuse(path, f"{why}: set `converter: llama.cpp` on the model")
 
 
 def _check_base(path: str, variant: Variant) -> None:
