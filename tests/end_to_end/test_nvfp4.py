@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS, ROOT
-from layouts import four_bit, read_tensors, separate_experts, write_checkpoint
+from layouts import four_bit, fused_head, read_tensors, separate_experts, write_checkpoint
 from mtpforge.convert.upstream import convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -27,7 +27,7 @@ def test_a_packed_trunk_drafts_with_its_head(name: str, toolchain: Path, tmp_pat
     config = json.loads((source / "config.json").read_text())
     tensors = read_tensors(source)
     if name.endswith("moe"):
-        tensors = separate_experts(config, tensors)
+        tensors = separate_experts(config, fused_head(config, tensors))
     checkpoint = write_checkpoint(
         tmp_path / name, source, config, four_bit(config, tensors), shards=2
     )
