@@ -293,6 +293,19 @@ def qwen4_exp() -> tuple[dict[str, Any], Tensors]:
     return config, tensors
 
 
+def seeing_qwen4_exp() -> tuple[dict[str, Any], Tensors]:
+    """The same with the dense checkpoint's vision tower, whose last matrix is cut to its width."""
+    config, tensors = qwen4_exp()
+    dense = CHECKPOINTS / "tiny-qwen3.5"
+    theirs = json.loads((dense / "config.json").read_text())
+    config |= {key: theirs[key] for key in theirs if key.endswith("token_id")}
+    config["vision_config"] = {**theirs["vision_config"], "out_hidden_size": 128}
+    for name, (dtype, array) in read_tensors(dense).items():
+        if name.startswith("model.visual."):
+            tensors[name] = (dtype, array[:128] if "merger.linear_fc2" in name else array)
+    return config, tensors
+
+
 def _scale_of(name: str) -> float:
     quiet = ("out_proj", "o_proj", "down_proj", "ple.value_proj", "fc_hidden")
     if name.removesuffix(".weight").endswith(quiet):

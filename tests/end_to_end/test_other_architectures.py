@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
-from layouts import read_tensors, write_checkpoint
+from layouts import read_tensors, seeing_qwen4_exp, write_checkpoint
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import proof
+from mtpforge.convert import native, proof
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf
@@ -98,10 +98,14 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     for name in MODELS:
         write_model(name, folder / "plain" / name)
         plant_code(write_model(name, done.checkpoint(name)), done.marker)
-    vision = Path(shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", done.checkpoint("vision")))
-    (vision / "preprocessor_config.json").write_text(
-        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
-    )
+    dense = CHECKPOINTS / "tiny-qwen3.5"
+    for vision in (
+        Path(shutil.copytree(dense, done.checkpoint("vision"))),
+        write_checkpoint(done.checkpoint("flash-next"), dense, *seeing_qwen4_exp()),
+    ):
+        (vision / "preprocessor_config.json").write_text(
+            '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
+        )
     plain = [
         word for name in MODELS for word in (folder / "plain" / name, folder / f"plain-{name}.gguf")
     ]
@@ -111,6 +115,7 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         ("trunk", "glm", "trunk"),
         ("draft", "glm", "draft"),
         ("mmproj", "vision", "mmproj"),
+        ("mmproj-flash-next", "flash-next", "mmproj"),
     ):
         options = (
             "--converter",
@@ -195,6 +200,14 @@ def test_a_vision_tower_gets_its_own_file(made: Made) -> None:
     assert opened.architecture == "clip" and opened.get("clip.has_vision_encoder") is True
     assert {info.type.name for info in opened.tensors.values()} == {"F16", "F32"}
     assert not any(name.startswith(("blk.", "token_embd")) for name in opened.tensors)
+
+
+def test_flash_next_sees_with_its_vision_tower(made: Made, toolchain: Path) -> None:
+    target = made.folder / "flash-next.gguf"
+    native.convert(made.checkpoint("flash-next"), target, "all", "qwen35")
+    asked = Request(checkpoint=made.checkpoint("flash-next"), target=target)
+    report = verify(made.file("mmproj-flash-next"), asked, LlamaCpp(toolchain, threads=1))
+    assert [check.name for check in report.checks if check.passed] == ["vision"]
 
 
 def test_a_changed_vision_tower_is_refused(made: Made, tmp_path: Path) -> None:

@@ -128,7 +128,11 @@ PACKED: dict[str, Architecture] = {
 }
 """Architectures of ours, which upstream converts if their trunk is packed in NVFP4."""
 
-VISION = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+VISION = (
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen4ExpForConditionalGeneration",
+)
 """Architectures of ours whose vision tower upstream can convert and we can verify."""
 
 

@@ -151,8 +151,8 @@ class Model(Entry):
     mmproj: bool = Field(
         default=False,
         description=(
-            "Also make mmproj-NAME-F16.gguf, the vision tower of Qwen3.5, with llama.cpp's own"
-            " converter."
+            "Also make mmproj-NAME-F16.gguf, the vision tower of Qwen3.5 or Qwen4Exp, with"
+            " llama.cpp's own converter."
         ),
     )
     tokenizer_pre: PreTokenizer | None = Field(
