@@ -20,19 +20,21 @@ SLICE = 1 << 17
 """Values processed at a time; they fit into a processor's cache."""
 JOB = 1 << 20
 """Values that a thread processes before it takes the next."""
+MOST_THREADS = 16
+"""More would take memory, and no disk writes what they compute."""
 
 
 def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None = None) -> Payload:
     """Yield a tensor's bytes: ranges of the shards if nothing changes, else computed slices.
 
-    Slices are computed by that many threads, or one for each processor.
+    Slices are computed by that many threads, or one for each processor, up to `MOST_THREADS`.
     """
     if item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16":
         for view in _views(checkpoint, item):
             for block in blocks(view):
                 yield checkpoint.locate(block) or block.data
     else:
-        yield from _computed(checkpoint, item, threads or os.cpu_count() or 1)
+        yield from _computed(checkpoint, item, threads or min(os.cpu_count() or 1, MOST_THREADS))
     checkpoint.release()
 
 
