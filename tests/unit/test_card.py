@@ -200,6 +200,22 @@ def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path
     assert "\n".join(lines) in text and "- Checkpoint" not in text
 
 
+def test_each_head_is_said_to_be_that_of_its_checkpoint() -> None:
+    donor = {"repo": "Owner/Other", "revision": REVISION}
+    own = "[Qwen/Qwen3.5-4B](https://huggingface.co/Qwen/Qwen3.5-4B)"
+    other = "[Owner/Other](https://huggingface.co/Owner/Other)"
+    for about, heads in [
+        ({"donors": [donor], "own_head": True}, f"of {own} and {other}. The model"),
+        ({"donors": [donor], "own_head": False}, f"of {other}. The model"),
+        ({"donors": [], "own_head": True}, "NextN). The model"),
+    ]:
+        assert heads in make(**about)
+
+
+def test_a_title_has_mtp_once() -> None:
+    assert "# Mine-MTP-GGUF\n" in make(name="Mine-MTP", publish={})
+
+
 def test_a_base_beside_a_checkpoint_is_a_base_model_too(tmp_path: Path) -> None:
     local = {"path": "My-Tune-Q4_K_M.gguf"}
     text = make(theirs=THEIRS, folder=tmp_path, bases=[BASE, local], donors=DONORS)

@@ -154,6 +154,29 @@ def test_card_and_provenance_follow_the_base(tmp_path: Path) -> None:
     assert json.loads(publish.parameters(wildcards()))["head_from"] == DONOR
 
 
+def test_the_card_names_the_head_of_every_file() -> None:
+    """Also that of a sidecar, and the model's own beside a donor's."""
+    bare = {"Q8_0": {"head": "none"}}
+    about = json.loads(tuned(sidecar="Q8_0", variants=bare).publish.about(wildcards()))
+    assert about["donors"] == [DONOR] and not about["own_head"]
+    both = {"Q8_0": {}, "Q4_K_M": {"base": BASE, "head_from": DONOR}}
+    about = json.loads(build(source=TUNE, variants=both).publish.about(wildcards()))
+    assert about["donors"] == [DONOR] and about["own_head"]
+    about = json.loads(tuned(variants=bare).publish.about(wildcards()))
+    assert about["donors"] == [] and not about["own_head"]
+
+
+def test_a_source_that_nothing_is_made_from_names_nothing() -> None:
+    about = json.loads(adopted(source=DONOR).publish.about(wildcards()))
+    assert about["name"] == "My-Tune" and about["source"] is None
+
+
+def test_a_vision_tower_is_not_made_from_a_donor() -> None:
+    model = tuned(sidecar="Q8_0", mmproj=True).publish
+    assert model.material_inputs(wildcards(stem="mmproj-My-Tune-F16")) == []
+    assert model.material_inputs(wildcards(stem="mtp-My-Tune-Q8_0")) == [f"{HEAD}/head.json"]
+
+
 def test_the_license_of_one_of_several_bases_is_not_taken() -> None:
     other = {**BASE, "repo": "Other/Tune-GGUF"}
     variants = {"a": {"base": BASE}, "b": {"base": other}}

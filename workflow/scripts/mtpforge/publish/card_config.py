@@ -51,6 +51,8 @@ class About:
     """The bases that have nothing of the checkpoint: their heads are from donors."""
     donors: tuple[Checkpoint, ...] = ()
     """The checkpoints that heads are from, if not from the model's own."""
+    own_head: bool = False
+    """Whether any file has the head of the model's own checkpoint."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -63,12 +65,14 @@ class About:
             repo=entry.get("publish", {}).get("repo"),
             bases=tuple(Checkpoint(**base) for base in entry.get("bases", ())),
             donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
+            own_head=entry.get("own_head", False),
         )
 
     @property
     def title(self) -> str:
         """The name of the repository, or the one that it should have."""
-        return self.repo.split("/")[1] if self.repo else f"{self.name}-MTP-GGUF"
+        name = self.name.removesuffix("-MTP")
+        return self.repo.split("/")[1] if self.repo else f"{name}-MTP-GGUF"
 
     @property
     def trunks(self) -> list[Checkpoint]:
@@ -83,8 +87,9 @@ class About:
 
     @property
     def head(self) -> str:
-        """Markdown: the models that heads of others are from; empty without any."""
-        return " and ".join(dict.fromkeys(donor.link for donor in self.donors))
+        """Markdown: the models that the heads are from; empty if all are the model's own."""
+        own = [self.checkpoint] if self.checkpoint and self.own_head and self.donors else []
+        return " and ".join(dict.fromkeys(found.link for found in [*own, *self.donors]))
 
     @property
     def sources(self) -> list[str]:

@@ -225,7 +225,7 @@ class Model(Entry):
     @property
     def base_name(self) -> str:
         """The start of its file names, except for adopted variants: see `name_of`."""
-        if self.name or self.source is None:
+        if self.name or self.source is None or not self.uses_source:
             return self.name or next(map(self.name_of, self.variants.values()))
         if isinstance(self.source, HubRepository):
             return Path(self.source.repo).name

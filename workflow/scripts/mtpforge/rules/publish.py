@@ -84,8 +84,11 @@ class PublishRules(Stage):
         part = _dump(model, *OF_BUILD, "publish") | {"variants": _variants(model, *model.variants)}
         variants = model.variants.values()
         bases = [each.base for each in variants if each.base and model.adopts(each)]
-        donors = [donor for each in variants if (donor := model.donor(each))]
+        heads = [model.donor(each) for each in variants if each.head_types]
+        heads += [model.head_from] if model.sidecar else []
+        donors = [donor for donor in heads if donor]
         part |= {"bases": _dumped(bases), "donors": _dumped(donors), "name": model.base_name}
+        part["own_head"] = None in heads
         if not model.uses_source:
             part["source"] = None
         return json.dumps(_without_folders(part))
@@ -171,7 +174,8 @@ class PublishRules(Stage):
         """What else was given, as its part of the configuration with its role, and its files."""
         model = self.model(wildcards)
         variant = model.variants.get(self._variant(wildcards))
-        donor = model.donor(variant) if variant else model.head_from if model.sidecar else None
+        is_sidecar = model.sidecar and wildcards.stem == layout.sidecar(model, model.sidecar).stem
+        donor = model.donor(variant) if variant else model.head_from if is_sidecar else None
         found = []
         if donor:
             inputs = self._fetch.inputs_of_donor(model, donor)
