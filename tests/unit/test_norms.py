@@ -247,6 +247,17 @@ def test_released_models_are_read_as_they_are(size: str) -> None:
         assert set(judged(head).values()) == {0}  # a head that was fetched without its trunk
 
 
+@pytest.mark.parametrize("times", [0, 1])
+def test_one_odd_norm_among_many_follows_the_others(times: int) -> None:
+    """Its level is that of the other form, and its bits fit both."""
+    odd = "blk.7.attn_k_norm.weight"
+    stored = {name: bf16(values + times) for name, values in released("27B", 0).items()}
+    stored[odd] = bf16(np.random.default_rng(0).normal(1, 0.02, 256) + times)
+    measured = measure(odd, stored[odd], norms.SLACK)
+    assert times in measured.by_bits and measured.offsets != {times}
+    assert set(judged(stored).values()) == {times}
+
+
 @pytest.mark.parametrize("size", LEVELS)
 @pytest.mark.parametrize("which", ["head", "all"])
 def test_norms_trained_as_w_are_in_doubt_rather_than_wrong(size: str, which: str) -> None:

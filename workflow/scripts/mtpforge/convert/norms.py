@@ -27,6 +27,8 @@ FORMS = {"w-1": 0, "w": 1}
 """The forms that a norm in doubt can be said to have, and their offsets from w - 1."""
 SLACK = 0.65
 """How far the mean of a norm may be from the usual one."""
+MANY = 16
+"""Norms that agree, so that one with another level is an exception: a head has fewer."""
 ODD, USUAL = 1.65, (0.85, 1.15)
 """The final norms of trunk and head are compared: one that is larger by the factor `ODD` as w - 1,
 and about equal as w, is in doubt."""
@@ -105,11 +107,20 @@ def _votes(norms: Iterable[Norm]) -> Counter[int]:
 
 def _offset(norm: Norm, votes: Counter[int], firm: Counter[int]) -> int | None:
     """Return a norm's offset, given those of the others; `firm` are not against their level."""
+    usual = _usual(firm)
+    if not norm.is_proven and usual in norm.by_bits:
+        return usual
     if len(norm.offsets) == 1:
         (offset,) = norm.offsets
         return offset if norm.is_proven or 2 * firm[offset] > votes.total() else None
     agreed = norm.offsets & votes.keys()
     return next(iter(agreed)) if len(votes) == 1 and agreed else None
+
+
+def _usual(firm: Counter[int]) -> int | None:
+    """Return the offset of nearly all norms of a trunk; None if they are few, or differ."""
+    ((offset, count),) = firm.most_common(1) or [(0, 0)]
+    return offset if count >= MANY and 16 * count >= 15 * firm.total() else None
 
 
 def _is_odd(norm: Norm, norms: Mapping[str, Norm], judged: Mapping[str, int | None]) -> bool:
