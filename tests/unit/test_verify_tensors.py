@@ -12,10 +12,11 @@ from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import plan
 from mtpforge.convert import values as converted
+from mtpforge.errors import ToolchainError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.llama_cpp.server import Choice, Server
+from mtpforge.llama_cpp.server import Choice, Server, serve
 from mtpforge.verify import running, tensors
 from mtpforge.verify.report import Acceptance, Check, TypeErrors
 from mtpforge.verify.request import Request
@@ -250,6 +251,20 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
 
 
 # ── other programs ──
+
+
+def test_the_reason_of_an_abort_is_not_its_backtrace(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    reason = "binary-ops.cpp:135: binary_op: unsupported types: src1: f16"
+    lines = ["load_tensors: CPU", reason, "0x0 in __wait4 () at wait4.c:30", "[Inferior detached]"]
+    echoes = [f"echo '{line}'" for line in lines]
+    program.write_text("\n".join(["#!/bin/sh", *echoes, "exit 134\n"]))
+    program.chmod(0o755)
+    with (
+        pytest.raises(ToolchainError, match=f"cannot load x.gguf: {reason}"),
+        serve(LlamaCpp(tmp_path), Path("x.gguf"), log=tmp_path / "log", options=[]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("status", [0, 1])

@@ -181,7 +181,8 @@ def _wait_until_ready(
 
 
 def _reason(log: Path) -> str:
-    """The first line of a log that reports an error, else the last."""
+    """The first line of a log that reports an error or a failed assertion, else the last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
-    return (errors or lines[-1:] or ["no output"])[0]
+    aborts = [line for line in lines if re.search(r"\.(c|cpp|cu):\d+: ", line)]  # of ggml_abort
+    return (errors or aborts or lines[-1:] or ["no output"])[0]
