@@ -238,6 +238,14 @@ def test_the_converter_comes_from_a_build_or_from_the_archive(
     stamp = json.loads((tmp_path / "stamp.json").read_text())
     assert (stamp["commit"], stamp["archive_sha256"]) == ("b77", clone.sha256)
     assert (tmp_path / "environment/bin/python").exists()
+    for lock, kept in (("", True), ("# another\n", False)):  # another pin with the same lock
+        empty_lock.write_text(lock)
+        (tmp_path / "environment" / "mine").touch()
+        subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, check=True)
+        assert (tmp_path / "environment" / "mine").exists() is kept
+    (tmp_path / "environment/bin/python").unlink()
+    subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, check=True)
+    assert (tmp_path / "environment/bin/python").exists()
 
 
 def test_a_second_clone_builds_nothing_and_gets_the_same_bytes(clone: Clone) -> None:

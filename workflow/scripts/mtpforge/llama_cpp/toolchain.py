@@ -214,9 +214,14 @@ def _install_source(pin: Pin, requirement: Path, target: Path) -> None:
 
 
 def _install_environment(lock: Path, target: Path) -> None:
+    """Set up an environment, unless the one in `target` was made there from the same lock."""
+    stamp, made = target / "lock.txt", f"{target.absolute()}\n{lock.read_text('utf-8')}"
+    python = target / "bin" / "python"
+    if python.exists() and stamp.exists() and stamp.read_text("utf-8") == made:
+        return
     progress.say(f"setting up {target} from {lock}")
     create = [sys.executable, "-m", "venv", "--clear", str(target)]
-    pip = [str(target / "bin" / "python"), "-m", "pip", "install", "-qq"]
+    pip = [str(python), "-m", "pip", "install", "-qq"]
     pip += ["--disable-pip-version-check", "--require-hashes", "-r", str(lock)]
     for command in (create, pip):
         ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -224,3 +229,4 @@ def _install_environment(lock: Path, target: Path) -> None:
             hint = "\nPyTorch's CPU build must be known to pip: set PIP_FIND_LINKS or "
             hint = f"{hint}PIP_EXTRA_INDEX_URL" if "torch" in ended.stderr else ""
             raise ToolchainError(f"cannot set up {target}:\n{tail(ended.stderr, 5)}{hint}")
+    stamp.write_text(made, "utf-8")
