@@ -140,6 +140,23 @@ def test_lost_rows_are_found_at_the_coarsest_type(tmp_path: Path) -> None:
         assert found.problem == (problem and f"{info.name} (TQ2_0) {problem}")
 
 
+def test_values_that_upstream_computed_in_f16_are_accepted(tmp_path: Path) -> None:
+    """It adds 1 to the norms of an F16 checkpoint in F16."""
+    right = np.random.default_rng(0).normal(1, 0.2, (1, 256)).astype(np.float32)
+    info = TensorInfo("blk.0.attn_norm.weight", (256,), GGMLQuantizationType.F32)
+    path = tmp_path / "norm.gguf"
+    half = right.astype(np.float16).astype(np.float32)
+    for stored, passes in (
+        (half, True),
+        (half * np.float32(1.002), False),
+        (right * np.float32(1.0001), False),
+        ((half * np.float32(1.05)).astype(np.float16).astype(np.float32), False),
+    ):
+        writer.write(path, {}, [(info, [memoryview(stored.tobytes())])])
+        found = tensors.compare_tensors(reader.read(path), {info.name: lambda rows: right[rows]})
+        assert (found.problems == []) == passes
+
+
 def test_the_report_has_the_error_of_each_type(large: tuple[Gguf, np.ndarray]) -> None:
     opened, right = large
     found = tensors.compare_tensors(

@@ -44,6 +44,8 @@ FAINT = 1e-3
 """Rows below this share of the usual row are judged relative to it: a scale can round them away."""
 ROUNDING = 2.0**-20
 """Relative error of values that another program computed in float32."""
+HALF_ROUNDING = 2.0**-10
+"""The same for values computed in F16, as upstream does for F16 checkpoints."""
 _NORM = "norm.weight"
 
 SourceRows: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -254,6 +256,7 @@ class _Sums:
         self.rows = 0
         self.first_difference = -1
         self.first_lost = -1
+        self.is_half = info.type.name == "F32" and not exact
         self.shifts: set[int] = set()
 
     def add(self, numbers: np.ndarray, stored: np.ndarray, right: np.ndarray) -> None:
@@ -270,6 +273,7 @@ class _Sums:
             noise = (difference**2).sum(1)
             signal = (right.astype(np.float64) ** 2).sum(1)
             floor = max(FAINT**2 * float(signal.mean()), 1e-30)
+            self.is_half = self.is_half and bool((stored.astype(np.float16) == stored).all())
             by_row = np.nan_to_num(np.sqrt(noise / np.maximum(signal, floor)), nan=np.inf)
             lost = (signal > floor) & ~stored.any(axis=1)
             if lost.any() and self.first_lost < 0:
@@ -293,7 +297,7 @@ class _Sums:
     @property
     def problem(self) -> str:
         name, kind = self.info.name, self.info.type.name
-        limit = error_limit(kind)
+        limit = max(error_limit(kind), HALF_ROUNDING * self.is_half)
         if self.first_difference >= 0:
             return f"{name} differs from its source in row {self.first_difference:,}"
         if self.error > limit:
