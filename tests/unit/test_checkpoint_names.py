@@ -60,6 +60,19 @@ def test_buffers_are_skipped_with_a_word(
     assert "skipped 7 buffers, which are no weights" in capsys.readouterr().err
 
 
+def test_a_doubled_language_model_in_all_names_changes_nothing(tmp_path: Path) -> None:
+    """As a text model wrote them that was loaded from a checkpoint with a vision tower."""
+    config, tensors = load(DENSE)
+    doubled = {
+        name.replace("model.", "model.language_model.", 1) if "mtp." not in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+    assert {"visual", "language_model"} == {n.split(".")[2] for n in doubled if "mtp." not in n}
+    made = convert(tmp_path, config, doubled)
+    plain = convert(tmp_path / "plain", config, tensors)
+    assert reader.digests(made.path, 1) == reader.digests(plain.path, 1)
+
+
 def test_a_bias_is_no_buffer(tmp_path: Path) -> None:
     config, tensors = load(DENSE)
     name = "model.language_model.layers.3.self_attn.bias"

@@ -390,7 +390,7 @@ def _head_names(names: Collection[str]) -> set[str]:
 
 def _spare_names(names: Collection[str]) -> set[str]:
     """Return the names of tensors without which the trunk can be converted."""
-    vision = re.compile(r"(?:model\.)?visual\.")
+    vision = re.compile(r"(?:(?:model|language_model)\.)*visual\.")
     return _head_names(names) | {name for name in names if vision.match(name)}
 
 

@@ -433,7 +433,8 @@ def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
 
 
 VISION = ("model.visual.", "visual.")
-MLX_VISION = "vision_tower."
+# As MLX names it, and a saver of fine-tunes that doubles `language_model` in all other names.
+OTHER_VISION = ("vision_tower.", "model.language_model.visual.")
 
 DENSE = Family(
     gguf_architecture="qwen35",
@@ -441,7 +442,7 @@ DENSE = Family(
     trunk=partial(trunk, mlp=dense_mlp),
     head=partial(head, mlp=dense_mlp),
     describe=describe,
-    ignored=(*VISION, MLX_VISION),
+    ignored=(*VISION, *OTHER_VISION),
 )
 MOE = Family(
     gguf_architecture="qwen35moe",
@@ -449,5 +450,5 @@ MOE = Family(
     trunk=partial(trunk, mlp=expert_mlp),
     head=partial(head, mlp=expert_mlp),
     describe=describe,
-    ignored=(*VISION, MLX_VISION),
+    ignored=(*VISION, *OTHER_VISION),
 )
