@@ -34,7 +34,7 @@ RUNTIMES: dict[str, Runtime] = {
         ik_llama_cpp=(1698, 1745),
     ),
     "qwen3next": Runtime("b10238", (25589,)),
-    "qwen4exp": Runtime("after b11312", ik_llama_cpp=None),
+    "qwen4exp": Runtime("after b11312", (27742, 28243), ik_llama_cpp=None),
     "glm4moe": Runtime("b10603", (26534,), ik_llama_cpp=(1270,)),
     "deepseek2": Runtime("b10251", (24868,), counted=True, ik_llama_cpp=None),
     "glm-dsa": Runtime("b10174", (25980,), counted=True, ik_llama_cpp=(1890,)),
