@@ -100,15 +100,15 @@ def own_output(base: Base) -> None:
     base.tensors["output.weight"] = base.tensors["token_embd.weight"].copy()
 
 
-def biased(base: Base) -> None:
-    """Queries, keys and values with biases."""
+def biased(base: Base, value: float = 0.0) -> None:
+    """Queries, keys and values with biases, which change nothing if they are zero."""
     for name in [
         name
         for name in base.tensors
         if name.endswith((".attn_q.weight", ".attn_k.weight", ".attn_v.weight"))
     ]:
         rows = base.tensors[name].shape[0]
-        base.tensors[name.replace("weight", "bias")] = np.full(rows, 1e-3, "<f4")
+        base.tensors[name.replace("weight", "bias")] = np.full(rows, value, "<f4")
 
 
 def projected(base: Base) -> None:

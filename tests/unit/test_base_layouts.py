@@ -55,9 +55,9 @@ class Bench:
         inject(base, self.checkpoint, self.folder / "out.gguf")
         return self.folder / "out.gguf"
 
-    def verdicts(self, path: Path) -> dict[str, tuple[str, str]]:
+    def verdicts(self, path: Path, request: Request | None = None) -> dict[str, tuple[str, str]]:
         """Check -> verdict and evidence; those fail that need llama.cpp's programs."""
-        request = Request(checkpoint=self.checkpoint, tokenizer_pre="qwen35")
+        request = request or Request(checkpoint=self.checkpoint, tokenizer_pre="qwen35")
         with pytest.raises(VerificationError) as error:
             verify(path, request, NO_PROGRAMS)
         rows = [line.strip("| ").split("|") for line in error.value.table.splitlines()[2:]]
@@ -127,7 +127,7 @@ def test_a_base_is_injected_and_all_that_its_source_has_is_compared(
     ("change", "named"),
     [
         (layouts.own_output, "output.weight"),
-        (layouts.biased, "blk.3.attn_q.bias"),
+        (layouts.projected, "cls.output.bias"),
         (layouts.resized(1408), "128 rows of token_embd.weight"),
         (layouts.scaled, ".input_scale"),
     ],
@@ -209,6 +209,20 @@ def test_a_fault_is_found_in_each_layout(
     bench: Callable[[str], Bench], model: str, layout: Change, fault: Change, found: str
 ) -> None:
     assert found in bench(model).failed(layout, fault)
+
+
+@pytest.mark.parametrize("value", [1e-3, 1000.0])
+@pytest.mark.parametrize("fused", [(), (layouts.fused_attention,)], ids=["apart", "fused"])
+def test_biases_that_the_source_does_not_have_must_be_zero(
+    bench: Callable[[str], Bench], tmp_path: Path, value: float, fused: tuple[Change, ...]
+) -> None:
+    made = bench(DENSE)
+    path = made.injected(lambda base: layouts.biased(base, value), *fused)
+    verdict, evidence = made.verdicts(path)["values"]
+    assert verdict == "FAILED"
+    assert "blk.3.attn_q.bias (F32) is not zero" in evidence and "head_from" in evidence
+    of_another = Request(head_from=made.checkpoint, tokenizer_pre="qwen35")
+    assert made.verdicts(path, of_another)["values"][0] == "passed"
 
 
 def test_an_output_matrix_that_was_trained_apart_passes(bench: Callable[[str], Bench]) -> None:

@@ -48,7 +48,7 @@ _SCALED = re.compile(
     r"|ssm_(in|out|alpha|beta)|nextn\.eh_proj)|output)\.(scale|input_scale)"
 )
 _PROJECTION = "cls.output.weight"  # of embeddings for retrieval, with a bias; drafts ignore it
-_BIASES = re.compile(r"blk\.[0-9]+\.attn_(q|k|v|qkv)\.bias")
+_BIASES = re.compile(r"(blk\.[0-9]+\.attn_)(q|k|v|qkv)\.bias")
 _OWN_EMBEDDINGS = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 # Tensors that only Ollama's converter writes: a vision tower in the same file, and its own names.
 _OLLAMA = re.compile(r"(v|mm|mtp)\..+|blk\.[0-9]+\.ssm_dt")
@@ -128,6 +128,13 @@ def fusions(names: Set[str], others: Set[str]) -> dict[str, tuple[str, ...]]:
             if name.endswith(f".{ending}") and all(part in others for part in parts):
                 pairs[name] = parts
     return pairs
+
+
+def is_bias_of_any(name: str, matrices: Set[str]) -> bool:
+    """Whether a tensor is a bias of attention beside one of the matrices, fused or apart."""
+    bias = _BIASES.fullmatch(name)
+    endings = ("q.weight", "qkv.weight")
+    return bias is not None and any(f"{bias[1]}{ending}" in matrices for ending in endings)
 
 
 def joined_shapes(

@@ -17,7 +17,7 @@ def rows_in_layout(
 ) -> dict[str, SourceRows]:
     """The expected rows of each tensor of a file, from those of its source's tensors.
 
-    The tensors must match, as `inject.match` checks.
+    The tensors must match, as `inject.match` checks. Biases that the source lacks must be zero.
     """
     result = dict(rows)
     for whole, names in match.fusions(opened.tensors.keys(), rows.keys()).items():
@@ -37,6 +37,9 @@ def rows_in_layout(
     for name in _surplus(opened, source):
         if name in rows:
             result[name] = partial(_known, rows[name], source[name].shape[0])
+    for name in opened.tensors.keys() - result.keys():
+        if match.is_bias_of_any(name, rows.keys()):
+            result[name] = partial(_zeros, opened.tensors[name].shape[-1])
     return result
 
 
@@ -150,3 +153,7 @@ def _known(rows: SourceRows, count: int, numbers: np.ndarray) -> np.ndarray:
     """The rows of the tokens that the source has."""
     known = numbers[numbers < count]
     return rows(known) if len(known) else np.empty((0, 0), np.float32)
+
+
+def _zeros(width: int, numbers: np.ndarray) -> np.ndarray:
+    return np.zeros((len(numbers), width), np.float32)

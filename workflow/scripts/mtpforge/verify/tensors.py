@@ -300,6 +300,8 @@ class _Sums:
         limit = max(error_limit(kind), HALF_ROUNDING * self.is_half)
         if self.first_difference >= 0:
             return f"{name} differs from its source in row {self.first_difference:,}"
+        if self.error > limit and not self.signal:
+            return f"{name} ({kind}) is not zero: its source is, or has none"
         if self.error > limit:
             return f"{name} ({kind}) has a relative error of {self.error:.3f} (limit {limit:.3f})"
         if self.worst_row > max(ROW_GATE, limit):
