@@ -212,6 +212,28 @@ def test_a_copy_of_tied_embeddings_is_dropped_and_another_matrix_refused(
     assert "tie_word_embeddings" in refusal(changed)
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_a_copy_of_tied_embeddings_may_have_another_type(tmp_path: Path, kind: str) -> None:
+    source = CHECKPOINTS / "tiny-qwen3.5"
+    settings, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
+    dtype, stored = tensors["model.language_model.embed_tokens.weight"]
+    values = np.clip(np.rint(decode(stored, dtype) * 1024), -128, 128) / 1024  # exact in all types
+    bits = np.frombuffer(encode(values, GGMLQuantizationType.BF16), "<u2").reshape(stored.shape)
+    tensors["model.language_model.embed_tokens.weight"] = ("BF16", bits)
+    copy = values.astype("<f4" if kind == "F32" else "<f2")
+    last = copy.copy()
+    last[-1, -1] += 1
+    paths = [
+        write_checkpoint(
+            tmp_path / name, source, settings, {**tensors, "lm_head.weight": (kind, matrix)}
+        )
+        for name, matrix in (("copied", copy), ("changed", last))
+    ]
+    native.convert(paths[0], tmp_path / "copied.gguf", "all", "qwen35")
+    assert "output.weight" not in reader.read(tmp_path / "copied.gguf").tensors
+    assert "differs from the embeddings" in refusal(paths[1])
+
+
 def test_words_for_numbers_are_read_in_keys_that_conversion_does_not_use(tmp_path: Path) -> None:
     """NVIDIA writes `"time_step_limit": [0.0, Infinity]`."""
     odd = {"time_step_limit": [0.0, float("inf")], "x": {"y": float("nan")}, "z": -float("inf")}

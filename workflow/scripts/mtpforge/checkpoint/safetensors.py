@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ _SINGLE = "model.safetensors"
 _HEAD_FILE = re.compile(r"(.+[._-])?(?i:mtp)([._-].+)?\.safetensors")
 _NUMBERED = re.compile(r"(.+-)(\d{3,6})-of-(\d{3,6})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_SLICE = 1 << 20  # values compared at a time
 _HEADER_LIMIT = 100 << 20  # as in the safetensors library
 
 # safetensors type -> numpy type. numpy lacks BF16 and FP8: they are read as raw integers.
@@ -112,7 +113,7 @@ class Outline:
 
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
         """Whether two tensors are equal, as far as is known without their values."""
-        return (one.dtype, one.shape) == (other.dtype, other.shape)
+        return one.shape == other.shape
 
     def integers(self, tensor: CheckpointTensor) -> list[int] | None:
         """Return the values of a vector of integers; None without them."""
@@ -155,8 +156,14 @@ class Checkpoint(Outline):
         return shard_format(self.directory / shards[0]) if shards else ""
 
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
-        """Whether two tensors have the same bytes."""
-        return self.digest(one) == self.digest(other)
+        """Whether two tensors have the same values, maybe at two floating-point types."""
+        if one.shape != other.shape:
+            return False
+        if one.dtype == other.dtype:
+            return self.digest(one) == self.digest(other)
+        if not {one.dtype, other.dtype} <= {"F64", "F32", "F16", "BF16"}:
+            return False
+        return all(map(np.array_equal, self._slices(one), self._slices(other)))
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
         """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
@@ -200,6 +207,15 @@ class Checkpoint(Outline):
         for mapped in self._maps.values():
             if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.base.madvise(mmap.MADV_DONTNEED)
+
+    def _slices(self, tensor: CheckpointTensor) -> Iterator[np.ndarray]:
+        """Yield the values of a floating-point tensor in flat slices, exactly."""
+        array = self.array(tensor).reshape(-1)
+        for start in range(0, array.size, _SLICE):
+            values = array[start : start + _SLICE]
+            is_bf16 = tensor.dtype == "BF16"
+            yield (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
+            self.release()
 
     def _map(self, shard: str) -> np.memmap[Any, np.dtype[np.uint8]]:
         if shard not in self._maps:
