@@ -141,6 +141,22 @@ def mixed_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
     return separate_experts(config, fused_head(config, tensors))
 
 
+def odd_experts(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """Separate experts, some in wider types; those of the head fused, with the suffix `.weight`."""
+    result: Tensors = {}
+    for name, (dtype, array) in mixed_experts(config, tensors).items():
+        if name.startswith("mtp.") and name.endswith(("gate_up_proj", "down_proj")):
+            name += ".weight"
+        wide = re.search(r"layers\.1\.mlp\.experts\.([02])\.", name)
+        if wide:
+            values = (array.astype(np.uint32) << 16).view(np.float32)
+            kind = ("F32", "<f4") if wide[1] == "0" else ("F16", "<f2")
+            # 0.3% more, so that rounding to BF16 must be right.
+            dtype, array = kind[0], (values * np.float32(1.003)).astype(kind[1])
+        result[name] = (dtype, array)
+    return result
+
+
 def text_only(config: dict[str, Any], tensors: Tensors) -> Tensors:
     """A `ForCausalLM` checkpoint: no vision tower, no wrapper, untied output matrix."""
     text = config.pop("text_config")
@@ -504,6 +520,7 @@ Layout = Callable[[dict[str, Any], Tensors], Tensors]
 LAYOUTS: dict[str, tuple[str, Layout, int]] = {
     "moe-fused-head": ("tiny-qwen3.5-moe", fused_head, 3),
     "moe-separate-experts": ("tiny-qwen3.5-moe", separate_experts, 2),
+    "moe-odd-experts": ("tiny-qwen3.5-moe", odd_experts, 2),
     "moe-text-only": (
         "tiny-qwen3.5-moe",
         lambda config, tensors: text_only(config, mixed_experts(config, tensors)),

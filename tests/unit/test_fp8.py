@@ -16,6 +16,8 @@ from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, values
 from mtpforge.convert.plan import plan_conversion
 from mtpforge.errors import CheckpointError
+from mtpforge.gguf import reader
+from mtpforge.io.ranges import sha256
 
 SOURCE = CHECKPOINTS / "tiny-qwen3.5"
 UP = "mtp.layers.0.mlp.up_proj.weight"
@@ -173,3 +175,22 @@ def test_any_number_of_threads_and_any_slices_give_the_rounded_products(
             monkeypatch.setattr(values, "JOB", job)
             made = values.payload(checkpoint, item, threads)
             assert b"".join(map(bytes, made)) == b"".join(plain), item.row.name  # type: ignore[arg-type]
+
+
+def test_an_expert_may_have_another_type_than_the_others(tmp_path: Path) -> None:
+    """Values that FP8 and F32 store alike give the same bytes."""
+    embedded, layout, _ = LAYOUTS["moe-fp8"]
+    config = json.loads((CHECKPOINTS / embedded / "config.json").read_text())
+    tensors = layout(config, read_tensors(CHECKPOINTS / embedded))
+    folder = write_checkpoint(tmp_path / "fp8", CHECKPOINTS / embedded, config, tensors)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.experts.1.up_proj.weight"))
+    _, scale = tensors.pop(f"{name}_scale_inv")
+    numbers = fp8.dequantize(tensors[name][1], scale.astype("<f4"), (128, 128))
+    tensors[name] = ("F32", numbers.astype("<f4"))
+    mixed = write_checkpoint(tmp_path / "mixed", CHECKPOINTS / embedded, config, tensors)
+    made = []
+    for source, out in ((folder, tmp_path / "fp8.gguf"), (mixed, tmp_path / "mixed.gguf")):
+        native.convert(source, out, "all", "qwen35")
+        opened = reader.read(out)
+        made.append({name: sha256(piece) for name, piece in opened.ranges.items()})
+    assert made[0] == made[1]

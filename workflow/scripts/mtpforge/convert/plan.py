@@ -31,18 +31,13 @@ class ConvertedTensor:
     row: Row
     source: Source
     tensors: tuple[CheckpointTensor, ...]
-    scales: tuple[CheckpointTensor, ...] = ()
-    """For FP8, the scales of each of `tensors`."""
+    scales: tuple[CheckpointTensor | None, ...] = ()
+    """If one of `tensors` is FP8, the scale of each; None for one that is not FP8."""
 
     @property
     def info(self) -> TensorInfo:
         """The tensor's entry in the GGUF."""
         return TensorInfo(self.row.name, self.row.shape, self.row.type)
-
-    @property
-    def dtype(self) -> str:
-        """The type of the values before conversion, the same for all `tensors`."""
-        return "F32" if self.scales else self.tensors[0].dtype
 
 
 def plan_conversion(
@@ -219,7 +214,7 @@ def _locate(row: Row, names: Mapping[str, CheckpointTensor]) -> ConvertedTensor:
             raise _missing(name, row)
         tensor = names[name]
         _check_tensor(name, tensor, source.shape)
-        if tensors and tensor.dtype != tensors[0].dtype:
+        if source.view is not unchanged and tensors and tensor.dtype != tensors[0].dtype:
             raise CheckpointError(
                 f"{tensor.shard}: {name} is {tensor.dtype}, {tensors[0].name} is {tensors[0].dtype}"
             )
@@ -256,7 +251,7 @@ def _with_scales(
     item: ConvertedTensor, names: Mapping[str, CheckpointTensor], checkpoint: Outline
 ) -> ConvertedTensor:
     """Add the scales of FP8 tensors. Raises CheckpointError if one is missing or malformed."""
-    if item.tensors[0].dtype != fp8.DTYPE:
+    if all(tensor.dtype != fp8.DTYPE for tensor in item.tensors):
         return item
     if len(item.tensors) > 1 and item.source.view is not unchanged:
         raise CheckpointError(
@@ -264,14 +259,17 @@ def _with_scales(
             f"F32 can be joined to {item.row.name}"
         )
     block = fp8.block_size(checkpoint.config)
-    scales = tuple(fp8.scale_of(name, names, block) for name in item.source.names)
+    scales = tuple(
+        fp8.scale_of(name, names, block) if tensor.dtype == fp8.DTYPE else None
+        for name, tensor in zip(item.source.names, item.tensors, strict=True)
+    )
     return replace(item, scales=scales)
 
 
 def _check_all_used(
     names: Mapping[str, CheckpointTensor], planned: list[ConvertedTensor], family: Family
 ) -> None:
-    used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales)}
+    used = {tensor.name for item in planned for tensor in (*item.tensors, *item.scales) if tensor}
     unused = {name: tensor.name for name, tensor in names.items() if tensor.name not in used}
     fp8.check_leftover(names, unused)
     if unused:

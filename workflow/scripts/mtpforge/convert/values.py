@@ -10,7 +10,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge.checkpoint import fp8
-from mtpforge.checkpoint.families.family import BF16, F32, identity
+from mtpforge.checkpoint.families.family import BF16, F32, identity, unchanged
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import CheckpointError
@@ -29,7 +29,8 @@ def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None =
 
     Slices are computed by that many threads, or one for each processor, up to `MOST_THREADS`.
     """
-    if item.row.change is identity and item.row.type is BF16 and item.dtype == "BF16":
+    is_copy = item.row.change is identity and item.row.type is BF16
+    if is_copy and all(tensor.dtype == "BF16" for tensor in item.tensors):
         for view in _views(checkpoint, item):
             for block in blocks(view):
                 yield checkpoint.locate(block) or block.data
@@ -144,7 +145,8 @@ Decode = Callable[..., np.ndarray]
 
 def _computed(checkpoint: Checkpoint, item: ConvertedTensor, threads: int) -> Iterator[memoryview]:
     """Yield the bytes of a tensor whose values change, in order for any number of threads."""
-    direct = item.row.change is identity and item.row.type is BF16 and bool(item.scales)
+    direct = item.row.change is identity and item.row.type is BF16
+    direct = direct and bool(item.scales) and None not in item.scales
 
     def compute(decoded: Decode, job: list[np.ndarray]) -> list[memoryview]:
         found = (decoded(*pieces).reshape(-1) for pieces in cut(job, SLICE))
@@ -173,11 +175,16 @@ def _parts(
     `scaled` decodes them.
     """
     if not item.scales:
-        for view in _views(checkpoint, item):
-            yield [view], lambda array: decode(array, item.dtype)
+        # Tensors that a view joins are of one type.
+        stacked = item.source.view is unchanged
+        for i, view in enumerate(_views(checkpoint, item)):
+            yield [view], partial(decode, dtype=item.tensors[i if stacked else 0].dtype)
         return
     block = fp8.block_size(checkpoint.config)
     for tensor, scale in zip(item.tensors, item.scales, strict=True):
+        if scale is None:
+            yield [checkpoint.array(tensor)], partial(decode, dtype=tensor.dtype)
+            continue
         numbers = scales(checkpoint, scale)
         # A tensor made from several is a stack of them, so a view of one is a view of its part.
         indices = fp8.scale_index(tensor.shape, numbers.shape, block)

@@ -8,6 +8,7 @@ compares with it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -203,7 +204,10 @@ def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
 
 
 def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
-    """Router, experts (fused, one matrix each, or MLX's stacks) and a shared expert."""
+    """Router, experts (fused, one matrix each, or MLX's stacks) and a shared expert.
+
+    The names of fused experts may end in `.weight`.
+    """
     hidden = hp.count("hidden_size")
     n = hp.count("num_experts")
     ff = hp.count("moe_intermediate_size")
@@ -211,9 +215,10 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
     of += "mlp."
 
     def experts(projection: str, shape: tuple[int, int], fused: Source) -> Row:
+        suffixed = replace(fused, names=(f"{fused.names[0]}.weight",))
         single = Source(tuple(f"{of}experts.{e}.{projection}_proj.weight" for e in range(n)), shape)
         mlx = Source((f"{of}switch_mlp.{projection}_proj.weight",), (n, *shape))
-        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single, mlx))
+        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, suffixed, single, mlx))
 
     gate_up = (f"{of}experts.gate_up_proj",)
     down = (f"{of}experts.down_proj",)
