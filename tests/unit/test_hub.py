@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
-from layouts import four_bit, read_shard, read_tensors, write_checkpoint, write_shard
+from layouts import Tensors, four_bit, read_shard, read_tensors, write_checkpoint, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
@@ -387,7 +387,7 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused_before_its_weights(
     assert client.resolve().returncode == 0  # it may have a base
 
 
-@pytest.mark.parametrize("stem", ["model-mtp", "model_mtp", "mtp-bf16", "model.mtp"])
+@pytest.mark.parametrize("stem", ["model-mtp", "model_mtp", "mtp-bf16", "model.mtp", "nextn"])
 def test_a_head_beside_the_index_is_listed(client: Client, stem: str) -> None:
     head, weight_map = {}, {}
     for shard in sorted(client.source.glob("*.safetensors")):
@@ -437,6 +437,44 @@ def test_add_proposes_the_type_that_a_packed_checkpoint_has(
     assert entry["models"]["packed"]["converter"] == "llama.cpp"
     assert entry["models"]["packed"]["variants"] == {"NVFP4": {}}
     assert Build(entry).files() == ["results/packed/packed-NVFP4.gguf"]
+
+
+def test_a_stale_index_is_named_where_a_head_is_lost(client: Client) -> None:
+    for shard in client.source.glob("*.safetensors"):
+        kept = {n: t for n, t in read_shard(shard).items() if not n.startswith("mtp.")}
+        write_shard(shard, kept)
+    client.hub.digests.clear()
+    arguments = (REPO, "--revision", COMMIT, "--convert", "mtpforge:all", "--out", client.listing)
+    refused = client.run("resolve.py", *arguments)
+    assert refused.returncode == 1 and "the head is lost, the index is stale" in refused.stderr
+    assert client.resolve().returncode == 0
+    options = ("--folder", client.path / "head", "--out", client.path / "head.json")
+    done = client.run("fetch_head.py", client.listing, *options)
+    assert done.returncode == 1 and "which lists it, is stale" in done.stderr
+    printed = client.run("add.py", REPO).stdout
+    assert "without a head, which its stale index lists" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mtp/model.safetensors", "copy it beside the other shards as mtp.safetensors"),
+        ("nextn.safetensors", "has no tensor named as a head's"),
+    ],
+)
+def test_add_names_a_file_that_may_be_the_head(client: Client, name: str, hint: str) -> None:
+    head: Tensors = {}
+    for shard in client.source.glob("*.safetensors"):
+        tensors = read_shard(shard)
+        head |= {n: t for n, t in tensors.items() if n.startswith("mtp.")}
+        write_shard(shard, {n: t for n, t in tensors.items() if not n.startswith("mtp.")})
+    (client.source / "model.safetensors.index.json").unlink()
+    (client.source / name).parent.mkdir(exist_ok=True)
+    write_shard(client.source / name, {n.replace("mtp.", "other."): t for n, t in head.items()})
+    client.hub.digests.clear()
+    printed = client.run("add.py", REPO).stdout
+    assert f"{name} " in printed and hint in printed and "head: none" in printed
+    assert yaml.safe_load(f"models:\n{printed}")["models"]
 
 
 def test_add_leaves_out_a_lost_head(client: Client) -> None:

@@ -7,10 +7,11 @@ example: add.py Qwen/Qwen3.5-4B
 """
 
 import math
+import re
 
 from mtpforge import cli, errors
 from mtpforge.checkpoint import nvfp4
-from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline, head_names
 from mtpforge.convert import converters
 from mtpforge.hub import download
 from mtpforge.hub.listing import REPOSITORY, Listing
@@ -21,6 +22,8 @@ VARIANTS = {"BF16": 16, "Q4_K_M": 5}
 
 PACKED = {"NVFP4": 16}
 """The same for a packed checkpoint, which keeps its types: quantized again it would be worse."""
+
+_HEAD = re.compile(r"(?i)mtp|nextn")
 
 SPLIT = "48G"
 """The Hub refuses files above 50 GB."""
@@ -91,10 +94,28 @@ def _about(listing: Listing, outline: Outline, converter: str) -> str:
     """Return how much there is to download, and how much of that is the head."""
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     head = sum(tensor.size for tensor in converters.head_tensors(outline, converter))
-    about = f"{head / 1e9:.2f} GB of it the head" if head else "without a head"
-    if not head and converter == "mtpforge":
-        about += " (`head_from` takes the original's)"
+    about = f"{head / 1e9:.2f} GB of it the head" if head else _headless(listing, converter)
     return f"{size / 1e9:.1f} GB to download, {about}"
+
+
+def _headless(listing: Listing, converter: str) -> str:
+    """Return that there is no head, and where one may be."""
+    about = "without a head"
+    if head_names(listing.lost):
+        about += ", which its stale index lists"
+    if converter == "mtpforge":
+        about += " (`head_from` takes the original's)"
+    used = {tensor.shard for tensor in listing.tensors.values()}
+    for name in listing.files:
+        if name.endswith(".safetensors") and _HEAD.search(name) and name not in used:
+            use = "has no tensor named as a head's"
+            if "/" in name:
+                use = (
+                    "may be it: in a local folder (`source: {path: FOLDER}`), copy it beside the "
+                    "other shards as mtp.safetensors"
+                )
+            return f"{about}; {name} {use}"
+    return about
 
 
 def _settings(outline: Outline, part: str, bits: int) -> str:

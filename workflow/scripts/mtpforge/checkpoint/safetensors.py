@@ -25,7 +25,7 @@ from mtpforge.io.text import parse_json, read_json, read_text
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_HEAD_FILE = re.compile(r"(.+[._-])?(?i:mtp)([._-].+)?\.safetensors")
+_HEAD_FILE = re.compile(r"(.+[._-])?(?i:mtp|nextn)([._-].+)?\.safetensors")
 _NUMBERED = re.compile(r"(.+-)(\d{3,6})-of-(\d{3,6})\.safetensors")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _SLICE = 1 << 20  # values compared at a time
@@ -104,7 +104,7 @@ class Outline:
         self.tensors = tensors
         self.files = frozenset(files)
         self.lost: dict[str, str] = {}
-        """As in `Weights`; a repository's are not known."""
+        """As in `Weights`."""
 
     @property
     def architecture(self) -> str:
@@ -282,6 +282,15 @@ def files_beside(directory: Path) -> list[str]:
     return sorted({*present} - {*model_files(present, {*expected.values()})})
 
 
+def head_names(names: Collection[str]) -> set[str]:
+    """Return the names of a head's tensors: `mtp.*`, or layers that have a head's projections."""
+    outside = r"(?:(?:model|language_model)\.)*"
+    marked = rf"({outside}layers\.\d+\.)(?:eh_proj|enorm|hnorm|shared_head)\."
+    layers = {found[1] for name in names if (found := re.match(marked, name))}
+    own = re.compile(rf"{outside}mtp(?:_\w+)?\.")
+    return {name for name in names if own.match(name) or name.startswith(tuple(layers))}
+
+
 def gather_tensors(
     path: Path,
     index: str | None,
@@ -309,7 +318,7 @@ def gather_tensors(
         _check_index(path / INDEX, expected, tensors)
     for name in heads:
         head = read(name)
-        if _head_names([tensor.name for tensor in head]):
+        if head_names([tensor.name for tensor in head]):
             _add(path, tensors, head)
     return Weights(tensors, {name: expected[name] for name in expected.keys() - tensors.keys()})
 
@@ -395,19 +404,10 @@ def _add(
         tensors[tensor.name] = tensor
 
 
-def _head_names(names: Collection[str]) -> set[str]:
-    """Return the names of a head's tensors: `mtp.*`, or layers that have a head's projections."""
-    outside = r"(?:(?:model|language_model)\.)*"
-    marked = rf"({outside}layers\.\d+\.)(?:eh_proj|enorm|hnorm|shared_head)\."
-    layers = {found[1] for name in names if (found := re.match(marked, name))}
-    own = re.compile(rf"{outside}mtp(?:_\w+)?\.")
-    return {name for name in names if own.match(name) or name.startswith(tuple(layers))}
-
-
 def _spare_names(names: Collection[str]) -> set[str]:
     """Return the names of tensors without which the trunk can be converted."""
     vision = re.compile(r"(?:(?:model|language_model)\.)*visual\.")
-    return _head_names(names) | {name for name in names if vision.match(name)}
+    return head_names(names) | {name for name in names if vision.match(name)}
 
 
 def _parse_index(path: Path, text: str) -> dict[str, str]:

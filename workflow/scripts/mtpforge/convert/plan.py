@@ -136,7 +136,8 @@ def _check_lost(checkpoint: Outline, family: Family, names: Mapping[str, Checkpo
     if shard not in checkpoint.files:
         raise CheckpointError(
             f"{checkpoint.directory / shard}: missing, and it has {len(lost)} tensors of the head "
-            f"({name}, ...): download it again, or {_HEADLESS}"
+            f"({name}, ...): download it again, take the original's (`head_from`, --head-from), "
+            f"or {_HEADLESS}"
         )
     partly = any(known.startswith(family.head_prefix) for known in names)
     raise CheckpointError(

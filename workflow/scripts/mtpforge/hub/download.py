@@ -77,7 +77,9 @@ def outline(listing: Listing) -> Outline:
     if quantization.MODELOPT in listing.files:
         beside = parse_json(path / quantization.MODELOPT, read_text(listing, quantization.MODELOPT))
         config = quantization.with_modelopt(config, beside)
-    return Outline(path, config, tensors=listing.tensors, files=listing.files)
+    found = Outline(path, config, tensors=listing.tensors, files=listing.files)
+    found.lost = listing.lost
+    return found
 
 
 def remote_file(listing: Listing, name: str) -> RemoteFile:

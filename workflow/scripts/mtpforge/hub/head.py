@@ -17,7 +17,13 @@ from typing import Any
 from mtpforge import progress
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, CheckpointTensor, architecture_of
+from mtpforge.checkpoint.safetensors import (
+    INDEX,
+    Checkpoint,
+    CheckpointTensor,
+    architecture_of,
+    head_names,
+)
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
@@ -41,8 +47,10 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadReco
     family = family_of(architecture_of(config, read_json(config)))
     tensors = head_tensors(listing, family)
     if not tensors:
+        stale = f", and {INDEX}, which lists it, is stale" if head_names(listing.lost) else ""
         raise CheckpointError(
-            f"{listing.label}: this checkpoint has lost its head: name the original in `head_from`"
+            f"{listing.label}: this checkpoint has lost its head{stale}: name the original in "
+            "`head_from`"
         )
     _write_small_files(listing, folder, tensors)
     standings = _write_shards(listing, folder, tensors=tensors, whole=whole)

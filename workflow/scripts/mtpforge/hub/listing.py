@@ -7,7 +7,7 @@ without the network.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from sys import intern
 from typing import Any
@@ -55,6 +55,8 @@ class Listing:
     revision: str
     files: dict[str, File]
     tensors: dict[str, CheckpointTensor]
+    lost: dict[str, str] = field(default_factory=dict)
+    """As in `Weights`: tensors that only the index has."""
 
     @classmethod
     def read(cls, path: Path) -> "Listing":
@@ -65,7 +67,13 @@ class Listing:
             tensors = value["tensors"]
             for name, entry in tensors.items():  # in place: there can be 200,000
                 tensors[name] = CheckpointTensor(name, *entry)
-            return cls(value["repo"], value["revision"], files=files, tensors=tensors)
+            return cls(
+                value["repo"],
+                value["revision"],
+                files=files,
+                tensors=tensors,
+                lost=dict(value.get("lost", {})),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
                 f"{path}: malformed listing ({error}): delete it and run again"
@@ -79,7 +87,10 @@ class Listing:
             out.writelines(_lines((name, asdict(file)) for name, file in self.files.items()))
             out.write('},\n"tensors": {')
             out.writelines(_lines((name, _entry(each)) for name, each in self.tensors.items()))
-            out.write("}}\n")
+            out.write("}")
+            if self.lost:
+                out.write(f',\n"lost": {json.dumps(self.lost)}')
+            out.write("}\n")
 
     @property
     def label(self) -> str:

@@ -9,7 +9,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from mtpforge import progress
 from mtpforge.checkpoint import safetensors
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor
+from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Weights
 from mtpforge.errors import DownloadError
 from mtpforge.hub.download import read_text, remote_file
 from mtpforge.hub.listing import COMMIT, FILE_PATH, REPOSITORY, File, Listing
@@ -61,7 +61,9 @@ def list_commit(repo: str, revision: str) -> Listing:
     in_root = [name for name in files if "/" not in name]
     present = [name for name in in_root if name.endswith(".safetensors")]
     if safetensors.model_files(present) or (present and INDEX in files):
-        listing.tensors.update(sorted(_tensors(listing, present).items()))
+        weights = _weights(listing, present)
+        listing.tensors.update(sorted(weights.tensors.items()))
+        listing.lost.update(sorted(weights.lost.items()))
     return listing
 
 
@@ -95,7 +97,7 @@ def _file(sibling: RepoSibling) -> File:
     return File(size, digest)
 
 
-def _tensors(listing: Listing, present: list[str]) -> dict[str, CheckpointTensor]:
+def _weights(listing: Listing, present: list[str]) -> Weights:
     """Read the tensors from the headers of the shards."""
 
     def read_header(shard: str) -> list[CheckpointTensor]:
@@ -111,7 +113,4 @@ def _tensors(listing: Listing, present: list[str]) -> dict[str, CheckpointTensor
         return safetensors.parse_shard_header(path, header, remote.size)
 
     index = read_text(listing, INDEX) if INDEX in listing.files else None
-    weights = safetensors.gather_tensors(
-        Path(listing.repo), index, present=present, read=read_header
-    )
-    return weights.tensors
+    return safetensors.gather_tensors(Path(listing.repo), index, present=present, read=read_header)
