@@ -218,7 +218,7 @@ def expert_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
         suffixed = replace(fused, names=(f"{fused.names[0]}.weight",))
         single = Source(tuple(f"{of}experts.{e}.{projection}_proj.weight" for e in range(n)), shape)
         mlx = Source((f"{of}switch_mlp.{projection}_proj.weight",), (n, *shape))
-        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, suffixed, single, mlx))
+        return Row(f"{to}ffn_{projection}_exps.weight", (n, *shape), (fused, single, suffixed, mlx))
 
     gate_up = (f"{of}experts.gate_up_proj",)
     down = (f"{of}experts.down_proj",)
