@@ -21,6 +21,7 @@ def main() -> None:
     source, programs = map(Path, sys.argv[1:])
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     tables = {**heads(), **types(), "options": options(programs)}
+    tables["pre_tokenizers"] = {"converter": pre_tokenizers(source)}
     json.dump(tables, sys.stdout, indent=1)
 
 
@@ -54,6 +55,12 @@ def types() -> dict[str, Any]:
         "tensor_types": {t.name: [t.value, *GGML_QUANT_SIZES[t]] for t in GGMLQuantizationType},
         "file_types": {t.name: t.value for t in LlamaFileType},
     }
+
+
+def pre_tokenizers(source: Path) -> list[str]:
+    """The pre-tokenizers that the converter recognizes, as its source names them."""
+    text = (source / "conversion" / "base.py").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r'^ +res = "(.+)"$', text, re.MULTILINE)))
 
 
 def options(folder: Path) -> dict[str, list[str]]:

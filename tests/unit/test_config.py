@@ -182,6 +182,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (config({"prompts": "workflow"}), r"models/m/prompts: no \*.txt files in workflow"),
     (config({"tokenizer_pre": "Qwen 3"}), "models/m/tokenizer_pre: 'Qwen 3' is not"),
+    (config({"tokenizer_pre": "qwen-35"}), "'qwen-35' is not one of llama.cpp's names of"),
+    (config({"tokenizer_pre": "qwen3.5"}), "did you mean qwen35?"),
     (config({"converter": "mine"}), "models/m/converter: 'mine': must be 'mtpforge' or"),
     (config({"norms": "w + 1"}), r"models/m/norms: 'w \+ 1': must be 'w' or 'w-1'"),
     (

@@ -29,7 +29,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.inject import inject
 from mtpforge.io.ranges import Payload
-from mtpforge.llama_cpp import architectures
+from mtpforge.llama_cpp import architectures, pre_tokenizers
 from mtpforge.quantize import recipe
 from other_architectures import MODELS, write_model
 
@@ -350,6 +350,30 @@ def test_every_head_that_upstream_exports_is_known() -> None:
     assert {name: ours[name] for name in exported.keys() & ours.keys()} == {
         name: exported[name] for name in exported.keys() & ours.keys()
     }
+
+
+def test_the_pre_tokenizers_are_those_of_upstream() -> None:
+    """Its converter names most of those that llama.cpp loads, and some of other vocabularies."""
+    of_other_vocabularies = {"bert-bge", "bert-bge-large", "jina-v2-en"}
+    named = set(TABLES["pre_tokenizers"]["converter"]) - of_other_vocabularies
+    unnamed = {
+        "default", "glm5", "jina-de", "jina-es", "llada-moe", "llama-v3", "llama3", "whitespace",
+    }  # fmt: skip
+    assert named | unnamed == pre_tokenizers.NAMES and len(named) > 80
+
+
+def test_an_unknown_pre_tokenizer_is_refused_before_any_conversion(
+    fails: Fails, tmp_path: Path
+) -> None:
+    """llama.cpp cannot load a file that names one."""
+    for program, checkpoint, more in (
+        ("convert.py", CHECKPOINTS / "tiny-qwen3.5", ()),
+        ("convert_upstream.py", write_model("glm", tmp_path / "glm"), ("--converter", tmp_path)),
+    ):
+        out = tmp_path / "out.gguf"
+        message = fails(program, checkpoint, "--tokenizer-pre", "Qwen3.5", *more, out=out)
+        assert "'Qwen3.5' is not one of llama.cpp's names" in message
+        assert "did you mean qwen35?" in message
 
 
 def test_the_parts_that_upstream_can_write_are_those_of_its_tables() -> None:

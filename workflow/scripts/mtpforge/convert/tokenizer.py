@@ -25,6 +25,7 @@ from mtpforge.convert.special_tokens import special_vocab
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
 from mtpforge.io.text import parse_json, read_text
+from mtpforge.llama_cpp import pre_tokenizers
 
 # Upstream recognizes a pre-tokenizer by the ids of this text (convert_hf_to_gguf_update.py).
 PROBE = (
@@ -56,11 +57,13 @@ _SPACE = chr(ord(" ") + 256)
 
 
 def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | None) -> None:
-    """Write all `tokenizer.*` keys. Raises CheckpointError.
+    """Write all `tokenizer.*` keys. Raises CheckpointError, or ConfigError for an unknown `pre`.
 
     `vocab_size` is the number of rows of the embedding; `pre` overrides the pre-tokenizer that the
     checksum gives.
     """
+    if pre:
+        pre_tokenizers.check(pre)
     path = directory / "tokenizer.json"
     text = read_text(path)
     # The package runs in a child process: it takes as long as everything else together, and a

@@ -25,7 +25,7 @@ from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
 from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp import pre_tokenizers, process
 from mtpforge.llama_cpp.architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
 
@@ -80,10 +80,12 @@ def convert_upstream(
 ) -> None:
     """Convert a part of a checkpoint with upstream's program in `converter`, and prove the result.
 
-    `log` receives upstream's output. Raises CheckpointError if the checkpoint is malformed,
-    unsupported or lacks the part; ToolchainError if upstream fails; GgufError if the result differs
-    from the checkpoint.
+    `log` receives upstream's output. Raises ConfigError if llama.cpp does not know the
+    pre-tokenizer; CheckpointError if the checkpoint is malformed, unsupported or lacks the part;
+    ToolchainError if upstream fails; GgufError if the result differs from the checkpoint.
     """
+    if tokenizer_pre:
+        pre_tokenizers.check(tokenizer_pre)
     checkpoint = Checkpoint(directory)
     check(checkpoint, part)
     python = converter.absolute() / "environment/bin/python"

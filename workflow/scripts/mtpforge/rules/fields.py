@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
 
 
@@ -212,7 +213,7 @@ FileName = Annotated[
     str, _matching(_FILE_PATH, "is not a file of a repository: write NAME or FOLDER/NAME")
 ]
 PreTokenizer = Annotated[
-    str, _matching(r"[a-z0-9][a-z0-9._-]*", "is not one of llama.cpp's names, such as qwen35")
+    str, Checked(pre_tokenizers.check, {"pattern": "^(?:[a-z0-9][a-z0-9._-]*)$"})
 ]
 _HOME = Checked(_check_home, {})
 Folder = Annotated[
