@@ -6,6 +6,7 @@ them with it again.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from layouts import (
     write_layout,
     write_shard,
 )
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.safetensors import Checkpoint, Outline
 from mtpforge.convert import native, tokenizer
 from mtpforge.convert.values import decode, encode
 from mtpforge.errors import CheckpointError
@@ -232,6 +233,12 @@ def test_a_copy_of_tied_embeddings_may_have_another_type(tmp_path: Path, kind: s
     native.convert(paths[0], tmp_path / "copied.gguf", "all", "qwen35")
     assert "output.weight" not in reader.read(tmp_path / "copied.gguf").tensors
     assert "differs from the embeddings" in refusal(paths[1])
+    found = Checkpoint(paths[1])
+    outline = Outline(found.directory, found.config, found.tensors)  # as of a repository
+    output = found.tensors["lm_head.weight"]
+    embeddings = found.tensors["model.language_model.embed_tokens.weight"]
+    assert outline.same(output, embeddings) and not found.same(output, embeddings)
+    assert not outline.same(replace(output, dtype="F8_E4M3"), embeddings)
 
 
 def test_words_for_numbers_are_read_in_keys_that_conversion_does_not_use(tmp_path: Path) -> None:

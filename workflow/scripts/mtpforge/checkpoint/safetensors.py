@@ -48,6 +48,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
 }
 
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
 # Every type of the format -> bits. Only the tensors that are converted need a type in `DTYPES`: the
 # head is read beside a trunk that another program quantized.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
@@ -113,7 +115,9 @@ class Outline:
 
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
         """Whether two tensors are equal, as far as is known without their values."""
-        return one.shape == other.shape
+        return one.shape == other.shape and (
+            one.dtype == other.dtype or {one.dtype, other.dtype} <= _FLOATS
+        )
 
     def integers(self, tensor: CheckpointTensor) -> list[int] | None:
         """Return the values of a vector of integers; None without them."""
@@ -157,12 +161,10 @@ class Checkpoint(Outline):
 
     def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
         """Whether two tensors have the same values, maybe at two floating-point types."""
-        if one.shape != other.shape:
+        if not super().same(one, other):
             return False
         if one.dtype == other.dtype:
             return self.digest(one) == self.digest(other)
-        if not {one.dtype, other.dtype} <= {"F64", "F32", "F16", "BF16"}:
-            return False
         return all(map(np.array_equal, self._slices(one), self._slices(other)))
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
