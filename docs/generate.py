@@ -83,9 +83,14 @@ def upstream() -> str:
         ("architecture in config.json", "models", "in the GGUF", "drafts", "not possible")
     ]
     for name, entry in ARCHITECTURES.items():
-        unsplit = "" if entry.splits else "`sidecar`, `head: none`"
-        rows.append((name, entry.models, entry.gguf, _drafts(entry), unsplit))
+        rows.append((name, entry.models, entry.gguf, _drafts(entry), _not_possible(entry)))
     return markdown(rows, left=5)
+
+
+def _not_possible(entry: Architecture) -> str:
+    if not entry.whole:
+        return "all but `sidecar: MXFP4` and variants of type `MXFP4` with `head: none`"
+    return "" if entry.splits else "`sidecar`, `head: none`"
 
 
 def _drafts(entry: Architecture) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from deepseek4 import write_deepseek4
 from layouts import read_tensors, seeing_qwen4_exp, write_checkpoint
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, proof
@@ -43,12 +44,14 @@ pytestmark = pytest.mark.skipif(
 # Unmodified upstream, for all checkpoints in one process: torch takes seconds to load.
 PLAIN = """
 import runpy, sys
-source, *pairs = sys.argv[1:]
+source, *pairs = [word for word in sys.argv[1:] if word != "--mtp"]
+options = ["--mtp"] if "--mtp" in sys.argv else []
 sys.path[:0] = [source, source + "/gguf-py"]
 from conversion.base import TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen35"
 for checkpoint, out in zip(pairs[::2], pairs[1::2]):
-    sys.argv = ["convert_hf_to_gguf.py", checkpoint, "--outtype", "bf16", "--outfile", out]
+    sys.argv = ["convert_hf_to_gguf.py", *options, checkpoint, "--outtype", "bf16"]
+    sys.argv += ["--outfile", out]
     runpy.run_path(source + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
@@ -141,14 +144,15 @@ def made(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     ]
     jobs["runner"] += ["--outfile", folder / "runner.gguf"]
 
-    def call(job: list[object]) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            list(map(str, job)), capture_output=True, text=True, cwd=ROOT, timeout=600
-        )
-
     with ThreadPoolExecutor(2) as pool:
         done.runs.update(zip(jobs, pool.map(call, jobs.values()), strict=True))
     return done
+
+
+def call(job: list[object]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        list(map(str, job)), capture_output=True, text=True, cwd=ROOT, timeout=600
+    )
 
 
 # ── conversion ──
@@ -450,3 +454,64 @@ def test_an_undeclared_head_is_refused(made: Made) -> None:
         proof.prove(reader.read(made.file("trunk")), Checkpoint(made.checkpoint("glm")), "all")
     with pytest.raises(GgufError, match="in the trunk"):
         proof.prove(reader.read(made.file("glm")), Checkpoint(made.checkpoint("glm")), "trunk")
+
+
+# ── DeepSeek-V4 ──
+
+
+@pytest.fixture(scope="module")
+def v4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trunk and draft model, and what unmodified upstream makes of the same checkpoint."""
+    folder = tmp_path_factory.mktemp("v4")
+    checkpoint = write_deepseek4(folder / "checkpoint")
+    options = ("--converter", CONVERTER, "--tokenizer-pre", "qwen35")
+    jobs: list[list[object]] = []
+    for part, only in (("trunk", []), ("draft", ["--mtp"])):
+        out = ("--part", part, "--out", folder / f"{part}.gguf", *options)
+        jobs.append([sys.executable, SCRIPTS / "convert_upstream.py", checkpoint, *out])
+        plain = (*only, SOURCE, checkpoint, folder / f"plain-{part}.gguf")
+        jobs.append([PYTHON, "-c", PLAIN, *plain])
+    for done in map(call, jobs):
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_deepseek4_has_upstreams_bytes(v4: Path) -> None:
+    for part in ("trunk", "draft"):
+        assert (v4 / f"{part}.gguf").read_bytes() == (v4 / f"plain-{part}.gguf").read_bytes()
+    assert list(reader.read(v4 / "draft.gguf").head_blocks) == [3]
+
+
+def test_deepseek4_drafts_with_its_sidecar(v4: Path, toolchain: Path) -> None:
+    request = Request(
+        reference=v4 / "draft.gguf",
+        target=v4 / "trunk.gguf",
+        file_type="MXFP4",
+        prompts=("The quick brown fox",),
+        min_acceptance=0.95,
+    )
+    report = verify(v4 / "draft.gguf", request, LlamaCpp(toolchain, threads=1))
+    assert report.head == "F32/MXFP4/Q8_0" and report.acceptance > 0.95
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.3.ffn_down_exps.weight",
+        "blk.3.nextn.eh_proj.weight",
+        "blk.3.attn_q_b.weight",
+        "blk.3.exp_probs_b.bias",
+        "output_hc_fn.weight",
+    ],
+)
+def test_a_lost_or_changed_tensor_of_deepseek4_is_named(
+    v4: Path, tmp_path: Path, name: str
+) -> None:
+    checkpoint, good = Checkpoint(v4 / "checkpoint"), reader.read(v4 / "draft.gguf")
+    with pytest.raises(GgufError, match="and none of the GGUF"):
+        proof.prove(rewrite(good.path, tmp_path / "lost.gguf", drop=name), checkpoint, "draft")
+    raw = bytearray(good.path.read_bytes())
+    raw[good.ranges[name].offset] ^= 1
+    (tmp_path / "changed.gguf").write_bytes(raw)
+    with pytest.raises(GgufError, match=f"and {re.escape(name)} "):
+        proof.prove(reader.read(tmp_path / "changed.gguf"), checkpoint, "draft")

@@ -518,6 +518,7 @@ def test_types_that_few_programs_know_are_named() -> None:
     text = make(result(types={"F32": 30, "IQ4_KS": 40, "type 250": 1}))
     assert "`Qwen3.5-4B-IQ4_XS.gguf` has `IQ4_KS` and `type 250` tensors: few programs" in text
     assert "few programs" not in make(result(types={"F32": 30, "IQ4_XS": 40}))
+    assert "few programs" not in make(result(types={"I32": 1, "MXFP4": 40}))
 
 
 def test_every_architecture_has_its_runtimes() -> None:

@@ -322,7 +322,6 @@ TABLES = json.loads((ROOT / "tests" / "golden" / "upstream.json").read_text())
 
 NOT_CONVERTED = {
     "BailingMoeV3VLForConditionalGeneration": "no checkpoint with a head is known",
-    "DeepseekV4ForCausalLM": "not yet",
     "Dots3NoteForCausalLM": "no checkpoint with a head is known",
     "Dots3NoteForConditionalGeneration": "no checkpoint with a head is known",
     "Dots3NoteTextForCausalLM": "no checkpoint with a head is known",

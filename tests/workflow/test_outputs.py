@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from deepseek4 import write_deepseek4
 from other_architectures import write_model
 from repository import CONFIG, Repository
 
@@ -48,7 +49,16 @@ def results(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Path:
             "Q8_0-plain": {"type": "Q8_0", "head": "none"},
         },
     }
-    copy.config["models"] = {"tiny-qwen3.5": model, "glm": other}
+    write_deepseek4(copy.path / "v4")
+    apart = {
+        "source": {"path": "v4"},
+        "converter": "llama.cpp",
+        "tokenizer_pre": "qwen35",
+        "sidecar": "MXFP4",
+        "min_acceptance": 0.9,
+        "variants": {"MXFP4": {"head": "none"}},
+    }
+    copy.config["models"] = {"tiny-qwen3.5": model, "glm": other, "v4": apart}
     copy.write_config()
     done = copy.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -124,3 +134,11 @@ def test_a_head_converted_by_upstream_is_verified_and_drafts(results: Path, name
         "programs",
     ]
     assert found["acceptance"] > 0.9 and (results.parent / "glm" / f"{name}.gguf").exists()
+
+
+def test_a_head_that_upstream_keeps_apart_drafts_for_its_trunk(results: Path) -> None:
+    trunk, draft = (report(results.parent / "v4", name) for name in ("v4-MXFP4", "mtp-v4-MXFP4"))
+    checks = [[check["name"] for check in found["checks"]] for found in (trunk, draft)]
+    assert checks[0] == [*BEFORE, "loading", "programs"] and trunk["head"] == "none"
+    assert checks[1] == [*BEFORE, "drafting", "same text", "programs"]
+    assert draft["acceptance"] > 0.9

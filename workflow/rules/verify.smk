@@ -89,8 +89,8 @@ rule verify_sidecar:
         toolchain="resources/toolchain/stamp.json",
         file=ancient(build.verify.sidecar),
         digests=build.verify.sidecar_digests,
-        target=ancient("results/{model}/work/convert/all.gguf"),
-        target_digests="results/{model}/work/convert/all.json",
+        target=ancient(build.verify.sidecar_target),
+        target_digests=build.verify.sidecar_target_digests,
         reference=ancient(build.verify.sidecar_reference),
         checkpoint=build.fetch.sidecar_inputs,
         prompts=build.verify.prompt_files,
@@ -117,7 +117,7 @@ rule verify_sidecar:
     shell:
         "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
         " {params.tokenizer} --digests {input.digests:q}"
-        " --type {wildcards.type} --head {wildcards.type} {params.options}"
+        " {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mtpforge.checkpoint.families.family import BF16, F32
 from mtpforge.checkpoint.safetensors import Checkpoint
@@ -18,7 +18,7 @@ from mtpforge.convert.upstream_head import (
 )
 from mtpforge.convert.values import cut, decode, encode
 from mtpforge.errors import GgufError
-from mtpforge.gguf.reader import Gguf
+from mtpforge.gguf.reader import Gguf, select_tensors
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.llama_cpp.architectures import entry_of
 
@@ -39,10 +39,10 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
     if part == "mmproj":
         _prove_vision(made, checkpoint)
         return
-    expected = entry_of(checkpoint.architecture).gguf
-    if made.architecture != expected:
+    architecture = entry_of(checkpoint.architecture)
+    if made.architecture != architecture.gguf:
         raise GgufError(
-            f"{checkpoint.directory}: upstream wrote {made.architecture}, not {expected}"
+            f"{checkpoint.directory}: upstream wrote {made.architecture}, not {architecture.gguf}"
         )
     if part == "trunk":
         if made.head_blocks or any(".nextn." in name for name in made.tensors):
@@ -57,7 +57,7 @@ def prove(made: Gguf, checkpoint: Checkpoint, part: str) -> None:
             f"upstream declares {len(made.head_blocks)}"
         )
     pair(
-        _stored(made.head),
+        _stored(_head(made, architecture.outside)),
         expected_head(checkpoint),
         kinds=(BF16, F32),
         directory=checkpoint.directory,
@@ -96,6 +96,12 @@ def pair(
         )
 
 
+def _head(made: Gguf, outside: str) -> Gguf:
+    """Return the file reduced to its head, with tensors that start with `outside` if given."""
+    names = [name for name in made.tensors if outside and name.startswith(outside)]
+    return select_tensors(made, [*made.head.tensors, *names])
+
+
 def _prove_vision(made: Gguf, checkpoint: Checkpoint) -> None:
     is_tower = made.architecture == "clip" and made.get("clip.has_vision_encoder")
     if not is_tower or not made.tensors:
@@ -112,6 +118,12 @@ def _matches(
     tensor: ExpectedTensor, stored: Stored, kinds: tuple[GGMLQuantizationType, ...]
 ) -> Iterator[tuple[Slot, str]]:
     """Yield slot and sha256 of the tensor for each type that the file has in that slot."""
+    if tensor.stored is not None:
+        block, size = GGML_QUANT_SIZES[tensor.stored]
+        slot = (tensor.expert, tensor.values.size // size * block, tensor.stored)
+        if slot in stored:
+            yield slot, hashlib.sha256(np.ascontiguousarray(tensor.values).data).hexdigest()
+        return
     for kind in kinds:
         slot = (tensor.expert, tensor.values.size, kind)
         if slot in stored:

@@ -138,6 +138,11 @@ def check(checkpoint: Outline, part: str) -> None:
             f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
             "convert part all"
         )
+    if part == "all" and not entry_of(name).whole:
+        raise CheckpointError(
+            f"{name}: llama.cpp {PINNED} writes its head as a draft model only: set `head: none` "
+            "on each variant, and `sidecar: MXFP4` (--part trunk and --part draft)"
+        )
     check_scales(checkpoint)
     if part != "trunk":
         count_blocks(checkpoint)

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.convert import deepseek4
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.architectures import Architecture, entry_of
@@ -31,6 +33,8 @@ class ExpectedTensor(NamedTuple):
     """Number of the expert; 0 for other tensors."""
     values: np.ndarray
     dtype: str
+    stored: GGMLQuantizationType | None = None
+    """The type that it must have; `values` are then the bytes. None if it can be unquantized."""
 
 
 def count_blocks(checkpoint: Outline) -> int:
@@ -72,8 +76,10 @@ def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
 
 def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
+    if entry_of(checkpoint.architecture).repacked:
+        deepseek4.check_fusion(checkpoint)
     for tensor in head_tensors(checkpoint):
-        if not _is_written(tensor, checkpoint):
+        if not _is_written(tensor, checkpoint) or _is_packed(tensor, checkpoint):
             continue
         if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
             raise CheckpointError(
@@ -90,6 +96,9 @@ def check_scales(checkpoint: Outline) -> None:
     Raises CheckpointError.
     """
     architecture = entry_of(checkpoint.architecture)
+    if architecture.repacked:
+        deepseek4.check_scales(checkpoint)
+        return
     for tensor in checkpoint.tensors.values():
         if tensor.dtype == fp8.DTYPE and not tensor.name.endswith(fp8.SUFFIXES):
             _check_scale(checkpoint, tensor, architecture)
@@ -123,12 +132,18 @@ def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
 def _is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
     """Whether upstream writes a tensor, and does not only use it or compute it again."""
     is_scale = fp8.is_scale(tensor.name, checkpoint.tensors)
+    if entry_of(checkpoint.architecture).repacked:
+        is_scale = deepseek4.is_scale(tensor.name, checkpoint)
     return not is_scale and not tensor.name.endswith(_NOT_WRITTEN)
+
+
+def _is_packed(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
+    return entry_of(checkpoint.architecture).repacked and deepseek4.is_expert(tensor)
 
 
 def _layer(name: str, architecture: Architecture) -> int | None:
     prefix = re.escape(architecture.prefix or "model.")
-    match = re.match(rf"{prefix}layers\.(\d{{1,5}})\.", _unwrapped(name))
+    match = re.match(rf"{prefix}(?:layers\.)?(\d{{1,5}})\.", _unwrapped(name))
     return int(match[1]) if match else None
 
 
@@ -141,6 +156,12 @@ def _expected(
     checkpoint: Checkpoint, tensor: CheckpointTensor, architecture: Architecture
 ) -> Iterator[ExpectedTensor]:
     name = tensor.name
+    match = re.search(r"\.experts\.(\d{1,5})\.", name)
+    number = int(match[1]) if match else 0
+    if architecture.repacked and deepseek4.is_repacked(tensor):
+        for kind, raw in deepseek4.repacked(checkpoint, tensor):
+            yield ExpectedTensor(name, number, values=raw, dtype=tensor.dtype, stored=kind)
+        return
     array = checkpoint.array(tensor)
     dtype = tensor.dtype
     if dtype == fp8.DTYPE:
@@ -156,8 +177,7 @@ def _expected(
         for expert, values in ((e, each) for part in parts for e, each in enumerate(part)):
             yield ExpectedTensor(name, expert, values=values, dtype=dtype)
     else:
-        match = re.search(r"\.experts\.(\d{1,5})\.", name)
-        yield ExpectedTensor(name, int(match[1]) if match else 0, values=array, dtype=dtype)
+        yield ExpectedTensor(name, number, values=array, dtype=dtype)
 
 
 # ── FP8 ──

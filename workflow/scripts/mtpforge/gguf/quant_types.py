@@ -45,6 +45,9 @@ TENSOR_TYPES = (
     "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
 )  # fmt: skip
 
+TABLE = "I32"
+"""Type of a table of experts by token, which has no weights; its numbers are small."""
+
 # Types of a file or a tensor that llama-quantize refuses without an importance matrix
 # (`tensor_requires_imatrix` and `llama_tensor_get_type_impl` in src/llama-quant.cpp). A file type
 # is listed if its mixture has such tensors; a Q2_K tensor needs a matrix in a Q2_K_S file only.

@@ -19,7 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
-from mtpforge.gguf.quant_types import TENSOR_TYPES, UnknownType
+from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES, UnknownType
 from mtpforge.io.ranges import FileRange, Payload, sha256
 
 MAGIC = b"GGUF"
@@ -177,7 +177,7 @@ def contents(source: Gguf) -> list[tuple[TensorInfo, Payload]]:
 def unreadable(source: Gguf) -> dict[str, int]:
     """The types whose values cannot be read here, with their numbers of tensors."""
     names = [info.type.name for info in source.tensors.values()]
-    return {name: names.count(name) for name in sorted({*names} - {*TENSOR_TYPES})}
+    return {name: names.count(name) for name in sorted({*names} - {*TENSOR_TYPES, TABLE})}
 
 
 def drop_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -70,6 +70,12 @@ class Architecture:
     """Blocks of the head, if upstream assumes a number; None: num_nextn_predict_layers tells."""
     splits: bool = True
     """Whether upstream can leave the head out (--no-mtp) or write it alone (--mtp)."""
+    whole: bool = True
+    """Whether upstream can write trunk and head into one file."""
+    repacked: bool = False
+    """Whether it writes the weights of the head in Q8_0 and MXFP4, as in DeepSeek-V4."""
+    outside: str = ""
+    """Prefix of the head's tensors in the GGUF that are in none of its blocks."""
     drafts: bool = True
     """Whether llama-server can draft with the head."""
     needs: str = ""
@@ -96,6 +102,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT, models="GLM-4.7-Flash"),
     "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT, models="GLM-5.2"),
     "DeepseekV32ForCausalLM": Architecture("deepseek32", changes=_LATENT),
+    "DeepseekV4ForCausalLM": Architecture(
+        "deepseek4", prefix="mtp.", blocks=1, whole=False, repacked=True, outside="output_hc_"
+    ),
     "Step3p5ForCausalLM": Architecture("step35", changes={"norm.weight": plus_one}),
     "Step3p7ForConditionalGeneration": Architecture("step35", changes={"norm.weight": plus_one}),
     "NemotronHForCausalLM": Architecture(

@@ -39,6 +39,7 @@ RUNTIMES: dict[str, Runtime] = {
     "deepseek2": Runtime("b10251", (24868,), counted=True, ik_llama_cpp=None),
     "glm-dsa": Runtime("b10174", (25980,), counted=True, ik_llama_cpp=(1890,)),
     "deepseek32": Runtime("b10237", (26457,)),
+    "deepseek4": Runtime("that of 2 August 2026", (25784,)),
     "step35": Runtime("b9480, with three blocks b9745", (23274, 24340), ik_llama_cpp=None),
     "nemotron_h_moe": Runtime("b10344", (26725,)),
     "mimo2": Runtime("b10184", (26228,), counted=True),

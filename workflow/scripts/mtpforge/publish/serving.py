@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mtpforge.gguf.quant_types import TENSOR_TYPES
+from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
 from mtpforge.publish.markdown import code, shell
@@ -30,7 +30,8 @@ def runtime(results: Sequence[Result]) -> str:
 
 
 def _own_types(result: Result) -> str:
-    types = " and ".join(code(kind) for kind in result.report.types if kind not in TENSOR_TYPES)
+    known = {*TENSOR_TYPES, TABLE}
+    types = " and ".join(code(kind) for kind in result.report.types if kind not in known)
     return f"{code(result.name)} has {types} tensors: few programs know them." if types else ""
 
 

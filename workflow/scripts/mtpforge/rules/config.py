@@ -195,7 +195,7 @@ class Model(Entry):
         default=None,
         description=(
             "Also make mtp-NAME-TYPE.gguf of this type, the head as a separate draft model"
-            " (llama-server -md)."
+            " (llama-server -md). MXFP4: as llama.cpp's converter writes it, for DeepSeek-V4."
         ),
         examples=["Q8_0"],
     )

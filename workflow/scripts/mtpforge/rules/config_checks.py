@@ -23,6 +23,7 @@ def check(config: Config) -> None:
         for key, variant in model.variants.items():
             _check_base(f"{path}/variants/{key}", variant)
         _check_sources(path, model)
+        _check_sidecar(path, model)
         for key, variant in model.variants.items():
             stem = layout.stem(model, key)
             _check_name(f"{path}/variants/{key}", stem)
@@ -95,6 +96,12 @@ def _check_variant(path: str, variant: Variant) -> None:
     if variant.unquantized and variant.tensors:
         _refuse(f"{path}/tensors", f"{kind} is not quantized, so a recipe has no effect: remove it")
     _check_imatrix(path, variant)
+
+
+def _check_sidecar(path: str, model: Model) -> None:
+    if model.sidecar in quant_types.PACKED and model.native:
+        why = f"only llama.cpp's converter writes {model.sidecar}"
+        _refuse(f"{path}/sidecar", f"{why}: set `converter: llama.cpp` on the model")
 
 
 def _check_packed(path: str, variant: Variant, model: Model) -> None:

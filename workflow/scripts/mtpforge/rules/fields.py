@@ -146,9 +146,9 @@ def refuse(message: str, *path: str, kind: LiteralString = "config") -> NoReturn
 SIDECAR_TYPES = tuple(
     name
     for name in quant_types.TENSOR_TYPES
-    if name in quant_types.FILE_TYPES and quant_types.bits(name) >= 4
+    if name in (*quant_types.FILE_TYPES, "MXFP4") and quant_types.bits(name) >= 4
 )
-"""A sidecar is nearly all head: types that a whole file and a head can have."""
+"""A sidecar is nearly all head: types that a whole file and a head can have; MXFP4 as converted."""
 
 _TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
 _OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"

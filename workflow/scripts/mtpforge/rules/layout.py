@@ -165,6 +165,13 @@ def quantized(model: str, kind: str, name: str) -> Intermediate:
     return Intermediate(f"{work(model)}/{kind}/{name}")
 
 
+def draft(model: str, file_type: str) -> Intermediate:
+    """The draft model of a type before it is verified."""
+    if file_type in quant_types.PACKED:
+        return converted(model, "draft")
+    return quantized(model, "draft", file_type)
+
+
 def injected(model: str, variant: str) -> Intermediate:
     """A base with the head injected."""
     return Intermediate(f"{work(model)}/injected/{variant}")

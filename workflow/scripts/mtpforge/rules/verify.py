@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from mtpforge.gguf import quant_types
 from mtpforge.rules import layout
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubRepository, Source
@@ -41,7 +42,7 @@ class VerifyRules(Stage):
         own = variant.head_types and not (variant.foreign or variant.head_from)
         if variant.unquantized or not own:
             return []
-        return self.sidecar_unquantized(wildcards)
+        return self._unquantized(wildcards)
 
     def source_option(self, wildcards: Wildcards) -> str:
         """The source of inventory, metadata and values, as an option of verify.py."""
@@ -88,11 +89,19 @@ class VerifyRules(Stage):
     def sidecar(self, wildcards: Wildcards) -> str:
         """The draft model before it is verified."""
         self.check_base(wildcards)
-        return layout.quantized(wildcards.model, "draft", wildcards.type).file
+        return layout.draft(wildcards.model, wildcards.type).file
 
     def sidecar_digests(self, wildcards: Wildcards) -> str:
         """The digests of its tensors."""
-        return layout.quantized(wildcards.model, "draft", wildcards.type).digests
+        return layout.draft(wildcards.model, wildcards.type).digests
+
+    def sidecar_target(self, wildcards: Wildcards) -> str:
+        """The model that it drafts for."""
+        return self._sidecar_target(wildcards).file
+
+    def sidecar_target_digests(self, wildcards: Wildcards) -> str:
+        """The digests of its tensors."""
+        return self._sidecar_target(wildcards).digests
 
     def sidecar_reference(self, wildcards: Wildcards) -> list[str]:
         """The BF16 draft model to compare with, if llama.cpp's converter made it."""
@@ -101,9 +110,9 @@ class VerifyRules(Stage):
         return [layout.converted(wildcards.model, "draft").file]
 
     def sidecar_unquantized(self, wildcards: Wildcards) -> list[str]:
-        """The acceptance of the BF16 file, unless the comparison is turned off."""
-        compared = self.model(wildcards).max_acceptance_drop < 1
-        return [layout.acceptance(wildcards.model)] if compared else []
+        """The acceptance of the BF16 file, unless the sidecar is not quantized."""
+        packed = wildcards.type in quant_types.PACKED
+        return [] if packed else self._unquantized(wildcards)
 
     def sidecar_source_option(self, wildcards: Wildcards) -> str:
         """The source of inventory, metadata and values, as an option of verify.py."""
@@ -111,13 +120,26 @@ class VerifyRules(Stage):
         return self._against(wildcards, reference, self.model(wildcards).head_from)
 
     def sidecar_options(self, wildcards: Wildcards) -> str:
-        """The acceptance that it must reach."""
-        return shlex.join(self._gates(wildcards, self.sidecar_unquantized(wildcards)))
+        """The types that it must have, and the acceptance that it must reach."""
+        packed = wildcards.type in quant_types.PACKED  # with the types of the checkpoint
+        types = ["--type", wildcards.type, *([] if packed else ["--head", wildcards.type])]
+        return shlex.join([*types, *self._gates(wildcards, self.sidecar_unquantized(wildcards))])
 
     def mmproj(self, wildcards: Wildcards) -> str:
         """The vision tower before it is verified."""
         self.check_base(wildcards)
         return layout.converted(wildcards.model, "mmproj").file
+
+    def _unquantized(self, wildcards: Wildcards) -> list[str]:
+        """The acceptance of the BF16 file, unless the comparison is turned off."""
+        compared = self.model(wildcards).max_acceptance_drop < 1
+        return [layout.acceptance(wildcards.model)] if compared else []
+
+    def _sidecar_target(self, wildcards: Wildcards) -> layout.Intermediate:
+        """A packed sidecar can be that of a model whose head is in no other file."""
+        packed = wildcards.type in quant_types.PACKED
+        part = self.model(wildcards).part if packed else "all"
+        return layout.converted(wildcards.model, part)
 
     def _against(self, wildcards: Wildcards, reference: list[str], donor: Source | None) -> str:
         if reference:

@@ -177,7 +177,7 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
     """Dequantize rows of a tensor: float32 [rows, row length]. Raises GgufError, OSError."""
     info = opened.tensors[name]
     piece = opened.ranges[name]
-    if info.type.name not in quant_types.TENSOR_TYPES:
+    if info.type.name not in (*quant_types.TENSOR_TYPES, quant_types.TABLE):
         raise GgufError(f"{opened.path}: {name} is at {info.type.name}, which cannot be read")
     size = piece.size // (info.elements // info.shape[-1])
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
@@ -192,6 +192,8 @@ def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
         raise GgufError(f"{piece.path}: ends within {name}")
     stored = np.frombuffer(raw, np.uint8).reshape(len(numbers), size)
     with np.errstate(all="ignore"):  # the caller checks for damaged scales
+        if info.type.name == quant_types.TABLE:
+            return stored.view(np.int32).astype(np.float32)
         data = stored.view(np.float32) if info.type.name == "F32" else stored
         found = np.asarray(dequantize(data, info.known_type), dtype=np.float32)
         scale = _scale(opened, info, numbers)
