@@ -56,9 +56,9 @@ def check_scales(tensors: Mapping[str, CheckpointTensor]) -> None:
                 f"multiples of {BLOCK} weights"
             )
         group, whole = (name.removesuffix(ending) + scale for scale in _SCALES[ending])
-        _check(tensor, tensors.get(group), group, ("F8_E4M3", (rows, width // GROUP)))
+        _check(tensor, tensors.get(group), name=group, expected=("F8_E4M3", (rows, width // GROUP)))
         found = tensors.get(whole)
-        _check(tensor, found, whole, ("F32", (1,) if found and found.shape else ()))
+        _check(tensor, found, name=whole, expected=("F32", (1,) if found and found.shape else ()))
 
 
 def _check(

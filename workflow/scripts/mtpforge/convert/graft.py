@@ -73,4 +73,6 @@ def _described(checkpoint: Checkpoint) -> Gguf:
     metadata = describe(
         checkpoint, family, hparams=hparams, part="head", infos=infos, tokenizer_pre=None
     )
-    return Gguf(checkpoint.directory, metadata, {info.name: info for info in infos}, {})
+    return Gguf(
+        checkpoint.directory, metadata, tensors={info.name: info for info in infos}, ranges={}
+    )

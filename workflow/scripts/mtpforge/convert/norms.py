@@ -52,7 +52,7 @@ def plan_by_values(checkpoint: Checkpoint, part: str) -> list[ConvertedTensor]:
     hparams = plan.settled_hparams(checkpoint, family)
     planned = plan.plan_conversion(checkpoint, family, hparams=hparams, part=part)
     own = {item.row.name: item for item in planned if item.row.change is plus_one}
-    items = own | _others(checkpoint, family, hparams, own)
+    items = own | _others(checkpoint, family, hparams=hparams, own=own)
     norms = {name: measure(name, _stored(checkpoint, item), SLACK) for name, item in items.items()}
     head = {n for n, item in items.items() if item.source.names[0].startswith(family.head_prefix)}
     judged = judge(norms, head)

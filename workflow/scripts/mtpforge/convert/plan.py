@@ -52,7 +52,10 @@ def plan_conversion(
     if hparams.flag(_TIED) and OUTPUT in names:
         _check_tied(checkpoint, names)
         del names[OUTPUT]
-    planned = [_plan_row(row, names, checkpoint, family) for row in family.rows(hparams, part)]
+    planned = [
+        _plan_row(row, names, checkpoint=checkpoint, family=family)
+        for row in family.rows(hparams, part)
+    ]
     _check_all_used(
         {name: names[name] for name in names if _belongs(name, family, part)}, planned, family
     )

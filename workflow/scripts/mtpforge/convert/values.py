@@ -208,7 +208,9 @@ def _looked_up(
     first = index.min()
     used = numbers[first : index.max() + 1]
     if len(used) * len(fp8.VALUES) > codes.size:  # the table would cost more than it saves
-        return np.frombuffer(encode(_dequantized(numbers, codes, rows, columns), BF16), "<u2")
+        return np.frombuffer(
+            encode(_dequantized(numbers, codes, rows=rows, columns=columns), BF16), "<u2"
+        )
     if ((codes & 127) == 127).any():
         raise _nan()
     table = _rounded((fp8.FINITE * used[:, None]).reshape(-1))

@@ -49,7 +49,7 @@ def download(
     if parts == [name]:
         return FetchRecord(name, size, digests[0].sha256)
     by_part = {part: each.sha256 for part, each in zip(parts, digests, strict=True)}
-    return FetchRecord(name, size, digest_of(final), by_part)
+    return FetchRecord(name, size, sha256=digest_of(final), parts=by_part)
 
 
 def read_text(listing: Listing, name: str) -> str:
@@ -197,7 +197,7 @@ def _fetch_parts(listing: Listing, parts: list[str], partial: Path) -> list[Dige
     for part in parts:
         digest = Digest(listing.files[part])
         if not digest.matches_part(partial, start):
-            digest = _fetch(listing, part, partial, start)
+            digest = _fetch(listing, part, partial=partial, start=start)
         digests.append(digest)
         start += listing.files[part].bytes
     return digests
