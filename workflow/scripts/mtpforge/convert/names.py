@@ -59,7 +59,7 @@ def canonical_names(checkpoint: Outline, family: Family) -> dict[str, Checkpoint
 
 
 def is_buffer(tensor: CheckpointTensor) -> bool:
-    """Whether a tensor is no weight: rotation, mask or positions, or a scale of activations."""
+    """Whether a tensor is not a weight: rotation, mask or positions, or a scale of activations."""
     name = tensor.name
     if name.endswith(_MASKS):  # a weight of this name would be a vector
         return len(tensor.shape) > 1 or tensor.dtype in ("BOOL", "U8")

@@ -32,7 +32,7 @@ def download(
 ) -> FetchRecord:
     """Download a file of the listing into `folder`, unless it is there already; return its record.
 
-    A GGUF of which the commit has only parts (NAME.gguf.part1of2, ...) is joined. The disk must
+    A GGUF that is there only in parts (NAME.gguf.part1of2, ...) is joined. The disk must
     have room for the file and for the missing files of `together`, which are useless without each
     other. Raises DownloadError; a second call resumes from the hidden partial file.
     """

@@ -37,7 +37,7 @@ LONGEST_WAIT = 600.0
 """Seconds; a server that asks for a longer wait ends the run."""
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
-# What a refusal means depends on whether the request had a token.
+# A refusal means something else if the request had no token.
 _LOG_IN = "set HF_TOKEN or log in with `hf auth login`"
 _GATED = f"is gated: accept its terms on its page, then {_LOG_IN}"
 _STILL_GATED = (

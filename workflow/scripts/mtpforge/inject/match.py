@@ -1,4 +1,4 @@
-"""What a base may have: the one rule of injection and verification.
+"""The one rule of injection and verification for a base.
 
 A base must be the head's model: architecture, sizes, rotation, blocks, every tensor, vocabulary. It
 may differ wherever llama.cpp takes either form: matrices fused or apart, scales and biases beside a

@@ -285,7 +285,7 @@ def donor_checkpoint(model: Model, donor: Source) -> str:
 
 
 def head_checkpoint(source: Source) -> str:
-    """The folder of a checkpoint of which only the head is used."""
+    """The folder of a checkpoint that gives only its head."""
     return fetched_head(source) if isinstance(source, HubRepository) else source.path
 
 

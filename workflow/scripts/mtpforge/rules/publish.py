@@ -122,7 +122,7 @@ class PublishRules(Stage):
         )
 
     def material_inputs(self, wildcards: Wildcards) -> list[str]:
-        """What else was given: another checkpoint's head, a base, an importance matrix."""
+        """The other inputs: another checkpoint's head, a base, an importance matrix."""
         return [path for _, paths in self._materials(wildcards) for path in paths]
 
     def material_options(self, wildcards: Wildcards) -> str:
@@ -171,7 +171,7 @@ class PublishRules(Stage):
         raise ConfigError(f"{wildcards.model} has no file {wildcards.stem}")
 
     def _materials(self, wildcards: Wildcards) -> list[tuple[dict[str, Any], list[str]]]:
-        """What else was given, as its part of the configuration with its role, and its files."""
+        """The other inputs: their part of the configuration with the role, and their files."""
         model = self.model(wildcards)
         variant = model.variants.get(self._variant(wildcards))
         is_sidecar = model.sidecar and wildcards.stem == layout.sidecar(model, model.sidecar).stem
