@@ -30,7 +30,7 @@ from mtpforge import errors  # noqa: E402
 from mtpforge.checkpoint.families.registry import FAMILIES  # noqa: E402
 from mtpforge.gguf import quant_types  # noqa: E402
 from mtpforge.llama_cpp import runtimes as known  # noqa: E402
-from mtpforge.llama_cpp.architectures import ARCHITECTURES, Architecture  # noqa: E402
+from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES, Architecture  # noqa: E402
 from mtpforge.rules.schema import json_schema  # noqa: E402
 from mtpforge.table import markdown  # noqa: E402
 

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
-from mtpforge.llama_cpp import architectures, runtimes
+from mtpforge.llama_cpp import converter_architectures, runtimes
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import card, serving
 from mtpforge.publish.card_config import About
@@ -523,7 +523,7 @@ def test_types_that_few_programs_know_are_named() -> None:
 
 def test_every_architecture_has_its_runtimes() -> None:
     """It has a first build if and only if the pinned (newer) llama.cpp drafts with it."""
-    known = {entry.gguf: entry.drafts for entry in architectures.ARCHITECTURES.values()}
+    known = {entry.gguf: entry.drafts for entry in converter_architectures.ARCHITECTURES.values()}
     known |= {family.gguf_architecture: True for family in FAMILIES}
     assert {name: bool(each.llama_cpp) for name, each in runtimes.RUNTIMES.items()} == known
     for name, each in runtimes.RUNTIMES.items():

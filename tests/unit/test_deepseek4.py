@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from layouts import Tensors, write_checkpoint
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import converters, deepseek4, upstream, upstream_head
+from mtpforge.convert import convertible, deepseek4, upstream, upstream_head
 from mtpforge.errors import CheckpointError, ConfigError
 from mtpforge.rules.build import Build
 from test_rules import wildcards
@@ -41,7 +41,7 @@ def test_trunk_and_head_are_two_files(tmp_path: Path) -> None:
     for part in ("trunk", "draft"):
         upstream.check(checkpoint, part)
     with pytest.raises(CheckpointError, match=r"a draft model only: set `head: none`.*MXFP4"):
-        converters.choose(checkpoint, "all")
+        convertible.choose(checkpoint, "all")
 
 
 def test_the_head_is_all_of_mtp_without_scales(tmp_path: Path) -> None:
@@ -149,4 +149,4 @@ def test_the_configuration_is_the_one_that_the_message_proposes(tmp_path: Path) 
     checkpoint = Checkpoint(write_deepseek4(tmp_path / "v4"))
     for _, conversion in build().config.models["m"].conversions():
         converter, part = conversion.split(":")
-        converters.check(checkpoint, converter, part)
+        convertible.check(checkpoint, converter, part)

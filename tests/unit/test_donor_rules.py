@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from mtpforge.errors import ConfigError
-from mtpforge.gguf.names import file_model, repository_model
+from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.hub.listing import File, Listing
 from mtpforge.rules.build import Build
 

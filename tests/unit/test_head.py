@@ -16,7 +16,7 @@ from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
-from mtpforge.hub import head, records
+from mtpforge.hub import fetch_records, head
 from mtpforge.verify.digests import head_source
 from sparse import write_35b
 
@@ -299,7 +299,7 @@ def test_a_killed_head_download_keeps_intact_pieces(client: Client) -> None:
 
 def test_a_head_is_trusted_on_first_use_until_whole_shards_verify_it(client: Client) -> None:
     client.fetch_head()
-    assert client.standings() == {records.FIRST_USE}
+    assert client.standings() == {fetch_records.FIRST_USE}
     client.fetch(LAST)
     assert json.loads((client.path / f"{LAST}.json").read_text()).keys() == {
         "name",
@@ -308,12 +308,12 @@ def test_a_head_is_trusted_on_first_use_until_whole_shards_verify_it(client: Cli
     }
     tensors = client.tensors()
     confirmed = sum(tensor.shard == LAST for tensor in tensors.values())
-    assert head_source(client.record) == {records.FIRST_USE: len(tensors)}
+    assert head_source(client.record) == {fetch_records.FIRST_USE: len(tensors)}
     (client.path / "records").mkdir()
     (client.path / f"{LAST}.json").rename(client.path / "records" / f"{LAST}.json")
     assert head_source(client.record) == {
-        records.FIRST_USE: len(tensors) - confirmed,
-        records.VERIFIED: confirmed,
+        fetch_records.FIRST_USE: len(tensors) - confirmed,
+        fetch_records.VERIFIED: confirmed,
     }
 
 
@@ -339,7 +339,7 @@ def test_a_whole_shard_exposes_wrong_bytes_of_a_head(client: Client) -> None:
     """The Hub has no digests of parts, so the head is only trusted until then."""
     client.hub.faults[LAST] = [Fault("content")]
     client.fetch_head()
-    assert client.standings() == {records.FIRST_USE}
+    assert client.standings() == {fetch_records.FIRST_USE}
     error = client.fetch(LAST, fails=True)
     assert (
         "differs from the head that was downloaded on its own" in error
@@ -353,7 +353,7 @@ def test_a_head_from_local_whole_shards_is_verified(client: Client) -> None:
     client.hub.sent.clear()
     client.fetch_head()
     client.complete()
-    assert client.standings() == {records.VERIFIED} and client.weights() == 0
+    assert client.standings() == {fetch_records.VERIFIED} and client.weights() == 0
 
 
 def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from conftest import CHECKPOINTS, Run
 from layouts import fine_tune, head_alone
 from mtpforge.checkpoint.safetensors import Checkpoint, folder_name
-from mtpforge.convert import graft, native
+from mtpforge.convert import donor_head, native
 from mtpforge.errors import GgufError, VerificationError
 from mtpforge.gguf import reader
 from mtpforge.gguf.reader import Gguf
@@ -83,7 +83,7 @@ def damaged(path: Path, name: str, out: Path) -> Path:
 def test_trunk_and_head_are_each_that_of_their_checkpoint(
     tune: Path, tmp_path: Path, part: str
 ) -> None:
-    graft.convert(Checkpoint(tune), Checkpoint(ORIGINAL), tmp_path / "f.gguf", part, "qwen35")
+    donor_head.convert(Checkpoint(tune), Checkpoint(ORIGINAL), tmp_path / "f.gguf", part, "qwen35")
     native.convert(ORIGINAL, tmp_path / "original.gguf", part, "qwen35")
     native.convert(tune, tmp_path / "trunk.gguf", "trunk", "qwen35")
     made, original = reader.read(tmp_path / "f.gguf"), reader.read(tmp_path / "original.gguf")
@@ -101,7 +101,7 @@ def test_trunk_and_head_are_each_that_of_their_checkpoint(
 
 def test_a_trained_head_replaces_an_untrained_one(tmp_path: Path) -> None:
     """The donor's head is taken even if the checkpoint has one."""
-    graft.convert(
+    donor_head.convert(
         Checkpoint(ORIGINAL), Checkpoint(head_alone(tmp_path / "head")), tmp_path / "a.gguf",
         tokenizer_pre="qwen35",
     )  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_trained_head_replaces_an_untrained_one(tmp_path: Path) -> None:
 
 def test_the_head_of_another_model_is_refused(tune: Path, tmp_path: Path) -> None:
     with pytest.raises(GgufError, match="the head belongs to another model"):
-        graft.convert(Checkpoint(tune), Checkpoint(OTHER), tmp_path / "f.gguf")
+        donor_head.convert(Checkpoint(tune), Checkpoint(OTHER), tmp_path / "f.gguf")
 
 
 # ── names ──
@@ -221,7 +221,7 @@ def test_a_trunk_that_is_not_the_checkpoints_leads_to_head_from(injected: Path, 
 
 def test_a_file_made_from_the_fine_tune_is_compared_with_both(tune: Path, tmp_path: Path) -> None:
     made = tmp_path / "f.gguf"
-    graft.convert(Checkpoint(tune), Checkpoint(ORIGINAL), made, tokenizer_pre="qwen35")
+    donor_head.convert(Checkpoint(tune), Checkpoint(ORIGINAL), made, tokenizer_pre="qwen35")
     request = Request(checkpoint=tune, head_from=ORIGINAL, file_type="BF16", tokenizer_pre="qwen35")
     assert reaches_the_server(made, request)
     for name in ("blk.2.ffn_down.weight", "blk.4.nextn.eh_proj.weight"):

@@ -11,10 +11,10 @@ import pytest
 from conftest import CHECKPOINTS, MODELS
 from layouts import Tensors, qwen3_next, read_tensors, write_checkpoint
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import native, norms
+from mtpforge.convert import native, norm_shift
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader
-from mtpforge.gguf.norms import Norm, measure
+from mtpforge.gguf.norm_form import Norm, measure
 from mtpforge.verify.norms import check_norms
 from mtpforge.verify.source import CheckpointSource
 from mtpforge.verify.tensors import Comparisons, compare_tensors
@@ -129,8 +129,8 @@ def test_some_norms_of_a_head_stored_as_w_are_recognized(
     copy = with_norms(tmp_path, model, names)
     found = {
         item.tensors[0].name
-        for item in norms.plan_by_values(Checkpoint(copy), "head")
-        if item.row.change is norms.stored_as_w
+        for item in norm_shift.plan_by_values(Checkpoint(copy), "head")
+        if item.row.change is norm_shift.stored_as_w
     }
     assert found == set(names)
 
@@ -143,13 +143,13 @@ def test_one_norm_stored_as_w_is_recognized_or_refused(model: str, tmp_path: Pat
         if name in INPUTS:
             (item,) = (
                 item
-                for item in norms.plan_by_values(Checkpoint(copy), "head")
-                if item.row.change is norms.stored_as_w
+                for item in norm_shift.plan_by_values(Checkpoint(copy), "head")
+                if item.row.change is norm_shift.stored_as_w
             )
             assert item.tensors[0].name == name
             continue
         with pytest.raises(CheckpointError, match=r"do not tell if it is") as caught:
-            norms.plan_by_values(Checkpoint(copy), "all")
+            norm_shift.plan_by_values(Checkpoint(copy), "all")
         assert name in str(caught.value) and "--norms" in str(caught.value)
 
 
@@ -159,20 +159,21 @@ def test_a_final_norm_in_a_mixed_head_is_in_doubt(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"mtp\.norm\.weight do not .* 2\.34\) or .* \(1\.34\)"
     ):
-        norms.plan_by_values(Checkpoint(copy), "all")
+        norm_shift.plan_by_values(Checkpoint(copy), "all")
 
 
 def test_the_form_of_a_norm_in_doubt_can_be_given(tmp_path: Path) -> None:
     copy = with_norms(tmp_path, "tiny-qwen3.5", ["mtp.norm.weight"])
     for form, kept in (("w", {"mtp.norm.weight"}), ("w-1", set())):
-        planned = norms.plan_by_values(Checkpoint(copy, norms=form), "head")
-        assert {i.tensors[0].name for i in planned if i.row.change is norms.stored_as_w} == kept
+        planned = norm_shift.plan_by_values(Checkpoint(copy, norms=form), "head")
+        plain = (item for item in planned if item.row.change is norm_shift.stored_as_w)
+        assert {item.tensors[0].name for item in plain} == kept
 
 
 def test_norms_stored_as_w_plus_one_are_refused(tmp_path: Path) -> None:
     copy = with_norms(tmp_path, "tiny-qwen3.5", head_norms("tiny-qwen3.5"), "F32", times=2)
     with pytest.raises(CheckpointError, match=r"stored as w \+ 1"):
-        norms.plan_by_values(Checkpoint(copy), "head")
+        norm_shift.plan_by_values(Checkpoint(copy), "head")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -186,7 +187,7 @@ def test_some_norms_shifted_twice_are_refused(model: str, tmp_path: Path) -> Non
     config = json.loads((copy / "config.json").read_text())
     again = write_checkpoint(tmp_path / "again" / model, copy, config, tensors)
     with pytest.raises(CheckpointError, match=r"norms are stored as w \+ 1 \(2: mtp\.layers\.0"):
-        norms.plan_by_values(Checkpoint(again), "head")
+        norm_shift.plan_by_values(Checkpoint(again), "head")
 
 
 def test_the_way_back_from_w_is_recognized(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_the_way_back_from_w_is_recognized(tmp_path: Path) -> None:
         tensors[name] = "BF16", (bf16(back).view(np.uint32) >> 16).astype("<u2")
     config = json.loads((source / "config.json").read_text())
     copy = write_checkpoint(tmp_path / model, source, config, tensors)
-    assert norms.note(norms.plan_by_values(Checkpoint(copy), "all")) == ""
+    assert norm_shift.note(norm_shift.plan_by_values(Checkpoint(copy), "all")) == ""
 
 
 # Means of w - 1 that were reported of released models.
@@ -233,9 +234,9 @@ def released(size: str, seed: int) -> dict[str, np.ndarray]:
 
 def judged(stored: Mapping[str, np.ndarray]) -> dict[str, int | None]:
     measured: dict[str, Norm] = {
-        name: measure(name, values, norms.SLACK) for name, values in stored.items()
+        name: measure(name, values, norm_shift.SLACK) for name, values in stored.items()
     }
-    return norms.judge(measured, {name for name in stored if name.startswith("blk.8.")})
+    return norm_shift.judge(measured, {name for name in stored if name.startswith("blk.8.")})
 
 
 @pytest.mark.parametrize("size", LEVELS)
@@ -253,7 +254,7 @@ def test_one_odd_norm_among_many_follows_the_others(times: int) -> None:
     odd = "blk.7.attn_k_norm.weight"
     stored = {name: bf16(values + times) for name, values in released("27B", 0).items()}
     stored[odd] = bf16(np.random.default_rng(0).normal(1, 0.02, 256) + times)
-    measured = measure(odd, stored[odd], norms.SLACK)
+    measured = measure(odd, stored[odd], norm_shift.SLACK)
     assert times in measured.by_bits and measured.offsets != {times}
     assert set(judged(stored).values()) == {times}
 
@@ -282,9 +283,9 @@ def test_a_value_below_zero_tells_a_final_norm(name: str) -> None:
     """Other values are so large that w - 1 of one model is w of another."""
     large = bf16(np.random.default_rng(0).normal(2, 0.2, 2560))
     with_outlier = np.append(large, np.float32(-0.75))
-    assert measure(name, large, norms.SLACK).offsets == {0, 1, 2}
+    assert measure(name, large, norm_shift.SLACK).offsets == {0, 1, 2}
     for values, offset in ((with_outlier, 0), (bf16(with_outlier + 1), None)):
-        norm = measure(name, values, norms.SLACK)
+        norm = measure(name, values, norm_shift.SLACK)
         assert norm.is_proven == (offset == 0) and (offset is None or norm.offsets == {offset})
 
 

@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from layouts import Tensors, four_bit, read_tensors, write_checkpoint
 from mtpforge.checkpoint.nvfp4 import is_nvfp4
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import converters, native, upstream
+from mtpforge.convert import convertible, native, upstream
 from mtpforge.errors import CheckpointError, ConfigError
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.quantize.recipe import plan_overrides
@@ -33,9 +33,9 @@ def write_nvfp4(folder: Path, change: Callable[[Tensors], object] = lambda t: No
 
 def test_mtpforge_proposes_upstreams_converter(tmp_path: Path) -> None:
     folder = write_nvfp4(tmp_path)
-    assert converters.choose(Checkpoint(folder), "all") == "llama.cpp"
+    assert convertible.choose(Checkpoint(folder), "all") == "llama.cpp"
     for part in ("all", "trunk"):
-        converters.check(Checkpoint(folder), "llama.cpp", part)
+        convertible.check(Checkpoint(folder), "llama.cpp", part)
         with pytest.raises(CheckpointError) as caught:
             native.convert(folder, tmp_path / "out.gguf", part, "qwen35")
         assert "(quant_method modelopt, quant_algo NVFP4)" in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Run
 from mtpforge.errors import ConfigError, VerificationError
-from mtpforge.hub.records import FetchRecord
+from mtpforge.hub.fetch_records import FetchRecord
 from mtpforge.io import ranges
 from mtpforge.publish import provenance, sums
 from mtpforge.publish.sums import Sums, check, collect, read_sums

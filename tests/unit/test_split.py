@@ -17,8 +17,8 @@ from mtpforge import progress
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, GgufError, VerificationError
 from mtpforge.gguf import reader, writer
+from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
-from mtpforge.gguf.names import shard_names
 from mtpforge.gguf.reader import TensorInfo, aligned
 from mtpforge.gguf.split import check, parse_size, plan
 from mtpforge.io import ranges

@@ -29,7 +29,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.inject import inject
 from mtpforge.io.ranges import Payload
-from mtpforge.llama_cpp import architectures, pre_tokenizers
+from mtpforge.llama_cpp import converter_architectures, pre_tokenizers
 from mtpforge.quantize import recipe
 from other_architectures import MODELS, write_model
 
@@ -44,7 +44,7 @@ def refusal(checkpoint: Path, part: str = "all") -> str:
 
 def test_upstreams_architectures_are_none_of_ours() -> None:
     ours = {name for family in FAMILIES for name in family.huggingface_architectures}
-    assert not ours & architectures.ARCHITECTURES.keys()
+    assert not ours & converter_architectures.ARCHITECTURES.keys()
 
 
 def test_an_unsupported_architecture_is_refused_with_the_supported_ones(
@@ -55,7 +55,7 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones(
         "convert_upstream.py", checkpoint, "--converter", "/nonexistent", out=tmp_path / "out.gguf"
     )
     assert "KimiLinearForCausalLM" in message and all(
-        name in message for name in architectures.ARCHITECTURES
+        name in message for name in converter_architectures.ARCHITECTURES
     )
 
 
@@ -240,7 +240,7 @@ def head_of(path: Path, architecture: str, blocks: int, heads: int, *names: str)
 
 def test_why_not_drafting_names_the_reason(tmp_path: Path) -> None:
     def reason(architecture: str, *names: str) -> str | None:
-        return architectures.why_not_drafting(
+        return converter_architectures.why_not_drafting(
             head_of(tmp_path / "head.gguf", architecture, 5, 3, *names)
         )
 
@@ -309,11 +309,11 @@ def _declaring(path: Path, heads: int) -> Gguf:
 def test_latent_attention_is_split_by_head() -> None:
     hparams = Hparams({"num_attention_heads": 2, "qk_nope_head_dim": 3, "v_head_dim": 1})
     values = np.arange(2 * 4 * 5, dtype=np.float32).reshape(8, 5)
-    k, v = architectures.split_kv_b(values, hparams)
+    k, v = converter_architectures.split_kv_b(values, hparams)
     assert k.shape == (2, 5, 3) and v.shape == (2, 1, 5)
     assert k[1, 4].tolist() == values[4:7, 4].tolist() and v[1].tolist() == values[7:8].tolist()
     with pytest.raises(CheckpointError, match="kv_b_proj has 7 rows"):
-        architectures.split_kv_b(values[:7], hparams)
+        converter_architectures.split_kv_b(values[:7], hparams)
 
 
 # ── the tables of the pinned llama.cpp ──
@@ -343,7 +343,7 @@ def test_every_head_that_upstream_exports_is_known() -> None:
         for family in FAMILIES
         for name in family.huggingface_architectures
     }
-    ours |= {name: entry.gguf for name, entry in architectures.ARCHITECTURES.items()}
+    ours |= {name: entry.gguf for name, entry in converter_architectures.ARCHITECTURES.items()}
     missing = exported.keys() - ours.keys() - NOT_CONVERTED.keys()
     assert not missing and not ours.keys() & NOT_CONVERTED.keys()
     assert {name: ours[name] for name in exported.keys() & ours.keys()} == {
@@ -377,8 +377,8 @@ def test_an_unknown_pre_tokenizer_is_refused_before_any_conversion(
 
 def test_the_parts_that_upstream_can_write_are_those_of_its_tables() -> None:
     """Nemotron's class is that of its dense models; it takes another architecture with experts."""
-    for name in architectures.ARCHITECTURES.keys() - {"NemotronHForCausalLM"}:
-        entry = architectures.ARCHITECTURES[name]
+    for name in converter_architectures.ARCHITECTURES.keys() - {"NemotronHForCausalLM"}:
+        entry = converter_architectures.ARCHITECTURES[name]
         exports = "exports a head" if entry.splits else "exports no head alone"
         assert TABLES["converters"][name] == [entry.gguf, exports]
 

@@ -12,7 +12,7 @@ import re
 from mtpforge import cli, errors
 from mtpforge.checkpoint import nvfp4
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline, head_names
-from mtpforge.convert import converters
+from mtpforge.convert import convertible
 from mtpforge.hub import download
 from mtpforge.hub.listing import REPOSITORY, Listing
 from mtpforge.hub.resolve import current_name, list_commit, model_info
@@ -78,14 +78,14 @@ def _list(repo: str) -> Listing:
 def _choose(outline: Outline, label: str) -> tuple[str, str]:
     """Return a converter, and the part to make: the trunk if there is no head, else all."""
     try:
-        return converters.choose(outline, "all"), "all"
+        return convertible.choose(outline, "all"), "all"
     except errors.CheckpointError as error:
-        refused = converters.explain(error, outline, label)
+        refused = convertible.explain(error, outline, label)
     try:
-        converter = converters.choose(outline, "trunk")
+        converter = convertible.choose(outline, "trunk")
     except errors.CheckpointError:
         raise refused from None
-    if converters.head_tensors(outline, converter):
+    if convertible.head_tensors(outline, converter):
         raise refused
     return converter, "trunk"
 
@@ -93,7 +93,7 @@ def _choose(outline: Outline, label: str) -> tuple[str, str]:
 def _about(listing: Listing, outline: Outline, converter: str) -> str:
     """Return how much there is to download, and how much of that is the head."""
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
-    head = sum(tensor.size for tensor in converters.head_tensors(outline, converter))
+    head = sum(tensor.size for tensor in convertible.head_tensors(outline, converter))
     about = f"{head / 1e9:.2f} GB of it the head" if head else _headless(listing, converter)
     return f"{size / 1e9:.1f} GB to download, {about}"
 
@@ -128,7 +128,7 @@ def _settings(outline: Outline, part: str, bits: int) -> str:
 
 def _bf16_size(tensor: CheckpointTensor) -> int:
     """Return the bytes of a tensor in a BF16 file; quantized weights stay packed."""
-    packed = tensor.dtype not in converters.UNPACKED
+    packed = tensor.dtype not in convertible.UNPACKED
     return tensor.size if packed else 2 * math.prod(tensor.shape)
 
 

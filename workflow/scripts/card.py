@@ -7,7 +7,7 @@ example: card.py --files F.gguf --reports report.json --toolchain stamp.json --o
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.gguf import names, reader
+from mtpforge.gguf import file_names, reader
 from mtpforge.io import atomic
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
@@ -71,7 +71,7 @@ def read_results(files: list[Path], reports: list[Path], measurements: list[Path
         Result(
             Report.read(report),
             measured.get(report.name.replace(".split.json", ".json")),
-            reader.read(names.first_file(file)),
+            reader.read(file_names.first_file(file)),
         )
         for file, report in zip(files, reports, strict=True)
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtpforge import cli, table
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import graft, norms
+from mtpforge.convert import donor_head, norm_shift
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
@@ -42,7 +42,7 @@ def main() -> None:
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
-    norms.add_option(parser)
+    norm_shift.add_option(parser)
     parser.add_argument(
         "--threads", type=int, help="threads for the digests (default: all processors)"
     )
@@ -57,7 +57,7 @@ def main() -> None:
     if args.head_from:
         trunk = Checkpoint(args.checkpoint, args.name, args.norms)
         donor = Checkpoint(args.head_from, norms=args.norms)
-        note = graft.convert(
+        note = donor_head.convert(
             trunk, donor, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre
         )
     else:

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from mtpforge import cli, table
-from mtpforge.convert import norms
-from mtpforge.gguf.names import gguf_files
+from mtpforge.convert import norm_shift
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.inject.inject import Options, inject
 from mtpforge.io import atomic
 from mtpforge.llama_cpp.programs import DEFAULT_FOLDER, LlamaCpp
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace the head if the base has a different one (default: an error)",
     )
-    norms.add_option(parser)
+    norm_shift.add_option(parser)
     add("--out", type=Path, required=True, help="the GGUF to write, or a folder for a split base")
     add(
         "--digests",

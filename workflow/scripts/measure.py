@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, prompts
-from mtpforge.gguf import names
+from mtpforge.gguf import file_names
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp import programs
@@ -26,7 +26,7 @@ def main() -> None:
     args = _parser().parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
     llama = programs.from_options(args)
-    first = names.first_file(args.file)
+    first = file_names.first_file(args.file)
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mtpforge import cli
 from mtpforge.gguf import reader, split
-from mtpforge.gguf.names import gguf_files
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import pieces, request

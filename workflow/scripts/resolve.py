@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge import cli, errors, progress, table
-from mtpforge.convert import converters
+from mtpforge.convert import convertible
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import list_commit
@@ -54,9 +54,9 @@ def check(listing: Listing, conversions: Iterable[str]) -> None:
         converter, _, part = conversion.partition(":")
         outline = download.outline(listing)
         try:
-            converters.check(outline, converter, part)
+            convertible.check(outline, converter, part)
         except errors.CheckpointError as error:
-            raise converters.explain(error, outline, listing.label) from None
+            raise convertible.explain(error, outline, listing.label) from None
 
 
 if __name__ == "__main__":

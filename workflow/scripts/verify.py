@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, errors, prompts
-from mtpforge.convert import norms
+from mtpforge.convert import norm_shift
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_target, parse_size, plan, shards
 from mtpforge.io import atomic
@@ -112,7 +112,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as given to convert.py"
     )
     parser.add_argument("--name", help="name of the model, as given to convert.py")
-    norms.add_option(parser)
+    norm_shift.add_option(parser)
     parser.add_argument(
         "--perplexity", action="store_true", help="llama-perplexity must load the file too"
     )

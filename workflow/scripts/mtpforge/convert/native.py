@@ -19,10 +19,10 @@ from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import chat_templates, norms, tokenizer
-from mtpforge.convert.converters import naming_quantization
-from mtpforge.convert.names import left_out
+from mtpforge.convert import chat_templates, norm_shift, tokenizer
+from mtpforge.convert.convertible import naming_quantization
 from mtpforge.convert.plan import settled_hparams
+from mtpforge.convert.tensor_names import left_out
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
@@ -51,7 +51,7 @@ def convert(
     family = family_of(checkpoint.architecture)
     hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
-        planned = norms.plan_by_values(checkpoint, part)
+        planned = norm_shift.plan_by_values(checkpoint, part)
     metadata = describe(
         checkpoint,
         family,
@@ -62,7 +62,7 @@ def convert(
     )
     write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
     say_notes(checkpoint, family, part)
-    return norms.note(planned)
+    return norm_shift.note(planned)
 
 
 def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None:

@@ -8,7 +8,7 @@ from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.families.family import Family, Row, Source, unchanged
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Outline
-from mtpforge.convert.names import EMBEDDINGS, OUTPUT, canonical_names
+from mtpforge.convert.tensor_names import EMBEDDINGS, OUTPUT, canonical_names
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo
 

@@ -20,7 +20,7 @@ from mtpforge.convert.values import cut, decode, encode
 from mtpforge.errors import GgufError
 from mtpforge.gguf.reader import Gguf, select_tensors
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.llama_cpp.architectures import entry_of
+from mtpforge.llama_cpp.converter_architectures import entry_of
 
 F16 = GGMLQuantizationType.F16
 

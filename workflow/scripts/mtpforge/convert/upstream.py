@@ -18,15 +18,15 @@ from mtpforge.checkpoint import nvfp4, quantization
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
 from mtpforge.convert import chat_templates, plan
-from mtpforge.convert.names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.proof import prove
+from mtpforge.convert.tensor_names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.upstream_head import check_scales, check_types, count_blocks, vision_tensors
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import replacing
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import pre_tokenizers, process
-from mtpforge.llama_cpp.architectures import ARCHITECTURES, PACKED, VISION, entry_of
+from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
 
 PROGRAM = "convert_hf_to_gguf.py"

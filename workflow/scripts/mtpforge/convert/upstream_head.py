@@ -17,7 +17,7 @@ from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outlin
 from mtpforge.convert import deepseek4
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
-from mtpforge.llama_cpp.architectures import Architecture, entry_of
+from mtpforge.llama_cpp.converter_architectures import Architecture, entry_of
 
 _NOT_WRITTEN = ".rotary_emb.inv_freq"
 """Ending of tensors that upstream recomputes, and does not write."""

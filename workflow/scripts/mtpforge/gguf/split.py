@@ -21,8 +21,8 @@ from gguf.constants import GGUFValueType
 
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
+from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
-from mtpforge.gguf.names import shard_names
 from mtpforge.gguf.reader import Gguf, TensorInfo, aligned, drop_leading_ones
 from mtpforge.io.atomic import link_or_copy, replacing_folder
 from mtpforge.io.ranges import FileRange, sha256

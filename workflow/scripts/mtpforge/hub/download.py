@@ -18,8 +18,8 @@ from mtpforge import progress
 from mtpforge.checkpoint import quantization, safetensors
 from mtpforge.checkpoint.safetensors import Outline
 from mtpforge.errors import DownloadError
+from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing
-from mtpforge.hub.records import FetchRecord, HeadRecord
 from mtpforge.hub.remote import RemoteFile
 from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, text

@@ -26,8 +26,8 @@ from mtpforge.checkpoint.safetensors import (
 )
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
+from mtpforge.hub.fetch_records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.hub.listing import Listing
-from mtpforge.hub.records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.io import atomic
 from mtpforge.io.ranges import FileRange, Sink, sha256
 from mtpforge.io.text import parse_json, read_json

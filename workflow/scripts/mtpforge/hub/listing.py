@@ -14,7 +14,7 @@ from typing import Any
 
 from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, shared
 from mtpforge.errors import DownloadError, GgufError
-from mtpforge.gguf.names import gguf_files, parts_of
+from mtpforge.gguf.file_names import gguf_files, parts_of
 from mtpforge.io.atomic import replacing
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge import progress
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
-from mtpforge.gguf import norms, quant_types, reader, split, writer
+from mtpforge.gguf import norm_form, quant_types, reader, split, writer
 from mtpforge.gguf.head import quantizable, trunk_digests, types_of
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import (
@@ -126,7 +126,7 @@ def _trunk_of(head: Gguf) -> Mapping[str, TensorInfo] | None:
 
 def _check_norms(head: Gguf) -> None:
     """Refuse a head in which 1 is not added to the norms, or twice. Raises GgufError."""
-    if wrong := norms.describe(norms.shifts(head.head)):
+    if wrong := norm_form.describe(norm_form.shifts(head.head)):
         raise GgufError(f"{head.path}: {wrong}: take the head of the original checkpoint")
 
 

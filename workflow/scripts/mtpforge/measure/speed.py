@@ -28,7 +28,7 @@ from statistics import harmonic_mean, median
 from mtpforge import progress
 from mtpforge.errors import ToolchainError
 from mtpforge.gguf import split
-from mtpforge.llama_cpp import architectures
+from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion, serve
 from mtpforge.measure.measurement import Machine, Measurement, Run, Spread, Total
@@ -56,7 +56,7 @@ def measure(
     """
     shards = split.shards(path)
     whole = split.joined(shards)
-    can_draft = bool(whole.head_blocks) and architectures.why_not_drafting(whole) is None
+    can_draft = bool(whole.head_blocks) and converter_architectures.why_not_drafting(whole) is None
     version = llama.version("llama-server")
     machine = describe_machine(llama)
     runs: list[Run] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import VerificationError
-from mtpforge.hub.records import HeadRecord, read_record
+from mtpforge.hub.fetch_records import HeadRecord, read_record
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp.stamp import Stamp

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mtpforge.gguf.reader import Gguf
-from mtpforge.llama_cpp import architectures
+from mtpforge.llama_cpp import converter_architectures
 from mtpforge.measure.measurement import Measurement, Total
 from mtpforge.verify.report import Report
 
@@ -47,7 +47,7 @@ class Result:
         """Why llama-server cannot draft with the head of a model; None if it can or has none."""
         if not (self.is_model and self.has_head):
             return None
-        return architectures.why_not_drafting(self.gguf)
+        return converter_architectures.why_not_drafting(self.gguf)
 
     @property
     def drafts(self) -> bool:

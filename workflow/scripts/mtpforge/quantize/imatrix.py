@@ -13,7 +13,7 @@ from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.llama_cpp import process
-from mtpforge.llama_cpp.architectures import why_not_drafting
+from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 
 CHUNK = 512

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtpforge.gguf import split
-from mtpforge.gguf.names import first_file
+from mtpforge.gguf.file_names import first_file
 from mtpforge.report.svg import AXIS, CHARACTER, GRID, INK, PLAIN, WIDTH, Font, Svg
 
 _CHIPS = 176.0

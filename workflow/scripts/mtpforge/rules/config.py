@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
-from mtpforge.gguf.names import file_model, repository_model
+from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,

@@ -8,7 +8,7 @@ from typing import Any
 from mtpforge.checkpoint import safetensors
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
-from mtpforge.gguf.names import gguf_files
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.listing import Listing
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config, Model

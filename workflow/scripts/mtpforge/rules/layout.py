@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 from mtpforge.checkpoint.safetensors import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
-from mtpforge.gguf.names import gguf_files
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import (
     HubFile,

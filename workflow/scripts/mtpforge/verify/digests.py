@@ -7,7 +7,7 @@ from pathlib import Path
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import Gguf
-from mtpforge.hub.records import HeadRecord
+from mtpforge.hub.fetch_records import HeadRecord
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json
 from mtpforge.verify.report import Check, Trunk, some

@@ -4,7 +4,7 @@ A comparison with the source cannot find a norm that conversion took for w or w 
 an injected head may have no source. So the values are judged on their own too.
 """
 
-from mtpforge.gguf import norms
+from mtpforge.gguf import norm_form
 from mtpforge.gguf.reader import Gguf
 from mtpforge.verify.report import Check
 from mtpforge.verify.tensors import Comparisons
@@ -15,12 +15,12 @@ def check_norms(opened: Gguf, compared: Comparisons, note: str = "") -> list[Che
 
     `note` is on the norms of the source.
     """
-    judged = norms.shifts(opened)
+    judged = norm_form.shifts(opened)
     against_source = [each.name for each in compared.compared if each.name.endswith("norm.weight")]
     if not judged and not against_source:
         return []
     wrong = {name: shift for name, shift in judged.items() if shift} | compared.shifts
     count = len(judged.keys() | set(against_source))
-    detail = norms.describe(wrong) or f"{count} norms, none with a wrong shift"
+    detail = norm_form.describe(wrong) or f"{count} norms, none with a wrong shift"
     detail += note and f"; {note}"
     return [Check("norms", not wrong, detail)]

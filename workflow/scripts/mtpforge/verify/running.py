@@ -10,9 +10,9 @@ from pathlib import Path
 from mtpforge import table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader, split
-from mtpforge.gguf.names import gguf_files
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.reader import Gguf
-from mtpforge.llama_cpp import architectures
+from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
 from mtpforge.verify.report import Acceptance, Check, raise_failed, some
@@ -55,7 +55,7 @@ def check_drafting(
     It drafts greedily, one token for each block of the head: acceptance then depends on the head
     alone. Without a head, or if llama.cpp cannot draft with it, the file only has to load.
     """
-    reason = architectures.why_not_drafting(opened)
+    reason = converter_architectures.why_not_drafting(opened)
     drafts = not request.headless and reason is None
     options = ["--check-tensors"]  # refuses NaN and infinity in all weights, not only in samples
     if drafts:
@@ -142,7 +142,7 @@ def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> A
         sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
         return Acceptance(skipped=f"BF16 was not run: {sizes}")
     opened = split.read(path)
-    if reason := architectures.why_not_drafting(opened):
+    if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
     request = Request(prompts=tuple(prompts), min_acceptance=0)
     check, answers = check_drafting(opened, request, llama)

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import graft, native, norms, plan
-from mtpforge.convert.names import EMBEDDINGS, canonical_names
+from mtpforge.convert import donor_head, native, norm_shift, plan
+from mtpforge.convert.tensor_names import EMBEDDINGS, canonical_names
 from mtpforge.errors import GgufError
 from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
@@ -125,11 +125,11 @@ class CheckpointSource:
 
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
-            planned = norms.plan_by_values(self._checkpoint, self._part)
-            self.norm_note = norms.note(planned)
+            planned = norm_shift.plan_by_values(self._checkpoint, self._part)
+            self.norm_note = norm_shift.note(planned)
             return tensors.rows_of_checkpoint(self._checkpoint, planned)
-        halves = graft.plan_halves(self._checkpoint, self._donor, self._part)
-        self.norm_note = norms.note(item for _, item in halves)
+        halves = donor_head.plan_halves(self._checkpoint, self._donor, self._part)
+        self.norm_note = norm_shift.note(item for _, item in halves)
         rows: dict[str, SourceRows] = {}
         for half, item in halves:
             rows |= tensors.rows_of_checkpoint(half, [item])

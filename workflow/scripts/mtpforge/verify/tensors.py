@@ -24,7 +24,7 @@ from mtpforge.convert import values
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import GgufError
 from mtpforge.gguf import quant_types
-from mtpforge.gguf.norms import SHIFTS
+from mtpforge.gguf.norm_form import SHIFTS
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.verify.report import TypeErrors
 

@@ -22,7 +22,7 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import NO_HEAD
-from mtpforge.verify import inventory, layout, metadata, tensors
+from mtpforge.verify import base_layout, inventory, metadata, tensors
 from mtpforge.verify.digests import check_digests, check_trunk
 from mtpforge.verify.norms import check_norms
 from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
@@ -113,7 +113,7 @@ def _check_against_source(
         if not checks[0].passed:
             return checks, Comparisons()
         checks += _check_metadata(opened, source, request)
-        rows = layout.rows_in_layout(opened, source.tensors, source.rows())
+        rows = base_layout.rows_in_layout(opened, source.tensors, source.rows())
     head = set() if request.headless else set(opened.head.tensors)
     # Another program can round the last bit differently.
     exact = set(opened.tensors) if request.ours else head
@@ -124,8 +124,8 @@ def _check_against_source(
         *check_norms(read, compared, source.norm_note if source else ""),
     ]
     if source and rows:
-        note = source.note or layout.not_compared(opened, source.tensors, rows)
-        output = layout.foreign_output(read, rows)
+        note = source.note or base_layout.not_compared(opened, source.tensors, rows)
+        output = base_layout.foreign_output(read, rows)
         checks.append(_check_values(opened, compared, note=note, output=output))
         wrong = {each.name for each in compared.all if each.problem}
         if (output or wrong - head) and not (request.ours or request.head_from):

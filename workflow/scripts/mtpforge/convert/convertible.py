@@ -10,10 +10,10 @@ from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import FAMILIES, family_of
 from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
 from mtpforge.convert import upstream, upstream_head
-from mtpforge.convert.names import is_buffer
 from mtpforge.convert.plan import plan_conversion, settled_hparams
+from mtpforge.convert.tensor_names import is_buffer
 from mtpforge.errors import CheckpointError
-from mtpforge.llama_cpp.architectures import ARCHITECTURES
+from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES
 
 CONVERTERS = ("mtpforge", "llama.cpp")
 """As in config.yaml, the preferred one first."""

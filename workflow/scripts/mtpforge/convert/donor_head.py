@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.safetensors import Checkpoint
-from mtpforge.convert import norms
+from mtpforge.convert import norm_shift
 from mtpforge.convert.native import describe, say_notes
 from mtpforge.convert.plan import ConvertedTensor, settled_hparams
 from mtpforge.convert.values import payload
@@ -47,7 +47,7 @@ def convert(
     )
     write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
     say_notes(checkpoint, family)
-    return norms.note(item for _, item in planned)
+    return norm_shift.note(item for _, item in planned)
 
 
 def plan_halves(
@@ -61,7 +61,7 @@ def plan_halves(
     return [
         (half, item)
         for half, own in ((checkpoint, _OWN[part]), (donor, "head"))
-        for item in norms.plan_by_values(half, own)
+        for item in norm_shift.plan_by_values(half, own)
     ]
 
 

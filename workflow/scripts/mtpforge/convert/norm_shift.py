@@ -18,10 +18,10 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import plan, values
-from mtpforge.convert.names import canonical_names
 from mtpforge.convert.plan import ConvertedTensor
+from mtpforge.convert.tensor_names import canonical_names
 from mtpforge.errors import CheckpointError
-from mtpforge.gguf.norms import Norm, measure
+from mtpforge.gguf.norm_form import Norm, measure
 
 FORMS = {"w-1": 0, "w": 1}
 """The forms that a norm in doubt can be said to have, and their offsets from w - 1."""

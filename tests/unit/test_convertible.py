@@ -10,7 +10,7 @@ import pytest
 from conftest import CHECKPOINTS
 from mtpforge.checkpoint.quantization import with_modelopt
 from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
-from mtpforge.convert import converters
+from mtpforge.convert import convertible
 from mtpforge.errors import CheckpointError
 
 Packed = dict[str, tuple[str, tuple[int, ...]]]
@@ -120,14 +120,14 @@ def quantized(kind: str, head: bool) -> Outline:
 def test_quantized_weights_are_refused_by_the_name_of_the_quantization(
     kind: str, part: str
 ) -> None:
-    error = converters.refusal(quantized(kind, head=True), "mtpforge", part)
+    error = convertible.refusal(quantized(kind, head=True), "mtpforge", part)
     assert re.search(rf"its weights are quantized \(.*{KINDS[kind][2]}", str(error))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_that_is_not_quantized_converts_alone(kind: str) -> None:
-    assert converters.refusal(quantized(kind, head=False), "mtpforge", "head") is None
-    assert converters.refusal(quantized(kind, head=True), "mtpforge", "head") is not None
+    assert convertible.refusal(quantized(kind, head=False), "mtpforge", "head") is None
+    assert convertible.refusal(quantized(kind, head=True), "mtpforge", "head") is not None
 
 
 def test_settings_of_modelopt_beside_config_json_are_named() -> None:
@@ -135,15 +135,15 @@ def test_settings_of_modelopt_beside_config_json_are_named() -> None:
     config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
     beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     found = Outline(packed.directory, with_modelopt(config, beside), packed.tensors)
-    error = converters.refusal(found, "mtpforge", "all")
+    error = convertible.refusal(found, "mtpforge", "all")
     assert "quant_method modelopt, quant_algo NVFP4" in str(error)
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
 def test_what_can_be_converted_is_planned_without_values(name: str) -> None:
     for part in ("all", "trunk", "head", "draft"):
-        converters.check(outline(name), "mtpforge", part)
-    assert converters.choose(outline(name), "all") == "mtpforge"
+        convertible.check(outline(name), "mtpforge", part)
+    assert convertible.choose(outline(name), "all") == "mtpforge"
 
 
 def test_a_lost_head_is_refused_unless_only_the_trunk_is_wanted() -> None:
@@ -151,9 +151,9 @@ def test_a_lost_head_is_refused_unless_only_the_trunk_is_wanted() -> None:
     kept = {name: t for name, t in whole.tensors.items() if not name.startswith("mtp.")}
     lost = Outline(whole.directory, whole.config, kept)
     with pytest.raises(CheckpointError, match=r"no mtp\.\* tensors: this checkpoint has lost"):
-        converters.check(lost, "mtpforge", "all")
-    converters.check(lost, "mtpforge", "trunk")
-    assert converters.head_tensors(lost, "mtpforge") == []
+        convertible.check(lost, "mtpforge", "all")
+    convertible.check(lost, "mtpforge", "trunk")
+    assert convertible.head_tensors(lost, "mtpforge") == []
 
 
 def test_a_missing_tensor_is_named() -> None:
@@ -161,7 +161,7 @@ def test_a_missing_tensor_is_named() -> None:
     gone = next(name for name in whole.tensors if name.endswith("down_proj.weight"))
     kept = {name: t for name, t in whole.tensors.items() if name != gone}
     with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.\d+\.mlp\.down_proj"):
-        converters.check(Outline(whole.directory, whole.config, kept), "mtpforge", "all")
+        convertible.check(Outline(whole.directory, whole.config, kept), "mtpforge", "all")
 
 
 def test_metadata_that_cannot_be_written_are_refused() -> None:
@@ -169,7 +169,7 @@ def test_metadata_that_cannot_be_written_are_refused() -> None:
     text = {**whole.config["text_config"], "rope_parameters": {"rope_type": "spiral"}}
     odd = Outline(whole.directory, {**whole.config, "text_config": text}, whole.tensors)
     with pytest.raises(CheckpointError, match="rope_type is 'spiral'"):
-        converters.check(odd, "mtpforge", "all")
+        convertible.check(odd, "mtpforge", "all")
 
 
 def glm(**changes: Any) -> Outline:
@@ -190,23 +190,23 @@ def glm(**changes: Any) -> Outline:
 
 
 def test_the_converter_of_an_architecture_is_found() -> None:
-    assert converters.choose(glm(), "all") == "llama.cpp"
+    assert convertible.choose(glm(), "all") == "llama.cpp"
     with pytest.raises(CheckpointError, match=r"unknown architecture Glm4.*converter: llama\.cpp"):
-        converters.check(glm(), "mtpforge", "all")
+        convertible.check(glm(), "mtpforge", "all")
     with pytest.raises(CheckpointError, match="converter: mtpforge"):
-        converters.check(outline(), "llama.cpp", "trunk")
+        convertible.check(outline(), "llama.cpp", "trunk")
 
 
 def test_quantizations_that_upstream_cannot_read_are_refused_before_it_runs() -> None:
     def found(**settings: Any) -> str:
-        return str(converters.refusal(glm(quantization_config=settings), "llama.cpp", "all"))
+        return str(convertible.refusal(glm(quantization_config=settings), "llama.cpp", "all"))
 
     for method in ("awq", "bitsandbytes", "quark", "torchao"):
         assert f"quant_method {method}), which llama.cpp's converter" in found(quant_method=method)
     assert "cannot read" in found(quant_method="compressed-tensors", format="marlin-24")
     assert "cannot read" in found(quant_method=["fp8"])
     assert "by MLX, bits 4" in str(
-        converters.refusal(glm(quantization={"group_size": 64, "bits": 4}), "llama.cpp", "trunk")
+        convertible.refusal(glm(quantization={"group_size": 64, "bits": 4}), "llama.cpp", "trunk")
     )
     assert found(quant_method="fp8") == found(quant_method="modelopt") == "None"
     assert found(quant_algo="NVFP4") == "None"
@@ -215,15 +215,15 @@ def test_quantizations_that_upstream_cannot_read_are_refused_before_it_runs() ->
 
 def test_a_refusal_names_the_blocks_that_are_missing_or_the_architecture() -> None:
     with pytest.raises(CheckpointError, match=r"1 head layers.*2 blocks are declared"):
-        converters.choose(glm(num_nextn_predict_layers=2), "all")
+        convertible.choose(glm(num_nextn_predict_layers=2), "all")
     with pytest.raises(CheckpointError, match=r"unknown architecture KimiForCausalLM.*Glm4Moe"):
-        converters.choose(glm(architectures=["KimiForCausalLM"]), "all")
+        convertible.choose(glm(architectures=["KimiForCausalLM"]), "all")
 
 
 def test_a_label_names_the_quantization_once() -> None:
     error = CheckpointError("unknown architecture A")
-    said = converters.explain(error, quantized("nvfp4", head=True), "Owner/model")
+    said = convertible.explain(error, quantized("nvfp4", head=True), "Owner/model")
     assert str(said) == (
         "Owner/model (quant_method modelopt, quant_algo NVFP4): unknown architecture A"
     )
-    assert str(converters.explain(said, quantized("nvfp4", head=True), "x")).count("NVFP4") == 1
+    assert str(convertible.explain(said, quantized("nvfp4", head=True), "x")).count("NVFP4") == 1
