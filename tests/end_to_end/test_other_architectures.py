@@ -17,7 +17,7 @@ import pytest
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from deepseek4 import write_deepseek4
 from layouts import read_tensors, seeing_qwen4_exp, write_checkpoint
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native, proof
 from mtpforge.errors import GgufError
 from mtpforge.gguf import reader, writer

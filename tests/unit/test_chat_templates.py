@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import CHECKPOINTS
 from gguf.constants import GGUFValueType
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import chat_templates, native, upstream
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, read_shard_header
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.checkpoint.model_files import INDEX
+from mtpforge.checkpoint.safetensors import read_shard_header
 from mtpforge.errors import CheckpointError
 
 Fails = Callable[..., str]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS
 from layouts import Tensors, read_tensors, write_checkpoint, write_shard
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, model_files
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.checkpoint.model_files import INDEX, model_files
 from mtpforge.convert import native
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader

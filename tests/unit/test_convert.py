@@ -23,7 +23,7 @@ from layouts import (
     write_layout,
     write_shard,
 )
-from mtpforge.checkpoint.safetensors import Checkpoint, Outline
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.convert import native, tokenizer
 from mtpforge.convert.values import decode, encode
 from mtpforge.errors import CheckpointError

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import CHECKPOINTS
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.quantization import with_modelopt
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import convertible
 from mtpforge.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from deepseek4 import CONFIG, tensors, write_deepseek4
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from layouts import Tensors, write_checkpoint
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import convertible, deepseek4, upstream, upstream_head
 from mtpforge.errors import CheckpointError, ConfigError
 from mtpforge.rules.build import Build

@@ -10,9 +10,9 @@ from conftest import CHECKPOINTS
 from gguf.constants import GGMLQuantizationType
 from layouts import LAYOUTS, Tensors, read_tensors, write_checkpoint, write_layout
 from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import native, values
 from mtpforge.convert.plan import plan_conversion
 from mtpforge.errors import CheckpointError

@@ -15,7 +15,8 @@ import pytest
 from conftest import CHECKPOINTS, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.hub import fetch_records, head
 from mtpforge.verify.digests import head_source
 from sparse import write_35b

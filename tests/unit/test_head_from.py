@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, Run
 from layouts import fine_tune, head_alone
-from mtpforge.checkpoint.safetensors import Checkpoint, folder_name
+from mtpforge.checkpoint.checkpoint import Checkpoint, folder_name
 from mtpforge.convert import donor_head, native
 from mtpforge.errors import GgufError, VerificationError
 from mtpforge.gguf import reader

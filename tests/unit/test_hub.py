@@ -21,7 +21,7 @@ import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import Tensors, four_bit, read_shard, read_tensors, write_checkpoint, write_shard
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.errors import DownloadError
 from mtpforge.hub import remote
 from mtpforge.hub.listing import Listing

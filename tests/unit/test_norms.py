@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, MODELS
 from layouts import Tensors, qwen3_next, read_tensors, write_checkpoint
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native, norm_shift
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader

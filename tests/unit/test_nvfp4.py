@@ -10,8 +10,8 @@ import pytest
 from conftest import CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType
 from layouts import Tensors, four_bit, read_tensors, write_checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.nvfp4 import is_nvfp4
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import convertible, native, upstream
 from mtpforge.errors import CheckpointError, ConfigError
 from mtpforge.gguf.reader import Gguf, TensorInfo

@@ -19,9 +19,10 @@ from layouts import (
     write_checkpoint,
 )
 from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint
+from mtpforge.checkpoint.model_files import INDEX
 from mtpforge.convert import upstream
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import quant_types, reader, writer

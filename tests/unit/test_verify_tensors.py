@@ -7,9 +7,9 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from layouts import write_layout
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import plan
 from mtpforge.convert import values as converted
 from mtpforge.errors import ToolchainError

@@ -11,7 +11,9 @@ import re
 
 from mtpforge import cli, errors
 from mtpforge.checkpoint import nvfp4
-from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline, head_names
+from mtpforge.checkpoint.checkpoint import Outline
+from mtpforge.checkpoint.model_files import head_names
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import convertible
 from mtpforge.hub import download
 from mtpforge.hub.listing import REPOSITORY, Listing

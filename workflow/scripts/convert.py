@@ -6,7 +6,7 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 from pathlib import Path
 
 from mtpforge import cli, table
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import donor_head, norm_shift
 from mtpforge.convert.native import PARTS, convert
 from mtpforge.gguf import reader

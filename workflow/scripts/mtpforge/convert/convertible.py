@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from gguf import GGUFWriter
 
 from mtpforge.checkpoint import fp8, quantization
+from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import FAMILIES, family_of
-from mtpforge.checkpoint.safetensors import CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import upstream, upstream_head
 from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.convert.tensor_names import is_buffer

@@ -8,7 +8,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
 from mtpforge.checkpoint import fp8
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
 

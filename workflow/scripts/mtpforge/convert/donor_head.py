@@ -6,8 +6,8 @@ its own checkpoint, so both may store their tensors differently.
 
 from pathlib import Path
 
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import norm_shift
 from mtpforge.convert.native import describe, say_notes
 from mtpforge.convert.plan import ConvertedTensor, settled_hparams

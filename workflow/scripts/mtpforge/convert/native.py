@@ -15,10 +15,10 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from mtpforge import progress
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import chat_templates, norm_shift, tokenizer
 from mtpforge.convert.convertible import naming_quantization
 from mtpforge.convert.plan import settled_hparams

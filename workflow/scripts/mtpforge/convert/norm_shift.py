@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.qwen3_5 import plus_one
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import plan, values
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.convert.tensor_names import canonical_names

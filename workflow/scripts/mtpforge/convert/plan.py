@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.family import Family, Row, Source, unchanged
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Outline
+from mtpforge.checkpoint.model_files import INDEX
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert.tensor_names import EMBEDDINGS, OUTPUT, canonical_names
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf.reader import TensorInfo

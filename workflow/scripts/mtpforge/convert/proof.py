@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.family import BF16, F32
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert.upstream_head import (
     ExpectedTensor,
     count_blocks,

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 
 from mtpforge.checkpoint import fp8, nvfp4
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.family import Family
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import CheckpointError
 
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -15,8 +15,9 @@ import run_upstream  # for its path, and so that rules track it as code
 
 from mtpforge import progress
 from mtpforge.checkpoint import nvfp4, quantization
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import INDEX, Checkpoint, Outline
+from mtpforge.checkpoint.model_files import INDEX
 from mtpforge.convert import chat_templates, plan
 from mtpforge.convert.proof import prove
 from mtpforge.convert.tensor_names import check_wrappers, is_buffer, left_out

@@ -11,9 +11,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor, Outline
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import deepseek4
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError

@@ -10,8 +10,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge.checkpoint import fp8
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.family import BF16, F32, identity, unchanged
-from mtpforge.checkpoint.safetensors import Checkpoint, CheckpointTensor
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import CheckpointError
 from mtpforge.io.ranges import CHUNK, Payload

@@ -16,7 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from mtpforge import progress
 from mtpforge.checkpoint import quantization, safetensors
-from mtpforge.checkpoint.safetensors import Outline
+from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.errors import DownloadError
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing

@@ -15,15 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge import progress
+from mtpforge.checkpoint.checkpoint import Checkpoint, architecture_of
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.safetensors import (
-    INDEX,
-    Checkpoint,
-    CheckpointTensor,
-    architecture_of,
-    head_names,
-)
+from mtpforge.checkpoint.model_files import INDEX, head_names
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
 from mtpforge.hub.fetch_records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor

@@ -12,7 +12,8 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, shared
+from mtpforge.checkpoint.model_files import INDEX
+from mtpforge.checkpoint.safetensors import CheckpointTensor, shared
 from mtpforge.errors import DownloadError, GgufError
 from mtpforge.gguf.file_names import gguf_files, parts_of
 from mtpforge.io.atomic import replacing

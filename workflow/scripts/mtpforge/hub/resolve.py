@@ -8,8 +8,9 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from mtpforge import progress
-from mtpforge.checkpoint import safetensors
-from mtpforge.checkpoint.safetensors import INDEX, CheckpointTensor, Weights
+from mtpforge.checkpoint import model_files, safetensors
+from mtpforge.checkpoint.model_files import INDEX, Weights
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import DownloadError
 from mtpforge.hub.download import read_text, remote_file
 from mtpforge.hub.listing import COMMIT, FILE_PATH, REPOSITORY, File, Listing
@@ -60,7 +61,7 @@ def list_commit(repo: str, revision: str) -> Listing:
     listing = Listing(repo, revision, files, tensors={})
     in_root = [name for name in files if "/" not in name]
     present = [name for name in in_root if name.endswith(".safetensors")]
-    if safetensors.model_files(present) or (present and INDEX in files):
+    if model_files.model_files(present) or (present and INDEX in files):
         weights = _weights(listing, present)
         listing.tensors.update(sorted(weights.tensors.items()))
         listing.lost.update(sorted(weights.lost.items()))
@@ -113,4 +114,4 @@ def _weights(listing: Listing, present: list[str]) -> Weights:
         return safetensors.parse_shard_header(path, header, remote.size)
 
     index = read_text(listing, INDEX) if INDEX in listing.files else None
-    return safetensors.gather_tensors(Path(listing.repo), index, present=present, read=read_header)
+    return model_files.gather_tensors(Path(listing.repo), index, present=present, read=read_header)

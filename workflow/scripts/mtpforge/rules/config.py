@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from mtpforge.checkpoint.safetensors import folder_name
+from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.quantize.recipe import NO_HEAD

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mtpforge.checkpoint import safetensors
+from mtpforge.checkpoint import model_files
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
@@ -121,7 +121,7 @@ def head_inputs(source: Source) -> list[str]:
     if isinstance(source, HubRepository):
         return [layout.head_record(source)]
     folder = Path(source.path)
-    others = {"reference.json", *safetensors.files_beside(folder)}
+    others = {"reference.json", *model_files.files_beside(folder)}
     files = [path for path in folder.iterdir() if path.suffix in KINDS]
     files += chat_templates.additional(folder)
     return sorted(str(path) for path in files if path.name not in others)

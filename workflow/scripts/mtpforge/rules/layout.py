@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from mtpforge.checkpoint.safetensors import folder_name
+from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtpforge.checkpoint.safetensors import folder_name
+from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.code import code

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
-from mtpforge.checkpoint.safetensors import Checkpoint
 from mtpforge.convert import donor_head, native, norm_shift, plan
 from mtpforge.convert.tensor_names import EMBEDDINGS, canonical_names
 from mtpforge.errors import GgufError

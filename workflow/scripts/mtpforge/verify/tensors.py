@@ -19,7 +19,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from mtpforge import progress
-from mtpforge.checkpoint.safetensors import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import values
 from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.errors import GgufError

@@ -1,0 +1,187 @@
+"""A Hugging Face checkpoint: its configuration, and its tensors as memory maps."""
+
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtpforge.checkpoint import quantization
+from mtpforge.checkpoint.model_files import read_weights, weight_files
+from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_format
+from mtpforge.errors import CheckpointError
+from mtpforge.io.ranges import FileRange, sha256
+from mtpforge.io.text import read_json
+
+_SLICE = 1 << 20  # values compared at a time
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Outline:
+    """Configuration and tensors of a checkpoint without their values: enough to plan a conversion.
+
+    `directory` is the checkpoint in messages: its folder, or its repository on the Hub. `files` are
+    the names of its files.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        tensors: dict[str, CheckpointTensor],
+        files: Iterable[str] = (),
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+        self.files = frozenset(files)
+        self.lost: dict[str, str] = {}
+        """As in `Weights`."""
+
+    @property
+    def architecture(self) -> str:
+        """The first of `architectures` in config.json. Raises CheckpointError."""
+        return architecture_of(self.directory / "config.json", self.config)
+
+    def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
+        """Whether two tensors are equal, as far as is known without their values."""
+        return one.shape == other.shape and (
+            one.dtype == other.dtype or {one.dtype, other.dtype} <= _FLOATS
+        )
+
+    def integers(self, tensor: CheckpointTensor) -> list[int] | None:
+        """Return the values of a vector of integers; None without them."""
+        return None
+
+
+class Checkpoint(Outline):
+    """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
+
+    `given_name` is the model's name if it is not the folder's, `norms` the form of norms whose
+    values do not tell it ("w" or "w-1").
+    """
+
+    def __init__(
+        self, directory: Path, given_name: str | None = None, norms: str | None = None
+    ) -> None:
+        # Resolved, because the model is named after the folder, which may be given as ".".
+        folder = Path(directory).resolve()
+        if not folder.is_dir():
+            raise CheckpointError(f"{directory}: no such checkpoint folder")
+        files = [path.name for path in folder.iterdir() if path.is_file()]
+        weights = read_weights(folder)
+        super().__init__(folder, read_config(folder), tensors=weights.tensors, files=files)
+        self.lost = weights.lost
+        self.beside = sorted(set(weight_files(folder)) - weights.files)
+        """Other safetensors files in the folder: adapters, optimizer states, other sets."""
+        self.given_name = given_name
+        self.norms = norms
+        self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.given_name or folder_name(self.directory)
+
+    @property
+    def format(self) -> str:
+        """The program that wrote the first shard, as its header says: pt, mlx; empty if unknown."""
+        shards = sorted({tensor.shard for tensor in self.tensors.values()})
+        return shard_format(self.directory / shards[0]) if shards else ""
+
+    def same(self, one: CheckpointTensor, other: CheckpointTensor) -> bool:
+        """Whether two tensors have the same values, maybe at two floating-point types."""
+        if not super().same(one, other):
+            return False
+        if one.dtype == other.dtype:
+            return self.digest(one) == self.digest(other)
+        return all(map(np.array_equal, self._slices(one), self._slices(other)))
+
+    def array(self, tensor: CheckpointTensor) -> np.ndarray:
+        """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
+        mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
+        return mapped.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def integers(self, tensor: CheckpointTensor) -> list[int] | None:
+        """Return the values of a vector of up to 64 integers. Raises CheckpointError."""
+        if tensor.dtype not in ("I64", "I32") or len(tensor.shape) != 1 or tensor.shape[0] > 64:
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, not up to "
+                "64 integers"
+            )
+        numbers: list[int] = self.array(tensor).tolist()
+        if not numbers or min(numbers) < 0:
+            raise CheckpointError(f"{tensor.shard}: {tensor.name} is empty, or negative somewhere")
+        return numbers
+
+    def locate(self, view: np.ndarray) -> FileRange | None:
+        """Return the byte range of a C-contiguous view of an `array`; None for a copy."""
+        address = view.__array_interface__["data"][0]
+        for shard, mapped in self._maps.items():
+            offset = address - mapped.__array_interface__["data"][0]
+            if 0 <= offset < mapped.size:
+                return FileRange(self.directory / shard, offset, view.nbytes)
+        return None
+
+    def digest(self, tensor: CheckpointTensor) -> str:
+        """Return the sha256 of the tensor's bytes."""
+        return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
+
+    def scatter(self, tensor: CheckpointTensor) -> None:
+        """Tell the system to expect reads of single rows, so that it does not read ahead."""
+        mapped = self._map(tensor.shard)
+        if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.base.madvise(mmap.MADV_RANDOM, start, tensor.offset + tensor.size - start)
+
+    def release(self) -> None:
+        """Return mapped pages to the system, so that they do not count as our memory."""
+        for mapped in self._maps.values():
+            if isinstance(mapped.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.base.madvise(mmap.MADV_DONTNEED)
+
+    def _slices(self, tensor: CheckpointTensor) -> Iterator[np.ndarray]:
+        """Yield the values of a floating-point tensor in flat slices, exactly."""
+        array = self.array(tensor).reshape(-1)
+        for start in range(0, array.size, _SLICE):
+            values = array[start : start + _SLICE]
+            is_bf16 = tensor.dtype == "BF16"
+            yield (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
+            self.release()
+
+    def _map(self, shard: str) -> np.memmap[Any, np.dtype[np.uint8]]:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="r")
+        return self._maps[shard]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the content of config.json, with ModelOpt's settings. Raises CheckpointError."""
+    config = read_json(directory / "config.json")
+    beside = directory / quantization.MODELOPT
+    return quantization.with_modelopt(config, read_json(beside)) if beside.exists() else config
+
+
+def folder_name(folder: Path) -> str:
+    """Return a checkpoint folder's name; for a snapshot in the Hub's cache, its repository's.
+
+    A snapshot is models--OWNER--NAME/snapshots/COMMIT.
+    """
+    kind, _, repository = folder.parent.parent.name.partition("--")
+    if folder.parent.name == "snapshots" and kind == "models" and repository:
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
+def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
+    """Return the first of `architectures` in a config.json, or else in its text_config.
+
+    Raises CheckpointError.
+    """
+    text = config.get("text_config")
+    inner = text.get("architectures") if isinstance(text, dict) else None
+    names = config.get("architectures") or inner
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{path}: 'architectures' must be a list of class names")
+    return names[0]
