@@ -110,7 +110,13 @@ def _draw_axes(svg: Svg, scale: _Scale) -> None:
     svg.line((_LEFT, scale.bottom), (_RIGHT, scale.bottom), INK)
     svg.text(_LEFT - 6, scale.bottom + 4, "0", AXIS, "end")
     for size in scale.sizes:
-        svg.text(scale.across(size * scale.unit), scale.bottom + 16, f"{size:g}", AXIS, "middle")
+        svg.text(
+            scale.across(size * scale.unit),
+            scale.bottom + 16,
+            f"{size:g}",
+            font=AXIS,
+            anchor="middle",
+        )
     svg.text(_RIGHT, scale.bottom + 32, "GB" if scale.unit == 1e9 else "MB", AXIS, "end")
 
 

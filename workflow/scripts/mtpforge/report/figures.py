@@ -68,15 +68,21 @@ def _speed_row(svg: Svg, total: Total, top: float, *, recommended: bool) -> None
     font = BOLD if recommended else PLAIN
     value = total.tokens_per_second
     middle = svg.y + 8
-    svg.text(_LEFT - 6, svg.y + 12, str(total.n_max or "off"), font, "end")
-    svg.rect(_LEFT, svg.y + 1, _across(value / top) - _LEFT, 14, BLUE if total.n_max else GREY)
+    svg.text(_LEFT - 6, svg.y + 12, str(total.n_max or "off"), font=font, anchor="end")
+    svg.rect(
+        _LEFT,
+        svg.y + 1,
+        _across(value / top) - _LEFT,
+        height=14,
+        fill=BLUE if total.n_max else GREY,
+    )
     low, high = total.spread
-    svg.line((_across(low / top), middle), (_across(high / top), middle), INK, 2)
+    svg.line((_across(low / top), middle), (_across(high / top), middle), stroke=INK, width=2)
     svg.ring(_across(total.cold_tokens_per_second / top), middle)
     number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-    svg.text(_RIGHT + 45, svg.y + 12, number, font, "end")
+    svg.text(_RIGHT + 45, svg.y + 12, number, font=font, anchor="end")
     if total.n_max:
-        svg.text(WIDTH - 6, svg.y + 12, f"{total.speedup:.2f}×", font, "end")
+        svg.text(WIDTH - 6, svg.y + 12, f"{total.speedup:.2f}×", font=font, anchor="end")
     svg.y += 19
 
 
@@ -99,7 +105,7 @@ def _acceptance_of(svg: Svg, found: Measurement, kinds: Sequence[str]) -> None:
         svg.text(_LEFT - 6, middle + 4, str(total.n_max), anchor="end")
         for run in found.runs:
             if run.n_max == total.n_max and run.state == "warm":
-                _acceptance_mark(svg, run, kinds, middle)
+                _acceptance_mark(svg, run, kinds=kinds, middle=middle)
         svg.text(_RIGHT + 18, middle + 4, f"{total.acceptance:.1%}")
         svg.y += height
     svg.y += 18
@@ -112,7 +118,7 @@ def _percent_grid(svg: Svg, bottom: float) -> None:
     for percent in _PERCENTS:
         x = _across(percent / 100)
         svg.line((x, svg.y), (x, bottom), GRID)
-        svg.text(x, bottom + 13, f"{percent}%", AXIS, "middle")
+        svg.text(x, bottom + 13, f"{percent}%", font=AXIS, anchor="middle")
 
 
 def _acceptance_mark(svg: Svg, run: Run, kinds: Sequence[str], middle: float) -> None:
@@ -120,4 +126,4 @@ def _acceptance_mark(svg: Svg, run: Run, kinds: Sequence[str], middle: float) ->
     if run.acceptance is not None:
         series = kinds.index(run.kind)
         shift = (series - (len(kinds) - 1) / 2) * _MARK_HEIGHT
-        svg.mark(_across(run.acceptance), middle + shift, series, 3.5)
+        svg.mark(_across(run.acceptance), middle + shift, series, size=3.5)
