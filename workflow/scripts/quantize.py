@@ -129,11 +129,26 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     if args.plan:
-        reject(parser, args, ["head", "tensors", "dry_run"], "cannot be combined with --plan")
+        reject(
+            parser,
+            args,
+            names=["head", "tensors", "dry_run"],
+            reason="cannot be combined with --plan",
+        )
     else:
-        reject(parser, args, ["reuse", "piece", "manifest", "also", "keep"], "needs --plan")
+        reject(
+            parser,
+            args,
+            names=["reuse", "piece", "manifest", "also", "keep"],
+            reason="needs --plan",
+        )
     if args.piece:
-        reject(parser, args, ["manifest", "also", "keep"], "cannot be combined with --piece")
+        reject(
+            parser,
+            args,
+            names=["manifest", "also", "keep"],
+            reason="cannot be combined with --piece",
+        )
         if "manifests" not in args.out.absolute().parts:
             parser.error(
                 f"--out {args.out}: the folder of pieces must be called manifests, or lie in one, "
