@@ -168,7 +168,7 @@ def _tables(path: str, value: Schema, schema: Schema) -> Iterator[str]:
 
 
 def _forms(value: Schema, schema: Schema) -> list[Schema]:
-    """What a value can be: itself, or its alternatives."""
+    """The kinds that a value can have: its own, or its alternatives."""
     if "$ref" in value:
         value = schema["$defs"][value["$ref"].rpartition("/")[2]]
     alternatives = value.get("oneOf") or value.get("anyOf")
@@ -178,7 +178,7 @@ def _forms(value: Schema, schema: Schema) -> list[Schema]:
 
 
 def _entries(value: Schema, schema: Schema) -> Iterator[Schema]:
-    """What the values of a mapping with free keys are."""
+    """The kind of the values of a mapping with free keys."""
     for form in _forms(value, schema):
         yield from form.get("patternProperties", {}).values()
         if isinstance(form.get("additionalProperties"), dict):

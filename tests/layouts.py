@@ -480,7 +480,7 @@ def _quantized(
 ) -> Tensors:
     """The same with FP8 codes and scales in place of the projections of the text model.
 
-    `largest` returns the largest values of the parts of a matrix, of which each has a scale.
+    `largest` returns the largest values of the parts of a matrix that each have a scale.
     """
     result: Tensors = {}
     for name, (dtype, array) in tensors.items():
@@ -607,7 +607,7 @@ def add_tokens_as_older_transformers(folder: Path) -> None:
 
 
 def name_templates(folder: Path) -> None:
-    """Two chat templates with names, of which upstream keeps one as the default."""
+    """Two named chat templates; upstream keeps one as the default."""
     named = {"default": "{{ 'default' }}", "tool-use": "{{ 'tools' }}"}
     entries = [{"name": name, "template": text} for name, text in named.items()]
     _change_tokenizer_config(folder, lambda settings: settings.update(chat_template=entries))
@@ -671,7 +671,7 @@ def fine_tune(folder: Path, noise: float = 0.15, model: str = "tiny-qwen3.5") ->
 
 
 def head_alone(folder: Path, model: str = "tiny-qwen3.5") -> Path:
-    """A checkpoint of which only the head is there."""
+    """A checkpoint that has only its head."""
     config = json.loads((CHECKPOINTS / model / "config.json").read_text())
     tensors = read_tensors(CHECKPOINTS / model)
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}

@@ -95,7 +95,7 @@ def _change(old: Any, new: Any) -> str:
 
 
 def tables(source: Path, programs: Path) -> dict[str, Any]:
-    """What upstream knows of types, heads and options."""
+    """The types, heads and options that upstream knows."""
     command = [sys.executable, "-I", HERE / "tables.py", source, programs]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""What a llama.cpp knows of heads, types and options, as JSON, to compare one build with another.
+"""The heads, types and options that a llama.cpp knows, as JSON, to compare one build with another.
 
 Reads the source of its converter, and the help of its programs. Runs in the converter's
 environment, as a program of its own, because it imports that source's gguf-py.

@@ -1,4 +1,4 @@
-"""What a run's lines are made of: logs that are being written, times, and how programs end."""
+"""The parts of a run's lines: logs that are being written, times, and how programs end."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What can be converted is known from configuration and headers, before weights are downloaded."""
+"""Configuration and headers tell if a checkpoint can be converted, before any download."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mtpforge.convert import convertible
 from mtpforge.errors import CheckpointError
 
 Packed = dict[str, tuple[str, tuple[int, ...]]]
-"""What a quantizer writes for a matrix: ending of the name -> type and shape."""
+"""The tensors that a quantizer writes for a matrix: ending of the name -> type and shape."""
 
 
 def nvfp4(rows: int, columns: int) -> Packed:

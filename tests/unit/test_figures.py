@@ -42,7 +42,7 @@ def measured(
 
 
 def words(picture: Svg) -> list[str]:
-    """All texts of a picture, each of which must lie within it."""
+    """All texts of a picture; each must lie within it."""
     root = ElementTree.fromstring(picture.render())
     assert root.get("width") == str(WIDTH)
     for text in root.iter(TEXT):

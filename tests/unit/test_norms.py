@@ -315,7 +315,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def finished(source: Path, path: Path, changes: Mapping[str, float]) -> list[str]:
-    """What `norms` says of a file whose norms with these endings were changed, without a source."""
+    """The verdict of `norms` on a file with changed norms, given by ending, without a source."""
     opened = reader.read(source)
     raw = bytearray(source.read_bytes())
     for name, place in opened.ranges.items():

@@ -9,7 +9,7 @@ GB = 10**9
 
 
 def show_four_steps(monkeypatch: pytest.MonkeyPatch, seconds: float, done: int = 0) -> None:
-    """Copy 4 GB in steps of 1 GB, each of which takes this long."""
+    """Copy 4 GB in steps of 1 GB that take this long each."""
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with progress.bar("x.gguf") as show:

@@ -25,7 +25,7 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="CONVERTER:PART",
-        help="refuse a checkpoint of which this converter (mtpforge, llama.cpp) cannot make this "
+        help="refuse a checkpoint if this converter (mtpforge, llama.cpp) cannot make this "
         "part (all, trunk, head, draft, mmproj), before anything is downloaded",
     )
     parser.add_argument("--out", type=Path, required=True, help="listing to write, as JSON")

@@ -1,7 +1,7 @@
 """Special token ids, their flags and the chat template, as the pinned upstream writes them.
 
-An older gguf-py reads them; this module corrects where it differs from the pinned upstream. The
-chat template is copied and never rendered.
+An older gguf-py reads them; this module corrects it wherever it differs from the pinned upstream.
+The chat template is copied and never rendered.
 """
 
 import json

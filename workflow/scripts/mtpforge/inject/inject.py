@@ -131,7 +131,7 @@ def _check_norms(head: Gguf) -> None:
 
 
 def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
-    """What the head adds to the base, in bytes and bits per weight. Raises ConfigError."""
+    """Return how many bytes and bits per weight the head adds. Raises ConfigError."""
     infos = _planned(head, types)
     size = sum(info.size for info in infos)
     bits = 8 * size / sum(info.elements for info in infos)

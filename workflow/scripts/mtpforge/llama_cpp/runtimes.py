@@ -16,7 +16,7 @@ class Runtime:
     pull_requests: tuple[int, ...] = ()
     """Pull requests of llama.cpp that added it."""
     note: str = ""
-    """What else needs a newer llama.cpp."""
+    """Other features that need a newer llama.cpp."""
     counted: bool = False
     """Whether the build was counted from the history, so that the release may be the next one."""
     ik_llama_cpp: tuple[int, ...] | None = ()

@@ -35,7 +35,7 @@ class FetchRules(Stage):
         return layout.fetched(wildcards)
 
     def head_folder(self, wildcards: Wildcards) -> str:
-        """The folder of a checkpoint of which only the head is downloaded."""
+        """The folder of a checkpoint whose head alone is downloaded."""
         return layout.fetched_head(wildcards)
 
     def conversions(self, wildcards: Wildcards) -> str:

@@ -259,7 +259,7 @@ def record(at: Commit, name: str) -> str:
 
 
 def fetched_head(at: Commit) -> str:
-    """The folder of a checkpoint of which only the head was fetched."""
+    """The folder of a checkpoint whose head alone was fetched."""
     return f"{commit(at)}/head/{Path(at.repo).name}"
 
 
