@@ -1,15 +1,25 @@
 """A file, or a folder of files, appears whole or not at all."""
 
+import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import quantize
 from conftest import SCRIPTS
 from mtpforge.errors import ForgeError
-from mtpforge.io.atomic import link_or_copy, replacing, replacing_folder, write_json
+from mtpforge.io.atomic import (
+    give_name,
+    link_or_copy,
+    replacing,
+    replacing_folder,
+    write_json,
+)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -130,14 +140,102 @@ def test_a_second_name_is_a_link_if_possible_else_a_copy(
     link_or_copy(tmp_path / "x", tmp_path / "link")
     assert (tmp_path / "link").samefile(tmp_path / "x")
 
-    def refuse(*_: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
     link_or_copy(tmp_path / "x", tmp_path / "copy")
     assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(
         tmp_path / "x"
     )
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_missing_hard_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_text("content")
+    monkeypatch.setattr(os, "link", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        link_or_copy(tmp_path / "x", tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("call", ["link", "replace", "fsync"])
+def test_a_second_name_that_fails_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "x").write_text("content")
+    monkeypatch.setattr(os, call, failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        quantize.hard_link(tmp_path / "x", tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_second_name_is_left_out_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_text("content")
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    quantize.hard_link(tmp_path / "x", tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_name_that_the_file_has_already_leaves_no_other(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("content")
+    for _ in range(2):
+        give_name(tmp_path / "x", tmp_path / "published")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "x"]
+
+
+def failing(number: int, *calls: int) -> Callable[..., None]:
+    """A system call that fails, always or at these calls of it, counted from 0."""
+    counted = itertools.count()
+
+    def fail(*arguments: Path) -> None:
+        if next(counted) in calls or not calls:
+            raise OSError(number, os.strerror(number), str(arguments[0]))
+        arguments[0].rename(arguments[1])
+
+    return fail
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_an_old_folder_is_put_back_if_a_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    with replacing_folder(tmp_path / "x") as temporary:
+        (temporary / "file").write_text("old")
+    monkeypatch.setattr(os, "replace", failing(errno.EIO, call))
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        replacing_folder(tmp_path / "x") as new,
+    ):
+        (new / "file").write_text("new")
+    assert (tmp_path / "x" / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_folder_that_was_replaced_goes_even_if_the_last_flush_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with replacing_folder(tmp_path / "x") as temporary:
+        (temporary / "file").write_text("old")
+    flushes = 3  # the file, the temporary folder, and the folder around it
+    monkeypatch.setattr(os, "fsync", failing_flush(flushes))
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        replacing_folder(tmp_path / "x") as new,
+    ):
+        (new / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def failing_flush(number: int) -> Callable[[int], None]:
+    """An fsync whose call with this number, from 1, fails."""
+    counted = itertools.count(1)
+
+    def flush(_: int) -> None:
+        if next(counted) == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    return flush
 
 
 def test_json_is_stable_text(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ example: quantize.py BF16.gguf --type IQ4_XS --head Q8_0 --out IQ4_XS.gguf
 import argparse
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from mtpforge import cli
@@ -196,9 +195,13 @@ def quantize_planned(args: argparse.Namespace) -> dict[str, str]:
 
 def hard_link(source: Path, target: Path) -> None:
     """Replace `target` with a hard link to `source`, if the file system has them."""
-    with suppress(OSError), atomic.replacing(target) as temporary:
-        temporary.unlink()
-        os.link(source, temporary)
+    try:
+        with atomic.replacing(target) as temporary:
+            temporary.unlink()
+            os.link(source, temporary)
+    except OSError as error:
+        if not atomic.unlinkable(error):
+            raise
 
 
 if __name__ == "__main__":

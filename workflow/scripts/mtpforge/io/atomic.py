@@ -5,6 +5,7 @@ Readers of the final name see the old file or the complete new one; a killed run
 temporary name behind.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import ForgeError
+
+_UNLINKABLE = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             sync(temporary)
-            os.replace(temporary, path)
+            _rename(temporary, path)
         except BaseException:
             if not keep:
                 temporary.unlink(missing_ok=True)
@@ -60,15 +63,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for written in (*temporary.rglob("*"), temporary):
                 sync(written)
-            shutil.rmtree(replaced, ignore_errors=True)
-            if path.is_dir():  # a folder cannot be renamed to one that is not empty
-                os.replace(path, replaced)
-            os.replace(temporary, path)
+            _swap(temporary, path, replaced)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
         sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -104,8 +105,15 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy if that fails. Raises OSError."""
     try:
         os.link(source, target)
-    except OSError:
+    except OSError as error:
+        if not unlinkable(error):
+            raise
         shutil.copyfile(source, target)
+
+
+def unlinkable(error: OSError) -> bool:
+    """Whether files cannot have hard links here: not so if the disk is full or fails."""
+    return error.errno in _UNLINKABLE
 
 
 def write_text(path: Path, text: str) -> None:
@@ -138,6 +146,28 @@ def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    if path.exists() and path.samefile(temporary):
+        temporary.unlink()  # rename does nothing between two names of one file
+    else:
+        os.replace(temporary, path)
+
+
+def _swap(temporary: Path, path: Path, replaced: Path) -> None:
+    """Rename a folder to `path`; an older one gets the name `replaced`, or is put back."""
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        os.replace(path, replaced)  # a folder cannot be renamed to one that is not empty
+        os.replace(temporary, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(replaced, path)
+        raise
 
 
 def _empty(folder: Path) -> None:
