@@ -146,7 +146,9 @@ def test_a_hostile_file_of_the_legacy_format_is_refused(tmp_path: Path, data: by
 
 
 def write(path: Path, metadata: dict[str, Value], *tensors: TensorInfo) -> Path:
-    writer.write(path, metadata, [(info, [memoryview(bytes(info.size))]) for info in tensors])
+    """Write an importance matrix whose sums and counts are 1."""
+    contents = [(info, [memoryview(struct.pack("<f", 1) * (info.size // 4))]) for info in tensors]
+    writer.write(path, metadata, contents)
     return path
 
 

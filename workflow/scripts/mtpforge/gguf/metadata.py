@@ -72,16 +72,14 @@ class Value:
 
         Raises GgufError if text is not UTF-8.
         """
-        buffer = memoryview(self.raw)
         item = self.item_type
-        if item is None:
-            return _decode(buffer, 0, self.type)[0]
-        items = []
-        position = 12
-        for _ in range(len(self)):
-            entry, position = _decode(buffer, position, item)
-            items.append(entry)
-        return items
+        if item is GGUFValueType.STRING:
+            return _strings(self.raw, 12, len(self))
+        if item is not None:
+            return list(struct.unpack_from(f"<{len(self)}{SCALARS[item].format[1:]}", self.raw, 12))
+        if self.type is GGUFValueType.STRING:
+            return _strings(self.raw, 0, 1)[0]
+        return SCALARS[self.type].unpack(self.raw)[0]
 
 
 def encode(value: Any, kind: GGUFValueType) -> bytes:
@@ -104,13 +102,15 @@ def _encode_items(values: Sequence[Any], kind: GGUFValueType) -> bytes:
     return b"".join(parts)
 
 
-def _decode(buffer: memoryview, position: int, kind: GGUFValueType) -> tuple[Any, int]:
-    """The value at `position`, and the position after it."""
-    if kind is not GGUFValueType.STRING:
-        packer = SCALARS[kind]
-        return packer.unpack_from(buffer, position)[0], position + packer.size
-    end = position + 8 + U64.unpack_from(buffer, position)[0]
+def _strings(raw: bytes, position: int, count: int) -> list[str]:
+    """Decode `count` strings. The loop uses local names only, as there can be half a million."""
+    unpack = U64.unpack_from
+    found: list[str] = []
     try:
-        return str(buffer[position + 8 : end], "utf-8"), end
+        for _ in range(count):
+            end = position + 8 + unpack(raw, position)[0]
+            found.append(raw[position + 8 : end].decode("utf-8"))
+            position = end
     except UnicodeDecodeError as error:
-        raise GgufError(f"a metadata string is not UTF-8 ({error})") from None
+        raise GgufError(f"a metadata string is not UTF-8 ({error.reason})") from None
+    return found

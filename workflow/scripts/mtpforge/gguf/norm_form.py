@@ -44,6 +44,9 @@ SHIFTS = {
 SLACK = 0.8
 """How far the mean of a GGUF's norm may be from the usual one; wide, as only clear faults count."""
 
+_MOST_VALUES = 1 << 20
+"""Values of a norm that are read; no real one comes near it."""
+
 FEW = 16
 """Different small values that are enough to tell a grid from chance."""
 
@@ -138,11 +141,11 @@ def measure(name: str, values: np.ndarray, slack: float) -> Norm:
 
 
 def _values(opened: Gguf, name: str) -> np.ndarray | None:
-    """The values of an unquantized tensor, as float32; None for other types."""
+    """The values of an unquantized tensor, as float32; None for other types and huge tensors."""
     place = opened.ranges[name]
     kind = opened.tensors[name].type.name
     stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(kind)
-    if stored is None:
+    if stored is None or opened.tensors[name].elements > _MOST_VALUES:
         return None
     count = place.size // np.dtype(stored).itemsize
     values = np.fromfile(place.path, stored, count, offset=place.offset)

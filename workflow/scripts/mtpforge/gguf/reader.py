@@ -1,19 +1,20 @@
 """A strict, fast reader of GGUF files: metadata, tensor entries and each tensor's byte range.
 
-Every length is checked against the file before it is used. Format: ggml's docs/gguf.md, versions 2
-and 3.
+Every length is checked against the file and a limit before it is used. The header is read, not
+mapped: a map of a file that somebody truncates would end the process. Format: ggml's docs/gguf.md,
+versions 2 and 3.
 """
 
 import math
-import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
@@ -31,10 +32,25 @@ VISION = "clip"
 NAME_LIMIT = 63
 """Bytes of a tensor name: GGML_MAX_NAME without the closing zero."""
 
+# Several times what the largest real models have, and little enough to hold and read in a second.
+HEADER_LIMIT = 48 << 20
+"""Bytes before the tensor data: 16 MB for 262,144 tokens and 515,000 merges."""
+KEY_LIMIT = 1024
+"""Bytes of a metadata key."""
+MOST_VALUES = 1 << 14
+MOST_TENSORS = 1 << 15
+MOST_ITEMS = 1 << 20
+"""Items of an array."""
+MOST_ITEMS_IN_ALL = 1 << 22
+
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FIRST_READ = 1 << 20
+_LARGEST_READ = 8 << 20
+
 _KNOWN = frozenset(GGMLQuantizationType)
 
 _last_strings: dict[int, bytes] = {}
-"""The last string array of each length, because files of one model share their vocabulary."""
+"""The last array of strings of each length, because files of one model share their vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,11 @@ class Gguf:
 
     @property
     def architecture(self) -> str:
-        """`general.architecture`, such as qwen35."""
-        return str(self.need("general.architecture", str))
+        """`general.architecture`, such as qwen35. Raises GgufError."""
+        name = str(self.need("general.architecture", str))
+        if not _ARCHITECTURE.fullmatch(name):
+            raise GgufError(f"{self.path}: general.architecture is {name[:40]!r}")
+        return name
 
     @property
     def is_vision(self) -> bool:
@@ -137,16 +156,19 @@ class Gguf:
 def read(path: Path) -> Gguf:
     """Open a GGUF and check its whole structure against the file. Raises GgufError."""
     path = Path(path)
+    with open_file(path) as file:
+        return _Parser(path, file).parse()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file. Raises GgufError for anything else: opening a pipe would block."""
+    if path.exists() and not path.is_file():
+        problem = "is a directory" if path.is_dir() else "is not a regular file"
+        raise GgufError(f"{path}: {problem}, not a GGUF file")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            return _Parser(path, mapped, size).parse()
+        return path.open("rb", buffering=0)
     except FileNotFoundError:
         raise GgufError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise GgufError(f"{path}: is a directory, not a GGUF file") from None
-    except ValueError as error:  # an empty file cannot be mapped
-        raise GgufError(f"{path}: not a GGUF file ({error})") from None
 
 
 def select_tensors(source: Gguf, names: Iterable[str]) -> Gguf:
@@ -215,15 +237,18 @@ def hashes(places: Mapping[str, FileRange], threads: int | None = None) -> dict[
 
 
 class _Parser:
-    """A cursor over the mapped header."""
+    """A cursor over the header, which is read as far as it is needed."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap | bytes, size: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self.buffer = buffer
-        self.size = size
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.buffer = bytearray()
         self.position = 0
+        self.items = 0
 
     def parse(self) -> Gguf:
+        self.fill(min(4, self.size))
         if self.buffer[:4] != MAGIC:
             raise self.fail("not a GGUF file (no GGUF magic)")
         self.skip(4)
@@ -237,6 +262,10 @@ class _Parser:
             raise self.fail(
                 f"{n_values:,} metadata values and {n_tensors:,} tensors do not fit into the file"
             )
+        if n_values > MOST_VALUES or n_tensors > MOST_TENSORS:
+            raise self.fail(
+                f"{n_values:,} metadata values and {n_tensors:,} tensors: more than any real model"
+            )
         metadata = self.parse_metadata(n_values)
         self.check_alignment(metadata.get("general.alignment"))
         entries = [self.parse_tensor() for _ in range(n_tensors)]
@@ -245,24 +274,46 @@ class _Parser:
     def fail(self, problem: str) -> GgufError:
         return GgufError(f"{self.path}: {problem} (at byte {self.position:,})")
 
+    def fill(self, end: int) -> None:
+        """Have the first `end` bytes in the buffer. Raises GgufError if the file lacks them."""
+        if end > self.size:
+            raise self.fail("truncated: the header runs past the end of the file")
+        if end > HEADER_LIMIT:
+            raise self.fail(f"its header has more than {HEADER_LIMIT >> 20} MB")
+        while len(self.buffer) < end:
+            step = min(max(_FIRST_READ, len(self.buffer)), _LARGEST_READ)
+            block = self.file.read(step)
+            if not block:
+                raise self.fail("truncated while it was read")
+            self.buffer += block
+
+    def skip(self, count: int) -> None:
+        end = self.position + count
+        if end > len(self.buffer):
+            self.fill(end)
+        self.position = end
+
     def number(self, packer: struct.Struct) -> int:
         self.skip(packer.size)
         return int(packer.unpack_from(self.buffer, self.position - packer.size)[0])
 
-    def skip(self, count: int) -> None:
-        if count > self.size - self.position:
-            raise self.fail("truncated: the header runs past the end of the file")
-        self.position += count
+    def since(self, start: int) -> bytes:
+        with memoryview(self.buffer) as view:
+            return bytes(view[start : self.position])
 
     def string(self, limit: int) -> str:
+        """A key or the name of a tensor."""
         length = self.number(U64)
-        if length > limit:
+        if not 1 <= length <= limit:
             raise self.fail(f"a name of {length:,} bytes")
         self.skip(length)
         try:
-            return self.buffer[self.position - length : self.position].decode("utf-8")
+            text = self.since(self.position - length).decode("utf-8")
         except UnicodeDecodeError:
             raise self.fail("a name that is not UTF-8") from None
+        if not text.isprintable():
+            raise self.fail(f"a name with control characters, {text[:NAME_LIMIT]!a}")
+        return text
 
     def kind(self) -> GGUFValueType:
         tag = self.number(U32)
@@ -274,13 +325,11 @@ class _Parser:
     def parse_metadata(self, count: int) -> dict[str, Value]:
         metadata: dict[str, Value] = {}
         for _ in range(count):
-            key = self.string(65535)
+            key = self.string(KEY_LIMIT)
             if key in metadata:
                 raise self.fail(f"duplicate metadata key {key}")
             kind = self.kind()
-            start = self.position
-            self.skip_value(kind)
-            metadata[key] = Value(kind, self.buffer[start : self.position])
+            metadata[key] = Value(kind, self.value(kind))
         return metadata
 
     def check_alignment(self, value: Value | None) -> None:
@@ -292,44 +341,71 @@ class _Parser:
                 "llama.cpp's tools damage such files: convert the model again with the default"
             )
 
-    def skip_value(self, kind: GGUFValueType) -> None:
+    def value(self, kind: GGUFValueType) -> bytes:
+        """The bytes of a value, as they follow its type."""
+        if kind is GGUFValueType.ARRAY:
+            return self.array()
+        start = self.position
         if kind is GGUFValueType.STRING:
             self.skip_strings(1)
-        elif kind is GGUFValueType.ARRAY:
-            self.skip_array(self.kind(), self.number(U64))
         else:
             self.skip(SCALARS[kind].size)
+        raw = self.since(start)
+        self.check_flags(kind, raw)
+        return raw
 
-    def skip_array(self, item: GGUFValueType, count: int) -> None:
-        if item is GGUFValueType.ARRAY:
-            raise self.fail("an array of arrays, which llama.cpp cannot read")
+    def array(self) -> bytes:
+        """Skip an array at once if the last file had the same strings, else check its items."""
+        start = self.position
+        item = self.kind()
+        count = self.number(U64)
+        self.check_count(item, count)
+        known = _last_strings.get(count) if item is GGUFValueType.STRING else None
+        if known and start + len(known) <= min(self.size, HEADER_LIMIT):
+            self.fill(start + len(known))
+            if self.buffer.startswith(known, start):
+                self.position = start + len(known)
+                return known
         if item is GGUFValueType.STRING:
             self.skip_strings(count)
         else:
             self.skip(SCALARS[item].size * count)
+        raw = self.since(start)
+        self.check_flags(item, raw[12:] if item is GGUFValueType.BOOL else b"")
+        if item is GGUFValueType.STRING and count > 10_000:
+            _last_strings[count] = raw
+        return raw
+
+    def check_count(self, item: GGUFValueType, count: int) -> None:
+        if item is GGUFValueType.ARRAY:
+            raise self.fail("an array of arrays, which llama.cpp cannot read")
+        least = 8 if item is GGUFValueType.STRING else SCALARS[item].size
+        if count > (self.size - self.position) // least:
+            raise self.fail(f"truncated: {count:,} items do not fit into the rest of the file")
+        self.items += count
+        if count > MOST_ITEMS or self.items > MOST_ITEMS_IN_ALL:
+            raise self.fail(f"an array of {count:,} items: more than any real model")
+
+    def check_flags(self, kind: GGUFValueType, raw: bytes) -> None:
+        if kind is GGUFValueType.BOOL and raw.strip(b"\0\1"):
+            raise self.fail("a truth value that is neither 0 nor 1")
 
     def skip_strings(self, count: int) -> None:
-        """Skip `count` strings at once if the last file had the same ones, else one by one.
+        """Skip strings one by one.
 
         The loop uses local names only: it runs half a million times for a real vocabulary.
         """
-        if count > (self.size - self.position) // 8:
-            raise self.fail(f"truncated: {count:,} strings do not fit into the rest of the file")
-        start = position = self.position
-        known = _last_strings.get(count)
-        if known and self.buffer[start : start + len(known)] == known:
-            self.skip(len(known))
-            return
-        limit = self.size - 8
+        position = self.position
         unpack = U64.unpack_from
         buffer = self.buffer
+        limit = len(buffer) - 8
         for _ in range(count):
             if position > limit:
-                raise self.fail("truncated: a string runs past the end of the file")
+                self.position = position
+                self.fill(position + 8)
+                limit = len(buffer) - 8
             position += 8 + unpack(buffer, position)[0]
-        self.skip(position - start)
-        if count > 10_000 and position <= len(buffer):
-            _last_strings[count] = buffer[start:position]
+        self.skip(position - self.position)
 
     def parse_tensor(self) -> tuple[TensorInfo, int]:
         """A tensor's entry and the offset of its data."""
@@ -369,6 +445,10 @@ class _Parser:
             tensors[info.name] = info
             ranges[info.name] = FileRange(self.path, start + offset, info.size)
             expected = aligned(offset + info.size)
+        if self.size > start + expected:
+            raise GgufError(
+                f"{self.path}: has {self.size - start - expected:,} bytes after its last tensor"
+            )
         return Gguf(self.path, metadata, tensors=tensors, ranges=ranges)
 
     def measured(self, info: TensorInfo, stored: int) -> TensorInfo:

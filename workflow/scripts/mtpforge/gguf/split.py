@@ -65,8 +65,10 @@ def shards(path: Path) -> list[Gguf]:
         raise GgufError(
             f"{path}: is one of {count} files: give the first, named NAME-00001-of-{count:05}.gguf"
         )
-    others = shard_names(match[1], count)[1:]
-    files = [first, *(reader.read(path.with_name(name)) for name in others)]
+    files = [first]
+    for name in shard_names(match[1], count)[1:]:
+        files.append(reader.read(path.with_name(name)))
+        _check_headers(files)
     _check_shards(files)
     return files
 
@@ -74,6 +76,13 @@ def shards(path: Path) -> list[Gguf]:
 def files_of(opened: Gguf) -> list[Path]:
     """The files of a GGUF that `read` opened, in order."""
     return sorted({opened.path, *(place.path for place in opened.ranges.values())})
+
+
+def _check_headers(files: Sequence[Gguf]) -> None:
+    """Limit what all headers take together as that of a single file is limited."""
+    size = sum(reader.header_range(file).size for file in files)
+    if size > reader.HEADER_LIMIT or sum(len(file.tensors) for file in files) > reader.MOST_TENSORS:
+        raise GgufError(f"{files[0].path}: its shards have larger headers than any real model")
 
 
 def _check_shards(files: Sequence[Gguf]) -> None:

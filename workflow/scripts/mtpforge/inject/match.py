@@ -195,7 +195,8 @@ def same_value(base: Gguf, key: str, head: Gguf) -> bool:
 
 def _is_everywhere(value: Any, array: Any, opened: Gguf) -> bool:
     """Whether an array has this value for each block."""
-    return bool(array == [value] * opened.head_blocks.stop)
+    is_list = isinstance(array, list) and len(array) == opened.head_blocks.stop
+    return is_list and all(item == value for item in array)
 
 
 def _check_converter(base: Gguf, head: Gguf) -> None:
@@ -325,11 +326,12 @@ def _token_difference(
     theirs = _texts(expected, Keys.Tokenizer.LIST)
     if ours is None or theirs is None or _agree(ours, theirs):
         return None
-    pairs = list(zip(ours.decode(), theirs.decode(), strict=False))
-    differing = [
-        Difference(f"token {i}", our, their) for i, (our, their) in enumerate(pairs) if our != their
-    ]
-    return differing[0] if 100 * len(differing) > len(pairs) else None
+    pairs = enumerate(zip(ours.decode(), theirs.decode(), strict=False))
+    differing = [(i, our, their) for i, (our, their) in pairs if our != their]
+    if 100 * len(differing) <= min(len(ours), len(theirs)):
+        return None
+    number, our, their = differing[0]
+    return Difference(f"token {number}", our, their)
 
 
 def _agree(ours: Value, theirs: Value) -> bool:

@@ -2,9 +2,12 @@
 
 import os
 import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
@@ -44,7 +47,7 @@ def compute(model: Path, text: Path, out: Path, llama: LlamaCpp) -> None:
             if "you need at least" in str(error):
                 raise _too_short(text) from None
             raise
-        read(temporary)
+        check_values(temporary, read(temporary))
 
 
 def read(path: Path) -> dict[str, int]:
@@ -52,16 +55,38 @@ def read(path: Path) -> dict[str, int]:
 
     Reads both formats: GGUF, and the legacy one, commonly called .dat.
     """
-    return {name: values for name, (values, _) in _rows(path).items()}
+    return {name: row.values for name, row in _rows(path).items()}
+
+
+def check_values(path: Path, names: Collection[str]) -> None:
+    """Check sums and counts of these tensors: finite, not negative, not all counts zero.
+
+    An expert that no token reached has a count and sums of 0. Raises GgufError.
+    """
+    for name, row in _rows(path).items():
+        if name in names and (fault := _fault(row)):
+            raise GgufError(f"{path}: {name} {fault}: compute the importance matrix again")
 
 
 def digests(path: Path) -> dict[str, str]:
     """The sha256 of the sums and counts of each tensor. Raises GgufError."""
-    return {name: "".join(map(sha256, ranges)) for name, (_, ranges) in _rows(path).items()}
+    return {name: "".join(map(sha256, row.ranges)) for name, row in _rows(path).items()}
 
 
-Row: TypeAlias = tuple[int, list[FileRange]]
-"""The number of a tensor's values, and the byte ranges of its data."""
+@dataclass(frozen=True)
+class _Row:
+    """The data of a tensor: the number of its sums, and where they and their counts are."""
+
+    values: int
+    sums: FileRange
+    counts: FileRange
+    ranges: list[FileRange]
+    """All bytes of the row, for its digest."""
+    count_type: str = "<f4"
+
+
+_SLICE = 1 << 20  # sums checked at a time
+_MOST_COUNTS = 1 << 16  # one for each expert
 
 
 _HEAD = ("--nextn",)
@@ -84,8 +109,8 @@ def _too_short(text: Path) -> ConfigError:
     )
 
 
-def _rows(path: Path) -> dict[str, Row]:
-    with path.open("rb") as file:
+def _rows(path: Path) -> dict[str, _Row]:
+    with reader.open_file(path) as file:
         is_gguf = file.read(4) == reader.MAGIC
     rows = _read_gguf(path) if is_gguf else _read_legacy(path)
     if not rows:
@@ -100,7 +125,7 @@ _REQUIRED = {
 }
 
 
-def _read_gguf(path: Path) -> dict[str, Row]:
+def _read_gguf(path: Path) -> dict[str, _Row]:
     """Each tensor is stored as NAME.in_sum2 and NAME.counts.
 
     in_sum2 has a sum of squares for each column of each expert, counts a count for each expert.
@@ -117,34 +142,62 @@ def _read_gguf(path: Path) -> dict[str, Row]:
     return {name.removesuffix(".in_sum2"): _gguf_row(opened, name) for name in names}
 
 
-def _gguf_row(opened: Gguf, name: str) -> Row:
+def _gguf_row(opened: Gguf, name: str) -> _Row:
     sums = opened.tensors[name]
     counts = opened.tensors.get(f"{name.removesuffix('.in_sum2')}.counts")
-    if counts is None or sums.elements % counts.elements:
+    if counts is None or sums.elements % counts.elements or counts.elements > _MOST_COUNTS:
         raise GgufError(f"{opened.path}: {name} has no matching counts")
     if {sums.type, counts.type} != {GGMLQuantizationType.F32}:
         raise GgufError(f"{opened.path}: {name} or its counts are not F32")
-    return sums.elements, [opened.ranges[name], opened.ranges[counts.name]]
+    ranges = [opened.ranges[name], opened.ranges[counts.name]]
+    return _Row(sums.elements, ranges[0], counts=ranges[1], ranges=ranges)
 
 
-def _read_legacy(path: Path) -> dict[str, Row]:
+def _fault(row: _Row) -> str | None:
+    """A sentence's end that says what is wrong with the numbers of a row; None if nothing is."""
+    counts = np.concatenate([*_numbers(row.counts, row.count_type)]).astype(np.float64)
+    if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
+        return f"has the counts {counts[:4].tolist()}"
+    for sums in _numbers(row.sums):
+        if not np.isfinite(sums).all() or (sums < 0).any():
+            return "has sums of squares that are negative or not finite"
+    width = row.sums.size // counts.size
+    for expert in np.flatnonzero(counts == 0).tolist():
+        place = FileRange(row.sums.path, row.sums.offset + expert * width, width)
+        if any(sums.any() for sums in _numbers(place)):
+            return f"has sums for expert {expert}, but a count of 0"
+    return None
+
+
+def _numbers(place: FileRange, kind: str = "<f4") -> Iterator[np.ndarray]:
+    """Yield the numbers of a range in slices. Raises GgufError if the file has become shorter."""
+    for start in range(0, place.size, 4 * _SLICE):
+        count = min(4 * _SLICE, place.size - start) // 4
+        found = np.fromfile(place.path, kind, count, offset=place.offset + start)
+        if found.size < count:
+            raise GgufError(f"{place.path}: truncated while it was read")
+        yield found
+
+
+def _read_legacy(path: Path) -> dict[str, _Row]:
     """Little-endian int32 and float32.
 
     The number of entries, each entry's name, calls and values, then calls and data set.
     """
-    rows: dict[str, Row] = {}
-    with path.open("rb") as file:
+    rows: dict[str, _Row] = {}
+    with reader.open_file(path) as file:
         legacy = _Legacy(path, file)
-        for _ in range(legacy.number()):
+        for _ in range(legacy.entries()):
             name = legacy.name()
-            if name in rows or not name.isprintable():
+            if name in rows or not name or not name.isprintable():
                 raise GgufError(
                     f"{path}: not an importance matrix: duplicate or invalid tensor name {name!r}"
                 )
             rows[name] = legacy.row()
         if not legacy.at_end():  # some files end here
             legacy.number()
-            legacy.length(legacy.number(), 1)
+            legacy.skip(legacy.number(), 1)
+            legacy.check_end()
     return rows
 
 
@@ -159,18 +212,41 @@ class _Legacy:
     def number(self) -> int:
         return int.from_bytes(self.file.read(self.length(4, 1)), "little", signed=True)
 
+    def entries(self) -> int:
+        count = self.number()
+        if count > reader.MOST_TENSORS:
+            raise self._invalid(count)
+        return count
+
     def name(self) -> str:
         size = self.number()
         if size > NAME_LIMIT:
             raise self._invalid(size)
-        return self.file.read(self.length(size, 1)).decode("utf-8", errors="replace")
+        return self.file.read(self.length(size, 1)).decode("utf-8", errors="backslashreplace")
 
-    def row(self) -> Row:
+    def row(self) -> _Row:
         start = self.file.tell()
         self.number()  # calls
         values = self.number()
-        end = self.file.seek(self.length(values, 4), os.SEEK_CUR)
-        return values, [FileRange(self.path, start, end - start)]
+        if values < 1:
+            raise self._invalid(values)
+        size = self.skip(values, 4)
+        return _Row(
+            values,
+            sums=FileRange(self.path, start + 8, size),
+            counts=FileRange(self.path, start, 4),
+            ranges=[FileRange(self.path, start, 8 + size)],
+            count_type="<i4",
+        )
+
+    def skip(self, count: int, unit: int) -> int:
+        size = self.length(count, unit)
+        self.file.seek(size, os.SEEK_CUR)
+        return size
+
+    def check_end(self) -> None:
+        if not self.at_end():
+            raise self._invalid(self.size - self.file.tell())
 
     def at_end(self) -> bool:
         return self.file.tell() == self.size

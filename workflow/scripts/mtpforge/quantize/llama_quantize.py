@@ -63,6 +63,8 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
         with llama.log.open("a", encoding="utf-8") as log:
             log.write(f"{table}\n")
     mixture.check_imatrix(source, chosen, request=request, rows=rows)
+    if request.imatrix:
+        imatrix.check_values(request.imatrix, source.tensors.keys())
     return chosen
 
 

@@ -89,7 +89,8 @@ def check_imatrix(
         for name in unfit
         if quant_types.needs_imatrix(name, chosen[name].name, request.file_type)
     ]
-    if wrong or (request.imatrix and not rows.keys() & source.tensors.keys()):
+    too_large = sum(rows.values()) > sum(info.elements for info in source.tensors.values())
+    if wrong or too_large or (request.imatrix and not rows.keys() & source.tensors.keys()):
         raise ConfigError(
             f"{request.imatrix}: importance matrix of another model: {source.path} has no matching "
             f"{_some(wrong or list(rows))}"
