@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from mtpforge.errors import ForgeError, ToolchainError
+from mtpforge.errors import ForgeError, ToolchainError, printable
 
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
 
@@ -33,7 +33,8 @@ def run(main: Callable[[], None]) -> None:
         shortened = text[:_LONGEST_MESSAGE] + " ..." if len(text) > _LONGEST_MESSAGE else text
         sys.exit(f"error: {shortened}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+        place = error.filename or "file system"
+        sys.exit(printable(f"error: {place}: {error.strerror or error}"))
     except MemoryError:
         sys.exit("error: out of memory")
     except KeyboardInterrupt:

@@ -4,8 +4,22 @@
 """
 
 
+def printable(text: str) -> str:
+    """Text with control characters, which could command a terminal, written as escapes."""
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
 class ForgeError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(ForgeError):

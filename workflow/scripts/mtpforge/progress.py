@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mtpforge.errors import printable
+
 Show = Callable[[int, int], None]
 """Takes the bytes done and the total."""
 
@@ -24,12 +26,12 @@ def bar(label: str) -> Iterator[Show]:
 
 def say(line: str) -> None:
     """Print a note on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class _Bar:
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = printable(label)
         self.terminal = sys.stderr.isatty()
         self.interval = 0.5 if self.terminal else 10.0
         self.start = self.last = time.monotonic()

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtpforge.errors import printable
+
 
 def size(count: int) -> str:
     """Bytes for people, in powers of ten as the Hub shows them."""
@@ -17,6 +19,7 @@ def size_of(path: Path) -> str:
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table, header first; the first `left` columns are left-aligned, the rest right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

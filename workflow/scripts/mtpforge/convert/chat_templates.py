@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import CheckpointError
-from mtpforge.io.text import read_json, read_text
+from mtpforge.io.text import TEMPLATE_LIMIT, read_json, read_text
 
 FOLDER = "additional_chat_templates"
 _CONFIG, _FILE, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
@@ -41,6 +41,11 @@ def additional(directory: Path) -> list[Path]:
     return sorted((directory / FOLDER).glob("*.jinja"))
 
 
+def read(path: Path, directory: Path) -> str:
+    """Return the template in a file of a checkpoint. Raises CheckpointError."""
+    return read_text(path, most=TEMPLATE_LIMIT, within=directory)
+
+
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / _CONFIG
     return read_json(path) if path.exists() else {}
@@ -53,8 +58,8 @@ def _candidates(directory: Path) -> dict[str, Templates]:
     if "chat_template" in settings:
         found[_CONFIG] = settings["chat_template"]
     if (path := directory / _FILE).exists():
-        more = [{"name": p.stem, "template": read_text(p)} for p in additional(directory)]
-        default = read_text(path)
+        more = [{"name": p.stem, "template": read(p, directory)} for p in additional(directory)]
+        default = read(path, directory)
         found[_FILE] = [{"name": "default", "template": default}, *more] if more else default
     if (path := directory / _JSON).exists():
         found[_JSON] = read_json(path).get("chat_template")

@@ -6,10 +6,11 @@ upstream's order.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
 from gguf import GGUFWriter, Metadata, size_label
 from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
@@ -28,8 +29,21 @@ from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.gguf.writer import write
+from mtpforge.io import text
 
 PARTS = ("all", "trunk", "head", "draft")
+
+_FROM_NAME = ("name", "organization", "basename", "finetune", "version", "size_label")
+"""What gguf-py derives from the model's name."""
+# gguf 0.19.0 does not know `repetition_penalty` yet; the pinned upstream does.
+_SAMPLING = {
+    name: name
+    for name in (
+        "sequence", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold",
+        "penalty_last_n", "penalty_repeat", "mirostat", "mirostat_tau", "mirostat_eta",
+    )
+} | {"temperature": "temp", "repetition_penalty": "penalty_repeat"}  # fmt: skip
+"""Key in generation_config.json -> gguf-py's name of the sampling default."""
 
 
 def convert(
@@ -135,35 +149,31 @@ def _model_metadata(checkpoint: Checkpoint, writer: GGUFWriter) -> Metadata:
     """Derive name, license, tags and sampling defaults from the model card, as gguf-py does."""
     directory = checkpoint.directory
     total, shared, experts, expert_count = writer.get_total_parameter_count()
+    card = _optional(directory / "README.md", text.read_front_matter)
+    config = text.read_json(directory / "config.json")
+    generation = _optional(directory / "generation_config.json", text.read_json)
     try:
-        metadata = Metadata.load(
-            model_path=directory, model_name=checkpoint.given_name, total_params=total
+        metadata = Metadata.apply_metadata_heuristic(
+            Metadata(), card, config, model_path=directory, total_params=total
         )
         if checkpoint.name != directory.name:
-            _rename(metadata, checkpoint, total)
-        # gguf 0.19.0 does not know this name of generation_config.json; the pinned upstream does.
-        generation = Metadata.load_generation_config(directory)
-        metadata.sampling_penalty_repeat = generation.get(
-            "repetition_penalty", metadata.sampling_penalty_repeat
-        )
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, yaml.YAMLError) as error:
+            right = Metadata.apply_metadata_heuristic(
+                Metadata(), card, config, model_path=Path(checkpoint.name), total_params=total
+            )
+            for key in _FROM_NAME:
+                setattr(metadata, key, getattr(right, key))
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{directory}: malformed README.md, generation_config.json or config.json ({reason})"
         ) from None
-    metadata.name = metadata.name or checkpoint.name
+    for name, key in _SAMPLING.items():
+        if name in generation:
+            setattr(metadata, f"sampling_{key}", generation[name])
+    metadata.name = checkpoint.given_name or metadata.name or checkpoint.name
     metadata.size_label = metadata.size_label or size_label(total, shared, experts, expert_count)
     return metadata
 
 
-def _rename(metadata: Metadata, checkpoint: Checkpoint, total: int) -> None:
-    """Replace what gguf-py derived from the folder's name by what it derives from the model's."""
-    card = Metadata.load_model_card(checkpoint.directory)
-    config = Metadata.load_hf_parameters(checkpoint.directory)
-    folder = Path(checkpoint.name)
-    right = Metadata.apply_metadata_heuristic(
-        Metadata(), card, config, model_path=folder, total_params=total
-    )
-    right.name = checkpoint.given_name or right.name
-    for key in ("name", "organization", "basename", "finetune", "version", "size_label"):
-        setattr(metadata, key, getattr(right, key))
+def _optional(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    return read(path) if path.exists() else {}

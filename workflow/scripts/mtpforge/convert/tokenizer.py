@@ -24,7 +24,7 @@ from mtpforge.convert.added_tokens import AddedTokens
 from mtpforge.convert.special_tokens import special_vocab
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf.metadata import Value
-from mtpforge.io.text import parse_json, read_text
+from mtpforge.io.text import MANY_ENTRIES, check_json, decode, parse_json, read_bytes
 from mtpforge.llama_cpp import pre_tokenizers
 
 # Upstream recognizes a pre-tokenizer by the ids of this text (convert_hf_to_gguf_update.py).
@@ -65,7 +65,10 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     if pre:
         pre_tokenizers.check(pre)
     path = directory / "tokenizer.json"
-    text = read_text(path)
+    content = read_bytes(path)
+    check_json(path, content, entries=MANY_ENTRIES)  # before the child reads it
+    text = decode(path, content)
+    del content
     # The package runs in a child process: it takes as long as everything else together, and a
     # hostile file may crash it.
     receiver, sender = Pipe(duplex=False)
@@ -73,7 +76,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     child.start()
     sender.close()
     try:
-        settings = parse_json(path, text)
+        settings = parse_json(path, text, entries=MANY_ENTRIES)
         merges = _merges(settings, path)
     except BaseException:
         child.kill()  # multiprocessing would end it in a way that prints a traceback

@@ -6,7 +6,6 @@ GGUF gets its name only if it has every tensor of the checkpoint's head, byte fo
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from mtpforge.convert.tensor_names import check_wrappers, is_buffer, left_out
 from mtpforge.convert.upstream_head import check_scales, check_types, count_blocks, vision_tensors
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
+from mtpforge.io import text
 from mtpforge.io.atomic import replacing
-from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import pre_tokenizers, process
 from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
@@ -56,7 +55,6 @@ _JSON = (
     "chat_template.json",
 )
 _COPIED = ("README.md", "chat_template.jinja", "merges.txt", "tokenizer.model")
-_COPIED_LIMIT = 100 << 20
 
 _METHODS = {
     "fp8": (),
@@ -167,10 +165,11 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
             _copy_json(checkpoint.directory / name, folder / name)
     for path in [checkpoint.directory / name for name in _COPIED]:
         if path.exists():
-            _copy_text(path, folder / path.name)
+            _copy_text(path, folder / path.name, checkpoint.directory)
     for path in chat_templates.additional(checkpoint.directory):
         (folder / chat_templates.FOLDER).mkdir(exist_ok=True)
-        _copy_text(path, folder / chat_templates.FOLDER / path.name)
+        target = folder / chat_templates.FOLDER / path.name
+        _copy_text(path, target, checkpoint.directory)
     return folder
 
 
@@ -221,18 +220,16 @@ def _hint(error: str, log: Path | None) -> str:
     return f"see {log}" if log else "--log FILE keeps the whole output"
 
 
-def _copy_text(source: Path, target: Path) -> None:
-    if not source.is_file() or source.stat().st_size > _COPIED_LIMIT:
-        limit = _COPIED_LIMIT >> 20
-        raise CheckpointError(f"{source}: not a regular file of at most {limit} MB")
-    shutil.copyfile(source, target)
+def _copy_text(source: Path, target: Path, directory: Path) -> None:
+    if source.name == "README.md":
+        text.read_front_matter(source)  # upstream reads it without limits
+    limit = text.TEMPLATE_LIMIT if source.suffix == ".jinja" else text.JSON_LIMIT
+    target.write_bytes(text.read_bytes(source, most=limit, within=directory))
 
 
 def _copy_json(source: Path, target: Path) -> None:
-    try:
-        target.write_text(json.dumps(_harmless(read_json(source))))
-    except RecursionError:
-        raise CheckpointError(f"{source}: is nested too deeply: not read") from None
+    entries = text.MANY_ENTRIES if source.name == "tokenizer.json" else text.ENTRIES
+    target.write_text(json.dumps(_harmless(text.read_json(source, entries=entries))))
 
 
 def _harmless(value: Any) -> Any:

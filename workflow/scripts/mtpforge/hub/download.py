@@ -55,8 +55,8 @@ def download(
 def read_text(listing: Listing, name: str) -> str:
     """Return the content of a small text file, without keeping it on disk. Raises DownloadError."""
     file = listing.files.get(name)
-    if file is None or file.bytes > text.TEXT_LIMIT:
-        limit = text.TEXT_LIMIT >> 20
+    if file is None or file.bytes > text.JSON_LIMIT:
+        limit = text.JSON_LIMIT >> 20
         raise DownloadError(f"{listing.label}: {name} is missing, or larger than {limit} MB")
     blob = cached(listing, name)
     if blob.is_file() and blob.stat().st_size == file.bytes:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
-from mtpforge.io.text import TEXT_LIMIT
+from mtpforge.errors import CheckpointError
+from mtpforge.io import text
 from mtpforge.publish.card_config import About
 
 TAGS = ("gguf", "mtp", "speculative-decoding")
@@ -50,12 +49,9 @@ def front_matter(about: About, checkpoint: Mapping[str, Any]) -> ModelCardData:
 def _load(path: Path) -> Mapping[str, Any]:
     """All front matter of a checkpoint's card; empty if there is none or it cannot be parsed."""
     try:
-        if not path.is_file() or path.stat().st_size > TEXT_LIMIT:
-            return {}
-        found = metadata_load(path)
-    except (ValueError, yaml.YAMLError, RecursionError):
+        return text.read_front_matter(path)
+    except CheckpointError:
         return {}  # the checkpoint's broken card must not stop ours
-    return found if isinstance(found, Mapping) else {}
 
 
 def _is_text(value: Any) -> bool:

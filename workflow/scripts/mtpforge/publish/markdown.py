@@ -5,17 +5,23 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from mtpforge.errors import printable
+
 _MARKUP = re.compile(r"([\\`*\[\]|~$]|\b_\B|\B_\b)")
 
 
 def escape(text: str) -> str:
     """Escape text so that Markdown shows it literally, even in a table."""
-    return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    return _MARKUP.sub(r"\\\1", html.escape(_line(text), quote=False))
 
 
 def code(text: str) -> str:
     """Text as inline code. Backticks are dropped from it."""
-    return f"`{' '.join(text.split()).replace('`', '')}`"
+    return f"`{_line(text).replace('`', '')}`"
+
+
+def _line(text: str) -> str:
+    return printable(" ".join(text.split()))
 
 
 def shell(*commands: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from mtpforge.errors import GgufError
 from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
-from mtpforge.io.text import read_json, read_text
+from mtpforge.io.text import TEMPLATE_LIMIT, read_json, read_text
 from mtpforge.verify import tensors
 from mtpforge.verify.metadata import TEMPLATE, templates_in
 from mtpforge.verify.request import Request
@@ -187,7 +187,10 @@ def _template_file(directory: Path) -> object:
     if (path := directory / "chat_template.jinja").exists():
         more = (directory / "additional_chat_templates").glob("*.jinja")
         named = {"default": path} | {other.stem: other for other in more}
-        return [{"name": name, "template": read_text(file)} for name, file in named.items()]
+        return [
+            {"name": name, "template": read_text(file, most=TEMPLATE_LIMIT, within=directory)}
+            for name, file in named.items()
+        ]
     path = directory / "chat_template.json"
     return read_json(path).get("chat_template") if path.exists() else None
 
