@@ -1,9 +1,10 @@
 """config.yaml is strict: a mistake is refused with the path of its key and what would be right."""
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
@@ -14,7 +15,9 @@ from mtpforge.rules import config_checks, schema
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Config, Model, parse
 from mtpforge.rules.fields import Entry
+from mtpforge.rules.local_paths import LocalPath
 from mtpforge.rules.variant import HubGguf, ImatrixText, OwnBase, Variant
+from pydantic import Field, TypeAdapter
 
 REVISION = "0" * 40
 HUB = {"repo": "Owner/Name", "revision": REVISION}
@@ -111,7 +114,7 @@ def test_a_recipe_by_name_is_the_recipe() -> None:
 
 
 def test_types_that_need_an_importance_matrix_are_allowed_with_one() -> None:
-    imatrix = {"text": "a.txt"}
+    imatrix = {"text": "tests/checkpoints/held-out.txt"}
     mixed = {"type": "Q4_0", "tensors": {"a": "IQ3_XXS"}, "imatrix": imatrix}
     Build(config({"variants": {"IQ2_M": {"imatrix": imatrix}, "a": mixed}}))
 
@@ -138,6 +141,60 @@ def test_a_low_bit_head_is_warned_of_once(capsys: pytest.CaptureFixture[str]) ->
     Build(config(head="Q4_K"))
     assert capsys.readouterr().err == ""
     assert config_checks.low_bit_heads(parse({**config(head="IQ3_S"), "build": []})) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"variants": {"a": {"base": {"path": "no.gguf"}}}},
+            "m/variants/a/base/path: no such file",
+        ),
+        (
+            {"variants": {"a": {"base": {"path": "b-00001-of-00002.gguf"}}}},
+            "m/variants/a/base/path: no such file: .*b-00002-of-00002.gguf",
+        ),
+        ({"variants": {"a": {"base": {"path": "pipe.gguf"}}}}, "base/path: not a regular file"),
+        (
+            {"variants": {"Q8_0": {"imatrix": {"text": "no"}}}},
+            "imatrix/text: no such file: no",
+        ),
+        (
+            {"variants": {"Q8_0": {"imatrix": {"path": "no"}}}},
+            "imatrix/path: no such file: no",
+        ),
+        (
+            {"variants": {"Q4_0": {"base": {"type": "Q4_0"}, "head_from": {"path": "no"}}}},
+            "models/m/variants/Q4_0/head_from/path: no such folder: no",
+        ),
+        ({"head_from": {"path": "no"}}, "models/m/head_from/path: no such folder: no"),
+        ({"measure": {"text": "no"}}, "models/m/measure/text: no such file: no"),
+        ({"measure": {"text": "."}}, "models/m/measure/text: not a regular file: ."),
+        ({"prompts": "no"}, "models/m/prompts: no \\*.txt files in no"),
+    ],
+)
+def test_every_path_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "workflow").symlink_to(ROOT / "workflow")
+    (tmp_path / "b-00001-of-00002.gguf").touch()
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ConfigError, match=message):
+        Build(config(entry))
+
+
+def test_programs_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="toolchain/llama_cpp/bin_dir: no such folder: no"):
+        Build({**config(), "toolchain": {"llama_cpp": {"bin_dir": "no"}}})
+
+
+def test_each_key_that_names_a_path_gives_one() -> None:
+    for entry in entries():
+        for name, field in entry.model_fields.items():
+            if name in ("path", "text", "prompts", "bin_dir"):
+                kind: Any = TypeAdapter(Annotated[(field.annotation, Field(), *field.metadata)])
+                assert isinstance(kind.validate_python("x/y.gguf"), LocalPath), entry
 
 
 VARIANT = "models/m/variants/Q4_K_M"

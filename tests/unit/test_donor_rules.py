@@ -11,6 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.hub.listing import File, Listing
 from mtpforge.rules.build import Build
+from mtpforge.rules.local_paths import FileOnDisk
 
 REVISION = "0" * 40
 DONOR = {"repo": "Owner/Original", "revision": REVISION}
@@ -22,7 +23,9 @@ WORK = "results/m/work"
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository, as if the files that configurations here name were there."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(FileOnDisk, "problem", lambda path: None)
 
 
 def build(checkpoints: Any = None, **model: Any) -> Build:

@@ -11,6 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.fetch import checked_record
+from mtpforge.rules.local_paths import FileOnDisk
 from mtpforge.rules.variant import HubRepository
 
 REVISION = "0" * 40
@@ -20,7 +21,9 @@ WORK = "results/m/work"
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository, as if the files that configurations here name were there."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(FileOnDisk, "problem", lambda path: None)
 
 
 def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from mtpforge.rules.fields import (
     ModelName,
     OutputName,
     PreTokenizer,
+    ProgramsFolder,
+    Prompts,
     Recipe,
     Repository,
     ServeOption,
@@ -170,8 +172,9 @@ class Model(Entry):
             " w - 1. By default a norm in doubt is an error."
         ),
     )
-    prompts: str = Field(
+    prompts: Prompts = Field(
         default="workflow/prompts",
+        validate_default=True,
         description="Folder of *.txt prompts that every file must draft on.",
     )
     min_acceptance: float = Field(
@@ -313,7 +316,7 @@ class Model(Entry):
 class LlamaCppPrograms(Entry):
     """llama.cpp's programs."""
 
-    bin_dir: str = Field(
+    bin_dir: ProgramsFolder = Field(
         default="",
         description=(
             "Folder with llama.cpp programs that are already built, for example with CUDA."

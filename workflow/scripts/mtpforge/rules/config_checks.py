@@ -1,13 +1,12 @@
 """Checks of `config.yaml` that involve several keys, or files on this machine."""
 
 from collections import Counter
-from pathlib import Path
 
 from mtpforge import progress
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
-from mtpforge.rules import layout
+from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.variant import LocalFolder, Variant
 
@@ -34,6 +33,9 @@ def check(config: Config) -> None:
                 where = f"{path}/variants/{key}/base" if model.adopts(variant) else f"{path}/source"
                 _refuse(f"{where}/path", f"file names start with the {what}'s name: rename it")
     _check_chosen(config)
+    for key, local in local_paths.find(config.toolchain, "toolchain"):
+        if problem := local.problem():
+            _refuse(key, problem)
     for model in config.chosen:
         _check_files(f"models/{model.key}", model)
     _check_repositories(config)
@@ -158,17 +160,11 @@ def _check_files(path: str, model: Model) -> None:
             "a GGUF is not a checkpoint: name the checkpoint here, and give a variant"
             f" `base: {{path: {model.source.path}}}` to inject its head",
         )
-    sources = {"source": model.source if model.uses_source else None, "head_from": model.head_from}
-    for key, variant in model.variants.items():
-        sources[f"variants/{key}/head_from"] = variant.head_from
-    for place, source in sources.items():
-        if isinstance(source, LocalFolder) and not Path(source.path).is_dir():
-            _refuse(f"{path}/{place}/path", f"no such folder: {source.path}")
-    text = model.measure and model.measure.text
-    if text and not Path(text).is_file():
-        _refuse(f"{path}/measure/text", f"no such file: {text}")
-    if not any(Path(model.prompts).glob("*.txt")):
-        _refuse(f"{path}/prompts", f"no *.txt files in {model.prompts}")
+    unused = "" if model.uses_source else f"{path}/source/"
+    for key, local in local_paths.find(model, path):
+        problem = None if unused and key.startswith(unused) else local.problem()
+        if problem:
+            _refuse(key, problem)
 
 
 def _check_repositories(config: Config) -> None:

@@ -24,6 +24,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
+from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath
 
 
 class Entry(BaseModel):
@@ -222,15 +223,21 @@ Folder = Annotated[
     _matching(
         r"[^{}]*[^/.{}]/*", "must not end in '.', because file names begin with its last part"
     ),
-    AfterValidator(lambda path: path.rstrip("/")),
+    AfterValidator(lambda path: FolderPath(path.rstrip("/"))),
 ]
 OutputName = Annotated[
     str, _matching(_FILE_NAME, "cannot begin a file name: use letters, digits, '.', '_' and '-'")
 ]
 GgufPath = Annotated[
-    str, _HOME, _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf")
+    str,
+    _HOME,
+    _matching(r"[^{}]+\.gguf", "is not a GGUF: write a path that ends in .gguf"),
+    AfterValidator(FileOnDisk),
 ]
-FilePath = Annotated[str, _HOME, _matching(r"[^{}]+", "is not a path: it is empty or has braces")]
+_PLAIN_PATH = _matching(r"[^{}]+", "is not a path: it is empty or has braces")
+FilePath = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(FileOnDisk)]
+Prompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
+ProgramsFolder = Annotated[str, AfterValidator(lambda path: FolderPath(path) if path else path)]
 Size = Annotated[
     str,
     _matching(

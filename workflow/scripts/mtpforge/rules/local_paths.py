@@ -1,0 +1,79 @@
+"""Paths of `config.yaml` to files and folders on this machine.
+
+A path is a string of a class of its own, so that `find` finds all of them by their kind: a new key
+cannot be forgotten.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from mtpforge.gguf.file_names import gguf_files
+
+
+class LocalPath(str):
+    """A path to something that must be on this machine."""
+
+    __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+        raise NotImplementedError
+
+
+class FolderPath(LocalPath):
+    """The path of a folder; `~` is the home folder where the key allows it."""
+
+    __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+        folder = Path(self).expanduser()
+        return None if folder.is_dir() else f"no such folder: {self}"
+
+
+class PromptsPath(LocalPath):
+    """The path of a folder of prompts."""
+
+    __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+        prompts = sorted(Path(self).glob("*.txt"))
+        problems = (_file_problem(path) for path in prompts)
+        return next(filter(None, problems), None) if prompts else f"no *.txt files in {self}"
+
+
+class FileOnDisk(LocalPath):
+    """The path of a file; of a split GGUF, that of its first one."""
+
+    __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it, or another file of a split GGUF, cannot be used; None if all can."""
+        path = Path(self)
+        problems = (_file_problem(path.parent / name) for name in gguf_files(path.name))
+        return next(filter(None, problems), None)
+
+
+def find(value: object, at: str) -> Iterator[tuple[str, LocalPath]]:
+    """All local paths in a part of the configuration, each with the path of its key."""
+    if isinstance(value, LocalPath):
+        yield at, value
+    elif isinstance(value, BaseModel):
+        for key in type(value).model_fields:
+            yield from find(getattr(value, key), f"{at}/{key}")
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from find(entry, f"{at}/{key}")
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from find(entry, f"{at}/{number}")
+
+
+def _file_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return f"not a regular file: {path}" if path.exists() else f"no such file: {path}"
+    return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
