@@ -3,6 +3,7 @@
 # parameters come from the module of the same name in workflow/scripts/mtpforge/rules/.
 import os
 import sys
+from pathlib import Path
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
 # `python` in a rule is the one that runs Snakemake, even if its environment is not activated.
@@ -17,8 +18,14 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import console
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code
+from mtpforge.rules.config import check_file
 
 terminal = console.attach(workflow)
+
+try:
+    check_file(Path("config.yaml"))
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
 
 
 configfile: "config.yaml"

@@ -208,10 +208,10 @@ def parse_yaml(path: Path, text: str, error: Failure, aliases: bool = False) -> 
     if len(text) > YAML_LIMIT:
         raise error(f"{path}: more than {YAML_LIMIT >> 20} MB of YAML, so not read")
     try:
-        _check_events(yaml.parse(text, Loader=_Loader), aliases)
-        if aliases:
-            _check_expanded(yaml.compose(text, Loader=_Loader))
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # a safe loader
+        _check_events(yaml.parse(text, Loader=_LOADER), aliases)
+        root = yaml.compose(text, Loader=_LOADER)
+        _check_nodes(root)
+        return root and _LOADER("").construct_document(root)
     except (ValueError, OverflowError, TypeError, RecursionError, yaml.YAMLError) as reason:
         raise error(f"{path}: cannot be read as YAML ({reason})") from None
 
@@ -230,15 +230,7 @@ def read_front_matter(path: Path, error: Failure = CheckpointError) -> dict[str,
     return value if isinstance(value, dict) else {}
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader that refuses keys that repeat."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        _refuse_twice(written)
-        return dict(super().construct_mapping(node, deep))
-
-
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LONG_PLAIN_NUMBER = re.compile(r"[0-9_.:eE+-]+")
 
 
@@ -265,8 +257,8 @@ def _is_long_number(event: yaml.ScalarEvent) -> bool:
     return plain and _LONG_PLAIN_NUMBER.fullmatch(event.value) is not None
 
 
-def _check_expanded(root: yaml.Node | None) -> None:
-    """Raise ValueError if a document is too long once its aliases are followed."""
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Raise ValueError if a document repeats a key, or is too long once aliases are followed."""
     counts: dict[int, int] = {}
 
     def count(node: yaml.Node) -> int:
@@ -274,6 +266,7 @@ def _check_expanded(root: yaml.Node | None) -> None:
             counts[id(node)] = YAML_ENTRIES  # if it contains itself
             inner = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
+                _refuse_twice([key.value for key, _ in inner if isinstance(key, yaml.ScalarNode)])
                 inner = [each for pair in inner for each in pair]
             counts[id(node)] = 1 + sum(map(count, inner))
         return counts[id(node)]

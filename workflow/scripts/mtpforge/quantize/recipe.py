@@ -1,21 +1,28 @@
 """Recipes: which tensors get which types, and how recipes become overrides of llama-quantize."""
 
 import re
-from collections.abc import Sequence
+import signal
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-import yaml
+from typing import NoReturn
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf
+from mtpforge.io import text
 
 NO_HEAD = "none"
 """Given instead of a head type to leave the head out."""
 
 Recipe = Sequence[tuple[str, str]]
 """Ordered (pattern, tensor type); the first pattern found in a tensor's name decides."""
+
+MATCHING = 0.25
+"""CPU seconds for the patterns of a recipe; thousands of names take a hundredth of it."""
+_LONGEST = 1000
+"""Characters of a pattern."""
 
 
 def plan_overrides(
@@ -29,7 +36,7 @@ def plan_overrides(
     quant_types.check_file_type(file_type)
     _check_source(source)
     for pattern, _ in recipe:
-        if not any(re.search(pattern, name) for name in source.tensors):
+        if not _found(pattern, source.tensors):
             raise ConfigError(
                 f"tensor pattern {pattern!r} matches no tensor of {source.path}: check its spelling"
             )
@@ -41,7 +48,20 @@ def plan_overrides(
                 f"leave them out, or set the head to {file_type}"
             )
         return []
-    return [(rf"^{re.escape(name)}$", kind) for name, kind in types.items()] + list(recipe)
+    return [*_exact(types.items()), *_bounded(source, recipe)]
+
+
+def _exact(types: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(rf"^{re.escape(name)}$", kind) for name, kind in types]
+
+
+def _bounded(source: Gguf, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """A recipe for llama-quantize, whose search for a pattern that repeats might never end."""
+    for pattern, kind in recipe:
+        if set("*+?{").isdisjoint(pattern):
+            yield pattern, kind
+        else:
+            yield from _exact((name, kind) for name in _found(pattern, source.tensors))
 
 
 def _check_source(source: Gguf) -> None:
@@ -68,17 +88,45 @@ def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
     """The type of each matrix of the head. Raises ConfigError for a pattern without a match."""
     names = [name for name, info in source.head.tensors.items() if quantizable(info)]
     for pattern, _ in recipe:
-        if names and not any(re.search(pattern, name) for name in names):
+        if names and not _found(pattern, names):
             raise ConfigError(
                 f"tensor pattern {pattern!r} matches no matrix of the head, which has "
                 f"{', '.join(names)}"
             )
-    return {name: kind for name in names if (kind := by_recipe(name, recipe))}
+    return by_recipe(names, recipe)
 
 
-def by_recipe(name: str, recipe: Recipe) -> str | None:
-    """The type of the first pattern that is found in a tensor's name; None if there is no match."""
-    return next((kind for pattern, kind in recipe if re.search(pattern, name)), None)
+def by_recipe(names: Collection[str], recipe: Recipe) -> dict[str, str]:
+    """The type of each name in which a pattern is found: that of the first such pattern.
+
+    Raises ConfigError for a pattern that takes too long.
+    """
+    found: dict[str, str] = {}
+    for pattern, kind in reversed(recipe):
+        found |= dict.fromkeys(_found(pattern, names), kind)
+    return {name: found[name] for name in names if name in found}
+
+
+def _found(pattern: str, names: Collection[str]) -> list[str]:
+    """The names in which a pattern is found. Raises ConfigError if that takes too long."""
+    with _limited(pattern):
+        return [name for name in names if re.search(pattern, name)]
+
+
+@contextmanager
+def _limited(pattern: str) -> Iterator[None]:
+    """End a search after `MATCHING` seconds: `re` looks for signals while it backtracks."""
+
+    def stop(*_: object) -> NoReturn:
+        raise ConfigError(f"tensor pattern {pattern!r} takes too long to match: simplify it")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MATCHING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def default_head(file_type: str) -> str:
@@ -96,13 +144,16 @@ def check_pattern(pattern: str) -> None:
 
     It converts patterns to lower case, and splits its file at white space and `=`.
     """
-    if not pattern or re.search(r"[\s=]", pattern) or pattern != pattern.lower():
+    plain = pattern.isprintable() and pattern == pattern.lower()
+    if not pattern or re.search(r"[\s=]", pattern) or not plain:
         raise ConfigError(
             f"tensor pattern {pattern!r}: must be lower case, without white space or '='"
         )
+    if len(pattern) > _LONGEST:
+        raise ConfigError(f"tensor pattern {pattern[:50]!r}...: more than {_LONGEST} characters")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"tensor pattern {pattern!r} is not a regular expression ({error})"
         ) from None
@@ -115,10 +166,8 @@ def read_recipe(path: Path | None) -> Recipe:
     """
     if path is None:
         return ()
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    content = text.read_text(path, ConfigError, most=text.YAML_LIMIT, within=text.ANYWHERE)
+    table = text.parse_yaml(path, content, ConfigError)
     is_mapping = isinstance(table, dict)
     if not is_mapping or not all(isinstance(word, str) for word in (*table, *table.values())):
         raise ConfigError(f"{path}: must map tensor patterns to types, as in `attn_.*: Q6_K`")

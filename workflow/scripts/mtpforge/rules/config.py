@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
+from mtpforge.io import text
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,
@@ -48,6 +49,16 @@ from mtpforge.rules.variant import (
 )
 
 
+def check_file(path: Path) -> None:
+    """Raise ConfigError for a file that Snakemake cannot read safely; aliases may be used."""
+    if not path.exists():  # then Snakemake has another one, or says that there is none
+        return
+    content = text.read_text(path, ConfigError, most=text.YAML_LIMIT, within=text.ANYWHERE)
+    value = text.parse_yaml(path, content, ConfigError, aliases=True)
+    if isinstance(value, dict) and "__use_yte__" in value:
+        raise ConfigError(f"{path}: __use_yte__: templates run code: not allowed here")
+
+
 def parse(config: Mapping[str, Any]) -> "Config":
     """The configuration with its defaults. Raises ConfigError for the first key that is wrong."""
     try:
@@ -74,7 +85,10 @@ class MeasureSettings(Entry):
         ),
     )
     repeats: int = Field(
-        default=3, ge=1, description="Warm requests per prompt; their median speed is reported."
+        default=3,
+        ge=1,
+        le=1000,
+        description="Warm requests per prompt; their median speed is reported.",
     )
     text: FilePath | None = Field(
         default=None,
@@ -86,6 +100,7 @@ class MeasureSettings(Entry):
     chunks: int = Field(
         default=16,
         ge=1,
+        le=100_000,
         description=(
             "Use at most this many chunks of 512 tokens of the text. BF16 logits take 0.13 GB of"
             " disk per chunk with a vocabulary of 248,320 tokens."

@@ -107,6 +107,8 @@ _OWN_OPTIONS = (
 def _check_serve(option: str) -> None:
     if not option:
         raise ConfigError("an empty option")
+    if not option.isprintable():
+        raise ConfigError(f"{option[:100]!r} has control characters")
     if re.fullmatch(_OWN_OPTIONS, option):
         raise ConfigError(f"{option} is set by mtpforge itself: remove it")
 
@@ -126,7 +128,16 @@ def _size_in(text: str) -> str:
     return re.sub(r"I?B$", "", text.upper().replace(" ", ""))
 
 
+def _check_path(path: str) -> None:
+    longest = max(map(len, path.encode().split(b"/")))
+    if not path.isprintable() or longest > 255:
+        raise ConfigError(
+            f"{path[:100]!r}: control characters, or a part of over 255 bytes: rename it"
+        )
+
+
 def _check_home(path: str) -> None:
+    _check_path(path)
     if path.startswith("~"):
         full = Path(path).expanduser()
         raise ConfigError(f"{path!r}: `~` is not expanded: write {full}")
@@ -237,7 +248,9 @@ GgufPath = Annotated[
 _PLAIN_PATH = _matching(r"[^{}]+", "is not a path: it is empty or has braces")
 FilePath = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(FileOnDisk)]
 Prompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
-ProgramsFolder = Annotated[str, AfterValidator(lambda path: FolderPath(path) if path else path)]
+ProgramsFolder = Annotated[
+    str, Checked(_check_path, {}), AfterValidator(lambda path: FolderPath(path) if path else path)
+]
 Size = Annotated[
     str,
     _matching(

@@ -15,11 +15,11 @@ def check_types(opened: Gguf, request: Request) -> Check:
     wrong = _file_type_problems(opened, request)
     head = {} if request.headless else opened.head.tensors
     types = head_recipe(request.head, request.head_tensors) if request.head and head else ()
-    for name, info in opened.tensors.items():
-        if not quantizable(info):
-            continue
-        asked = by_recipe(name, types if name in head else request.recipe)
-        if asked and info.type.name != quant_types.effective_type(asked, info.shape[-1]):
+    trunk = [name for name in opened.tensors if name not in head]
+    for name, asked in (by_recipe(trunk, request.recipe) | by_recipe(head, types)).items():
+        info = opened.tensors[name]
+        wanted = quant_types.effective_type(asked, info.shape[-1]) if quantizable(info) else ""
+        if wanted and info.type.name != wanted:
             wrong.append(f"{name} is {info.type.name}, not {asked}")
     detail = f"{len(opened.tensors)} tensors, head {request.head or 'at any type'}"
     return Check("types", not wrong, some(wrong) or detail)
