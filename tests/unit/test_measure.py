@@ -13,7 +13,7 @@ import pytest
 from conftest import CHECKPOINTS, ROOT
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, ToolchainError
-from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure import perplexity
@@ -195,8 +195,8 @@ def test_a_server_that_cannot_list_its_devices_is_an_error(
 ) -> None:
     (tmp_path / "llama-server").write_text("#!/bin/sh\nexec sleep 5\n")
     (tmp_path / "llama-server").chmod(0o755)
-    monkeypatch.setattr(programs, "DEVICES_LIMIT", 0.1)
-    with pytest.raises(ToolchainError, match="cannot list its devices"):
+    monkeypatch.setattr(process, "SILENCE", 0.1)
+    with pytest.raises(ToolchainError, match="llama-server printed nothing"):
         describe_machine(LlamaCpp(tmp_path))
 
 

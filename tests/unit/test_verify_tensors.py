@@ -229,7 +229,7 @@ def test_a_token_without_probabilities_is_not_skipped(
         "completion_probabilities": [entry(5, 6, 1.0), entry(897, 8, 2.0)],
     }
     monkeypatch.setattr(Server, "ask", lambda *_: answer)
-    choices = Server(0, 0).choices("prompt", 3)
+    choices = Server(Path(), None, 0).choices("prompt", 3)
     assert choices == [(5, 6, pytest.approx(1.0)), (178, None, 0.0), (897, 8, pytest.approx(2.0))]
     assert (
         running.check_same([[5, 178, 897]], [choices]).passed

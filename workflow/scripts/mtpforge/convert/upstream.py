@@ -98,7 +98,7 @@ def convert_upstream(
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
         folder = without_code(checkpoint, Path(scratch))
-        command: list[str | Path] = [python, "-I", RUNNER, *options, source]
+        command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]
         command += [folder, *PARTS[part], "--outfile", temporary]
         try:
             process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
@@ -255,7 +255,7 @@ def _leads_outside(key: str) -> bool:
 
 def _environment(home: Path) -> dict[str, str]:
     """Return upstream's environment: without our token, proxy, home and PYTHON* variables."""
-    passed = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+    passed = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     return {
         **{key: os.environ[key] for key in passed if key in os.environ},
         "HOME": str(home),

@@ -1,19 +1,38 @@
-"""Child processes that end with their caller and write to a log or into the error message."""
+"""Child processes that end with their caller and write to a log or into the error message.
+
+llama.cpp's programs get files of strangers: each is confined. It sees few variables of our
+environment, has no network, and its memory, its output and its silence have limits.
+"""
 
 import os
 import re
+import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mtpforge import progress
 from mtpforge.errors import ToolchainError
+from mtpforge.gguf.file_names import gguf_files
+from mtpforge.llama_cpp import confinement
+
+MEMORY = 4 << 30
+"""Bytes that a program may allocate, besides twice the size of its files and `MEMORY_PER_CORE`."""
+MEMORY_PER_CORE = 32 << 20
+"""Stacks of threads."""
+SILENCE = 75.0
+"""Seconds in which a program must print something, besides `SILENCE_PER_GB`."""
+SILENCE_PER_GB = 600.0
+"""IQ3_S takes 170 s per GB of BF16 on one core, and a disk of 25 MB/s takes 40 s to read it."""
+OUTPUT_LIMIT = 64 << 20
+"""Bytes that a program may print."""
 
 _STEP = re.compile(
     r"\[ *\d+/ *\d+\] \S+"  # llama-quantize: "[  12/ 441] blk.3.attn_q.weight"
@@ -25,6 +44,15 @@ _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")
 """The start of the last line of a Python traceback."""
 _INTERVAL = 10.0
 """Seconds between two lines of progress."""
+_LINE_LIMIT = 1 << 16
+_PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+_KEPT = re.compile(
+    r"PATH|TMPDIR|(DY)?LD_LIBRARY_PATH|GPU_DEVICE_ORDINAL"
+    r"|(CUDA|NVIDIA|HIP|ROCR|HSA|ONEAPI|SYCL|ZES?|VK)_.*"  # which device, and its driver
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|^(HF|AWS)_", re.IGNORECASE)
+_GPUS = ("/dev/nvidiactl", "/dev/kfd")
+"""Their drivers allocate by rules of their own."""
 
 
 @contextmanager
@@ -57,6 +85,37 @@ def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Pope
             raise
 
 
+def confined(
+    command: Sequence[str | Path],
+    size: int,
+    memory: bool = True,
+    network: bool = False,
+    written: int = 0,
+) -> list[str]:
+    """The command that starts a program confined.
+
+    `size` is that of its files. `written` limits each file that it writes, in bytes, 0 for no
+    limit. `memory` and `network` say whether memory is limited and the network is open.
+    """
+    limited = memory and not any(Path(device).exists() for device in _GPUS)
+    allowed = MEMORY + 2 * size + MEMORY_PER_CORE * (os.cpu_count() or 1)
+    limits = [allowed if limited else 0, written, int(network)]
+    launcher = [sys.executable, "-I", "-S", confinement.__file__, os.getpid(), *limits]
+    return [str(word) for word in [*launcher, *command]]
+
+
+def size_of(command: Sequence[str | Path], cwd: Path | None = None) -> int:
+    """Bytes of the files that a command line names, with all shards of a split GGUF."""
+    total = 0
+    for word in command[1:]:
+        path = (cwd or Path()) / word
+        with suppress(OSError, ValueError):  # no path, but a text
+            shards = map(path.with_name, gguf_files(path.name))
+            entries = path.iterdir() if path.is_dir() else shards
+            total += sum(entry.stat().st_size for entry in entries if entry.is_file())
+    return total
+
+
 def call(
     command: Sequence[str | Path],
     log: Path | None = None,
@@ -66,24 +125,22 @@ def call(
 ) -> None:
     """Run a program to its end, and append its output to `log`.
 
-    `environment` is the whole environment of the program, by default ours without LLAMA_ARG_*.
-    `name` is the program's name in messages. Raises ToolchainError with the program's reason.
+    `environment` is the program's, by default that of `clean_environment`. `name` is the program's
+    name in messages. Raises ToolchainError with the program's reason.
     """
-    name = name or Path(command[0]).name
     tail = deque[str](maxlen=8)
     shown = time.monotonic()
     with (
         (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
-        _reading(command, environment, cwd) as process,
+        _Program(command, environment, cwd, name).running() as program,
     ):
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in program.lines():
             kept.write(line)
             tail.append(line)
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()
-                progress.say(f"{name}: {step[0]}")
-    _raise_failure(process, name, tail)
+                progress.say(f"{program.name}: {step[0]}")
+        program.end(tail)
 
 
 def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
@@ -91,29 +148,109 @@ def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:
     printed = []
     with ExitStack() as stack:
         started = [
-            (Path(command[0]).name, stack.enter_context(_reading(command, None, cwd)))
-            for command in commands
+            stack.enter_context(_Program(command, cwd=cwd).running()) for command in commands
         ]
-        for name, process in started:
-            printed.append(process.communicate()[0])
-            _raise_failure(process, name, printed[-1].splitlines()[-8:])
+        for program in started:
+            printed.append("".join(program.lines()))
+            program.end(printed[-1].splitlines()[-8:])
     return printed
+
+
+def answer(command: Sequence[str | Path]) -> tuple[int, str]:
+    """The exit code and output of a short program. Raises ToolchainError if it does not end."""
+    with _Program(command).running() as program:
+        printed = "".join(program.lines())
+        return program.wait(), printed
 
 
 def knows(program: str | Path, option: str) -> bool:
     """Whether a program's --help has an option; --help may end with any exit code."""
-    with _reading([program, "--help"], None, None) as process:
-        return option in process.communicate()[0]
+    return option in answer([program, "--help"])[1]
 
 
-def environment() -> dict[str, str]:
-    """Our environment without LLAMA_ARG_*, which set defaults of llama.cpp's options."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
+def clean_environment() -> dict[str, str]:
+    """The variables of our environment that llama.cpp's programs get.
+
+    They find no home: llama-server would read its options from a file there.
+    """
+    kept = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key)}
+    compiled = Path.home() / ".nv" / "ComputeCache"  # kernels, which take minutes to compile
+    return {"CUDA_CACHE_PATH": str(compiled), **kept, "HOME": "/nonexistent", "LC_ALL": "C"}
+
+
+def without_secrets() -> dict[str, str]:
+    """Our environment without tokens and passwords, for compilers and their scripts."""
+    return {key: value for key, value in os.environ.items() if not _SECRET.search(key)}
+
+
+class _Program:
+    """A confined program whose output is read as text."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        size = size_of(command, cwd)
+        self.name = name or Path(command[0]).name
+        self.limit = SILENCE + SILENCE_PER_GB * size / 1e9
+        self._command = confined(command, size)
+        self._environment = clean_environment() if environment is None else environment
+        self._cwd = cwd
+
+    @contextmanager
+    def running(self) -> Iterator["_Program"]:
+        """Start the program; it has ended when the block is left."""
+        with running(
+            self._command, **_PIPES, env=self._environment, cwd=self._cwd
+        ) as self._process:
+            yield self
+
+    def lines(self) -> Iterator[str]:
+        """The lines that it prints, overlong ones in pieces. Raises ToolchainError at a limit."""
+        size = 0
+        rest = b""
+        while chunk := self._read():
+            size += len(chunk)
+            if size > OUTPUT_LIMIT:
+                raise ToolchainError(f"{self.name} printed over {OUTPUT_LIMIT >> 20} MB: ended")
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace") + "\n"
+            if len(rest) > _LINE_LIMIT:
+                yield rest.decode(errors="replace")
+                rest = b""
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def wait(self) -> int:
+        """The exit code. Raises ToolchainError if it closed its output, but does not end."""
+        try:
+            return self._process.wait(self.limit)
+        except subprocess.TimeoutExpired:
+            raise self._hangs() from None
+
+    def end(self, tail: Iterable[str]) -> None:
+        """Wait for its end. Raises ToolchainError, with a reason from `tail`, if it failed."""
+        if code := self.wait():
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise ToolchainError(f"{self.name} failed with {how}: {_reason(tail)}")
+
+    def _read(self) -> bytes:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], self.limit)[0]:
+            raise self._hangs()
+        return os.read(self._process.stdout.fileno(), 1 << 16)
+
+    def _hangs(self) -> ToolchainError:
+        return ToolchainError(f"{self.name} printed nothing for {self.limit:.0f} s: ended")
 
 
 def _reason(lines: Iterable[str]) -> str:
     """The most telling of a program's last lines: a traceback's end, an error, or the first."""
-    kept = [line.strip() for line in lines if line.strip()]
+    kept = [line.strip()[:500] for line in lines if line.strip()]
     errors = [line for line in kept if re.search(r"error|fail|^[\d.]+ E ", line, re.IGNORECASE)]
     exceptions = [line for line in kept if _EXCEPTION.match(line)]
     return next(iter([*exceptions[-1:], *errors, *kept]), "no output")
@@ -125,20 +262,3 @@ def _restore(handlers: Mapping[signal.Signals, Any], pending: Iterable[int]) -> 
         signal.signal(number, handler)
     for arrived in pending:
         signal.raise_signal(arrived)
-
-
-def _reading(
-    command: Sequence[str | Path], given: Mapping[str, str] | None, cwd: Path | None
-) -> AbstractContextManager["subprocess.Popen[str]"]:
-    """A child process whose output is read as text."""
-    env = environment() if given is None else given
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    words = [str(word) for word in command]
-    return running(words, **pipes, text=True, errors="replace", env=env, cwd=cwd)
-
-
-def _raise_failure(process: "subprocess.Popen[str]", name: str, tail: Iterable[str]) -> None:
-    code = process.returncode
-    if code:
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise ToolchainError(f"{name} failed with {how}: {_reason(tail)}")

@@ -7,7 +7,6 @@ starts llama-server with it, so that an edit of the server's protocol does not r
 import argparse
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,6 @@ BUFFER = ("--max-buffer-size", "256")
 
 The output is the same, but large tensors do not take gigabytes of memory: on a virtual machine,
 getting that much can take longer than quantizing."""
-
-DEVICES_LIMIT = 60.0
-"""Seconds that llama-server may take to list its devices."""
 
 Argument = str | int | Path
 
@@ -89,15 +85,8 @@ class LlamaCpp:
 
     def devices(self) -> tuple[str, ...]:
         """The devices that llama-server finds, as it lists them. Raises ToolchainError."""
-        command: list[str | Path] = [self.find("llama-server"), "--list-devices"]
-        try:
-            listed = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=DEVICES_LIMIT,
-                env=process.environment(),
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ToolchainError(f"llama-server cannot list its devices: {error}") from None
-        return tuple(re.findall(r"^  (\w+: .+)$", listed.stdout, re.MULTILINE))
+        listed = process.answer([self.find("llama-server"), "--list-devices"])[1]
+        return tuple(re.findall(r"^  (\w+: .+)$", listed, re.MULTILINE))
 
     def _call(self, command: Iterable[Argument], cwd: Path | None = None) -> None:
         process.call(list(map(_word, command)), self.log, cwd=cwd)

@@ -1,14 +1,12 @@
 """The version of llama.cpp's programs, as they print it."""
 
 import re
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.errors import ToolchainError
-
-_LIMIT = 60  # seconds
+from mtpforge.llama_cpp import process
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,10 @@ def version_of(folder: Path, programs: Iterable[str]) -> Version:
 
 def _ask(program: Path) -> Version | None:
     """A program's version; None if it starts but does not tell (llama-quantize)."""
-    try:
-        ended = subprocess.run(
-            [program, "--version"], capture_output=True, timeout=_LIMIT, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ToolchainError(f"{program}: does not run: {error}") from error
-    printed = (ended.stderr + ended.stdout).decode(errors="replace")
-    if ended.returncode not in (0, 1):  # a signal, or the loader's 127 for a missing library
+    code, printed = process.answer([program, "--version"])
+    if code not in (0, 1):  # a signal, or 127 for a missing library
         last = "\n".join(printed.rstrip().splitlines()[-3:])
-        raise ToolchainError(f"{program}: does not run (exit code {ended.returncode}):\n{last}")
+        raise ToolchainError(f"{program}: does not run (exit code {code}):\n{last}")
     pattern = r"^version: (\S+) \((?:build (?P<build>\d+), commit )?(\w+)\)$"
     found = re.search(pattern, printed, re.MULTILINE)
     if found is None:

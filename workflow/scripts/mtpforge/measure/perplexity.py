@@ -18,7 +18,7 @@ CONTEXT = 512
 ATTEMPTS = 12
 _HEADER = struct.Struct("<8s3i")
 """Of logits: magic, tokens of a chunk, tokens of the vocabulary, chunks."""
-_NUMBER = r"(-?[0-9]+\.[0-9]+)"
+_NUMBER = r"(-?[0-9]{1,30}\.[0-9]{1,30})"
 _DIVERGENCE = {
     "perplexity": rf"Mean PPL\(Q\) +: +{_NUMBER} ±",
     "mean": rf"Mean +KLD: +{_NUMBER} ±",

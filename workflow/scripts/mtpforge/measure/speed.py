@@ -179,9 +179,9 @@ class _Session:
         """Start the server, send the requests: a cold and a warm run. Raises ToolchainError."""
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "server.log"
-            with serve(
-                self.llama, self.path, log=log, options=[*_OPTIONS, *more, *self._drafting()]
-            ) as server:
+            options = [*_OPTIONS, *more, *self._drafting()]
+            # A user's options, such as a long context, may need more memory than a file does.
+            with serve(self.llama, self.path, log=log, options=options, memory=not more) as server:
                 answers = [server.completion(self.prompt, N_PREDICT) for _ in range(1 + repeats)]
                 self.memory = [peak for peak in [server.peak_memory()] if peak is not None]
                 positions = _positions(log, [answer.drafts for answer in answers])

@@ -177,7 +177,7 @@ def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
     picture = {"type": "image_url", "image_url": {"url": _PICTURE}}
     try:
         with _serve(request.target, ["--mmproj", str(opened.path)], llama) as server:
-            tokens = _prompt_tokens(server, text, picture) - _prompt_tokens(server, text)
+            tokens = server.prompt_tokens([text, picture]) - server.prompt_tokens([text])
     except ForgeError as error:
         return Check("vision", False, str(error))
     return Check("vision", tokens > 1, f"a picture adds {tokens} tokens to the prompt")
@@ -189,12 +189,6 @@ def _serve(model: Path, options: Sequence[str], llama: LlamaCpp) -> Iterator[Ser
         log = Path(scratch) / "server.log"
         with serve(llama, model, log=log, options=["--ctx-size", "4096", *options]) as server:
             yield server
-
-
-def _prompt_tokens(server: Server, *content: object) -> int:
-    messages = [{"role": "user", "content": content}]
-    answer = server.ask("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
-    return int(answer["usage"]["prompt_tokens"])
 
 
 def _counts(answers: Sequence[Completion]) -> tuple[int, int]:
