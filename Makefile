@@ -13,7 +13,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean help \
+.PHONY: all plan report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean help \
 	python compiler
 .SUFFIXES:
 
@@ -42,6 +42,9 @@ report: all ## build, then write report.html: pictures of speed, acceptance and 
 	@$(ACTIVE) snakemake --cores $(CORES) plots
 	@$(ACTIVE) snakemake --report report.html --report-stylesheet workflow/report/report.css plots
 	@echo "wrote report.html"
+
+plan: toolchain ## forecast downloads, sizes, disk, memory and time of config.yaml; MODELS="a b" for some models
+	@$(ACTIVE) python workflow/scripts/plan.py $(MODELS)
 
 toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain

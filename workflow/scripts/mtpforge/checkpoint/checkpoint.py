@@ -22,7 +22,7 @@ class Outline:
     """Configuration and tensors of a checkpoint without their values: enough to plan a conversion.
 
     `directory` is the checkpoint in messages: its folder, or its repository on the Hub. `files` are
-    the names of its files.
+    the names of its files, `given_name` is the model's name if it is not the folder's.
     """
 
     def __init__(
@@ -31,13 +31,20 @@ class Outline:
         config: dict[str, Any],
         tensors: dict[str, CheckpointTensor],
         files: Iterable[str] = (),
+        given_name: str | None = None,
     ) -> None:
         self.directory = directory
+        self.given_name = given_name
         self.config = config
         self.tensors = tensors
         self.files = frozenset(files)
         self.lost: dict[str, str] = {}
         """As in `Weights`."""
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.given_name or folder_name(self.directory)
 
     @property
     def architecture(self) -> str:
@@ -58,8 +65,7 @@ class Outline:
 class Checkpoint(Outline):
     """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
 
-    `given_name` is the model's name if it is not the folder's, `norms` the form of norms whose
-    values do not tell it ("w" or "w-1").
+    `norms` is the form of norms whose values do not tell it ("w" or "w-1").
     """
 
     def __init__(
@@ -71,18 +77,18 @@ class Checkpoint(Outline):
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         files = [path.name for path in folder.iterdir() if path.is_file()]
         weights = read_weights(folder)
-        super().__init__(folder, read_config(folder), tensors=weights.tensors, files=files)
+        super().__init__(
+            folder,
+            read_config(folder),
+            tensors=weights.tensors,
+            files=files,
+            given_name=given_name,
+        )
         self.lost = weights.lost
         self.beside = sorted(set(weight_files(folder)) - weights.files)
         """Other safetensors files in the folder: adapters, optimizer states, other sets."""
-        self.given_name = given_name
         self.norms = norms
         self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.given_name or folder_name(self.directory)
 
     @property
     def format(self) -> str:

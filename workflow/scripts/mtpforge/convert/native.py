@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from mtpforge import progress
-from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
@@ -102,7 +102,7 @@ def trunk(directory: Path) -> dict[str, TensorInfo]:
 
 
 def describe(
-    checkpoint: Checkpoint,
+    checkpoint: Outline,
     family: Family,
     hparams: Hparams,
     part: str,
@@ -145,7 +145,7 @@ def _encoded(key: str, entry: GGUFValue) -> Value:
         ) from None
 
 
-def _model_metadata(checkpoint: Checkpoint, writer: GGUFWriter) -> Metadata:
+def _model_metadata(checkpoint: Outline, writer: GGUFWriter) -> Metadata:
     """Derive name, license, tags and sampling defaults from the model card, as gguf-py does."""
     directory = checkpoint.directory
     total, shared, experts, expert_count = writer.get_total_parameter_count()

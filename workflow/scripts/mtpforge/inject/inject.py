@@ -132,7 +132,7 @@ def _check_norms(head: Gguf) -> None:
 
 def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
     """Return how many bytes and bits per weight the head adds. Raises ConfigError."""
-    infos = _planned(head, types)
+    infos = planned_head(head, types)
     size = sum(info.size for info in infos)
     bits = 8 * size / sum(info.elements for info in infos)
     before = sum(info.size for info in base.tensors.values())
@@ -144,7 +144,7 @@ def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
     )
 
 
-def _planned(head: Gguf, types: Recipe) -> list[TensorInfo]:
+def planned_head(head: Gguf, types: Recipe) -> list[TensorInfo]:
     """The head's tensors at the types that they will have."""
     asked = head_types(head, types) if types else {}
 
@@ -158,7 +158,7 @@ def _planned(head: Gguf, types: Recipe) -> list[TensorInfo]:
 def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gguf:
     """The head alone, at the types asked for. Raises GgufError, ConfigError, ToolchainError."""
     head = given.head
-    if not types or _planned(head, types) == list(head.tensors.values()):
+    if not types or planned_head(head, types) == list(head.tensors.values()):
         return head
     if types_of(head) != {"BF16"}:
         own = "/".join(sorted(types_of(head)))

@@ -49,14 +49,8 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     Raises ConfigError for impossible types, and for types that need an importance matrix which is
     missing or does not cover the tensor; GgufError for a source at types that are unknown.
     """
-    if unread := reader.unreadable(source):
-        raise GgufError(
-            f"{source.path}: has tensors at {', '.join(unread)}, which llama-quantize cannot read: "
-            "quantize a BF16 file"
-        )
-    overrides = plan_overrides(source, request.file_type, head=request.head, recipe=request.recipe)
     rows = imatrix.read(request.imatrix) if request.imatrix else {}
-    default, chosen = _dry_runs(source, request, overrides=overrides, llama=llama)
+    default, chosen = default_and_chosen_types(source, request, llama)
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if llama.log:
@@ -66,6 +60,23 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     if request.imatrix:
         imatrix.check_values(request.imatrix, source.tensors.keys())
     return chosen
+
+
+def default_and_chosen_types(
+    source: Gguf, request: QuantizeRequest, llama: LlamaCpp
+) -> tuple[Types, Types]:
+    """The types that llama-quantize would use by default, and with the request's recipes.
+
+    Reads no weights: the file of `source` need not exist. Raises ConfigError for impossible types,
+    GgufError for a source at types that are unknown.
+    """
+    if unread := reader.unreadable(source):
+        raise GgufError(
+            f"{source.path}: has tensors at {', '.join(unread)}, which llama-quantize cannot read: "
+            "quantize a BF16 file"
+        )
+    overrides = plan_overrides(source, request.file_type, head=request.head, recipe=request.recipe)
+    return _dry_runs(source, request, overrides=overrides, llama=llama)
 
 
 def run(

@@ -1,0 +1,216 @@
+"""A build is forecast before any weights are fetched: sizes to a few bytes, disk, memory, time."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CHECKPOINTS, MODELS, SCRIPTS
+from hub import COMMIT, Hub, serve
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.convert import native
+from mtpforge.forecast import files
+from mtpforge.forecast.machine import Machine, calibrated
+from mtpforge.forecast.steps import ModelForecast
+from mtpforge.gguf import reader
+from mtpforge.inject.inject import Options, inject
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize.llama_quantize import quantize
+from mtpforge.quantize.recipe import head_recipe
+from mtpforge.quantize.request import QuantizeRequest
+from mtpforge.rules.build import Build
+from mtpforge.rules.config import Model
+
+MODEL = "tiny-qwen3.5"
+MACHINE = Machine(threads=2, memory=8 << 30, disk=1e9, bandwidth=1e10)
+HEAD = head_recipe("Q8_0")
+NEAR = 64  # bytes: llama-quantize pads its header differently
+
+
+def bf16(name: str, folder: Path, part: str = "all") -> Path:
+    out = folder / f"{name}-{part}.gguf"
+    native.convert(CHECKPOINTS / name, out, part, tokenizer_pre="qwen35")
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("part", ["all", "trunk", "head", "draft"])
+def test_a_conversion_has_the_forecast_size(tmp_path: Path, name: str, part: str) -> None:
+    planned = files.converted(Checkpoint(CHECKPOINTS / name), part, "qwen35")
+    assert files.size(planned) == bf16(name, tmp_path, part).stat().st_size
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M"])
+def test_a_quant_has_the_forecast_size_and_types(
+    tmp_path: Path, toolchain: Path, name: str, file_type: str
+) -> None:
+    llama = LlamaCpp(toolchain)
+    request = QuantizeRequest(file_type, head=HEAD, recipe=(("ffn_down", "Q6_K"),))
+    made = tmp_path / "made.gguf"
+    quantize(bf16(name, tmp_path), made, request, llama)
+    source = files.converted(Checkpoint(CHECKPOINTS / name), "all", "qwen35")
+    planned = files.quantized(source, request, llama)
+    assert abs(files.size(planned) - made.stat().st_size) <= NEAR
+    right = {name: info.type for name, info in reader.read(made).tensors.items()}
+    assert {name: info.type for name, info in planned.tensors.items()} == right
+
+
+def test_an_injected_file_has_the_forecast_size(tmp_path: Path, toolchain: Path) -> None:
+    llama = LlamaCpp(toolchain)
+    base, made = tmp_path / "base.gguf", tmp_path / "made.gguf"
+    quantize(bf16(MODEL, tmp_path, "trunk"), base, QuantizeRequest("Q4_K_M"), llama)
+    inject(base, bf16(MODEL, tmp_path, "head"), made, Options(head_types=HEAD), llama)
+    checkpoint = Checkpoint(CHECKPOINTS / MODEL)
+    trunk = files.converted(checkpoint, "trunk", "qwen35")
+    planned_base = files.quantized(trunk, QuantizeRequest("Q4_K_M"), llama)
+    head = files.converted(checkpoint, "head")
+    planned = files.injected(planned_base, head, HEAD)
+    assert abs(files.size(planned) - made.stat().st_size) <= NEAR
+
+
+def test_an_importance_matrix_changes_the_types(toolchain: Path) -> None:
+    source = files.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
+    llama = LlamaCpp(toolchain)
+    sizes = [
+        files.size(files.quantized(source, QuantizeRequest("IQ3_XXS"), llama, covered))
+        for covered in (False, True)
+    ]
+    assert sizes[0] > sizes[1]
+
+
+# ── steps ──
+
+
+def model(**entries: Any) -> Model:
+    source = {"path": str(CHECKPOINTS / MODEL)}
+    prompts = str(CHECKPOINTS / MODEL / "prompts")
+    shared = {"source": source, "tokenizer_pre": "qwen35", "prompts": prompts}
+    config = {"models": {"m": {**shared, "variants": {"BF16": {}}, **entries}}}
+    return Build(config).config.models["m"]
+
+
+def forecast(toolchain: Path, machine: Machine = MACHINE, **entries: Any) -> ModelForecast:
+    checkpoint = Checkpoint(CHECKPOINTS / MODEL)
+    llama = LlamaCpp(toolchain)
+    return ModelForecast(
+        model(**entries), checkpoint, llama, machine=machine, prompts=3, base_size=lambda _: 0
+    )
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of the repository are not there."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_disk_holds_each_file_once(toolchain: Path) -> None:
+    """The published BF16 file is the converted one; a split one is a copy."""
+    found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
+    sizes = {file.name: file.bytes for file in found.files}
+    assert found.kept == found.peak == sum(sizes.values())
+    split = forecast(toolchain, variants={"BF16": {"split": "2M"}})
+    assert split.kept == 2 * split.files[0].bytes
+
+
+def test_pieces_take_scratch_space(toolchain: Path) -> None:
+    found = forecast(toolchain, variants={"Q4_K_M": {"pieces": 3}})
+    assert found.files[0].pieces == 3 and found.peak > found.kept
+
+
+def test_a_result_that_is_there_costs_nothing(toolchain: Path, tmp_path: Path) -> None:
+    before = forecast(toolchain).seconds
+    converted = tmp_path / "results/m/work/convert/all.gguf"
+    converted.parent.mkdir(parents=True)
+    converted.touch()
+    after = forecast(toolchain)
+    assert after.kept == 0 and after.seconds < before
+
+
+def test_a_job_takes_as_long_as_the_last_time(toolchain: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "benchmarks/m/convert-all.jsonl"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text('{"s": 1234.5}\n')
+    steps = {(step.stage, step.name): step for step in forecast(toolchain).steps}
+    assert steps["convert", "all"].seconds == 1234.5
+
+
+def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:
+    slow = replace(MACHINE, bandwidth=1e8)
+    measured = {"variants": {"BF16": {}}, "measure": {"n_max": [1, 2]}}
+    quick, late = (forecast(toolchain, machine, **measured) for machine in (MACHINE, slow))
+    assert late.seconds > 5 * quick.seconds
+    assert quick.servers == 2 + 3 * 3  # verified twice; three prompts, each with n_max 0, 1, 2
+
+
+def test_the_machine_is_measured_once(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "calibration.json"
+    first = calibrated(tmp_path, cache, threads=1)
+    assert first.disk > 0 and first.bandwidth > 0
+    assert calibrated(tmp_path, cache, threads=1) == first
+    cache.write_text("{")
+    assert calibrated(tmp_path, cache, threads=1).threads == 1
+
+
+# ── the program ──
+
+
+def plan(folder: Path, toolchain: Path, hub: Hub | None = None, *options: str) -> Any:
+    environment = {"HF_HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment |= {"HF_ENDPOINT": hub.endpoint} if hub else {}
+    command = [sys.executable, str(SCRIPTS / "plan.py"), "--bin", str(toolchain), *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}
+    )
+
+
+def write_config(folder: Path, source: dict[str, str], **entries: Any) -> None:
+    prompts = str(CHECKPOINTS / MODEL / "prompts")
+    shared = {"source": source, "tokenizer_pre": "qwen35", "prompts": prompts}
+    config = {"models": {"m": {**shared, "variants": {"Q4_K_M": {}}, **entries}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: Path) -> None:
+    write_config(tmp_path, {"repo": f"Owner/{MODEL}", "revision": COMMIT})
+    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
+        done = plan(tmp_path, toolchain, hub, "--json")
+        again = plan(tmp_path, toolchain, hub, "--json")
+        sent = sum(count for name, count in hub.sent.items() if name.endswith(".safetensors"))
+    assert done.returncode == 0, done.stderr
+    shards = sum(path.stat().st_size for path in (CHECKPOINTS / MODEL).glob("*.safetensors"))
+    assert sent <= 4 * 65536 < shards / 20  # their headers
+    found = json.loads(done.stdout)
+    assert shards < found["fetch"] + found["fetched"] < shards + 1_000_000
+    assert json.loads(again.stdout)["fetch"] < found["fetch"]  # the small files are here now
+    local = tmp_path / "local"
+    local.mkdir()
+    write_config(local, {"path": str(CHECKPOINTS / MODEL)})
+    same = json.loads(plan(local, toolchain, None, "--json").stdout)
+    assert found["models"]["m"]["files"] == same["models"]["m"]["files"]
+
+
+def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
+    """3 GB of address space, which is what `ulimit -v` gives."""
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
+    command = [sys.executable, str(SCRIPTS / "plan.py"), "--bin", str(toolchain)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 3000000 && exec "$@"', "bash", *command],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tiny-qwen3.5-Q4_K_M" in done.stdout
+    assert "warning: a step needs 4.30 GB of memory and there are 3.07 GB" in done.stdout
+
+
+def test_an_unknown_model_is_named(tmp_path: Path, toolchain: Path) -> None:
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
+    done = plan(tmp_path, toolchain, None, "n")
+    assert done.returncode == 1
+    assert done.stderr == "error: config.yaml: there is no model 'n': models has m\n"

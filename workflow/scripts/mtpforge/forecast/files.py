@@ -1,0 +1,128 @@
+"""The GGUFs that a build will make, without their weights: tensors, types and sizes."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+
+from mtpforge.checkpoint.checkpoint import Outline
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.convert import native
+from mtpforge.convert.plan import check_sizes, settled_hparams
+from mtpforge.gguf import quant_types, writer
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf, TensorInfo, aligned
+from mtpforge.inject.inject import merged_metadata, planned_head
+from mtpforge.io.ranges import FileRange
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize.llama_quantize import default_and_chosen_types
+from mtpforge.quantize.recipe import Recipe
+from mtpforge.quantize.request import QuantizeRequest
+
+
+def converted(outline: Outline, part: str, tokenizer_pre: str | None = None) -> Gguf:
+    """The BF16 GGUF of a part, as conversion will write it. Raises CheckpointError.
+
+    The files that describe the checkpoint must be in its folder, the shards need not.
+    """
+    family = family_of(outline.architecture)
+    hparams = settled_hparams(outline, family)
+    check_sizes(hparams)
+    infos = [TensorInfo(row.name, row.shape, row.type) for row in family.rows(hparams, part)]
+    metadata = native.describe(
+        outline, family, hparams, part=part, infos=infos, tokenizer_pre=tokenizer_pre
+    )
+    return _laid_out(outline.directory, metadata, infos)
+
+
+def quantized(
+    source: Gguf, request: QuantizeRequest, llama: LlamaCpp, covered: bool = False
+) -> Gguf:
+    """The GGUF that llama-quantize will make of `source`. Raises ForgeError.
+
+    `covered`: whether there will be an importance matrix, which changes some types.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = _placeholder_imatrix(Path(folder), source) if covered else None
+        asked = replace(request, imatrix=matrix)
+        _, types = default_and_chosen_types(source, asked, llama)
+    infos = [replace(info, type=types[name]) for name, info in source.tensors.items()]
+    added = {
+        "general.quantization_version": Value.of(2, GGUFValueType.UINT32),
+        "general.file_type": Value.of(
+            quant_types.FILE_TYPES[request.file_type], GGUFValueType.UINT32
+        ),
+    }
+    return _laid_out(source.path, source.metadata | added, infos)
+
+
+def injected(base: Gguf, head: Gguf, types: Recipe) -> Gguf:
+    """The GGUF of a base with the head at these types. Raises ForgeError."""
+    infos = [*base.trunk.tensors.values(), *planned_head(head, types)]
+    tensors = [(info, ()) for info in infos]
+    metadata = writer.padded(merged_metadata(base, head), tensors, base.trunk)
+    return _laid_out(base.path, metadata, infos)
+
+
+def size(file: Gguf) -> int:
+    """Its bytes."""
+    last = max(file.ranges.values(), key=lambda place: place.offset)
+    return aligned(last.offset + last.size)
+
+
+def quantize_seconds(source: Gguf, made: Gguf) -> float:
+    """Approximate CPU seconds of llama-quantize."""
+    kinds = {
+        name: "BF16" if info.type == source.tensors[name].type else info.type.name
+        for name, info in made.tensors.items()
+    }
+    return sum(
+        made.tensors[name].elements * quant_types.SECONDS[kind] / 1e9
+        for name, kind in kinds.items()
+    )
+
+
+def _laid_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
+    """A GGUF that is on no disk, with the byte range that each tensor would have."""
+    start = len(writer.header(metadata, infos))
+    offsets = accumulate((aligned(info.size) for info in infos), initial=start)
+    ranges = {
+        info.name: FileRange(path, offset, info.size)
+        for info, offset in zip(infos, offsets, strict=False)
+    }
+    return Gguf(path, dict(metadata), tensors={info.name: info for info in infos}, ranges=ranges)
+
+
+def share_per_token(trunk: Gguf) -> float:
+    """The share of a trunk that is read to decode a token: of experts, only those that run."""
+    experts = trunk.get(f"{trunk.architecture}.expert_count") or 1
+    used = trunk.get(f"{trunk.architecture}.expert_used_count") or 1
+    read = 0.0
+    for name, info in trunk.tensors.items():
+        is_row = name == "token_embd.weight" and "output.weight" in trunk.tensors
+        read += 0 if is_row else info.size * (used / experts if "_exps." in name else 1)
+    return read / sum(info.size for info in trunk.tensors.values())
+
+
+def _placeholder_imatrix(folder: Path, source: Gguf) -> Path:
+    """An importance matrix for one tensor: a dry run only asks whether there is one."""
+    name = next(name for name, info in source.tensors.items() if len(info.shape) > 1)
+    columns = source.tensors[name].shape[-1]
+    path = folder / "imatrix.gguf"
+    metadata = {
+        "general.type": Value.of("imatrix", GGUFValueType.STRING),
+        "imatrix.datasets": Value.of(["none"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "imatrix.chunk_count": Value.of(1, GGUFValueType.UINT32),
+        "imatrix.chunk_size": Value.of(512, GGUFValueType.UINT32),
+    }
+    rows = {f"{name}.in_sum2": (1, columns), f"{name}.counts": (1, 1)}
+    tensors = [
+        (TensorInfo(key, shape, GGMLQuantizationType.F32), [np.ones(shape, "<f4").data.cast("B")])
+        for key, shape in rows.items()
+    ]
+    writer.write(path, metadata, tensors)
+    return path

@@ -1,0 +1,307 @@
+"""The steps of a model's build: the disk, memory and time that each takes."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+from mtpforge.checkpoint.checkpoint import Outline
+from mtpforge.forecast import files
+from mtpforge.forecast.machine import Machine
+from mtpforge.gguf.reader import Gguf
+from mtpforge.inject.inject import planned_head
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.measure.speed import N_PREDICT
+from mtpforge.quantize.imatrix import CHUNK
+from mtpforge.quantize.job import RUN_BYTES
+from mtpforge.quantize.piece_count import PIECE_SECONDS
+from mtpforge.quantize.recipe import Recipe, head_recipe
+from mtpforge.quantize.request import QuantizeRequest
+from mtpforge.rules import layout
+from mtpforge.rules.config import Model
+from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
+from mtpforge.verify.running import EQUAL
+
+# Measured on two virtual x86-64 cores: see docs/sizing.md.
+_START = 1.0  # seconds until Snakemake and Python have started a job
+_SERVER = 1.5  # seconds until llama-server answers, besides reading the weights
+_TOKEN = 0.8e-3  # seconds of a token, besides reading the weights
+_BATCH = 4  # how much faster the tokens of a text are, which are processed in batches
+_CONVERT = 1.3  # times the time to write the result
+_VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
+_CONVERT_MEMORY = 330 << 20
+_QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
+_RUN_MEMORY = 1.3  # times the file, and besides:
+_RUN_EXTRA = 4 << 30
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job: bytes that its result keeps on the disk, and that it takes while it runs."""
+
+    stage: str
+    name: str
+    path: str
+    kept: int = 0
+    scratch: int = 0
+    memory: int = 0
+    seconds: float = 0
+    servers: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether its result is there; it may be stale."""
+        return Path(self.path).exists()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A published file: its bytes, those of its head, and in how many pieces it is quantized."""
+
+    name: str
+    bytes: int
+    head: int
+    pieces: int = 1
+
+
+class ModelForecast:
+    """The steps and files of a model that mtpforge converts itself. Raises ForgeError.
+
+    `prompts` is their number; `base_size` returns the bytes of a variant's base from elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        outline: Outline,
+        llama: LlamaCpp,
+        machine: Machine,
+        prompts: int,
+        base_size: Callable[[layout.GivenFile], int],
+    ) -> None:
+        self.model = model
+        self.steps: list[Step] = []
+        self.files: list[PlannedFile] = []
+        self._outline = outline
+        self._llama = llama
+        self._machine = machine
+        self._prompts = prompts
+        self._base_size = base_size
+        self._parts: dict[str, Gguf] = {}
+        for variant in model.variants.values():
+            self._add_variant(variant)
+        if model.sidecar:
+            self._add_sidecar(model.sidecar)
+
+    @property
+    def kept(self) -> int:
+        """Bytes that the steps which are not done will keep on the disk."""
+        return sum(step.kept for step in self._left)
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the disk during the step that takes most."""
+        totals = accumulate(step.kept for step in self._left)
+        during = (total + step.scratch for total, step in zip(totals, self._left, strict=True))
+        return max(during, default=0)
+
+    @property
+    def seconds(self) -> float:
+        """The time of the steps that are not done, one after the other."""
+        return sum(step.seconds for step in self._left)
+
+    @property
+    def servers(self) -> int:
+        """How often llama-server will be started."""
+        return sum(step.servers for step in self._left)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory of the step that needs most."""
+        return max((step.memory for step in self._left), default=0)
+
+    @property
+    def _left(self) -> list[Step]:
+        return [step for step in self.steps if not step.done]
+
+    # ── files ──
+
+    def _add_variant(self, variant: Variant) -> None:
+        pieces = 1
+        if variant.base:
+            size = self._inject(variant)
+        elif variant.unquantized:
+            size = self._convert(variant.part)
+        else:
+            size, pieces = self._quantize_variant(variant)
+        head = self._head_bytes(variant)
+        self.files.append(PlannedFile(layout.stem(self.model, variant.name), size, head, pieces))
+        self._verify(variant, size)
+        if self.model.measure:
+            self._measure(variant, size)
+
+    def _add_sidecar(self, file_type: str) -> None:
+        self._convert("draft")
+        request = QuantizeRequest(file_type, head=head_recipe(file_type))
+        made = files.quantized(self._part("draft"), request, self._llama)
+        self._quantize("draft", file_type, self._part("draft"), made, pieces=1)
+        output = layout.sidecar(self.model, file_type)
+        size = files.size(made)
+        self.files.append(PlannedFile(output.stem, size, size))
+        step = Step("verify", output.stem, output.report)
+        tokens = self._prompts * (N_PREDICT + EQUAL)
+        self._add(self._run(step, self._convert("all"), tokens, servers=2))
+
+    def _part(self, part: str) -> Gguf:
+        """A part of the checkpoint as a BF16 GGUF, whether it is converted or not."""
+        if part not in self._parts:
+            pre = self.model.tokenizer_pre
+            self._parts[part] = files.converted(self._outline, part, pre)
+        return self._parts[part]
+
+    def _head_bytes(self, variant: Variant) -> int:
+        if variant.head_types is None:
+            return 0
+        infos = planned_head(self._part("head"), _head_recipe(variant))
+        return sum(info.size for info in infos)
+
+    # ── steps ──
+
+    def _convert(self, part: str) -> int:
+        size = files.size(self._part(part))
+        path = layout.converted(self.model.key, part).file
+        seconds = _CONVERT * size / self._machine.disk
+        self._add(Step("convert", part, path, kept=size, memory=_CONVERT_MEMORY, seconds=seconds))
+        return size
+
+    def _quantize_variant(self, variant: Variant) -> tuple[int, int]:
+        """The bytes of the result, and the number of pieces."""
+        source = self._part(variant.part)
+        self._convert(variant.part)
+        if isinstance(variant.imatrix, ImatrixText):
+            self._imatrix(variant.imatrix, source)
+        request = QuantizeRequest(
+            variant.file_type, head=_head_recipe(variant), recipe=tuple(variant.recipe.items())
+        )
+        covered = variant.imatrix is not None
+        made = files.quantized(source, request, self._llama, covered)
+        pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
+        self._quantize("quantized", variant.name, source, made, pieces=pieces)
+        return files.size(made), pieces
+
+    def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
+        size = files.size(made)
+        largest = max(info.size for info in source.tensors.values())
+        cpu_seconds = files.quantize_seconds(source, made)
+        self._add(
+            Step(
+                "quantize",
+                name,
+                layout.quantized(self.model.key, kind, name).file,
+                kept=size,
+                scratch=size + max(RUN_BYTES, largest) if pieces > 1 else 0,
+                memory=largest + _QUANTIZE_MEMORY,
+                seconds=cpu_seconds / self._machine.threads + size / self._machine.disk,
+            )
+        )
+
+    def _default_pieces(self, source: Gguf, made: Gguf) -> int:
+        seconds = files.quantize_seconds(source, made) / self._machine.threads
+        return max(1, round(seconds / PIECE_SECONDS))
+
+    def _inject(self, variant: Variant) -> int:
+        self._convert("head")
+        if isinstance(variant.base, OwnBase):
+            size = self._inject_into_own(variant, variant.base.type)
+        else:
+            assert variant.base is not None
+            size = self._base_size(variant.base) + self._head_bytes(variant)
+        path = layout.injected(self.model.key, variant.name).file
+        self._add(Step("inject", variant.name, path, kept=size, seconds=size / self._machine.disk))
+        return size
+
+    def _inject_into_own(self, variant: Variant, file_type: str) -> int:
+        """The bytes of a base that is quantized here, with the head."""
+        self._convert("trunk")
+        trunk = self._part("trunk")
+        base = files.quantized(trunk, QuantizeRequest(file_type), self._llama)
+        self._quantize("trunk", file_type, trunk, base, pieces=1)
+        return files.size(files.injected(base, self._part("head"), _head_recipe(variant)))
+
+    def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
+        path = layout.imatrix(self.model.key, matrix.text)
+        tokens = Path(matrix.text).stat().st_size // 4
+        step = Step("imatrix", Path(path).stem, path)
+        self._add(self._run(step, files.size(source), tokens // _BATCH))
+
+    def _verify(self, variant: Variant, size: int) -> None:
+        output = layout.output(self.model, variant.name)
+        own = variant.head_types and not (variant.foreign or variant.head_from)
+        if own and not variant.unquantized and self.model.max_acceptance_drop < 1:
+            path = layout.acceptance(self.model.key)
+            step = Step("acceptance", "BF16", path)
+            self._add(self._run(step, self._convert("all"), self._prompts * N_PREDICT, servers=1))
+        step = Step("verify", output.stem, output.report)
+        run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
+        compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
+        copy = size if output.split else 0
+        seconds = run.seconds + compared + copy / self._machine.disk
+        self._add(replace(run, kept=copy, seconds=seconds))
+
+    def _measure(self, variant: Variant, size: int) -> None:
+        settings = self.model.measure
+        assert settings is not None
+        output = layout.output(self.model, variant.name)
+        servers = self._prompts * (len(settings.n_max) + 1)
+        tokens = servers * (settings.repeats + 1) * N_PREDICT
+        if settings.text:
+            text = settings.chunks * CHUNK
+            tokens += text // _BATCH
+            if self.model.has_unquantized(variant):
+                self._logits(text)
+        step = Step("measure", output.stem, output.measurement)
+        self._add(self._run(step, size, tokens, servers=servers))
+
+    def _logits(self, tokens: int) -> None:
+        path = layout.reference_logits(self.model.key)
+        whole = self._part(self.model.part)
+        step = Step("logits", "BF16", path)
+        run = self._run(step, self._convert(self.model.part), tokens // _BATCH)
+        vocabulary = whole.tensors["token_embd.weight"].shape[0]
+        kept = tokens // 2 * (vocabulary + 4) * 2  # llama-perplexity keeps half, in 16 bits
+        self._add(replace(run, kept=kept))
+
+    def _run(self, step: Step, size: int, tokens: int, servers: int = 0) -> Step:
+        """A job in which llama.cpp runs a file of this size, one token at a time."""
+        read = size * files.share_per_token(self._part("trunk")) / self._machine.bandwidth
+        return replace(
+            step,
+            memory=int(_RUN_MEMORY * size) + _RUN_EXTRA,
+            seconds=tokens * (_TOKEN + read) + max(1, servers) * _SERVER,
+            servers=servers,
+        )
+
+    def _add(self, step: Step) -> None:
+        if all(step.path != other.path for other in self.steps):
+            seconds = self._earlier(step) or step.seconds + _START
+            self.steps.append(replace(step, seconds=seconds))
+
+    def _earlier(self, step: Step) -> float | None:
+        """The seconds that the same job took the last time, as Snakemake recorded them."""
+        names = {
+            "acceptance": "acceptance",
+            "logits": "reference-logits",
+            "quantize": f"{Path(step.path).parent.name}-{step.name}",
+        }
+        stem = names.get(step.stage, f"{step.stage}-{step.name}")
+        with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            text = Path(f"benchmarks/{self.model.key}/{stem}.jsonl").read_text(encoding="utf-8")
+            return float(json.loads(text.splitlines()[-1])["s"])
+        return None
+
+
+def _head_recipe(variant: Variant) -> Recipe:
+    types = variant.head_types
+    return head_recipe(types.type, tuple((types.tensors or {}).items())) if types else ()
