@@ -15,10 +15,12 @@ import numpy as np
 
 from mtpforge.io import atomic
 
-_COPY = 1 << 28
+_COPY = 1 << 27
 """Bytes written to measure the disk."""
-_READ = 1 << 28
+_READ = 1 << 27
 """Bytes that each thread reads to measure the memory."""
+_ROUNDS = 3
+"""Measurements, of which the best counts: other programs may be running."""
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -41,7 +43,9 @@ def calibrated(folder: Path, cache: Path, threads: int) -> Machine:
     with suppress(TypeError, KeyError, AttributeError):
         found = known[key]
         return Machine(threads, usable_memory(), float(found["disk"]), float(found["bandwidth"]))
-    machine = Machine(threads, usable_memory(), _disk(folder), _bandwidth(threads))
+    disk = max(_disk(folder) for _ in range(_ROUNDS))
+    bandwidth = max(_bandwidth(threads) for _ in range(_ROUNDS))
+    machine = Machine(threads, usable_memory(), disk, bandwidth)
     cache.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(cache, {**known, key: asdict(machine)})
     return machine

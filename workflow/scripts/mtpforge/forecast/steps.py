@@ -25,9 +25,9 @@ from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
 from mtpforge.verify.running import EQUAL
 
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
-_START = 1.0  # seconds until Snakemake and Python have started a job
-_SERVER = 1.5  # seconds until llama-server answers, besides reading the weights
-_TOKEN = 0.8e-3  # seconds of a token, besides reading the weights
+_START = 0.7  # seconds until Snakemake and Python have started a job
+_SERVER = 0.4  # seconds until llama-server answers, besides reading the weights
+_TOKEN = 0.5e-3  # seconds of a token, besides reading the weights
 _BATCH = 4  # how much faster the tokens of a text are, which are processed in batches
 _CONVERT = 1.3  # times the time to write the result
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
@@ -240,15 +240,20 @@ class ModelForecast:
         output = layout.output(self.model, variant.name)
         own = variant.head_types and not (variant.foreign or variant.head_from)
         if own and not variant.unquantized and self.model.max_acceptance_drop < 1:
-            path = layout.acceptance(self.model.key)
-            step = Step("acceptance", "BF16", path)
-            self._add(self._run(step, self._convert("all"), self._prompts * N_PREDICT, servers=1))
+            self._acceptance()
         step = Step("verify", output.stem, output.report)
         run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
         compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
         copy = size if output.split else 0
         seconds = run.seconds + compared + copy / self._machine.disk
         self._add(replace(run, kept=copy, seconds=seconds))
+
+    def _acceptance(self) -> None:
+        """A BF16 file larger than the memory is not run."""
+        size = self._convert("all")
+        if size <= self._machine.memory:
+            step = Step("acceptance", "BF16", layout.acceptance(self.model.key))
+            self._add(self._run(step, size, self._prompts * N_PREDICT, servers=1))
 
     def _measure(self, variant: Variant, size: int) -> None:
         settings = self.model.measure
