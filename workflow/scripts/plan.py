@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mtpforge import cli, prompts, table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.machine import Machine, calibrated
 from mtpforge.forecast.steps import ModelForecast
+from mtpforge.io.text import parse_yaml, read_text
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root
@@ -140,7 +140,8 @@ def duration(seconds: float) -> str:
 
 
 def _chosen(path: Path, names: list[str]) -> list[Model]:
-    config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = read_text(path, ConfigError)
+    config = parse_yaml(path, text, ConfigError, aliases=True)
     build = Build(config if isinstance(config, dict) else {})
     if unknown := [name for name in names if name not in build.config.models]:
         known = ", ".join(build.config.models)
