@@ -74,6 +74,17 @@ def test_an_injected_file_has_the_forecast_size(tmp_path: Path, toolchain: Path)
     assert abs(files.size(planned) - made.stat().st_size) <= NEAR
 
 
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K"])
+def test_without_llama_quantize_the_size_is_about_right(toolchain: Path, file_type: str) -> None:
+    source = files.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
+    request = QuantizeRequest(file_type, head=HEAD)
+    about, right = (
+        files.size(files.quantized(source, request, LlamaCpp(folder)))
+        for folder in (Path("none"), toolchain)
+    )
+    assert about == pytest.approx(right, rel=0.15)
+
+
 def test_an_importance_matrix_changes_the_types(toolchain: Path) -> None:
     source = files.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
     llama = LlamaCpp(toolchain)

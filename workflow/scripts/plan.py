@@ -15,6 +15,7 @@ from typing import Any
 
 from mtpforge import cli, prompts, table
 from mtpforge.errors import ConfigError, ForgeError
+from mtpforge.forecast import files
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.machine import Machine, calibrated
 from mtpforge.forecast.steps import ModelForecast
@@ -35,7 +36,9 @@ def main() -> None:
     parser.add_argument(
         "--config", type=Path, default=Path("config.yaml"), help="default: %(default)s"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--totals", action="store_true", help="print only the last line")
     programs.add_options(parser)
     args = parser.parse_args()
     llama = programs.from_options(args)
@@ -50,9 +53,9 @@ def main() -> None:
         models = {each.model.key: _as_json(each) for each in forecasts}
         print(json.dumps({**about, "models": models}, indent=1))
         return
-    for each in forecasts:
-        print(as_table(each))
-    print(in_words(about))
+    if not args.totals:
+        print(*map(as_table, forecasts), sep="\n")
+    print(in_words(about, exact=files.is_exact(llama)))
 
 
 def forecast(
@@ -111,13 +114,13 @@ def as_table(forecast: ModelForecast) -> str:
     return f"{forecast.model.key}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
 
 
-def in_words(about: dict[str, int]) -> str:
+def in_words(about: dict[str, int], exact: bool = True) -> str:
     """The totals, and a warning about each that this machine lacks."""
     lines = [
-        f"fetch {table.size(about['fetch'])} ({table.size(about['fetched'])} more are here), "
-        f"disk {table.size(about['disk'])} (peak {table.size(about['peak'])} of "
-        f"{table.size(about['free'])} free), time {duration(about['seconds'])} besides fetching, "
-        f"{about['servers']} starts of llama-server"
+        f"to do: fetch {table.size(about['fetch'])}, disk {table.size(about['disk'])} (peak "
+        f"{table.size(about['peak'])} of {table.size(about['free'])} free), about "
+        f"{duration(about['seconds'])} besides fetching, {about['servers']} server starts"
+        + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:
         lines.append(

@@ -1,7 +1,9 @@
 """The GGUFs that a build will make, without their weights: tensors, types and sizes."""
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -13,14 +15,17 @@ from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.convert import native
 from mtpforge.convert.plan import check_sizes, settled_hparams
+from mtpforge.errors import ToolchainError
 from mtpforge.gguf import quant_types, writer
+from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo, aligned
 from mtpforge.inject.inject import merged_metadata, planned_head
 from mtpforge.io.ranges import FileRange
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import default_and_chosen_types
-from mtpforge.quantize.recipe import Recipe
+from mtpforge.quantize.mixture import Types
+from mtpforge.quantize.recipe import Recipe, by_recipe, plan_overrides
 from mtpforge.quantize.request import QuantizeRequest
 
 
@@ -44,12 +49,13 @@ def quantized(
 ) -> Gguf:
     """The GGUF that llama-quantize will make of `source`. Raises ForgeError.
 
-    `covered`: whether there will be an importance matrix, which changes some types.
+    `covered`: whether there will be an importance matrix, which changes some types. Before the
+    program is built, its mixture is estimated: see `is_exact`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        matrix = _placeholder_imatrix(Path(folder), source) if covered else None
-        asked = replace(request, imatrix=matrix)
-        _, types = default_and_chosen_types(source, asked, llama)
+    if is_exact(llama):
+        types = _chosen_types(source, request, llama, covered)
+    else:
+        types = _estimated_types(source, request)
     infos = [replace(info, type=types[name]) for name, info in source.tensors.items()]
     added = {
         "general.quantization_version": Value.of(2, GGUFValueType.UINT32),
@@ -58,6 +64,13 @@ def quantized(
         ),
     }
     return _laid_out(source.path, source.metadata | added, infos)
+
+
+def is_exact(llama: LlamaCpp) -> bool:
+    """Whether llama-quantize is there, so that sizes are exact and not only about right."""
+    with suppress(ToolchainError):
+        return bool(llama.find("llama-quantize"))
+    return False
 
 
 def injected(base: Gguf, head: Gguf, types: Recipe) -> Gguf:
@@ -106,6 +119,33 @@ def share_per_token(trunk: Gguf) -> float:
         is_row = name == "token_embd.weight" and "output.weight" in trunk.tensors
         read += 0 if is_row else info.size * (used / experts if "_exps." in name else 1)
     return read / sum(info.size for info in trunk.tensors.values())
+
+
+def _chosen_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp, covered: bool) -> Types:
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = _placeholder_imatrix(Path(folder), source) if covered else None
+        asked = replace(request, imatrix=matrix)
+        return default_and_chosen_types(source, asked, llama)[1]
+
+
+def _estimated_types(source: Gguf, request: QuantizeRequest) -> Types:
+    """About the mixture of a file type: one type for all blocks, and Q6_K for the embeddings."""
+    overrides = plan_overrides(source, request.file_type, head=request.head, recipe=())
+    of_head = dict(overrides)
+    of_trunk = by_recipe(source.tensors, request.recipe)
+    usual = next(
+        kind
+        for end in range(len(request.file_type), 0, -1)
+        for kind in quant_types.TENSOR_TYPES
+        if kind.startswith(request.file_type[:end])
+    )
+    types = {}
+    for name, info in source.tensors.items():
+        default = "Q6_K" if name in quant_types.EMBEDDINGS and usual != "Q8_0" else usual
+        asked = of_head.get(rf"^{re.escape(name)}$") or of_trunk.get(name, default)
+        kind = quant_types.effective_type(asked, info.shape[-1])
+        types[name] = GGMLQuantizationType[kind if quantizable(info) else info.type.name]
+    return types
 
 
 def _placeholder_imatrix(folder: Path, source: Gguf) -> Path:
