@@ -10,12 +10,14 @@ from conftest import ROOT
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.hub.listing import File, Listing
+from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.local_paths import FileOnDisk
 
 REVISION = "0" * 40
 DONOR = {"repo": "Owner/Original", "revision": REVISION}
 HEAD = f"resources/hub/Owner/Original/{REVISION}"
+FROM = f"--head-from {HEAD}/head/Original --head-recorded {HEAD}/head.json"
 BASE = {"repo": "Tuner/My-Tune-GGUF", "revision": "1" * 40, "file": "any.gguf"}
 TUNE = {"repo": "Tuner/My-Tune", "revision": "2" * 40}
 WORK = "results/m/work"
@@ -116,7 +118,7 @@ def test_only_base_and_head_are_inputs() -> None:
 def test_the_trunk_is_compared_with_its_base_alone(source: dict[str, Any]) -> None:
     """Whatever the source is: the base was not made from it."""
     verify = adopted(**source, max_acceptance_drop=0.2).verify
-    assert verify.source_option(wildcards()) == f"--head-from {HEAD}/head/Original"
+    assert verify.source_option(wildcards()) == FROM
     options = verify.options(wildcards())
     assert f"--trunk {WORK}/injected/Q4_K_M.json" in options and "--type" not in options
     assert f"--head-record {HEAD}/head.json" in options and "--unquantized" not in options
@@ -193,7 +195,8 @@ def test_llama_cpps_converter_makes_the_whole_donor() -> None:
     made = adopted(converter="llama.cpp", head_from={"path": "tests/checkpoints/tiny-qwen3.5"})
     file = made.inject.head_file(wildcards())
     assert made.verify.reference(wildcards()) == [file, made.inject.head_digests(wildcards())]
-    assert made.verify.source_option(wildcards()) == f"--head-from {file}"
+    digests = made.inject.head_digests(wildcards())
+    assert made.verify.source_option(wildcards()) == f"--head-from {file} --head-recorded {digests}"
     assert "--head-record" not in made.verify.options(wildcards())
     remote = adopted(converter="llama.cpp")
     donor = Path(remote.inject.head_file(wildcards())).stem
@@ -207,15 +210,15 @@ def test_llama_cpps_converter_makes_the_whole_donor() -> None:
 
 def test_a_checkpoint_without_a_head_is_converted_with_the_donors() -> None:
     made = tuned(tokenizer_pre="qwen35", name="Mine", sidecar="Q8_0")
-    donor = f"--head-from {HEAD}/head/Original"
     for part in ("all", "draft"):
         found = made.convert.options(wildcards(part=part))
-        assert found == f"--tokenizer-pre qwen35 --name Mine {donor}"
+        assert found == f"--tokenizer-pre qwen35 --name Mine {FROM}"
     assert "--head-from" not in made.convert.options(wildcards(part="trunk"))
-    checkpoint = f"--checkpoint resources/hub/Tuner/My-Tune/{'2' * 40}/My-Tune --name Mine"
-    assert made.verify.source_option(wildcards()) == f"{checkpoint} {donor}"
+    tune = f"resources/hub/Tuner/My-Tune/{'2' * 40}"
+    checkpoint = f"--checkpoint {tune}/My-Tune --recorded {tune}/records --name Mine"
+    assert made.verify.source_option(wildcards()) == f"{checkpoint} {FROM}"
     assert made.verify.source_option(wildcards("bare")) == checkpoint
-    assert made.verify.sidecar_source_option(wildcards()) == f"{checkpoint} {donor}"
+    assert made.verify.sidecar_source_option(wildcards()) == f"{checkpoint} {FROM}"
     assert made.verify.unquantized(wildcards()) == [f"{WORK}/acceptance.json"]
     assert f"--head-record {HEAD}/head.json" in made.verify.options(wildcards())
     assert "--head-record" not in made.verify.options(wildcards("bare"))
@@ -232,10 +235,12 @@ def test_a_variant_with_a_base_has_its_own_donor() -> None:
     """Of two, one is the model's: here the checkpoint itself has a head too."""
     variants = {"Q8_0": {}, "other": {"base": {"type": "Q4_0"}, "head_from": DONOR}}
     made = build(source={"path": "tests/checkpoints/tiny-qwen3.5"}, variants=variants)
-    checkpoint = "--checkpoint tests/checkpoints/tiny-qwen3.5"
+    folder = "tests/checkpoints/tiny-qwen3.5"
+    ledger = layout.ledger("m", folder)
+    assert ledger.startswith(f"{WORK}/ledgers/tiny-qwen3.5-")
+    checkpoint = f"--checkpoint {folder} --recorded {ledger}"
     assert made.verify.source_option(wildcards("Q8_0")) == checkpoint
-    donor = f"--head-from {HEAD}/head/Original"
-    assert made.verify.source_option(wildcards("other")) == f"{checkpoint} {donor}"
+    assert made.verify.source_option(wildcards("other")) == f"{checkpoint} {FROM}"
     assert made.verify.unquantized(wildcards("other")) == []
     assert made.inject.head_file(wildcards("other")).startswith(f"{WORK}/donors/Original-")
     assert made.convert.options(wildcards(part="all")) == ""

@@ -144,8 +144,10 @@ def test_a_deleted_fetched_file_is_an_error(
 def test_upstreams_files_are_compared_with_the_converted_file_or_its_digests() -> None:
     variants = {"BF16": {}, "Q8_0": {}, "Q4_0": {"head": "none"}}
     build = Build(config({"converter": "llama.cpp", "variants": variants}))
-    assert build.verify.source_option(wildcards("Q8_0")) == f"--reference {WORK}/convert/all.gguf"
-    assert build.verify.source_option(wildcards("Q4_0")) == f"--reference {WORK}/convert/trunk.gguf"
+    for variant, part in (("Q8_0", "all"), ("Q4_0", "trunk")):
+        made = f"{WORK}/convert/{part}"
+        known = f"--reference {made}.gguf --recorded {made}.json"
+        assert build.verify.source_option(wildcards(variant)) == known
     assert f"--digests {WORK}/convert/all.json" in build.verify.options(wildcards("BF16"))
     assert f"--digests {WORK}/quantized/Q8_0.json" in build.verify.options(wildcards("Q8_0"))
     assert build.convert.models("llama.cpp") == "m" and build.convert.models("mtpforge") == "(?!)"

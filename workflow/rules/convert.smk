@@ -29,11 +29,12 @@ rule convert:
         checkpoint=build.fetch.checkpoint,
         options=build.convert.options,
         norms=build.convert.norms_option,
+        recorded=build.fetch.recorded_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.options} {params.norms} --out {output.file:q} --digests {output.digests:q}"
+        " {params.options} {params.norms} {params.recorded} --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
 
 
@@ -57,11 +58,12 @@ rule convert_donor:
     params:
         checkpoint=build.fetch.donor,
         norms=build.convert.norms_option,
+        recorded=build.fetch.donor_recorded_option,
     message:
         "{wildcards.model}: convert the head of {params.checkpoint}"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part head"
-        " {params.norms} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
+        " {params.norms} {params.recorded} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
 
 
 rule convert_upstream:
@@ -84,11 +86,12 @@ rule convert_upstream:
     params:
         checkpoint=build.fetch.checkpoint,
         tokenizer=build.convert.tokenizer_option,
+        recorded=build.fetch.recorded_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part}) with llama.cpp's converter"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.tokenizer} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
+        " {params.tokenizer} {params.recorded} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
         " >> {log:q} 2>&1"
 
 
@@ -112,10 +115,11 @@ rule convert_donor_upstream:
     params:
         checkpoint=build.fetch.donor,
         tokenizer=build.convert.tokenizer_option,
+        recorded=build.fetch.donor_recorded_option,
     message:
         "{wildcards.model}: convert {params.checkpoint} with llama.cpp's converter, for its head"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} {params.tokenizer} --log {log:q}"
+        "python {input.code[0]:q} {params.checkpoint:q} {params.tokenizer} {params.recorded} --log {log:q}"
         " --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"
 
 
@@ -135,8 +139,9 @@ rule mmproj:
         "../../envs/run.yaml"
     params:
         checkpoint=build.fetch.checkpoint,
+        recorded=build.fetch.recorded_option,
     message:
         "{wildcards.model}: convert the vision tower with llama.cpp's converter"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part mmproj"
-        " --log {log:q} --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"
+        " {params.recorded} --log {log:q} --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"

@@ -25,9 +25,11 @@ rule inject:
         base=build.inject.base,
         head_type=build.inject.head_type,
         options=build.inject.options,
+        recorded=build.inject.recorded_options,
     message:
         "{wildcards.model}: inject the head ({params.head_type}) into {params.base}"
     shell:
         "python {input.code[0]:q} {params.base:q} --head {input.head:q}"
         " --head-type {params.head_type:q} --head-tensors {input.head_recipe:q} {params.options}"
+        " {params.recorded}"
         " --digests {output.trunk:q} --out {output.file:q} > {log:q} 2>&1"

@@ -14,7 +14,8 @@ rule reference_logits:
         digests=build.convert.unquantized_digests,
         text=build.measure.text,
     output:
-        temp("results/{model}/work/logits/reference.bin"),
+        file=temp("results/{model}/work/logits/reference.bin"),
+        digest="results/{model}/work/logits/reference.json",
     log:
         "logs/{model}/reference-logits.log",
     benchmark:
@@ -28,7 +29,8 @@ rule reference_logits:
         "{wildcards.model}: BF16 logits on {input.text}"
     shell:
         "python {input.code[0]:q} {input.model:q} --text {input.text:q} --chunks {params.chunks}"
-        " --threads {threads} --out {output:q} > {log:q} 2>&1"
+        " --recorded {input.digests:q} --threads {threads}"
+        " --digest {output.digest:q} --out {output.file:q} > {log:q} 2>&1"
 
 
 rule measure:

@@ -34,7 +34,8 @@ rule imatrix:
         digests=build.convert.unquantized_digests,
         text=build.quantize.imatrix_text,
     output:
-        temp("results/{model}/work/imatrix/{text}.gguf"),
+        file=temp("results/{model}/work/imatrix/{text}.gguf"),
+        digest="results/{model}/work/imatrix/{text}.json",
     log:
         "logs/{model}/imatrix-{text}.log",
     benchmark:
@@ -48,7 +49,8 @@ rule imatrix:
         "{wildcards.model}: importance matrix from {input.text}"
     shell:
         "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads}"
-        " --log {log:q} --out {output:q} >> {log:q} 2>&1"
+        " --recorded {input.digests:q} --log {log:q}"
+        " --digest {output.digest:q} --out {output.file:q} >> {log:q} 2>&1"
 
 
 # <kind> is `quantized` and <name> a variant, or <kind> is `trunk` or `draft` and <name> a type.
@@ -77,10 +79,12 @@ checkpoint plan:
     params:
         options=build.quantize.options,
         imatrix=build.quantize.imatrix_option,
+        imatrix_recorded=build.quantize.imatrix_recorded_option,
     message:
         "{wildcards.model}: plan {wildcards.name} ({wildcards.kind})"
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
+        " {params.imatrix_recorded}"
         " --digests {input.digests:q} --threads {threads} --pieces {output.pieces:q}"
         " --out {output.plan:q} > {log:q} 2>&1"
 

@@ -26,7 +26,7 @@ rule acceptance:
         "{wildcards.model}: acceptance of the BF16 file, to compare quantizations with"
     shell:
         "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads}"
-        " --out {output:q} > {log:q} 2>&1"
+        " --recorded {input.digests:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule verify:
@@ -116,6 +116,7 @@ rule verify_sidecar:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
         "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
+        " --target-recorded {input.target_digests:q}"
         " {params.tokenizer} --digests {input.digests:q}"
         " {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
@@ -144,5 +145,5 @@ rule verify_mmproj:
         "{wildcards.model}: verify the vision tower"
     shell:
         "python {input.code[0]:q} {input.file:q} --digests {input.digests:q}"
-        " --target {input.target:q} --threads {threads}"
+        " --target {input.target:q} --target-recorded {input.target_digests:q} --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"

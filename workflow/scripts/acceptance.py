@@ -5,7 +5,7 @@ example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 
 from pathlib import Path
 
-from mtpforge import cli, prompts
+from mtpforge import cli, prompts, recorded
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.verify.report import accepted_drafts
@@ -16,13 +16,15 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
+    recorded.add_option(parser, "--recorded", "it")
     prompts.add_option(parser)
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.file)
     texts = list(prompts.read_prompts(args.prompts).values())
-    found = measure_acceptance(args.file, texts, programs.from_options(args))
+    llama = programs.from_options(args)
+    found = measure_acceptance(args.file, texts, llama, args.recorded)
     found.write(args.out)
     print(accepted_drafts(found) or f"not measured: {found.skipped}")
 

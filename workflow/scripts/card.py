@@ -14,6 +14,7 @@ from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import card
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
+from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "card.md"
@@ -65,15 +66,20 @@ def main() -> None:
 
 
 def read_results(files: list[Path], reports: list[Path], measurements: list[Path]) -> list[Result]:
-    """Each file with its report, and with the measurement that is named like the report."""
+    """Each file with its report, and with the measurement that is named like the report.
+
+    Raises DamagedError for a file that has changed since its report.
+    """
     measured = {path.name: Measurement.read(path) for path in measurements}
+    read = [Report.read(path) for path in reports]
+    published.check(zip(files, read, strict=True))
     return [
         Result(
-            Report.read(report),
-            measured.get(report.name.replace(".split.json", ".json")),
+            report,
+            measured.get(path.name.replace(".split.json", ".json")),
             reader.read(file_names.first_file(file)),
         )
-        for file, report in zip(files, reports, strict=True)
+        for file, path, report in zip(files, reports, read, strict=True)
     ]
 
 

@@ -5,10 +5,10 @@ example: convert.py Qwen3.5-4B --out Qwen3.5-4B-BF16.gguf
 
 from pathlib import Path
 
-from mtpforge import cli, table
+from mtpforge import cli, recorded, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import donor_head, norm_shift
-from mtpforge.convert.native import PARTS, convert
+from mtpforge.convert.native import PARTS, convert_checkpoint
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 
@@ -43,6 +43,8 @@ def main() -> None:
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
     norm_shift.add_option(parser)
+    recorded.add_option(parser, "--recorded", "the checkpoint's files")
+    recorded.add_option(parser, "--head-recorded", "those of --head-from")
     parser.add_argument(
         "--threads", type=int, help="threads for the digests (default: all processors)"
     )
@@ -54,15 +56,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
+    checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
+    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
     if args.head_from:
-        trunk = Checkpoint(args.checkpoint, args.name, args.norms)
-        donor = Checkpoint(args.head_from, norms=args.norms)
-        note = donor_head.convert(
-            trunk, donor, args.out, part=args.part, tokenizer_pre=args.tokenizer_pre
-        )
+        donor = Checkpoint(args.head_from, norms=args.norms, recorded=args.head_recorded)
+        note = donor_head.convert(checkpoint, donor, args.out, **options)
     else:
-        options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre, "name": args.name}
-        note = convert(args.checkpoint, args.out, norm_form=args.norms, **options)
+        note = convert_checkpoint(checkpoint, args.out, **options)
     if args.digests:
         atomic.write_json(args.digests, reader.digests(args.out, args.threads))
     print(table.size_of(args.out) + (note and f"; {note}"))

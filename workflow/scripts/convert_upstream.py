@@ -7,8 +7,9 @@ example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 
 from pathlib import Path
 
-from mtpforge import cli, table
-from mtpforge.convert.upstream import PARTS, convert_upstream
+from mtpforge import cli, recorded, table
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.convert.upstream import PARTS, convert_checkpoint
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 
@@ -46,11 +47,12 @@ def main() -> None:
         default=Path("resources/converter"),
         help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
+    recorded.add_option(parser, "--recorded", "the checkpoint's files")
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
-    convert_upstream(
-        args.checkpoint,
+    convert_checkpoint(
+        Checkpoint(args.checkpoint, recorded=args.recorded),
         args.out,
         args.converter,
         part=args.part,

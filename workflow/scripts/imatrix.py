@@ -5,7 +5,7 @@ example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gg
 
 from pathlib import Path
 
-from mtpforge import cli, table
+from mtpforge import cli, recorded, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import imatrix
@@ -23,10 +23,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the importance matrix to write, a GGUF"
     )
+    recorded.add_option(parser, "--recorded", "the GGUF")
+    recorded.add_digest_option(parser)
     programs.add_options(parser, log=True)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    imatrix.compute(args.model, args.text, out=args.out, llama=programs.from_options(args))
+    llama = programs.from_options(args)
+    imatrix.compute(args.model, args.text, args.out, llama=llama, recorded_at=args.recorded)
+    recorded.write_digest(args.digest, args.out)
     print(table.size_of(args.out))
 
 

@@ -9,7 +9,7 @@ folder to write the same number of files to.
 import argparse
 from pathlib import Path
 
-from mtpforge import cli, table
+from mtpforge import cli, recorded, table
 from mtpforge.convert import norm_shift
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.inject.inject import Options, inject
@@ -35,6 +35,8 @@ def main() -> None:
         norm_form=args.norms,
         replace_head=args.replace_head,
         digests=args.digests,
+        base_recorded=args.base_recorded,
+        head_recorded=args.head_recorded,
     )
     inject(args.base, args.head, out=args.out, options=options, llama=LlamaCpp(args.bin))
     print(table.size_of(args.out))
@@ -75,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the sha256 of each tensor of the base's trunk and of the head, as JSON",
     )
+    recorded.add_option(parser, "--base-recorded", "the base")
+    recorded.add_option(parser, "--head-recorded", "HEAD")
     add(
         "--bin",
         type=Path,

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import cli, prompts
+from mtpforge import cli, prompts, recorded
 from mtpforge.gguf import file_names
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
@@ -19,6 +19,8 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
 from mtpforge.measure.measurement import KlDivergence, Text
 from mtpforge.measure.speed import measure
+from mtpforge.verify import published
+from mtpforge.verify.report import Report
 
 
 def main() -> None:
@@ -27,6 +29,9 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
     llama = programs.from_options(args)
     first = file_names.first_file(args.file)
+    if args.report:  # before, because hashing beside would take time from what is measured
+        published.check([(args.file, Report.read(args.report))])
+    recorded.check_whole(args.reference_logits, args.logits_recorded)
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(
@@ -62,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=_positive, default=3, metavar="N",
         help="warm requests for each prompt and n_max (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="report of verify.py on the file, to refuse it if it has changed since",
+    )  # fmt: skip
+    recorded.add_option(parser, "--logits-recorded", "--reference-logits")
     prompts.add_option(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",

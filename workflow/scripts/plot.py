@@ -11,6 +11,7 @@ from mtpforge.measure.measurement import Measurement
 from mtpforge.report.figures import FIGURES
 from mtpforge.report.svg import Svg
 from mtpforge.report.tensors import tensors
+from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
 
@@ -37,7 +38,9 @@ def draw(figure: str, records: list[Path], file: Path | None) -> Svg:
         return FIGURES[figure]([Measurement.read(path) for path in records])
     if file is None:
         raise errors.ConfigError("plot.py tensors: add --file with the GGUF to draw")
-    return tensors(file, Report.read(records[0]).errors or {})
+    report = Report.read(records[0])
+    published.check([(file, report)])
+    return tensors(file, report.errors or {})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out p
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, recorded
 from mtpforge.gguf import reader, split
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
@@ -34,6 +34,7 @@ def main() -> None:
         metavar="FILE",
         help="sha256 of the source's tensors, as convert.py writes them (default: hash it)",
     )
+    recorded.add_option(parser, "--imatrix-recorded", "--imatrix")
     parser.add_argument("--type", required=True, metavar="T", help=request.TYPE_HELP)
     request.add_options(parser)
     programs.add_options(parser)
@@ -50,7 +51,8 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, *inputs)
     llama = programs.from_options(args)
     asked = request.from_options(args)
-    source = split.read(args.source)
+    source = split.joined(recorded.shards(args.source, args.digests))
+    recorded.check_whole(args.imatrix, args.imatrix_recorded)
     types = choose_types(source, asked, llama)
     digests = read_json(args.digests) if args.digests else reader.digests_of(source)
     plan = make_plan(source, digests, types=types, request=asked, llama=llama)

@@ -5,7 +5,7 @@ example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --out ref
 
 from pathlib import Path
 
-from mtpforge import cli, table
+from mtpforge import cli, recorded, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure.perplexity import reference_logits
@@ -26,12 +26,18 @@ def main() -> None:
         "--out", type=Path, required=True,
         help="logits to write: 0.13 GB per chunk for a vocabulary of 248,320",
     )  # fmt: skip
+    recorded.add_option(parser, "--recorded", "the GGUF")
+    recorded.add_digest_option(parser)
     programs.add_options(parser)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
     llama = programs.from_options(args)
-    with atomic.replacing(args.out) as temporary:
+    with (
+        atomic.replacing(args.out) as temporary,
+        recorded.reading(args.model, args.recorded),
+    ):
         reference_logits(args.model, args.text, out=temporary, chunks=args.chunks, llama=llama)
+    recorded.write_digest(args.digest, args.out)
     print(table.size_of(args.out))
 
 

@@ -7,7 +7,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import cli, errors, prompts
+from mtpforge import cli, errors, prompts, recorded
 from mtpforge.convert import norm_shift
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_target, parse_size, plan, shards
@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "--head-record", type=Path, metavar="FILE",
         help="record of fetch_head.py, to report how far the head is trusted",
     )  # fmt: skip
+    recorded.add_option(parser, "--recorded", "the checkpoint or reference")
+    recorded.add_option(parser, "--head-recorded", "--head-from")
+    recorded.add_option(parser, "--target-recorded", "the target")
     _add_requested(parser)
     _add_thresholds(parser)
     prompts.add_option(parser)
@@ -155,6 +158,9 @@ def _request(args: argparse.Namespace) -> Request:
         base=args.base,
         trunk=args.trunk,
         head_from=args.head_from,
+        recorded=args.recorded,
+        head_recorded=args.head_recorded,
+        target_recorded=args.target_recorded,
         name=args.name,
         target=args.target,
         file_type=args.type,

@@ -49,6 +49,10 @@ class VerificationError(ForgeError):
     """The verdicts of all checks, as a table."""
 
 
+class DamagedError(ForgeError):
+    """A file is not as it was when its digest was recorded: a disk or memory has changed it."""
+
+
 class RecordError(ForgeError):
     """A JSON file that a program of this pipeline wrote is malformed, or from another version."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mtpforge.checkpoint import quantization
+from mtpforge.checkpoint.held_folder import HeldFolder
 from mtpforge.checkpoint.model_files import read_weights, weight_files
 from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_format
 from mtpforge.errors import CheckpointError
@@ -65,16 +66,22 @@ class Outline:
 class Checkpoint(Outline):
     """The checkpoint in a folder. Raises CheckpointError if it is incomplete or malformed.
 
-    `norms` is the form of norms whose values do not tell it ("w" or "w-1").
+    `norms` is the form of norms whose values do not tell it ("w" or "w-1"), `recorded` the digests
+    of its files (see `recorded`). Raises DamagedError if a file differs from these.
     """
 
     def __init__(
-        self, directory: Path, given_name: str | None = None, norms: str | None = None
+        self,
+        directory: Path,
+        given_name: str | None = None,
+        norms: str | None = None,
+        recorded: Path | None = None,
     ) -> None:
         # Resolved, because the model is named after the folder, which may be given as ".".
         folder = Path(directory).resolve()
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
+        self.held = HeldFolder(folder, recorded)
         files = [path.name for path in folder.iterdir() if path.is_file()]
         weights = read_weights(folder)
         super().__init__(

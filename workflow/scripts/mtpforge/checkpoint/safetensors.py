@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from mtpforge.errors import CheckpointError
+from mtpforge.io.held import HEADER
+from mtpforge.io.ranges import FileRange
 from mtpforge.io.text import parse_json
 
 _HEADER_LIMIT = 100 << 20  # as in the safetensors library
@@ -67,6 +69,14 @@ def read_shard_header(path: Path) -> list[CheckpointTensor]:
             return parse_shard_header(path, file.read(length), size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: shard is missing: download it again") from None
+
+
+def ranges(path: Path) -> dict[str, FileRange]:
+    """Return the byte ranges of a shard's header and tensors. Raises CheckpointError."""
+    tensors = read_shard_header(path)
+    places = {tensor.name: FileRange(path, tensor.offset, tensor.size) for tensor in tensors}
+    start = min((tensor.offset for tensor in tensors), default=path.stat().st_size)
+    return {HEADER: FileRange(path, 0, start), **places}
 
 
 def header_length(path: Path, start: bytes, size: int) -> int:

@@ -45,7 +45,13 @@ def convert(
         infos=[item.info for _, item in planned],
         tokenizer_pre=tokenizer_pre,
     )
-    write(out, metadata, [(item.info, payload(half, item)) for half, item in planned])
+
+    def check(written: Path) -> None:
+        checkpoint.held.check()
+        donor.held.check()
+
+    tensors = [(item.info, payload(half, item)) for half, item in planned]
+    write(out, metadata, tensors, check=check)
     say_notes(checkpoint, family)
     return norm_shift.note(item for _, item in planned)
 

@@ -61,7 +61,13 @@ def convert(
     `name` is the model's name if it is not the folder's, `norm_form` the form of norms whose values
     do not tell it. Returns a note on norms that were stored as w.
     """
-    checkpoint = Checkpoint(directory, name, norm_form)
+    return convert_checkpoint(Checkpoint(directory, name, norm_form), out, part, tokenizer_pre)
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint, out: Path, part: str = "all", tokenizer_pre: str | None = None
+) -> str:
+    """The same for a checkpoint that is open. Raises DamagedError if it has changed."""
     family = family_of(checkpoint.architecture)
     hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
@@ -74,7 +80,8 @@ def convert(
         infos=[item.info for item in planned],
         tokenizer_pre=tokenizer_pre,
     )
-    write(out, metadata, [(item.info, payload(checkpoint, item)) for item in planned])
+    tensors = [(item.info, payload(checkpoint, item)) for item in planned]
+    write(out, metadata, tensors, check=lambda written: checkpoint.held.check())
     say_notes(checkpoint, family, part)
     return norm_shift.note(planned)
 

@@ -16,7 +16,8 @@ from mtpforge import progress
 from mtpforge.checkpoint import nvfp4, quantization
 from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.hparams import Hparams
-from mtpforge.checkpoint.model_files import INDEX
+from mtpforge.checkpoint.model_files import INDEX, head_names
+from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import chat_templates, plan
 from mtpforge.convert.proof import prove
 from mtpforge.convert.tensor_names import check_wrappers, is_buffer, left_out
@@ -83,9 +84,22 @@ def convert_upstream(
     pre-tokenizer; CheckpointError if the checkpoint is malformed, unsupported or lacks the part;
     ToolchainError if upstream fails; GgufError if the result differs from the checkpoint.
     """
+    convert_checkpoint(
+        Checkpoint(directory), out, converter, part=part, tokenizer_pre=tokenizer_pre, log=log
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path,
+    converter: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+    log: Path | None = None,
+) -> None:
+    """The same for a checkpoint that is open. Raises DamagedError if it has changed."""
     if tokenizer_pre:
         pre_tokenizers.check(tokenizer_pre)
-    checkpoint = Checkpoint(directory)
     check(checkpoint, part)
     python = converter.absolute() / "environment/bin/python"
     source = converter.resolve() / "source"
@@ -97,14 +111,18 @@ def convert_upstream(
             )
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
+        checkpoint.held.add(_read_tensors(checkpoint, part))
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]
         command += [folder, *PARTS[part], "--outfile", temporary]
         try:
             process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
         except ToolchainError as error:
-            raise ToolchainError(f"{directory}: {error}: {_hint(str(error), log)}") from None
+            checkpoint.held.check()
+            text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"
+            raise ToolchainError(text) from None
         prove(reader.read(temporary), checkpoint, part)
+        checkpoint.held.check()
     for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
         progress.say(note)
 
@@ -171,6 +189,18 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         target = folder / chat_templates.FOLDER / path.name
         _copy_text(path, target, checkpoint.directory)
     return folder
+
+
+def _read_tensors(checkpoint: Checkpoint, part: str) -> list[CheckpointTensor]:
+    """The tensors that upstream reads for a part: a draft model needs no layer of the trunk."""
+    if part == "mmproj":
+        return vision_tensors(checkpoint)
+    head = head_names(checkpoint.tensors)
+    return [
+        tensor
+        for name, tensor in checkpoint.tensors.items()
+        if part != "draft" or name in head or ".layers." not in f".{name}"
+    ]
 
 
 def _check_quantization(checkpoint: Outline) -> None:

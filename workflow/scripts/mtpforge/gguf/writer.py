@@ -3,7 +3,7 @@
 import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gguf.constants import GGUFValueType
@@ -27,13 +27,20 @@ from mtpforge.progress import Show
 Tensors = Sequence[tuple[TensorInfo, Payload]]
 
 
-def write(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> None:
+def write(
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Tensors,
+    check: Callable[[Path], None] = lambda written: None,
+) -> None:
     """Write a GGUF, whole or not at all, and show progress.
 
-    Raises GgufError if a payload does not have the size of its tensor.
+    `check` gets the written file before that gets its name. Raises GgufError if a payload does not
+    have the size of its tensor.
     """
     with replacing(path) as temporary, progress.bar(path.name) as show:
         _write(temporary, metadata, tensors=tensors, show=show)
+        check(temporary)
 
 
 def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:

@@ -17,7 +17,8 @@ from huggingface_hub.file_download import repo_folder_name
 from mtpforge import progress
 from mtpforge.checkpoint import quantization, safetensors
 from mtpforge.checkpoint.checkpoint import Outline
-from mtpforge.errors import DownloadError
+from mtpforge.errors import DownloadError, GgufError
+from mtpforge.gguf import reader
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing
 from mtpforge.hub.remote import RemoteFile
@@ -46,10 +47,11 @@ def download(
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
     size = sum(listing.files[part].bytes for part in parts)
+    found = _digests_in(final)
     if parts == [name]:
-        return FetchRecord(name, size, digests[0].sha256)
+        return FetchRecord(name, size, digests[0].sha256, digests=found)
     by_part = {part: each.sha256 for part, each in zip(parts, digests, strict=True)}
-    return FetchRecord(name, size, sha256=digest_of(final), parts=by_part)
+    return FetchRecord(name, size, sha256=digest_of(final), parts=by_part, digests=found)
 
 
 def read_text(listing: Listing, name: str) -> str:
@@ -175,6 +177,16 @@ def require_space(needed: int, folder: Path) -> None:
 
 
 # ── fetching ──
+
+
+def _digests_in(path: Path) -> dict[str, str]:
+    """Hash header and tensors of a file of weights; nothing for other files."""
+    if path.suffix == ".safetensors":
+        return reader.hashes(safetensors.ranges(path))
+    try:
+        return reader.digests(path) if path.suffix == ".gguf" else {}
+    except GgufError:  # for the job that needs it to report
+        return {}
 
 
 def _matching(listing: Listing, parts: list[str], path: Path) -> list[Digest]:

@@ -22,13 +22,12 @@ class FetchRecord:
     sha256: str
     parts: dict[str, str] = field(default_factory=dict)
     """The sha256 of each part of the commit that was joined to the file; empty for a whole file."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """The sha256 of the header and of each tensor, for jobs that read some of them."""
 
     def write(self, path: Path) -> None:
         """Write the record as JSON."""
-        value = asdict(self)
-        if not self.parts:
-            del value["parts"]
-        atomic.write_json(path, value)
+        atomic.write_json(path, {key: value for key, value in asdict(self).items() if value != {}})
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class HeadRecord:
     repo: str
     revision: str
     tensors: dict[str, HeadTensor]
+    files: dict[str, str] = field(default_factory=dict)
+    """The sha256 of each other file of the folder, and of each shard's header."""
 
     @classmethod
     def read(cls, path: Path) -> "HeadRecord":

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from mtpforge.checkpoint.checkpoint import Checkpoint, architecture_of
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.model_files import INDEX, head_names
-from mtpforge.checkpoint.safetensors import CheckpointTensor
+from mtpforge.checkpoint.safetensors import CheckpointTensor, ranges
 from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
 from mtpforge.hub.fetch_records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.hub.listing import Listing
 from mtpforge.io import atomic
-from mtpforge.io.ranges import FileRange, Sink, sha256
+from mtpforge.io.held import HEADER
+from mtpforge.io.ranges import FileRange, Sink, digest_of, sha256
 from mtpforge.io.text import parse_json, read_json
 
 PIECE = 64 << 20
@@ -67,6 +68,7 @@ def fetch(listing: Listing, folder: Path, whole: Path | None = None) -> HeadReco
             )
             for name, t in sorted(checkpoint.tensors.items())
         },
+        _other_digests(listing, folder, shards=standings),
     )
 
 
@@ -118,6 +120,13 @@ def _write_small_files(listing: Listing, folder: Path, tensors: list[CheckpointT
     weight_map = {tensor.name: tensor.shard for tensor in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     atomic.write_json(folder / INDEX, index)
+
+
+def _other_digests(listing: Listing, folder: Path, shards: Iterable[str]) -> dict[str, str]:
+    """Hash the small files and the headers of the shards."""
+    whole = {name: digest_of(folder / name) for name in [*listing.small_files(), INDEX]}
+    headers = {shard: sha256(ranges(folder / shard)[HEADER]) for shard in sorted(shards)}
+    return dict(sorted(whole.items())) | headers
 
 
 def _write_shards(

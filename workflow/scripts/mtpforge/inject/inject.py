@@ -6,18 +6,20 @@ added that aligns the trunk with the base's, so that both files can share its bl
 `io.ranges`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from mtpforge import progress
+from mtpforge import progress, recorded
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
 from mtpforge.gguf import norm_form, quant_types, reader, split, writer
-from mtpforge.gguf.head import quantizable, trunk_digests, types_of
+from mtpforge.gguf.head import quantizable, types_of
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import (
     PADDING,
@@ -25,10 +27,12 @@ from mtpforge.gguf.reader import (
     TensorInfo,
     contents,
     drop_leading_ones,
+    header_range,
     select_tensors,
 )
 from mtpforge.inject.match import check_match, same_value
 from mtpforge.io import atomic
+from mtpforge.io.held import HEADER
 from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
@@ -36,6 +40,9 @@ from mtpforge.quantize.recipe import Recipe, head_types
 from mtpforge.quantize.request import QuantizeRequest
 
 Tensor: TypeAlias = tuple[TensorInfo, Payload]
+
+Check: TypeAlias = Callable[[Path], None]
+"""Gets the written file or folder before that gets its name."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ class Options:
     replace_head: bool = False
     """Whether to replace a different head of the base, which is otherwise an error."""
     digests: Path | None = None
-    """JSON to write first: the sha256 of each tensor of the trunk and of the new head."""
+    """JSON to write first: the sha256 of each tensor of the trunk and of the new head, and of the
+    header unless the output is split."""
+    base_recorded: Path | None = None
+    head_recorded: Path | None = None
+    """Digests recorded of base and head (see `recorded`)."""
 
 
 def inject(
@@ -69,42 +80,75 @@ def inject(
         problem = "is a folder: name its GGUF" if base.is_dir() else "no such file"
         raise GgufError(f"{base}: {problem}")
     with atomic.scratch_folder(out) as scratch:
-        files = split.shards(base)
+        files = recorded.shards(base, options.base_recorded)
         if len(files) == 1 and out.suffix != ".gguf":
             raise GgufError(
                 f"{out}: name a file F.gguf: only a split base can be written to a folder"
             )
         whole = split.joined(files)
-        given = _open_head(head, scratch, options.norm_form)
+        given = _open_head(head, scratch, options)
         check_match(whole, given, _trunk_of(given))
         _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
-        new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
-        if options.digests:
-            _write_digests(options.digests, whole, new)
-        if _has_head(whole, new, options.replace_head):
-            progress.say(f"{base} already has this head, byte for byte")
-            _copy_all(files, new, out)
-        elif out.suffix == ".gguf":
-            _write_file(whole, new, out)
-        else:
-            _write_folder(files, new, out)
+        with _hashing(files, given, options, llama.processors) as check_inputs:
+            new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
+
+            def check(written: Path) -> None:
+                digests = check_inputs()
+                if options.digests:
+                    _write_digests(options.digests, written, digests=digests, base=whole, head=new)
+
+            if _has_head(whole, new, options.replace_head):
+                progress.say(f"{base} already has this head, byte for byte")
+                _copy_all(files, new, out, check)
+            elif out.suffix == ".gguf":
+                _write_file(whole, new, out, check)
+            else:
+                _write_folder(files, new, out, check)
+
+
+@contextmanager
+def _hashing(
+    files: list[Gguf], head: Gguf, options: Options, threads: int
+) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hash base and head while the block reads them.
+
+    Yields a function that returns the digests of the base's tensors. It raises DamagedError if base
+    or head is not what was recorded.
+    """
+    of_base: list[tuple[str, FileRange]] = []
+    if options.digests or options.base_recorded:
+        of_base += recorded.places(files)
+    of_head = head.head.ranges.items() if options.head_recorded and head.path.is_file() else ()
+    with (
+        recorded.hashing(options.base_recorded, of_base, threads) as check_base,
+        recorded.hashing(options.head_recorded, of_head) as check_head,
+    ):
+
+        def check() -> dict[str, str]:
+            check_head()
+            return check_base()
+
+        yield check
 
 
 # ── the head ──
 
 
-def _open_head(head: Path, scratch: Path, norm_form: str | None) -> Gguf:
+def _open_head(head: Path, scratch: Path, options: Options) -> Gguf:
     """The GGUF with the head, converted if needed, under the given name.
 
-    Raises GgufError, CheckpointError.
+    Raises GgufError, CheckpointError; DamagedError if it is not what was recorded.
     """
-    place = head
     if head.is_dir():
         place = scratch / "head-BF16.gguf"
-        if note := native.convert(head, place, "head", norm_form=norm_form):
+        checkpoint = Checkpoint(head, norms=options.norm_form, recorded=options.head_recorded)
+        if note := native.convert_checkpoint(checkpoint, place, "head"):
             progress.say(note)
-    opened = replace(split.read(place), path=head)
+        files = [reader.read(place)]
+    else:
+        files = recorded.shards(head, options.head_recorded)
+    opened = replace(split.joined(files), path=head)
     if not opened.head.tensors:
         raise GgufError(
             f"{head}: has no head: nextn_predict_layers or the tensors of its blocks are missing"
@@ -174,9 +218,13 @@ def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gg
     return reader.read(out)
 
 
-def _write_digests(path: Path, base: Gguf, head: Gguf) -> None:
-    """Record the trunk as it is now and the head as it will be."""
-    atomic.write_json(path, trunk_digests(base) | reader.hashes(head.ranges))
+def _write_digests(
+    path: Path, written: Path, digests: Mapping[str, str], base: Gguf, head: Gguf
+) -> None:
+    """Record the trunk as it was read, the head, and the header of the output if it is one file."""
+    trunk = {name: digests[name] for name in base.trunk.tensors}
+    header = {} if written.is_dir() else {HEADER: sha256(header_range(reader.read(written)))}
+    atomic.write_json(path, header | trunk | reader.hashes(head.ranges))
 
 
 def _has_head(base: Gguf, head: Gguf, replace_head: bool) -> bool:
@@ -217,13 +265,14 @@ def _shown(info: TensorInfo) -> str:
 # ── the output ──
 
 
-def _write_file(base: Gguf, head: Gguf, out: Path) -> None:
+def _write_file(base: Gguf, head: Gguf, out: Path, check: Check) -> None:
     """Write base and head as one file. Raises GgufError."""
     tensors = contents(base.trunk) + _appended(head, base.trunk)
-    writer.write(out, writer.padded(merged_metadata(base, head), tensors, base.trunk), tensors)
+    metadata = writer.padded(merged_metadata(base, head), tensors, base.trunk)
+    writer.write(out, metadata, tensors, check)
 
 
-def _write_folder(files: list[Gguf], head: Gguf, folder: Path) -> None:
+def _write_folder(files: list[Gguf], head: Gguf, folder: Path, check: Check) -> None:
     """Write the base in the same shards, with the head in the last one.
 
     Raises ConfigError, GgufError.
@@ -243,19 +292,21 @@ def _write_folder(files: list[Gguf], head: Gguf, folder: Path) -> None:
             metadata = first if file is files[0] else file.metadata | count
             out = temporary / file.path.name
             writer.write(out, writer.padded(metadata, tensors, trunk), tensors)
+        check(temporary)
 
 
-def _copy_all(files: list[Gguf], head: Gguf, out: Path) -> None:
+def _copy_all(files: list[Gguf], head: Gguf, out: Path, check: Check) -> None:
     """Copy a base that already has this head; shards are joined if the output is one file."""
     if len(files) == 1:
-        _copy(files[0].path, out)
+        _copy(files[0].path, out, check)
     elif out.suffix == ".gguf":
-        _write_file(split.joined(files), head, out)
+        _write_file(split.joined(files), head, out, check)
     else:
         _check_folder(files, out)
         with atomic.replacing_folder(out.resolve()) as temporary:
             for file in files:
-                _copy(file.path, temporary / file.path.name)
+                _copy(file.path, temporary / file.path.name, lambda written: None)
+            check(temporary)
 
 
 def _check_folder(files: list[Gguf], folder: Path) -> None:
@@ -263,7 +314,7 @@ def _check_folder(files: list[Gguf], folder: Path) -> None:
     split.check_target(files[0].path, folder, stem)
 
 
-def _copy(source: Path, out: Path) -> None:
+def _copy(source: Path, out: Path, check: Check) -> None:
     size = source.stat().st_size
     with (
         progress.bar(out.name) as show,
@@ -271,6 +322,7 @@ def _copy(source: Path, out: Path) -> None:
         temporary.open("wb") as file,
     ):
         Sink(file.fileno(), lambda done: show(done, size)).append([FileRange(source, 0, size)])
+        check(temporary)
 
 
 def _appended(head: Gguf, trunk: Gguf) -> list[Tensor]:

@@ -132,10 +132,25 @@ def forget(piece: FileRange) -> None:
             os.close(descriptor)
 
 
+class Hash:
+    """The sha256 of ranges of files, one after the other, which are not held in memory."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, piece: FileRange) -> None:
+        """Hash the next range. Raises OSError."""
+        _update(self._digest, piece)
+
+    def hexdigest(self) -> str:
+        """The digest so far, as hex digits."""
+        return self._digest.hexdigest()
+
+
 def sha256(piece: FileRange) -> str:
     """The sha256 of a range of a file, which is read once and not held in memory."""
-    digest = hashlib.sha256()
-    _update(digest, piece)
+    digest = Hash()
+    digest.update(piece)
     return digest.hexdigest()
 
 

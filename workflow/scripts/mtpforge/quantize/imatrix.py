@@ -10,8 +10,9 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from mtpforge import recorded
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
-from mtpforge.gguf import reader, split
+from mtpforge.gguf import reader
 from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
@@ -25,22 +26,28 @@ CHUNK = 512
 MIN_TOKENS = 2 * CHUNK
 
 
-def compute(model: Path, text: Path, out: Path, llama: LlamaCpp) -> None:
+def compute(
+    model: Path, text: Path, out: Path, llama: LlamaCpp, recorded_at: Path | None = None
+) -> None:
     """Run a text (UTF-8) through a GGUF, and write its importance matrix as a GGUF.
 
     It covers the head if that has one block, which llama-server can draft with, and llama-imatrix
-    is new enough. Raises ConfigError if the text is too short, ToolchainError if llama-imatrix
-    fails.
+    is new enough. `recorded_at` are the GGUF's digests (see `recorded`). Raises ConfigError if the
+    text is too short, ToolchainError if llama-imatrix fails, DamagedError if the GGUF has changed.
     """
     # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
     if len(text.read_bytes().strip()) < MIN_TOKENS:
         raise _too_short(text)
-    with replacing(out) as temporary, tempfile.TemporaryDirectory() as name:
+    with (
+        replacing(out) as temporary,
+        tempfile.TemporaryDirectory() as name,
+        recorded.reading(model, recorded_at) as opened,
+    ):
         folder = Path(name)
         (folder / text.name).symlink_to(text.resolve())  # the path it is given gets into the file
         files: list[Argument] = ["-m", model.resolve(), "-f", text.name, "-o", temporary.resolve()]
         chunks: list[Argument] = ["-c", CHUNK, "-b", CHUNK, "-ub", CHUNK]
-        chunks += _HEAD if _covers_head(model, llama) else ()
+        chunks += _HEAD if _covers_head(opened, llama) else ()
         try:
             llama.imatrix([*files, "--output-format", "gguf", *chunks], folder)
         except ToolchainError as error:
@@ -92,9 +99,8 @@ _MOST_COUNTS = 1 << 16  # one for each expert
 _HEAD = ("--nextn",)
 
 
-def _covers_head(model: Path, llama: LlamaCpp) -> bool:
+def _covers_head(opened: Gguf, llama: LlamaCpp) -> bool:
     """Whether llama-imatrix can collect rows for a model's head; it fails on two blocks."""
-    opened = split.read(model)
     return (
         len(opened.head_blocks) == 1
         and why_not_drafting(opened) is None

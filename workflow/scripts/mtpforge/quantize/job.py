@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.reader import ALIGNMENT, Gguf, TensorInfo, drop_leading_ones
+from mtpforge.io import held
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import run, without_vocabulary
 from mtpforge.quantize.plan import QuantizePlan
@@ -40,32 +41,21 @@ class QuantizeJob:
     def __post_init__(self) -> None:
         self.plan.check(self.source, self.imatrix, self.llama)
 
-    def quantize(self, source: Gguf, out: Path) -> Gguf:
-        """Quantize `source`, the whole source or a part of it, to `out`, in place."""
-        plan = self.plan
-        return run(
-            source,
-            out,
-            types=plan.types(),
-            file_type=plan.file_type,
-            matrix=self.imatrix,
-            llama=self.llama,
-        )
-
     def quantize_tensors(self, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         """Quantize these tensors to `out`, in place, from a copy of their part of the source.
 
-        A matrix above the size limit of a run is quantized some rows at a time.
+        A matrix above the size limit of a run is quantized some rows at a time. Raises
+        DamagedError if the source is not as it was when its digests were recorded.
         """
         wanted = set(names)
-        if wanted == self.source.tensors.keys():
-            return self.quantize(self.source, out)
         in_order = [name for name in self.source.tensors if name in wanted]
-        if len(in_order) == 1 and self._too_large(in_order[0]):
-            return self._quantize_by_rows(in_order[0], out, scratch)
-        return self.quantize(
-            self._copy_part(reader.select_tensors(self.source, in_order), scratch), out
-        )
+        with held.reading(self._recorded(in_order)):
+            if len(in_order) == len(self.source.tensors):
+                return self._quantize(self.source, out)
+            if len(in_order) == 1 and self._too_large(in_order[0]):
+                return self._quantize_by_rows(in_order[0], out, scratch)
+            part = reader.select_tensors(self.source, in_order)
+            return self._quantize(self._copy_part(part, scratch), out)
 
     def batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Group tensors into runs: neighbours up to the size limit of a run, or one larger tensor.
@@ -97,6 +87,23 @@ class QuantizeJob:
         """Approximate CPU seconds to quantize these tensors."""
         return sum(self.plan.tensors[name].cost for name in names)
 
+    def _quantize(self, source: Gguf, out: Path) -> Gguf:
+        """Quantize the whole source or a part of it to `out`, in place."""
+        plan = self.plan
+        return run(
+            source,
+            out,
+            types=plan.types(),
+            file_type=plan.file_type,
+            matrix=self.imatrix,
+            llama=self.llama,
+        )
+
+    def _recorded(self, names: Iterable[str]) -> list[held.Part]:
+        """Tensors of the source, with the digests that the plan has of them."""
+        tensors = self.plan.tensors
+        return [held.Part(name, self.source.ranges[name], tensors[name].source) for name in names]
+
     def _run_limit(self, name: str) -> int:
         """How many bytes of the source a run with this tensor may have."""
         info = self.source.tensors[name]
@@ -116,7 +123,7 @@ class QuantizeJob:
             part = self._copy_part(
                 reader.rows(self.source, name, start=start, count=count), scratch
             )
-            made = self.quantize(part, scratch / "rows.gguf")
+            made = self._quantize(part, scratch / "rows.gguf")
             if whole is None:
                 whole = writer.lay_out(out, made.metadata, [self.target_info(name)])
             writer.put(

@@ -27,7 +27,7 @@ def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> di
         reusable = find_reusable(job, reuse, scratch) if reuse else {}
         if reusable and worth_reusing(job, reusable):
             return assemble(job, reusable, out=temporary, scratch=scratch)
-        written = job.quantize(job.source, temporary)
+        written = job.quantize_tensors(job.source.tensors, temporary, scratch)
         report({}, job.plan.tensors)
         return reader.digests_of(written, job.llama.processors)
 

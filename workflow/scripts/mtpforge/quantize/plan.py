@@ -29,6 +29,8 @@ from mtpforge.quantize.request import QuantizeRequest
 SAMPLE = 1 << 16
 """Bytes of each tensor that are hashed to tell whether a plan belongs to a file."""
 
+_AGAIN = "run quantize_plan.py again, or if the file should be the same, delete it: it is damaged"
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -106,13 +108,10 @@ class QuantizePlan:
         same_forms = forms == {name: source_form(source, name) for name in source.tensors}
         if not same_forms or sha256(header_range(source)) != self.header:
             raise GgufError(
-                f"{source.path}: tensors or metadata differ from those of the plan: "
-                "run quantize_plan.py again"
+                f"{source.path}: tensors or metadata differ from those of the plan: {_AGAIN}"
             )
         if sample(source) != self.sample:
-            raise GgufError(
-                f"{source.path}: weights differ from those of the plan: run quantize_plan.py again"
-            )
+            raise GgufError(f"{source.path}: weights differ from those of the plan: {_AGAIN}")
 
     def write(self, path: Path) -> None:
         """Write it as JSON, one line per tensor; Snakemake compares files below a megabyte."""

@@ -1,6 +1,7 @@
 """Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
 import json
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ class FetchRules(Stage):
         own = [] if model.adopts(variant) else self.checkpoint_inputs(wildcards)
         return [*own, *(self.inputs_of_donor(model, donor) if donor else [])]
 
+    def recorded_option(self, wildcards: Wildcards) -> str:
+        """The option that names the digests of a model's checkpoint."""
+        return shlex.join(["--recorded", recorded(self.model(wildcards))])
+
+    def donor_recorded_option(self, wildcards: Wildcards) -> str:
+        """The same for the checkpoint that a head is from."""
+        donor = recorded_donor(self.model(wildcards), self._donor(wildcards))
+        return shlex.join(["--recorded", donor])
+
     def donor(self, wildcards: Wildcards) -> str:
         """The folder of the checkpoint that a head is from."""
         return layout.donor_checkpoint(self.model(wildcards), self._donor(wildcards))
@@ -125,6 +135,20 @@ def head_inputs(source: Source) -> list[str]:
     files = [path for path in folder.iterdir() if path.suffix in KINDS]
     files += chat_templates.additional(folder)
     return sorted(str(path) for path in files if path.name not in others)
+
+
+def recorded(model: Model) -> str:
+    """The digests of the files of a model's checkpoint. Raises ConfigError if it has none."""
+    if model.source is None:
+        raise ConfigError(f"config.yaml: models/{model.key}/source: missing")
+    of_head = layout.recorded_head(model.source, model.key)
+    return of_head if model.head_only else layout.recorded(model.source, model.key)
+
+
+def recorded_donor(model: Model, donor: Source) -> str:
+    """The same for the checkpoint that a head is from."""
+    of_head = layout.recorded_head(donor, model.key)
+    return of_head if model.native else layout.recorded(donor, model.key)
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Stage `inject`: a head for a GGUF that lacks one, or has another."""
 
+import shlex
+
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.fetch import tracked_inputs
@@ -23,6 +25,16 @@ class InjectRules(Stage):
         if isinstance(base, OwnBase):
             return [self.base(wildcards)]
         return tracked_inputs(base, wildcards.model)
+
+    def recorded_options(self, wildcards: Wildcards) -> str:
+        """The options that name the digests of base and head."""
+        base, model = self._base(wildcards), wildcards.model
+        if isinstance(base, OwnBase):
+            recorded = layout.quantized(model, "trunk", base.type).digests
+        else:
+            recorded = layout.recorded(base, model)
+        head = self.head_digests(wildcards)
+        return shlex.join(["--base-recorded", recorded, "--head-recorded", head])
 
     def head_file(self, wildcards: Wildcards) -> str:
         """The BF16 GGUF with the head."""

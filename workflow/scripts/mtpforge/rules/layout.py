@@ -202,6 +202,11 @@ def imatrix(model: str, text: str) -> str:
     return f"{work(model)}/imatrix/{imatrix_name(text)}.gguf"
 
 
+def imatrix_digest(model: str, text: str) -> str:
+    """Its sha256."""
+    return f"{work(model)}/imatrix/{imatrix_name(text)}.json"
+
+
 def imatrix_name(text: str) -> str:
     """Its name, which is stored in published files, so it must not reveal local folders."""
     return f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"
@@ -226,6 +231,11 @@ def acceptance(model: str) -> str:
 def reference_logits(model: str) -> str:
     """The logits of the BF16 file on the measured text."""
     return f"{work(model)}/logits/reference.bin"
+
+
+def reference_logits_digest(model: str) -> str:
+    """Their sha256."""
+    return f"{work(model)}/logits/reference.json"
 
 
 # ── files from the Hub and from elsewhere ──
@@ -256,6 +266,31 @@ def fetched(at: Commit) -> str:
 def record(at: Commit, name: str) -> str:
     """The record of a fetched file, written once its content is right."""
     return f"{commit(at)}/records/{name}.json"
+
+
+def records(at: Commit) -> str:
+    """The folder of these records."""
+    return f"{commit(at)}/records"
+
+
+def ledger(model: str, path: str) -> str:
+    """The digests of a file, or of the files of a folder, that a user gave."""
+    place = Path(path)
+    return f"{work(model)}/ledgers/{place.name}-{sha256(str(place).encode()).hexdigest()[:8]}.json"
+
+
+def recorded(source: Source | GivenFile, model: str) -> str:
+    """The digests of a checkpoint's files, or of a file from the Hub or elsewhere."""
+    if isinstance(source, HubRepository | HubFile):
+        return records(source)
+    return ledger(model, source.path)
+
+
+def recorded_head(source: Source, model: str) -> str:
+    """The same for a checkpoint that gives only its head."""
+    if isinstance(source, HubRepository):
+        return head_record(source)
+    return ledger(model, source.path)
 
 
 def fetched_head(at: Commit) -> str:

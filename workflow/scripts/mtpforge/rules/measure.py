@@ -38,14 +38,16 @@ class MeasureRules(Stage):
     def options(self, wildcards: Wildcards) -> str:
         """The measurements to make, as options of measure.py."""
         settings = self._settings(wildcards)
+        report = self.report(wildcards)
         n_max = ",".join(map(str, settings.n_max))
-        options = ["--n-max", n_max, "--repeats", str(settings.repeats)]
+        options = ["--report", report, "--n-max", n_max, "--repeats", str(settings.repeats)]
         if settings.serve:
             options += [f"--serve={shlex.join(settings.serve)}"]
         if settings.text:
             options += ["--text", settings.text, "--chunks", str(settings.chunks)]
         for logits in self.logits(wildcards):
-            options += ["--reference-logits", logits]
+            digest = layout.reference_logits_digest(wildcards.model)
+            options += ["--reference-logits", logits, "--logits-recorded", digest]
         return shlex.join(options)
 
     def measurements(self, wildcards: Wildcards) -> list[str]:

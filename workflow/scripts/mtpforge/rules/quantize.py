@@ -69,6 +69,17 @@ class QuantizeRules(Stage):
         path = [layout.local_path(imatrix, wildcards.model)] if imatrix else []
         return shlex.join(word for each in path for word in ("--imatrix", each))
 
+    def imatrix_recorded_option(self, wildcards: Wildcards) -> str:
+        """The option that names its digest."""
+        imatrix = self._imatrix(wildcards)
+        if imatrix is None:
+            return ""
+        if isinstance(imatrix, ImatrixText):
+            recorded = layout.imatrix_digest(wildcards.model, imatrix.text)
+        else:
+            recorded = layout.recorded(imatrix, wildcards.model)
+        return shlex.join(["--imatrix-recorded", recorded])
+
     def options(self, wildcards: Wildcards) -> str:
         """Types of file, head and tensors, as options of quantize_plan.py."""
         variant = self._variant(wildcards)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mtpforge.gguf import quant_types
 from mtpforge.rules import layout
+from mtpforge.rules.fetch import recorded, recorded_donor
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubRepository, Source
 
@@ -50,8 +51,12 @@ class VerifyRules(Stage):
         donor = model.donor(variant)
         if donor and model.adopts(variant):
             form = ["--norms", model.norms] if model.norms else []
-            head, *_ = [*self.reference(wildcards), layout.donor_checkpoint(model, donor)]
-            return shlex.join(["--head-from", head, *form])
+            made = self.reference(wildcards)
+            head, recorded = made or (
+                layout.donor_checkpoint(model, donor),
+                recorded_donor(model, donor),
+            )
+            return shlex.join(["--head-from", head, "--head-recorded", recorded, *form])
         return self._against(wildcards, self.reference(wildcards), donor)
 
     def options(self, wildcards: Wildcards) -> str:
@@ -107,7 +112,8 @@ class VerifyRules(Stage):
         """The BF16 draft model to compare with, if llama.cpp's converter made it."""
         if self.model(wildcards).native:
             return []
-        return [layout.converted(wildcards.model, "draft").file]
+        made = layout.converted(wildcards.model, "draft")
+        return [made.file, made.digests]
 
     def sidecar_unquantized(self, wildcards: Wildcards) -> list[str]:
         """The acceptance of the BF16 file, unless the sidecar is not quantized."""
@@ -143,11 +149,14 @@ class VerifyRules(Stage):
 
     def _against(self, wildcards: Wildcards, reference: list[str], donor: Source | None) -> str:
         if reference:
-            return shlex.join(["--reference", reference[0]])
+            file, digests = reference
+            return shlex.join(["--reference", file, "--recorded", digests])
         model = self.model(wildcards)
-        options = ["--checkpoint", layout.checkpoint(model)]
+        options = ["--checkpoint", layout.checkpoint(model), "--recorded", recorded(model)]
         options += ["--name", model.name] if model.name else []
-        options += ["--head-from", layout.head_checkpoint(donor)] if donor else []
+        if donor:
+            options += ["--head-from", layout.head_checkpoint(donor)]
+            options += ["--head-recorded", layout.recorded_head(donor, model.key)]
         options += ["--norms", model.norms] if model.norms else []
         return shlex.join(options)
 

@@ -8,6 +8,7 @@ from mtpforge.gguf import reader, split
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import HeadRecord
+from mtpforge.io.held import HEADER
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json
 from mtpforge.verify.report import Check, Trunk, some
@@ -31,15 +32,16 @@ def check_digests(opened: Gguf, recorded: Path) -> Check:
 def check_trunk(opened: Gguf, before: Mapping[str, str]) -> tuple[Check, Trunk]:
     """The trunk is the base's, byte for byte; its digests before and after, for the report.
 
-    If `before` has digests of the head too, as injection records them, the head is compared as
+    If `before` has digests of head and header too, as injection records them, these are compared as
     well.
     """
     trunk = trunk_digests(opened)
-    head = opened.head
-    after = {name: sha256(piece) for name, piece in head.ranges.items() if name in before} | trunk
-    base = {name: digest for name, digest in before.items() if name not in head.tensors}
+    others = {HEADER: reader.header_range(opened), **opened.head.ranges}
+    after = {name: sha256(piece) for name, piece in others.items() if name in before} | trunk
+    base = {name: digest for name, digest in before.items() if name not in others}
+    origins = {HEADER: "what was written", **dict.fromkeys(opened.head.tensors, "the head")}
     wrong = [
-        f"{name} differs from the {'head' if name in head.tensors else 'base'}"
+        f"{name} differs from {origins.get(name, 'the base')}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]

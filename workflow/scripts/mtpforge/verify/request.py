@@ -21,6 +21,12 @@ class Request:
     """The sha256 of the base's tensors, recorded by injection, instead of the base."""
     head_from: Path | None = None
     """The checkpoint that the head is from, if it is not the trunk's; or a GGUF made of it."""
+    recorded: Path | None = None
+    """Digests recorded of the checkpoint or reference (see `recorded`)."""
+    head_recorded: Path | None = None
+    """The same of `head_from`."""
+    target_recorded: Path | None = None
+    """The same of the target."""
     name: str | None = None
     """The model's name that conversion was given, for the metadata."""
     target: Path | None = None

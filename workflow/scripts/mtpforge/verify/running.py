@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
-from mtpforge import table
+from mtpforge import recorded, table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import gguf_files
@@ -129,11 +129,14 @@ def check_acceptance(measured: Acceptance, unquantized: Acceptance, most: float)
     return Check("acceptance", passed, detail if passed else detail + limit)
 
 
-def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> Acceptance:
+def measure_acceptance(
+    path: Path, prompts: Sequence[str], llama: LlamaCpp, recorded_at: Path | None = None
+) -> Acceptance:
     """Measure the acceptance of an unquantized file, to compare its quants with.
 
-    A file larger than the memory is skipped: each token would read it from the disk again. Raises
-    VerificationError if the head drafts nothing.
+    A file larger than the memory is skipped: each token would read it from the disk again.
+    `recorded_at` are its digests (see `recorded`). Raises VerificationError if the head drafts
+    nothing, DamagedError if the file has changed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     files = [path.with_name(name) for name in gguf_files(path.name)]
@@ -145,8 +148,9 @@ def measure_acceptance(path: Path, prompts: Sequence[str], llama: LlamaCpp) -> A
     if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
     request = Request(prompts=tuple(prompts), min_acceptance=0)
-    check, answers = check_drafting(opened, request, llama)
-    raise_failed(path.name, [check])
+    with recorded.reading(path, recorded_at):
+        check, answers = check_drafting(opened, request, llama)
+        raise_failed(path.name, [check])
     return _acceptance_of(answers)
 
 

@@ -1,13 +1,15 @@
 """The source that a file is compared with: a checkpoint, or the BF16 GGUF that upstream made."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mtpforge import recorded
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.convert import donor_head, native, norm_shift, plan
+from mtpforge.convert.plan import ConvertedTensor
 from mtpforge.convert.tensor_names import EMBEDDINGS, canonical_names
 from mtpforge.errors import GgufError
 from mtpforge.gguf import split
@@ -52,24 +54,29 @@ class Source(Protocol):
     def rows(self) -> Mapping[str, SourceRows]:
         """The expected values of each tensor. Raises ForgeError."""
 
+    def check(self, names: Iterable[str]) -> None:
+        """Hold tensors of `rows` against their recorded digests. Raises DamagedError."""
+
 
 def open_source(request: Request) -> Source | None:
     """The source that a request names, if it names one. Raises ForgeError."""
     if request.head_from and request.head_from.is_file():
-        return GgufSource(request.head_from, head_only=True)
+        return GgufSource(request.head_from, request.head_recorded, head_only=True)
     donor = None
     if request.head_from:
-        donor = Checkpoint(request.head_from, norms=request.norm_form)
+        donor = Checkpoint(
+            request.head_from, norms=request.norm_form, recorded=request.head_recorded
+        )
     if request.checkpoint:
         return CheckpointSource(
-            Checkpoint(request.checkpoint, request.name, request.norm_form),
+            Checkpoint(request.checkpoint, request.name, request.norm_form, request.recorded),
             request.part,
             request.tokenizer_pre,
             donor=donor,
         )
     if donor:
         return CheckpointSource(donor, request.part, head_only=True)
-    return GgufSource(request.reference) if request.reference else None
+    return GgufSource(request.reference, request.recorded) if request.reference else None
 
 
 class CheckpointSource:
@@ -93,6 +100,7 @@ class CheckpointSource:
     ) -> None:
         self._checkpoint = checkpoint
         self._donor = donor
+        self._planned: dict[str, tuple[Checkpoint, ConvertedTensor]] = {}
         self._family = family_of(self._checkpoint.architecture)
         self._hparams = plan.settled_hparams(self._checkpoint, self._family)
         self._tokenizer_pre = tokenizer_pre
@@ -126,14 +134,23 @@ class CheckpointSource:
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
             planned = norm_shift.plan_by_values(self._checkpoint, self._part)
-            self.norm_note = norm_shift.note(planned)
-            return tensors.rows_of_checkpoint(self._checkpoint, planned)
-        halves = donor_head.plan_halves(self._checkpoint, self._donor, self._part)
+            halves = [(self._checkpoint, item) for item in planned]
+        else:
+            halves = donor_head.plan_halves(self._checkpoint, self._donor, self._part)
         self.norm_note = norm_shift.note(item for _, item in halves)
+        self._planned = {item.row.name: (half, item) for half, item in halves}
         rows: dict[str, SourceRows] = {}
         for half, item in halves:
             rows |= tensors.rows_of_checkpoint(half, [item])
         return rows
+
+    def check(self, names: Iterable[str]) -> None:
+        for name in names:
+            half, item = self._planned[name]
+            half.held.add([*item.tensors, *item.scales])
+        self._checkpoint.held.check()
+        if self._donor:
+            self._donor.held.check()
 
 
 class GgufSource:
@@ -144,8 +161,9 @@ class GgufSource:
 
     norm_note = ""
 
-    def __init__(self, path: Path, head_only: bool = False) -> None:
-        self._reference = split.read(path)
+    def __init__(self, path: Path, recorded_at: Path | None, head_only: bool = False) -> None:
+        self._recorded = recorded_at
+        self._reference = split.joined(recorded.shards(path, recorded_at))
         self._compared = self._reference.head if head_only else self._reference
         self.note = "; only the head is this file's" if head_only else ""
         if head_only and not (self._compared.tensors and self._reference.trunk.tensors):
@@ -162,6 +180,12 @@ class GgufSource:
 
     def rows(self) -> Mapping[str, SourceRows]:
         return tensors.rows_of_gguf(self._compared)
+
+    def check(self, names: Iterable[str]) -> None:
+        ranges = self._compared.ranges
+        places = [(name, ranges[name]) for name in names] if self._recorded else []
+        with recorded.hashing(self._recorded, places):
+            pass
 
 
 def chat_templates(directory: Path) -> dict[str, str]:

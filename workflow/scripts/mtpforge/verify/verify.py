@@ -10,10 +10,12 @@ found. Earlier damage, such as bad memory while llama-quantize runs, shows only 
 error limits. A bad sector stays hidden while the file is in the page cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from mtpforge import recorded
 from mtpforge.errors import VerificationError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.head import trunk_digests, types_of
@@ -45,7 +47,8 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     opened = split.read(path)
     checks = [check_digests(opened, request.digests)] if request.digests else []
     if opened.is_vision:
-        checks.append(check_vision(opened, request, llama))
+        with _reading_target(request):
+            checks.append(check_vision(opened, request, llama))
         raise_failed(path.name, checks)
         return _report(opened, checks)
     _require_head(opened, request)
@@ -57,7 +60,8 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
         check, trunk = check_trunk(opened, _trunk_before(request))
         checks.append(check)
     raise_failed(path.name, checks)  # a file that is known to be wrong need not run
-    running, acceptance = check_running(opened, request, llama)
+    with _reading_target(request):
+        running, acceptance = check_running(opened, request, llama)
     checks += [*running, check_programs(opened, request, llama)]
     raise_failed(path.name, checks)
     return _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
@@ -86,6 +90,16 @@ def publish_split(
         raise_failed(folder.name, checks)
         listed = tuple(map(_shard, files))
     return listed, checks
+
+
+@contextmanager
+def _reading_target(request: Request) -> Iterator[None]:
+    """Hold the target, if there is one, against its digests while llama-server reads it."""
+    if request.target is None:
+        yield
+        return
+    with recorded.reading(request.target, request.target_recorded):
+        yield
 
 
 def _require_head(opened: Gguf, request: Request) -> None:
@@ -119,6 +133,8 @@ def _check_against_source(
     exact = set(opened.tensors) if request.ours else head
     read = opened if request.ours else _without_unreadable(opened)
     compared = tensors.compare_tensors(read, rows, whole=head, exact=exact, threads=threads)
+    if source:
+        source.check(_worth_hashing(read, rows, compared))
     checks += [
         _check_finite(opened, compared),
         *check_norms(read, compared, source.norm_note if source else ""),
@@ -131,6 +147,19 @@ def _check_against_source(
         if (output or wrong - head) and not (request.ours or request.head_from):
             checks[-1] = replace(checks[-1], detail=checks[-1].detail + _FINE_TUNE)
     return checks, compared
+
+
+def _worth_hashing(
+    opened: Gguf, rows: Mapping[str, SourceRows], compared: Comparisons
+) -> list[str]:
+    """The tensors whose source was read whole, or can be the one that is wrong."""
+    infos = opened.tensors
+    return [
+        each.name
+        for each in compared.compared
+        if each.name in rows
+        and (each.problem or each.rows * infos[each.name].shape[-1] == infos[each.name].elements)
+    ]
 
 
 def _check_metadata(opened: Gguf, source: Source, request: Request) -> list[Check]:

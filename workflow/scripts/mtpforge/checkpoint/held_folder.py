@@ -1,0 +1,69 @@
+"""Holding the files of a checkpoint against their recorded digests while they are read."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mtpforge.checkpoint.safetensors import CheckpointTensor, ranges
+from mtpforge.errors import CheckpointError
+from mtpforge.io import held
+from mtpforge.io.held import HEADER, Part
+from mtpforge.io.ranges import FileRange
+from mtpforge.io.text import JSON_LIMIT
+from mtpforge.recorded import Recorded, open_recorded
+
+_SMALL = (".json", ".jinja", ".txt", ".md", ".model")
+_TEMPLATES = "additional_chat_templates"
+
+
+class HeldFolder:
+    """A checkpoint's folder; without recorded digests nothing is compared.
+
+    Raises DamagedError if configuration, tokenizer or the header of a shard has changed.
+    """
+
+    def __init__(self, folder: Path, recorded: Path | None) -> None:
+        self._folder = folder
+        self._known = open_recorded(recorded, folder) if recorded else None
+        self._reading = held.Reading()
+        self._added: set[Part] = set()
+        if self._known:
+            self._reading.add(_small_parts(folder, self._known))
+            self._reading.check()
+
+    def add(self, tensors: Iterable[CheckpointTensor | None]) -> None:
+        """Hash tensors that are about to be read, each once."""
+        for tensor in filter(None, tensors):
+            if self._known:
+                path = self._folder / tensor.shard
+                place = FileRange(path, tensor.offset, tensor.size)
+                parts = {*self._known.parts(path, {tensor.name: place})} - self._added
+                self._added |= parts
+                self._reading.add(parts)
+
+    def check(self) -> None:
+        """Raise DamagedError if one of them has changed; note those that were read first."""
+        if self._known:
+            self._known.note(self._reading.check())
+            self._reading.stop()
+            self._reading = held.Reading()
+
+
+def _small_parts(folder: Path, known: Recorded) -> list[Part]:
+    """The files that conversion reads whole, and the headers of shards."""
+    found = sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob("*.jinja")])
+    files = [path for path in found if path.is_file() and known.knows(path)]
+    parts: list[Part] = []
+    for path in files:
+        if path.suffix == ".safetensors":
+            parts += known.parts(path, {HEADER: _header(path)})
+        elif path.suffix in _SMALL and path.stat().st_size <= JSON_LIMIT:  # or it is refused
+            parts += known.parts(path, {held.WHOLE: FileRange(path, 0, path.stat().st_size)})
+    return parts
+
+
+def _header(path: Path) -> FileRange:
+    """The header of a shard; the whole file, which is not what was recorded, if it is malformed."""
+    try:
+        return ranges(path)[HEADER]
+    except CheckpointError:
+        return FileRange(path, 0, path.stat().st_size)
