@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, f"{workflow.basedir}/workflow/scripts")
+from mtpforge import isolation
+
+isolation.forget_variables()
 # `python` in a rule is the one that runs Snakemake, even if its environment is not activated.
 os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), *os.get_exec_path()]),

@@ -3,6 +3,10 @@
 example: acceptance.py Qwen3.5-4B-BF16.gguf --out acceptance.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, prompts, recorded

@@ -6,6 +6,10 @@ refused, before any weights are downloaded.
 example: add.py Qwen/Qwen3.5-4B
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import math
 import re
 

@@ -4,6 +4,10 @@ example: card.py --files F.gguf --reports report.json --toolchain stamp.json --o
              --about '{"name": "F", "source": {"path": "F"}, "variants": {}}'
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli

@@ -3,6 +3,10 @@
 example: check_results.py Qwen3.5-4B-MTP-GGUF
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, errors

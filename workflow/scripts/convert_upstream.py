@@ -5,6 +5,10 @@ For architectures that convert.py does not know.
 example: convert_upstream.py GLM-4.5-Air --out GLM-4.5-Air-BF16.gguf
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, recorded, table

@@ -5,6 +5,10 @@ The stamp is written last: if it exists, the rest is complete.
 example: converter.py --requirement envs/llama.cpp.txt --lock envs/converter.txt --out stamp.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli

@@ -5,6 +5,10 @@ Resumes an interrupted download, and checks the digest.
 example: fetch.py files.json model-00001-of-00002.safetensors --folder DIR --out record.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, table

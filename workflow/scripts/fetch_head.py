@@ -3,6 +3,10 @@
 example: fetch_head.py files.json --folder head/Qwen3.5-35B-A3B --out head.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, table

@@ -6,6 +6,10 @@ For a split base, name its first file, X-00001-of-0000N.gguf. --out is then one 
 folder to write the same number of files to.
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import argparse
 from pathlib import Path
 

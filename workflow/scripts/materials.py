@@ -6,6 +6,10 @@ example: materials.py '{"path": "Qwen3.5-4B"}' --out materials.json \\
              Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import json
 from pathlib import Path
 

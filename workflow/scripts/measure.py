@@ -5,6 +5,10 @@ If drafting makes decoding slower, the report says so and recommends n_max 0.
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import argparse
 import shlex
 from dataclasses import replace

@@ -3,6 +3,10 @@
 example: plot.py speed results/tiny-qwen3.5/measure/*.json --out speed.svg
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, errors

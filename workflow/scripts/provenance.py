@@ -4,6 +4,10 @@ example: provenance.py report.json --parameters '{}' --source materials.json \\
              --toolchain stamp.json --out statement.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import argparse
 import json
 from pathlib import Path

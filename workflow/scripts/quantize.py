@@ -9,6 +9,10 @@ example: quantize.py BF16.gguf --type IQ4_XS --head Q8_0 --out IQ4_XS.gguf
          quantize.py BF16.gguf --plan plan.json --reuse results --piece 1/2 --out results/manifests
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import argparse
 import os
 import re

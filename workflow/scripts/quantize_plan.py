@@ -5,6 +5,10 @@ Prints a table of the types. The plan changes only if the work does; `quantize.p
 example: quantize_plan.py Qwen3.5-4B-BF16.gguf --type IQ4_XS --head Q8_0 --out plan.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli, recorded

@@ -4,6 +4,10 @@ example: summary.py results/*/reports/*.json --measurements results/*/measure/*.
              --out results/summary.md
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli

@@ -6,6 +6,10 @@ example: sums.py results/qwen3.5-4b --reports results/qwen3.5-4b/reports/*.json 
              --others results/qwen3.5-4b/README.md
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli

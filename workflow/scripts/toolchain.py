@@ -6,6 +6,10 @@ minutes on 2 cores.
 example: toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import os
 from pathlib import Path
 

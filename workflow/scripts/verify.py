@@ -3,6 +3,10 @@
 example: verify.py 4B-IQ4_XS.gguf --checkpoint Qwen3.5-4B --type IQ4_XS --out report.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import argparse
 from dataclasses import replace
 from pathlib import Path

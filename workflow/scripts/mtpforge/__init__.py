@@ -2,5 +2,9 @@
 
 import os
 
+from mtpforge.isolation import isolate
+
+isolate()  # before any other package is imported
+
 # Nothing here multiplies matrices, and numpy's threads would spin for 0.1 s per core at each start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

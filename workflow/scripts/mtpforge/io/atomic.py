@@ -193,7 +193,7 @@ def _open_locked(temporary: Path, target: Path, flags: int) -> int:
 
     Raises ForgeError if another process has locked it.
     """
-    lock = os.open(temporary, flags, 0o644)
+    lock = os.open(temporary, flags, 0o666)  # less the umask
     try:
         _lock(lock, temporary, target)
     except BaseException:
