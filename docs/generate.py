@@ -88,12 +88,16 @@ def upstream() -> str:
 
 
 def _not_possible(entry: Architecture) -> str:
+    if entry.only:
+        return {"trunk": "all but `head: none`", "draft": "all but `sidecar`"}[entry.only]
     if not entry.whole:
         return "all but `sidecar: MXFP4` and variants of type `MXFP4` with `head: none`"
     return "" if entry.splits else "`sidecar`, `head: none`"
 
 
 def _drafts(entry: Architecture) -> str:
+    if entry.only == "trunk":
+        return "with its drafter"
     if not entry.drafts:
         return "no"
     return f"if the head has `{entry.needs}`" if entry.needs else "yes"

@@ -69,7 +69,7 @@ rule convert_donor:
 rule convert_upstream:
     input:
         code=code("convert_upstream.py"),
-        checkpoint=build.fetch.checkpoint_inputs,
+        checkpoint=build.fetch.upstream_inputs,
         converter="resources/converter/stamp.json",
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
@@ -84,7 +84,7 @@ rule convert_upstream:
     conda:
         "../../envs/run.yaml"
     params:
-        checkpoint=build.fetch.checkpoint,
+        checkpoint=build.fetch.upstream_checkpoint,
         tokenizer=build.convert.tokenizer_option,
         recorded=build.fetch.recorded_option,
     message:

@@ -17,6 +17,7 @@ wildcard_constraints:
 checkpoint resolve:
     input:
         code=code("resolve.py"),
+        heads=ancient(build.fetch.heads),
     output:
         "resources/hub/{repo}/{revision}/files.json",
     log:
@@ -27,11 +28,12 @@ checkpoint resolve:
         download=1,
     params:
         convert=build.fetch.conversions,
+        pairs=build.fetch.pairs,
     message:
         "list {wildcards.repo} at {wildcards.revision}"
     shell:
         "python {input.code[0]:q} {wildcards.repo:q} --revision {wildcards.revision}"
-        " {params.convert} --out {output:q} > {log:q} 2>&1"
+        " {params.convert} {params.pairs} --out {output:q} > {log:q} 2>&1"
 
 
 rule fetch:

@@ -8,8 +8,8 @@ rule acceptance:
     input:
         code=code("acceptance.py"),
         toolchain="resources/toolchain/stamp.json",
-        file=ancient("results/{model}/work/convert/all.gguf"),
-        digests="results/{model}/work/convert/all.json",
+        file=ancient(build.verify.measured),
+        digests=build.verify.measured_digests,
         prompts=build.verify.prompt_files,
     output:
         "results/{model}/work/acceptance.json",
@@ -22,11 +22,12 @@ rule acceptance:
     threads: 64
     params:
         prompts=build.verify.prompts,
+        target=build.verify.target_option,
     message:
         "{wildcards.model}: acceptance of the BF16 file, to compare quantizations with"
     shell:
-        "python {input.code[0]:q} {input.file:q} --prompts {params.prompts:q} --threads {threads}"
-        " --recorded {input.digests:q} --out {output:q} > {log:q} 2>&1"
+        "python {input.code[0]:q} {input.file[0]:q} {params.target} --prompts {params.prompts:q}"
+        " --threads {threads} --recorded {input.digests[0]:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule verify:

@@ -21,6 +21,9 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
     recorded.add_option(parser, "--recorded", "it")
+    parser.add_argument(
+        "--target", type=Path, metavar="GGUF", help="the model that FILE drafts for, if it is one"
+    )
     prompts.add_option(parser)
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")
@@ -28,7 +31,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.file)
     texts = list(prompts.read_prompts(args.prompts).values())
     llama = programs.from_options(args)
-    found = measure_acceptance(args.file, texts, llama, args.recorded)
+    found = measure_acceptance(args.file, texts, llama, args.recorded, target=args.target)
     found.write(args.out)
     print(accepted_drafts(found) or f"not measured: {found.skipped}")
 

@@ -100,17 +100,21 @@ def _about(listing: Listing, outline: Outline, converter: str) -> str:
     """Return how much there is to download, and how much of that is the head."""
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     head = sum(tensor.size for tensor in convertible.head_tensors(outline, converter))
-    about = f"{head / 1e9:.2f} GB of it the head" if head else _headless(listing, converter)
+    about = f"{head / 1e9:.2f} GB of it the head"
+    if not head:
+        about = _headless(listing, outline, converter)
     return f"{size / 1e9:.1f} GB to download, {about}"
 
 
-def _headless(listing: Listing, converter: str) -> str:
+def _headless(listing: Listing, outline: Outline, converter: str) -> str:
     """Return that there is no head, and where one may be."""
     about = "without a head"
     if head_names(listing.lost):
         about += ", which its stale index lists"
     if converter == "mtpforge":
         about += " (`head_from` takes the original's)"
+    elif convertible.has_drafter(outline):
+        about += " (its drafter is another checkpoint: `head_from` with `sidecar`)"
     used = {tensor.shard for tensor in listing.tensors.values()}
     for name in listing.files:
         if name.endswith(".safetensors") and _HEAD.search(name) and name not in used:

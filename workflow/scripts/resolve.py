@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge import cli, errors, progress, table
+from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.convert import convertible
 from mtpforge.hub import download
 from mtpforge.hub.listing import Listing
@@ -32,6 +33,14 @@ def main() -> None:
         help="refuse a checkpoint if this converter (mtpforge, llama.cpp) cannot make this "
         "part (all, trunk, head, draft, mmproj), before anything is downloaded",
     )
+    for option, role in (
+        ("--heads", "that has a head to draft for this one"),
+        ("--trunks", "that this one's head is to draft for"),
+    ):
+        parser.add_argument(
+            option, nargs="*", type=Path, default=[], metavar="CHECKPOINT",
+            help=f"folder or listing of another checkpoint {role}: refuse this one if it cannot",
+        )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="listing to write, as JSON")
     args = parser.parse_args()
     # Snakemake deletes the output before a job runs again, so a second copy is kept.
@@ -39,6 +48,7 @@ def main() -> None:
     try:
         listing = list_commit(args.repo, args.revision)
         check(listing, args.convert)
+        check_pairs(listing, args.heads, args.trunks)
     except errors.DownloadError as error:
         if not kept.exists():
             raise
@@ -61,6 +71,22 @@ def check(listing: Listing, conversions: Iterable[str]) -> None:
             convertible.check(outline, converter, part)
         except errors.CheckpointError as error:
             raise convertible.explain(error, outline, listing.label) from None
+
+
+def check_pairs(listing: Listing, heads: Iterable[Path], trunks: Iterable[Path]) -> None:
+    """Check that heads of other checkpoints can draft for this one, and its own for other trunks.
+
+    Raises CheckpointError, DownloadError.
+    """
+    for path in heads:
+        convertible.check_pair(download.outline(listing), _open(path))
+    for path in trunks:
+        convertible.check_pair(_open(path), download.outline(listing))
+
+
+def _open(path: Path) -> Outline:
+    """Open a checkpoint by its folder or its listing."""
+    return Checkpoint(path) if path.is_dir() else download.outline(Listing.read(path))
 
 
 if __name__ == "__main__":

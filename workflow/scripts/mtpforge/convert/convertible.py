@@ -10,7 +10,7 @@ from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.families.registry import FAMILIES, family_of
 from mtpforge.checkpoint.safetensors import CheckpointTensor
-from mtpforge.convert import upstream, upstream_head
+from mtpforge.convert import gemma4, upstream, upstream_head
 from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.convert.tensor_names import is_buffer
 from mtpforge.errors import CheckpointError
@@ -36,6 +36,21 @@ def check(checkpoint: Outline, converter: str, part: str) -> None:
         if other != converter and refusal(checkpoint, other, part) is None:
             raise CheckpointError(f"{error}: set `converter: {other}` in config.yaml")
     raise error
+
+
+def check_pair(trunk: Outline, head: Outline) -> None:
+    """Check that a draft model made from one checkpoint can draft for another's trunk.
+
+    Raises CheckpointError.
+    """
+    known = [ARCHITECTURES.get(each.architecture) for each in (trunk, head)]
+    if [each and each.only for each in known] == ["trunk", "draft"]:
+        gemma4.check_pair(trunk, head)
+    elif trunk.architecture != head.architecture:
+        raise CheckpointError(
+            f"{head.directory}: is {head.architecture}, which cannot draft for "
+            f"{trunk.directory}, a {trunk.architecture}"
+        )
 
 
 def refusal(checkpoint: Outline, converter: str, part: str) -> CheckpointError | None:
@@ -65,6 +80,12 @@ def choose(checkpoint: Outline, part: str) -> str:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{errors['mtpforge']}; with `converter: llama.cpp`, {known}")
     raise errors["mtpforge"]
+
+
+def has_drafter(checkpoint: Outline) -> bool:
+    """Whether the head of the architecture is a drafter, in a checkpoint of its own."""
+    entry = ARCHITECTURES.get(checkpoint.architecture)
+    return entry is not None and entry.only == "trunk"
 
 
 def head_tensors(checkpoint: Outline, converter: str) -> list[CheckpointTensor]:

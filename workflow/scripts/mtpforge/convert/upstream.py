@@ -114,7 +114,7 @@ def convert_checkpoint(
         checkpoint.held.add(_read_tensors(checkpoint, part))
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]
-        command += [folder, *PARTS[part], "--outfile", temporary]
+        command += [folder, *_options(checkpoint, part), "--outfile", temporary]
         try:
             process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
         except ToolchainError as error:
@@ -150,20 +150,44 @@ def check(checkpoint: Outline, part: str) -> None:
     if part == "mmproj":
         _check_vision_files(checkpoint)
         return
-    if part != "all" and not entry_of(name).splits:
-        raise CheckpointError(
-            f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
-            "convert part all"
-        )
-    if part == "all" and not entry_of(name).whole:
-        raise CheckpointError(
-            f"{name}: llama.cpp {PINNED} writes its head as a draft model only: set `head: none` "
-            "on each variant, and `sidecar: MXFP4` (--part trunk and --part draft)"
-        )
+    _check_part(checkpoint, part)
     check_scales(checkpoint)
     if part != "trunk":
         count_blocks(checkpoint)
         check_types(checkpoint)
+
+
+def _options(checkpoint: Outline, part: str) -> tuple[str, ...]:
+    """Return upstream's options: none chooses the only part of a checkpoint."""
+    entry = ARCHITECTURES.get(checkpoint.architecture)
+    return PARTS["all" if entry and entry.only == part else part]
+
+
+def _check_part(checkpoint: Outline, part: str) -> None:
+    """Check that upstream can write this part of the architecture. Raises CheckpointError."""
+    name = checkpoint.architecture
+    entry = entry_of(name)
+    if entry.only == "trunk" and part != "trunk":
+        raise CheckpointError(
+            f"{name} has no head, its drafter is another checkpoint: set `head: none` on each "
+            "variant, and for the drafter `head_from` and `sidecar: Q8_0` on the model "
+            "(--part trunk)"
+        )
+    if entry.only == "draft" and part != "draft":
+        raise CheckpointError(
+            f"{name} is the drafter of another model: name it there, as `head_from`, with "
+            "`sidecar: Q8_0` (--part draft)"
+        )
+    if part != "all" and not (entry.splits or entry.only):
+        raise CheckpointError(
+            f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
+            "convert part all"
+        )
+    if part == "all" and not entry.whole:
+        raise CheckpointError(
+            f"{name}: llama.cpp {PINNED} writes its head as a draft model only: set `head: none` "
+            "on each variant, and `sidecar: MXFP4` (--part trunk and --part draft)"
+        )
 
 
 def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
@@ -259,7 +283,10 @@ def _copy_text(source: Path, target: Path, directory: Path) -> None:
 
 def _copy_json(source: Path, target: Path) -> None:
     entries = text.MANY_ENTRIES if source.name == "tokenizer.json" else text.ENTRIES
-    target.write_text(json.dumps(_harmless(text.read_json(source, entries=entries))))
+    settings = _harmless(text.read_json(source, entries=entries))
+    if source.name == "tokenizer_config.json":
+        settings = _of_transformers_4(settings)
+    target.write_text(json.dumps(settings))
 
 
 def _harmless(value: Any) -> Any:
@@ -276,6 +303,17 @@ def _harmless(value: Any) -> Any:
         for key, entry in value.items()
         if type(entry) is int or not _leads_outside(key)
     }
+
+
+def _of_transformers_4(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rename what transformers 5 writes in its own way: upstream runs with version 4 here."""
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        others = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
+        settings = {"additional_special_tokens": extra, **others}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return settings
 
 
 def _leads_outside(key: str) -> bool:

@@ -15,7 +15,7 @@ from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.qwen3_5 import VISION as VISION_PREFIXES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.safetensors import CheckpointTensor
-from mtpforge.convert import deepseek4
+from mtpforge.convert import deepseek4, gemma4
 from mtpforge.convert.values import decode, scales
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.converter_architectures import Architecture, entry_of
@@ -41,9 +41,10 @@ class ExpectedTensor(NamedTuple):
 def count_blocks(checkpoint: Outline) -> int:
     """Return the number of blocks of the head. Raises CheckpointError if config.json disagrees."""
     architecture = entry_of(checkpoint.architecture)
+    key = "num_hidden_layers" if architecture.only else "num_nextn_predict_layers"
     declared = architecture.blocks
     if declared is None:
-        declared = Hparams(checkpoint.config).get("num_nextn_predict_layers", 0)
+        declared = Hparams(checkpoint.config).get(key, 0)
     layers = {_layer(tensor.name, architecture) for tensor in head_tensors(checkpoint)} - {None}
     found, rest = divmod(len(layers), architecture.layers)
     if not layers:
@@ -55,7 +56,7 @@ def count_blocks(checkpoint: Outline) -> int:
         raise CheckpointError(
             f"{checkpoint.directory}: has tensors of {len(layers)} head layers, "
             f"{architecture.layers} to a block, but {declared!r} blocks are declared "
-            "(num_nextn_predict_layers in config.json)"
+            f"({key} in config.json)"
         )
     return found
 
@@ -64,6 +65,8 @@ def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
     """Return the checkpoint's tensors that belong to its head."""
     architecture = entry_of(checkpoint.architecture)
     tensors = checkpoint.tensors.values()
+    if architecture.only:
+        return list(tensors) if architecture.only == "draft" else []
     if architecture.prefix:
         return [t for t in tensors if _unwrapped(t.name).startswith(architecture.prefix)]
     first = Hparams(checkpoint.config).count("num_hidden_layers")
@@ -79,6 +82,8 @@ def check_types(checkpoint: Outline) -> None:
     """Check that the types of the head's tensors are supported. Raises CheckpointError."""
     if entry_of(checkpoint.architecture).repacked:
         deepseek4.check_fusion(checkpoint)
+    if entry_of(checkpoint.architecture).only == "draft":
+        gemma4.check_drafter(checkpoint)
     for tensor in head_tensors(checkpoint):
         if not _is_written(tensor, checkpoint) or _is_packed(tensor, checkpoint):
             continue
@@ -111,6 +116,9 @@ def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     for tensor in head_tensors(checkpoint):
         if _is_written(tensor, checkpoint):
             yield from _expected(checkpoint, tensor, architecture)
+    if architecture.only == "draft":
+        factors = gemma4.frequencies(Hparams(checkpoint.config))
+        yield ExpectedTensor(gemma4.FREQUENCIES, 0, values=factors, dtype="F32")
 
 
 def vision_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
@@ -132,10 +140,12 @@ def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
 
 def _is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
     """Whether upstream writes a tensor, and does not only use it or compute it again."""
+    architecture = entry_of(checkpoint.architecture)
     is_scale = fp8.is_scale(tensor.name, checkpoint.tensors)
-    if entry_of(checkpoint.architecture).repacked:
+    if architecture.repacked:
         is_scale = deepseek4.is_scale(tensor.name, checkpoint)
-    return not is_scale and not tensor.name.endswith(_NOT_WRITTEN)
+    dropped = tensor.name.endswith(_NOT_WRITTEN) or architecture.dropped in tensor.name
+    return not (is_scale or dropped)
 
 
 def _is_packed(tensor: CheckpointTensor, checkpoint: Outline) -> bool:

@@ -29,6 +29,8 @@ PADDING = "mtpforge.padding"
 """A metadata key whose length shifts the tensor data: see `writer.padded`."""
 VISION = "clip"
 """general.architecture of every vision tower."""
+DRAFTERS = ("gemma4-assistant",)
+"""general.architecture of draft models that are checkpoints of their own."""
 NAME_LIMIT = 63
 """Bytes of a tensor name: GGML_MAX_NAME without the closing zero."""
 
@@ -123,6 +125,16 @@ class Gguf:
         """Whether the file is a vision tower, which has no language model's blocks."""
         return self.architecture == VISION
 
+    @property
+    def is_drafter(self) -> bool:
+        """Whether the file is the draft model of another checkpoint, so all its blocks are head."""
+        return self.architecture in DRAFTERS
+
+    @property
+    def draft_length(self) -> int:
+        """How far ahead the head predicts in one go: one token for each block, a drafter one."""
+        return 1 if self.is_drafter else len(self.head_blocks)
+
     @cached_property
     def head_blocks(self) -> range:
         """The block numbers of the MTP head: the last blocks of the file; empty without a head.
@@ -133,7 +145,8 @@ class Gguf:
             return range(0)
         blocks = self.need(f"{self.architecture}.block_count", int)
         heads = self.get(f"{self.architecture}.nextn_predict_layers", 0)
-        if type(heads) is not int or not 0 <= heads < blocks or heads > len(self.tensors):
+        most = blocks if self.is_drafter else blocks - 1
+        if type(heads) is not int or not 0 <= heads <= most or heads > len(self.tensors):
             raise GgufError(
                 f"{self.path}: {self.architecture}.nextn_predict_layers is {str(heads)[:40]} "
                 f"in a file of {blocks} blocks"

@@ -74,6 +74,10 @@ class Architecture:
     """Whether upstream can write trunk and head into one file."""
     repacked: bool = False
     """Whether it writes the weights of the head in Q8_0 and MXFP4, as in DeepSeek-V4."""
+    only: str = ""
+    """The part that the checkpoint is: trunk if its drafter is another checkpoint, or draft."""
+    dropped: str = "\0"
+    """Part of the names of tensors that upstream leaves out."""
     outside: str = ""
     """Prefix of the head's tensors in the GGUF that are in none of its blocks."""
     drafts: bool = True
@@ -91,6 +95,10 @@ class Architecture:
 _LATENT = {"kv_b_proj.weight": split_kv_b}
 _MIMO = Architecture(
     "mimo2", prefix="model.mtp.", blocks=3, needs="attn_qkv.weight", ranked="qkv_proj.weight"
+)
+_GEMMA = Architecture("gemma4", splits=False, only="trunk")
+_GEMMA_DRAFTER = Architecture(
+    "gemma4-assistant", splits=False, only="draft", dropped="masked_embedding"
 )
 _LLAMA = {
     "q_proj.weight": interleaved("num_attention_heads"),
@@ -118,6 +126,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "BailingMoeV3ForCausalLM": Architecture("bailingmoe3", changes=_LATENT),
     "ExaoneMoEForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
     "ExaoneMoeForCausalLM": Architecture("exaone-moe", prefix="mtp.", splits=False, drafts=False),
+    "Gemma4ForConditionalGeneration": _GEMMA,
+    "Gemma4ForCausalLM": _GEMMA,
+    "Gemma4UnifiedForConditionalGeneration": _GEMMA,
+    "Gemma4AssistantForCausalLM": _GEMMA_DRAFTER,
+    "Gemma4UnifiedAssistantForCausalLM": _GEMMA_DRAFTER,
 }
 """By the name in config.json.
 

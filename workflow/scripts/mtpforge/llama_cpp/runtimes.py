@@ -46,6 +46,7 @@ RUNTIMES: dict[str, Runtime] = {
     "hy_v3": Runtime("b9993", (25395,)),
     "cohere2moe": Runtime("after b9626", (24260,)),
     "bailingmoe3": Runtime("b10470", (26608,), ik_llama_cpp=None),
+    "gemma4-assistant": Runtime("b9551, for E2B and E4B b9568", (23398, 24282), ik_llama_cpp=None),
     "bailingmoe2": Runtime(),
     "exaone-moe": Runtime(),
 }

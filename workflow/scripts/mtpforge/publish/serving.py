@@ -36,7 +36,8 @@ def _own_types(result: Result) -> str:
 
 
 def _first_versions(results: Iterable[Result]) -> str:
-    name = next((result.gguf.architecture for result in results if result.drafts), None)
+    drafting = (result for result in results if result.drafts or result.is_sidecar)
+    name = next((result.gguf.architecture for result in drafting), None)
     if name is None:
         return ""
     known = runtimes.RUNTIMES.get(name)
@@ -136,15 +137,22 @@ def _llama_server(files: _Repository, result: Result) -> list[str]:
     if files.sidecars:
         towers = [("--mmproj", tower) for tower in files.vision_towers]
         lines += _downloaded(files, result, beside=towers, options=options)
-        lines.append(
-            "Do not use `-hf` or `lemonade pull` with this repository: "
-            f"both would draft with {code(files.sidecars[0].name)} instead of the file's own head."
-        )
+        lines += _own_head_first(files, result)
     else:
         tag = files.tags[result.name]
         which = [f"{files.name}:{tag}"] if tag else [files.name, "--hf-file", result.shards[0]]
         lines += shell(["llama-server", "-hf", *which, *options])
     return [*lines, *_other_files(files)]
+
+
+def _own_head_first(files: _Repository, result: Result) -> list[str]:
+    """A warning that some commands prefer the sidecar; empty for a file without a head."""
+    if not result.has_head:
+        return []
+    return [
+        "Do not use `-hf` or `lemonade pull` with this repository: "
+        f"both would draft with {code(files.sidecars[0].name)} instead of the file's own head."
+    ]
 
 
 def _why(result: Result) -> str:
@@ -166,7 +174,7 @@ def _options(model: Result) -> list[str]:
     """
     if not model.drafts or model.n_max == 0:
         return model.options
-    return [*model.options, *_drafting(model.n_max or len(model.gguf.head_blocks))]
+    return [*model.options, *_drafting(model.n_max or model.gguf.draft_length)]
 
 
 def _drafting(n_max: int) -> list[str]:
@@ -227,7 +235,7 @@ def _sidecar(files: _Repository, sidecar: Result) -> list[str]:
     )
     text = f"The sidecar {code(sidecar.name)} is the head as a separate draft model, for {which}"
     # No speed is measured with a sidecar: draft as far ahead as in its verification.
-    options = [*(model or sidecar).options, *_drafting(len(sidecar.gguf.head_blocks))]
+    options = [*(model or sidecar).options, *_drafting(sidecar.gguf.draft_length)]
     commands = _downloaded(files, model, beside=[("-md", sidecar)], options=options)
     return [f"{text}:" if model else f"{text} (MODEL):", "", *commands]
 

@@ -142,8 +142,8 @@ class Model(Entry):
     head_from: Source | None = Field(
         default=None,
         description=(
-            "Another checkpoint to take the head from, for a fine-tune that has lost its own. Only"
-            " the head is downloaded."
+            "Another checkpoint to take the head from, for a fine-tune that has lost its own, or"
+            " the drafter of a Gemma 4. Only the head is downloaded, or all of a drafter."
         ),
         examples=[
             {"repo": "Qwen/Qwen3.5-4B", "revision": "851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"}
@@ -278,6 +278,11 @@ class Model(Entry):
         return self.converter == "mtpforge"
 
     @property
+    def drafter(self) -> Source | None:
+        """The checkpoint that llama.cpp's converter makes the sidecar from, if not the source."""
+        return self.head_from if self.sidecar and not self.native else None
+
+    @property
     def needs_upstream(self) -> bool:
         """Whether llama.cpp's converter makes any of its files."""
         return self.mmproj or not self.native
@@ -298,6 +303,8 @@ class Model(Entry):
                 yield self.source, f"{self.converter}:{part}"
             if self.mmproj:
                 yield self.source, "llama.cpp:mmproj"
+        if self.sidecar and self.head_from:
+            yield self.head_from, f"{self.converter}:{'head' if self.native else 'draft'}"
         for variant in self.variants.values():
             if donor := self.donor(variant):
                 yield donor, f"{self.converter}:{'head' if self.native else 'all'}"
@@ -312,7 +319,7 @@ class Model(Entry):
         for variant in self.variants.values():
             if isinstance(variant.base, OwnBase) or variant.part == "trunk":
                 parts.add("trunk")
-        return parts | {"draft"} if self.sidecar else parts
+        return parts | {"draft"} if self.sidecar and not self.head_from else parts
 
     def has_unquantized(self, variant: Variant) -> bool:
         """Whether a BF16 file of a variant's trunk is made, to measure its distance from."""

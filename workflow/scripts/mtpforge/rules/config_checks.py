@@ -74,7 +74,13 @@ def _check_sources(path: str, model: Model) -> None:
             _refuse(f"{path}/variants/{key}/head_from", f"without a base, {way}")
         if model.donor(variant) and not (model.native or model.adopts(variant)):
             why = "llama.cpp's cannot join the head of `head_from` to a trunk that it converts"
-            _refuse(f"{path}/converter", f"{why}: give {key} a `base` from elsewhere")
+            way = "give {} a `base` from elsewhere, or `head: none` if the head is a drafter"
+            _refuse(f"{path}/converter", f"{why}: {way.format(key)}")
+    heads = [model.donor(variant) for variant in model.variants.values()]
+    unused = model.head_from and not model.sidecar and model.head_from not in heads
+    if unused and not model.native:
+        way = "set `sidecar: Q8_0`, or the `head` of a variant, or remove it"
+        _refuse(f"{path}/head_from", f"no file has this head: {way}")
 
 
 def _check_name(path: str, stem: str) -> None:

@@ -14,7 +14,13 @@ from mtpforge.hub.listing import Listing
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubFile, HubRepository, ImatrixText, Source
+from mtpforge.rules.variant import (
+    HubFile,
+    HubRepository,
+    ImatrixText,
+    LocalFolder,
+    Source,
+)
 
 KINDS = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
 """Kinds of files that belong to a local checkpoint."""
@@ -45,10 +51,25 @@ class FetchRules(Stage):
             conversion
             for model in self.config.models.values()
             for source, conversion in model.conversions()
-            if isinstance(source, HubRepository)
-            and layout.commit(source) == layout.commit(wildcards)
+            if _is(source, wildcards)
         }
         return " ".join(["--convert", *sorted(wanted)]) if wanted else ""
+
+    def heads(self, wildcards: Wildcards) -> list[str]:
+        """Listings of other repositories whose heads are to draft for this one's trunk."""
+        heads = self._heads(wildcards)
+        return [_listing(head) for head in heads if isinstance(head, HubRepository)]
+
+    def pairs(self, wildcards: Wildcards) -> str:
+        """Options that name the checkpoints that this one must fit: heads, and local trunks."""
+        heads = [_listing(head) for head in self._heads(wildcards)]
+        trunks = [
+            model.source.path
+            for model in self.config.models.values()
+            if isinstance(model.source, LocalFolder) and _is(model.drafter, wildcards)
+        ]
+        named = [("--heads", heads), ("--trunks", trunks)]
+        return shlex.join(word for option, paths in named if paths for word in (option, *paths))
 
     def checkpoint(self, wildcards: Wildcards) -> str:
         """The folder of a model's checkpoint."""
@@ -74,6 +95,20 @@ class FetchRules(Stage):
         model = self.model(wildcards)
         head = self.inputs_of_donor(model, model.head_from) if model.head_from else []
         return [*self.checkpoint_inputs(wildcards), *head]
+
+    def upstream_checkpoint(self, wildcards: Wildcards) -> str:
+        """The folder of the checkpoint that llama.cpp's converter makes a part from."""
+        model = self.model(wildcards)
+        if wildcards.part == "draft" and model.drafter:
+            return layout.donor_checkpoint(model, model.drafter)
+        return layout.checkpoint(model)
+
+    def upstream_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Inputs of a job that runs it."""
+        model = self.model(wildcards)
+        if wildcards.part == "draft" and model.drafter:
+            return self.inputs_of_donor(model, model.drafter)
+        return self.checkpoint_inputs(wildcards)
 
     def variant_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that compares a variant with its checkpoint, and with its head's."""
@@ -114,10 +149,27 @@ class FetchRules(Stage):
             return head_inputs(source)
         return [checked_record(source, name) for name in self.checkpoint_files(source)]
 
+    def _heads(self, wildcards: layout.Commit) -> list[Source]:
+        """The checkpoints of draft models for this repository's trunk."""
+        models = self.config.models.values()
+        return [m.drafter for m in models if m.drafter and _is(m.source, wildcards)]
+
     def _donor(self, wildcards: Wildcards) -> Source:
         if wildcards.donor not in self._donors:
             raise ConfigError(f"config.yaml: no `head_from` is {wildcards.donor}")
         return self._donors[wildcards.donor]
+
+
+def _is(source: Source | None, at: layout.Commit) -> bool:
+    """Whether a source is this commit of the Hub."""
+    return isinstance(source, HubRepository) and layout.commit(source) == layout.commit(at)
+
+
+def _listing(source: Source) -> str:
+    """What shows the tensors of a checkpoint: the listing of its commit, or its folder."""
+    if isinstance(source, HubRepository):
+        return f"{layout.commit(source)}/files.json"
+    return source.path
 
 
 @lru_cache

@@ -89,6 +89,21 @@ class VerifyRules(Stage):
         """The prompts in it."""
         return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
 
+    # ── acceptance of the BF16 file ──
+
+    def measured(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 file with the head; a drafter is followed by the model that it drafts for."""
+        return [made.file for made in self._measured(wildcards)]
+
+    def measured_digests(self, wildcards: Wildcards) -> list[str]:
+        """The digests of their tensors."""
+        return [made.digests for made in self._measured(wildcards)]
+
+    def target_option(self, wildcards: Wildcards) -> str:
+        """The option that names the model that a drafter drafts for."""
+        targets = self.measured(wildcards)[1:]
+        return shlex.join(word for path in targets for word in ("--target", path))
+
     # ── sidecar and vision tower ──
 
     def sidecar(self, wildcards: Wildcards) -> str:
@@ -142,10 +157,15 @@ class VerifyRules(Stage):
         return [layout.acceptance(wildcards.model)] if compared else []
 
     def _sidecar_target(self, wildcards: Wildcards) -> layout.Intermediate:
-        """A packed sidecar can be that of a model whose head is in no other file."""
+        """The head of a model with a drafter or a packed sidecar can be in no other file."""
+        model = self.model(wildcards)
         packed = wildcards.type in quant_types.PACKED
-        part = self.model(wildcards).part if packed else "all"
+        part = "trunk" if model.drafter else model.part if packed else "all"
         return layout.converted(wildcards.model, part)
+
+    def _measured(self, wildcards: Wildcards) -> list[layout.Intermediate]:
+        parts = ["draft", "trunk"] if self.model(wildcards).drafter else ["all"]
+        return [layout.converted(wildcards.model, part) for part in parts]
 
     def _against(self, wildcards: Wildcards, reference: list[str], donor: Source | None) -> str:
         if reference:

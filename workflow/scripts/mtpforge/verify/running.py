@@ -52,14 +52,14 @@ def check_drafting(
 ) -> tuple[Check, list[Completion]]:
     """llama-server loads the file and continues every prompt; a share of the drafts is accepted.
 
-    It drafts greedily, one token for each block of the head: acceptance then depends on the head
+    It drafts greedily, as far as the head predicts in one go: acceptance then depends on the head
     alone. Without a head, or if llama.cpp cannot draft with it, the file only has to load.
     """
     reason = converter_architectures.why_not_drafting(opened)
     drafts = not request.headless and reason is None
     options = ["--check-tensors"]  # refuses NaN and infinity in all weights, not only in samples
     if drafts:
-        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(len(opened.head_blocks))]
+        options += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(opened.draft_length)]
     if request.target:
         options += ["--model-draft", str(opened.path)]
     try:
@@ -130,16 +130,22 @@ def check_acceptance(measured: Acceptance, unquantized: Acceptance, most: float)
 
 
 def measure_acceptance(
-    path: Path, prompts: Sequence[str], llama: LlamaCpp, recorded_at: Path | None = None
+    path: Path,
+    prompts: Sequence[str],
+    llama: LlamaCpp,
+    recorded_at: Path | None = None,
+    target: Path | None = None,
 ) -> Acceptance:
     """Measure the acceptance of an unquantized file, to compare its quants with.
 
-    A file larger than the memory is skipped: each token would read it from the disk again.
-    `recorded_at` are its digests (see `recorded`). Raises VerificationError if the head drafts
-    nothing, DamagedError if the file has changed.
+    It is a draft model if `target` names the model that it drafts for. A file larger than the
+    memory is skipped: each token would read it from the disk again. `recorded_at` are its digests
+    (see `recorded`). Raises VerificationError if the head drafts nothing, DamagedError if the file
+    has changed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    files = [path.with_name(name) for name in gguf_files(path.name)]
+    models = [path, *([target] if target else [])]
+    files = [each.with_name(name) for each in models for name in gguf_files(each.name)]
     size = sum(file.stat().st_size for file in files if file.exists())
     if size > memory:
         sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
@@ -147,7 +153,7 @@ def measure_acceptance(
     opened = split.read(path)
     if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
-    request = Request(prompts=tuple(prompts), min_acceptance=0)
+    request = Request(target=target, prompts=tuple(prompts), min_acceptance=0)
     with recorded.reading(path, recorded_at):
         check, answers = check_drafting(opened, request, llama)
         raise_failed(path.name, [check])

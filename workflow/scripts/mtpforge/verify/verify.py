@@ -31,6 +31,7 @@ from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, rais
 from mtpforge.verify.request import Request
 from mtpforge.verify.running import check_drafting, check_programs, check_running, check_vision
 from mtpforge.verify.source import Source, open_source
+from mtpforge.verify.target import check_target
 from mtpforge.verify.tensors import Comparisons, SourceRows
 
 _FINE_TUNE = (
@@ -55,6 +56,8 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     checks.append(inventory.check_types(opened, request))
     against_source, compared = _check_against_source(opened, request, llama.processors)
     checks += against_source
+    if opened.is_drafter:
+        checks.append(check_target(opened, request))
     trunk = None
     if request.base or request.trunk:
         check, trunk = check_trunk(opened, _trunk_before(request))
