@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mtpforge.convert import native
 from mtpforge.errors import ForgeError, ToolchainError
 from mtpforge.llama_cpp import confinement, process
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.llama_cpp.server import Completion, serve
 from mtpforge.measure import perplexity
 from mtpforge.quantize import imatrix, llama_quantize
 from mtpforge.quantize.request import QuantizeRequest
@@ -248,3 +250,27 @@ def test_perplexity_of_a_disturbed_program_is_an_error(
         perplexity.reference_logits(
             source, CHECKPOINTS / "held-out.txt", tmp_path / "logits.part", chunks=1, llama=llama
         )
+
+
+def test_variables_and_a_configuration_file_change_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real llama-server: with a key of its own it would answer nothing."""
+    llama = LlamaCpp(BIN, threads=1)
+
+    def drafted() -> Completion:
+        options = ["--spec-type", "draft-mtp", "--spec-draft-n-max", "1"]
+        with serve(llama, source, tmp_path / "log", options) as running:
+            done = running.completion("def merge(", 40)
+        return replace(done, tokens_per_second=0.0)
+
+    plain = drafted()
+    settings = tmp_path / ".config/llama.cpp/config.ini"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[*]\napi-key = other\nspec-draft-n-max = 7\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    monkeypatch.setenv("LLAMA_ARG_HOST", "127.0.0.1")
+    monkeypatch.setenv("LLAMA_ARG_N_PREDICT", "1")
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(tmp_path))
+    assert drafted() == plain and plain.drafts > 0

@@ -182,8 +182,13 @@ def test_logits_of_another_vocabulary_are_noticed(tmp_path: Path) -> None:
     """llama-perplexity would print figures, and they would be wrong."""
     native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "draft.gguf", "draft", "qwen35")
     logits = tmp_path / "logits"
-    logits.write_bytes(b"_logits_" + struct.pack("<3i", 512, 1408, 16))
+    header = b"_logits_" + struct.pack("<3i", 512, 1408, 16)
+    logits.write_bytes(header.ljust(perplexity.size(16, 1408), b"\0"))
     assert perplexity.vocabularies(tmp_path / "draft.gguf", logits) == (1280, 1408)
+    for numbers in ((512, 1408, 17), (1 << 30, 1408, 16), (512, -1408, 16), (512, 1408, -1)):
+        logits.write_bytes(b"_logits_" + struct.pack("<3i", *numbers) + logits.read_bytes()[20:])
+        with pytest.raises(ConfigError, match="header and its size do not agree"):
+            perplexity.vocabularies(tmp_path / "draft.gguf", logits)
     for damaged in (b"", logits.read_bytes()[:19], bytes(20)):
         logits.write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"not written by reference_logits\.py"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from mtpforge import progress
 from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
-from mtpforge.llama_cpp.process import running, without_secrets
+from mtpforge.llama_cpp.process import build_environment, running
 
 PROGRAMS = (
     "llama-quantize",
@@ -193,7 +193,7 @@ def _tool(name: str) -> str:
 def _run_logged(command: list[str], log: Path, out: int) -> None:
     """Run a command with its output in `log`, and show Ninja's step every ten seconds."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-    with running(command, **pipes, env=without_secrets()) as process:
+    with running(command, **pipes, env=build_environment()) as process:
         shown = ""
         while True:
             with suppress(subprocess.TimeoutExpired):

@@ -51,6 +51,7 @@ _KEPT = re.compile(
     r"|(CUDA|NVIDIA|HIP|ROCR|HSA|ONEAPI|SYCL|ZES?|VK)_.*"  # which device, and its driver
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|^(HF|AWS)_", re.IGNORECASE)
+_FLAGS = re.compile(r"(C|CXX|CPP)FLAGS|CMAKE_.*")
 _GPUS = ("/dev/nvidiactl", "/dev/kfd")
 """Their drivers allocate by rules of their own."""
 
@@ -178,9 +179,16 @@ def clean_environment() -> dict[str, str]:
     return {"CUDA_CACHE_PATH": str(compiled), **kept, "HOME": "/nonexistent", "LC_ALL": "C"}
 
 
-def without_secrets() -> dict[str, str]:
-    """Our environment without tokens and passwords, for compilers and their scripts."""
-    return {key: value for key, value in os.environ.items() if not _SECRET.search(key)}
+def build_environment() -> dict[str, str]:
+    """The variables that CMake and compilers get: none with a token, or with flags.
+
+    The flags of a build are those of its recipe: others would give other bytes.
+    """
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if not _SECRET.search(key) and not _FLAGS.fullmatch(key)
+    }
 
 
 class _Program:

@@ -67,7 +67,16 @@ def vocabularies(model: Path, logits: Path) -> tuple[int, int]:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size or not start.startswith(b"_logits_"):
         raise ConfigError(f"{logits}: not written by reference_logits.py")
-    return len(reader.read(model).need("tokenizer.ggml.tokens", list)), _HEADER.unpack(start)[2]
+    _, context, others, chunks = _HEADER.unpack(start)
+    if (
+        context != CONTEXT
+        or min(others, chunks) < 1
+        or logits.stat().st_size != size(chunks, others)
+    ):
+        raise ConfigError(
+            f"{logits}: its header and its size do not agree: run reference_logits.py again"
+        )
+    return len(reader.read(model).need("tokenizer.ggml.tokens", list)), others
 
 
 def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float, KlDivergence]:

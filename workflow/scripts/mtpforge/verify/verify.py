@@ -101,6 +101,7 @@ def _reading_target(request: Request) -> Iterator[None]:
     if request.target is None:
         yield
         return
+    split.read(request.target)  # llama-server gets no file that was not parsed here
     with recorded.reading(request.target, request.target_recorded):
         yield
 
