@@ -16,7 +16,7 @@ from mtpforge import recorded
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.model_files import INDEX, head_names
-from mtpforge.errors import DamagedError, ForgeError
+from mtpforge.errors import DamagedError, ForgeError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.hub.fetch_records import FIRST_USE, FetchRecord, HeadRecord, HeadTensor
 from mtpforge.io import held
@@ -377,6 +377,39 @@ def test_verification_finds_that_the_checkpoint_is_damaged_not_the_file(copy: Co
     out = copy.folder / "report.json"
     work = lambda: call("verify", copy.folder / "all.gguf", *options, "--out", out)  # noqa: E731
     copy.refuses(shard, work, "report.json")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_provenance_does_not_list_a_damaged_file(copy: Copy, place: str) -> None:
+    folder, shard = copy.folder / "tiny-qwen3.5", "model-00001-of-00004.safetensors"
+    given = ('{"path": "x"}', folder / "config.json", folder / shard)
+    for ledger in ("ledger.json", "own.json"):  # of a conversion before it, or its own
+        known = ("--ledger", copy.folder / ledger)
+        call("materials", *given, *known, "--out", copy.folder / "first.json")
+        copy.damage(f"tiny-qwen3.5/{shard}", place)
+        work = lambda: call("materials", *given, *known, "--out", copy.folder / "x")  # noqa: B023, E731
+        copy.refuses(f"tiny-qwen3.5/{shard}", work, "x")
+        shutil.copy2(CHECKPOINTS / "tiny-qwen3.5" / shard, folder)
+
+
+def test_a_program_that_is_damaged_is_not_run(copy: Copy) -> None:
+    shutil.copytree(BIN.parent, copy.folder / "toolchain")
+    copy.damage("toolchain/bin/llama-quantize", "tensor")
+    programs = ("--bin", copy.folder / "toolchain/bin", "--type", "Q4_0")
+    out = copy.folder / "x.json"
+    with pytest.raises(ToolchainError, match=r"llama-quantize: damaged.*--forcerun toolchain"):
+        call("quantize_plan", copy.folder / "all.gguf", *programs, "--out", out)
+
+
+def test_a_copy_that_is_damaged_is_not_published(copy: Copy) -> None:
+    file = copy.folder / "new.gguf"
+    report = example_records.report("copy.gguf", bytes=1, sha256=digest_of(file))
+    shutil.copy(file, copy.folder / "copy.gguf")
+    copy.damage("copy.gguf", "tensor")
+    verify = importlib.import_module("verify")
+    copy.refuses(
+        "copy.gguf", lambda: verify._check_copy(copy.folder / "copy.gguf", report), "copy.gguf"
+    )
 
 
 def test_damage_that_breaks_the_job_is_named_too(tmp_path: Path) -> None:

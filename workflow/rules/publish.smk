@@ -24,11 +24,12 @@ rule materials:
         "../../envs/run.yaml"
     params:
         source=build.publish.source,
+        ledger=build.publish.ledger_option,
     message:
         "{wildcards.model}: list the checkpoint's files with their sha256"
     shell:
-        "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} {params.ledger}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule provenance:

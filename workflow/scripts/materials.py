@@ -27,9 +27,13 @@ def main() -> None:
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="local files, or records of fetch.py"
     )
+    parser.add_argument(
+        "--ledger", type=Path, metavar="FILE",
+        help="digests of local files, to refuse one that has changed, and to note new ones",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="list, as JSON")
     args = parser.parse_args()
-    materials = provenance.materials(args.source, args.files)
+    materials = provenance.materials(args.source, args.files, args.ledger)
     atomic.write_json(args.out, {"materials": materials})
     print(f"{len(materials)} files")
 

@@ -37,7 +37,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--material", nargs="+", action="append", default=[], metavar=("JSON", "FILE"),
-        help="another input and its files, as for materials.py; repeatable",
+        help="another input and its files, as for materials.py, with the path of its `ledger`; "
+        "repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--toolchain", type=Path, required=True, metavar="FILE",
@@ -63,8 +64,11 @@ def main() -> None:
 def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resource]:
     """Everything that the file depends on: checkpoint, base, toolchain, locks and code."""
     found: list[Resource] = list(read_json(args.source)["materials"]) if args.source else []
-    for source, *tracked in args.material:
-        found += provenance.materials(json.loads(source), map(Path, tracked))
+    for text, *tracked in args.material:
+        source = json.loads(text)
+        ledger = source.pop("ledger", None)
+        ledger = Path(ledger) if ledger else None
+        found += provenance.materials(source, map(Path, tracked), ledger)
     found += trunk
     found += provenance.toolchain(Stamp.read(args.toolchain))
     found += provenance.locks(args.locks)

@@ -19,6 +19,7 @@ from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import NO_HEAD, read_recipe
+from mtpforge.verify import published
 from mtpforge.verify.digests import head_source
 from mtpforge.verify.report import Report, accepted_drafts, as_table
 from mtpforge.verify.request import Request
@@ -206,13 +207,25 @@ def _publish(
 ) -> Report:
     """Give the verified file its final name; returns the report on the published file."""
     if limit is None:
+        report = replace(report, file=args.publish.name)
         atomic.give_name(args.file, args.publish)  # without a second copy on the disk
-        return replace(report, file=args.publish.name)
+        if not args.publish.samefile(args.file):  # unless the file system has no links
+            _check_copy(args.publish, report)
+        return report
     files, checks = publish_split(
         args.file, args.publish, limit=limit, request=request, llama=llama
     )
     checks = [*report.checks, *checks]
     return replace(report, file=args.publish.name, files=files, checks=tuple(checks))
+
+
+def _check_copy(path: Path, report: Report) -> None:
+    """Delete a copy that is not what was verified. Raises DamagedError."""
+    try:
+        published.check([(path, report)])
+    except errors.DamagedError:
+        path.unlink()
+        raise
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 
 import argparse
 import fcntl
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from mtpforge.errors import DamagedError, GgufError
+from mtpforge.checkpoint import safetensors
+from mtpforge.errors import DamagedError, ForgeError, GgufError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, read_record
@@ -224,6 +226,28 @@ def check_whole(path: Path | None, recorded: Path | None) -> None:
     known = open_recorded(recorded, path.parent)
     place = FileRange(path, 0, path.stat().st_size)
     known.note(held.check(known.parts(path, {WHOLE: place})))
+
+
+def check_given(path: Path, ledger: Path, root: Path) -> None:
+    """Hold a whole file that a user gave against its ledger, and note what that lacks.
+
+    Raises DamagedError.
+    """
+    known = Ledger(ledger, root)
+    known.note(held.check(known.parts(path, _places(path)), os.cpu_count() or 1))
+
+
+def _places(path: Path) -> dict[str, FileRange]:
+    """Header and tensors of a file that has these, else the whole file."""
+    whole = FileRange(path, 0, path.stat().st_size)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.ranges(path)
+        if path.suffix == ".gguf":
+            return dict(places([reader.read(path)]))
+    except ForgeError:  # a header that cannot be read is not what was recorded
+        return {HEADER: whole}
+    return {WHOLE: whole}
 
 
 def add_digest_option(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mtpforge.errors import ToolchainError
+from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.version import Version, version_of
 
@@ -41,13 +44,17 @@ class LlamaCpp:
         return min(self.threads or available, available)
 
     def find(self, name: str) -> Path:
-        """The path of a program. Raises ToolchainError if it is missing."""
+        """The path of a program.
+
+        Raises ToolchainError if it is missing, or not the one of the toolchain's stamp.
+        """
         path = self.folder / name
         if not os.access(path, os.X_OK):
             raise ToolchainError(
                 f"{path}: missing or not executable: build it with `make toolchain`, or name "
                 "another folder with --bin"
             )
+        _check_stamp(path, self.folder.absolute().parent / "stamp.json")
         return path.resolve()
 
     def quantize(self, arguments: Iterable[Argument], cwd: Path) -> None:
@@ -90,6 +97,19 @@ class LlamaCpp:
 
     def _call(self, command: Iterable[Argument], cwd: Path | None = None) -> None:
         process.call(list(map(_word, command)), self.log, cwd=cwd)
+
+
+@cache
+def _check_stamp(program: Path, stamp: Path) -> None:
+    """Hold a program against the stamp, if there is one; once, because a server has 15 MB."""
+    if not stamp.exists():
+        return
+    programs = read_json(stamp).get("programs", {})
+    if program.name in programs and digest_of(program) != programs[program.name]:
+        raise ToolchainError(
+            f"{program}: damaged, or not the program of {stamp}: run "
+            "`snakemake --forcerun toolchain`"
+        )
 
 
 def _word(argument: Argument) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtpforge import recorded
 from mtpforge.errors import VerificationError
 from mtpforge.hub.fetch_records import HeadRecord, read_record
 from mtpforge.io.ranges import digest_of
@@ -65,17 +66,29 @@ def subjects(path: Path) -> dict[str, str]:
     return {str(name): str(digest) for name, digest in found}
 
 
-def materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
+def materials(
+    source: Mapping[str, Any], tracked: Iterable[Path], ledger: Path | None = None
+) -> list[Resource]:
     """The files of a source: local files, which are hashed, or records of downloaded ones.
 
     `source` is as in the configuration, with a `role` if it is not the checkpoint: the base, or
     the checkpoint of the head. A head that was downloaded alone has one entry per tensor, with its
-    standing: verified, or trusted on first use.
+    standing: verified, or trusted on first use. `ledger` has the digests of local files (see
+    `recorded`). Raises DamagedError if one has changed.
     """
+    tracked = list(tracked)
+    if ledger and "path" in source:
+        for path in tracked:
+            recorded.check_given(path, ledger, root=_folder(tracked))
     role = {"role": source["role"]} if "role" in source else {}
     found = _materials(source, tracked)
     annotated = [{**each, "annotations": each.get("annotations", {}) | role} for each in found]
     return annotated if role else found
+
+
+def _folder(files: list[Path]) -> Path:
+    """The folder that files lie in, some of them in a folder of it."""
+    return min((path.parent for path in files), key=lambda folder: len(folder.parts))
 
 
 def _materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:

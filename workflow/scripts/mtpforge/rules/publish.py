@@ -18,6 +18,7 @@ from mtpforge.rules.variant import (
     HubRepository,
     ImatrixText,
     LocalFile,
+    LocalFolder,
     OwnBase,
     Source,
 )
@@ -108,6 +109,13 @@ class PublishRules(Stage):
         """The source of the model, as JSON."""
         return json.dumps(_without_folders(_dump(self.model(wildcards), "source")["source"]))
 
+    def ledger_option(self, wildcards: Wildcards) -> str:
+        """The option that names the ledger of a local source."""
+        source = self.model(wildcards).source
+        if not isinstance(source, LocalFolder):
+            return ""
+        return shlex.join(["--ledger", layout.ledger(wildcards.model, source.path)])
+
     def source_list(self, wildcards: Wildcards) -> list[str]:
         """The list of the checkpoint's files, unless the variant has nothing of it."""
         model = self.model(wildcards)
@@ -129,7 +137,10 @@ class PublishRules(Stage):
         """The same as options of provenance.py."""
         options: list[str] = []
         for about, paths in self._materials(wildcards):
-            options += ["--material", json.dumps(_without_folders(about)), *paths]
+            shown = _without_folders(about)
+            if "path" in about:
+                shown["ledger"] = layout.ledger(wildcards.model, about["path"])
+            options += ["--material", json.dumps(shown), *paths]
         return shlex.join(options)
 
     def locks(self, wildcards: Wildcards) -> list[str]:
