@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import quantize
 from conftest import SCRIPTS
-from mtpforge.errors import ForgeError
+from mtpforge.errors import ForgeError, StorageError
 from mtpforge.io.atomic import (
     give_name,
     link_or_copy,
@@ -103,7 +103,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> Non
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("precious")
-    with pytest.raises(NotADirectoryError), replacing_folder(tmp_path / "x"):
+    with pytest.raises(StorageError, match="x: Not a directory"), replacing_folder(tmp_path / "x"):
         pass
     assert (tmp_path / "x").read_text() == "precious" and list(tmp_path.iterdir()) == [
         tmp_path / "x"

@@ -14,7 +14,7 @@ from pathlib import Path
 from mtpforge import cli, errors, prompts, recorded
 from mtpforge.convert import norm_shift
 from mtpforge.gguf import reader
-from mtpforge.gguf.split import check_target, parse_size, plan, shards
+from mtpforge.gguf.split import check_space, check_target, parse_size, shards
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -193,12 +193,14 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
             "llama-gguf-split --merge"
         )
     if size is None:
+        if folder:
+            atomic.check_room(file, folder)
         return None
     if folder is None:
         raise errors.ConfigError("--split: name the folder with --publish")
     limit = parse_size(size)
-    plan(reader.read(file), limit)
     check_target(file, folder, folder.name)
+    check_space(reader.read(file), folder, limit)
     return limit
 
 

@@ -1,11 +1,14 @@
 """Parser and exit of all programs in workflow/scripts."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from mtpforge.errors import ForgeError, ToolchainError, printable
+from mtpforge.errors import ForgeError, ToolchainError
+from mtpforge.io import storage
 
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
 
@@ -26,16 +29,30 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
+        sys.stdout.flush()
     except ToolchainError as error:
-        sys.exit(f"error: {error}")  # several lines: it may quote the end of a log
+        _fail(str(error))  # several lines: it may quote the end of a log
     except ForgeError as error:
-        text = " ".join(str(error).split())  # an input can put line breaks into a message
-        shortened = text[:_LONGEST_MESSAGE] + " ..." if len(text) > _LONGEST_MESSAGE else text
-        sys.exit(f"error: {shortened}")
+        _fail(_line(error))
     except OSError as error:
-        place = error.filename or "file system"
-        sys.exit(printable(f"error: {place}: {error.strerror or error}"))
+        _fail(_line(storage.explain(error)))
     except MemoryError:
-        sys.exit("error: out of memory")
+        _fail("out of memory")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _line(error: ForgeError) -> str:
+    text = " ".join(str(error).split())  # an input can put line breaks into a message
+    return text[:_LONGEST_MESSAGE] + " ..." if len(text) > _LONGEST_MESSAGE else text
+
+
+def _fail(message: str) -> NoReturn:
+    """End with exit code 1, even if nothing can be printed because the disk of the log is full."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # Python would try again at its end, and exit with another code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(1)

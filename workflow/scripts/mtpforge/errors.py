@@ -59,3 +59,7 @@ class RecordError(ForgeError):
 
 class UploadError(ForgeError):
     """The Hub refused an upload."""
+
+
+class StorageError(ForgeError, OSError):
+    """A disk is full, over quota, read-only or failing, or refuses access."""

@@ -14,6 +14,7 @@ from gguf import SpecialVocab
 
 from mtpforge.convert import chat_templates
 from mtpforge.errors import CheckpointError
+from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 
 
@@ -97,8 +98,7 @@ def _read(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> 
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         (scratch / "config.json").symlink_to(directory / "config.json")
-        (scratch / "tokenizer.json").write_text(json.dumps(rest), encoding="utf-8")
+        atomic.write_scratch(scratch / "tokenizer.json", json.dumps(rest))
         if config:
-            text = json.dumps(config)
-            (scratch / "tokenizer_config.json").write_text(text, encoding="utf-8")
+            atomic.write_scratch(scratch / "tokenizer_config.json", json.dumps(config))
         return SpecialVocab(scratch)

@@ -5,6 +5,7 @@ GGUF gets its name only if it has every tensor of the checkpoint's head, byte fo
 """
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -21,11 +22,17 @@ from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import chat_templates, plan
 from mtpforge.convert.proof import prove
 from mtpforge.convert.tensor_names import check_wrappers, is_buffer, left_out
-from mtpforge.convert.upstream_head import check_scales, check_types, count_blocks, vision_tensors
+from mtpforge.convert.upstream_head import (
+    check_scales,
+    check_types,
+    count_blocks,
+    head_tensors,
+    vision_tensors,
+)
 from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
-from mtpforge.io import text
-from mtpforge.io.atomic import replacing
+from mtpforge.io import storage, text
+from mtpforge.io.atomic import replacing, write_scratch
 from mtpforge.llama_cpp import pre_tokenizers, process
 from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
@@ -110,17 +117,19 @@ def convert_checkpoint(
                 f"(delete {converter / 'stamp.json'} first if it exists)"
             )
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
-    with replacing(out) as temporary, tempfile.TemporaryDirectory() as scratch:
+    needed = _least_size(checkpoint, part)
+    with replacing(out, needed=needed) as temporary, tempfile.TemporaryDirectory() as scratch:
         checkpoint.held.add(_read_tensors(checkpoint, part))
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]
         command += [folder, *_options(checkpoint, part), "--outfile", temporary]
-        try:
-            process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
-        except ToolchainError as error:
-            checkpoint.held.check()
-            text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"
-            raise ToolchainError(text) from None
+        with storage.by_program(temporary, needed):
+            try:
+                process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
+            except ToolchainError as error:
+                checkpoint.held.check()
+                text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"
+                raise ToolchainError(text) from None
         prove(reader.read(temporary), checkpoint, part)
         checkpoint.held.check()
     for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
@@ -201,7 +210,7 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
     shards = {name: tensor.shard for name, tensor in checkpoint.tensors.items()}
     for shard in set(shards.values()):
         (folder / shard).symlink_to((checkpoint.directory / shard).resolve(strict=True))
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    write_scratch(folder / INDEX, json.dumps({"metadata": {}, "weight_map": shards}))
     for name in _JSON:
         if (checkpoint.directory / name).exists():
             _copy_json(checkpoint.directory / name, folder / name)
@@ -268,6 +277,16 @@ def _check_vision_files(checkpoint: Outline) -> None:
         )
 
 
+def _least_size(checkpoint: Outline, part: str) -> int:
+    """At least so many bytes will the GGUF have: 16 bits a value, or those of packed tensors."""
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors.values()}
+    vision = {tensor.name for tensor in vision_tensors(checkpoint)}
+    head = set() if part == "mmproj" else {tensor.name for tensor in head_tensors(checkpoint)}
+    names = {"mmproj": vision, "draft": head, "trunk": tensors.keys() - vision - head}
+    kept = [tensors[name] for name in names.get(part, tensors.keys() - vision)]
+    return sum(min(tensor.size, 2 * math.prod(tensor.shape)) for tensor in kept)
+
+
 def _hint(error: str, log: Path | None) -> str:
     if "pre-tokenizer" in error:
         return "set that of its base model (tokenizer_pre in config.yaml, or --tokenizer-pre)"
@@ -278,7 +297,9 @@ def _copy_text(source: Path, target: Path, directory: Path) -> None:
     if source.name == "README.md":
         text.read_front_matter(source)  # upstream reads it without limits
     limit = text.TEMPLATE_LIMIT if source.suffix == ".jinja" else text.JSON_LIMIT
-    target.write_bytes(text.read_bytes(source, most=limit, within=directory))
+    content = text.read_bytes(source, most=limit, within=directory)
+    with storage.naming(target, len(content)):
+        target.write_bytes(content)
 
 
 def _copy_json(source: Path, target: Path) -> None:
@@ -286,7 +307,7 @@ def _copy_json(source: Path, target: Path) -> None:
     settings = _harmless(text.read_json(source, entries=entries))
     if source.name == "tokenizer_config.json":
         settings = _of_transformers_4(settings)
-    target.write_text(json.dumps(settings))
+    write_scratch(target, json.dumps(settings))
 
 
 def _harmless(value: Any) -> Any:

@@ -24,7 +24,8 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo, aligned, drop_leading_ones
-from mtpforge.io.atomic import link_or_copy, replacing_folder
+from mtpforge.io import storage
+from mtpforge.io.atomic import check_room, link_or_copy, replacing_folder
 from mtpforge.io.ranges import FileRange, sha256
 
 _UNITS = {"M": 10**6, "G": 10**9}
@@ -130,13 +131,30 @@ def splitting(source: Gguf, folder: Path, stem: str, limit: int) -> Iterator[lis
     """
     planned = plan(source, limit)
     check_target(source.path, folder, stem)
-    with replacing_folder(folder.resolve()) as temporary:
+    with replacing_folder(folder.resolve(), *_space(source, planned, folder)) as temporary:
         files = [temporary / name for name in shard_names(stem, len(planned))]
         if len(files) == 1:
             link_or_copy(source.path, files[0])
         else:
             _write(source, planned, files)
         yield files
+
+
+def check_space(source: Gguf, folder: Path, limit: int) -> None:
+    """Raise StorageError if `source` in files of at most `limit` bytes does not fit."""
+    needed, shared = _space(source, plan(source, limit), folder)
+    if needed is None:
+        check_room(source.path, folder / source.path.name)
+    else:
+        storage.require(folder, needed, shared)
+
+
+def _space(source: Gguf, planned: list[list[TensorInfo]], folder: Path) -> tuple[int | None, int]:
+    """Bytes of the files, and how many can share blocks with the source; None for a link."""
+    if len(planned) == 1:
+        return None, 0
+    size = source.path.stat().st_size
+    return size, storage.shareable([(source.path, size)], folder)
 
 
 def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:

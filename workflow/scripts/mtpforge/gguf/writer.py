@@ -20,6 +20,7 @@ from mtpforge.gguf.reader import (
     aligned,
     header_range,
 )
+from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink
 from mtpforge.progress import Show
@@ -36,16 +37,32 @@ def write(
     """Write a GGUF, whole or not at all, and show progress.
 
     `check` gets the written file before that gets its name. Raises GgufError if a payload does not
-    have the size of its tensor.
+    have the size of its tensor, StorageError if the file does not fit on the disk.
     """
-    with replacing(path) as temporary, progress.bar(path.name) as show:
+    needed = size(metadata, [info for info, _ in tensors])
+    shared = _shareable(tensors, path)
+    with (
+        replacing(path, needed=needed, shared=shared) as temporary,
+        progress.bar(path.name) as show,
+    ):
         _write(temporary, metadata, tensors=tensors, show=show)
         check(temporary)
 
 
 def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
-    """Write a scratch GGUF in place, without starting to flush it to the disk. Raises GgufError."""
-    return _write(path, metadata, tensors)
+    """Write a scratch GGUF in place, without starting to flush it to the disk.
+
+    Raises GgufError, StorageError.
+    """
+    needed = size(metadata, [info for info, _ in tensors])
+    with storage.naming(path, needed):
+        storage.require(path, needed, _shareable(tensors, path))
+        return _write(path, metadata, tensors)
+
+
+def size(metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> int:
+    """Bytes of the file with these tensors."""
+    return len(header(metadata, infos)) + sum(aligned(info.size) for info in infos)
 
 
 def lay_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
@@ -160,6 +177,13 @@ def _write(
     finally:
         os.close(descriptor)
     return whole
+
+
+def _shareable(tensors: Tensors, path: Path) -> int:
+    """How many bytes of the tensors could share blocks with the files they come from."""
+    payloads = [payload for _, payload in tensors if isinstance(payload, Sequence)]
+    ranges = [piece for payload in payloads for piece in payload if isinstance(piece, FileRange)]
+    return storage.shareable([(piece.path, piece.size) for piece in ranges], path)
 
 
 def _runs(tensors: Tensors) -> Iterator[tuple[list[TensorInfo], Payload]]:

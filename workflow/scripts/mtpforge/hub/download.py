@@ -5,7 +5,6 @@ A file gets its final name only if its content matches the commit.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate, repeat
@@ -23,7 +22,7 @@ from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing
 from mtpforge.hub.remote import RemoteFile
 from mtpforge.hub.retry import RangesRefused
-from mtpforge.io import atomic, text
+from mtpforge.io import atomic, storage, text
 from mtpforge.io.ranges import CHUNK, FileRange, digest_of, sha256
 from mtpforge.io.text import parse_json
 
@@ -41,8 +40,9 @@ def download(
     final = folder / name
     digests = _matching(listing, parts, final)
     if not digests:
-        check_space(listing, {*parts, *together}, folder)
-        with atomic.replacing(final, keep=True) as partial:
+        check_space(listing, {*parts, *together}, folder=folder, name=name)
+        size = sum(listing.files[part].bytes for part in parts)
+        with atomic.replacing(final, keep=True, needed=size) as partial:
             digests = _fetch_parts(listing, parts, partial)
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
@@ -152,8 +152,11 @@ class Digest:
 # ── disk space ──
 
 
-def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
-    """Raise DownloadError if the disk has no room for those of `names` that are missing."""
+def check_space(listing: Listing, names: Collection[str], folder: Path, name: str) -> None:
+    """Raise StorageError if the disk has no room for those of `names` that are missing.
+
+    `name` is the first to be fetched, for the message.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def is_missing(name: str) -> bool:
@@ -163,17 +166,7 @@ def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
 
     missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
     partial = sum(path.stat().st_size for path in folder.rglob(".*.part") if path.is_file())
-    require_space(sum(file.bytes for file in missing) - partial, folder)
-
-
-def require_space(needed: int, folder: Path) -> None:
-    """Raise DownloadError if the file system of `folder` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DownloadError(
-            f"{folder}: {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free: "
-            "free some space, or move this repository to a larger disk"
-        )
+    storage.require(folder / name, sum(file.bytes for file in missing) - partial)
 
 
 # ── fetching ──

@@ -24,7 +24,7 @@ from mtpforge.errors import CheckpointError, DownloadError
 from mtpforge.hub import download
 from mtpforge.hub.fetch_records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.hub.listing import Listing
-from mtpforge.io import atomic
+from mtpforge.io import atomic, storage
 from mtpforge.io.held import HEADER
 from mtpforge.io.ranges import FileRange, Sink, digest_of, sha256
 from mtpforge.io.text import parse_json, read_json
@@ -114,7 +114,7 @@ def _write_small_files(listing: Listing, folder: Path, tensors: list[CheckpointT
     total = sum(tensor.size for tensor in tensors)
     small = sum(listing.files[name].bytes for name in listing.small_files())
     written = sum(path.stat().st_size for path in folder.iterdir())
-    download.require_space(total + small - written, folder)
+    storage.require(folder / tensors[0].shard, total + small - written)
     for name in listing.small_files():
         download.download(listing, name, folder)
     weight_map = {tensor.name: tensor.shard for tensor in tensors}
@@ -196,8 +196,14 @@ def _header(tensors: list[CheckpointTensor]) -> bytes:
 def _copy(local: Path, out: Path, tensors: list[CheckpointTensor]) -> None:
     """Write a shard with these tensors alone from a whole one."""
     ranges = [FileRange(local, tensor.offset, tensor.size) for tensor in tensors]
-    with atomic.replacing(out) as temporary, temporary.open("wb") as file:
-        Sink(file.fileno()).append([memoryview(_header(tensors)), *ranges])
+    header = _header(tensors)
+    size = len(header) + sum(tensor.size for tensor in tensors)
+    shared = storage.shareable([(local, size - len(header))], out)
+    with (
+        atomic.replacing(out, needed=size, shared=shared) as temporary,
+        temporary.open("wb") as file,
+    ):
+        Sink(file.fileno()).append([memoryview(header), *ranges])
 
 
 def _fetch_shard(
@@ -214,7 +220,8 @@ def _fetch_shard(
     if path.exists() and _count_whole(path, header, ranges=ranges, sums=known) == len(ranges):
         return
     remote = download.remote_file(listing, path.name)
-    with atomic.replacing(path, keep=True) as partial:
+    size = len(header) + sum(tensor.size for tensor in tensors)
+    with atomic.replacing(path, keep=True, needed=size) as partial:
         have = _count_whole(partial, header, ranges=ranges, sums=known)
         atomic.write_text(sums, "".join(f"{digest}\n" for digest in known[:have]))
         done = sum(end - begin for begin, end in ranges[:have])

@@ -82,16 +82,24 @@ class Listing:
 
     def write(self, path: Path) -> None:
         """Write the listing as JSON, a line each; the same commit gives the same bytes."""
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-            out.write(f'{{"repo": {json.dumps(self.repo)},\n')
-            out.write(f'"revision": {json.dumps(self.revision)},\n"files": {{')
-            out.writelines(_lines((name, asdict(file)) for name, file in self.files.items()))
-            out.write('},\n"tensors": {')
-            out.writelines(_lines((name, _entry(each)) for name, each in self.tensors.items()))
-            out.write("}")
-            if self.lost:
-                out.write(f',\n"lost": {json.dumps(self.lost)}')
-            out.write("}\n")
+        needed = sum(map(len, self._parts()))  # all of it is ASCII
+        with (
+            replacing(path, needed=needed) as temporary,
+            temporary.open("w", encoding="utf-8") as out,
+        ):
+            out.writelines(self._parts())
+
+    def _parts(self) -> Iterator[str]:
+        """Yield the JSON piece by piece: there can be 200,000 tensors."""
+        yield f'{{"repo": {json.dumps(self.repo)},\n'
+        yield f'"revision": {json.dumps(self.revision)},\n"files": {{'
+        yield from _lines((name, asdict(file)) for name, file in self.files.items())
+        yield '},\n"tensors": {'
+        yield from _lines((name, _entry(each)) for name, each in self.tensors.items())
+        yield "}"
+        if self.lost:
+            yield f',\n"lost": {json.dumps(self.lost)}'
+        yield "}\n"
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ from mtpforge.gguf.reader import (
     select_tensors,
 )
 from mtpforge.inject.match import check_match, same_value
-from mtpforge.io import atomic
+from mtpforge.io import atomic, storage
 from mtpforge.io.held import HEADER
 from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -90,6 +90,7 @@ def inject(
         check_match(whole, given, _trunk_of(given))
         _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
+        _check_space(files, whole, added=_planned(given, options.head_types), out=out)
         with _hashing(files, given, options, llama.processors) as check_inputs:
             new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
 
@@ -265,6 +266,14 @@ def _shown(info: TensorInfo) -> str:
 # ── the output ──
 
 
+def _check_space(files: list[Gguf], whole: Gguf, added: list[TensorInfo], out: Path) -> None:
+    """Raise StorageError if the output does not fit, before the head is quantized."""
+    own = [(file.path, file.path.stat().st_size) for file in files]
+    replaced = sum(info.size for info in whole.head.tensors.values())
+    needed = sum(size for _, size in own) - replaced + sum(info.size for info in added)
+    storage.require(out, needed, storage.shareable(own, out))
+
+
 def _write_file(base: Gguf, head: Gguf, out: Path, check: Check) -> None:
     """Write base and head as one file. Raises GgufError."""
     tensors = contents(base.trunk) + _appended(head, base.trunk)
@@ -316,9 +325,10 @@ def _check_folder(files: list[Gguf], folder: Path) -> None:
 
 def _copy(source: Path, out: Path, check: Check) -> None:
     size = source.stat().st_size
+    shared = storage.shareable([(source, size)], out)
     with (
         progress.bar(out.name) as show,
-        atomic.replacing(out) as temporary,
+        atomic.replacing(out, needed=size, shared=shared) as temporary,
         temporary.open("wb") as file,
     ):
         Sink(file.fileno(), lambda done: show(done, size)).append([FileRange(source, 0, size)])

@@ -16,26 +16,39 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import ForgeError
+from mtpforge.io import storage
+from mtpforge.io.ranges import FileRange, Sink
 
 _UNLINKABLE = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
+def replacing(
+    path: Path, keep: bool = False, needed: int | None = None, shared: int = 0
+) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`, on any error remove it.
 
     Leftovers of a killed run are removed. With `keep` they stay, also after an error, so that the
-    caller can resume. Raises ForgeError if another process is writing the same file.
+    caller can resume. `needed` bytes must be free (see `storage.require`). Raises ForgeError if
+    another process is writing the same file, StorageError if the disk is full or fails.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
+    with storage.naming(temporary, needed), _replacing(path, temporary, keep):
+        if needed is not None:
+            storage.require(temporary, needed, shared)
+        yield temporary
+
+
+@contextmanager
+def _replacing(path: Path, temporary: Path, keep: bool) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = _open_locked(temporary, path, os.O_RDWR | os.O_CREAT)
     if not keep and os.fstat(lock).st_size:
         lock = _start_over(lock, temporary, path)
     try:
         try:
-            yield temporary
+            yield
             sync(temporary)
             _rename(temporary, path)
         except BaseException:
@@ -48,19 +61,28 @@ def replacing(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, needed: int | None = None, shared: int = 0) -> Iterator[Path]:
     """Yield an empty temporary folder; on success flush it and rename it to `path`, else remove it.
 
     An existing folder `path` is replaced with everything in it. A reader may find no folder for a
-    moment, but never an incomplete one. Leftovers of a killed run are removed. Raises ForgeError
-    if another process is writing the same folder.
+    moment, but never an incomplete one. Leftovers of a killed run are removed. `needed` bytes must
+    be free (see `storage.require`). Raises ForgeError if another process is writing the same
+    folder, StorageError if the disk is full or fails.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
+    with storage.naming(temporary, needed), _replacing_folder(path, temporary):
+        if needed is not None:
+            storage.require(temporary, needed, shared)
+        yield temporary
+
+
+@contextmanager
+def _replacing_folder(path: Path, temporary: Path) -> Iterator[None]:
     replaced = path.with_name(f".{path.name}.old.part")
     with _locked_folder(temporary, path):
         try:
-            yield temporary
+            yield
             for written in (*temporary.rglob("*"), temporary):
                 sync(written)
             _swap(temporary, path, replaced)
@@ -80,7 +102,7 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     folder.
     """
     folder = beside.with_name(f".{beside.name}.scratch")
-    with _locked_folder(folder, beside):
+    with storage.naming(folder), _locked_folder(folder, beside):
         try:
             yield folder
         finally:
@@ -102,13 +124,23 @@ def give_name(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy if that fails. Raises OSError."""
+    """Make `target` a hard link to `source`, or a copy if the file system cannot link them.
+
+    Raises StorageError if the copy does not fit, or the disk fails.
+    """
     try:
         os.link(source, target)
     except OSError as error:
         if not unlinkable(error):
             raise
-        shutil.copyfile(source, target)
+        _copy(source, target)
+
+
+def check_room(source: Path, target: Path) -> None:
+    """Raise StorageError if `target` must become a copy of `source`, and does not fit."""
+    folder = storage.existing(target.parent)
+    if source.stat().st_dev != folder.stat().st_dev:
+        storage.require(target, source.stat().st_size)
 
 
 def unlinkable(error: OSError) -> bool:
@@ -118,8 +150,16 @@ def unlinkable(error: OSError) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    content = text.encode()
+    with replacing(path, needed=len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_scratch(path: Path, text: str) -> None:
+    """Write a text file in place, in a temporary folder. Raises StorageError."""
+    content = text.encode()
+    with storage.naming(path, len(content)):
+        path.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,6 +174,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _copy(source: Path, target: Path) -> None:
+    size = source.stat().st_size
+    with storage.naming(target, size), target.open("wb") as file:
+        shared = storage.shareable([(source, size)], target)
+        storage.require(target, size, shared)
+        Sink(file.fileno()).append([FileRange(source, 0, size)])
 
 
 @contextmanager

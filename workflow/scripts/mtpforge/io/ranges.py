@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from mtpforge.io import storage
+
 CHUNK = 16 << 20
 BLOCK = 4096
 """Bytes of a file system's block, or a multiple of it: the unit in which blocks are shared."""
@@ -90,9 +92,10 @@ class Sink:
         try:
             done = self._kernel_copy(source, piece)
             while done < piece.size:
-                block = os.pread(source, min(CHUNK, piece.size - done), piece.offset + done)
+                with storage.reading(piece.path):
+                    block = os.pread(source, min(CHUNK, piece.size - done), piece.offset + done)
                 if not block:
-                    raise OSError(errno.EIO, "file ends before the range does", str(piece.path))
+                    raise OSError(errno.ENODATA, "ends before the range does", str(piece.path))
                 self._append_buffer(memoryview(block))
                 done += len(block)
         finally:
@@ -113,6 +116,8 @@ class Sink:
             except OSError as error:
                 if error.errno in _UNSUPPORTED and done == 0:
                     return 0
+                with storage.reading(piece.path):  # which of the two files is it?
+                    os.pread(source, count, piece.offset + done)
                 raise
             if step == 0:
                 break
@@ -165,7 +170,7 @@ def digest_of(*paths: Path) -> str:
 def _update(digest: "hashlib._Hash", piece: FileRange) -> None:
     left = piece.size
     buffer = memoryview(bytearray(min(left, 1 << 20)))  # fits into the processor's cache
-    with piece.path.open("rb", buffering=0) as file:
+    with storage.reading(piece.path), piece.path.open("rb", buffering=0) as file:
         file.seek(piece.offset)
         while left and (count := file.readinto(buffer[:left])):
             digest.update(buffer[:count])

@@ -21,6 +21,7 @@ from typing import Any
 from mtpforge import progress
 from mtpforge.errors import ToolchainError
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.io import storage
 from mtpforge.llama_cpp import confinement
 
 MEMORY = 4 << 30
@@ -136,7 +137,8 @@ def call(
         _Program(command, environment, cwd, name).running() as program,
     ):
         for line in program.lines():
-            kept.write(line)
+            with storage.naming(Path(kept.name)):
+                kept.write(line)
             tail.append(line)
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mtpforge import progress
 from mtpforge.errors import RecordError, ToolchainError
+from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp.compilation import (
@@ -36,6 +37,10 @@ from mtpforge.llama_cpp.version import version_of
 
 SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 """The files of llama.cpp's converter, kept to run it and to compare ours with it."""
+
+
+BUILD_SIZE = 500_000_000
+"""Bytes of disk that a build takes."""
 
 
 def cache_root() -> Path:
@@ -68,8 +73,8 @@ def built(requirement: Path, jobs: int) -> Path:
             _build(pin, requirement, recipe=recipe, entry=entry, jobs=jobs)
     except OSError as error:
         raise ToolchainError(
-            f"cannot build llama.cpp in {entry.parent}: {error}: set MTPFORGE_CACHE to use another "
-            "folder"
+            f"cannot build llama.cpp: {storage.explain(error, entry, BUILD_SIZE)}; set "
+            "MTPFORGE_CACHE to use another folder"
         ) from error
     return entry
 
@@ -106,7 +111,8 @@ def install(entry: Path, folder: Path) -> Stamp:
     """Copy a build's programs into `folder`; returns their stamp."""
     stamp = Stamp.read(entry / "stamp.json")
     for name in stamp.programs:
-        with replacing(folder / name) as temporary:
+        size = (entry / "bin" / name).stat().st_size
+        with replacing(folder / name, needed=size) as temporary:
             # No hard link: damage to one clone's programs must not reach another's.
             shutil.copy2(entry / "bin" / name, temporary)
             os.utime(temporary)
@@ -153,12 +159,13 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
 def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -> None:
     """Build in a temporary folder beside `entry`, then move the result there in one step."""
     progress.say("llama.cpp: building, once per user: 10 minutes on 2 cores, 500 MB of disk")
+    storage.require(entry, BUILD_SIZE)
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
-        unpack(download(pin, requirement, work), work / "llama.cpp")
-        compile_programs(
-            work, recipe, tag=pin.tag, jobs=jobs, log=entry.parent / f"{entry.name}.log"
-        )
+        with storage.by_program(work / "written", BUILD_SIZE):
+            unpack(download(pin, requirement, work), work / "llama.cpp")
+            log = entry.parent / f"{entry.name}.log"
+            compile_programs(work, recipe, tag=pin.tag, jobs=jobs, log=log)
         result = work / "entry"
         for part in "bin", "source":
             (result / part).mkdir(parents=True)

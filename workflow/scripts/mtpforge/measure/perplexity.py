@@ -4,12 +4,12 @@
 """
 
 import re
-import shutil
 import struct
 from pathlib import Path
 
-from mtpforge.errors import ConfigError, ForgeError, ToolchainError
+from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.gguf import reader
+from mtpforge.io import storage
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
 
@@ -34,21 +34,26 @@ def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: Lla
     The file is large: its size is printed, and checked against the free disk, before it is written.
     """
     tokens = reader.read(model).need("tokenizer.ggml.tokens", list)
-    needed = size(chunks, len(tokens))
-    free = shutil.disk_usage(out.parent).free
-    of = f"{chunks} chunks of {CONTEXT} tokens and {len(tokens):,} logits a token"
+    # A token has at least one byte.
+    most = max(min(chunks, text.stat().st_size // CONTEXT), 1)
+    needed = size(most, len(tokens))
+    of = f"{most} chunks of {CONTEXT} tokens and {len(tokens):,} logits a token"
     print(f"at most {needed / 1e9:.2f} GB, for {of}", flush=True)
-    if needed > free:
-        sizes = f"may need {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
-        raise ForgeError(f"{out}: {sizes}: free some space, or set fewer chunks")
-    _run(model, ["-f", text, "--chunks", chunks, "--kl-divergence-base", out], llama)
+    storage.require(out, needed)
+    with storage.by_program(out, needed):
+        _run(model, ["-f", text, "--chunks", chunks, "--kl-divergence-base", out], llama)
+        _check_size(out, text, chunks=chunks, vocabulary=len(tokens))
+
+
+def _check_size(out: Path, text: Path, chunks: int, vocabulary: int) -> None:
+    """Raise ConfigError if the text was too short, ToolchainError if the logits are not whole."""
     found = out.stat().st_size if out.exists() else 0
-    if found < size(1, len(tokens)):  # only the start of a header
+    if 0 < found < _HEADER.size:  # only the start of a header: nothing of the text was used
         raise ConfigError(f"{text}: too short: perplexity needs at least {2 * CONTEXT} tokens")
-    if found not in {size(count, len(tokens)) for count in range(1, chunks + 1)}:
+    if found not in {size(count, vocabulary) for count in range(1, chunks + 1)}:
         raise ToolchainError(
             f"llama-perplexity wrote {found} bytes to {out}, not a whole number of chunks: "
-            "is the disk full, or is it another version?"
+            "is it another version?"
         )
 
 

@@ -14,6 +14,7 @@ from mtpforge import recorded
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.gguf.reader import NAME_LIMIT, Gguf
+from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.llama_cpp import process
@@ -48,13 +49,17 @@ def compute(
         files: list[Argument] = ["-m", model.resolve(), "-f", text.name, "-o", temporary.resolve()]
         chunks: list[Argument] = ["-c", CHUNK, "-b", CHUNK, "-ub", CHUNK]
         chunks += _HEAD if _covers_head(opened, llama) else ()
-        try:
-            llama.imatrix([*files, "--output-format", "gguf", *chunks], folder)
-        except ToolchainError as error:
-            if "you need at least" in str(error):
-                raise _too_short(text) from None
-            raise
-        check_values(temporary, read(temporary))
+        needed = _size(opened)
+        with storage.by_program(temporary, needed):
+            storage.require(temporary, needed)
+            try:
+                llama.imatrix([*files, "--output-format", "gguf", *chunks], folder)
+            except ToolchainError as error:
+                if "you need at least" in str(error):
+                    raise _too_short(text) from None
+                raise
+            rows = read(temporary)  # llama-imatrix ends with exit code 0 if it cannot write
+        check_values(temporary, rows)
 
 
 def read(path: Path) -> dict[str, int]:
@@ -97,6 +102,15 @@ _MOST_COUNTS = 1 << 16  # one for each expert
 
 
 _HEAD = ("--nextn",)
+_ENTRY = 400
+"""About the bytes of a matrix's counts, statistics and names."""
+
+
+def _size(model: Gguf) -> int:
+    """About the bytes of a model's importance matrix: two sums per column of each matrix."""
+    infos = [info for name, info in model.tensors.items() if name.startswith("blk.")]
+    matrices = [info for info in infos if len(info.shape) > 1 and min(info.shape[-2:]) > 1]
+    return sum(8 * info.elements // info.shape[-2] + _ENTRY for info in matrices)
 
 
 def _covers_head(opened: Gguf, llama: LlamaCpp) -> bool:

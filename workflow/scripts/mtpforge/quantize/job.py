@@ -6,13 +6,14 @@ it, as long as each type is given explicitly. So the work can be done in pieces.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.reader import ALIGNMENT, Gguf, TensorInfo, drop_leading_ones
-from mtpforge.io import held
+from mtpforge.io import held, storage
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import run, without_vocabulary
 from mtpforge.quantize.plan import QuantizePlan
@@ -83,6 +84,11 @@ class QuantizeJob:
         kind = GGMLQuantizationType[self.plan.tensors[name].type]
         return replace(info, shape=drop_leading_ones(info.shape), type=kind)
 
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the whole quantized file, within a few of its header."""
+        return writer.size(self.source.metadata, list(map(self.target_info, self.source.tensors)))
+
     def cost(self, names: Iterable[str]) -> float:
         """Approximate CPU seconds to quantize these tensors."""
         return sum(self.plan.tensors[name].cost for name in names)
@@ -119,16 +125,17 @@ class QuantizeJob:
 
     def _quantize_by_rows(self, name: str, out: Path, scratch: Path) -> Gguf:
         whole: Gguf | None = None
+        info = self.target_info(name)
         for start, count in self._row_ranges(name):
             part = self._copy_part(
                 reader.rows(self.source, name, start=start, count=count), scratch
             )
             made = self._quantize(part, scratch / "rows.gguf")
             if whole is None:
-                whole = writer.lay_out(out, made.metadata, [self.target_info(name)])
-            writer.put(
-                reader.rows(whole, name, start=start, count=count), name, [made.ranges[name]]
-            )
+                whole = writer.lay_out(out, made.metadata, [info])
+            with storage.naming(out, writer.size(whole.metadata, [info])):
+                part = reader.rows(whole, name, start=start, count=count)
+                writer.put(part, name, [made.ranges[name]])
         assert whole is not None
         return whole
 

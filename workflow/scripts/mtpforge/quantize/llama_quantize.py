@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf.constants import GGUFValueType
@@ -17,6 +17,7 @@ from mtpforge.errors import GgufError, ToolchainError
 from mtpforge.gguf import reader, split, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import PADDING, Gguf
+from mtpforge.io import atomic, storage
 from mtpforge.io.atomic import replacing
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.quantize import imatrix, mixture
@@ -54,7 +55,7 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
     if llama.log:
-        with llama.log.open("a", encoding="utf-8") as log:
+        with storage.naming(llama.log), llama.log.open("a", encoding="utf-8") as log:
             log.write(f"{table}\n")
     mixture.check_imatrix(source, chosen, request=request, rows=rows)
     if request.imatrix:
@@ -91,12 +92,16 @@ def run(
     with _scratch(matrix) as scratch:
         lines = [rf"^{re.escape(name)}$={kind.name.lower()}" for name, kind in wanted.items()]
         type_file = scratch.folder / "types.txt"
-        type_file.write_text("\n".join(lines), encoding="utf-8")
+        atomic.write_scratch(type_file, "\n".join(lines))
         options = [*scratch.imatrix_options, "--tensor-type-file", type_file]
         # Behind a link, the first file of a split one may have a name that tells no other.
         source_path = source.path.absolute()
-        llama.quantize([*options, source_path, out.resolve(), file_type], scratch.folder)
-    written = reader.read(out)  # checks that it is whole before it gets its name
+        arguments: list[Argument] = [*options, source_path, out.resolve(), file_type]
+        needed = _size(source, wanted)
+        storage.require(out, needed)
+        with storage.by_program(out, needed):
+            llama.quantize(arguments, scratch.folder)
+            written = reader.read(out)  # checks that it is whole before it gets its name
     if {name: info.type for name, info in written.tensors.items()} != wanted:
         raise ToolchainError(
             f"{out}: llama-quantize did not use the types it was given: is it another version?"
@@ -122,6 +127,12 @@ def without_vocabulary(source: Gguf) -> dict[str, Value]:
     return kept
 
 
+def _size(source: Gguf, types: Types) -> int:
+    """Bytes of the quantized file, within a few of its header."""
+    infos = [replace(source.tensors[name], type=kind) for name, kind in types.items()]
+    return writer.size(source.metadata, infos)
+
+
 def _dry_runs(
     source: Gguf, request: QuantizeRequest, overrides: list[tuple[str, str]], llama: LlamaCpp
 ) -> tuple[Types, Types]:
@@ -131,7 +142,9 @@ def _dry_runs(
         # A path without the temporary folder, because llama-quantize's messages have it.
         weightless = Path("dry-run", source.path.name)
         (scratch.folder / "dry-run").mkdir()
-        writer.lay_out(scratch.folder / weightless, without_vocabulary(source), infos)
+        sparse = scratch.folder / weightless
+        with storage.naming(sparse):
+            writer.lay_out(sparse, without_vocabulary(source), infos)
         arguments = [*scratch.imatrix_options, weightless, request.file_type]
         options: list[Argument] = []
         for pattern, kind in overrides:

@@ -23,7 +23,10 @@ def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> di
 
     Returns its digests, as `reader.digests` does. Raises ToolchainError if llama-quantize fails.
     """
-    with atomic.scratch_folder(out) as scratch, atomic.replacing(out) as temporary:
+    with (
+        atomic.scratch_folder(out) as scratch,
+        atomic.replacing(out, needed=job.size) as temporary,
+    ):
         reusable = find_reusable(job, reuse, scratch) if reuse else {}
         if reusable and worth_reusing(job, reusable):
             return assemble(job, reusable, out=temporary, scratch=scratch)

@@ -12,6 +12,7 @@ from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.reader import Gguf
+from mtpforge.io import atomic
 from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
@@ -168,7 +169,7 @@ def check_programs(
     with tempfile.TemporaryDirectory() as scratch:
         dry_run = ("--split", "--dry-run", "--split-max-size", "999G")
         text = Path(scratch) / "text.txt"
-        text.write_text("\n".join(request.prompts) * 8, encoding="utf-8")
+        atomic.write_scratch(text, "\n".join(request.prompts) * 8)
         try:
             llama.gguf_split([*dry_run, opened.path, Path(scratch) / "none"])
             if request.perplexity and not request.target:
