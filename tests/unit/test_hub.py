@@ -659,7 +659,11 @@ def test_disk_space_is_checked_before_the_first_byte(client: Client) -> None:
     assert client.resolve().returncode == 0
     client.hub.sent.clear()
     client.refused(
-        client.fetch("config.json"), "10000.0 GB to download", "free some space", name="config.json"
+        client.fetch("config.json"),
+        f"{SHARD}: not enough space",
+        "needs 10000.00 GB",
+        "free some space",
+        name="config.json",
     )
     assert not client.hub.sent
 

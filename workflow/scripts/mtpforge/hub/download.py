@@ -40,7 +40,7 @@ def download(
     final = folder / name
     digests = _matching(listing, parts, final)
     if not digests:
-        check_space(listing, {*parts, *together}, folder=folder, name=name)
+        check_space(listing, {*parts, *together}, folder)
         size = sum(listing.files[part].bytes for part in parts)
         with atomic.replacing(final, keep=True, needed=size) as partial:
             digests = _fetch_parts(listing, parts, partial)
@@ -152,10 +152,10 @@ class Digest:
 # ── disk space ──
 
 
-def check_space(listing: Listing, names: Collection[str], folder: Path, name: str) -> None:
+def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
     """Raise StorageError if the disk has no room for those of `names` that are missing.
 
-    `name` is the first to be fetched, for the message.
+    It names the largest of them, and the need of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -164,9 +164,12 @@ def check_space(listing: Listing, names: Collection[str], folder: Path, name: st
         linkable = blob.exists() and blob.stat().st_dev == folder.stat().st_dev
         return not linkable and not (folder / name).exists()
 
-    missing = [listing.files[name] for name in names if name in listing.files and is_missing(name)]
+    known = [name for name in names if name in listing.files]
+    missing = {name: listing.files[name].bytes for name in known if is_missing(name)}
     partial = sum(path.stat().st_size for path in folder.rglob(".*.part") if path.is_file())
-    storage.require(folder / name, sum(file.bytes for file in missing) - partial)
+    if missing:
+        largest = max(missing, key=lambda name: missing[name])
+        storage.require(folder / largest, sum(missing.values()) - partial)
 
 
 # ── fetching ──
