@@ -90,7 +90,7 @@ def inject(
         check_match(whole, given, _trunk_of(given))
         _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
-        _check_space(files, whole, added=_planned(given, options.head_types), out=out)
+        _check_space(files, whole, added=planned_head(given, options.head_types), out=out)
         with _hashing(files, given, options, llama.processors) as check_inputs:
             new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 
-from mtpforge.errors import DamagedError
+from mtpforge.errors import DamagedError, StorageError
 from mtpforge.io.ranges import CHUNK, FileRange, Hash
 
 HEADER = "header"
@@ -97,6 +97,8 @@ def reading(parts: Iterable[Part], threads: int = 1) -> Iterator[Reading]:
         held.add(parts)
         try:
             yield held
+        except StorageError:  # a full disk need not wait for the hashes
+            raise
         except Exception:
             held.check()
             raise
