@@ -92,7 +92,9 @@ def _not_possible(entry: Architecture) -> str:
         return {"trunk": "all but `head: none`", "draft": "all but `sidecar`"}[entry.only]
     if not entry.whole:
         return "all but `sidecar: MXFP4` and variants of type `MXFP4` with `head: none`"
-    return "" if entry.splits else "`sidecar`, `head: none`"
+    if not entry.splits:
+        return "`sidecar`, `head: none`"
+    return "" if entry.drafts else "`sidecar`"
 
 
 def _drafts(entry: Architecture) -> str:

@@ -410,11 +410,58 @@ def ling() -> tuple[dict[str, Any], Shapes]:
     return {**latent, **config, "head_dim": SIZE}, shapes
 
 
+def glm_next() -> tuple[dict[str, Any], Shapes]:
+    """GLM-5.3-Flash: Kimi's linear attention, latent attention without rotation, streams.
+
+    llama.cpp loads its head but cannot draft with it.
+    """
+    wide, mix = HEADS * SIZE, (2 + 4) * 4
+    linear: Shapes = {
+        **attention(), **dict.fromkeys(("k_proj.weight", "v_proj.weight"), (wide, HIDDEN)),
+        **{f"{name}_conv1d.weight": (wide, 1, 4) for name in "qkv"},
+        **{f"{name}_a_proj.weight": (SIZE, HIDDEN) for name in "fg"},
+        **{f"{name}_b_proj.weight": (wide, SIZE) for name in "fg"},
+        "b_proj.weight": (HEADS, HIDDEN), "A_log": (HEADS,), "dt_bias": (wide,),
+        "o_norm.weight": (SIZE,),
+    }  # fmt: skip
+    attend = latent_attention() | {
+        "q_b_proj.weight": (HEADS * 32, 32), "kv_a_proj_with_mqa.weight": (32, HIDDEN)
+    }  # fmt: skip
+    attend |= prefixed("indexer.", {
+        "wq_b.weight": (4 * 64, 32), "wk.weight": (64, HIDDEN), "k_norm.weight": (64,),
+        "k_norm.bias": (64,), "weights_proj.weight": (4, HIDDEN),
+        "index_kpool_compress_gate": (64, HIDDEN), "index_kpool_compress_ape": (4, 64),
+    })  # fmt: skip
+    routed = experts("gate.weight", "gate.e_score_correction_bias", "shared_experts")
+    shapes = {**ENDS, **block("model.layers.0.", linear, mlp())}
+    for layer in (1, 2):
+        shapes |= block(f"model.layers.{layer}.", attend, routed)
+    for layer, kind in ((0, "attn"), (0, "ffn"), (1, "attn"), (1, "ffn")):
+        streams: Shapes = {"fn": (mix, 4 * HIDDEN), "base": (mix,), "scale": (3,)}
+        shapes |= prefixed(f"model.layers.{layer}.hc_{kind}_", streams)
+    shapes |= fusion("model.layers.2.", "shared_head.norm")
+    config = {
+        "architectures": ["Glm5NextForConditionalGeneration"], "model_type": "glm5_next",
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_attn_config": {
+            "num_heads": HEADS, "head_dim": SIZE, "short_conv_kernel_size": 4,
+            "gate_lower_bound": -5.0,
+        },
+        "mla_use_nope": True, "qk_rope_head_dim": 0, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32, "v_head_dim": 64, "num_key_value_heads": HEADS,
+        "index_n_heads": 4, "index_head_dim": 64, "index_topk": 256, "index_kpool": 4,
+        "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid",
+    }  # fmt: skip
+    return config, shapes
+
+
 MODELS: dict[str, Callable[[], tuple[dict[str, Any], Shapes]]] = {
     "glm": glm, "glm-lite": glm_lite, "step": step, "step-wrapped": step, "nemotron": nemotron,
     "mimo": mimo, "mimo-fp8": mimo,
     "hunyuan": hunyuan, "bailing": bailing, "cohere": cohere, "exaone": exaone, "ling": ling,
     "glm-dsa": lambda: sparse("GlmMoeDsaForCausalLM", "glm_moe_dsa"),
+    "glm-next": glm_next,
     "deepseek": lambda: sparse("DeepseekV32ForCausalLM", "deepseek_v32"),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ from other_architectures import HIDDEN, MODELS, write_model
 CONVERTER = ROOT / "resources" / "converter"
 PYTHON, SOURCE = CONVERTER / "environment" / "bin" / "python", CONVERTER / "source"
 BLOCKS = {"step": 2, "step-wrapped": 2, "mimo": 3, "mimo-fp8": 3}  # of heads with more than one
-UNDRAFTED = {"bailing", "exaone"}
+UNDRAFTED = {"bailing", "exaone", "glm-next"}
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="upstream's environment is missing: `make converter`"
@@ -266,6 +266,17 @@ def test_a_quantized_file_is_verified_against_the_unquantized(
         assert report.drafts is None and "cannot draft" in checks["loading"]
     else:
         assert report.drafts > 100 and report.acceptance > 0.95
+
+
+@pytest.mark.parametrize("name", ["glm-next", "ling"])
+def test_matrices_that_upstream_keeps_in_f32_are_right(
+    made: Made, toolchain: Path, name: str
+) -> None:
+    request = Request(
+        reference=made.file(name), file_type="BF16", head="BF16", prompts=("def area(",)
+    )
+    report = verify(made.file(name), request, LlamaCpp(toolchain, threads=1))
+    assert report.types["F32"] > 20 and report.types["BF16"] > 20
 
 
 def test_the_report_says_if_llama_server_cannot_draft(made: Made, run, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def preserved(
                 info
                 for shard in case.shards()
                 for info in shard.tensors.values()
-                if quantizable(info)
+                if quantizable(info, "qwen35")
             ]
             recipe.write_text(
                 yaml.safe_dump(

@@ -23,9 +23,10 @@ from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import FAMILIES
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.checkpoint.model_files import INDEX
-from mtpforge.convert import upstream
+from mtpforge.convert import convertible, upstream
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import quant_types, reader, writer
+from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.inject import inject
@@ -327,7 +328,6 @@ NOT_CONVERTED = {
     "Dots3NoteForConditionalGeneration": "no checkpoint with a head is known",
     "Dots3NoteTextForCausalLM": "no checkpoint with a head is known",
     "Glm4vMoeForConditionalGeneration": "llama-server aborts: multimodal rotation in the head",
-    "Glm5NextForConditionalGeneration": "its tokenizer needs a newer transformers",
     "MiniCPMV4_6ForConditionalGeneration": "no checkpoint with a head is known",
 }
 """Architectures whose head upstream exports and we do not convert, with the reason."""
@@ -383,6 +383,30 @@ def test_the_parts_that_upstream_can_write_are_those_of_its_tables() -> None:
             continue
         exports = "exports a head" if entry.splits else "exports no head alone"
         assert TABLES["converters"][name] == [entry.gguf, exports]
+
+
+def test_a_sidecar_that_cannot_draft_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_model("glm-next", tmp_path / "glm-next")
+    for part in ("all", "trunk"):
+        upstream.check(Checkpoint(checkpoint), part)
+    said = refusal(checkpoint, "draft")
+    assert "b11434 cannot draft with its head" in said and "remove `sidecar`" in said
+    about = convertible.undrafted(Checkpoint(checkpoint))
+    assert about == ", with which llama.cpp b11434 cannot draft yet"
+    assert convertible.undrafted(Checkpoint(write_model("glm", tmp_path / "glm"))) == ""
+
+
+def test_small_matrices_stay_as_converted() -> None:
+    """llama-quantize knows GLM-5 Next's by architecture, and convolutions by part of a name."""
+
+    def changes(name: str, architecture: str = "glm5-next") -> bool:
+        info = TensorInfo(f"blk.0.{name}.weight", (64, 64), GGMLQuantizationType.BF16)
+        return quantizable(info, architecture)
+
+    for name in ("attn_k_b", "ssm_f_a", "hc_attn_fn", "indexer.attn_q_b", "ssm_beta"):
+        assert not changes(name) and changes(name, "deepseek2")
+    assert changes("attn_q_b") and changes("ffn_down")
+    assert not changes("ssm_conv1d_q") and not changes("ssm_conv1d", "qwen35")
 
 
 def test_our_types_are_upstreams() -> None:

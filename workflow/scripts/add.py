@@ -100,7 +100,7 @@ def _about(listing: Listing, outline: Outline, converter: str) -> str:
     """Return how much there is to download, and how much of that is the head."""
     size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
     head = sum(tensor.size for tensor in convertible.head_tensors(outline, converter))
-    about = f"{head / 1e9:.2f} GB of it the head"
+    about = f"{head / 1e9:.2f} GB of it the head{convertible.undrafted(outline)}"
     if not head:
         about = _headless(listing, outline, converter)
     return f"{size / 1e9:.1f} GB to download, {about}"

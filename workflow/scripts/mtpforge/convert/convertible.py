@@ -15,6 +15,7 @@ from mtpforge.convert.plan import plan_conversion, settled_hparams
 from mtpforge.convert.tensor_names import is_buffer
 from mtpforge.errors import CheckpointError
 from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES
+from mtpforge.llama_cpp.runtimes import PINNED
 
 CONVERTERS = ("mtpforge", "llama.cpp")
 """As in config.yaml, the preferred one first."""
@@ -86,6 +87,14 @@ def has_drafter(checkpoint: Outline) -> bool:
     """Whether the head of the architecture is a drafter, in a checkpoint of its own."""
     entry = ARCHITECTURES.get(checkpoint.architecture)
     return entry is not None and entry.only == "trunk"
+
+
+def undrafted(checkpoint: Outline) -> str:
+    """Return that the pinned llama.cpp cannot draft with the head; empty if it can."""
+    entry = ARCHITECTURES.get(checkpoint.architecture)
+    if entry is None or entry.drafts:
+        return ""
+    return f", with which llama.cpp {PINNED} cannot draft yet"
 
 
 def head_tensors(checkpoint: Outline, converter: str) -> list[CheckpointTensor]:

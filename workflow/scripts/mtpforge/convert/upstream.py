@@ -192,6 +192,11 @@ def _check_part(checkpoint: Outline, part: str) -> None:
             f"{name}: llama.cpp {PINNED} cannot write its {part} part, only the whole: "
             "convert part all"
         )
+    if part == "draft" and not entry.drafts:
+        raise CheckpointError(
+            f"{name}: llama.cpp {PINNED} cannot draft with its head: a sidecar would be of no use, "
+            "remove `sidecar`"
+        )
     if part == "all" and not entry.whole:
         raise CheckpointError(
             f"{name}: llama.cpp {PINNED} writes its head as a draft model only: set `head: none` "

@@ -144,7 +144,8 @@ def _estimated_types(source: Gguf, request: QuantizeRequest) -> Types:
         default = "Q6_K" if name in quant_types.EMBEDDINGS and usual != "Q8_0" else usual
         asked = of_head.get(rf"^{re.escape(name)}$") or of_trunk.get(name, default)
         kind = quant_types.effective_type(asked, info.shape[-1])
-        types[name] = GGMLQuantizationType[kind if quantizable(info) else info.type.name]
+        changes = quantizable(info, source.architecture)
+        types[name] = GGMLQuantizationType[kind if changes else info.type.name]
     return types
 
 

@@ -181,7 +181,8 @@ def cost(base: Gguf, head: Gguf, types: Recipe = ()) -> str:
     size = sum(info.size for info in infos)
     bits = 8 * size / sum(info.elements for info in infos)
     before = sum(info.size for info in base.tensors.values())
-    names = "/".join(dict.fromkeys(info.type.name for info in infos if quantizable(info)))
+    matrices = [info for info in infos if quantizable(info, head.architecture)]
+    names = "/".join(dict.fromkeys(info.type.name for info in matrices))
     coarse = "; below 4 bits a head drafts badly" if bits < 4 else ""
     return (
         f"the head at {names}: {len(infos)} tensors, {size:,} bytes, {bits:.2f} bits per weight; "

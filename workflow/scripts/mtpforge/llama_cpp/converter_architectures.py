@@ -109,6 +109,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Glm4MoeForCausalLM": Architecture("glm4moe", models="GLM-4.5"),
     "Glm4MoeLiteForCausalLM": Architecture("deepseek2", changes=_LATENT, models="GLM-4.7-Flash"),
     "GlmMoeDsaForCausalLM": Architecture("glm-dsa", changes=_LATENT, models="GLM-5.2"),
+    "Glm5NextForConditionalGeneration": Architecture(
+        "glm5-next", drafts=False, changes=_LATENT, models="GLM-5.3-Flash"
+    ),
     "DeepseekV32ForCausalLM": Architecture("deepseek32", changes=_LATENT),
     "DeepseekV4ForCausalLM": Architecture(
         "deepseek4", prefix="mtp.", blocks=1, whole=False, repacked=True, outside="output_hc_"
@@ -135,8 +138,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By the name in config.json.
 
 Missing: architectures that mtpforge converts itself, heads that upstream drops (DeepSeek V3,
-ERNIE), tokenizers that need code of the checkpoint (Kimi) or a newer transformers (GLM-5 Next), and
-GLM-4.5V: llama-server aborts on its head, which has multimodal rotation.
+ERNIE), tokenizers that need code of the checkpoint (Kimi), and GLM-4.5V: llama-server aborts on its
+head, which has multimodal rotation.
 """
 
 _NORMS = ("norm.weight", "norm_embedding.weight", "norm_hidden.weight")

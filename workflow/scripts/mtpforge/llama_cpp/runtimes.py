@@ -49,6 +49,7 @@ RUNTIMES: dict[str, Runtime] = {
     "gemma4-assistant": Runtime("b9551, for E2B and E4B b9568", (23398, 24282), ik_llama_cpp=None),
     "bailingmoe2": Runtime(),
     "exaone-moe": Runtime(),
+    "glm5-next": Runtime(),
 }
 
 PINNED = "b11434"

@@ -86,7 +86,8 @@ def head_recipe(kind: str, exceptions: Recipe = ()) -> Recipe:
 
 def head_types(source: Gguf, recipe: Recipe) -> dict[str, str]:
     """The type of each matrix of the head. Raises ConfigError for a pattern without a match."""
-    names = [name for name, info in source.head.tensors.items() if quantizable(info)]
+    infos = source.head.tensors.values()
+    names = [info.name for info in infos if quantizable(info, source.architecture)]
     for pattern, _ in recipe:
         if names and not _found(pattern, names):
             raise ConfigError(

@@ -18,8 +18,8 @@ def check_types(opened: Gguf, request: Request) -> Check:
     trunk = [name for name in opened.tensors if name not in head]
     for name, asked in (by_recipe(trunk, request.recipe) | by_recipe(head, types)).items():
         info = opened.tensors[name]
-        wanted = quant_types.effective_type(asked, info.shape[-1]) if quantizable(info) else ""
-        if wanted and info.type.name != wanted:
+        changes = quantizable(info, opened.architecture)
+        if changes and info.type.name != quant_types.effective_type(asked, info.shape[-1]):
             wrong.append(f"{name} is {info.type.name}, not {asked}")
     detail = f"{len(opened.tensors)} tensors, head {request.head or 'at any type'}"
     return Check("types", not wrong, some(wrong) or detail)
@@ -71,10 +71,11 @@ def _name_problems(opened: Gguf, source: Source) -> list[str]:
 def _type_problems(opened: Gguf, source: Source, request: Request) -> list[str]:
     """Tensors that quantization leaves alone but have another type."""
     unquantized = request.file_type if request.file_type in quant_types.UNQUANTIZED else None
-    kept = request.file_type in quant_types.PACKED
+    kept = request.file_type in (*quant_types.PACKED, "BF16")  # as converted
     problems = []
     for name, expected in source.tensors.items():
-        wanted = unquantized if quantizable(expected) and not kept else expected.type.name
+        changes = quantizable(expected, opened.architecture) and not kept
+        wanted = unquantized if changes else expected.type.name
         found = opened.tensors.get(name)
         if found and wanted and found.type.name != wanted:
             problems.append(f"{name} is {found.type.name}, not {wanted}")

@@ -71,7 +71,7 @@ def check_drafting(
         return Check("drafting" if drafts else "loading", False, detail), []
     if drafts:
         return _check_accepted(_counts(answers), request.min_acceptance), answers
-    return _check_loading(answers, reason), []
+    return _check_loading(answers, None if request.headless else reason), []
 
 
 def check_without_drafting(
