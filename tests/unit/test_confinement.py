@@ -170,6 +170,12 @@ def test_a_disturbed_program_is_an_error(tmp_path: Path, text: str, complaint: s
         process.outputs([[path]], tmp_path)
 
 
+def test_steps_of_a_progress_bar_are_lines(tmp_path: Path) -> None:
+    text = "print('a\\r\\nWriting: 10%\\rWriting: 20%\\rend', end='')"
+    printed = process.outputs([[program(tmp_path, text)]], tmp_path)
+    assert printed == ["a\nWriting: 10%\nWriting: 20%\nend"]
+
+
 def test_what_is_no_program_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     for name in ("missing", "text"):

@@ -226,6 +226,7 @@ class _Program:
             size += len(chunk)
             if size > OUTPUT_LIMIT:
                 raise ToolchainError(f"{self.name} printed over {OUTPUT_LIMIT >> 20} MB: ended")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # of progress bars
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
                 yield line.decode(errors="replace") + "\n"
