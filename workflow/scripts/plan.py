@@ -7,6 +7,10 @@ example: plan.py
          plan.py qwen3.5-4b --json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import json
 import shutil
 from dataclasses import asdict
