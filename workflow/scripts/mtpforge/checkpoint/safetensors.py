@@ -1,10 +1,12 @@
 """Headers of safetensors files, read strictly: the tensors' types, shapes and byte ranges.
 
-The ranges must tile each file exactly. Nothing is executed.
+The ranges must tile each file exactly. Nothing is executed. Headers are limited further than by the
+format's 100 MB, so that reading one takes less than a second and 200 MB.
 """
 
 import json
 import math
+import os
 import struct
 import sys
 from dataclasses import dataclass
@@ -15,11 +17,19 @@ from typing import Any
 import numpy as np
 
 from mtpforge.errors import CheckpointError
-from mtpforge.io.held import HEADER
+from mtpforge.io.held import HEADER, WHOLE
 from mtpforge.io.ranges import FileRange
-from mtpforge.io.text import parse_json
+from mtpforge.io.text import check_json, open_regular, unique
 
-_HEADER_LIMIT = 100 << 20  # as in the safetensors library
+HEADER_LIMIT = 24 << 20
+"""Bytes; tensors take 140 or so each, and the largest real shards have 20,000."""
+_WIDE_LIMIT = 2 << 20  # bytes of a header beyond ASCII, which takes up to four times the memory
+_NAME_LIMIT = 1000  # characters
+_MOST_ENTRIES = 1_000_000  # of `check_json`; a tensor takes about 12
+_MOST_KEYS = 260_000  # a tensor has four
+_MOST_DIMENSIONS = 16
+_LARGEST = 1 << 63
+_KEYS = {"dtype", "shape", "data_offsets"}
 
 # safetensors type -> numpy type. numpy lacks BF16 and FP8: they are read as raw integers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -60,15 +70,8 @@ class CheckpointTensor:
 
 def read_shard_header(path: Path) -> list[CheckpointTensor]:
     """Return the tensors of a shard, in the order of its header. Raises CheckpointError."""
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = header_length(path, file.read(8), size)
-            return parse_shard_header(path, file.read(length), size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: shard is missing: download it again") from None
+    header, size = _read_header(path)
+    return parse_shard_header(path, header, size)
 
 
 def ranges(path: Path) -> dict[str, FileRange]:
@@ -82,7 +85,11 @@ def ranges(path: Path) -> dict[str, FileRange]:
 def header_length(path: Path, start: bytes, size: int) -> int:
     """Return the length of a shard's header, from its first 8 bytes. Raises CheckpointError."""
     length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+    if HEADER_LIMIT < length <= size - 8:
+        raise CheckpointError(
+            f"{path}: a header of {length:,} bytes, more than any real safetensors file has"
+        )
+    if not 2 <= length <= size - 8:
         raise CheckpointError(
             f"{path}: truncated, or not a safetensors file (a header of {length:,} bytes "
             f"in a file of {size:,}): download it again"
@@ -92,22 +99,16 @@ def header_length(path: Path, start: bytes, size: int) -> int:
 
 def shard_format(path: Path) -> str:
     """Return `format` of a shard's metadata; empty without it. Raises CheckpointError."""
-    with path.open("rb") as file:
-        header = file.read(header_length(path, file.read(8), path.stat().st_size))
-    metadata = parse_json(path, header.decode("utf-8")).get("__metadata__")
-    return str(metadata.get("format", ""))[:50] if isinstance(metadata, dict) else ""
+    header, _ = _read_header(path)
+    metadata = _parse_json(path, header).get("__metadata__") or {}
+    return str(metadata.get("format", ""))[:50]
 
 
 def parse_shard_header(path: Path, header: bytes, size: int) -> list[CheckpointTensor]:
     """Return the tensors in the header of a shard of `size` bytes. Raises CheckpointError."""
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: malformed safetensors header (not an object)")
-    entries.pop("__metadata__", None)
     start = 8 + len(header)
+    entries = _parse_json(path, header)
+    entries.pop("__metadata__", None)
     tensors = [
         _parse_entry(path, name, entry=entry, start=start) for name, entry in entries.items()
     ]
@@ -121,35 +122,77 @@ def shared(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate name")
-    return result
+def _read_header(path: Path) -> tuple[bytes, int]:
+    """Return the header of a shard, and the size of the file."""
+    if not path.exists() and not path.is_symlink():
+        raise CheckpointError(f"{path}: shard is missing: download it again")
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = header_length(path, file.read(8), size)
+        header = file.read(length)
+    if len(header) < length:
+        raise CheckpointError(f"{path}: truncated while it was read")
+    return header, size
+
+
+def _parse_json(path: Path, header: bytes) -> dict[str, Any]:
+    """Return the object that a header is, with metadata of text alone."""
+    wide = not header.isascii() or b"\\u" in header
+    if not header.startswith(b"{") or (wide and len(header) > _WIDE_LIMIT):
+        raise CheckpointError(f"{path}: malformed safetensors header (not a plain object)")
+    if header.count(b":") > _MOST_KEYS:
+        raise CheckpointError(f"{path}: a header of more than {_MOST_KEYS:,} keys, so not read")
+    check_json(path, header, entries=_MOST_ENTRIES)
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: malformed safetensors header ({error})") from None
+    if not isinstance(entries, dict) or not _is_text(entries.get("__metadata__")):
+        raise CheckpointError(f"{path}: malformed safetensors header (metadata that is not text)")
+    return entries
+
+
+def _is_text(metadata: Any) -> bool:
+    """Whether metadata maps names to texts, as the format demands, or is absent."""
+    if not isinstance(metadata, dict):
+        return metadata is None
+    return all(isinstance(text, str) for text in metadata.values())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """The members of an object; those of a tensor's entry as a tuple, which takes less memory."""
+    members = unique(pairs)
+    if members.keys() != _KEYS:
+        return members
+    shape = members["shape"]
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError("a shape that is not a list of numbers")
+    return members["dtype"], tuple(shape), members["data_offsets"]
 
 
 def _parse_entry(path: Path, name: str, entry: Any, start: int) -> CheckpointTensor:
+    if not name.isprintable() or not 1 <= len(name) <= _NAME_LIMIT or name in (HEADER, WHOLE):
+        raise CheckpointError(f"{path}: tensor {name[:60]!a}: malformed name")
     try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, begin, end]
-        if dtype not in BITS or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"type {dtype}, shape {shape}, range {begin}..{end}")
-    except (TypeError, KeyError, ValueError) as error:
+        dtype, shape, (begin, end) = entry
+        odd = [n for n in (*shape, begin, end) if type(n) is not int or not 0 <= n < _LARGEST]
+        if type(entry) is not tuple or dtype not in BITS or odd:
+            raise ValueError(f"type {dtype!a}, shape {shape}, range {begin}..{end}"[:200])
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name}: malformed entry ({error})") from None
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{path}: tensor {name}: {dtype} {shape} takes {bits:,} bits, "
+            f"{path}: tensor {name}: {dtype} {list(shape)} takes {bits:,} bits, "
             f"but its range has {end - begin:,} bytes"
         )
-    size = end - begin
     return CheckpointTensor(
         sys.intern(name),
         sys.intern(dtype),
-        shape=shared(tuple(shape)),
+        shape=shared(shape),
         shard=sys.intern(path.name),
         offset=start + begin,
-        size=size,
+        size=end - begin,
     )
 
 

@@ -21,7 +21,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
 from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES, UnknownType
+from mtpforge.io.held import HEADER, WHOLE
 from mtpforge.io.ranges import FileRange, Payload, sha256
+from mtpforge.io.text import ANYWHERE, open_regular
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -43,7 +45,7 @@ MOST_VALUES = 1 << 14
 MOST_TENSORS = 1 << 15
 MOST_ITEMS = 1 << 20
 """Items of an array."""
-MOST_ITEMS_IN_ALL = 1 << 22
+MOST_ITEMS_IN_ALL = 3 << 20
 
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FIRST_READ = 1 << 20
@@ -174,14 +176,12 @@ def read(path: Path) -> Gguf:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file. Raises GgufError for anything else: opening a pipe would block."""
-    if path.exists() and not path.is_file():
-        problem = "is a directory" if path.is_dir() else "is not a regular file"
-        raise GgufError(f"{path}: {problem}, not a GGUF file")
-    try:
-        return path.open("rb", buffering=0)
-    except FileNotFoundError:
-        raise GgufError(f"{path}: no such file") from None
+    """Open a regular file, which may be a link. Raises GgufError for anything else."""
+    if path.is_dir():
+        raise GgufError(f"{path}: is a directory, not a GGUF file")
+    if not path.exists():
+        raise GgufError(f"{path}: no such file")
+    return open_regular(path, GgufError, within=ANYWHERE)
 
 
 def select_tensors(source: Gguf, names: Iterable[str]) -> Gguf:
@@ -423,6 +423,8 @@ class _Parser:
     def parse_tensor(self) -> tuple[TensorInfo, int]:
         """A tensor's entry and the offset of its data."""
         name = self.string(NAME_LIMIT)
+        if name in (HEADER, WHOLE):
+            raise self.fail(f"a tensor named {name}, as digests name a part of a file")
         n_dims = self.number(U32)
         if not 1 <= n_dims <= 4:
             raise self.fail(f"tensor {name} has {n_dims} dimensions")

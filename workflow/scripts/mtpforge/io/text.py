@@ -72,6 +72,8 @@ def open_regular(
         raise error(f"{path}: missing{hint}") from None
     except ValueError:  # a name with a null byte
         raise error(f"{path}: not a file name") from None
+    except OSError as reason:  # a link to itself
+        raise error(f"{path}: {reason.strerror}") from None
     file = os.fdopen(descriptor, "rb")
     try:
         _check(path, os.fstat(descriptor), error, most)  # it may have been replaced meanwhile

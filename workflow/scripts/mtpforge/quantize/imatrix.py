@@ -242,7 +242,10 @@ class _Legacy:
         size = self.number()
         if size > NAME_LIMIT:
             raise self._invalid(size)
-        return self.file.read(self.length(size, 1)).decode("utf-8", errors="backslashreplace")
+        try:
+            return self.file.read(self.length(size, 1)).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._invalid(size) from None
 
     def row(self) -> _Row:
         start = self.file.tell()

@@ -1,0 +1,91 @@
+"""Hostile GGUFs, shards and importance matrices: a typed error, quickly and in little memory."""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hostile_files
+import pytest
+from conftest import CHECKPOINTS
+from hostile_files import Case
+from mtpforge.checkpoint import safetensors
+from mtpforge.errors import CheckpointError, GgufError
+from mtpforge.gguf import reader
+from refusals import Parsers
+
+CASES = hostile_files.cases()
+Fails = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def parsers() -> Iterator[Parsers]:
+    running = Parsers()
+    yield running
+    running.close()
+
+
+def test_there_are_many_inputs_of_each_kind() -> None:
+    assert len(CASES) > 300 and len({(case.kind, case.name) for case in CASES}) == len(CASES)
+    assert min(Counter(case.kind for case in CASES).values()) > 3
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
+def test_it_is_refused(parsers: Parsers, case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not kept, as some are large
+        found = parsers.parse(case.parser, hostile_files.make(case, Path(folder)))
+    assert found.error == "typed", found
+    assert found.seconds < hostile_files.SECONDS and found.megabytes < hostile_files.MEGABYTES
+    assert folder in found.message and "\n" not in found.message
+    assert found.message.isprintable() and len(found.message) < 1500
+
+
+def test_the_message_of_a_program_is_one_line(fails: Fails, tmp_path: Path) -> None:
+    """As a base, as a head, as an importance matrix, and as a shard of a checkpoint."""
+    checkpoint = CHECKPOINTS / "tiny-qwen3.5"
+    hostile = tmp_path / "hostile.gguf"
+    tensor = hostile_files.tensor(b"\x1b[2J")
+    hostile.write_bytes(hostile_files.whole([hostile_files.QWEN], [tensor], 32))
+    out = tmp_path / "out.gguf"
+    escaped = r"a name with control characters, '\x1b[2J'"
+    assert escaped in fails("inject.py", hostile, "--head", checkpoint, out=out)
+    assert escaped in fails("quantize.py", hostile, "--type", "Q8_0", out=out)
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    shard = min(copy.glob("*.safetensors"))
+    shard.write_bytes(hostile_files.packed({"\x1b[2J": hostile_files.entry()}))
+    message = fails("convert.py", copy, "--tokenizer-pre", "qwen35", out=out)
+    assert shard.name in message and "\x1b" not in message
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes(hostile_files.packed({"a": hostile_files.entry()}))
+    (tmp_path / "model").mkdir()
+    link = tmp_path / "model" / "model.safetensors"
+    link.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="link out of its folder"):
+        safetensors.read_shard_header(link)
+
+
+@pytest.mark.parametrize("parser", [reader.read, safetensors.read_shard_header])
+def test_a_file_that_is_truncated_while_it_is_read_is_refused(
+    parser: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = hostile_files.start(0, 1, hostile_files.text_value(b"k", b"x" * (3 << 20)))
+    shard = hostile_files.packed(b'{"__metadata__":{"a":"' + b"m" * (3 << 20) + b'"}}', b"")
+    path = tmp_path / "file"
+    path.write_bytes(header if parser is reader.read else shard)
+    fstat, calls = os.fstat, []
+
+    def shrinking(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        calls.append(found)
+        if len(calls) == 2:  # after the size is known
+            os.truncate(path, found.st_size // 2)
+        return found
+
+    monkeypatch.setattr(os, "fstat", shrinking)
+    with pytest.raises((GgufError, CheckpointError), match="truncated while it was read"):
+        parser(path)
