@@ -358,6 +358,18 @@ def test_damaged_logits_are_not_compared_with(copy: Copy) -> None:
     )
 
 
+@pytest.mark.parametrize("program", ["imatrix", "reference_logits", "measure"])
+def test_a_damaged_text_is_not_read(copy: Copy, program: str) -> None:
+    shutil.copy2(TEXT, copy.folder)
+    text, known = copy.folder / TEXT.name, copy.folder / "of-text.json"
+    recorded.check_whole(text, known)  # by the first job that reads it
+    copy.damage(TEXT.name, "tensor")
+    given = ("--text", text, "--text-recorded", known, "--bin", BIN)
+    out = copy.folder / "x"
+    work = lambda: call(program, copy.folder / "all.gguf", *given, "--out", out)  # noqa: E731
+    copy.refuses(TEXT.name, work, "x")
+
+
 def test_an_injected_file_whose_header_is_damaged_is_not_published(copy: Copy) -> None:
     file, digests = in_workflow(copy.folder / "injected.gguf")
     given = ("--trunk", digests, "--head", "Q8_0", "--bin", BIN)

@@ -45,11 +45,13 @@ rule imatrix:
     conda:
         "../../envs/run.yaml"
     threads: 64
+    params:
+        text_recorded=build.quantize.imatrix_text_recorded,
     message:
         "{wildcards.model}: importance matrix from {input.text}"
     shell:
         "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads}"
-        " --recorded {input.digests:q} --log {log:q}"
+        " --recorded {input.digests:q} --text-recorded {params.text_recorded:q} --log {log:q}"
         " --digest {output.digest:q} --out {output.file:q} >> {log:q} 2>&1"
 
 

@@ -28,10 +28,12 @@ def main() -> None:
         "--out", type=Path, required=True, help="the importance matrix to write, a GGUF"
     )
     recorded.add_option(parser, "--recorded", "the GGUF")
+    recorded.add_option(parser, "--text-recorded", "--text")
     recorded.add_digest_option(parser)
     programs.add_options(parser, log=True)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
+    recorded.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
     imatrix.compute(args.model, args.text, args.out, llama=llama, recorded_at=args.recorded)
     recorded.write_digest(args.digest, args.out)

@@ -36,6 +36,7 @@ def main() -> None:
     if args.report:  # before, because hashing beside would take time from what is measured
         published.check([(args.file, Report.read(args.report))])
     recorded.check_whole(args.reference_logits, args.logits_recorded)
+    recorded.check_whole(args.text, args.text_recorded)
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help="report of verify.py on the file, to refuse it if it has changed since",
     )  # fmt: skip
     recorded.add_option(parser, "--logits-recorded", "--reference-logits")
+    recorded.add_option(parser, "--text-recorded", "--text")
     prompts.add_option(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",

@@ -31,10 +31,12 @@ def main() -> None:
         help="logits to write: 0.13 GB per chunk for a vocabulary of 248,320",
     )  # fmt: skip
     recorded.add_option(parser, "--recorded", "the GGUF")
+    recorded.add_option(parser, "--text-recorded", "--text")
     recorded.add_digest_option(parser)
     programs.add_options(parser)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
+    recorded.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
     with (
         atomic.replacing(args.out) as temporary,

@@ -25,6 +25,10 @@ class MeasureRules(Stage):
         text = self._settings(wildcards).text
         return [text] if text else []
 
+    def text_recorded(self, wildcards: Wildcards) -> str:
+        """The digest of that text, which its first reader notes."""
+        return layout.ledger(wildcards.model, str(self._settings(wildcards).text))
+
     def logits(self, wildcards: Wildcards) -> list[str]:
         """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""
         model = self.model(wildcards)
@@ -45,6 +49,7 @@ class MeasureRules(Stage):
             options += [f"--serve={shlex.join(settings.serve)}"]
         if settings.text:
             options += ["--text", settings.text, "--chunks", str(settings.chunks)]
+            options += ["--text-recorded", layout.ledger(wildcards.model, settings.text)]
         for logits in self.logits(wildcards):
             digest = layout.reference_logits_digest(wildcards.model)
             options += ["--reference-logits", logits, "--logits-recorded", digest]

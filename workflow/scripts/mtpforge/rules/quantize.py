@@ -42,6 +42,10 @@ class QuantizeRules(Stage):
             raise ConfigError(f"config.yaml: no variant uses an importance matrix {wildcards.text}")
         return self._texts[wildcards.text]
 
+    def imatrix_text_recorded(self, wildcards: Wildcards) -> str:
+        """The digest of that text, which its first reader notes."""
+        return layout.ledger(wildcards.model, self.imatrix_text(wildcards))
+
     def source(self, wildcards: Wildcards) -> str:
         """The BF16 GGUF to quantize."""
         return self._source(wildcards).file
