@@ -189,7 +189,10 @@ def test_the_sidecar_is_the_drafter_and_the_files_are_the_target() -> None:
     assert made.verify.sidecar_unquantized(asked) == ["results/m/work/acceptance.json"]
     assert made.verify.measured(asked) == [f"{WORK}/draft.gguf", f"{WORK}/trunk.gguf"]
     assert made.verify.measured_digests(asked) == [f"{WORK}/draft.json", f"{WORK}/trunk.json"]
-    assert made.verify.target_option(asked) == f"--target {WORK}/trunk.gguf"
+    known = f"--target {WORK}/trunk.gguf --target-recorded {WORK}/trunk.json"
+    assert made.verify.target_option(asked) == known
+    known = f"--recorded {Path(folder).parent}/records"
+    assert made.fetch.upstream_recorded_option(wildcards(part="draft")) == known
 
 
 def test_a_model_with_its_own_head_is_measured_alone() -> None:

@@ -263,7 +263,7 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
     writer.write(tmp_path / "huge.gguf", {}, [])
     with (tmp_path / "huge.gguf").open("r+b") as file:
         file.truncate(1 << 43)
-    found = running.measure_acceptance(tmp_path / "huge.gguf", ["x"], LlamaCpp(tmp_path))
+    found = running.measure_acceptance(tmp_path / "huge.gguf", Request(), LlamaCpp(tmp_path))
     assert "do not fit into" in (found.skipped or "")
 
 

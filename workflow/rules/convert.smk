@@ -86,13 +86,13 @@ rule convert_upstream:
     params:
         checkpoint=build.fetch.upstream_checkpoint,
         tokenizer=build.convert.tokenizer_option,
-        recorded=build.fetch.recorded_option,
+        recorded=build.fetch.upstream_recorded_option,
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part}) with llama.cpp's converter"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.tokenizer} {params.recorded} --log {log:q} --out {output.file:q} --digests {output.digests:q}"
-        " >> {log:q} 2>&1"
+        " {params.tokenizer} {params.recorded} --log {log:q} --out {output.file:q}"
+        " --digests {output.digests:q} >> {log:q} 2>&1"
 
 
 rule convert_donor_upstream:

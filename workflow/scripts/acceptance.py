@@ -13,6 +13,7 @@ from mtpforge import cli, prompts, recorded
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.verify.report import accepted_drafts
+from mtpforge.verify.request import Request
 from mtpforge.verify.running import measure_acceptance
 
 
@@ -20,7 +21,8 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
-    recorded.add_option(parser, "--recorded", "it")
+    recorded.add_option(parser, "--recorded", "FILE")
+    recorded.add_option(parser, "--target-recorded", "the target")
     parser.add_argument(
         "--target", type=Path, metavar="GGUF", help="the model that FILE drafts for, if it is one"
     )
@@ -31,7 +33,14 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.file)
     texts = list(prompts.read_prompts(args.prompts).values())
     llama = programs.from_options(args)
-    found = measure_acceptance(args.file, texts, llama, args.recorded, target=args.target)
+    request = Request(
+        prompts=tuple(texts),
+        min_acceptance=0,
+        digests=args.recorded,
+        target=args.target,
+        target_recorded=args.target_recorded,
+    )
+    found = measure_acceptance(args.file, request, llama)
     found.write(args.out)
     print(accepted_drafts(found) or f"not measured: {found.skipped}")
 

@@ -103,6 +103,13 @@ class FetchRules(Stage):
             return layout.donor_checkpoint(model, model.drafter)
         return layout.checkpoint(model)
 
+    def upstream_recorded_option(self, wildcards: Wildcards) -> str:
+        """The option that names the digests of that checkpoint."""
+        model = self.model(wildcards)
+        if wildcards.part == "draft" and model.drafter:
+            return shlex.join(["--recorded", recorded_donor(model, model.drafter)])
+        return self.recorded_option(wildcards)
+
     def upstream_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that runs it."""
         model = self.model(wildcards)

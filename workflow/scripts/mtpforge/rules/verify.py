@@ -100,9 +100,13 @@ class VerifyRules(Stage):
         return [made.digests for made in self._measured(wildcards)]
 
     def target_option(self, wildcards: Wildcards) -> str:
-        """The option that names the model that a drafter drafts for."""
-        targets = self.measured(wildcards)[1:]
-        return shlex.join(word for path in targets for word in ("--target", path))
+        """The options that name the model that a drafter drafts for, and its digests."""
+        targets = self._measured(wildcards)[1:]
+        return shlex.join(
+            word
+            for made in targets
+            for word in ("--target", made.file, "--target-recorded", made.digests)
+        )
 
     # ── sidecar and vision tower ──
 

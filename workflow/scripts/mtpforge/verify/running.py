@@ -48,6 +48,16 @@ def check_running(
     return checks, measured
 
 
+@contextmanager
+def reading_target(request: Request) -> Iterator[None]:
+    """Hold the target, if there is one, against its digests while llama-server reads it."""
+    if request.target is None:
+        yield
+        return
+    with recorded.reading(request.target, request.target_recorded):
+        yield
+
+
 def check_drafting(
     opened: Gguf, request: Request, llama: LlamaCpp
 ) -> tuple[Check, list[Completion]]:
@@ -130,22 +140,15 @@ def check_acceptance(measured: Acceptance, unquantized: Acceptance, most: float)
     return Check("acceptance", passed, detail if passed else detail + limit)
 
 
-def measure_acceptance(
-    path: Path,
-    prompts: Sequence[str],
-    llama: LlamaCpp,
-    recorded_at: Path | None = None,
-    target: Path | None = None,
-) -> Acceptance:
+def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Acceptance:
     """Measure the acceptance of an unquantized file, to compare its quants with.
 
-    It is a draft model if `target` names the model that it drafts for. A file larger than the
-    memory is skipped: each token would read it from the disk again. `recorded_at` are its digests
-    (see `recorded`). Raises VerificationError if the head drafts nothing, DamagedError if the file
-    has changed.
+    It is a draft model if there is a target. A file larger than the memory is skipped: each token
+    would read it from the disk again. Raises VerificationError if the head drafts nothing,
+    DamagedError if the file or its target has changed.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    models = [path, *([target] if target else [])]
+    models = [path, *([request.target] if request.target else [])]
     files = [each.with_name(name) for each in models for name in gguf_files(each.name)]
     size = sum(file.stat().st_size for file in files if file.exists())
     if size > memory:
@@ -154,8 +157,7 @@ def measure_acceptance(
     opened = split.read(path)
     if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
-    request = Request(target=target, prompts=tuple(prompts), min_acceptance=0)
-    with recorded.reading(path, recorded_at):
+    with recorded.reading(path, request.digests), reading_target(request):
         check, answers = check_drafting(opened, request, llama)
         raise_failed(path.name, [check])
     return _acceptance_of(answers)

@@ -10,12 +10,10 @@ found. Earlier damage, such as bad memory while llama-quantize runs, shows only 
 error limits. A bad sector stays hidden while the file is in the page cache.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import recorded
 from mtpforge.errors import VerificationError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.head import trunk_digests, types_of
@@ -29,7 +27,13 @@ from mtpforge.verify.digests import check_digests, check_trunk
 from mtpforge.verify.norms import check_norms
 from mtpforge.verify.report import Acceptance, Check, Report, Shard, Trunk, raise_failed, some
 from mtpforge.verify.request import Request
-from mtpforge.verify.running import check_drafting, check_programs, check_running, check_vision
+from mtpforge.verify.running import (
+    check_drafting,
+    check_programs,
+    check_running,
+    check_vision,
+    reading_target,
+)
 from mtpforge.verify.source import Source, open_source
 from mtpforge.verify.target import check_target
 from mtpforge.verify.tensors import Comparisons, SourceRows
@@ -48,7 +52,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     opened = split.read(path)
     checks = [check_digests(opened, request.digests)] if request.digests else []
     if opened.is_vision:
-        with _reading_target(request):
+        with reading_target(request):
             checks.append(check_vision(opened, request, llama))
         raise_failed(path.name, checks)
         return _report(opened, checks)
@@ -63,7 +67,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
         check, trunk = check_trunk(opened, _trunk_before(request))
         checks.append(check)
     raise_failed(path.name, checks)  # a file that is known to be wrong need not run
-    with _reading_target(request):
+    with reading_target(request):
         running, acceptance = check_running(opened, request, llama)
     checks += [*running, check_programs(opened, request, llama)]
     raise_failed(path.name, checks)
@@ -93,17 +97,6 @@ def publish_split(
         raise_failed(folder.name, checks)
         listed = tuple(map(_shard, files))
     return listed, checks
-
-
-@contextmanager
-def _reading_target(request: Request) -> Iterator[None]:
-    """Hold the target, if there is one, against its digests while llama-server reads it."""
-    if request.target is None:
-        yield
-        return
-    split.read(request.target)  # llama-server gets no file that was not parsed here
-    with recorded.reading(request.target, request.target_recorded):
-        yield
 
 
 def _require_head(opened: Gguf, request: Request) -> None:
