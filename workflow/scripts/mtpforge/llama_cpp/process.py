@@ -24,8 +24,10 @@ from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io import storage
 from mtpforge.llama_cpp import confinement
 
-MEMORY = 4 << 30
-"""Bytes that a program may allocate, besides twice the size of its files and `MEMORY_PER_CORE`."""
+MEMORY = 6 << 30
+"""Bytes that a program may allocate, besides twice the size of its files and `MEMORY_PER_CORE`.
+
+llama-perplexity takes 2.2 GB with a vocabulary of 248,320 tokens."""
 MEMORY_PER_CORE = 32 << 20
 """Stacks of threads."""
 SILENCE = 75.0
@@ -99,11 +101,24 @@ def confined(
     `size` is that of its files. `written` limits each file that it writes, in bytes, 0 for no
     limit. `memory` and `network` say whether memory is limited and the network is open.
     """
-    limited = memory and not any(Path(device).exists() for device in _GPUS)
-    allowed = MEMORY + 2 * size + MEMORY_PER_CORE * (os.cpu_count() or 1)
-    limits = [allowed if limited else 0, written, int(network)]
+    limits = [allowed(size) or 0 if memory else 0, written, int(network)]
     launcher = [sys.executable, "-I", "-S", confinement.__file__, os.getpid(), *limits]
     return [str(word) for word in [*launcher, *command]]
+
+
+def allowed(size: int) -> int | None:
+    """Bytes that a program with files of this size may allocate; None if that is not limited."""
+    if any(Path(device).exists() for device in _GPUS):
+        return None
+    return MEMORY + 2 * size + MEMORY_PER_CORE * (os.cpu_count() or 1)
+
+
+def explained(reason: str, size: int) -> str:
+    """A program's reason, with its limit if it is about memory."""
+    limit = allowed(size)
+    if limit is None or not re.search(r"alloc|memory|mem_buffer", reason, re.IGNORECASE):
+        return reason
+    return f"{reason} (with files of {size / 1e9:.1f} GB it may allocate {limit / 1e9:.1f} GB)"
 
 
 def size_of(command: Sequence[str | Path], cwd: Path | None = None) -> int:
@@ -178,7 +193,13 @@ def clean_environment() -> dict[str, str]:
     """
     kept = {key: value for key, value in os.environ.items() if _KEPT.fullmatch(key)}
     compiled = Path.home() / ".nv" / "ComputeCache"  # kernels, which take minutes to compile
-    return {"CUDA_CACHE_PATH": str(compiled), **kept, "HOME": "/nonexistent", "LC_ALL": "C"}
+    return {
+        "CUDA_CACHE_PATH": str(compiled),
+        **kept,
+        "HOME": "/nonexistent",
+        "LC_ALL": "C",
+        "GGML_NO_BACKTRACE": "1",  # it would run a debugger
+    }
 
 
 def build_environment() -> dict[str, str]:
@@ -203,10 +224,10 @@ class _Program:
         cwd: Path | None = None,
         name: str | None = None,
     ) -> None:
-        size = size_of(command, cwd)
         self.name = name or Path(command[0]).name
-        self.limit = SILENCE + SILENCE_PER_GB * size / 1e9
-        self._command = confined(command, size)
+        self._size = size_of(command, cwd)
+        self.limit = SILENCE + SILENCE_PER_GB * self._size / 1e9
+        self._command = confined(command, self._size)
         self._environment = clean_environment() if environment is None else environment
         self._cwd = cwd
 
@@ -247,7 +268,8 @@ class _Program:
         """Wait for its end. Raises ToolchainError, with a reason from `tail`, if it failed."""
         if code := self.wait():
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise ToolchainError(f"{self.name} failed with {how}: {_reason(tail)}")
+            reason = explained(_reason(tail), self._size)
+            raise ToolchainError(f"{self.name} failed with {how}: {reason}")
 
     def _read(self) -> bytes:
         assert self._process.stdout is not None

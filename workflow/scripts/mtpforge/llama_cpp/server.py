@@ -343,7 +343,8 @@ def _wait_until_ready(server: Server, model: Path, log: Path) -> None:
     while (left := deadline - time.monotonic()) > 0:
         if (code := server.child.poll()) is not None:
             how = f" (signal {-code})" if code < 0 else ""
-            raise ToolchainError(f"llama-server cannot load {model}: {_reason(log)}{how}")
+            reason = process.explained(_reason(log), server.size)
+            raise ToolchainError(f"llama-server cannot load {model}: {reason}{how}")
         with contextlib.suppress(ToolchainError):  # no socket, or 503 while it loads
             if server.request("/health", None, left).get("status") == "ok":
                 return
