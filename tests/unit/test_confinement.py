@@ -176,6 +176,13 @@ def test_steps_of_a_progress_bar_are_lines(tmp_path: Path) -> None:
     assert printed == ["a\nWriting: 10%\nWriting: 20%\nend"]
 
 
+def test_commands_to_a_terminal_are_not_kept(tmp_path: Path) -> None:
+    path = program(tmp_path, "import sys; print('\x1b[2J\x9bname'); sys.exit(1)")
+    with pytest.raises(ToolchainError, match=r"exit code 1: \\x1b\[2J\\x9bname"):
+        process.call([path], tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "\\x1b[2J\\x9bname\n"
+
+
 def test_what_is_no_program_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     for name in ("missing", "text"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge import progress
-from mtpforge.errors import ToolchainError
+from mtpforge.errors import ToolchainError, printable
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io import storage
 from mtpforge.llama_cpp import confinement
@@ -250,12 +250,12 @@ class _Program:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # of progress bars
             *whole, rest = (rest + chunk).split(b"\n")
             for line in whole:
-                yield line.decode(errors="replace") + "\n"
+                yield _shown(line) + "\n"
             if len(rest) > _LINE_LIMIT:
-                yield rest.decode(errors="replace")
+                yield _shown(rest)
                 rest = b""
         if rest:
-            yield rest.decode(errors="replace")
+            yield _shown(rest)
 
     def wait(self) -> int:
         """The exit code. Raises ToolchainError if it closed its output, but does not end."""
@@ -279,6 +279,11 @@ class _Program:
 
     def _hangs(self) -> ToolchainError:
         return ToolchainError(f"{self.name} printed nothing for {self.limit:.0f} s: ended")
+
+
+def _shown(line: bytes) -> str:
+    """What a log may have: names in a stranger's file can contain commands to a terminal."""
+    return printable(line.decode(errors="replace"))
 
 
 def _reason(lines: Iterable[str]) -> str:

@@ -162,7 +162,8 @@ class Server:
                 f"llama-server has not answered {path} within {limit:.0f} s"
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise _NoAnswerError(f"llama-server does not answer {path} ({error!r})") from None
+            reason = repr(error)[:200]
+            raise _NoAnswerError(f"llama-server does not answer {path} ({reason})") from None
         finally:
             connection.close()
         if response.status != 200:
