@@ -144,8 +144,8 @@ def _is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
     is_scale = fp8.is_scale(tensor.name, checkpoint.tensors)
     if architecture.repacked:
         is_scale = deepseek4.is_scale(tensor.name, checkpoint)
-    dropped = tensor.name.endswith(_NOT_WRITTEN) or architecture.dropped in tensor.name
-    return not (is_scale or dropped)
+    dropped = any(part in tensor.name for part in architecture.dropped)
+    return not (is_scale or dropped or tensor.name.endswith(_NOT_WRITTEN))
 
 
 def _is_packed(tensor: CheckpointTensor, checkpoint: Outline) -> bool:

@@ -76,8 +76,8 @@ class Architecture:
     """Whether it writes the weights of the head in Q8_0 and MXFP4, as in DeepSeek-V4."""
     only: str = ""
     """The part that the checkpoint is: trunk if its drafter is another checkpoint, or draft."""
-    dropped: str = "\0"
-    """Part of the names of tensors that upstream leaves out."""
+    dropped: tuple[str, ...] = ()
+    """Parts of the names of tensors that upstream leaves out."""
     outside: str = ""
     """Prefix of the head's tensors in the GGUF that are in none of its blocks."""
     drafts: bool = True
@@ -98,7 +98,7 @@ _MIMO = Architecture(
 )
 _GEMMA = Architecture("gemma4", splits=False, only="trunk")
 _GEMMA_DRAFTER = Architecture(
-    "gemma4-assistant", splits=False, only="draft", dropped="masked_embedding"
+    "gemma4-assistant", splits=False, only="draft", dropped=("masked_embedding",)
 )
 _LLAMA = {
     "q_proj.weight": interleaved("num_attention_heads"),
