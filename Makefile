@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
-ACTIVE := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# `exec`, so that a signal to make reaches the program and not a shell around it.
+ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--custom-compile-command "make lock"
@@ -13,7 +14,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all plan report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean help \
+.PHONY: all plan report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -96,6 +97,12 @@ lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the n
 			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \
 		{ print }' envs/converter.txt > envs/converter.txt.part
 	@mv envs/converter.txt.part envs/converter.txt
+
+test-crash: setup-test ## kill a build at 48 points of all stages, and go on (half an hour); KILLS=N SEED=N
+	@$(ACTIVE) KILLS=$(or $(KILLS),48) SEED=$(or $(SEED),1) pytest -s tests/workflow/test_kills.py
+
+clean-work: setup ## list what unfinished and finished builds leave in work/, with sizes; YES=1 deletes it
+	@$(ACTIVE) python workflow/scripts/clean_work.py $(if $(filter 1,$(YES)),--yes)
 
 clean: ## delete results/, but keep downloads and the toolchain
 	rm -rf results

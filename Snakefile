@@ -18,12 +18,13 @@ os.environ.update(
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.errors import ConfigError
-from mtpforge.rules import console
+from mtpforge.rules import console, run_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code
 from mtpforge.rules.config import check_file
 
 terminal = console.attach(workflow)
+run_lock.guard(workflow)
 
 try:
     check_file(Path("config.yaml"))
@@ -47,7 +48,12 @@ wildcard_constraints:
     name="|".join(map(re.escape, build.names()["name"])),
 
 
+onstart:
+    run_lock.end_on_signals()  # Snakemake's scheduler has just set its own
+
+
 onsuccess:
+    run_lock.clear_pieces(workflow, build.folders())
     if terminal:
         terminal.success()
 

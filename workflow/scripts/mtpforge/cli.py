@@ -5,11 +5,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from mtpforge import run_owner
 from mtpforge.errors import ForgeError, ToolchainError
 from mtpforge.io import storage
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
 
 
@@ -23,10 +25,14 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def run(main: Callable[[], None]) -> None:
     """Call `main`. Expected errors end the program with `error: ...` and exit code 1.
 
-    An interrupt ends it with exit code 130. SIGTERM unwinds the stack too, so that temporary files
-    are removed and child processes end. Any other exception is a bug and keeps its traceback.
+    An interrupt, SIGTERM, a closed terminal and the end of the run of Snakemake that started the
+    program unwind the stack, so that temporary files are removed and child processes end; the exit
+    code is 128 plus the signal. Any other exception is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _unwind)
+    run_owner.follow()
     try:
         main()
         sys.stdout.flush()
@@ -38,8 +44,13 @@ def run(main: Callable[[], None]) -> None:
         _fail(_line(storage.explain(error)))
     except MemoryError:
         _fail("out of memory")
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def _unwind(number: int, _: Any) -> None:
+    """End the program; a second signal must not interrupt the cleaning up."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _line(error: ForgeError) -> str:

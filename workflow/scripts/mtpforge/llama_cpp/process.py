@@ -67,9 +67,8 @@ def running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Pope
     child that nothing can end.
     """
     pending: list[int] = []
-    raising = [
-        number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))
-    ]
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    raising = [number for number in ending if callable(signal.getsignal(number))]
     numbers = raising if threading.current_thread() is threading.main_thread() else []
     handlers = {
         number: signal.signal(number, lambda number, _: pending.append(number))

@@ -38,6 +38,10 @@ class Build:
         """Everything that the target `all` publishes."""
         return [output for model in self.config.chosen for output in layout.outputs(model)]
 
+    def folders(self) -> list[str]:
+        """The folders of the models that `all` builds."""
+        return [layout.folder(model.key) for model in self.config.chosen]
+
     def files(self) -> list[str]:
         """All published files, or the folders of split ones."""
         return [output.file for output in self.outputs()]

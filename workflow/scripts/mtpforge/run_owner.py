@@ -1,0 +1,124 @@
+"""The run of Snakemake that works in a folder: who it is, and whether it still lives.
+
+A run tells its jobs about itself. A job ends with its run, even if that was killed, and holds a
+lock while it runs, so that the next run can wait for it.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VARIABLE = "MTPFORGE_RUN"
+"""Set by a run for its jobs: the folder of its lock files, and itself as JSON."""
+RUN_LOCK = "mtpforge-run.lock"
+JOBS_LOCK = "mtpforge-jobs.lock"
+_INTERVAL = 1.0
+"""Seconds between two looks at the run."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process: its host, the host's boot, its number, and when it was started after that."""
+
+    host: str
+    boot: str
+    pid: int
+    started: str
+    since: str
+    command: str
+    scratch: str = ""
+
+    @classmethod
+    def this_process(cls, command: str, scratch: str = "") -> "Owner":
+        """The process that calls this."""
+        return cls(
+            host=socket.gethostname(),
+            boot=_boot(),
+            pid=os.getpid(),
+            started=_started(os.getpid()) or "",
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+            command=command,
+            scratch=scratch,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "Owner | None":
+        """The owner in the first line; None if there is none, or none that can be read."""
+        try:
+            value = json.loads(text.partition("\n")[0])
+            return cls(**{**value, "pid": int(value["pid"])})
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def as_text(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    def is_here(self) -> bool:
+        """Whether the process runs, or ran, on this machine, perhaps before it was restarted."""
+        return self.host == socket.gethostname() or (self.boot != "" and self.boot == _boot())
+
+    def lives(self) -> bool:
+        """Whether the process runs on this machine: a later one can have got its number."""
+        same_boot = self.boot == _boot()
+        return self.is_here() and same_boot and _started(self.pid) == self.started
+
+    def __str__(self) -> str:
+        """The process for messages."""
+        return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
+
+
+def announce(owner: Owner, folder: Path) -> None:
+    """Tell the jobs of this run, by the environment, who it is and where its lock files are."""
+    os.environ[VARIABLE] = f"{folder.absolute()}\n{owner.as_text()}"
+
+
+def follow() -> None:
+    """If a run started this program, show that it runs, and end it as SIGTERM does with the run."""
+    folder, _, text = os.environ.get(VARIABLE, "").partition("\n")
+    owner = Owner.parse(text)
+    if owner is None:
+        return
+    with suppress(OSError):  # no such folder, as on another machine, or no locks
+        descriptor = os.open(Path(folder, JOBS_LOCK), os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # until the program ends, however it does
+    if owner.boot == _boot() and _started(os.getpid()):
+        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: Owner) -> None:
+    while owner.lives():
+        time.sleep(_INTERVAL)
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, signal.SIGTERM)
+
+
+def _boot() -> str:
+    """A new text after each start of this machine; empty if it has none."""
+    return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks since boot; None if it has ended.
+
+    Empty without /proc, if there is a process of this number.
+    """
+    try:
+        if Path("/proc/self/stat").exists():
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return None if fields[0] in (b"Z", b"X") else fields[19].decode("ascii")
+        os.kill(pid, 0)
+    except PermissionError:
+        return ""
+    except (OSError, IndexError):
+        return None
+    return ""
