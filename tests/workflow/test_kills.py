@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from repository import CONFIG, Repository
 
 MODEL = "tiny-qwen3.5"
 SOURCE = {"repo": f"Owner/{MODEL}", "revision": COMMIT}
+HEAD_ONLY = {**SOURCE, "repo": f"Other/{MODEL}"}
 KILLS = int(os.environ.get("KILLS", "0"))
 SEED = int(os.environ.get("SEED", "1"))
 LONGEST = 1.5  # seconds from the start of a job to the kill
@@ -57,6 +58,8 @@ STAGES = {
 SHORT = ("graph", "convert", "quantize", "verify")
 # Speeds differ from run to run, and so does whatever shows them or has their sha256.
 MEASURED = re.compile(r"measure/.*|[^/]+/(README\.md|SHA256SUMS)|summary\.md")
+
+START_OR_END = re.compile(r"\d\d:\d\d:\d\d (start|done|FAILED) +(.*)")
 
 Content = dict[str, bytes]
 
@@ -97,22 +100,31 @@ class Kills:
                 start_new_session=True,
             )
 
-    def kill(self, copy: Repository, stage: str) -> bool:
-        """Start the command, and kill it some time after a job of this stage began, if one does."""
+    def kill(self, copy: Repository, stages: set[str]) -> str | None:
+        """Start the command, and kill it some time after a job of one of these stages began.
+
+        Returns the stage; None if the command ended before.
+        """
         run = self.start(copy)
-        while stage not in running(copy, first=stage == "graph"):
+        while not (begun := stages & {*running(copy)}):
             if run.poll() is not None:
                 assert run.returncode == 0, output(copy)
-                return False
+                return None
             time.sleep(0.02)
         time.sleep(self.random.uniform(0, LONGEST))
         os.killpg(run.pid, signal.SIGKILL)
         if run.wait() == 0:
-            return False
+            return None
         self.killed[running(copy)[0]] += 1  # perhaps a later stage
         print(f"killed in {running(copy)[0]}", flush=True)
         self.check(copy, content(copy))
-        return True
+        return begun.pop()
+
+    def kill_often(self, copy: Repository, stages: Iterable[str], limit: int) -> None:
+        """Kill the command once in each stage, in the order in which they come."""
+        left = {*stages}
+        while left and self.killed.total() < limit and (stage := self.kill(copy, left)):
+            left.remove(stage)
 
     def check(self, copy: Repository, found: Content) -> None:
         """No final name has wrong content."""
@@ -144,20 +156,16 @@ def output(copy: Repository) -> str:
     return (copy.path / "run.log").read_text(errors="replace")
 
 
-def running(copy: Repository, first: bool = False) -> list[str]:
+def running(copy: Repository) -> list[str]:
     """The stages whose jobs run, by what is printed; `graph` before the first, or between two."""
-    lines = output(copy).splitlines()
-    found = [re.match(r"\d\d:\d\d:\d\d (start|done|FAILED) +(.*)", line) for line in lines]
-    events = [(match[1], match[2]) for match in found if match]
-    if first:
-        return ["graph"] if lines or not events else []
-    open_ones: list[str] = []
-    for event, label in events:
+    found = [START_OR_END.match(line) for line in output(copy).splitlines()]
+    begun: list[str] = []
+    for event, label in [(match[1], match[2]) for match in found if match]:
         if event == "start":
-            open_ones.append(label)
+            begun.append(label)
         else:
-            open_ones = [each for each in open_ones if not label.startswith(each)]
-    return [stage_of(label) for label in open_ones] or ["graph"]
+            begun = [each for each in begun if not label.startswith(each)]
+    return [stage_of(label) for label in begun] or ["graph"]
 
 
 def stage_of(label: str) -> str:
@@ -194,8 +202,7 @@ def test_a_killed_build_goes_on(tmp_path: Path, toolchain: Path) -> None:
     kills = Kills(tmp_path, {MODEL: model}, (f"results/{MODEL}/{MODEL}-Q4_K_M.gguf",))
     kills.undisturbed()
     copy = kills.fresh("killed")
-    for stage in SHORT:
-        kills.kill(copy, stage)
+    kills.kill_often(copy, SHORT, limit=len(SHORT))
     kills.finished(copy)
     assert kills.killed.total() >= len(SHORT) - 1  # a kill can come after the last job
 
@@ -209,7 +216,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     remote = Path(shutil.copytree(CHECKPOINTS / MODEL, tmp_path / "remote", ignore=ignore))
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    with serve({SOURCE["repo"]: remote, "They/base": theirs}, new) as running_hub:
+    # Two repositories: how far a head alone is trusted depends on what is fetched before.
+    repositories = {SOURCE["repo"]: remote, HEAD_ONLY["repo"]: remote, "They/base": theirs}
+    with serve(repositories, new) as running_hub:
         yield running_hub
 
 
@@ -229,6 +238,7 @@ def everything(hub: Hub, folder: Path) -> Kills:
     base = {"repo": "They/base", "file": "base-Q4_0.gguf", "revision": COMMIT}
     theirs = {
         **plain,
+        "source": HEAD_ONLY,
         "variants": {"theirs": {"base": base}},
         "publish": {"repo": "Owner/their-GGUF"},
     }
@@ -262,9 +272,7 @@ def test_kills_at_all_stages(hub: Hub, tmp_path: Path, toolchain: Path) -> None:
     forget_uploads(hub)
     while kills.killed.total() < KILLS:
         copy = kills.fresh(f"killed-{kills.killed.total()}")
-        for stage in STAGES:
-            if kills.killed.total() < KILLS:
-                kills.kill(copy, stage)
+        kills.kill_often(copy, STAGES, limit=KILLS)
         kills.finished(copy)
         check_uploads(hub, copy)
         forget_uploads(hub)

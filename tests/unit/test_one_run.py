@@ -1,0 +1,180 @@
+"""The lock of a folder: who holds it, and when it may be taken over."""
+
+import errno
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS
+from mtpforge.errors import ForgeError
+from mtpforge.rules import one_run
+from mtpforge.run_owner import JOBS_LOCK, RUN_LOCK, VARIABLE, Owner, announce
+
+FOLLOWING = "import time; from mtpforge import cli; cli.run(lambda: time.sleep(60))"
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def leave(folder: Path, owner: Owner) -> None:
+    (folder / RUN_LOCK).write_text(owner.as_text())
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_one_run_holds_a_folder(tmp_path: Path, said: list[str]) -> None:
+    with one_run.holding(tmp_path, "snakemake all", said.append) as taken_over:
+        assert not taken_over
+        owner = one_run.owner_of(tmp_path)
+        assert owner
+        assert (owner.pid, owner.command) == (os.getpid(), "snakemake all")
+        with (
+            pytest.raises(ForgeError, match=f"in use by process {os.getpid()} on .*snakemake all"),
+            one_run.holding(tmp_path, "another", said.append),
+        ):
+            pass
+    assert one_run.owner_of(tmp_path) is None
+    assert said == []
+
+
+def test_temporary_files_go_with_the_run(tmp_path: Path, said: list[str]) -> None:
+    outside = tempfile.gettempdir()
+    with one_run.holding(tmp_path, "", said.append):
+        inside = Path(os.environ["TMPDIR"])
+        assert Path(tempfile.mkdtemp()).parent == inside
+    assert tempfile.gettempdir() == outside
+    assert not inside.exists()
+
+
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path, said: list[str]) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix="mtpforge-"))
+    other = tmp_path / "mtpforge-precious"
+    other.mkdir()
+    for folder in (scratch, other):
+        gone = replace(Owner.this_process("", str(folder)), started="1")
+        leave(tmp_path, gone)
+        with one_run.holding(tmp_path, "", said.append) as taken_over:
+            assert taken_over
+    assert not scratch.exists()
+    assert other.exists()  # not where a run makes its folder
+    assert "Taking over from a run that was killed" in said[0]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_without_locks_the_process_decides(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    here = Owner.this_process("snakemake all")
+    leave(tmp_path, here if lives else replace(here, started="1"))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    if lives:
+        with pytest.raises(ForgeError, match="in use"), one_run.holding(tmp_path, "", said.append):
+            pass
+    else:
+        with one_run.holding(tmp_path, "", said.append) as taken_over:
+            assert taken_over
+
+
+Change = Callable[[Owner], Owner]
+GONE: dict[str, Change] = {
+    "another process has its number": lambda owner: replace(owner, started="1"),
+    "no process has its number": lambda owner: replace(owner, pid=2**22 + 1),
+    "the machine was restarted": lambda owner: replace(owner, boot="other"),
+    "a container with another name": lambda owner: replace(owner, host="other", started="1"),
+}
+
+
+@pytest.mark.parametrize("change", GONE.values(), ids=GONE)
+def test_a_run_that_is_gone_is_taken_over(tmp_path: Path, said: list[str], change: Change) -> None:
+    owner = change(Owner.this_process("snakemake all"))
+    assert not owner.lives()
+    leave(tmp_path, owner)
+    with one_run.holding(tmp_path, "", said.append) as taken_over:
+        assert taken_over
+    assert said == [f"Taking over from a run that was killed: {owner}"]
+
+
+def test_a_run_on_another_machine_is_left_alone(tmp_path: Path, said: list[str]) -> None:
+    leave(tmp_path, replace(Owner.this_process("snakemake"), host="elsewhere", boot="other"))
+    with (
+        pytest.raises(ForgeError, match=r"on elsewhere, .*`snakemake --unlock`"),
+        one_run.holding(tmp_path, "", said.append),
+    ):
+        pass
+    one_run.forget(tmp_path)
+    with one_run.holding(tmp_path, "", said.append):
+        pass
+
+
+def test_the_name_of_a_run_is_one_line() -> None:
+    owner = Owner.this_process("snakemake --cores 1 all", "/tmp/x")
+    assert Owner.parse(owner.as_text()) == owner
+    assert owner.lives()
+    assert re.fullmatch(r"process \d+ on .+, since [\d: -]+: snakemake --cores 1 all", str(owner))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "{", "[]", '{"pid": 1}', '{"pid": "x"}'])
+def test_a_torn_name_is_no_name(tmp_path: Path, said: list[str], text: str) -> None:
+    (tmp_path / RUN_LOCK).write_text(text)
+    with one_run.holding(tmp_path, "", said.append) as taken_over:
+        assert not taken_over
+
+
+def test_a_shorter_name_replaces_a_longer_one(tmp_path: Path, said: list[str]) -> None:
+    leave(tmp_path, replace(Owner.this_process("x" * 1000), started="1"))
+    with one_run.holding(tmp_path, "short", said.append):
+        owner = one_run.owner_of(tmp_path)
+        assert owner
+        assert owner.command == "short"
+
+
+def start_job(
+    folder: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> "subprocess.Popen[bytes]":
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+    monkeypatch.setenv(VARIABLE, "")
+    announce(owner, folder)
+    job = subprocess.Popen([sys.executable, "-c", FOLLOWING])
+    with (folder / JOBS_LOCK).open("a") as file:
+        while one_run._is_free(file):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    return job
+
+
+def test_the_next_run_waits_for_jobs(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_run, "JOBS_LIMIT", 0.3)
+    job = start_job(tmp_path, Owner.this_process(""), monkeypatch)
+    with (
+        pytest.raises(ForgeError, match="jobs of a run that was killed are still running"),
+        one_run.holding(tmp_path, "", said.append),
+    ):
+        pass
+    assert said == ["Waiting for jobs of a run that was killed"]
+    job.kill()
+    job.wait()
+    with one_run.holding(tmp_path, "", said.append):
+        pass
+
+
+def test_a_job_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = subprocess.Popen(["sleep", "60"])
+    stat = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()
+    owner = replace(Owner.this_process(""), pid=run.pid, started=stat[19])
+    job = start_job(tmp_path, owner, monkeypatch)
+    assert job.poll() is None
+    run.kill()
+    run.wait()
+    assert job.wait(timeout=10) == 143
