@@ -188,7 +188,12 @@ def _copy(source: Path, target: Path) -> None:
 def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
     """Make `folder`, lock it and empty it. Raises ForgeError if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _open_locked(folder, target, os.O_RDONLY)
+    try:
+        lock = _open_locked(folder, target, os.O_RDONLY)
+    except OSError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     try:
         _empty(folder)
         yield

@@ -226,13 +226,15 @@ def _taken(path: Path) -> int:
 
 
 def _cause(error: ForgeError, path: Path, needed: int) -> ForgeError:
-    numbers = [number for number in _FULL if os.strerror(number) in str(error)]
+    reason = str(error).replace(path.name, final_name(path).name)
+    numbers = [number for number in _FULL if os.strerror(number) in reason]
     failed = OSError(numbers[0], os.strerror(numbers[0])) if numbers else _probe(path, needed)
     if failed:
         found = explain(failed, path, needed)
-        return StorageError(f"{found} ({error})")
-    if isinstance(error, GgufError) or re.search(r"iostream|wr[io]t|errno", str(error), re.I):
-        return type(error)(f"{final_name(path)}: not written whole{_sizes(path, needed)} ({error})")
+        return StorageError(f"{found} ({reason})")
+    if isinstance(error, GgufError) or re.search(r"iostream|wr[io]t|errno", reason, re.I):
+        sizes = _sizes(path, needed)
+        return type(error)(f"{final_name(path)}: not written whole{sizes} ({reason})")
     return error
 
 

@@ -52,8 +52,7 @@ def _check_size(out: Path, text: Path, chunks: int, vocabulary: int) -> None:
         raise ConfigError(f"{text}: too short: perplexity needs at least {2 * CONTEXT} tokens")
     if found not in {size(count, vocabulary) for count in range(1, chunks + 1)}:
         raise ToolchainError(
-            f"llama-perplexity wrote {found} bytes to {out}, not a whole number of chunks: "
-            "is it another version?"
+            f"llama-perplexity wrote {found:,} bytes to {out}, not a whole number of chunks"
         )
 
 

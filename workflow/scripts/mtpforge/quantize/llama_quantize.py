@@ -33,7 +33,7 @@ def quantize(source: Path, out: Path, request: QuantizeRequest, llama: LlamaCpp)
     """
     opened = split.read(source)
     types = choose_types(opened, request, llama)
-    with replacing(out) as temporary:
+    with replacing(out, needed=_size(opened, types)) as temporary:
         run(
             opened,
             temporary,
