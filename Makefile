@@ -14,7 +14,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all plan report setup setup-test toolchain converter older lint docs test golden check-golden upgrade-toolchain check-results bench lock clean clean-work test-crash help \
+.PHONY: all plan report setup setup-test toolchain converter older lint docs test test-faults golden check-golden upgrade-toolchain check-results bench lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -69,6 +69,9 @@ docs: setup ## write the generated parts of docs/
 
 test: lint ## lint, then run all tests
 	@$(ACTIVE) pytest
+
+test-faults: setup-test toolchain ## fill disks and fail system calls under every writer, one by one (an hour)
+	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py
 
 golden: toolchain converter ## rewrite the golden digests with llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py

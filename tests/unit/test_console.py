@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mtpforge.io import storage
 from mtpforge.rules import console
 from mtpforge.rules.joblog import WIDTH, Job
 from snakemake.logging import DefaultFilter
@@ -65,8 +66,18 @@ def test_times_are_short(seconds: float, text: str) -> None:
 
 def test_a_program_without_a_message_ended_somehow() -> None:
     assert console.ending(137) == "killed (signal 9): out of memory?"
+    assert console.ending(135).startswith("ended by SIGBUS: a file could not be read")
     assert console.ending(143) == "ended by signal 15"
     assert console.ending(3) == "no message (exit status 3)"
+
+
+def test_an_empty_log_on_a_full_disk_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "x.log"
+    assert console.full_disk(log) == ""
+    monkeypatch.setattr(storage, "room", lambda path: 0)
+    assert console.full_disk(log) == f"no message: the disk of {log} is full"
 
 
 def shown_on(stream: io.TextIOBase, *quiet: Quietness) -> console.Console:

@@ -8,6 +8,7 @@ With `--verbose` Snakemake's handler stays, and the programs' output is shown to
 import logging
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from snakemake.logging import logger
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from mtpforge.io import storage
 from mtpforge.rules.joblog import Job
 
 NOTHING_TO_DO = "Nothing to be done"
@@ -52,6 +54,7 @@ QUIET = {Quietness.ALL, Quietness.PROGRESS, Quietness.RULES}
 EXIT_STATUS = re.compile(
     r"CalledProcessError in .*(?:exit status (\d+)|died with <Signals\.\w+: (\d+)>)", re.DOTALL
 )
+PAGE = 4096  # bytes that a file takes at least on most disks
 PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
 
 
@@ -250,7 +253,7 @@ class Console(logging.Handler):
             self._say("stopped", f"{job.label} ({took})")
             return
         self._say("FAILED", f"{job.label} ({took})")
-        error = record.rule_msg or job.error() or ending(status)
+        error = record.rule_msg or job.error() or full_disk(job.log) or ending(status)
         self.failed[record.jobid] = describe(job, error, record.log)
 
     # ── jobs that run ──
@@ -343,10 +346,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def full_disk(log: Path) -> str:
+    """Say that a log is empty because its disk is full; empty if it is not."""
+    free = storage.room(log)
+    return f"no message: the disk of {log} is full" if free is not None and free < PAGE else ""
+
+
 def ending(status: int) -> str:
     """Describe the end of a program that left no message."""
-    if status == 128 + 9:
+    if status == 128 + signal.SIGKILL:
         return "killed (signal 9): out of memory?"
+    if status == 128 + signal.SIGBUS:
+        return "ended by SIGBUS: a file could not be read, or was cut: does a disk fail (dmesg)?"
     if status > 128:
         return f"ended by signal {status - 128}"
     return f"no message (exit status {status})" if status else "no message"
