@@ -14,7 +14,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all plan report setup setup-test toolchain converter older lint docs test test-faults golden check-golden upgrade-toolchain check-results bench lock clean clean-work test-crash help \
+.PHONY: all plan report setup setup-test toolchain converter older lint docs test test-faults golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -85,6 +85,10 @@ upgrade-toolchain: setup ## pin another llama.cpp and print what changes (docs/u
 
 check-results: setup ## check a results folder, local or downloaded: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
+
+fuzz: setup-test ## fuzz the parsers of files from strangers, SECONDS=600 each (Linux x86-64)
+	@for target in gguf safetensors imatrix; do \
+		$(ACTIVE) python tests/fuzz/fuzz.py $$target --seconds $(or $(SECONDS),600) --seed $$$$ || exit 1; done
 
 bench: toolchain ## benchmark conversion, injection and quantization (25 GB in resources/bench, 45 minutes)
 	@$(ACTIVE) python bench/conversion.py
