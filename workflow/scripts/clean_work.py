@@ -6,6 +6,10 @@ example: clean_work.py
          clean_work.py --yes
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
