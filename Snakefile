@@ -20,7 +20,7 @@ from snakemake.exceptions import WorkflowError
 from mtpforge.errors import ConfigError
 from mtpforge.rules import console, run_lock
 from mtpforge.rules.build import Build
-from mtpforge.rules.code import code
+from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_file
 
 terminal = console.attach(workflow)
@@ -37,6 +37,8 @@ configfile: "config.yaml"
 
 try:
     build = Build(config, checkpoints)
+    if workflow.is_main_process:
+        build.fetch.refresh_local()
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -73,9 +75,10 @@ rule all:
     default_target: True
     input:
         build.files(),
+        build.reports(),
         build.measurements(),
         "results/summary.md",
-        build.publish.ends(),
+        build.publish.folders(),
 
 
 include: "workflow/rules/toolchain.smk"

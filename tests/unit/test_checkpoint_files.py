@@ -13,8 +13,7 @@ from mtpforge.checkpoint.model_files import INDEX, model_files
 from mtpforge.convert import native
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader
-from mtpforge.rules.fetch import head_inputs
-from mtpforge.rules.variant import LocalFolder
+from mtpforge.rules.fetch import local_names
 
 DENSE = CHECKPOINTS / "tiny-qwen3.5"
 VECTOR = ("F32", np.zeros(4, "<f4"))
@@ -96,16 +95,16 @@ def test_files_beside_the_weights_are_no_inputs_of_jobs(
     tmp_path: Path, tensors: Tensors, shards: int
 ) -> None:
     folder = write(tmp_path / "tiny-qwen3.5", tensors, shards)
-    before = head_inputs(LocalFolder(path=str(folder)))
+    before = local_names(str(folder))
     for name in ("adapter_model", "optimizer", "model-00001-of-00003"):
         write_shard(folder / f"{name}.safetensors", {"a": VECTOR})
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/rag.jinja").write_text("")
-    after = head_inputs(LocalFolder(path=str(folder)))
-    assert {*after} - {*before} == {str(folder / "additional_chat_templates/rag.jinja")}
-    assert {*before} <= {*after} and str(folder / "config.json") in after
+    after = local_names(str(folder))
+    assert {*after} - {*before} == {"additional_chat_templates/rag.jinja"}
+    assert {*before} <= {*after} and "config.json" in after
     (folder / INDEX).write_text("{")
-    assert str(folder / "optimizer.safetensors") in head_inputs(LocalFolder(path=str(folder)))
+    assert "optimizer.safetensors" in local_names(str(folder))
 
 
 def expected_tensors(tmp_path: Path) -> Any:

@@ -292,7 +292,7 @@ def test_dry_run_uploads_nothing() -> None:
     config = yaml.safe_load("{dry_run: 'true'}")  # as --config passes it
     made = Build({"models": {"m": {**MODEL, "publish": {"repo": "O/N"}}}, **config})
     assert made.publish.upload_options(None) == "--dry-run --private results/m O/N"
-    assert made.publish.ends() == ["results/m/SHA256SUMS"]
+    assert made.publish.folders()[-1] == "results/m/SHA256SUMS"
     assert build().publish.uploads(None) == []
 
 

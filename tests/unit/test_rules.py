@@ -10,7 +10,7 @@ from conftest import ROOT
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
-from mtpforge.rules.fetch import checked_record
+from mtpforge.rules.fetch import checked_record, local_names
 from mtpforge.rules.local_paths import FileOnDisk
 from mtpforge.rules.variant import HubRepository
 
@@ -196,7 +196,8 @@ def test_an_importance_matrix_has_a_relative_path() -> None:
     assert build.quantize.imatrix_inputs(wildcards()) == [f"{folder}/records/sub/m.dat.json"]
     build = Build(config(imatrix={"path": "my imatrix.dat"}))
     assert build.quantize.imatrix_option(wildcards()) == "--imatrix 'my imatrix.dat'"
-    assert build.quantize.imatrix_inputs(wildcards()) == ["my imatrix.dat"]
+    record = layout.local_record("my imatrix.dat")
+    assert build.quantize.imatrix_inputs(wildcards()) == [record]
     for kind in ("quantized", "trunk"):
         assert Build(config()).quantize.imatrix_option(wildcards(kind=kind)) == ""
         assert Build(config()).quantize.imatrix_inputs(wildcards(kind=kind)) == []
@@ -295,8 +296,9 @@ def test_the_route_follows_from_the_base() -> None:
 def test_all_files_of_a_split_base_are_inputs() -> None:
     base = {"path": "x/base-00001-of-00002.gguf"}
     build = Build(config({"variants": {"split": {"base": base, "replace_head": True}}})).inject
-    files = ["x/base-00001-of-00002.gguf", "x/base-00002-of-00002.gguf"]
-    assert build.base_inputs(wildcards("split")) == files
+    files = ["base-00001-of-00002.gguf", "base-00002-of-00002.gguf"]
+    assert build.base_inputs(wildcards("split")) == [layout.local_record(base["path"])]
+    assert local_names(base["path"]) == files
     assert build.options(wildcards("split")) == "--replace-head"
     assert Build(config(base={"type": "Q4_0"})).inject.options(wildcards()) == ""
 
@@ -341,7 +343,9 @@ def test_published_configuration_has_no_local_folders(tmp_path: Path) -> None:
     given = json.loads(found[0])
     assert given["source"] == {"path": "Name"} and given["name"] == "Name"
     assert given["variants"]["Q4_0"]["imatrix"] == {"text": "t"}
-    assert build.material_inputs(wildcards(stem="Name-Q4_0")) == ["secret/t"]
+    record = layout.local_record("secret/t")
+    assert build.material_inputs(wildcards(stem="Name-Q4_0")) == [record]
+    assert build.material_options(wildcards(stem="Name-Q4_0")).endswith(" secret/t")
 
 
 def test_layout_of_a_sidecar_and_a_vision_tower() -> None:

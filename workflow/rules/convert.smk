@@ -12,7 +12,6 @@ rule convert:
     input:
         code=code("convert.py"),
         checkpoint=build.fetch.conversion_inputs,
-        lock="envs/run.txt",  # gguf and tokenizers decide metadata
     output:
         file=temp("results/{model}/work/convert/{part}.gguf"),
         digests="results/{model}/work/convert/{part}.json",
@@ -26,6 +25,8 @@ rule convert:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("convert.py"),
+        pins=pins("envs/run.txt"),  # gguf and tokenizers decide metadata
         checkpoint=build.fetch.checkpoint,
         options=build.convert.options,
         norms=build.convert.norms_option,
@@ -42,7 +43,6 @@ rule convert_donor:
     input:
         code=code("convert.py"),
         checkpoint=build.fetch.donor_inputs,
-        lock="envs/run.txt",
     output:
         file=temp("results/{model}/work/donors/{donor}.gguf"),
         digests="results/{model}/work/donors/{donor}.json",
@@ -56,6 +56,8 @@ rule convert_donor:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("convert.py"),
+        pins=pins("envs/run.txt"),  # gguf and tokenizers decide metadata
         checkpoint=build.fetch.donor,
         norms=build.convert.norms_option,
         recorded=build.fetch.donor_recorded_option,
@@ -84,6 +86,7 @@ rule convert_upstream:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("convert_upstream.py"),
         checkpoint=build.fetch.upstream_checkpoint,
         tokenizer=build.convert.tokenizer_option,
         recorded=build.fetch.upstream_recorded_option,
@@ -113,6 +116,7 @@ rule convert_donor_upstream:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("convert_upstream.py"),
         checkpoint=build.fetch.donor,
         tokenizer=build.convert.tokenizer_option,
         recorded=build.fetch.donor_recorded_option,
@@ -138,6 +142,7 @@ rule mmproj:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("convert_upstream.py"),
         checkpoint=build.fetch.checkpoint,
         recorded=build.fetch.recorded_option,
     message:

@@ -1,4 +1,4 @@
-# Files from the Hub, pinned to a commit.
+# Files from the Hub, pinned to a commit; and records of local files.
 # Needs: the network, and for gated repositories a token that huggingface_hub finds (HF_TOKEN, or
 # `hf auth login`).
 # Refuses a checkpoint that cannot be converted as config.yaml says, before its weights are fetched.
@@ -14,6 +14,32 @@ wildcard_constraints:
     revision="[0-9a-f]{40}",
 
 
+# Snakemake compares files up to 1 MB by content, and larger ones by time. So rules do not read the
+# time of what is on this machine: they take this record as an input, and the Snakefile brings it up
+# to date while it builds the graph.
+rule local_files:
+    input:
+        code=code("local_files.py"),
+        files=ancient(build.fetch.local_files),
+    output:
+        "resources/local/{place}.json",
+    log:
+        "logs/local/{place}.log",
+    wildcard_constraints:
+        place="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        code=digest("local_files.py"),
+        folder=build.fetch.local_folder,
+        names=build.fetch.local_names,
+    message:
+        "record the content of {wildcards.place}"
+    shell:
+        "python {input.code[0]:q} {params.folder:q} {params.names:q} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
 checkpoint resolve:
     input:
         code=code("resolve.py"),
@@ -27,6 +53,7 @@ checkpoint resolve:
     resources:
         download=1,
     params:
+        code=digest("resolve.py"),
         convert=build.fetch.conversions,
         pairs=build.fetch.pairs,
     message:
@@ -51,6 +78,7 @@ rule fetch:
     resources:
         download=1,
     params:
+        code=digest("fetch.py"),
         folder=build.fetch.folder,
         head="resources/hub/{repo}/{revision}/head.json",
     message:
@@ -73,6 +101,7 @@ rule fetch_head:
     resources:
         download=1,
     params:
+        code=digest("fetch_head.py"),
         folder=build.fetch.head_folder,
         whole=build.fetch.folder,
     message:
@@ -91,6 +120,7 @@ rule add:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("add.py"),
         repo=build.config.repo,
     message:
         "print an entry for config.yaml"

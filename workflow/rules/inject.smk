@@ -8,7 +8,8 @@ rule inject:
     input:
         code=code("inject.py"),
         toolchain="resources/toolchain/stamp.json",
-        base=build.inject.base_inputs,
+        base=ancient(build.inject.base_files),
+        base_digests=build.inject.base_inputs,
         head=ancient(build.inject.head_file),
         digests=build.inject.head_digests,
         head_recipe="results/{model}/work/head-recipes/{variant}.yaml",
@@ -22,6 +23,7 @@ rule inject:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("inject.py"),
         base=build.inject.base,
         head_type=build.inject.head_type,
         options=build.inject.options,

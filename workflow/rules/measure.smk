@@ -12,7 +12,8 @@ rule reference_logits:
         toolchain="resources/toolchain/stamp.json",
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
-        text=build.measure.text,
+        text=ancient(build.measure.text),
+        text_record=build.measure.text_records,
     output:
         file=temp("results/{model}/work/logits/reference.bin"),
         digest="results/{model}/work/logits/reference.json",
@@ -24,6 +25,7 @@ rule reference_logits:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("reference_logits.py"),
         chunks=build.measure.chunks,
         text_recorded=build.measure.text_recorded,
     message:
@@ -39,11 +41,13 @@ rule measure:
         code=code("measure.py"),
         toolchain="resources/toolchain/stamp.json",
         file=ancient(build.measure.file),  # its digests are compared by content
-        report=ancient(build.measure.report),  # only verified files are measured
+        report=build.measure.report,  # only verified files are measured
         digests=build.verify.digests,
         prompts=build.verify.prompt_files,
-        text=build.measure.text,
-        logits=build.measure.logits,
+        text=ancient(build.measure.text),
+        text_record=build.measure.text_records,
+        logits=ancient(build.measure.logits),
+        logits_digest=build.measure.logits_digests,
     output:
         "results/{model}/measure/{base}-{variant}.json",
     log:
@@ -54,6 +58,7 @@ rule measure:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("measure.py"),
         prompts=build.verify.prompts,
         options=build.measure.options,
     message:
@@ -74,6 +79,8 @@ rule summary:
         "logs/summary.log",
     conda:
         "../../envs/run.yaml"
+    params:
+        code=digest("summary.py"),
     message:
         "summarize all verified and measured files"
     shell:

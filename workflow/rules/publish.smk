@@ -23,19 +23,20 @@ rule materials:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("materials.py"),
+        files=build.publish.source_files,
         source=build.publish.source,
         ledger=build.publish.ledger_option,
     message:
         "{wildcards.model}: list the checkpoint's files with their sha256"
     shell:
-        "python {input.code[0]:q} {params.source:q} {input.checkpoint:q} {params.ledger}"
+        "python {input.code[0]:q} {params.source:q} {params.files:q} {params.ledger}"
         " --out {output:q} > {log:q} 2>&1"
 
 
 rule provenance:
     input:
         code=code("provenance.py"),
-        programs=build.publish.programs,
         report="results/{model}/reports/{stem}.json",
         source=build.publish.source_list,
         materials=build.publish.material_inputs,
@@ -50,7 +51,10 @@ rule provenance:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("provenance.py"),
         parameters=build.publish.parameters,
+        programs=build.publish.programs,
+        made_by=build.publish.program_digests,
         source=build.publish.source_option,
         materials=build.publish.material_options,
     message:
@@ -58,7 +62,7 @@ rule provenance:
     shell:
         "python {input.code[0]:q} {input.report:q} --parameters {params.parameters:q}"
         " {params.source} {params.materials} --toolchain {input.toolchain:q}"
-        " --locks {input.locks:q} --code {input.programs:q} --out {output:q} > {log:q} 2>&1"
+        " --locks {input.locks:q} --code {params.programs:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule card:
@@ -77,6 +81,7 @@ rule card:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("card.py"),
         about=build.publish.about,
         checkpoint=build.publish.checkpoint_card,
     message:
@@ -102,6 +107,8 @@ rule sums:
         "logs/{model}/sums.log",
     conda:
         "../../envs/run.yaml"
+    params:
+        code=digest("sums.py"),
     message:
         "{wildcards.model}: list all published files"
     shell:
@@ -119,6 +126,7 @@ rule publish:
     conda:
         "../../envs/run.yaml"
     params:
+        code=digest("publish.py"),
         targets=build.publish.upload_options,
     message:
         "upload to the Hub"

@@ -34,7 +34,8 @@ rule imatrix:
         toolchain="resources/toolchain/stamp.json",
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
-        text=build.quantize.imatrix_text,
+        text=ancient(build.quantize.imatrix_text),
+        text_record=build.quantize.imatrix_text_record,
     output:
         file=temp("results/{model}/work/imatrix/{text}.gguf"),
         digest="results/{model}/work/imatrix/{text}.json",
@@ -48,6 +49,7 @@ rule imatrix:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("imatrix.py"),
         text_recorded=build.quantize.imatrix_text_recorded,
     message:
         "{wildcards.model}: importance matrix from {input.text}"
@@ -69,7 +71,8 @@ checkpoint plan:
         source=ancient(build.quantize.source),
         digests=build.quantize.source_digests,
         recipe=build.quantize.recipe_inputs,
-        imatrix=build.quantize.imatrix_inputs,
+        imatrix=ancient(build.quantize.imatrix_files),
+        imatrix_digest=build.quantize.imatrix_inputs,
     output:
         plan="results/{model}/work/plans/{kind}/{name}.json",
         pieces="results/{model}/work/plans/{kind}/{name}.pieces",
@@ -81,6 +84,7 @@ checkpoint plan:
         "../../envs/run.yaml"
     threads: 64  # as many as `quantize` gets: its run time decides the number of pieces
     params:
+        code=digest("quantize_plan.py"),
         options=build.quantize.options,
         imatrix=build.quantize.imatrix_option,
         imatrix_recorded=build.quantize.imatrix_recorded_option,
@@ -99,7 +103,7 @@ rule piece:
         code=code("quantize.py"),
         plan="results/{model}/work/plans/{kind}/{name}.json",
         source=ancient(build.quantize.source),
-        imatrix=ancient(build.quantize.imatrix_inputs),
+        imatrix=ancient(build.quantize.imatrix_files),
     output:
         digests="results/{model}/work/pieces/{kind}/{name}/{piece}-of-{pieces}.json",
     log:
@@ -114,6 +118,7 @@ rule piece:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("quantize.py"),
         imatrix=build.quantize.imatrix_option,
         made="results/{model}/work/manifests/pieces/{kind}/{name}",
     message:
@@ -130,7 +135,7 @@ rule quantize:
         code=code("quantize.py"),
         plan="results/{model}/work/plans/{kind}/{name}.json",
         source=ancient(build.quantize.source),
-        imatrix=ancient(build.quantize.imatrix_inputs),
+        imatrix=ancient(build.quantize.imatrix_files),
         pieces=build.quantize.pieces,
     output:
         file=temp("results/{model}/work/{kind}/{name}.gguf"),
@@ -145,6 +150,7 @@ rule quantize:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("quantize.py"),
         imatrix=build.quantize.imatrix_option,
         also=build.quantize.names_option,
         manifest="results/{model}/work/manifests/{kind}/{name}.json",

@@ -30,6 +30,8 @@ rule plot:
         figure="speed|acceptance|distance",
     conda:
         "../../envs/run.yaml"
+    params:
+        code=digest("plot.py"),
     message:
         "{wildcards.model}: draw {wildcards.figure}"
     shell:
@@ -53,6 +55,8 @@ rule plot_tensors:
         "logs/{model}/plot-tensors-{base}-{variant}.log",
     conda:
         "../../envs/run.yaml"
+    params:
+        code=digest("plot.py"),
     message:
         "{wildcards.model}: draw the tensors of {wildcards.variant}"
     shell:

@@ -10,7 +10,7 @@
 rule toolchain:
     input:
         code=code("toolchain.py"),
-        requirement="envs/llama.cpp.txt",
+        requirement=ancient("envs/llama.cpp.txt"),
     output:
         stamp="resources/toolchain/stamp.json",
         programs=multiext(
@@ -29,6 +29,8 @@ rule toolchain:
         "../../envs/run.yaml"
     threads: 8
     params:
+        code=digest("toolchain.py"),
+        pins=pins("envs/llama.cpp.txt"),
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
     message:
         "toolchain: build llama.cpp (once per user), or link its programs"
@@ -41,14 +43,17 @@ rule toolchain:
 rule converter:
     input:
         code=code("converter.py"),
-        requirement="envs/llama.cpp.txt",
-        lock="envs/converter.txt",
+        requirement=ancient("envs/llama.cpp.txt"),
+        lock=ancient("envs/converter.txt"),
     output:
         "resources/converter/stamp.json",
     log:
         "logs/converter.log",
     conda:
         "../../envs/run.yaml"
+    params:
+        code=digest("converter.py"),
+        pins=[pins("envs/llama.cpp.txt"), pins("envs/converter.txt")],
     message:
         "converter: set up llama.cpp's converter with its own environment (1 GB)"
     shell:

@@ -21,6 +21,7 @@ rule acceptance:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("acceptance.py"),
         prompts=build.verify.prompts,
         target=build.verify.target_option,
     message:
@@ -53,6 +54,7 @@ rule verify:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("verify.py"),
         source=build.verify.source_option,
         prompts=build.verify.prompts,
         options=build.verify.options,
@@ -76,6 +78,7 @@ use rule verify as verify_split with:
     benchmark:
         "benchmarks/{model}/verify-split-{base}-{variant}.jsonl"
     params:
+        code=digest("verify.py"),
         source=build.verify.source_option,
         prompts=build.verify.prompts,
         options=build.verify.split_options,
@@ -109,6 +112,7 @@ rule verify_sidecar:
         "../../envs/run.yaml"
     threads: 64
     params:
+        code=digest("verify.py"),
         source=build.verify.sidecar_source_option,
         tokenizer=build.convert.tokenizer_option,
         prompts=build.verify.prompts,
@@ -142,6 +146,8 @@ rule verify_mmproj:
     conda:
         "../../envs/run.yaml"
     threads: 64
+    params:
+        code=digest("verify.py"),
     message:
         "{wildcards.model}: verify the vision tower"
     shell:

@@ -1,10 +1,13 @@
-"""The source files of a program, as inputs of the rule that runs it.
+"""The source files of a program, as an input and a parameter of the rule that runs it.
 
-Snakemake compares small inputs by checksum: touching or reverting a module reruns nothing; editing
-one reruns exactly the rules that import it, even indirectly.
+The parameter is a digest of all modules: touching or reverting one reruns nothing; editing one
+reruns exactly the rules that import it, even indirectly. As inputs, the modules would be most of
+the graph.
 """
 
 import ast
+import hashlib
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +16,28 @@ SCRIPTS = Path(__file__).resolve().parents[2]
 
 
 def code(program: str) -> list[str]:
+    """A program as an input: the path of its file."""
+    return files(program)[:1]
+
+
+@cache
+def digest(program: str) -> str:
+    """The sha256 of a program and of all local modules that it imports, with their paths."""
+    found = hashlib.sha256()
+    for path in files(program):
+        content = (SCRIPTS.parents[1] / path).read_bytes()
+        found.update(f"{hashlib.sha256(content).hexdigest()}  {path}\n".encode())
+    return found.hexdigest()
+
+
+def pins(path: str) -> str:
+    """The sha256 of locked requirements without their comments, as pip reads them."""
+    text = (SCRIPTS.parents[1] / path).read_text(encoding="utf-8")
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines())
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()
+
+
+def files(program: str) -> list[str]:
     """A program (a file name in `workflow/scripts`) and, sorted, all local modules that it imports.
 
     The paths are relative to the repository, where Snakemake runs.

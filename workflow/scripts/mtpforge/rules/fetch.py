@@ -11,8 +11,10 @@ from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.listing import Listing
-from mtpforge.rules import layout
+from mtpforge.io import local_files
+from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model
+from mtpforge.rules.local_paths import PromptsPath
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
     HubFile,
@@ -35,6 +37,7 @@ class FetchRules(Stage):
     def __init__(self, config: Config, checkpoints: Any) -> None:
         super().__init__(config)
         self._checkpoints = checkpoints
+        self._local = {layout.place(path): path for path in _local_paths(config)}
         self._donors = {layout.donor_name(donor): donor for donor in _donors(config)}
 
     def folder(self, wildcards: Wildcards) -> str:
@@ -145,6 +148,42 @@ class FetchRules(Stage):
         """The same, for a donor of a model."""
         return head_inputs(donor) if model.native else self._whole(donor)
 
+    def local_folder(self, wildcards: Wildcards) -> str:
+        """The folder of local files that are recorded together."""
+        return str(local_folder(self._local_path(wildcards.place)))
+
+    def local_names(self, wildcards: Wildcards) -> list[str]:
+        """Their names in it."""
+        return local_names(self._local_path(wildcards.place))
+
+    def local_files(self, wildcards: Wildcards) -> list[str]:
+        """Their paths."""
+        path = self._local_path(wildcards.place)
+        return [str(local_folder(path) / name) for name in local_names(path)]
+
+    def given_files(self, inputs: list[str]) -> list[str]:
+        """The same inputs with the local files in place of their records."""
+        places = {layout.local_record(path): path for path in self._local.values()}
+        found: list[str] = []
+        for path in inputs:
+            given = places.get(path)
+            names = local_names(given) if given else []
+            found += [str(local_folder(given) / name) for name in names] if given else [path]
+        return found
+
+    def refresh_local(self) -> None:
+        """Bring the records of all local files up to date: a file with another time is read again.
+
+        Raises ConfigError if one cannot be read.
+        """
+        for path in self._local.values():
+            record = Path(layout.local_record(path))
+            if record.exists() and Path(path).exists():
+                try:
+                    local_files.refresh(local_folder(path), local_names(path), record)
+                except OSError as error:
+                    raise ConfigError(f"{error.filename}: {error.strerror}") from None
+
     def checkpoint_files(self, at: layout.Commit) -> list[str]:
         """The files of a commit that conversion and model cards need."""
         made = self._checkpoints.resolve.get(repo=at.repo, revision=at.revision)
@@ -160,6 +199,11 @@ class FetchRules(Stage):
         """The checkpoints of draft models for this repository's trunk."""
         models = self.config.models.values()
         return [m.drafter for m in models if m.drafter and _is(m.source, wildcards)]
+
+    def _local_path(self, place: str) -> str:
+        if place not in self._local:
+            raise ConfigError(f"config.yaml: no file or folder is {place}")
+        return self._local[place]
 
     def _donor(self, wildcards: Wildcards) -> Source:
         if wildcards.donor not in self._donors:
@@ -186,14 +230,26 @@ def _checkpoint_files(listing: Path, written: int) -> list[str]:
 
 
 def head_inputs(source: Source) -> list[str]:
-    """Inputs of a job that reads the head of a checkpoint: its record, or the local files."""
+    """Inputs of a job that reads the head of a checkpoint: its record, or that of a local one."""
     if isinstance(source, HubRepository):
         return [layout.head_record(source)]
-    folder = Path(source.path)
+    return [layout.local_record(source.path)]
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a local file, or the local checkpoint itself."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
+def local_names(path: str) -> list[str]:
+    """The files of a local checkpoint or GGUF, or the file itself, by their names in its folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return gguf_files(folder.name)
     others = {"reference.json", *model_files.files_beside(folder)}
-    files = [path for path in folder.iterdir() if path.suffix in KINDS]
+    files = [each for each in folder.iterdir() if each.suffix in KINDS and each.is_file()]
     files += chat_templates.additional(folder)
-    return sorted(str(path) for path in files if path.name not in others)
+    return sorted(str(each.relative_to(folder)) for each in files if each.name not in others)
 
 
 def recorded(model: Model) -> str:
@@ -211,13 +267,12 @@ def recorded_donor(model: Model, donor: Source) -> str:
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
-    """Inputs of a job that reads the file; for a split GGUF, all its files."""
+    """Inputs of a job that reads the file: records and digests, which stand for it."""
     if isinstance(file, ImatrixText):
-        return [layout.imatrix(model, file.text)]
+        return [layout.imatrix_digest(model, file.text)]
     if isinstance(file, HubFile):
         return [checked_record(file, name) for name in gguf_files(file.file)]
-    path = Path(file.path)
-    return [str(path.with_name(name)) for name in gguf_files(path.name)]
+    return [layout.local_record(file.path)]
 
 
 def checked_record(at: layout.Commit, name: str) -> str:
@@ -239,3 +294,9 @@ def _donors(config: Config) -> list[Source]:
     found = [model.head_from for model in models]
     found += [variant.head_from for model in models for variant in model.variants.values()]
     return [donor for donor in found if donor]
+
+
+def _local_paths(config: Config) -> list[str]:
+    """All files and checkpoints of the configuration that are on this machine."""
+    found = local_paths.find(config.models, "models")
+    return [path for _, path in found if not isinstance(path, PromptsPath)]

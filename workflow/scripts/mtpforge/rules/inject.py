@@ -19,11 +19,15 @@ class InjectRules(Stage):
             return layout.quantized(wildcards.model, "trunk", base.type).file
         return layout.local_path(base, wildcards.model)
 
+    def base_files(self, wildcards: Wildcards) -> list[str]:
+        """The base, if it is made here."""
+        return [self.base(wildcards)] if isinstance(self._base(wildcards), OwnBase) else []
+
     def base_inputs(self, wildcards: Wildcards) -> list[str]:
-        """Inputs of a job that reads it."""
+        """Records of its content."""
         base = self._base(wildcards)
         if isinstance(base, OwnBase):
-            return [self.base(wildcards)]
+            return [layout.quantized(wildcards.model, "trunk", base.type).digests]
         return tracked_inputs(base, wildcards.model)
 
     def recorded_options(self, wildcards: Wildcards) -> str:

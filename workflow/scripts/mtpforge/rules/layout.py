@@ -3,6 +3,7 @@
 The rules declare the same paths as patterns with wildcards.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -125,6 +126,11 @@ def folder(model: str) -> str:
     return f"results/{model}"
 
 
+def card(model: Model) -> str:
+    """The model card."""
+    return f"{folder(model.key)}/README.md"
+
+
 def sums(model: Model) -> str:
     """The list of all published files; it is made last."""
     return f"{folder(model.key)}/SHA256SUMS"
@@ -239,6 +245,16 @@ def reference_logits_digest(model: str) -> str:
 
 
 # ── files from the Hub and from elsewhere ──
+
+
+def place(path: str) -> str:
+    """A name for a local file or folder."""
+    return f"{Path(path).name}-{sha256(os.path.normpath(path).encode()).hexdigest()[:8]}"
+
+
+def local_record(path: str) -> str:
+    """The record of a local file, of all files of a split GGUF, or of a local checkpoint."""
+    return f"resources/local/{place(path)}.json"
 
 
 class Commit(Protocol):

@@ -29,11 +29,20 @@ class MeasureRules(Stage):
         """The digest of that text, which its first reader notes."""
         return layout.ledger(wildcards.model, str(self._settings(wildcards).text))
 
+    def text_records(self, wildcards: Wildcards) -> list[str]:
+        """The record of its content."""
+        return [layout.local_record(text) for text in self.text(wildcards)]
+
     def logits(self, wildcards: Wildcards) -> list[str]:
         """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""
         model = self.model(wildcards)
         needed = self.text(wildcards) and model.has_unquantized(self.variant(wildcards))
         return [layout.reference_logits(wildcards.model)] if needed else []
+
+    def logits_digests(self, wildcards: Wildcards) -> list[str]:
+        """Their digest."""
+        made = self.logits(wildcards)
+        return [layout.reference_logits_digest(wildcards.model)] if made else []
 
     def chunks(self, wildcards: Wildcards) -> int:
         """The number of chunks of the text to use."""

@@ -9,7 +9,7 @@ from typing import Any
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
-from mtpforge.rules.code import code
+from mtpforge.rules.code import digest, files
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.fetch import FetchRules, checked_record, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
@@ -109,6 +109,10 @@ class PublishRules(Stage):
         """The source of the model, as JSON."""
         return json.dumps(_without_folders(_dump(self.model(wildcards), "source")["source"]))
 
+    def source_files(self, wildcards: Wildcards) -> list[str]:
+        """Its files, or the records of fetched ones."""
+        return self._fetch.given_files(self._fetch.checkpoint_inputs(wildcards))
+
     def ledger_option(self, wildcards: Wildcards) -> str:
         """The option that names the ledger of a local source."""
         source = self.model(wildcards).source
@@ -140,7 +144,7 @@ class PublishRules(Stage):
             shown = _without_folders(about)
             if "path" in about:
                 shown["ledger"] = layout.ledger(wildcards.model, about["path"])
-            options += ["--material", json.dumps(shown), *paths]
+            options += ["--material", json.dumps(shown), *self._fetch.given_files(paths)]
         return shlex.join(options)
 
     def locks(self, wildcards: Wildcards) -> list[str]:
@@ -150,16 +154,25 @@ class PublishRules(Stage):
 
     def programs(self, wildcards: Wildcards) -> list[str]:
         """The programs that make a model, with all modules that they import."""
-        upstream = ["convert_upstream.py"] if self.model(wildcards).needs_upstream else []
-        others = ["quantize_plan.py", "quantize.py", "inject.py", "verify.py"]
-        programs = ["convert.py", *upstream, *others]
-        return sorted({path for program in programs for path in code(program)})
+        return sorted({path for program in self._programs(wildcards) for path in files(program)})
+
+    def program_digests(self, wildcards: Wildcards) -> list[str]:
+        """The digests of these programs, each with its modules."""
+        return [digest(program) for program in self._programs(wildcards)]
 
     # ── upload ──
 
-    def ends(self) -> list[str]:
-        """The file that is made last in each model's folder."""
-        return [layout.sums(model) for model in self.config.chosen]
+    def folders(self) -> list[str]:
+        """The other files of each model's folder: statements, card, and sums, which are last."""
+        return [
+            path
+            for model in self.config.chosen
+            for path in (
+                *(output.statement for output in layout.outputs(model)),
+                layout.card(model),
+                layout.sums(model),
+            )
+        ]
 
     def uploads(self, wildcards: object) -> list[str]:
         """The same for models that have a repository."""
@@ -173,6 +186,17 @@ class PublishRules(Stage):
                 visibility = "--private" if target.private else "--public"
                 options += [visibility, layout.folder(model.key), target.repo]
         return shlex.join(options)
+
+    def _programs(self, wildcards: Wildcards) -> list[str]:
+        upstream = ["convert_upstream.py"] if self.model(wildcards).needs_upstream else []
+        return [
+            "convert.py",
+            *upstream,
+            "quantize_plan.py",
+            "quantize.py",
+            "inject.py",
+            "verify.py",
+        ]
 
     def _variant(self, wildcards: Wildcards) -> str:
         """The variant that a report is about; empty for a sidecar or a vision tower."""

@@ -46,6 +46,10 @@ class QuantizeRules(Stage):
         """The digest of that text, which its first reader notes."""
         return layout.ledger(wildcards.model, self.imatrix_text(wildcards))
 
+    def imatrix_text_record(self, wildcards: Wildcards) -> str:
+        """The record of its content."""
+        return layout.local_record(self.imatrix_text(wildcards))
+
     def source(self, wildcards: Wildcards) -> str:
         """The BF16 GGUF to quantize."""
         return self._source(wildcards).file
@@ -62,8 +66,14 @@ class QuantizeRules(Stage):
         heads = [layout.head_recipe(model, variant.name)] if variant.head_types else []
         return [layout.recipe(model, variant.name), *heads]
 
+    def imatrix_files(self, wildcards: Wildcards) -> list[str]:
+        """The importance matrix, if it is made here."""
+        imatrix = self._imatrix(wildcards)
+        made = isinstance(imatrix, ImatrixText)
+        return [layout.local_path(imatrix, wildcards.model)] if imatrix and made else []
+
     def imatrix_inputs(self, wildcards: Wildcards) -> list[str]:
-        """Inputs of a job that reads the importance matrix."""
+        """The digest of the importance matrix, or the record of a given one."""
         imatrix = self._imatrix(wildcards)
         return tracked_inputs(imatrix, wildcards.model) if imatrix else []
 

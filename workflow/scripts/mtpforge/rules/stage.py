@@ -22,6 +22,7 @@ class Wildcards(Protocol):
     kind: str
     name: str
     donor: str
+    place: str
 
 
 class Stage:
