@@ -295,7 +295,7 @@ def test_the_form_of_norms_in_doubt_is_given_to_conversion_and_verification() ->
         ),
         (
             {"head_from": DONOR, "variants": {"a": {"base": {"path": "x/b\n.gguf"}}}},
-            "variants/a/base/path: file names start with the base's name: rename it",
+            "variants/a/base/path: 'x/b\\n.gguf': control characters",
         ),
     ],
 )

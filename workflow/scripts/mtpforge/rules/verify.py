@@ -33,6 +33,14 @@ class VerifyRules(Stage):
             made = layout.donated(wildcards.model, donor)
         return [made.file, made.digests]
 
+    def reference_file(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 file alone."""
+        return self.reference(wildcards)[:1]
+
+    def reference_digests(self, wildcards: Wildcards) -> list[str]:
+        """Its digests alone."""
+        return self.reference(wildcards)[1:]
+
     def unquantized(self, wildcards: Wildcards) -> list[str]:
         """The acceptance of the BF16 file, to compare with.
 
@@ -133,6 +141,14 @@ class VerifyRules(Stage):
             return []
         made = layout.converted(wildcards.model, "draft")
         return [made.file, made.digests]
+
+    def sidecar_reference_file(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 draft model alone."""
+        return self.sidecar_reference(wildcards)[:1]
+
+    def sidecar_reference_digests(self, wildcards: Wildcards) -> list[str]:
+        """Its digests alone."""
+        return self.sidecar_reference(wildcards)[1:]
 
     def sidecar_unquantized(self, wildcards: Wildcards) -> list[str]:
         """The acceptance of the BF16 file, unless the sidecar is not quantized."""

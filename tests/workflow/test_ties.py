@@ -1,0 +1,117 @@
+"""No job is tied to a thing that decides its result by a file whose time and content are ignored.
+
+Snakemake does not look at jobs below one that reruns, and leaves out those that are tied to it by
+`ancient` files alone. So there must also be a way from the one to the other by compared files.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import BIN, ROOT
+from mtpforge.rules import layout
+from repository import CONFIG, Repository
+
+GRAPH = """
+import contextlib, io, json, pathlib, sys
+from snakemake.api import SnakemakeApi
+from snakemake.settings.types import DAGSettings, OutputSettings, ResourceSettings
+with SnakemakeApi(OutputSettings()) as api:
+    workflow = api.workflow(ResourceSettings(cores=1), snakefile=pathlib.Path("Snakefile"))
+    shown = workflow.dag(DAGSettings(targets={"all", "plots"}))
+    with contextlib.redirect_stdout(io.StringIO()):
+        shown.printfilegraph()
+    dag = workflow._workflow.dag
+    jobs = [{
+        "id": id(job),
+        "rule": job.rule.name,
+        "checkpoint": job.is_checkpoint,
+        "inputs": {str(file): file.is_ancient for file in job.input},
+        "twice": [str(file) for file in job.input if file.is_ancient
+                  and any(other == file and not other.is_ancient for other in job.input)],
+        "needs": [[id(need), [str(file) for file in files]]
+                  for need, files in dag.dependencies[job].items()],
+    } for job in dag.jobs]
+pathlib.Path(sys.argv[1]).write_text(json.dumps(jobs))
+"""
+PINNED = {"toolchain", "converter"}
+"""Their requirements are parameters, without comments."""
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """All jobs of a configuration that uses nearly every key, before anything is made."""
+    folder = tmp_path_factory.mktemp("ties")
+    copy = Repository(folder / "repository", BIN)
+    shutil.copy(ROOT / "tests/checkpoints/held-out.txt", copy.path / "text.txt")
+    for name in ("base-00001-of-00002.gguf", "base-00002-of-00002.gguf", "given.gguf"):
+        (copy.path / name).touch()
+    checkpoint = {"path": "tests/checkpoints/tiny-qwen3.5"}
+    variants = {
+        "BF16": {},
+        "Q8_0": {"split": "500M"},
+        "IQ2_S": {"imatrix": {"text": "text.txt"}},
+        "IQ2_M": {"imatrix": {"path": "given.gguf"}, "pieces": 2},
+        "mine": {"base": {"type": "Q4_0"}},
+        "theirs": {"base": {"path": "base-00001-of-00002.gguf"}, "head_from": checkpoint},
+    }
+    measure = {"text": "text.txt", "n_max": [1]}
+    model = {**CONFIG["models"]["tiny-qwen3.5"], "measure": measure, "variants": variants}
+    upstream = {**model, "converter": "llama.cpp", "mmproj": True, "variants": {"BF16": {}}}
+    models = {"native": {**model, "sidecar": "Q8_0"}, "upstream": {**upstream, "sidecar": "Q8_0"}}
+    copy.config["models"] = models
+    copy.write_config()
+    done = subprocess.run(
+        [sys.executable, "-c", GRAPH, str(folder / "jobs.json")],
+        cwd=copy.path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {job["id"]: job for job in json.loads((folder / "jobs.json").read_text())}
+
+
+def test_each_job_follows_what_it_reads(jobs: dict[int, dict[str, Any]]) -> None:
+    ties = 0
+    for job in jobs.values():
+        for need, files in job["needs"]:
+            if all(job["inputs"].get(file, True) for file in files):
+                ties += 1
+                of_checkpoint = jobs[need]["checkpoint"]  # then the graph is looked at again
+                assert of_checkpoint or follows(jobs, job, need), (job["rule"], files)
+    assert ties > 5
+
+
+def test_no_input_is_both_compared_and_not(jobs: dict[int, dict[str, Any]]) -> None:
+    """Snakemake would take one of the two."""
+    assert [job["rule"] for job in jobs.values() if job["twice"]] == []
+
+
+def test_each_given_file_is_compared_by_its_record(jobs: dict[int, dict[str, Any]]) -> None:
+    given = 0
+    for job in jobs.values():
+        made = {file for _, files in job["needs"] for file in files}
+        for file, ancient in job["inputs"].items():
+            if ancient and file not in made and job["rule"] not in PINNED | {"local_files"}:
+                given += 1
+                assert layout.local_record(file) in job["inputs"], (job["rule"], file)
+    assert given > 4
+
+
+def test_large_files_are_not_compared_by_time(jobs: dict[int, dict[str, Any]]) -> None:
+    """Snakemake compares those above 1 MB by time: models, matrices, logits and weights."""
+    large = (".gguf", ".bin", ".safetensors")
+    for job in jobs.values():
+        compared = [file for file, ancient in job["inputs"].items() if not ancient]
+        if job["rule"] not in ("all", "plots"):  # these only name what to make
+            assert [file for file in compared if file.endswith(large)] == [], job["rule"]
+
+
+def follows(jobs: dict[int, dict[str, Any]], job: dict[str, Any], need: int) -> bool:
+    """Whether a job reruns if `need` does, by files that are compared."""
+    return any(
+        each == need or follows(jobs, jobs[each], need)
+        for each, files in job["needs"]
+        if not all(job["inputs"].get(file, True) for file in files)
+    )
