@@ -28,6 +28,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     jobs = {
         "toolchain": 1,
         "convert": 1,
+        "local_files": 1,
         "materials": 1,
         "acceptance": 1,
         "recipe": 2,

@@ -40,7 +40,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "verify": 4,
         "summary": 1,
     }
-    jobs |= {**described(4), "materials": 1, "acceptance": 1}
+    jobs |= {**described(4), "local_files": 2, "materials": 1, "acceptance": 1}
     assert made.pending() == {"toolchain": 1, **jobs}
     done = made.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -36,12 +36,34 @@ rule reference_logits:
         " --digest {output.digest:q} --out {output.file:q} > {log:q} 2>&1"
 
 
+# Whatever decides a measurement beside the file. A job of its own, because `measure` waits for
+# `verify`: Snakemake looks at no change of a job below one that reruns, and the report says nothing
+# of how to measure.
+rule measuring:
+    input:
+        text_record=build.measure.text_records,
+    output:
+        "results/{model}/work/measuring.json",
+    log:
+        "logs/{model}/measuring.log",
+    conda:
+        "../../envs/run.yaml"
+    params:
+        settings=build.measure.decisive,
+    message:
+        "{wildcards.model}: note how to measure"
+    shell:
+        "{{ printf '%s\\n' {params.settings:q} && cat /dev/null {input.text_record:q}; }}"
+        " > {output:q} 2> {log:q}"
+
+
 rule measure:
     input:
         code=code("measure.py"),
         toolchain="resources/toolchain/stamp.json",
         file=ancient(build.measure.file),  # its digests are compared by content
-        report=build.measure.report,  # only verified files are measured
+        report=ancient(build.measure.report),  # only verified files are measured
+        settings="results/{model}/work/measuring.json",
         digests=build.verify.digests,
         prompts=build.verify.prompt_files,
         text=ancient(build.measure.text),

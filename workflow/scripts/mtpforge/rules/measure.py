@@ -1,9 +1,13 @@
 """Stage `measure`: speed, acceptance and distance from BF16 of verified files."""
 
+import json
 import shlex
+from hashlib import sha256
+from pathlib import Path
 
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
+from mtpforge.rules.code import digest
 from mtpforge.rules.config import MeasureSettings
 from mtpforge.rules.stage import Stage, Wildcards
 
@@ -47,6 +51,13 @@ class MeasureRules(Stage):
     def chunks(self, wildcards: Wildcards) -> int:
         """The number of chunks of the text to use."""
         return self._settings(wildcards).chunks
+
+    def decisive(self, wildcards: Wildcards) -> str:
+        """Code, settings and prompts of all measurements of a model, as JSON."""
+        prompts = sorted(Path(self.model(wildcards).prompts).glob("*.txt"))
+        settings = self._settings(wildcards).model_dump()
+        found = {path.name: sha256(path.read_bytes()).hexdigest() for path in prompts}
+        return json.dumps({"code": digest("measure.py"), **settings, "prompts": found})
 
     def options(self, wildcards: Wildcards) -> str:
         """The measurements to make, as options of measure.py."""
