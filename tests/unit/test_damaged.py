@@ -23,6 +23,7 @@ from mtpforge.io import held
 from mtpforge.io.held import HEADER
 from mtpforge.io.ranges import FileRange, digest_of, sha256
 from mtpforge.verify.report import Shard
+from splits import split
 
 PRE = ("--tokenizer-pre", "qwen35")
 TEXT = CHECKPOINTS / "held-out.txt"
@@ -200,6 +201,24 @@ def test_no_head_is_injected_into_a_damaged_base(copy: Copy, base: str, place: s
     assert digest_of(copy.folder / "again.gguf") == digest_of(copy.folder / "injected.gguf")
     copy.damage(name, place)
     copy.refuses(name, lambda: inject(copy.folder, name, known, out="more"), "more.json")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_head_is_injected_into_a_split_base_with_a_damaged_file(copy: Copy, place: str) -> None:
+    folder = copy.folder / "hub/tiny-qwen3.5"
+    files = split(folder / "base.gguf", folder / "split", "x", 10**6)
+    for path in files:
+        moved = path.rename(folder / path.name)
+        size, digests = moved.stat().st_size, reader.digests(moved)
+        record = FetchRecord(moved.name, size, digest_of(moved), digests=digests)
+        record.write(copy.folder / f"hub/records/{moved.name}.json")
+    first, *_, last = (f"hub/tiny-qwen3.5/{path.name}" for path in files)
+    inject(copy.folder, first, "hub/records", out="again")
+    copy.damage(last if place != "header" else first, place)
+    damaged = last if place != "header" else first
+    copy.refuses(
+        damaged, lambda: inject(copy.folder, first, "hub/records", out="more"), "more.json"
+    )
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -12,8 +12,9 @@ import fcntl
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,7 +69,7 @@ class Recorded:
         return digests.get(part, "")  # a part that was not there then is a difference
 
     def _name(self, path: Path) -> str:
-        return (path.parent.resolve() / path.name).relative_to(self._root).as_posix()
+        return (_resolved(path.parent) / path.name).relative_to(self._root).as_posix()
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,17 @@ class Ledger(Recorded):
     def __init__(self, path: Path, root: Path) -> None:
         self._path = path
         entries = LedgerFile.read(path).files if path.exists() else {}
+        self._times: dict[Path, int] = {}
         advice = "restore it, or if it is right, `touch` it, and run again"
         super().__init__(root, self._current(entries, root), advice)
 
     def knows(self, path: Path) -> bool:
         return True
+
+    def parts(self, path: Path, places: Mapping[str, FileRange]) -> list[Part]:
+        if path not in self._times:  # as it is before it is read
+            self._times[path] = path.stat().st_mtime_ns
+        return super().parts(path, places)
 
     def note(self, read: Iterable[tuple[Part, str]]) -> None:
         new: dict[Path, dict[str, str]] = defaultdict(dict)
@@ -108,13 +115,14 @@ class Ledger(Recorded):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             entries = LedgerFile.read(self._path).files if self._path.exists() else {}
             known = self._current(entries, self._root)
             for path, digests in new.items():
                 name = self._name(path)
                 both = {**known.get(name, {}), **digests}
-                entries[name] = LedgerEntry(path.stat().st_mtime_ns, both)
+                entries[name] = LedgerEntry(self._times[path], both)
             LedgerFile(entries).write(self._path)
 
     def _of(self, digests: Digests, part: str) -> str | None:
@@ -272,6 +280,12 @@ def _parts(
         yield from found
         named = {part.name for part in found}
         yield from (Part(name, at, None) for name, at in places.items() if name not in named)
+
+
+@cache
+def _resolved(folder: Path) -> Path:
+    """A folder without links; cached, because a checkpoint can have 200,000 tensors."""
+    return folder.resolve()
 
 
 class _One(Recorded):

@@ -1,6 +1,7 @@
 """Records of downloads: one for each file, and one for a head that was downloaded on its own."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,6 +79,18 @@ class HeadRecord:
                 for tensor in self.tensors.values()
             )
         )
+
+
+def recorded_bytes(path: Path) -> int:
+    """The size of a downloaded file, from the start of its record: the graph asks for thousands.
+
+    Raises DownloadError if the record is malformed.
+    """
+    with path.open(encoding="utf-8") as file:
+        found = re.search(r'^ "bytes": (\d{1,18}),?$', file.read(4096), re.MULTILINE)
+    if found is None:
+        raise DownloadError(f"{path}: malformed download record: delete it and run again")
+    return int(found[1])
 
 
 def read_record(path: Path) -> FetchRecord | HeadRecord:

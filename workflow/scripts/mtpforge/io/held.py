@@ -99,6 +99,8 @@ def reading(parts: Iterable[Part], threads: int = 1) -> Iterator[Reading]:
             yield held
         except StorageError:  # a full disk need not wait for the hashes
             raise
+        except OSError:  # a full disk, not damage
+            raise
         except Exception:
             held.check()
             raise

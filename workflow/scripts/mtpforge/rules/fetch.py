@@ -1,6 +1,5 @@
 """Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
-import json
 import shlex
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from mtpforge.checkpoint import model_files
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.hub.fetch_records import recorded_bytes
 from mtpforge.hub.listing import Listing
 from mtpforge.io import local_files
 from mtpforge.rules import layout, local_paths
@@ -280,7 +280,7 @@ def checked_record(at: layout.Commit, name: str) -> str:
     record = Path(layout.record(at, name))
     file = Path(layout.fetched(at), name)
     if record.exists():
-        size = json.loads(record.read_text(encoding="utf-8"))["bytes"]
+        size = recorded_bytes(record)
         if not file.is_file() or file.stat().st_size != size:
             why = "of another size" if file.is_file() else "gone"
             raise ConfigError(
