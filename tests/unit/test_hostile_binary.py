@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import hostile_files
 import pytest
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, SCRIPTS
 from hostile_files import Case
 from mtpforge.checkpoint import safetensors
 from mtpforge.errors import CheckpointError, GgufError
@@ -89,3 +91,36 @@ def test_a_file_that_is_truncated_while_it_is_read_is_refused(
     monkeypatch.setattr(os, "fstat", shrinking)
     with pytest.raises((GgufError, CheckpointError), match="truncated while it was read"):
         parser(path)
+
+
+READS = """
+import os, sys
+from pathlib import Path
+from mtpforge import cli
+from mtpforge.checkpoint.checkpoint import Checkpoint
+
+def main():
+    checkpoint = Checkpoint(Path(sys.argv[1]))
+    tensor = max(checkpoint.tensors.values(), key=lambda tensor: tensor.offset)
+    shard = checkpoint.directory / tensor.shard
+    if sys.argv[2] == "before":
+        os.truncate(shard, int(sys.argv[3]))
+    array = checkpoint.array(tensor)
+    os.truncate(shard, int(sys.argv[3]))
+    print(array.sum())
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("when", "size"), [("before", 0), ("before", 4096), ("after", 4096)])
+def test_a_shard_that_is_truncated_while_its_values_are_read_ends_in_a_message(
+    when: str, size: int, tmp_path: Path
+) -> None:
+    """It would be a traceback, or the death of the process by SIGBUS."""
+    folder = shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "model")
+    command = [sys.executable, "-c", READS, folder, when, str(size)]
+    done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {folder}/model")
+    assert done.stderr.endswith("truncated while it was read\n") and done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ from mtpforge.checkpoint.held_folder import HeldFolder
 from mtpforge.checkpoint.model_files import read_weights, weight_files
 from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_format
 from mtpforge.errors import CheckpointError
+from mtpforge.io.mapped import Bytes, open_map
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import read_json
 
@@ -95,7 +96,7 @@ class Checkpoint(Outline):
         self.beside = sorted(set(weight_files(folder)) - weights.files)
         """Other safetensors files in the folder: adapters, optimizer states, other sets."""
         self.norms = norms
-        self._maps: dict[str, np.memmap[Any, np.dtype[np.uint8]]] = {}
+        self._maps: dict[str, Bytes] = {}
 
     @property
     def format(self) -> str:
@@ -114,6 +115,8 @@ class Checkpoint(Outline):
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
         """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
         mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
+        if mapped.size < tensor.size:
+            raise CheckpointError(f"{self.directory / tensor.shard}: truncated while it was read")
         return mapped.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def integers(self, tensor: CheckpointTensor) -> list[int] | None:
@@ -163,9 +166,9 @@ class Checkpoint(Outline):
             yield (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values
             self.release()
 
-    def _map(self, shard: str) -> np.memmap[Any, np.dtype[np.uint8]]:
+    def _map(self, shard: str) -> Bytes:
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.directory / shard, dtype=np.uint8, mode="r")
+            self._maps[shard] = open_map(self.directory / shard)
         return self._maps[shard]
 
 
