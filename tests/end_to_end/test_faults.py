@@ -358,6 +358,19 @@ def test_a_system_call_fails(
     assert again.code == 0 and _content(out) == expected
 
 
+@pytest.mark.skipif(not faults.has_strace(), reason="system calls: no strace here")
+@pytest.mark.parametrize("call", ["openat", "read"])
+@pytest.mark.parametrize("name", ["convert", "quantize"])
+def test_a_source_cannot_be_read(made: Made, tmp_path: Path, name: str, call: str) -> None:
+    """The disk of the source fails, so it is neither damaged nor the output's disk that fails."""
+    source = {"convert": DENSE / SHARD, "quantize": made.path / "all.gguf"}[name]
+    out = tmp_path / "x.gguf"
+    command = WRITERS[name].command(made, out)
+    outcome = faults.with_fault(command, [source], tmp_path / "log", (call, "EIO", 1))
+    assert outcome.code == 1 and outcome.line.startswith(f"error: {source}: {SAID['EIO']}")
+    assert not out.exists() and not out.with_name(".x.gguf.part").exists()
+
+
 def _faults(counts: dict[str, int]) -> Iterator[tuple[str, str, int]]:
     for call, count in counts.items():
         kinds = ERRORS.get(call, WRITING)

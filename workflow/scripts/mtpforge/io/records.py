@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mtpforge.errors import RecordError
-from mtpforge.io import atomic
+from mtpforge.io import atomic, storage
 
 UNLESS_NONE = Field(exclude_if=lambda value: value is None)
 """Annotates a field that is written only if it has a value."""
@@ -24,7 +24,9 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file. Raises RecordError if it is malformed, OSError if it cannot be read."""
-        return cls.parse(path.read_bytes(), path)
+        with storage.reading(path):
+            content = path.read_bytes()
+        return cls.parse(content, path)
 
     @classmethod
     def parse(cls, text: bytes | str, path: Path) -> Self:

@@ -116,6 +116,11 @@ def reading(path: Path) -> Iterator[None]:
         raise
 
 
+def is_failing(error: OSError) -> bool:
+    """Whether the disk or its connection fails, so that a file may be right all the same."""
+    return error.errno in _FAILING
+
+
 @contextmanager
 def by_program(path: Path, needed: int) -> Iterator[None]:
     """Find out if the disk is why a program failed to write `path`, or wrote only a part.

@@ -8,6 +8,7 @@ their text. Keys must not repeat.
 JSON may have the words NaN and Infinity as numbers, as Python writes them.
 """
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from mtpforge.errors import CheckpointError, ForgeError
+from mtpforge.io import storage
 
 JSON_LIMIT = 64 << 20
 """Bytes of a JSON file, and of any other text without a limit of its own.
@@ -73,14 +75,32 @@ def open_regular(
     except ValueError:  # a name with a null byte
         raise error(f"{path}: not a file name") from None
     except OSError as reason:  # a link to itself
+        if storage.is_failing(reason):
+            raise
         raise error(f"{path}: {reason.strerror}") from None
-    file = os.fdopen(descriptor, "rb")
+    file = io.BufferedReader(_Named(descriptor, path))
     try:
         _check(path, os.fstat(descriptor), error, most)  # it may have been replaced meanwhile
     except BaseException:
         file.close()
         raise
     return file
+
+
+class _Named(io.FileIO):
+    """A file whose errors name it: those of reading do not."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        with storage.reading(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with storage.reading(self._path):
+            return super().readall()
 
 
 def read_bytes(

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mtpforge import recorded, table
-from mtpforge.errors import ConfigError, ForgeError
+from mtpforge.errors import ConfigError, ForgeError, StorageError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.reader import Gguf
@@ -76,6 +76,8 @@ def check_drafting(
     try:
         with _serve(request.target or opened.path, options, llama) as server:
             answers = [server.completion(prompt, N_PREDICT) for prompt in request.prompts]
+    except StorageError:
+        raise  # says nothing about the file
     except ForgeError as error:
         detail = f"{error}{_unknown_types(opened)}"
         return Check("drafting" if drafts else "loading", False, detail), []
@@ -91,6 +93,8 @@ def check_without_drafting(
     try:
         with _serve(request.target or opened.path, [], llama) as server:
             choices = [server.choices(prompt, EQUAL) for prompt in request.prompts]
+    except StorageError:
+        raise  # says nothing about the file
     except ForgeError as error:
         return Check("same text", False, str(error))
     return check_same([answer.tokens for answer in answers], choices)
@@ -177,6 +181,8 @@ def check_programs(
             if request.perplexity and not request.target:
                 llama.perplexity(["-m", opened.path, "-f", text, "-c", 16, "--chunks", 1])
                 loaded.append("llama-perplexity")
+        except StorageError:
+            raise  # says nothing about the file
         except ForgeError as error:
             return Check(name, False, str(error))
     return Check(name, True, f"{' and '.join(loaded)} can read it")
@@ -191,6 +197,8 @@ def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:
     try:
         with _serve(request.target, ["--mmproj", str(opened.path)], llama) as server:
             tokens = server.prompt_tokens([text, picture]) - server.prompt_tokens([text])
+    except StorageError:
+        raise  # says nothing about the file
     except ForgeError as error:
         return Check("vision", False, str(error))
     return Check("vision", tokens > 1, f"a picture adds {tokens} tokens to the prompt")
