@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SCRIPTS
 from mtpforge.io import leftovers
 from mtpforge.io.atomic import replacing, replacing_folder, scratch_folder
+from mtpforge.rules import run_lock
 
 COMMIT = "resources/hub/Owner/name/0123456789abcdef0123456789abcdef01234567"
 LEFT = (
@@ -86,6 +88,31 @@ def test_a_pipe_and_a_link_are_removed_without_being_opened(folder: Path) -> Non
     leftovers.remove()
     assert left(folder) == {*DOWNLOADS, *PIECES, *KEPT}
     assert not (folder / "results/.link.part").is_symlink()
+
+
+def run_of(target: str, **asked: object) -> SimpleNamespace:
+    """As much of Snakemake's workflow as tells which files a run has made."""
+    settings = {"until": set(), "omit_from": set(), "batch": None, **asked}
+    job = SimpleNamespace(rule=SimpleNamespace(name=target))
+    return SimpleNamespace(
+        dag_settings=SimpleNamespace(**settings), dag=SimpleNamespace(jobs=[job])
+    )
+
+
+@pytest.mark.parametrize(
+    "run", [run_of("summary"), run_of("all", until={"plan"}), run_of("all", batch="all=1/2")]
+)
+def test_pieces_stay_until_all_files_are_finished(folder: Path, run: SimpleNamespace) -> None:
+    run_lock.clear_pieces(run, ["results/m"])
+    assert {*PIECES} <= left(folder)
+
+
+def test_pieces_of_other_models_stay(folder: Path) -> None:
+    run_lock.clear_pieces(run_of("all"), ["results/other"])
+    assert {*PIECES} <= left(folder)
+    run_lock.clear_pieces(run_of("all"), ["results/m"])
+    assert not {*PIECES} & left(folder)
+    assert {*KEPT} <= left(folder)
 
 
 def clean_work(*arguments: str) -> str:

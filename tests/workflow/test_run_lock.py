@@ -44,7 +44,8 @@ cli.run(main)
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A repository whose conversion takes as long as there is a file `slow`."""
-    made = Repository(tmp_path_factory.mktemp("lock") / "repository", Path("/nowhere"))
+    folder = tmp_path_factory.mktemp("lock")
+    made = Repository(folder / "repository", programs=folder)  # no job runs one
     (made.path / "workflow/scripts/convert.py").write_text(JOB)
     return made
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 FOLDERS = (Path("results"), Path("resources"))
 """Where jobs write."""
+_INSTALLED = {Path("resources/converter/environment"), Path("resources/converter/source")}
+"""Tens of thousands of files, none of them ours."""
 _NAME = re.compile(r"\..+\.(part|scratch)|[^.].*\.yaml\.part")
 _PIECES = ("work/manifests/pieces", "work/manifests/quantized/*.gguf")
 
@@ -31,7 +33,8 @@ def find(*folders: Path) -> Iterator[Path]:
             for name in [*inside, *files]:
                 if _NAME.fullmatch(name) and not _in_use(Path(parent, name)):
                     yield Path(parent, name)
-            inside[:] = [name for name in inside if not _NAME.fullmatch(name)]
+            entered = [name for name in inside if not _NAME.fullmatch(name)]
+            inside[:] = [name for name in entered if Path(parent, name) not in _INSTALLED]
 
 
 def pieces(results: Path) -> Iterator[Path]:
