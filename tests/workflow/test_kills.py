@@ -188,7 +188,9 @@ def hidden(copy: Repository) -> set[str]:
 def content(copy: Repository) -> Content:
     """All files with final names, but not those that have speeds."""
     found = {path.relative_to(copy.path).as_posix(): path for path in files(copy)}
-    kept = [name for name in found if "/." not in name and "/pieces/" not in name]
+    # Pieces of other batches, and what is known of the files of this copy, with their times.
+    passing = re.compile(r"/\.|/pieces/|/work/ledgers/")
+    kept = [name for name in found if not passing.search(name)]
     short = {name: name.removeprefix("results/") for name in kept}
     return {
         name: found[name].read_bytes()

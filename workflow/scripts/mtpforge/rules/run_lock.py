@@ -78,7 +78,7 @@ def clear_pieces(workflow: Any, folders: Iterable[str]) -> None:
 @contextmanager
 def _locked(persistence: Any, folder: Path, stock: Any) -> Iterator[None]:
     """Snakemake's lock inside ours."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["snakemake", *sys.argv[1:]])
     with ExitStack() as stack:
         try:
             taken_over = stack.enter_context(holding(folder, command, logger.warning))
