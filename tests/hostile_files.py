@@ -585,13 +585,18 @@ IMATRIX_KEYS = [
 ]
 
 
-def matrix(sums: list[float], counts: list[float], keys: list[bytes] = IMATRIX_KEYS) -> bytes:
+def matrix(
+    sums: list[float],
+    counts: list[float],
+    keys: list[bytes] = IMATRIX_KEYS,
+    name: bytes = b"a.weight",
+) -> bytes:
     """An importance matrix with one row, as a GGUF."""
     data = floats(*sums) + floats(*counts)
     second = len(floats(*sums))
     entries = [
-        tensor(b"a.weight.in_sum2", (len(sums),)),
-        tensor(b"a.weight.counts", (1, len(counts)), offset=second),
+        tensor(name + b".in_sum2", (len(sums),)),
+        tensor(name + b".counts", (1, len(counts)), offset=second),
     ]
     return whole(keys, entries, 0) + data
 

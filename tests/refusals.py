@@ -97,7 +97,7 @@ def _parsers() -> dict[str, Callable[[Path], object]]:
 
     def matrix(path: Path) -> object:
         rows = imatrix.read(path)
-        imatrix.check_values(path, rows)
+        imatrix.check_values(path)
         return rows
 
     return {"gguf": gguf, "safetensors": safetensors.read_shard_header, "imatrix": matrix}

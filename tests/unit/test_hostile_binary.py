@@ -14,6 +14,7 @@ import pytest
 from conftest import CHECKPOINTS, SCRIPTS
 from hostile_files import Case
 from mtpforge.checkpoint import safetensors
+from mtpforge.convert import native
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import reader
 from refusals import Parsers
@@ -124,3 +125,56 @@ def test_a_shard_that_is_truncated_while_its_values_are_read_ends_in_a_message(
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {folder}/model")
     assert done.stderr.endswith("truncated while it was read\n") and done.stderr.count("\n") == 1
+
+
+PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-server")
+CALLS: dict[str, tuple[str, ...]] = {
+    "quantize.py": ("{bad}", "--type", "Q4_0"),
+    "quantize.py ": ("{model}", "--type", "Q4_0", "--imatrix", "{matrix}"),
+    "quantize_plan.py": ("{bad}", "--type", "Q4_0", "--pieces", "1"),
+    "imatrix.py": ("{bad}", "--text", "{text}"),
+    "inject.py": ("{bad}", "--head", "{checkpoint}", "--head-type", "Q8_0"),
+    "inject.py ": ("{model}", "--head", "{bad}", "--head-type", "Q8_0"),
+    "verify.py": ("{bad}", "--checkpoint", "{checkpoint}"),
+    "verify.py ": (
+        "{model}",
+        "--checkpoint",
+        "{checkpoint}",
+        "--tokenizer-pre",
+        "qwen35",
+        "--base",
+        "{bad}",
+    ),
+    "measure.py": ("{bad}", "--text", "{text}"),
+    "acceptance.py": ("{bad}",),
+    "acceptance.py ": ("{model}", "--target", "{bad}"),
+    "reference_logits.py": ("{bad}", "--text", "{text}"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A whole model, hostile files, and programs of llama.cpp that note that they were called."""
+    folder = tmp_path_factory.mktemp("files")
+    found = {name: folder / name for name in ("model", "bad", "matrix", "bin")}
+    native.convert(CHECKPOINTS / "tiny-qwen3.5", found["model"], "all", "qwen35")
+    found["bad"].write_bytes(hostile_files.GOOD[:-1])
+    found["matrix"].write_bytes(hostile_files.matrix([1, float("nan")], [1], name=b"output.weight"))
+    found["bin"].mkdir()
+    for name in PROGRAMS:
+        program = found["bin"] / name
+        program.write_text(f"#!/bin/sh\necho {name} $@ >> {folder}/called\n")
+        program.chmod(0o755)
+    return {**found, "text": CHECKPOINTS / "corpus.py", "checkpoint": CHECKPOINTS / "tiny-qwen3.5"}
+
+
+@pytest.mark.parametrize("program", CALLS)
+def test_no_program_of_llama_cpp_gets_a_file_that_is_refused(
+    fails: Fails, files: dict[str, Path], tmp_path: Path, program: str
+) -> None:
+    (files["bin"].parent / "called").unlink(missing_ok=True)
+    arguments = [argument.format(**files) for argument in CALLS[program]]
+    message = fails(program.strip(), *arguments, "--bin", files["bin"], out=tmp_path / "out.gguf")
+    assert str(files["matrix" if "{matrix}" in CALLS[program] else "bad"]) in message
+    called = files["bin"].parent / "called"
+    assert not called.exists(), called.read_text()

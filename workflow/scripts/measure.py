@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, prompts, recorded
-from mtpforge.gguf import file_names
+from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp import programs
@@ -33,6 +33,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
     llama = programs.from_options(args)
     first = file_names.first_file(args.file)
+    split.read(first)  # checks it before llama.cpp's programs read it
     if args.report:  # before, because hashing beside would take time from what is measured
         published.check([(args.file, Report.read(args.report))])
     recorded.check_whole(args.reference_logits, args.logits_recorded)

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from mtpforge.errors import ConfigError, ToolchainError
-from mtpforge.gguf import reader
+from mtpforge.gguf import split
 from mtpforge.io import storage
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
@@ -33,7 +33,7 @@ def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: Lla
 
     The file is large: its size is printed, and checked against the free disk, before it is written.
     """
-    tokens = reader.read(model).need("tokenizer.ggml.tokens", list)
+    tokens = split.read(model).need("tokenizer.ggml.tokens", list)
     # A token has at least one byte.
     most = max(min(chunks, text.stat().st_size // CONTEXT), 1)
     needed = size(most, len(tokens))
@@ -80,7 +80,7 @@ def vocabularies(model: Path, logits: Path) -> tuple[int, int]:
         raise ConfigError(
             f"{logits}: its header and its size do not agree: run reference_logits.py again"
         )
-    return len(reader.read(model).need("tokenizer.ggml.tokens", list)), others
+    return len(split.read(model).need("tokenizer.ggml.tokens", list)), others
 
 
 def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float, KlDivergence]:

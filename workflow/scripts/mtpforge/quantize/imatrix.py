@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -58,8 +58,8 @@ def compute(
                 if "you need at least" in str(error):
                     raise _too_short(text) from None
                 raise
-            rows = read(temporary)  # llama-imatrix ends with exit code 0 if it cannot write
-        check_values(temporary, rows)
+            read(temporary)  # llama-imatrix ends with exit code 0 if it cannot write
+        check_values(temporary)
 
 
 def read(path: Path) -> dict[str, int]:
@@ -70,13 +70,13 @@ def read(path: Path) -> dict[str, int]:
     return {name: row.values for name, row in _rows(path).items()}
 
 
-def check_values(path: Path, names: Collection[str]) -> None:
-    """Check sums and counts of these tensors: finite, not negative, not all counts zero.
+def check_values(path: Path) -> None:
+    """Check the sums and counts of all tensors: finite, not negative, not all counts zero.
 
     An expert that no token reached has a count and sums of 0. Raises GgufError.
     """
     for name, row in _rows(path).items():
-        if name in names and (fault := _fault(row)):
+        if fault := _fault(row):
             raise GgufError(f"{path}: {name} {fault}: compute the importance matrix again")
 
 

@@ -51,6 +51,9 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     missing or does not cover the tensor; GgufError for a source at types that are unknown.
     """
     rows = imatrix.read(request.imatrix) if request.imatrix else {}
+    if request.imatrix:  # before llama-quantize reads it
+        mixture.check_total(source, request.imatrix, rows)
+        imatrix.check_values(request.imatrix)
     default, chosen = default_and_chosen_types(source, request, llama)
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
@@ -58,8 +61,6 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
         with storage.naming(llama.log), llama.log.open("a", encoding="utf-8") as log:
             log.write(f"{table}\n")
     mixture.check_imatrix(source, chosen, request=request, rows=rows)
-    if request.imatrix:
-        imatrix.check_values(request.imatrix, source.tensors.keys())
     return chosen
 
 

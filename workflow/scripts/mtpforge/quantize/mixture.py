@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
@@ -89,12 +90,8 @@ def check_imatrix(
         for name in unfit
         if quant_types.needs_imatrix(name, chosen[name].name, request.file_type)
     ]
-    too_large = sum(rows.values()) > sum(info.elements for info in source.tensors.values())
-    if wrong or too_large or (request.imatrix and not rows.keys() & source.tensors.keys()):
-        raise ConfigError(
-            f"{request.imatrix}: importance matrix of another model: {source.path} has no matching "
-            f"{_some(wrong or list(rows))}"
-        )
+    if wrong or (request.imatrix and not rows.keys() & source.tensors.keys()):
+        raise _of_another_model(source, request.imatrix, wrong or list(rows))
     if missing:
         lacking = f"{request.imatrix} has no row for" if request.imatrix else "there is none for"
         raise ConfigError(
@@ -104,11 +101,27 @@ def check_imatrix(
         )
 
 
+def check_total(source: Gguf, matrix: Path, rows: Mapping[str, int]) -> None:
+    """Check that an importance matrix has no more values than the model has weights.
+
+    It takes no more time to check the values then. Raises ConfigError.
+    """
+    if sum(rows.values()) > sum(info.elements for info in source.tensors.values()):
+        raise _of_another_model(source, matrix, list(rows))
+
+
 def total(source: Gguf, types: Types) -> str:
     """Size and bits per weight of the tensors of `source` in `types`, in words."""
     size = _size(source, types, source.tensors)
     weights = sum(info.elements for info in source.tensors.values())
     return f"{table.size(size)}, {8 * size / weights:.2f} bits per weight"
+
+
+def _of_another_model(source: Gguf, matrix: Path | None, names: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{matrix}: importance matrix of another model: {source.path} has no matching "
+        f"{_some(names)}"
+    )
 
 
 def _parse_row(line: str, source: Gguf) -> tuple[str, GGMLQuantizationType]:
