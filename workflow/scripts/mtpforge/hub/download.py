@@ -41,8 +41,9 @@ def download(
     digests = _matching(listing, parts, final)
     if not digests:
         check_space(listing, {*parts, *together}, folder)
-        size = sum(listing.files[part].bytes for part in parts)
-        with atomic.replacing(final, keep=True, needed=size) as partial:
+        linked = len(parts) == 1 and _linkable(listing, name, folder)
+        needed = None if linked else sum(listing.files[part].bytes for part in parts)
+        with atomic.replacing(final, keep=True, needed=needed) as partial:
             digests = _fetch_parts(listing, parts, partial)
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
@@ -160,9 +161,7 @@ def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def is_missing(name: str) -> bool:
-        blob = cached(listing, name)
-        linkable = blob.exists() and blob.stat().st_dev == folder.stat().st_dev
-        return not linkable and not (folder / name).exists()
+        return not _linkable(listing, name, folder) and not (folder / name).exists()
 
     known = [name for name in names if name in listing.files]
     missing = {name: listing.files[name].bytes for name in known if is_missing(name)}
@@ -170,6 +169,12 @@ def check_space(listing: Listing, names: Collection[str], folder: Path) -> None:
     if missing:
         largest = max(missing, key=lambda name: missing[name])
         storage.require(folder / largest, sum(missing.values()) - partial)
+
+
+def _linkable(listing: Listing, name: str, folder: Path) -> bool:
+    """Whether a file is in the local Hub cache, on the disk of `folder`."""
+    blob = cached(listing, name)
+    return blob.exists() and blob.stat().st_dev == folder.stat().st_dev
 
 
 # ── fetching ──

@@ -38,9 +38,11 @@ def require(path: Path, needed: int, shared: int = 0) -> None:
     in less than its size gives a warning instead.
     """
     free = room(path)
+    if free is None or needed <= free:
+        return
     kind = file_system(path.parent)
     least = needed - shared if kind in _SHARING else needed
-    if free is None or least <= free:
+    if least <= free:
         return
     name = final_name(path)
     sizes = f"needs {amount(least)}, {amount(free)} are free"
