@@ -10,7 +10,6 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
-import json
 from pathlib import Path
 
 from mtpforge import cli
@@ -22,7 +21,10 @@ def main() -> None:
     """Parse the command line and write the list."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "source", type=json.loads, metavar="JSON", help="source of the files, as in config.yaml"
+        "source",
+        type=cli.json_object,
+        metavar="JSON",
+        help="source of the files, as in config.yaml",
     )
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="local files, or records of fetch.py"

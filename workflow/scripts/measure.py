@@ -15,9 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, prompts, recorded
+from mtpforge.errors import ConfigError
 from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
@@ -31,6 +33,8 @@ def main() -> None:
     """Parse the command line, measure, and write the measurement."""
     args = _parser().parse_args()
     atomic.refuse_overwriting(args.out, args.file, args.prompts, args.text, args.reference_logits)
+    if args.text:
+        open_regular(args.text, ConfigError, within=ANYWHERE).close()
     llama = programs.from_options(args)
     first = file_names.first_file(args.file)
     split.read(first)  # checks it before llama.cpp's programs read it

@@ -9,7 +9,6 @@ import sys
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import argparse
-import json
 from pathlib import Path
 
 from mtpforge import cli
@@ -28,7 +27,7 @@ def main() -> None:
         "report", type=Path, metavar="REPORT.json", help="report of verify.py on the file"
     )
     parser.add_argument(
-        "--parameters", type=json.loads, required=True, metavar="JSON",
+        "--parameters", type=cli.json_object, required=True, metavar="JSON",
         help="the file's part of the configuration",
     )  # fmt: skip
     parser.add_argument(
@@ -65,7 +64,7 @@ def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resour
     """Everything that the file depends on: checkpoint, base, toolchain, locks and code."""
     found: list[Resource] = list(read_json(args.source)["materials"]) if args.source else []
     for text, *tracked in args.material:
-        source = json.loads(text)
+        source = cli.json_object(text)
         ledger = source.pop("ledger", None)
         ledger = Path(ledger) if ledger else None
         found += provenance.materials(source, map(Path, tracked), ledger)

@@ -1,15 +1,19 @@
 """Parser and exit of all programs in workflow/scripts."""
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from mtpforge import run_owner
-from mtpforge.errors import ForgeError, ToolchainError
+from mtpforge.errors import ConfigError, ForgeError, ToolchainError, printable
 from mtpforge.io import storage
+from mtpforge.io.text import parse_json
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
@@ -22,8 +26,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def json_object(argument: str) -> dict[str, Any]:
+    """The JSON object in an argument of the command line. Raises ConfigError."""
+    return parse_json(Path("JSON"), argument, ConfigError)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`. Expected errors end the program with `error: ...` and exit code 1.
+
+    Control characters in what it prints are escaped.
 
     An interrupt, SIGTERM, a closed terminal and the end of the run of Snakemake that started the
     program unwind the stack, so that temporary files are removed and child processes end; the exit
@@ -34,7 +45,8 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(number, _unwind)
     run_owner.follow()
     try:
-        main()
+        with contextlib.redirect_stdout(_Escaped(sys.stdout)):
+            main()
         sys.stdout.flush()
     except ToolchainError as error:
         _fail(str(error))  # several lines: it may quote the end of a log
@@ -67,3 +79,16 @@ def _fail(message: str) -> NoReturn:
         except OSError:  # Python would try again at its end, and exit with another code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(1)
+
+
+class _Escaped(io.TextIOBase):
+    """Standard output without control characters of others: names of tensors, files, keys."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mtpforge.errors import ConfigError
+from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 
@@ -18,12 +19,10 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def read_prompts(folder: Path) -> dict[str, str]:
     """Read the prompts, by kind. Raises ConfigError if there are none, or one is not UTF-8."""
-    try:
-        prompts = {
-            path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))
-        }
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{folder}: a prompt is not UTF-8 ({error})") from None
+    prompts = {
+        path.stem: read_text(path, ConfigError, TEMPLATE_LIMIT, within=ANYWHERE)
+        for path in sorted(folder.glob("*.txt"))
+    }
     if not prompts:
         raise ConfigError(f"{folder}: no *.txt prompts there")
     return prompts

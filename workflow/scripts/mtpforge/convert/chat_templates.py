@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import CheckpointError
+from mtpforge.gguf import template_warnings
 from mtpforge.io.text import TEMPLATE_LIMIT, read_json, read_text
 
 FOLDER = "additional_chat_templates"
 _CONFIG, _FILE, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
+
+MOST = 100
+"""Templates of a checkpoint, and characters of their names. Real ones have up to 5."""
 
 Templates = str | list[dict[str, str]] | None
 """One template, several with their names, or none."""
@@ -28,7 +32,8 @@ def notes(directory: Path) -> list[str]:
     taken = _by_name(templates(directory))
     first = next(iter(found), "")
     rule = f"{first} is preferred" if _settings(directory) else f"there is no {_CONFIG}"
-    return [
+    words = template_warnings.warning(taken.values())
+    return [f"warning: {first}: {words}"] * bool(words) + [
         f"{name}: this chat template is not taken, because {rule}, as in llama.cpp's converter: "
         "delete the wrong one"
         for name, other in found.items()
@@ -68,6 +73,7 @@ def _candidates(directory: Path) -> dict[str, Templates]:
 
 def _checked(path: Path, value: Any) -> Templates:
     if value is None or isinstance(value, str):
+        _check_size(path, value or "")
         return value
     entries = value if isinstance(value, list) else [None]
     for entry in entries:
@@ -77,7 +83,19 @@ def _checked(path: Path, value: Any) -> Templates:
                 f"{path}: chat_template is neither a text nor a list of objects with name and "
                 "template"
             )
+        _check_size(path, str(texts[1]))
+    names = [str(entry["name"]) for entry in value if entry]
+    if len({*names}) < len(names) or len(names) > MOST or max(map(len, names), default=0) > MOST:
+        raise CheckpointError(
+            f"{path}: chat_template has the same name twice, or more than {MOST} templates, or a "
+            f"name of more than {MOST} characters"
+        )
     return list(entries)
+
+
+def _check_size(path: Path, template: str) -> None:
+    if len(template) > TEMPLATE_LIMIT:
+        raise CheckpointError(f"{path}: a chat template of more than {TEMPLATE_LIMIT >> 20} MB")
 
 
 def _by_name(value: Templates) -> dict[str, str]:

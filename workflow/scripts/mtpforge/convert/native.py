@@ -140,6 +140,8 @@ def _encoded(key: str, entry: GGUFValue) -> Value:
     if isinstance(entry.value, Value):  # the merges, encoded in advance
         return entry.value
     try:
+        if (type(entry.value) is bool) is not (entry.type is GGUFValueType.BOOL):
+            raise ValueError(f"{entry.value!r} is not {entry.type.name.lower()}")
         if isinstance(entry.value, float) and not math.isfinite(entry.value):
             raise ValueError(f"{entry.value} is not a finite number")
         item = entry.sub_type

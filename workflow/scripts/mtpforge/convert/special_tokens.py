@@ -17,15 +17,18 @@ from mtpforge.errors import CheckpointError
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
-    """Read the special tokens of a checkpoint; `settings` is its tokenizer.json.
+
+def special_vocab(directory: Path, settings: dict[str, Any], size: int) -> SpecialVocab:
+    """Read the special tokens of a checkpoint with `size` tokens; `settings` is its tokenizer.json.
 
     Raises CheckpointError.
     """
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
-    read_json(directory / "config.json")  # gguf-py's error would not name the file
+    config.pop("chat_template", None)  # see `chat_templates`
+    _check_ids(directory / "config.json", size)
     flagless = {key: value for key, value in config.items() if not _is_flag(key)}
     try:
         steps = _post_processors(settings, config, directory)
@@ -33,6 +36,8 @@ def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
         template = _read(directory, settings, flagless)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{directory}: malformed tokenizer files ({error})") from None
+    for role, number in special.special_token_ids.items():
+        _check_id(directory, f"{role}_token", number, size)
     # A post-processor overrides tokenizer_config.json; a byte-level one means that it adds nothing.
     flags: dict[str, bool] = {}
     for step in steps:
@@ -45,6 +50,23 @@ def special_vocab(directory: Path, settings: dict[str, Any]) -> SpecialVocab:
     }
     special.chat_template = chat_templates.templates(directory)
     return special
+
+
+def _check_ids(path: Path, size: int) -> None:
+    """Raise CheckpointError if config.json has a special token that the vocabulary lacks."""
+    config = read_json(path)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for role in _ROLES:
+            number = part.get(f"{role}_token_id")
+            for each in number if isinstance(number, list) else [number]:
+                _check_id(path, f"{role}_token_id", each, size)
+
+
+def _check_id(path: Path, key: str, number: Any, size: int) -> None:
+    if number is not None and (type(number) is not int or number >= size):
+        shown = str(number)[:50]
+        raise CheckpointError(f"{path}: {key} is {shown}, not one of {size} tokens")
 
 
 def _is_flag(key: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import signal
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import Pipe, Process
@@ -49,9 +50,10 @@ PRE_TOKENIZERS = {
     "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
 }
 
-# Limits of the process that reads tokenizer.json: several times what the largest vocabulary takes.
-_MEMORY = 4 << 30  # bytes
-_SECONDS = 300
+# Limits of the process that reads tokenizer.json: several times what real ones take. Each has a
+# part for any file, and one for each byte of it.
+_MEMORY = 32 << 20, 100  # bytes; real ones take 30 for each byte
+_SECONDS = 0.5, 1e-6  # of CPU; real ones take a tenth
 
 _SPACE = chr(ord(" ") + 256)
 
@@ -90,7 +92,7 @@ def describe(writer: GGUFWriter, directory: Path, vocab_size: int, pre: str | No
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_key_value(Keys.Tokenizer.MERGES, merges, GGUFValueType.ARRAY)
-    special_vocab(directory, settings).add_to_gguf(writer, quiet=True)
+    special_vocab(directory, settings, vocab_size).add_to_gguf(writer, quiet=True)
     if names := writer.kv_data[0].get(Keys.Tokenizer.CHAT_TEMPLATES):
         names.value.sort()  # gguf-py writes them in the order of a set, which varies
 
@@ -200,13 +202,24 @@ def load(text: str, named: AddedTokens) -> LoadedTokenizer:
 
 def _child(sender: Connection, text: str, named: AddedTokens) -> None:
     """Send the loaded tokenizer or an error message, within limits of memory and time."""
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the package prints its panics
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads take memory
+    _limit_memory(_MEMORY[0] + _MEMORY[1] * len(text))
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS[0] + _SECONDS[1] * len(text))
     try:
         sender.send(load(text, named))
     except ValueError as error:
         sender.send(str(error))
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process allocate that many bytes more than it has."""
+    usage = Path("/proc/self/statm")
+    if usage.exists():
+        used = int(usage.read_text().split()[5]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = used + more if hard == resource.RLIM_INFINITY else min(used + more, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _receive(receiver: Connection, child: Process, path: Path) -> LoadedTokenizer:

@@ -1,14 +1,15 @@
 """Records of downloads: one for each file, and one for a head that was downloaded on its own."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mtpforge.errors import DownloadError
-from mtpforge.io import atomic
+from mtpforge.io import atomic, text
 
 VERIFIED, FIRST_USE = "verified", "trusted on first use"
 """Standings of a head's tensor: its whole shard had the right sha256, or was never seen."""
@@ -18,6 +19,7 @@ VERIFIED, FIRST_USE = "verified", "trusted on first use"
 class FetchRecord:
     """A downloaded file whose content matches the commit."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     name: str
     bytes: int
     sha256: str
@@ -35,6 +37,7 @@ class FetchRecord:
 class HeadTensor:
     """A tensor of a head that was downloaded by byte range."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     shard: str
     bytes: int
     sha256: str
@@ -45,6 +48,7 @@ class HeadTensor:
 class HeadRecord:
     """A head that was downloaded without the rest of its checkpoint: its tensors by name."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     repo: str
     revision: str
     tensors: dict[str, HeadTensor]
@@ -86,8 +90,8 @@ def recorded_bytes(path: Path) -> int:
 
     Raises DownloadError if the record is malformed.
     """
-    with path.open(encoding="utf-8") as file:
-        found = re.search(r'^ "bytes": (\d{1,18}),?$', file.read(4096), re.MULTILINE)
+    with text.open_regular(path, DownloadError, within=text.ANYWHERE) as file:
+        found = re.search(rb'^ "bytes": (\d{1,18}),?$', file.read(4096), re.MULTILINE)
     if found is None:
         raise DownloadError(f"{path}: malformed download record: delete it and run again")
     return int(found[1])
@@ -96,12 +100,13 @@ def recorded_bytes(path: Path) -> int:
 def read_record(path: Path) -> FetchRecord | HeadRecord:
     """Read a record of either kind. Raises DownloadError if the file is malformed."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "tensors" not in value:
-            return FetchRecord(**value)
-        tensors = {name: HeadTensor(**entry) for name, entry in value.pop("tensors").items()}
-        return HeadRecord(**value, tensors=tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = text.read_bytes(path, DownloadError, within=text.ANYWHERE)
+        is_head = "tensors" in text.parse_json(path, content, DownloadError)
+        kind: type[FetchRecord | HeadRecord] = HeadRecord if is_head else FetchRecord
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
         raise DownloadError(
-            f"{path}: malformed download record ({error}): delete it and run again"
+            f"{path}: malformed download record ({where}: {first['msg']}): delete it and run again"
         ) from None

@@ -16,6 +16,7 @@ from mtpforge.checkpoint.model_files import INDEX
 from mtpforge.checkpoint.safetensors import CheckpointTensor, shared
 from mtpforge.errors import DownloadError, GgufError
 from mtpforge.gguf.file_names import gguf_files, parts_of
+from mtpforge.io import text
 from mtpforge.io.atomic import replacing
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -63,7 +64,10 @@ class Listing:
     def read(cls, path: Path) -> "Listing":
         """Read what `write` wrote. Raises DownloadError if the file is malformed."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"), object_hook=_compact)
+            content = text.read_bytes(path, DownloadError, within=text.ANYWHERE)
+            text.check_json(path, content, DownloadError, entries=text.MANY_ENTRIES)
+            value = json.loads(content.decode(), object_pairs_hook=_compact)
+            del content
             files = {name: File(**entry) for name, entry in value["files"].items()}
             tensors = value["tensors"]
             for name, entry in tensors.items():  # in place: there can be 200,000
@@ -169,12 +173,23 @@ def _entry(tensor: CheckpointTensor) -> dict[str, Any]:
     }
 
 
-def _compact(entry: dict[str, Any]) -> Any:
+def _compact(pairs: list[tuple[str, Any]]) -> Any:
     """Return a tensor's entry as a tuple that shares its strings and shape with others."""
+    entry = text.unique(pairs)
+    if "digest" in entry:
+        _check_counts(entry["bytes"])
     if "shard" not in entry:
         return entry
     dtype, shard, shape = entry["dtype"], entry["shard"], tuple(entry["shape"])
-    return intern(dtype), shared(shape), intern(shard), entry["offset"], entry["size"]
+    offset, size = entry["offset"], entry["size"]
+    _check_counts(offset, size, *shape)
+    return intern(dtype), shared(shape), intern(check_name(shard)), offset, size
+
+
+def _check_counts(*numbers: Any) -> None:
+    for number in numbers:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{str(number)[:50]!r} is not a size")
 
 
 def check_name(name: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mtpforge.errors import RecordError
-from mtpforge.io import atomic, storage
+from mtpforge.io import atomic, storage, text
 
 UNLESS_NONE = Field(exclude_if=lambda value: value is None)
 """Annotates a field that is written only if it has a value."""
@@ -24,21 +24,26 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file. Raises RecordError if it is malformed, OSError if it cannot be read."""
+        path.stat()
         with storage.reading(path):
-            content = path.read_bytes()
+            content = text.read_bytes(path, RecordError, within=text.ANYWHERE)
         return cls.parse(content, path)
 
     @classmethod
-    def parse(cls, text: bytes | str, path: Path) -> Self:
+    def parse(cls, content: bytes | str, path: Path) -> Self:
         """Parse JSON text; `path` is its file, for messages. Raises RecordError."""
+        advice = f"not a file of {cls.written_by}: delete it and run again"
         try:
-            record: Self = _adapter(cls).validate_json(text, by_alias=True)
+            text.check_json(path, content, RecordError)
+            record: Self = _adapter(cls).validate_json(content, by_alias=True)
+            text.parse_json(path, content, RecordError)  # pydantic takes keys that repeat
+        except RecordError as error:
+            raise RecordError(f"{error}: {advice}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise RecordError(
-                f"{path}{':' * bool(where)}{where}: {first['msg']}: not a file of "
-                f"{cls.written_by}: delete it and run again"
+                f"{path}{':' * bool(where)}{where}: {first['msg']}: {advice}"
             ) from None
         return record
 

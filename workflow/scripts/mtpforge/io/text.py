@@ -14,7 +14,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ JSON_LIMIT = 64 << 20
 
 The largest real ones, a tokenizer.json or an index, have 35 MB."""
 YAML_LIMIT = 1 << 20
-"""Bytes of YAML: a recipe, or the front matter of a model card."""
+"""Bytes of YAML, a recipe or the front matter of a model card, and of a list of checksums."""
 TEMPLATE_LIMIT = 4 << 20
 """Bytes of a chat template."""
 DEPTH = 64
@@ -111,7 +111,7 @@ def read_bytes(
 ) -> bytes:
     """The content of a file. Raises as `open_regular` does."""
     with open_regular(path, error, most, within) as file:
-        content = file.read(most + 1)
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise _too_large(path, error, most)
     return content
@@ -178,10 +178,14 @@ def check_json(
         raise error(f"{path}: more than {entries:,} entries, so not read")
     if data.count(b"\\") > 4 * entries:
         raise error(f"{path}: more than {4 * entries:,} escapes, so not read")
-    outside = _STRING.sub(b"", data)
-    if b"0" * (NUMBER + 1) in outside.translate(_AS_DIGITS):
-        raise error(f"{path}: has a number of more than {NUMBER} characters, so not read")
-    if _deeper_than(DEPTH, outside.translate(_AS_LIST, _NO_BRACKET)):
+    digits = b""
+    brackets = []
+    for piece in _outside_strings(data):
+        digits = digits[-NUMBER:] + piece.translate(_AS_DIGITS)
+        if b"0" * (NUMBER + 1) in digits:
+            raise error(f"{path}: has a number of more than {NUMBER} characters, so not read")
+        brackets.append(piece.translate(_AS_LIST, _NO_BRACKET))
+    if _deeper_than(DEPTH, b"".join(brackets)):
         raise error(f"{path}: is nested more than {DEPTH} deep, so not read")
 
 
@@ -200,8 +204,17 @@ def _refuse_twice(keys: list[str]) -> None:
             raise ValueError(f"duplicate name {key[:100]!r}")
 
 
-# Possessive, and they match an unfinished string too: no input takes more than linear time.
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+def _outside_strings(data: bytes) -> Iterator[bytes]:
+    """Yield what JSON has outside its strings, in pieces, in linear time and little memory."""
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    inside = 0
+    for start in range(0, len(plain), _PIECE):
+        parts = plain[start : start + _PIECE].split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= (len(parts) - 1) & 1
+
+
+_PIECE = 1 << 18
 _AS_DIGITS = bytes(ord("0") if byte in b"0123456789.eE+-" else 0 for byte in range(256))
 _SURROGATE = re.compile(r"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 _AS_LIST = bytes.maketrans(b"{}", b"[]")

@@ -152,7 +152,7 @@ def call(
     ):
         for line in program.lines():
             with storage.naming(Path(kept.name)):
-                kept.write(line)
+                kept.write(printable(line))
             tail.append(line)
             if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
                 shown = time.monotonic()

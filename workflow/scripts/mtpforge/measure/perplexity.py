@@ -10,6 +10,7 @@ from pathlib import Path
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.gguf import split
 from mtpforge.io import storage
+from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
 
@@ -33,6 +34,7 @@ def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: Lla
 
     The file is large: its size is printed, and checked against the free disk, before it is written.
     """
+    open_regular(text, ConfigError, within=ANYWHERE).close()
     tokens = split.read(model).need("tokenizer.ggml.tokens", list)
     # A token has at least one byte.
     most = max(min(chunks, text.stat().st_size // CONTEXT), 1)

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mtpforge.errors import VerificationError
+from mtpforge.gguf import template_warnings
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import tables
@@ -22,6 +23,7 @@ from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving
+from mtpforge.verify.metadata import templates_in
 
 
 def make(
@@ -52,6 +54,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "head": about.head,
         "drafts": any(result.drafts for result in results),
         "not_drafting": _not_drafting(results),
+        "template": _template(results),
         "files": tables.files(results).rstrip(),
         "split": _split(results),
         "measured": bool(measured),
@@ -69,6 +72,12 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
 def _not_drafting(results: Iterable[Result]) -> str:
     """Why heads of these files do not draft; empty if all do."""
     return _sentences(f"{escape(why)}." for result in results if (why := result.why_not_drafting))
+
+
+def _template(results: Iterable[Result]) -> str:
+    """Warnings of names in chat templates that only an attack needs."""
+    found = (template_warnings.warning(templates_in(result.gguf).values()) for result in results)
+    return _sentences(f"Warning: {escape(words)}." for words in found if words)
 
 
 def _split(results: Iterable[Result]) -> str:

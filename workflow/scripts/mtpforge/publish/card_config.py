@@ -1,10 +1,12 @@
 """The part of a model's configuration that its card shows."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+from mtpforge.errors import ConfigError
+from mtpforge.io.text import parse_json
 from mtpforge.publish.markdown import code, escape
 
 HUB = "https://huggingface.co"
@@ -57,7 +59,7 @@ class About:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read the JSON that the rule `card` passes."""
-        entry = json.loads(text)
+        entry = parse_json(Path("JSON"), text, ConfigError)
         return cls(
             name=entry["name"],
             checkpoint=Checkpoint(**entry["source"]) if entry["source"] else None,

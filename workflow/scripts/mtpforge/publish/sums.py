@@ -13,6 +13,7 @@ from mtpforge.errors import ForgeError, VerificationError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import write_text
 from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import YAML_LIMIT, read_text
 from mtpforge.publish import provenance
 from mtpforge.verify.report import Report
 
@@ -58,14 +59,9 @@ def read_sums(path: Path) -> Sums:
 
     Raises VerificationError if it is malformed or names a file outside its folder.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        raise VerificationError(
-            f"{path}: no such file: name a results folder that contains {SUMS}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise VerificationError(f"{path}: not UTF-8 ({error})") from None
+    if not path.exists():
+        raise VerificationError(f"{path}: no such file: name a results folder that contains {SUMS}")
+    lines = read_text(path, VerificationError, most=YAML_LIMIT).splitlines()
     sums: Sums = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)

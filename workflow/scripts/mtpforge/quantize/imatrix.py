@@ -17,6 +17,7 @@ from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
+from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_regular
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
@@ -37,7 +38,9 @@ def compute(
     text is too short, ToolchainError if llama-imatrix fails, DamagedError if the GGUF has changed.
     """
     # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
-    if len(text.read_bytes().strip()) < MIN_TOKENS:
+    with open_regular(text, ConfigError, within=ANYWHERE) as file:
+        start = file.read(JSON_LIMIT)
+    if len(start.strip()) < MIN_TOKENS:
         raise _too_short(text)
     with (
         replacing(out) as temporary,

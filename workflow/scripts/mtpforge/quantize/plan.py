@@ -32,6 +32,10 @@ SAMPLE = 1 << 16
 _AGAIN = "run quantize_plan.py again, or if the file should be the same, delete it: it is damaged"
 
 
+_FORM = 200
+"""Characters of a type and shape."""
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor's type, and what it is made from.
@@ -150,8 +154,8 @@ class QuantizePlan:
         for unknown in sorted(types | files):
             raise ValueError(f"unknown type {unknown}")
         for name, tensor in self.tensors.items():
-            if tensor.cost < 0:
-                raise ValueError(f"impossible shape of {name}: {tensor.form}")
+            if len(tensor.form) > _FORM or tensor.cost < 0:
+                raise ValueError(f"impossible shape of {name}: {tensor.form[:_FORM]}")
 
 
 def make_plan(

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtpforge.errors import printable
+
 TAIL = 8192  # bytes at the end of a log
 WIDTH = 160  # characters of a line
 ERROR_LINES = 12
@@ -42,7 +44,7 @@ class Job:
         """The text added to the log since the last call."""
         data = self._read(self.copied)
         self.copied += len(data)
-        return data.decode(errors="replace")
+        return printable(data.decode(errors="replace").replace("\r", "\n"))
 
     def _tail(self) -> list[str]:
         size = self.log.stat().st_size if self.log.is_file() else 0
@@ -58,4 +60,4 @@ class Job:
 
 def _lines(data: bytes) -> list[str]:
     parts = LINE_ENDS.split(data.decode(errors="replace"))
-    return [line for part in parts if (line := ESCAPES.sub("", part).rstrip())]
+    return [line for part in parts if (line := printable(ESCAPES.sub("", part)).rstrip())]

@@ -1,17 +1,27 @@
 """Stage `quantize`: from a BF16 GGUF to a quantized one."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.io import text
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config
 from mtpforge.rules.fetch import tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import Imatrix, ImatrixText, OwnBase, Variant
+
+
+def read_count(path: Path) -> int:
+    """The number of pieces that quantize_plan.py wrote. Raises ConfigError."""
+    count = text.read_text(path, ConfigError, most=100, within=text.ANYWHERE).strip()
+    if not re.fullmatch("[1-9][0-9]{0,2}", count):
+        raise ConfigError(f"{path}: not a number of pieces: delete it and run again")
+    return int(count)
 
 
 class QuantizeRules(Stage):
@@ -137,7 +147,7 @@ class QuantizeRules(Stage):
             return configured
         model, kind, name = wildcards.model, wildcards.kind, wildcards.name
         made = self._checkpoints.plan.get(model=model, kind=kind, name=name)
-        return int(Path(made.output.pieces).read_text(encoding="utf-8"))
+        return read_count(Path(made.output.pieces))
 
     def _variant(self, wildcards: Wildcards) -> Variant | None:
         """The variant; None for a part. Raises ConfigError for a name that is neither."""

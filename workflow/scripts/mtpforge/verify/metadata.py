@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from gguf.constants import Keys
 
-from mtpforge.gguf import reader
+from mtpforge import progress
+from mtpforge.gguf import reader, template_warnings
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import match
@@ -84,6 +85,14 @@ def check_template(opened: Gguf, expected: Mapping[str, str]) -> Check:
     size = sum(len(text.encode()) for text in expected.values())
     detail = f"{size:,} bytes, same as the source's" if expected else "the source has none"
     return Check("chat template", not problems, some(problems) or detail)
+
+
+def check_template_names(opened: Gguf) -> list[Check]:
+    """A warning if a chat template has names that only an attack needs; it does not fail."""
+    words = template_warnings.warning(templates_in(opened).values())
+    if words:
+        progress.say(f"warning: {opened.path.name}: {words}")
+    return [Check("template names", True, words)] if words else []
 
 
 def _verdict(problems: list[str], compared: int) -> Check:

@@ -58,6 +58,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
         return _report(opened, checks)
     _require_head(opened, request)
     checks.append(inventory.check_types(opened, request))
+    checks += metadata.check_template_names(opened)
     against_source, compared = _check_against_source(opened, request, llama.processors)
     checks += against_source
     if opened.is_drafter:
