@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_of_two_files_the_written_one_is_named(tmp_path: Path) -> None:
     """shutil.copyfile names the source first, although the target is full."""
     error = failing(errno.ENOSPC, str(tmp_path / "source"), None, str(tmp_path / "target"))
     assert str(storage.explain(error)).startswith(f"{tmp_path / 'target'}: the disk is full")
+
+
+def test_a_folder_that_cannot_be_copied_names_a_file(tmp_path: Path) -> None:
+    """shutil.copytree raises an error without a number, about all files."""
+    error = shutil.Error([("source", str(tmp_path / "x"), str(failing(errno.ENOSPC, "x")))])
+    assert str(storage.explain(error)).startswith(f"{tmp_path / 'x'}: the disk is full: ")
+
+
+def test_an_error_is_explained_once(tmp_path: Path) -> None:
+    explained = storage.explain(failing(errno.EIO, str(tmp_path)))
+    assert storage.explain(explained, tmp_path / "y") is explained
 
 
 def test_the_need_of_one_file_is_not_told_of_another(tmp_path: Path) -> None:

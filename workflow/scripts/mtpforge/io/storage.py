@@ -7,6 +7,7 @@ adds all three; `require` asks before the work begins; `by_program` finds out wh
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -140,6 +141,10 @@ def by_program(path: Path, needed: int) -> Iterator[None]:
 
 def explain(error: OSError, path: Path | None = None, needed: int | None = None) -> StorageError:
     """The error for a user: which file, what is wrong, and if space is, what it needs."""
+    if isinstance(error, StorageError):
+        return error
+    if isinstance(error, shutil.Error):
+        error = _first_of(error)
     place = _place(error, path)
     name = final_name(place) if place else "standard output, or another file without a name"
     if path and place and not final_name(place).is_relative_to(final_name(path)):
@@ -198,6 +203,15 @@ def _of_disk(error: OSError, name: object) -> StorageError:
     return StorageError(f"{name}: {reason}")
 
 
+def _first_of(error: shutil.Error) -> OSError:
+    """The first error of a copied folder, of which shutil keeps only the text."""
+    match error.args:
+        case ([(source, target, str(why)), *_],):
+            numbers = [number for number in errno.errorcode if os.strerror(number) in why]
+            return OSError(numbers[0] if numbers else None, why, source, None, target)
+    return error
+
+
 def _place(error: OSError, path: Path | None) -> Path | None:
     """The file that an error is about; of two, such as those of a copy, the one that is written."""
     first, second = error.filename, error.filename2
@@ -247,12 +261,16 @@ def _cause(error: ForgeError, path: Path, needed: int) -> ForgeError:
 
 def _probe(path: Path, needed: int) -> OSError | None:
     """Try to write a part of what is missing of a file that will be deleted."""
+    before = path.exists()
     try:
-        missing = needed - path.stat().st_size if path.exists() else needed
+        missing = needed - path.stat().st_size if before else needed
         with path.open("ab") as file:
             file.write(bytes(min(max(missing, 1), _PROBE)))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         return error
+    finally:
+        if not before:
+            path.unlink(missing_ok=True)
     return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from mtpforge import progress
 from mtpforge.errors import RecordError, ToolchainError
 from mtpforge.io import storage
-from mtpforge.io.atomic import replacing
+from mtpforge.io.atomic import replacing, write_text
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp.compilation import (
     PROGRAMS,
@@ -41,6 +41,8 @@ SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 
 BUILD_SIZE = 500_000_000
 """Bytes of disk that a build takes."""
+CONVERTER_SIZE = 1_000_000_000
+"""Bytes of disk that the environment of llama.cpp's converter takes."""
 
 
 def cache_root() -> Path:
@@ -152,7 +154,8 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     """
     pin = read_pin(requirement)
     _install_source(pin, requirement, folder / "source")
-    _install_environment(lock, folder / "environment")
+    with storage.by_program(folder / "written", CONVERTER_SIZE):
+        _install_environment(lock, folder / "environment")
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
 
@@ -236,4 +239,4 @@ def _install_environment(lock: Path, target: Path) -> None:
             hint = "\nPyTorch's CPU build must be known to pip: set PIP_FIND_LINKS or "
             hint = f"{hint}PIP_EXTRA_INDEX_URL" if "torch" in ended.stderr else ""
             raise ToolchainError(f"cannot set up {target}:\n{tail(ended.stderr, 5)}{hint}")
-    stamp.write_text(made, "utf-8")
+    write_text(stamp, made)
