@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hostile_files
 import httpx2
 import numpy as np
 import pytest
@@ -126,6 +127,21 @@ def client(tmp_path: Path, listings: dict[str, bytes]) -> Iterator[Client]:
 
 
 # ── listing ──
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["101 MB of zeros", "10 million empty lists", "overlapping", "a gap", "a terminal escape"],
+)
+def test_a_hostile_header_is_refused(client: Client, tmp_path: Path, name: str) -> None:
+    (case,) = [c for c in hostile_files.cases() if c.parser == "safetensors" and c.name == name]
+    shard = sorted(client.source.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    hostile_files.make(case._replace(file=shard.name), client.source)
+    done = client.resolve()
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert f"{REPO}/{shard.name}" in done.stderr and "\x1b" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2 and client.hub.sent[shard.name] < 20_000_000
 
 
 def test_a_listing_has_files_and_tensors(client: Client) -> None:

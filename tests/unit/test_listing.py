@@ -1,6 +1,7 @@
 """The listing of a repository: written, read, and cheap for checkpoints of 200,000 tensors."""
 
 import json
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_memory_for_many_tensors_is_bounded(tmp_path: Path) -> None:
         lambda value: value["tensors"]["a"].update(shape=3),
         lambda value: value["tensors"]["a"].update(dtype=[]),
         lambda value: value["tensors"].update(a=1),
+        lambda value: value["tensors"].update(a=dict.fromkeys("abcde", 1)),
+        lambda value: value["tensors"]["a"].update(shape=["1"]),
+        lambda value: value["tensors"]["a"].update(offset=1.5),
+        lambda value: value["tensors"]["a"].update(size=True),
+        lambda value: value["files"].update(a={"bytes": -1, "digest": ""}),
+        lambda value: value["files"].update(a={"bytes": "1", "digest": ""}),
         lambda value: value["files"].update(a={}),
     ],
 )
@@ -83,6 +90,24 @@ def test_a_malformed_listing_is_refused(
     path.write_text(json.dumps(value))
     with pytest.raises(DownloadError, match="malformed listing"):
         Listing.read(path)
+
+
+NESTED = {
+    "nothing": "",
+    "open lists": "[" * 100_000,
+    "open objects": '{"a":' * 100_000,
+    "digits": '{"files": ' + "9" * 5000 + "}",
+    "empty lists": "[" + "[]," * 4_000_000,
+}
+
+
+@pytest.mark.parametrize("text", NESTED.values(), ids=NESTED)
+def test_a_listing_of_nothing_but_nesting_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "files.json").write_text(text)
+    start = time.process_time()
+    with pytest.raises(DownloadError, match=r"files\.json: "):
+        Listing.read(tmp_path / "files.json")
+    assert time.process_time() - start < 1
 
 
 def test_the_graph_parses_a_listing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,8 @@ class Listing:
             files = {name: File(**entry) for name, entry in value["files"].items()}
             tensors = value["tensors"]
             for name, entry in tensors.items():  # in place: there can be 200,000
+                if type(entry) is not tuple:
+                    raise ValueError(f"an entry of {name[:100]!r}")
                 tensors[name] = CheckpointTensor(name, *entry)
             return cls(
                 value["repo"],
