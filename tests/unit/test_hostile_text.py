@@ -3,11 +3,19 @@
 Kinds and programs are in `hostile_text`; `bench/hostile_text.py` prints the worst of each kind.
 """
 
+import gzip
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import hostile_text
 import pytest
 from hostile_text import CASES, Case
+from huggingface_hub import close_session, constants
+from mtpforge.errors import DownloadError
+from mtpforge.hub import answers, resolve
 
 SECONDS = 5.0
 """Of CPU time far less is used; a machine that is busy with other tests takes longer."""
@@ -28,3 +36,68 @@ def test_there_are_enough_cases_of_each_kind() -> None:
     assert len(CASES) > 400
     kinds = [case.kind for case in CASES]
     assert min(map(kinds.count, kinds)) >= 3
+
+
+BODIES: dict[str, tuple[bytes, str]] = {
+    "deep": (b"[" * 100_000, "nested"),
+    "digits": (b'{"sha": ' + b"9" * 5000 + b"}", "number"),
+    "lists": (b'{"siblings": [' + b"[]," * 4_000_000 + b"[]]}", "entries"),
+    "large": (b'"' + bytes(70 << 20) + b'"', "more than 64 MB"),
+    "a list": (b"[1]", "malformed answer"),
+    "a number": (b"7", "malformed answer"),
+    "no commit": (b'{"id": "a/b", "sha": 7}', "malformed answer"),
+    "an escape": (b'{"id": "a/b", "sha": "\\u001b[31m"}', "malformed answer"),
+    "files of a number": (b'{"id": "a/b", "sha": "%s", "siblings": 7}' % (b"0" * 40), "malformed"),
+    "cut": (b'{"id": "a/b"', "malformed answer"),
+    "nothing": (b"", "malformed answer"),
+    "not UTF-8": (b'{"id": "\xff"}', "malformed answer"),
+    "compressed": (gzip.compress(bytes(64 << 20)), "compressed"),
+    "slow": (b"{" + b" " * 50, "takes longer than"),
+}
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers every request with the body that its path names."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        kind = self.path.rpartition("/")[2].partition("?")[0].replace("%20", " ")
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        if kind == "compressed":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        try:
+            if kind != "slow":
+                self.wfile.write(BODIES[kind][0])
+                return
+            for byte in BODIES[kind][0]:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    close_session()
+    yield
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_hostile_answer_of_the_hub_is_refused(
+    kind: str, endpoint: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "SECONDS", 0.3 if kind == "slow" else 60.0)
+    with pytest.raises(DownloadError, match=BODIES[kind][1]) as caught:
+        resolve.model_info("a/b", kind)
+    assert str(caught.value).isprintable()

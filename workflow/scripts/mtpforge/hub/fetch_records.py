@@ -91,7 +91,7 @@ def recorded_bytes(path: Path) -> int:
     Raises DownloadError if the record is malformed.
     """
     with text.open_regular(path, DownloadError, within=text.ANYWHERE) as file:
-        found = re.search(rb'^ "bytes": (\d{1,18}),?$', file.read(4096), re.MULTILINE)
+        found = re.search(rb'"bytes": (\d{1,18})[,}\s]', file.read(4096))
     if found is None:
         raise DownloadError(f"{path}: malformed download record: delete it and run again")
     return int(found[1])

@@ -12,6 +12,7 @@ from mtpforge.checkpoint import model_files, safetensors
 from mtpforge.checkpoint.model_files import INDEX, Weights
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import DownloadError
+from mtpforge.hub import answers
 from mtpforge.hub.download import read_text, remote_file
 from mtpforge.hub.listing import COMMIT, FILE_PATH, REPOSITORY, File, Listing
 from mtpforge.hub.retry import Retry
@@ -24,6 +25,7 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
 
     Raises DownloadError.
     """
+    answers.bound()
     label = f"{repo} at {revision}" if revision else repo
 
     def ask() -> ModelInfo:
@@ -35,7 +37,7 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
 
     try:
         info = Retry(label).call(ask)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DownloadError(
             f"{label}: malformed answer from the Hub ({type(error).__name__}: {error})"
         ) from None
