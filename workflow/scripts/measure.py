@@ -37,9 +37,9 @@ def main() -> None:
         open_regular(args.text, ConfigError, within=ANYWHERE).close()
     llama = programs.from_options(args)
     first = file_names.first_file(args.file)
-    split.read(first)  # checks it before llama.cpp's programs read it
     if args.report:  # before, because hashing beside would take time from what is measured
         published.check([(args.file, Report.read(args.report))])
+    split.read(first)  # checks it before llama.cpp's programs read it
     recorded.check_whole(args.reference_logits, args.logits_recorded)
     recorded.check_whole(args.text, args.text_recorded)
     value, divergence = _perplexity(args, first, llama)
