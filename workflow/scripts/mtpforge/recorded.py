@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mtpforge.checkpoint import safetensors
-from mtpforge.errors import DamagedError, ForgeError, GgufError
+from mtpforge.errors import DamagedError, ForgeError, GgufError, RecordError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, read_record
@@ -27,7 +27,7 @@ from mtpforge.io import atomic, held
 from mtpforge.io.held import HEADER, WHOLE, Part
 from mtpforge.io.ranges import FileRange, digest_of
 from mtpforge.io.records import Record
-from mtpforge.io.text import read_json
+from mtpforge.io.text import ANYWHERE, is_there, read_json
 
 Digests = Mapping[str, str]
 """The sha256 of the parts of one file by name: `header` and tensors, or `file` for all of it."""
@@ -153,9 +153,8 @@ def add_option(parser: argparse.ArgumentParser, option: str, file: str) -> None:
 def open_recorded(path: Path, root: Path) -> Recorded:
     """The digests of the files in the folder `root`. Raises ForgeError if they are malformed."""
     if path.is_dir():
-        inside = root.resolve().relative_to(path.parent.resolve())
-        return _of_records(path, path.parent / inside.parts[0])
-    value = read_json(path) if path.exists() else {"files": {}}
+        return _of_records(path, path.parent / _inside(root, path.parent).parts[0])
+    value = read_json(path, within=ANYWHERE) if is_there(path) else {"files": {}}
     if "revision" in value:
         return _of_head(path, root)
     return Ledger(path, root) if "files" in value else _One(root, value)
@@ -298,6 +297,14 @@ class _One(Recorded):
 
     def _digests_of(self, name: str) -> Digests:
         return self._digests
+
+
+def _inside(root: Path, folder: Path) -> Path:
+    """The path of a fetched folder from the one that has its records too."""
+    inside = root.resolve()
+    if inside == folder.resolve() or not inside.is_relative_to(folder.resolve()):
+        raise RecordError(f"{folder}: has no records of {root}: name the folder of its records")
+    return inside.relative_to(folder.resolve())
 
 
 def _of_records(folder: Path, root: Path) -> Recorded:

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint: its configuration, and its tensors as memory maps."""
 
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_form
 from mtpforge.errors import CheckpointError
 from mtpforge.io.mapped import Bytes, open_map
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.io.text import read_json
+from mtpforge.io.text import is_there, read_json
 
 _SLICE = 1 << 20  # values compared at a time
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -79,7 +80,7 @@ class Checkpoint(Outline):
         recorded: Path | None = None,
     ) -> None:
         # Resolved, because the model is named after the folder, which may be given as ".".
-        folder = Path(directory).resolve()
+        folder = Path(os.path.realpath(directory))  # not resolve(), which fails at a loop of links
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
         self.held = HeldFolder(folder, recorded)
@@ -176,7 +177,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return the content of config.json, with ModelOpt's settings. Raises CheckpointError."""
     config = read_json(directory / "config.json")
     beside = directory / quantization.MODELOPT
-    return quantization.with_modelopt(config, read_json(beside)) if beside.exists() else config
+    return quantization.with_modelopt(config, read_json(beside)) if is_there(beside) else config
 
 
 def folder_name(folder: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mtpforge.checkpoint.safetensors import CheckpointTensor, read_shard_header
 from mtpforge.errors import CheckpointError
-from mtpforge.io.text import parse_json, read_text
+from mtpforge.io.text import is_there, parse_json, read_text
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -59,7 +59,7 @@ def files_beside(directory: Path) -> list[str]:
     present = weight_files(directory)
     index = directory / INDEX
     try:
-        expected = _parse_index(index, read_text(index)) if index.exists() else {}
+        expected = _parse_index(index, read_text(index)) if is_there(index) else {}
     except CheckpointError:
         return []
     return sorted({*present} - {*model_files(present, {*expected.values()})})
@@ -113,12 +113,12 @@ def read_weights(directory: Path) -> Weights:
     """
     index = directory / INDEX
     present = weight_files(directory)
-    if not index.exists() and not model_files(present):
+    if not is_there(index) and not model_files(present):
         hint = "convert the weights to safetensors, or download them"
         if present:
             hint = f"rename {min(present)} if it is the model, merge it if it is an adapter"
         raise CheckpointError(f"{directory}: no {INDEX} and no model*.safetensors file: {hint}")
-    text = read_text(index) if index.exists() else None
+    text = read_text(index) if is_there(index) else None
     return gather_tensors(
         directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
     )

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from mtpforge.errors import CheckpointError
-from mtpforge.io.text import read_json
+from mtpforge.io.text import is_there, read_json
 
 _ROLES = (
     "bos_token",
@@ -95,7 +95,7 @@ def missing(tokenizer: Tokenizer, named: AddedTokens) -> list[AddedToken]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if is_there(path) else {}
 
 
 def _special_tokens_map(roles: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import template_warnings
-from mtpforge.io.text import TEMPLATE_LIMIT, read_json, read_text
+from mtpforge.io.text import TEMPLATE_LIMIT, is_there, read_json, read_text
 
 FOLDER = "additional_chat_templates"
 _CONFIG, _FILE, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
@@ -53,7 +53,7 @@ def read(path: Path, directory: Path) -> str:
 
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / _CONFIG
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if is_there(path) else {}
 
 
 def _candidates(directory: Path) -> dict[str, Templates]:
@@ -62,11 +62,11 @@ def _candidates(directory: Path) -> dict[str, Templates]:
     settings = _settings(directory)
     if "chat_template" in settings:
         found[_CONFIG] = settings["chat_template"]
-    if (path := directory / _FILE).exists():
+    if is_there(path := directory / _FILE):
         more = [{"name": p.stem, "template": read(p, directory)} for p in additional(directory)]
         default = read(path, directory)
         found[_FILE] = [{"name": "default", "template": default}, *more] if more else default
-    if (path := directory / _JSON).exists():
+    if is_there(path := directory / _JSON):
         found[_JSON] = read_json(path).get("chat_template")
     return {name: _checked(directory / name, value) for name, value in found.items()}
 

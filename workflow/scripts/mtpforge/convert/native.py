@@ -185,4 +185,4 @@ def _model_metadata(checkpoint: Outline, writer: GGUFWriter) -> Metadata:
 
 
 def _optional(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    return read(path) if path.exists() else {}
+    return read(path) if text.is_there(path) else {}

@@ -15,7 +15,7 @@ from gguf import SpecialVocab
 from mtpforge.convert import chat_templates
 from mtpforge.errors import CheckpointError
 from mtpforge.io import atomic
-from mtpforge.io.text import read_json
+from mtpforge.io.text import is_there, read_json
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -26,7 +26,7 @@ def special_vocab(directory: Path, settings: dict[str, Any], size: int) -> Speci
     Raises CheckpointError.
     """
     path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json(path) if is_there(path) else {}
     config.pop("chat_template", None)  # see `chat_templates`
     _check_ids(directory / "config.json", size)
     flagless = {key: value for key, value in config.items() if not _is_flag(key)}

@@ -217,10 +217,10 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         (folder / shard).symlink_to((checkpoint.directory / shard).resolve(strict=True))
     write_scratch(folder / INDEX, json.dumps({"metadata": {}, "weight_map": shards}))
     for name in _JSON:
-        if (checkpoint.directory / name).exists():
+        if text.is_there(checkpoint.directory / name):
             _copy_json(checkpoint.directory / name, folder / name)
     for path in [checkpoint.directory / name for name in _COPIED]:
-        if path.exists():
+        if text.is_there(path):
             _copy_text(path, folder / path.name, checkpoint.directory)
     for path in chat_templates.additional(checkpoint.directory):
         (folder / chat_templates.FOLDER).mkdir(exist_ok=True)

@@ -112,8 +112,13 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
 def refuse_overwriting(out: Path, *inputs: Path | None) -> None:
     """Raise ForgeError if writing `out` would destroy an input: a file, or anything in a folder."""
     for given in inputs:
-        if given is not None and out.resolve().is_relative_to(given.resolve()):
+        if given is not None and _real(out).is_relative_to(_real(given)):
             raise ForgeError(f"{out}: is an input, or inside one: name another output file")
+
+
+def _real(path: Path) -> Path:
+    """A path without links. `Path.resolve` fails at a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def give_name(source: Path, target: Path) -> None:

@@ -103,6 +103,11 @@ class _Named(io.FileIO):
             return super().readall()
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file that need not exist does. So does a broken link: reading it says so."""
+    return os.path.lexists(path)
+
+
 def read_bytes(
     path: Path,
     error: Failure = CheckpointError,

@@ -58,8 +58,15 @@ class About:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the JSON that the rule `card` passes."""
+        """Read the JSON that the rule `card` passes. Raises ConfigError."""
         entry = parse_json(Path("JSON"), text, ConfigError)
+        try:
+            return cls._of(entry)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"JSON: not an entry of the rule `card` ({error})") from None
+
+    @classmethod
+    def _of(cls, entry: Mapping[str, Any]) -> Self:
         return cls(
             name=entry["name"],
             checkpoint=Checkpoint(**entry["source"]) if entry["source"] else None,
