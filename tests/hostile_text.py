@@ -358,7 +358,6 @@ RECIPES = {
     "overlapping choices": "'(.|[a-z]|[.0-9])*z{9}': Q4_K\n",
     "many stars": f"'{'.*' * 30}x{{9}}': Q4_K\n",
     "a reference": r"'(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3\4\5\6x{9}': Q4_K" + "\n",
-    "deep groups": f"'{'(' * 400 + 'a' + ')' * 400}': Q4_K\n",
     "a long one": f"'{'a' * 5000}': Q4_K\n",
     "a huge count": "'a{99999999999999}': Q4_K\n",
     "a broken one": "'(a': Q4_K\n",

@@ -55,6 +55,9 @@ PRE_TOKENIZERS = {
 _MEMORY = 32 << 20, 100  # bytes; real ones take 30 for each byte
 _SECONDS = 0.5, 1e-6  # of CPU; real ones take a tenth
 
+_ASLEEP = 5
+"""Tenths of a second."""
+
 _SPACE = chr(ord(" ") + 256)
 
 
@@ -223,6 +226,12 @@ def _limit_memory(more: int) -> None:
 
 
 def _receive(receiver: Connection, child: Process, path: Path) -> LoadedTokenizer:
+    asleep = 0
+    while not receiver.poll(0.1):
+        # Without memory the package can wait for itself, which takes no time of the processor.
+        asleep = asleep + 1 if _is_asleep(child) else 0
+        if asleep > _ASLEEP:
+            child.kill()
     try:
         answer = receiver.recv()
     except EOFError:
@@ -231,6 +240,11 @@ def _receive(receiver: Connection, child: Process, path: Path) -> LoadedTokenize
     if not isinstance(answer, LoadedTokenizer):
         raise CheckpointError(f"{path}: the tokenizers package cannot read it ({answer})")
     return answer
+
+
+def _is_asleep(child: Process) -> bool:
+    state = Path(f"/proc/{child.pid}/stat")
+    return state.exists() and state.read_text().rpartition(") ")[2].startswith("S")
 
 
 def _normalized(tokenizer: Tokenizer, token: AddedToken) -> str:
