@@ -117,6 +117,21 @@ def test_a_run_on_another_machine_is_left_alone(tmp_path: Path, said: list[str])
         pass
 
 
+def test_a_run_in_another_container_cannot_be_seen(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's lock shows that it has ended, and without one it counts as living."""
+    owner = replace(Owner.this_process("snakemake"), host="other", namespace="other", started="1")
+    assert owner.lives()
+    leave(tmp_path, owner)
+    with one_run.holding(tmp_path, "", said.append) as taken_over:
+        assert taken_over
+    leave(tmp_path, owner)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(ForgeError, match="in use"), one_run.holding(tmp_path, "", said.append):
+        pass
+
+
 def test_the_name_of_a_run_is_one_line() -> None:
     owner = Owner.this_process("snakemake --cores 1 all", "/tmp/x")
     assert Owner.parse(owner.as_text()) == owner

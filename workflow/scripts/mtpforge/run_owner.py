@@ -26,10 +26,14 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: its host, the host's boot, its number, and when it was started after that."""
+    """A process: its host, the host's boot, its number, and when it was started after that.
+
+    Numbers are those of a namespace, such as a container's.
+    """
 
     host: str
     boot: str
+    namespace: str
     pid: int
     started: str
     since: str
@@ -42,6 +46,7 @@ class Owner:
         return cls(
             host=socket.gethostname(),
             boot=_boot(),
+            namespace=_namespace(),
             pid=os.getpid(),
             started=_started(os.getpid()) or "",
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -67,9 +72,13 @@ class Owner:
         return self.host == socket.gethostname() or (self.boot != "" and self.boot == _boot())
 
     def lives(self) -> bool:
-        """Whether the process runs on this machine: a later one can have got its number."""
-        same_boot = self.boot == _boot()
-        return self.is_here() and same_boot and _started(self.pid) == self.started
+        """Whether the process runs on this machine: a later one can have got its number.
+
+        One in another container cannot be seen, and counts as living.
+        """
+        if not self.is_here() or self.boot != _boot():
+            return False
+        return self.namespace != _namespace() or _started(self.pid) == self.started
 
     def __str__(self) -> str:
         """The process for messages."""
@@ -105,6 +114,12 @@ def _end_with(owner: Owner) -> None:
 def _boot() -> str:
     """A new text after each start of this machine; empty if it has none."""
     return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
+
+
+def _namespace() -> str:
+    """The namespace of process numbers; empty if the machine has none."""
+    link = Path("/proc/self/ns/pid")
+    return str(link.readlink()) if link.is_symlink() else ""
 
 
 def _started(pid: int) -> str | None:
