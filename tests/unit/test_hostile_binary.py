@@ -2,21 +2,26 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hostile_files
 import pytest
 from conftest import CHECKPOINTS, SCRIPTS
+from gguf.constants import GGUFValueType as T
 from hostile_files import Case
 from mtpforge.checkpoint import safetensors
 from mtpforge.convert import native
 from mtpforge.errors import CheckpointError, GgufError
 from mtpforge.gguf import reader
+from mtpforge.gguf.metadata import Value
+from mtpforge.inject import match
 from refusals import Parsers
 
 CASES = hostile_files.cases()
@@ -178,3 +183,42 @@ def test_no_program_of_llama_cpp_gets_a_file_that_is_refused(
     assert str(files["matrix" if "{matrix}" in CALLS[program] else "bad"]) in message
     called = files["bin"].parent / "called"
     assert not called.exists(), called.read_text()
+
+
+ODD = [
+    *(Value.of(number, T.UINT32) for number in (0, 1, (1 << 32) - 1)),
+    Value.of(-1, T.INT32),
+    Value.of((1 << 64) - 1, T.UINT64),
+    *(Value.of(float(number), T.FLOAT32) for number in ("nan", "inf", "-1")),
+    Value.of(True, T.BOOL),
+    Value.of("", T.STRING),
+    Value.of("\x1b[2J" * 9, T.STRING),
+    Value(T.STRING, hostile_files.string(b"\xff")),
+    *(Value.of(numbers, T.ARRAY, T.UINT32) for numbers in ([], [0] * 3, [1] * 5)),
+    Value.of([float("nan")] * 4, T.ARRAY, T.FLOAT32),
+    Value.of([True] * 4, T.ARRAY, T.BOOL),
+    Value.of(["a", "b"], T.ARRAY, T.STRING),
+    Value(T.ARRAY, struct.pack("<IQ", T.STRING, 1) + hostile_files.string(b"\xff")),
+]
+
+
+def test_an_odd_value_of_any_key_of_a_base_gives_a_typed_error_or_none(
+    files: dict[str, Path],
+) -> None:
+    """A vocabulary that was a number gave a traceback."""
+    whole = reader.read(files["model"])
+    ends: Counter[bool] = Counter()
+    for key in whole.metadata:
+        for value in ODD:
+            odd = replace(whole, metadata={**whole.metadata, key: value})
+            for base, head in ((odd, whole), (whole, odd)):
+                try:
+                    match.check_match(base, head, whole.trunk.tensors)
+                    refused = False
+                except GgufError as error:
+                    refused = True
+                    assert str(error).isprintable() and len(str(error)) < 1500
+                ends[refused] += 1
+                if key.startswith("tokenizer.ggml.tokens") and value is not ODD[-2]:
+                    assert refused, value
+    assert min(ends.values()) > 100

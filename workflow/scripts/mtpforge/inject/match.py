@@ -172,7 +172,11 @@ def vocabulary_difference(
     both have, up to 1% may differ in text, because publishers rename reserved tokens. Merges must
     be equal as far as both go.
     """
-    return _token_difference(found, expected) or _merge_difference(found, expected)
+    return (
+        _form_difference(found, expected)
+        or _token_difference(found, expected)
+        or _merge_difference(found, expected)
+    )
 
 
 def same_value(base: Gguf, key: str, head: Gguf) -> bool:
@@ -316,7 +320,26 @@ def _vocabulary_problems(base: Gguf) -> list[str]:
 def _texts(metadata: Mapping[str, Value], key: str) -> Value | None:
     """A list of texts, if a file has it."""
     texts = metadata.get(key)
-    return texts if texts and texts.item_type is GGUFValueType.STRING else None
+    is_list = texts is not None and texts.item_type is GGUFValueType.STRING
+    return texts if is_list else None
+
+
+def _form_difference(
+    found: Mapping[str, Value], expected: Mapping[str, Value]
+) -> Difference | None:
+    """A key of the vocabulary that one of them has as anything else than a list of texts."""
+    for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES):
+        for side in (found, expected):
+            if key in side and _texts(side, key) is None:
+                return Difference(key, _form(found.get(key)), _form(expected.get(key)))
+    return None
+
+
+def _form(value: Value | None) -> str:
+    if value is None:
+        return "missing"
+    item = value.item_type
+    return f"a list of {item.name.lower()}" if item is not None else value.type.name.lower()
 
 
 def _token_difference(

@@ -69,7 +69,7 @@ def vocabularies(model: Path, logits: Path) -> tuple[int, int]:
 
     llama-perplexity compares them without a word if they differ. Raises ConfigError, GgufError.
     """
-    with logits.open("rb") as file:
+    with open_regular(logits, ConfigError, within=ANYWHERE) as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size or not start.startswith(b"_logits_"):
         raise ConfigError(f"{logits}: not written by reference_logits.py")
