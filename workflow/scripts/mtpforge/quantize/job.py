@@ -52,11 +52,11 @@ class QuantizeJob:
         in_order = [name for name in self.source.tensors if name in wanted]
         with held.reading(self._recorded(in_order)):
             if len(in_order) == len(self.source.tensors):
-                return self._quantize(self.source, out)
+                return self.quantize(self.source, out)
             if len(in_order) == 1 and self._too_large(in_order[0]):
                 return self._quantize_by_rows(in_order[0], out, scratch)
             part = reader.select_tensors(self.source, in_order)
-            return self._quantize(self._copy_part(part, scratch), out)
+            return self.quantize(self._copy_part(part, scratch), out)
 
     def batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Group tensors into runs: neighbours up to the size limit of a run, or one larger tensor.
@@ -93,7 +93,7 @@ class QuantizeJob:
         """Approximate CPU seconds to quantize these tensors."""
         return sum(self.plan.tensors[name].cost for name in names)
 
-    def _quantize(self, source: Gguf, out: Path) -> Gguf:
+    def quantize(self, source: Gguf, out: Path) -> Gguf:
         """Quantize the whole source or a part of it to `out`, in place."""
         plan = self.plan
         return run(
@@ -130,7 +130,7 @@ class QuantizeJob:
             part = self._copy_part(
                 reader.rows(self.source, name, start=start, count=count), scratch
             )
-            made = self._quantize(part, scratch / "rows.gguf")
+            made = self.quantize(part, scratch / "rows.gguf")
             if whole is None:
                 whole = writer.lay_out(out, made.metadata, [info])
             with storage.naming(out, writer.size(whole.metadata, [info])):
