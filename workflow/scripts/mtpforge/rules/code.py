@@ -17,7 +17,7 @@ SCRIPTS = Path(__file__).resolve().parents[2]
 
 def code(program: str) -> list[str]:
     """A program as an input: the path of its file."""
-    return files(program)[:1]
+    return [files(program)[0]]
 
 
 @cache
@@ -37,7 +37,8 @@ def pins(path: str) -> str:
     return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()
 
 
-def files(program: str) -> list[str]:
+@cache
+def files(program: str) -> tuple[str, ...]:
     """A program (a file name in `workflow/scripts`) and, sorted, all local modules that it imports.
 
     The paths are relative to the repository, where Snakemake runs.
@@ -51,7 +52,7 @@ def files(program: str) -> list[str]:
             seen.add(path)
             pending += _imports(path)
     root = SCRIPTS.parents[1]
-    return [str(path.relative_to(root)) for path in [script, *sorted(seen - {script})]]
+    return tuple(str(path.relative_to(root)) for path in [script, *sorted(seen - {script})])
 
 
 @cache
