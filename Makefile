@@ -73,6 +73,9 @@ test: lint ## lint, then run all tests
 test-faults: setup-test toolchain ## fill disks and fail system calls under every writer, one by one (an hour)
 	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py
 
+test-staleness: toolchain setup-test ## change each kind of input and compare all results with those of a build from nothing (an hour)
+	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/staleness.py
+
 golden: toolchain converter ## rewrite the golden digests with llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py
 

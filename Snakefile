@@ -61,6 +61,10 @@ onsuccess:
 
 
 onerror:
+    if workflow.is_main_process:
+        build.publish.withdraw(
+            file for job in workflow.dag.needrun_jobs() for file in job.output
+        )
     if terminal:
         terminal.failure()
 

@@ -296,6 +296,22 @@ def test_dry_run_uploads_nothing() -> None:
     assert build().publish.uploads(None) == []
 
 
+def test_a_file_that_failed_leaves_card_and_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build()
+    monkeypatch.chdir(tmp_path)
+    described = [Path("results/m/README.md"), Path("results/m/SHA256SUMS")]
+    described[0].parent.mkdir(parents=True)
+    for path in described:
+        path.touch()
+    made.publish.withdraw(["results/m/measure/x.json", *map(str, described)])
+    assert all(path.exists() for path in described)
+    made.publish.withdraw(made.files()[:1])
+    made.publish.withdraw(made.files())
+    assert not any(path.exists() for path in described)
+
+
 def test_two_models_cannot_share_a_repository() -> None:
     models = {
         name: {**MODEL, "publish": {"repo": repo}} for name, repo in (("a", "O/N"), ("b", "o/n"))

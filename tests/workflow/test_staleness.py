@@ -1,10 +1,12 @@
 """Only stale steps rerun: real Snakemake decides, in a private copy of the repository."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from repository import CONFIG, Repository
+from repository import CONFIG, Repository, described
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,66 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
     for name in ("Snakefile", "config.yaml", "tests/checkpoints/tiny-qwen3.5/config.json"):
         (repository.path / name).touch()
     assert repository.pending() == {}
+
+
+def test_times_and_copies_rerun_nothing(repository: Repository) -> None:
+    """Not even those of files above 1 MB, which Snakemake compares by time."""
+    paths = [path for path in repository.path.rglob("*") if ".snakemake" not in path.parts]
+    for path in sorted(paths, key=lambda path: path.name[::-1]):
+        path.touch()
+    assert repository.pending() == {}
+    repository.config = dict(reversed(repository.config.items()))
+    repository.write_config()
+    with (repository.path / "config.yaml").open("a") as config:
+        config.write("# a comment\n")
+    assert repository.pending() == {}
+
+
+def test_a_changed_weight_reruns_everything_after_it(repository: Repository) -> None:
+    """The same size and times do not hide it."""
+    shard = repository.path / "tests/checkpoints/tiny-qwen3.5/model-00001-of-00004.safetensors"
+    before, times = shard.read_bytes(), (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    shard.write_bytes(before[:-2] + bytes([before[-2] ^ 1]) + before[-1:])
+    os.utime(shard, ns=times)
+    found = repository.pending()
+    shard.write_bytes(before)
+    assert found["convert"] == 1 and found["verify"] == 2 and found["materials"] == 1
+
+
+def test_comments_of_requirements_rerun_only_what_lists_them(repository: Repository) -> None:
+    for name in ("llama.cpp", "run"):
+        path = repository.path / f"envs/{name}.txt"
+        before = path.read_text()
+        path.write_text(before + "# a comment\n")
+        found = repository.pending()
+        path.write_text(before)
+        assert found == {"provenance": 2, "sums": 1}
+
+
+@pytest.mark.parametrize(
+    ("lost", "made"),
+    [
+        ("provenance/tiny-qwen3.5-Q8_0.json", {"provenance": 1, "sums": 1}),
+        ("README.md", {"card": 1, "sums": 1}),
+        ("SHA256SUMS", {"sums": 1}),
+        ("reports/tiny-qwen3.5-Q8_0.json", {"verify": 1, "summary": 1, **described(1)}),
+    ],
+)
+def test_a_lost_file_is_made_again(repository: Repository, lost: str, made: dict[str, int]) -> None:
+    path = repository.path / "results/tiny-qwen3.5" / lost
+    hidden = path.rename(path.with_suffix(".hidden"))
+    found = repository.pending()
+    hidden.rename(path)
+    assert found == made
+
+
+def test_without_snakemakes_records_nothing_reruns(repository: Repository) -> None:
+    records = repository.path / ".snakemake"
+    hidden = records.rename(records.with_suffix(".hidden"))
+    found = repository.pending()
+    shutil.rmtree(records)
+    hidden.rename(records)
+    assert found == {}
 
 
 def test_an_edited_module_reruns_the_rules_that_import_it(repository: Repository) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
+from mtpforge.progress import say
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
 from mtpforge.rules.config import Config, Model
@@ -173,6 +174,25 @@ class PublishRules(Stage):
                 layout.sums(model),
             )
         ]
+
+    def withdraw(self, unfinished: Iterable[str]) -> None:
+        """Remove card and sums of models with a file among what a failed run has not made.
+
+        They would list a file that is gone or out of date, and be uploaded with it.
+        """
+        missing = {str(file) for file in unfinished}
+        for model in self.config.chosen:
+            outputs = layout.outputs(model)
+            published = {
+                path
+                for each in outputs
+                for path in (each.file, each.report, each.statement, each.measurement)
+            }
+            if missing & published:
+                for path in map(Path, (layout.sums(model), layout.card(model))):
+                    if path.exists():
+                        path.unlink()
+                        say(f"removed {path}: not all of its files are there")
 
     def uploads(self, wildcards: object) -> list[str]:
         """The same for models that have a repository."""
