@@ -1,6 +1,6 @@
 """The source's values in the layout of a base: fused, apart, or for another number of tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 
 import numpy as np
@@ -41,6 +41,15 @@ def rows_in_layout(
         if match.is_bias_of_any(name, rows.keys()):
             result[name] = partial(_zeros, opened.tensors[name].shape[-1])
     return result
+
+
+def names_in_source(names: Iterable[str], opened: Gguf, source: Set[str]) -> list[str]:
+    """The tensors of the source from which those of a file come, which can be fused or apart."""
+    come_from = match.fusions(opened.tensors.keys(), source)
+    for whole, parts in match.fusions(source, opened.tensors.keys()).items():
+        come_from |= dict.fromkeys(parts, (whole,))
+    found = [each for name in names for each in come_from.get(name, (name,)) if each in source]
+    return list(dict.fromkeys(found))
 
 
 def foreign_output(opened: Gguf, rows: Mapping[str, SourceRows]) -> str:

@@ -120,19 +120,22 @@ def _check_against_source(
     source = open_source(request)
     checks: list[Check] = []
     rows: Mapping[str, SourceRows] = {}
+    of_source: Mapping[str, SourceRows] = {}
     if source:
         checks.append(inventory.check_inventory(opened, source, request))
         if not checks[0].passed:
             return checks, Comparisons()
         checks += _check_metadata(opened, source, request)
-        rows = base_layout.rows_in_layout(opened, source.tensors, source.rows())
+        of_source = source.rows()
+        rows = base_layout.rows_in_layout(opened, source.tensors, of_source)
     head = set() if request.headless else set(opened.head.tensors)
     # Another program can round the last bit differently.
     exact = set(opened.tensors) if request.ours else head
     read = opened if request.ours else _without_unreadable(opened)
     compared = tensors.compare_tensors(read, rows, whole=head, exact=exact, threads=threads)
     if source:
-        source.check(_worth_hashing(read, rows, compared))
+        worth = _worth_hashing(read, rows, compared)
+        source.check(base_layout.names_in_source(worth, opened, of_source.keys()))
     checks += [
         _check_finite(opened, compared),
         *check_norms(read, compared, source.norm_note if source else ""),
