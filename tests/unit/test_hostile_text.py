@@ -15,7 +15,9 @@ import pytest
 from hostile_text import CASES, Case
 from huggingface_hub import close_session, constants
 from mtpforge.errors import DownloadError
-from mtpforge.hub import answers, resolve
+from mtpforge.hub import answers, remote, resolve
+from mtpforge.hub.listing import File
+from mtpforge.hub.remote import RemoteFile
 
 SECONDS = 5.0
 """Of CPU time far less is used; a machine that is busy with other tests takes longer."""
@@ -101,3 +103,17 @@ def test_a_hostile_answer_of_the_hub_is_refused(
     with pytest.raises(DownloadError, match=BODIES[kind][1]) as caught:
         resolve.model_info("a/b", kind)
     assert str(caught.value).isprintable()
+
+
+def test_a_file_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocks(self: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
+        for _ in range(begin, end):
+            time.sleep(0.02)
+            yield b"a"
+
+    monkeypatch.setattr(RemoteFile, "_blocks", blocks)
+    monkeypatch.setattr(remote, "SECONDS", 0.1)
+    file = RemoteFile("a/b", "0" * 40, name="config.json", file=File(500, "0" * 40))
+    assert file.get(0, 2) == b"aa"
+    with pytest.raises(DownloadError, match="too slowly"):
+        file.get(0, 500)

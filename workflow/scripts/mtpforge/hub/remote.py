@@ -6,6 +6,7 @@ match the request or breaks off, it requests the rest.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -28,6 +29,10 @@ from mtpforge.hub.retry import (
 )
 
 REDIRECTS = 5
+SECONDS = 120.0
+"""For a small range, besides the time that `SLOWEST` takes."""
+SLOWEST = 10_000
+"""Bytes per second."""
 _SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -64,7 +69,14 @@ class RemoteFile:
     def get(self, begin: int, end: int) -> bytes:
         """Return bytes `begin` to `end`; for small ranges. Raises DownloadError."""
         blocks: list[bytes] = []
-        self.read(begin, end, blocks.append)
+        deadline = time.monotonic() + SECONDS + (end - begin) / SLOWEST
+
+        def keep(block: bytes) -> None:
+            if time.monotonic() > deadline:
+                raise DownloadError(f"{self._label}: the Hub sends it too slowly: run again later")
+            blocks.append(block)
+
+        self.read(begin, end, keep)
         return b"".join(blocks)
 
     @property
