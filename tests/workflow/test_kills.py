@@ -34,7 +34,7 @@ STAGES = {
     "graph": "",  # before the first job
     "toolchain": "toolchain: ",
     "resolve": "list ",
-    "fetch": "fetch .* of ",
+    "fetch": "fetch (?!only ).* of ",
     "fetch_head": "fetch only the head",
     "convert": ".*: convert the checkpoint",
     "materials": ".*: list the checkpoint's files",
