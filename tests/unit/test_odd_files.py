@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS
 from mtpforge import prompts, recorded
-from mtpforge.errors import ConfigError, ForgeError
+from mtpforge.errors import ConfigError, DamagedError, ForgeError
 from mtpforge.hub.fetch_records import read_record, recorded_bytes
 from mtpforge.hub.listing import Listing
 from mtpforge.io.atomic import refuse_overwriting
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.publish.card_config import About
 from mtpforge.publish.sums import read_sums
+from mtpforge.quantize import recipe
 
 Fails = Callable[..., str]
 
@@ -106,3 +107,12 @@ def test_records_of_another_folder_are_refused(tmp_path: Path) -> None:
 def test_a_malformed_option_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="JSON"):
         About.parse(text)
+
+
+def test_a_recipe_that_has_changed_is_damaged(tmp_path: Path) -> None:
+    path, table = tmp_path / "Q4_K_M.yaml", {"attn_": "Q6_K", "é": "Q8_0"}
+    path.write_text(recipe.as_text(table) + "\n")
+    assert recipe.read_recipe(path) == list(table.items())
+    path.write_text(path.read_text().replace("Q6_K", "Q4_K"))
+    with pytest.raises(DamagedError, match=r"Q4_K_M\.yaml: damaged"):
+        recipe.read_recipe(path)

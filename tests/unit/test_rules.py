@@ -169,15 +169,17 @@ def test_a_variant_without_a_head_is_made_from_the_trunk() -> None:
 def test_a_named_recipe_is_resolved() -> None:
     recipe = {"ffn_": "Q4_K", "attn_": "Q6_K"}
     named = Build({**config(tensors="mix"), "recipes": {"mix": recipe, "other": {"a": "Q8_0"}}})
-    assert named.quantize.recipe(wildcards()) == json.dumps(recipe)
-    assert Build(config(tensors=recipe)).quantize.recipe(wildcards()) == json.dumps(recipe)
+    assert named.quantize.recipe(wildcards()).splitlines()[0] == json.dumps(recipe)
+    assert Build(config(tensors=recipe)).quantize.recipe(wildcards()).splitlines()[0] == json.dumps(
+        recipe
+    )
     assert Build(config()).quantize.recipe(wildcards()) == "{}"
 
 
 def test_types_within_a_head_become_a_recipe() -> None:
     exceptions = {"eh_proj": "Q8_0", "attn_.*": "Q6_K"}
     build = Build(config(head={"type": "Q4_K", "tensors": exceptions}))
-    assert build.quantize.head_recipe(wildcards()) == json.dumps(exceptions)
+    assert build.quantize.head_recipe(wildcards()).splitlines()[0] == json.dumps(exceptions)
     options = f"--type Q4_K_M --head Q4_K --head-tensors {WORK}/head-recipes/Q4_K_M.yaml "
     assert build.quantize.options(wildcards()).startswith(options)
     assert f"{WORK}/head-recipes/Q4_K_M.yaml" in build.quantize.recipe_inputs(wildcards())

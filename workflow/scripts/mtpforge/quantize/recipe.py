@@ -1,17 +1,21 @@
 """Recipes: which tensors get which types, and how recipes become overrides of llama-quantize."""
 
+import hashlib
+import json
 import re
 import signal
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from mtpforge.errors import ConfigError
+from mtpforge.errors import ConfigError, DamagedError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.head import quantizable
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io import text
+
+_DIGEST = "# sha256 "
 
 NO_HEAD = "none"
 """Given instead of a head type to leave the head out."""
@@ -160,14 +164,30 @@ def check_pattern(pattern: str) -> None:
         ) from None
 
 
+def as_text(recipe: Mapping[str, str]) -> str:
+    """A recipe as YAML that ends with its sha256, if it has any pattern. See `read_recipe`."""
+    content = json.dumps(recipe)
+    if not recipe:
+        return content
+    return f"{content}\n{_DIGEST}{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def _check_digest(path: Path, content: str) -> None:
+    recipe, has_digest, digest = content.rpartition(f"\n{_DIGEST}")
+    if has_digest and digest.strip() != hashlib.sha256(recipe.encode()).hexdigest():
+        raise DamagedError(f"{path}: damaged: it has another sha256: delete it and run again")
+
+
 def read_recipe(path: Path | None) -> Recipe:
     """Read a recipe from a YAML file that maps patterns to types; empty for None.
 
-    Raises ConfigError for invalid YAML, an invalid pattern or an unknown type.
+    Raises ConfigError for invalid YAML, an invalid pattern or an unknown type, DamagedError for a
+    recipe that is not what its last line says.
     """
     if path is None:
         return ()
     content = text.read_text(path, ConfigError, most=text.YAML_LIMIT, within=text.ANYWHERE)
+    _check_digest(path, content)
     table = text.parse_yaml(path, content, ConfigError)
     is_mapping = isinstance(table, dict)
     if not is_mapping or not all(isinstance(word, str) for word in (*table, *table.values())):

@@ -1,6 +1,5 @@
 """Stage `quantize`: from a BF16 GGUF to a quantized one."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.io import text
+from mtpforge.quantize.recipe import as_text
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config
 from mtpforge.rules.fetch import tracked_inputs
@@ -38,13 +38,13 @@ class QuantizeRules(Stage):
         self._texts = {layout.imatrix_name(text): text for text in _texts(config)}
 
     def recipe(self, wildcards: Wildcards) -> str:
-        """A variant's recipe as JSON, which is YAML too; empty without one."""
-        return json.dumps(self.variant(wildcards).recipe)
+        """A variant's recipe with its sha256; empty without one."""
+        return as_text(self.variant(wildcards).recipe)
 
     def head_recipe(self, wildcards: Wildcards) -> str:
-        """The exceptions to its head's type, as JSON; empty without any."""
+        """The exceptions to its head's type, the same way; empty without any."""
         head = self.variant(wildcards).head_types
-        return json.dumps((head.tensors or {}) if head else {})
+        return as_text((head.tensors or {}) if head else {})
 
     def imatrix_text(self, wildcards: Wildcards) -> str:
         """The text of an importance matrix. Raises ConfigError for one that no variant uses."""
