@@ -181,7 +181,7 @@ WRITERS = {
     "text": Writer(write, "x.md"),
     "materials": Writer(materials, "x.json"),
     "summary": Writer(summary, "x.md"),
-    "listing": Writer(resolve, "x.json"),
+    "listing": Writer(resolve, "x.json", resumes=True),
     "fetch": Writer(fetch, SHARD, resumes=True),
     "parts": Writer(fetch_parts, "q.gguf", resumes=True),
     "head": Writer(fetch_head, "model-00003-of-00004.safetensors", several=True, resumes=True),
