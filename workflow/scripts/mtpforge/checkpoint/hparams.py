@@ -37,6 +37,13 @@ class Hparams:
             raise CheckpointError(f"config.json: {key} must be a number, not {value!r}")
         return float(value)
 
+    def fraction(self, key: str) -> float:
+        """Return a number between 0 and 1, both excluded. Raises CheckpointError."""
+        value = self.number(key)
+        if not 0 < value < 1:
+            raise CheckpointError(f"config.json: {key} must be between 0 and 1, not {value!r}")
+        return value
+
     def flag(self, key: str) -> bool:
         """Return a boolean, False if it is missing. Raises CheckpointError."""
         value = self.get(key, False)

@@ -121,7 +121,7 @@ def check_head(names: Mapping[str, CheckpointTensor], family: Family, hparams: H
         raise CheckpointError(
             f"{more[0]}: the head has more than one layer, which is not supported: {_HEADLESS}"
         )
-    if declared not in (0, 1):
+    if type(declared) is not int or declared not in (0, 1):
         raise CheckpointError(
             f"config.json: mtp_num_hidden_layers is {declared!r}, but the checkpoint has tensors "
             f"of a one-layer head: correct the wrong one, or {_HEADLESS}"

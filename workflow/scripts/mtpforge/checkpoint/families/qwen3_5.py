@@ -317,7 +317,7 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool =
     writer.add_head_count_kv(hp.count("num_key_value_heads"))
     rope = rope_parameters(hp)
     describe_rope(writer, rope)
-    writer.add_layer_norm_rms_eps(hp.number("rms_norm_eps"))
+    writer.add_layer_norm_rms_eps(hp.fraction("rms_norm_eps"))
     if hp.get("num_experts"):
         writer.add_expert_count(hp.count("num_experts"))
         writer.add_expert_used_count(hp.count("num_experts_per_tok"))
