@@ -12,15 +12,15 @@ from pathlib import Path
 import example_records
 import pytest
 from conftest import BIN, CHECKPOINTS
-from mtpforge import recorded
+from mtpforge import recorded_digests
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.model_files import INDEX, head_names
 from mtpforge.errors import DamagedError, ForgeError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.hub.fetch_records import FIRST_USE, FetchRecord, HeadRecord, HeadTensor
-from mtpforge.io import held
-from mtpforge.io.held import HEADER
+from mtpforge.io import integrity
+from mtpforge.io.integrity import HEADER
 from mtpforge.io.ranges import FileRange, digest_of, sha256
 from mtpforge.verify.report import Shard
 from splits import split
@@ -381,7 +381,7 @@ def test_damaged_logits_are_not_compared_with(copy: Copy) -> None:
 def test_a_damaged_text_is_not_read(copy: Copy, program: str) -> None:
     shutil.copy2(TEXT, copy.folder)
     text, known = copy.folder / TEXT.name, copy.folder / "of-text.json"
-    recorded.check_whole(text, known)  # by the first job that reads it
+    recorded_digests.check_whole(text, known)  # by the first job that reads it
     copy.damage(TEXT.name, "tensor")
     given = ("--text", text, "--text-recorded", known, "--bin", BIN)
     out = copy.folder / "x"
@@ -446,26 +446,28 @@ def test_a_copy_that_is_damaged_is_not_published(copy: Copy) -> None:
 def test_damage_that_breaks_the_job_is_named_too(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"other")
-    part = held.Part("x", FileRange(path, 0, 5), "0" * 64)
+    part = integrity.Part("x", FileRange(path, 0, 5), "0" * 64)
     damaged = pytest.raises(DamagedError, match=r"x \(bytes 0 to 5\) has changed")
-    with damaged, held.reading([part]):
+    with damaged, integrity.reading([part]):
         raise ValueError
 
 
 def test_a_file_that_disappears_is_named(tmp_path: Path) -> None:
-    part = held.Part("x", FileRange(tmp_path / "x", 0, 5), "0" * 64)
+    part = integrity.Part("x", FileRange(tmp_path / "x", 0, 5), "0" * 64)
     with pytest.raises(DamagedError, match="cannot be read"):
-        held.check([part])
+        integrity.check([part])
 
 
 def test_two_jobs_extend_one_ledger(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    first, second = (recorded.open_recorded(tmp_path / "ledger.json", tmp_path) for _ in "ab")
+    first, second = (
+        recorded_digests.open_recorded(tmp_path / "ledger.json", tmp_path) for _ in "ab"
+    )
     for ledger, name in ((first, "a"), (second, "b")):
         place = FileRange(tmp_path / name, 0, 1)
-        ledger.note(held.check(ledger.parts(tmp_path / name, {held.WHOLE: place})))
-    third = recorded.open_recorded(tmp_path / "ledger.json", tmp_path)
+        ledger.note(integrity.check(ledger.parts(tmp_path / name, {integrity.WHOLE: place})))
+    third = recorded_digests.open_recorded(tmp_path / "ledger.json", tmp_path)
     for name in ("a", "b"):
-        (part,) = third.parts(tmp_path / name, {held.WHOLE: FileRange(tmp_path / name, 0, 1)})
+        (part,) = third.parts(tmp_path / name, {integrity.WHOLE: FileRange(tmp_path / name, 0, 1)})
         assert part.sha256 == digest_of(tmp_path / name)

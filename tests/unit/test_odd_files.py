@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINTS
-from mtpforge import prompts, recorded
+from mtpforge import prompts, recorded_digests
 from mtpforge.errors import ConfigError, DamagedError, ForgeError
 from mtpforge.hub.fetch_records import read_record, recorded_bytes
 from mtpforge.hub.listing import Listing
@@ -100,7 +100,7 @@ def test_records_of_another_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for root in (tmp_path, tmp_path.parent):
         with pytest.raises(ForgeError, match="has no records of"):
-            recorded.open_recorded(tmp_path / "records", root)
+            recorded_digests.open_recorded(tmp_path / "records", root)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 99_999, '{"name": 1, "source": 7}'])

@@ -9,7 +9,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, prompts, recorded
+from mtpforge import cli, prompts, recorded_digests
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.verify.report import accepted_drafts
@@ -21,8 +21,8 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = cli.parser(__doc__)
     parser.add_argument("file", type=Path, metavar="BF16.gguf", help="the unquantized GGUF")
-    recorded.add_option(parser, "--recorded", "FILE")
-    recorded.add_option(parser, "--target-recorded", "the target")
+    recorded_digests.add_option(parser, "--recorded", "FILE")
+    recorded_digests.add_option(parser, "--target-recorded", "the target")
     parser.add_argument(
         "--target", type=Path, metavar="GGUF", help="the model that FILE drafts for, if it is one"
     )

@@ -9,7 +9,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, recorded, table
+from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import donor_head, norm_shift
 from mtpforge.convert.native import PARTS, convert_checkpoint
@@ -47,8 +47,8 @@ def main() -> None:
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
     norm_shift.add_option(parser)
-    recorded.add_option(parser, "--recorded", "the checkpoint's files")
-    recorded.add_option(parser, "--head-recorded", "those of --head-from")
+    recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")
+    recorded_digests.add_option(parser, "--head-recorded", "those of --head-from")
     parser.add_argument(
         "--threads", type=int, help="threads for the digests (default: all processors)"
     )

@@ -11,7 +11,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, recorded, table
+from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert.upstream import PARTS, convert_checkpoint
 from mtpforge.gguf import reader
@@ -51,7 +51,7 @@ def main() -> None:
         default=Path("resources/converter"),
         help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
-    recorded.add_option(parser, "--recorded", "the checkpoint's files")
+    recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)

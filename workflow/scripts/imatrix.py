@@ -9,7 +9,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, recorded, table
+from mtpforge import cli, recorded_digests, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import imatrix
@@ -27,16 +27,16 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the importance matrix to write, a GGUF"
     )
-    recorded.add_option(parser, "--recorded", "the GGUF")
-    recorded.add_option(parser, "--text-recorded", "--text")
-    recorded.add_digest_option(parser)
+    recorded_digests.add_option(parser, "--recorded", "the GGUF")
+    recorded_digests.add_option(parser, "--text-recorded", "--text")
+    recorded_digests.add_digest_option(parser)
     programs.add_options(parser, log=True)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    recorded.check_whole(args.text, args.text_recorded)
+    recorded_digests.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
     imatrix.compute(args.model, args.text, args.out, llama=llama, recorded_at=args.recorded)
-    recorded.write_digest(args.digest, args.out)
+    recorded_digests.write_digest(args.digest, args.out)
     print(table.size_of(args.out))
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 import argparse
 from pathlib import Path
 
-from mtpforge import cli, recorded, table
+from mtpforge import cli, recorded_digests, table
 from mtpforge.convert import norm_shift
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.inject.inject import Options, inject
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the sha256 of each tensor of the base's trunk and of the head, as JSON",
     )
-    recorded.add_option(parser, "--base-recorded", "the base")
-    recorded.add_option(parser, "--head-recorded", "HEAD")
+    recorded_digests.add_option(parser, "--base-recorded", "the base")
+    recorded_digests.add_option(parser, "--head-recorded", "HEAD")
     add(
         "--bin",
         type=Path,

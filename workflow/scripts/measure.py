@@ -14,7 +14,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import cli, prompts, recorded
+from mtpforge import cli, prompts, recorded_digests
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
@@ -40,8 +40,8 @@ def main() -> None:
     if args.report:  # before, because hashing beside would take time from what is measured
         published.check([(args.file, Report.read(args.report))])
     split.read(first)  # checks it before llama.cpp's programs read it
-    recorded.check_whole(args.reference_logits, args.logits_recorded)
-    recorded.check_whole(args.text, args.text_recorded)
+    recorded_digests.check_whole(args.reference_logits, args.logits_recorded)
+    recorded_digests.check_whole(args.text, args.text_recorded)
     value, divergence = _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         "--report", type=Path, metavar="FILE",
         help="report of verify.py on the file, to refuse it if it has changed since",
     )  # fmt: skip
-    recorded.add_option(parser, "--logits-recorded", "--reference-logits")
-    recorded.add_option(parser, "--text-recorded", "--text")
+    recorded_digests.add_option(parser, "--logits-recorded", "--reference-logits")
+    recorded_digests.add_option(parser, "--text-recorded", "--text")
     prompts.add_option(parser)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",

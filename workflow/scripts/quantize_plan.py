@@ -11,7 +11,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, recorded
+from mtpforge import cli, recorded_digests
 from mtpforge.gguf import reader, split
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
@@ -38,7 +38,7 @@ def main() -> None:
         metavar="FILE",
         help="sha256 of the source's tensors, as convert.py writes them (default: hash it)",
     )
-    recorded.add_option(parser, "--imatrix-recorded", "--imatrix")
+    recorded_digests.add_option(parser, "--imatrix-recorded", "--imatrix")
     parser.add_argument("--type", required=True, metavar="T", help=request.TYPE_HELP)
     request.add_options(parser)
     programs.add_options(parser)
@@ -55,8 +55,8 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, *inputs)
     llama = programs.from_options(args)
     asked = request.from_options(args)
-    source = split.joined(recorded.shards(args.source, args.digests))
-    recorded.check_whole(args.imatrix, args.imatrix_recorded)
+    source = split.joined(recorded_digests.shards(args.source, args.digests))
+    recorded_digests.check_whole(args.imatrix, args.imatrix_recorded)
     types = choose_types(source, asked, llama)
     digests = read_json(args.digests) if args.digests else reader.digests_of(source)
     plan = make_plan(source, digests, types=types, request=asked, llama=llama)

@@ -9,7 +9,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli, recorded, table
+from mtpforge import cli, recorded_digests, table
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure.perplexity import reference_logits
@@ -30,20 +30,20 @@ def main() -> None:
         "--out", type=Path, required=True,
         help="logits to write: 0.13 GB per chunk for a vocabulary of 248,320",
     )  # fmt: skip
-    recorded.add_option(parser, "--recorded", "the GGUF")
-    recorded.add_option(parser, "--text-recorded", "--text")
-    recorded.add_digest_option(parser)
+    recorded_digests.add_option(parser, "--recorded", "the GGUF")
+    recorded_digests.add_option(parser, "--text-recorded", "--text")
+    recorded_digests.add_digest_option(parser)
     programs.add_options(parser)
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.model, args.text)
-    recorded.check_whole(args.text, args.text_recorded)
+    recorded_digests.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
     with (
         atomic.replacing(args.out) as temporary,
-        recorded.reading(args.model, args.recorded),
+        recorded_digests.reading(args.model, args.recorded),
     ):
         reference_logits(args.model, args.text, out=temporary, chunks=args.chunks, llama=llama)
-    recorded.write_digest(args.digest, args.out)
+    recorded_digests.write_digest(args.digest, args.out)
     print(table.size_of(args.out))
 
 

@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import cli, errors, prompts, recorded
+from mtpforge import cli, errors, prompts, recorded_digests
 from mtpforge.convert import norm_shift
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import check_space, check_target, parse_size, shards
@@ -91,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--head-record", type=Path, metavar="FILE",
         help="record of fetch_head.py, to report how far the head is trusted",
     )  # fmt: skip
-    recorded.add_option(parser, "--recorded", "the checkpoint or reference")
-    recorded.add_option(parser, "--head-recorded", "--head-from")
-    recorded.add_option(parser, "--target-recorded", "the target")
+    recorded_digests.add_option(parser, "--recorded", "the checkpoint or reference")
+    recorded_digests.add_option(parser, "--head-recorded", "--head-from")
+    recorded_digests.add_option(parser, "--target-recorded", "the target")
     _add_requested(parser)
     _add_thresholds(parser)
     prompts.add_option(parser)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mtpforge.checkpoint import quantization
-from mtpforge.checkpoint.held_folder import HeldFolder
+from mtpforge.checkpoint.checked_folder import CheckedFolder
 from mtpforge.checkpoint.model_files import read_weights, weight_files
 from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_format
 from mtpforge.errors import CheckpointError
@@ -83,7 +83,7 @@ class Checkpoint(Outline):
         folder = Path(os.path.realpath(directory))  # not resolve(), which fails at a loop of links
         if not folder.is_dir():
             raise CheckpointError(f"{directory}: no such checkpoint folder")
-        self.held = HeldFolder(folder, recorded)
+        self.integrity = CheckedFolder(folder, recorded)
         files = [path.name for path in folder.iterdir() if path.is_file()]
         weights = read_weights(folder)
         super().__init__(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mtpforge.errors import CheckpointError
-from mtpforge.io.held import HEADER, WHOLE
+from mtpforge.io.integrity import HEADER, WHOLE
 from mtpforge.io.ranges import FileRange
 from mtpforge.io.text import check_json, open_regular, unique
 

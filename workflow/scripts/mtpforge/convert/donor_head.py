@@ -47,8 +47,8 @@ def convert(
     )
 
     def check(written: Path) -> None:
-        checkpoint.held.check()
-        donor.held.check()
+        checkpoint.integrity.check()
+        donor.integrity.check()
 
     tensors = [(item.info, payload(half, item)) for half, item in planned]
     write(out, metadata, tensors, check=check)

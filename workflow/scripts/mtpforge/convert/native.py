@@ -81,7 +81,7 @@ def convert_checkpoint(
         tokenizer_pre=tokenizer_pre,
     )
     tensors = [(item.info, payload(checkpoint, item)) for item in planned]
-    write(out, metadata, tensors, check=lambda written: checkpoint.held.check())
+    write(out, metadata, tensors, check=lambda written: checkpoint.integrity.check())
     say_notes(checkpoint, family, part)
     return norm_shift.note(planned)
 

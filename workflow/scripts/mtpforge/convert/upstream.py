@@ -119,7 +119,7 @@ def convert_checkpoint(
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     needed = _least_size(checkpoint, part)
     with replacing(out, needed=needed) as temporary, tempfile.TemporaryDirectory() as scratch:
-        checkpoint.held.add(_read_tensors(checkpoint, part))
+        checkpoint.integrity.add(_read_tensors(checkpoint, part))
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]
         command += [folder, *_options(checkpoint, part), "--outfile", temporary]
@@ -127,11 +127,11 @@ def convert_checkpoint(
             try:
                 process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
             except ToolchainError as error:
-                checkpoint.held.check()
+                checkpoint.integrity.check()
                 text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"
                 raise ToolchainError(text) from None
         prove(reader.read(temporary), checkpoint, part)
-        checkpoint.held.check()
+        checkpoint.integrity.check()
     for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
         progress.say(note)
 

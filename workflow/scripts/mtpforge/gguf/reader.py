@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
 from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES, UnknownType
-from mtpforge.io.held import HEADER, WHOLE
+from mtpforge.io.integrity import HEADER, WHOLE
 from mtpforge.io.ranges import FileRange, Payload, sha256
 from mtpforge.io.text import ANYWHERE, open_regular
 

@@ -25,7 +25,7 @@ from mtpforge.hub import download
 from mtpforge.hub.fetch_records import FIRST_USE, VERIFIED, HeadRecord, HeadTensor
 from mtpforge.hub.listing import Listing
 from mtpforge.io import atomic, storage
-from mtpforge.io.held import HEADER
+from mtpforge.io.integrity import HEADER
 from mtpforge.io.ranges import FileRange, Sink, digest_of, sha256
 from mtpforge.io.text import parse_json, read_json
 

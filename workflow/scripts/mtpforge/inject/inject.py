@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from mtpforge import progress, recorded
+from mtpforge import progress, recorded_digests
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.errors import GgufError
@@ -32,7 +32,7 @@ from mtpforge.gguf.reader import (
 )
 from mtpforge.inject.match import check_match, same_value
 from mtpforge.io import atomic, storage
-from mtpforge.io.held import HEADER
+from mtpforge.io.integrity import HEADER
 from mtpforge.io.ranges import FileRange, Payload, Sink, sha256
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
@@ -80,7 +80,7 @@ def inject(
         problem = "is a folder: name its GGUF" if base.is_dir() else "no such file"
         raise GgufError(f"{base}: {problem}")
     with atomic.scratch_folder(out) as scratch:
-        files = recorded.shards(base, options.base_recorded)
+        files = recorded_digests.shards(base, options.base_recorded)
         if len(files) == 1 and out.suffix != ".gguf":
             raise GgufError(
                 f"{out}: name a file F.gguf: only a split base can be written to a folder"
@@ -119,11 +119,11 @@ def _hashing(
     """
     of_base: list[tuple[str, FileRange]] = []
     if options.digests or options.base_recorded:
-        of_base += recorded.places(files)
+        of_base += recorded_digests.places(files)
     of_head = head.head.ranges.items() if options.head_recorded and head.path.is_file() else ()
     with (
-        recorded.hashing(options.base_recorded, of_base, threads) as check_base,
-        recorded.hashing(options.head_recorded, of_head) as check_head,
+        recorded_digests.hashing(options.base_recorded, of_base, threads) as check_base,
+        recorded_digests.hashing(options.head_recorded, of_head) as check_head,
     ):
 
         def check() -> dict[str, str]:
@@ -148,7 +148,7 @@ def _open_head(head: Path, scratch: Path, options: Options) -> Gguf:
             progress.say(note)
         files = [reader.read(place)]
     else:
-        files = recorded.shards(head, options.head_recorded)
+        files = recorded_digests.shards(head, options.head_recorded)
     opened = replace(split.joined(files), path=head)
     if not opened.head.tensors:
         raise GgufError(

@@ -101,7 +101,7 @@ class LlamaCpp:
 
 @cache
 def _check_stamp(program: Path, stamp: Path) -> None:
-    """Hold a program against the stamp, if there is one; once, because a server has 15 MB."""
+    """Check a program against the stamp, if there is one; once, because a server has 15 MB."""
     if not stamp.exists():
         return
     programs = read_json(stamp).get("programs", {})

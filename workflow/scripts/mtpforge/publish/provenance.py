@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtpforge import recorded
+from mtpforge import recorded_digests
 from mtpforge.errors import VerificationError
 from mtpforge.hub.fetch_records import HeadRecord, read_record
 from mtpforge.io.ranges import digest_of
@@ -79,7 +79,7 @@ def materials(
     tracked = list(tracked)
     if ledger and "path" in source:
         for path in tracked:
-            recorded.check_given(path, ledger, root=_folder(tracked))
+            recorded_digests.check_given(path, ledger, root=_folder(tracked))
     role = {"role": source["role"]} if "role" in source else {}
     found = _materials(source, tracked)
     annotated = [{**each, "annotations": each.get("annotations", {}) | role} for each in found]

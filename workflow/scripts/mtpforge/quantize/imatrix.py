@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from mtpforge import recorded
+from mtpforge import recorded_digests
 from mtpforge.errors import ConfigError, GgufError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.gguf.reader import NAME_LIMIT, Gguf
@@ -45,7 +45,7 @@ def compute(
     with (
         replacing(out) as temporary,
         tempfile.TemporaryDirectory() as name,
-        recorded.reading(model, recorded_at) as opened,
+        recorded_digests.reading(model, recorded_at) as opened,
     ):
         folder = Path(name)
         (folder / text.name).symlink_to(text.resolve())  # the path it is given gets into the file

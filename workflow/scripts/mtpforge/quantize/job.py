@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.reader import ALIGNMENT, Gguf, TensorInfo, drop_leading_ones
-from mtpforge.io import held, storage
+from mtpforge.io import integrity, storage
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import run, without_vocabulary
 from mtpforge.quantize.plan import QuantizePlan
@@ -50,7 +50,7 @@ class QuantizeJob:
         """
         wanted = set(names)
         in_order = [name for name in self.source.tensors if name in wanted]
-        with held.reading(self._recorded(in_order)):
+        with integrity.reading(self._recorded(in_order)):
             if len(in_order) == len(self.source.tensors):
                 return self.quantize(self.source, out)
             if len(in_order) == 1 and self._too_large(in_order[0]):
@@ -105,10 +105,12 @@ class QuantizeJob:
             llama=self.llama,
         )
 
-    def _recorded(self, names: Iterable[str]) -> list[held.Part]:
+    def _recorded(self, names: Iterable[str]) -> list[integrity.Part]:
         """Tensors of the source, with the digests that the plan has of them."""
         tensors = self.plan.tensors
-        return [held.Part(name, self.source.ranges[name], tensors[name].source) for name in names]
+        return [
+            integrity.Part(name, self.source.ranges[name], tensors[name].source) for name in names
+        ]
 
     def _run_limit(self, name: str) -> int:
         """How many bytes of the source a run with this tensor may have."""

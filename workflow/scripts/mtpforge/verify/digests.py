@@ -8,7 +8,7 @@ from mtpforge.gguf import reader, split
 from mtpforge.gguf.head import trunk_digests
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import HeadRecord
-from mtpforge.io.held import HEADER
+from mtpforge.io.integrity import HEADER
 from mtpforge.io.ranges import sha256
 from mtpforge.io.text import read_json
 from mtpforge.verify.report import Check, Trunk, some

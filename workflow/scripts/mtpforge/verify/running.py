@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
-from mtpforge import recorded, table
+from mtpforge import recorded_digests, table
 from mtpforge.errors import ConfigError, ForgeError, StorageError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import gguf_files
@@ -50,11 +50,11 @@ def check_running(
 
 @contextmanager
 def reading_target(request: Request) -> Iterator[None]:
-    """Hold the target, if there is one, against its digests while llama-server reads it."""
+    """Check the target, if there is one, against its digests while llama-server reads it."""
     if request.target is None:
         yield
         return
-    with recorded.reading(request.target, request.target_recorded):
+    with recorded_digests.reading(request.target, request.target_recorded):
         yield
 
 
@@ -161,7 +161,7 @@ def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Accepta
     opened = split.read(path)
     if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)
-    with recorded.reading(path, request.digests), reading_target(request):
+    with recorded_digests.reading(path, request.digests), reading_target(request):
         check, answers = check_drafting(opened, request, llama)
         raise_failed(path.name, [check])
     return _acceptance_of(answers)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from mtpforge import recorded
+from mtpforge import recorded_digests
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.convert import donor_head, native, norm_shift, plan
@@ -55,7 +55,7 @@ class Source(Protocol):
         """The expected values of each tensor. Raises ForgeError."""
 
     def check(self, names: Iterable[str]) -> None:
-        """Hold tensors of `rows` against their recorded digests. Raises DamagedError."""
+        """Check tensors of `rows` against their recorded digests. Raises DamagedError."""
 
 
 def open_source(request: Request) -> Source | None:
@@ -147,10 +147,10 @@ class CheckpointSource:
     def check(self, names: Iterable[str]) -> None:
         for name in names:
             half, item = self._planned[name]
-            half.held.add([*item.tensors, *item.scales])
-        self._checkpoint.held.check()
+            half.integrity.add([*item.tensors, *item.scales])
+        self._checkpoint.integrity.check()
         if self._donor:
-            self._donor.held.check()
+            self._donor.integrity.check()
 
 
 class GgufSource:
@@ -163,7 +163,7 @@ class GgufSource:
 
     def __init__(self, path: Path, recorded_at: Path | None, head_only: bool = False) -> None:
         self._recorded = recorded_at
-        self._reference = split.joined(recorded.shards(path, recorded_at))
+        self._reference = split.joined(recorded_digests.shards(path, recorded_at))
         self._compared = self._reference.head if head_only else self._reference
         self.note = "; only the head is this file's" if head_only else ""
         if head_only and not (self._compared.tensors and self._reference.trunk.tensors):
@@ -184,7 +184,7 @@ class GgufSource:
     def check(self, names: Iterable[str]) -> None:
         ranges = self._compared.ranges
         places = [(name, ranges[name]) for name in names] if self._recorded else []
-        with recorded.hashing(self._recorded, places):
+        with recorded_digests.hashing(self._recorded, places):
             pass
 
 

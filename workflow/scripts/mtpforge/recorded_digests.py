@@ -23,8 +23,8 @@ from mtpforge.errors import DamagedError, ForgeError, GgufError, RecordError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, read_record
-from mtpforge.io import atomic, held
-from mtpforge.io.held import HEADER, WHOLE, Part
+from mtpforge.io import atomic, integrity
+from mtpforge.io.integrity import HEADER, WHOLE, Part
 from mtpforge.io.ranges import FileRange, digest_of
 from mtpforge.io.records import Record
 from mtpforge.io.text import ANYWHERE, is_there, read_json
@@ -36,7 +36,9 @@ Digests = Mapping[str, str]
 class Recorded:
     """The recorded digests of the files in a folder, by their names in it."""
 
-    def __init__(self, root: Path, files: Mapping[str, Digests], advice: str = held.AGAIN) -> None:
+    def __init__(
+        self, root: Path, files: Mapping[str, Digests], advice: str = integrity.AGAIN
+    ) -> None:
         self._root = root.resolve()
         self._files = files
         self._advice = advice
@@ -54,7 +56,7 @@ class Recorded:
         digests = self._digests_of(name)
         advice = self._advice.format(name=name)
         if WHOLE in digests and not places.keys() <= digests.keys():
-            return [held.whole(path, digests[WHOLE], advice)]
+            return [integrity.whole(path, digests[WHOLE], advice)]
         return [
             Part(each, place, self._of(digests, each), advice) for each, place in places.items()
         ]
@@ -162,7 +164,7 @@ def open_recorded(path: Path, root: Path) -> Recorded:
 
 @contextmanager
 def reading(path: Path, recorded: Path | None) -> Iterator[Gguf]:
-    """Open a GGUF, and hold it against its recorded digests while the block reads it.
+    """Open a GGUF, and check it against its recorded digests while the block reads it.
 
     `path` is its first file if it is split. Does not hash without `recorded`. Raises GgufError,
     DamagedError.
@@ -186,7 +188,7 @@ def hashing(
     for name, place in places:
         by_file[place.path][name] = place
     known = open_recorded(recorded, next(iter(by_file)).parent) if recorded and by_file else None
-    with held.reading(_parts(by_file, known), threads) as hashed:
+    with integrity.reading(_parts(by_file, known), threads) as hashed:
 
         def check() -> dict[str, str]:
             read = hashed.check()
@@ -205,7 +207,7 @@ def places(files: Iterable[Gguf]) -> Iterator[tuple[str, FileRange]]:
 
 
 def shards(path: Path, recorded: Path | None) -> list[Gguf]:
-    """Open all files of a GGUF, given the first one, and hold their headers against the digests.
+    """Open all files of a GGUF, given the first one, and check their headers against the digests.
 
     Raises GgufError; DamagedError if a header has changed, or if what can be opened no more has a
     digest.
@@ -222,26 +224,26 @@ def shards(path: Path, recorded: Path | None) -> list[Gguf]:
         raise
     if known:
         for file in files:
-            held.check(known.parts(file.path, {HEADER: reader.header_range(file)}))
+            integrity.check(known.parts(file.path, {HEADER: reader.header_range(file)}))
     return files
 
 
 def check_whole(path: Path | None, recorded: Path | None) -> None:
-    """Hold a small file against its digest, if it has one. Raises DamagedError."""
+    """Check a small file against its digest, if it has one. Raises DamagedError."""
     if path is None or recorded is None:
         return
     known = open_recorded(recorded, path.parent)
     place = FileRange(path, 0, path.stat().st_size)
-    known.note(held.check(known.parts(path, {WHOLE: place})))
+    known.note(integrity.check(known.parts(path, {WHOLE: place})))
 
 
 def check_given(path: Path, ledger: Path, root: Path) -> None:
-    """Hold a whole file that a user gave against its ledger, and note what that lacks.
+    """Check a whole file that a user gave against its ledger, and note what that lacks.
 
     Raises DamagedError.
     """
     known = Ledger(ledger, root)
-    known.note(held.check(known.parts(path, _places(path)), os.cpu_count() or 1))
+    known.note(integrity.check(known.parts(path, _places(path)), os.cpu_count() or 1))
 
 
 def _places(path: Path) -> dict[str, FileRange]:

@@ -1,4 +1,4 @@
-"""Holding what a job reads against the digests that were recorded when it was made.
+"""Checks what a job reads against the digests that were recorded when it was made.
 
 A disk, a cable or memory can flip a bit and leave a file's size and time alone. So the ranges that
 a job reads are hashed in a thread beside it, from the same page cache, and compared before its
@@ -92,27 +92,27 @@ def reading(parts: Iterable[Part], threads: int = 1) -> Iterator[Reading]:
 
     Raises DamagedError, also in place of an error of the block, because damage can cause any.
     """
-    held = Reading(threads)
+    hashing = Reading(threads)
     try:
-        held.add(parts)
+        hashing.add(parts)
         try:
-            yield held
+            yield hashing
         except StorageError:  # a full disk need not wait for the hashes
             raise
         except OSError:  # a full disk, not damage
             raise
         except Exception:
-            held.check()
+            hashing.check()
             raise
-        held.check()
+        hashing.check()
     finally:
-        held.stop()
+        hashing.stop()
 
 
 def check(parts: Iterable[Part], threads: int = 1) -> list[tuple[Part, str]]:
     """Hash parts of files now, and return them as `Reading.check`. Raises DamagedError."""
-    with reading(parts, threads) as held:
-        return held.check()
+    with reading(parts, threads) as hashing:
+        return hashing.check()
 
 
 def whole(path: Path, sha256: str | None, advice: str = AGAIN) -> Part:

@@ -1,21 +1,21 @@
-"""Holding the files of a checkpoint against their recorded digests while they are read."""
+"""Checks the files of a checkpoint against their recorded digests while they are read."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge.checkpoint.safetensors import CheckpointTensor, ranges
 from mtpforge.errors import CheckpointError
-from mtpforge.io import held
-from mtpforge.io.held import HEADER, Part
+from mtpforge.io import integrity
+from mtpforge.io.integrity import HEADER, Part
 from mtpforge.io.ranges import FileRange
 from mtpforge.io.text import JSON_LIMIT
-from mtpforge.recorded import Recorded, open_recorded
+from mtpforge.recorded_digests import Recorded, open_recorded
 
 _SMALL = (".json", ".jinja", ".txt", ".md", ".model")
 _TEMPLATES = "additional_chat_templates"
 
 
-class HeldFolder:
+class CheckedFolder:
     """A checkpoint's folder; without recorded digests nothing is compared.
 
     Raises DamagedError if configuration, tokenizer or the header of a shard has changed.
@@ -24,7 +24,7 @@ class HeldFolder:
     def __init__(self, folder: Path, recorded: Path | None) -> None:
         self._folder = folder
         self._known = open_recorded(recorded, folder) if recorded else None
-        self._reading = held.Reading()
+        self._reading = integrity.Reading()
         self._added: set[Part] = set()
         if self._known:
             self._reading.add(_small_parts(folder, self._known))
@@ -45,7 +45,7 @@ class HeldFolder:
         if self._known:
             self._known.note(self._reading.check())
             self._reading.stop()
-            self._reading = held.Reading()
+            self._reading = integrity.Reading()
 
 
 def _small_parts(folder: Path, known: Recorded) -> list[Part]:
@@ -57,7 +57,7 @@ def _small_parts(folder: Path, known: Recorded) -> list[Part]:
         if path.suffix == ".safetensors":
             parts += known.parts(path, {HEADER: _header(path)})
         elif path.suffix in _SMALL and path.stat().st_size <= JSON_LIMIT:  # or it is refused
-            parts += known.parts(path, {held.WHOLE: FileRange(path, 0, path.stat().st_size)})
+            parts += known.parts(path, {integrity.WHOLE: FileRange(path, 0, path.stat().st_size)})
     return parts
 
 
