@@ -11,7 +11,7 @@ from mtpforge import prompts, recorded_digests
 from mtpforge.errors import ConfigError, DamagedError, ForgeError
 from mtpforge.hub.fetch_records import read_record, recorded_bytes
 from mtpforge.hub.listing import Listing
-from mtpforge.io.atomic import refuse_overwriting
+from mtpforge.io.atomic import refuse_overwriting, replacing
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.publish.card_config import About
 from mtpforge.publish.sums import read_sums
@@ -116,3 +116,19 @@ def test_a_recipe_that_has_changed_is_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("Q6_K", "Q4_K"))
     with pytest.raises(DamagedError, match=r"Q4_K_M\.yaml: damaged"):
         recipe.read_recipe(path)
+
+
+@pytest.mark.parametrize("given", ["", ".", "/"])
+def test_a_path_without_a_name_is_no_gguf(fails: Fails, tmp_path: Path, given: str) -> None:
+    out = tmp_path / "o.gguf"
+    fails("quantize.py", given, "--type", "Q8_0", out=out)
+    fails("inject.py", given, "--head", CHECKPOINTS / "tiny-qwen3.5", out=out)
+
+
+def test_an_output_never_replaces_a_pipe_or_has_no_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(), Path("/")):
+        with pytest.raises(ForgeError, match="name another output"), replacing(path):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

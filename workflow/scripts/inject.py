@@ -29,7 +29,7 @@ def main() -> None:
     if args.head_tensors and not args.head_type:
         parser.error("--head-tensors needs --head-type")
     inputs = [
-        given.with_name(name) for given in (args.base, args.head) for name in gguf_files(given.name)
+        given.parent / name for given in (args.base, args.head) for name in gguf_files(given.name)
     ]
     for out in filter(None, (args.out, args.digests)):
         atomic.refuse_overwriting(out, *inputs)

@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     check_options(parser, args)
     out = None if args.dry_run else args.out
-    sources = [args.source.with_name(name) for name in gguf_files(args.source.name)]
+    sources = [args.source.parent / name for name in gguf_files(args.source.name)]
     for written in filter(None, (out, args.digests, args.manifest, args.keep)):
         atomic.refuse_overwriting(written, *sources, args.imatrix, args.plan)
     digests = quantize_planned(args) if args.plan else quantize_once(args, out)

@@ -68,7 +68,7 @@ def shards(path: Path) -> list[Gguf]:
         )
     files = [first]
     for name in shard_names(match[1], count)[1:]:
-        files.append(reader.read(path.with_name(name)))
+        files.append(reader.read(path.parent / name))
         _check_headers(files)
     _check_shards(files)
     return files

@@ -33,11 +33,20 @@ def replacing(
     another process is writing the same file, StorageError if the disk is full or fails.
     """
     path = Path(path)
+    _check_output(path)
     temporary = path.with_name(f".{path.name}.part")
     with storage.naming(temporary, needed), _replacing(path, temporary, keep):
         if needed is not None:
             storage.require(temporary, needed, shared)
         yield temporary
+
+
+def _check_output(path: Path) -> None:
+    """Raise ForgeError for a path without a name, or of a device or pipe: root can replace one."""
+    if not path.name:
+        raise ForgeError(f"{path}: has no file name: name another output")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ForgeError(f"{path}: is a device or pipe: name another output")
 
 
 @contextmanager
@@ -70,6 +79,7 @@ def replacing_folder(path: Path, needed: int | None = None, shared: int = 0) -> 
     folder, StorageError if the disk is full or fails.
     """
     path = Path(path)
+    _check_output(path)
     temporary = path.with_name(f".{path.name}.part")
     with storage.naming(temporary, needed), _replacing_folder(path, temporary):
         if needed is not None:
