@@ -306,6 +306,7 @@ def test_a_head_is_trusted_on_first_use_until_whole_shards_verify_it(client: Cli
         "name",
         "bytes",
         "sha256",
+        "digests",
     }
     tensors = client.tensors()
     confirmed = sum(tensor.shard == LAST for tensor in tensors.values())

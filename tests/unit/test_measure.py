@@ -261,20 +261,26 @@ def test_configured_options_reach_the_measurement() -> None:
         f"results/m/measure/tiny-qwen3.5-{variant}.json" for variant in ("BF16", "Q8_0")
     ]
     assert (
-        made.measure.options(wildcards()) == "--n-max 1,2,3,4 --repeats 3"
+        made.measure.options(wildcards())
+        == "--report results/m/reports/tiny-qwen3.5-Q8_0.json --n-max 1,2,3,4 --repeats 3"
         and made.measure.logits(wildcards()) == []
     )
     made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
     logits = "results/m/work/logits/reference.bin"
     assert made.measure.logits(wildcards()) == [logits] and made.measure.chunks(wildcards()) == 16
-    assert (
-        made.measure.options(wildcards())
-        == f"--n-max 2 --repeats 1 --text README.md --chunks 16 --reference-logits {logits}"
-    )
+    report, *options = made.measure.options(wildcards()).split(" --")
+    assert report == "--report results/m/reports/tiny-qwen3.5-Q8_0.split.json"
+    assert [each for each in options if "recorded" not in each] == [
+        "n-max 2",
+        "repeats 1",
+        "text README.md",
+        "chunks 16",
+        f"reference-logits {logits}",
+    ]
     assert made.measure.file(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
     assert made.measure.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
-    served = made.measure.options(wildcards()).removeprefix("--n-max 2 --repeats 3 ")
+    *_, served = made.measure.options(wildcards()).partition("--n-max 2 --repeats 3 ")
     assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == [
         "-fa",
         "on",
@@ -287,15 +293,17 @@ def test_configured_options_reach_the_measurement() -> None:
 
 
 @pytest.mark.usefixtures("at_root")
-def test_a_fetched_head_alone_is_not_compared_with_bf16() -> None:
-    theirs = {"base": {"path": "base.gguf"}}
+def test_a_fetched_head_alone_is_not_compared_with_bf16(tmp_path: Path) -> None:
+    (tmp_path / "base.gguf").touch()
+    theirs = {"base": {"path": str(tmp_path / "base.gguf")}}
     source = {"repo": "Owner/Name", "revision": "0" * 40}
     made = build({"text": "README.md", "chunks": 4}, source=source, variants={"mine": theirs})
     assert (
         made.measure.text(wildcards("mine")) == ["README.md"]
         and made.measure.logits(wildcards("mine")) == []
     )
-    assert made.measure.options(wildcards("mine")).endswith("--text README.md --chunks 4")
+    options = made.measure.options(wildcards("mine"))
+    assert "--text README.md --chunks 4" in options and "logits" not in options
 
 
 @pytest.mark.usefixtures("at_root")
