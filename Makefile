@@ -31,7 +31,7 @@ define install
 endef
 
 all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores
-	@$(ACTIVE) python workflow/scripts/plan.py --totals 2> /dev/null || true
+	@($(ACTIVE) python workflow/scripts/plan.py --totals 2> /dev/null) || true
 	@$(ACTIVE) snakemake --cores $(CORES) all
 
 setup: python compiler ## install the locked environment into .venv

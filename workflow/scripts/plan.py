@@ -13,6 +13,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import json
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from mtpforge.llama_cpp.toolchain import cache_root
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
 
+_PATIENCE = 30
+"""Seconds for the first line of `make`, which must not wait for a network that is down."""
+
 
 def main() -> None:
     """Parse the command line and print the forecast."""
@@ -45,6 +49,8 @@ def main() -> None:
     form.add_argument("--totals", action="store_true", help="print only the last line")
     programs.add_options(parser)
     args = parser.parse_args()
+    if args.totals:
+        signal.alarm(_PATIENCE)
     llama = programs.from_options(args)
     machine = calibrated(Path(), cache_root().parent / "calibration.json", llama.processors)
     downloads = Downloads()
