@@ -21,13 +21,13 @@ gc.set_threshold(100_000)  # the graph is many objects, none of them garbage: an
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.errors import ConfigError
-from mtpforge.rules import console, run_lock
+from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_file
 
 terminal = console.attach(workflow)
-run_lock.guard(workflow)
+snakemake_lock.guard(workflow)
 
 try:
     check_file(Path("config.yaml"))
@@ -54,11 +54,11 @@ wildcard_constraints:
 
 
 onstart:
-    run_lock.end_on_signals()  # Snakemake's scheduler has just set its own
+    snakemake_lock.end_on_signals()  # Snakemake's scheduler has just set its own
 
 
 onsuccess:
-    run_lock.clear_pieces(workflow, build.folders())
+    snakemake_lock.clear_pieces(workflow, build.folders())
     if terminal:
         terminal.success()
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import SCRIPTS
 from mtpforge.io import leftovers
 from mtpforge.io.atomic import replacing, replacing_folder, scratch_folder
-from mtpforge.rules import run_lock
+from mtpforge.rules import snakemake_lock
 
 COMMIT = "resources/hub/Owner/name/0123456789abcdef0123456789abcdef01234567"
 LEFT = (
@@ -103,14 +103,14 @@ def run_of(target: str, **asked: object) -> SimpleNamespace:
     "run", [run_of("summary"), run_of("all", until={"plan"}), run_of("all", batch="all=1/2")]
 )
 def test_pieces_stay_until_all_files_are_finished(folder: Path, run: SimpleNamespace) -> None:
-    run_lock.clear_pieces(run, ["results/m"])
+    snakemake_lock.clear_pieces(run, ["results/m"])
     assert {*PIECES} <= left(folder)
 
 
 def test_pieces_of_other_models_stay(folder: Path) -> None:
-    run_lock.clear_pieces(run_of("all"), ["results/other"])
+    snakemake_lock.clear_pieces(run_of("all"), ["results/other"])
     assert {*PIECES} <= left(folder)
-    run_lock.clear_pieces(run_of("all"), ["results/m"])
+    snakemake_lock.clear_pieces(run_of("all"), ["results/m"])
     assert not {*PIECES} & left(folder)
     assert {*KEPT} <= left(folder)
 

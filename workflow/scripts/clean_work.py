@@ -19,7 +19,7 @@ from pathlib import Path
 from mtpforge import cli, table
 from mtpforge.io import leftovers
 from mtpforge.progress import say
-from mtpforge.rules.one_run import holding
+from mtpforge.rules.folder_lock import holding
 
 RESULTS = Path("results")
 STATE = Path(".snakemake")

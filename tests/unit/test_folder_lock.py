@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPTS
 from mtpforge.errors import ForgeError
-from mtpforge.rules import one_run
+from mtpforge.rules import folder_lock
 from mtpforge.run_owner import JOBS_LOCK, RUN_LOCK, VARIABLE, Owner, announce
 
 FOLLOWING = "import time; from mtpforge import cli; cli.run(lambda: time.sleep(60))"
@@ -33,24 +33,24 @@ def no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def test_one_run_holds_a_folder(tmp_path: Path, said: list[str]) -> None:
-    with one_run.holding(tmp_path, "snakemake all", said.append) as taken_over:
+def test_one_run_at_a_time_holds_a_folder(tmp_path: Path, said: list[str]) -> None:
+    with folder_lock.holding(tmp_path, "snakemake all", said.append) as taken_over:
         assert not taken_over
-        owner = one_run.owner_of(tmp_path)
+        owner = folder_lock.owner_of(tmp_path)
         assert owner
         assert (owner.pid, owner.command) == (os.getpid(), "snakemake all")
         with (
             pytest.raises(ForgeError, match=f"in use by process {os.getpid()} on .*snakemake all"),
-            one_run.holding(tmp_path, "another", said.append),
+            folder_lock.holding(tmp_path, "another", said.append),
         ):
             pass
-    assert one_run.owner_of(tmp_path) is None
+    assert folder_lock.owner_of(tmp_path) is None
     assert said == []
 
 
 def test_temporary_files_go_with_the_run(tmp_path: Path, said: list[str]) -> None:
     outside = tempfile.gettempdir()
-    with one_run.holding(tmp_path, "", said.append):
+    with folder_lock.holding(tmp_path, "", said.append):
         inside = Path(os.environ["TMPDIR"])
         assert Path(tempfile.mkdtemp()).parent == inside
     assert tempfile.gettempdir() == outside
@@ -64,7 +64,7 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path, said: list[
     for folder in (scratch, other):
         gone = replace(Owner.this_process("", str(folder)), started="1")
         leave(tmp_path, gone)
-        with one_run.holding(tmp_path, "", said.append) as taken_over:
+        with folder_lock.holding(tmp_path, "", said.append) as taken_over:
             assert taken_over
     assert not scratch.exists()
     assert other.exists()  # not where a run makes its folder
@@ -79,10 +79,13 @@ def test_without_locks_the_process_decides(
     leave(tmp_path, here if lives else replace(here, started="1"))
     monkeypatch.setattr(fcntl, "flock", no_locks)
     if lives:
-        with pytest.raises(ForgeError, match="in use"), one_run.holding(tmp_path, "", said.append):
+        with (
+            pytest.raises(ForgeError, match="in use"),
+            folder_lock.holding(tmp_path, "", said.append),
+        ):
             pass
     else:
-        with one_run.holding(tmp_path, "", said.append) as taken_over:
+        with folder_lock.holding(tmp_path, "", said.append) as taken_over:
             assert taken_over
 
 
@@ -100,7 +103,7 @@ def test_a_run_that_is_gone_is_taken_over(tmp_path: Path, said: list[str], chang
     owner = change(Owner.this_process("snakemake all"))
     assert not owner.lives()
     leave(tmp_path, owner)
-    with one_run.holding(tmp_path, "", said.append) as taken_over:
+    with folder_lock.holding(tmp_path, "", said.append) as taken_over:
         assert taken_over
     assert said == [f"Taking over from a run that was killed: {owner}"]
 
@@ -109,11 +112,11 @@ def test_a_run_on_another_machine_is_left_alone(tmp_path: Path, said: list[str])
     leave(tmp_path, replace(Owner.this_process("snakemake"), host="elsewhere", boot="other"))
     with (
         pytest.raises(ForgeError, match=r"on elsewhere, .*`snakemake --unlock`"),
-        one_run.holding(tmp_path, "", said.append),
+        folder_lock.holding(tmp_path, "", said.append),
     ):
         pass
-    one_run.forget(tmp_path)
-    with one_run.holding(tmp_path, "", said.append):
+    folder_lock.forget(tmp_path)
+    with folder_lock.holding(tmp_path, "", said.append):
         pass
 
 
@@ -124,11 +127,11 @@ def test_a_run_in_another_container_cannot_be_seen(
     owner = replace(Owner.this_process("snakemake"), host="other", namespace="other", started="1")
     assert owner.lives()
     leave(tmp_path, owner)
-    with one_run.holding(tmp_path, "", said.append) as taken_over:
+    with folder_lock.holding(tmp_path, "", said.append) as taken_over:
         assert taken_over
     leave(tmp_path, owner)
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(ForgeError, match="in use"), one_run.holding(tmp_path, "", said.append):
+    with pytest.raises(ForgeError, match="in use"), folder_lock.holding(tmp_path, "", said.append):
         pass
 
 
@@ -142,14 +145,14 @@ def test_the_name_of_a_run_is_one_line() -> None:
 @pytest.mark.parametrize("text", ["", "\n", "{", "[]", '{"pid": 1}', '{"pid": "x"}'])
 def test_a_torn_name_is_no_name(tmp_path: Path, said: list[str], text: str) -> None:
     (tmp_path / RUN_LOCK).write_text(text)
-    with one_run.holding(tmp_path, "", said.append) as taken_over:
+    with folder_lock.holding(tmp_path, "", said.append) as taken_over:
         assert not taken_over
 
 
 def test_a_shorter_name_replaces_a_longer_one(tmp_path: Path, said: list[str]) -> None:
     leave(tmp_path, replace(Owner.this_process("x" * 1000), started="1"))
-    with one_run.holding(tmp_path, "short", said.append):
-        owner = one_run.owner_of(tmp_path)
+    with folder_lock.holding(tmp_path, "short", said.append):
+        owner = folder_lock.owner_of(tmp_path)
         assert owner
         assert owner.command == "short"
 
@@ -162,7 +165,7 @@ def start_job(
     announce(owner, folder)
     job = subprocess.Popen([sys.executable, "-c", FOLLOWING])
     with (folder / JOBS_LOCK).open("a") as file:
-        while one_run._is_free(file):
+        while folder_lock._is_free(file):
             fcntl.flock(file, fcntl.LOCK_UN)
     return job
 
@@ -170,17 +173,17 @@ def start_job(
 def test_the_next_run_waits_for_jobs(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_run, "JOBS_LIMIT", 0.3)
+    monkeypatch.setattr(folder_lock, "JOBS_LIMIT", 0.3)
     job = start_job(tmp_path, Owner.this_process(""), monkeypatch)
     with (
         pytest.raises(ForgeError, match="jobs of a run that was killed are still running"),
-        one_run.holding(tmp_path, "", said.append),
+        folder_lock.holding(tmp_path, "", said.append),
     ):
         pass
     assert said == ["Waiting for jobs of a run that was killed"]
     job.kill()
     job.wait()
-    with one_run.holding(tmp_path, "", said.append):
+    with folder_lock.holding(tmp_path, "", said.append):
         pass
 
 

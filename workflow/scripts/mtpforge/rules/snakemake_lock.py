@@ -23,7 +23,7 @@ from snakemake.shell import shell
 
 from mtpforge.errors import ForgeError
 from mtpforge.io import leftovers
-from mtpforge.rules.one_run import forget, holding, owner_of, wait_for_jobs
+from mtpforge.rules.folder_lock import forget, holding, owner_of, wait_for_jobs
 
 PATIENCE = 20.0
 """Seconds that jobs have after a signal before they are killed."""
