@@ -3,6 +3,10 @@
 example: local_files.py Qwen3.5-4B config.json model.safetensors --out record.json
 """
 
+import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
+
 from pathlib import Path
 
 from mtpforge import cli

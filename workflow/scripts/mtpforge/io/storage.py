@@ -125,18 +125,19 @@ def is_failing(error: OSError) -> bool:
 
 
 @contextmanager
-def by_program(path: Path, needed: int) -> Iterator[None]:
+def by_program(path: Path, needed: int, build: bool = False) -> Iterator[None]:
     """Find out if the disk is why a program failed to write `path`, or wrote only a part.
 
     C++ streams do not tell, so a little is written behind what the program wrote. Raises
     StorageError if that fails too; else the program's error, with the sizes if it is about output.
+    A `build` writes many files, and `path` is none of them.
     """
     try:
         yield
     except StorageError:
         raise
     except ForgeError as error:
-        raise _cause(error, path, needed) from error
+        raise _cause(error, path, needed, build) from error
 
 
 def explain(error: OSError, path: Path | None = None, needed: int | None = None) -> StorageError:
@@ -246,14 +247,17 @@ def _taken(path: Path) -> int:
     return 0
 
 
-def _cause(error: ForgeError, path: Path, needed: int) -> ForgeError:
+def _cause(error: ForgeError, path: Path, needed: int, build: bool) -> ForgeError:
     reason = str(error).replace(path.name, final_name(path).name)
     numbers = [number for number in _FULL if os.strerror(number) in reason]
     failed = OSError(numbers[0], os.strerror(numbers[0])) if numbers else _probe(path, needed)
     if failed:
         found = explain(failed, path, needed)
         return StorageError(f"{found} ({reason})")
-    if isinstance(error, GgufError) or re.search(r"iostream|wr[io]t|errno", reason, re.I):
+    about_output = isinstance(error, GgufError) or re.search(
+        r"iostream|wr[io]t|errno", reason, re.I
+    )
+    if about_output and path.exists():  # a build has no such file, and its log says "written"
         sizes = _sizes(path, needed)
         return type(error)(f"{final_name(path)}: not written whole{sizes} ({reason})")
     return error

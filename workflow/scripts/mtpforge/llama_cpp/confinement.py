@@ -39,7 +39,7 @@ def main() -> None:
         leave_network()
     end_with(int(caller))
     try:
-        os.execv(command[0], command)  # noqa: S606 - a list, never a shell string
+        os.execvp(command[0], command)  # noqa: S606 - a list, never a shell string
     except OSError as error:
         print(f"error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
         sys.exit(CANNOT_RUN)

@@ -154,7 +154,7 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     """
     pin = read_pin(requirement)
     _install_source(pin, requirement, folder / "source")
-    with storage.by_program(folder / "written", CONVERTER_SIZE):
+    with storage.by_program(folder / "written", CONVERTER_SIZE, build=True):
         _install_environment(lock, folder / "environment")
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
@@ -165,7 +165,7 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) 
     storage.require(entry, BUILD_SIZE)
     work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
     try:
-        with storage.by_program(work / "written", BUILD_SIZE):
+        with storage.by_program(work / "written", BUILD_SIZE, build=True):
             unpack(download(pin, requirement, work), work / "llama.cpp")
             log = entry.parent / f"{entry.name}.log"
             compile_programs(work, recipe, tag=pin.tag, jobs=jobs, log=log)
