@@ -254,10 +254,9 @@ def _cause(error: ForgeError, path: Path, needed: int, build: bool) -> ForgeErro
     if failed:
         found = explain(failed, path, needed)
         return StorageError(f"{found} ({reason})")
-    about_output = isinstance(error, GgufError) or re.search(
-        r"iostream|wr[io]t|errno", reason, re.I
-    )
-    if about_output and path.exists():  # a build has no such file, and its log says "written"
+    if build:
+        return error
+    if isinstance(error, GgufError) or re.search(r"iostream|wr[io]t|errno", reason, re.I):
         sizes = _sizes(path, needed)
         return type(error)(f"{final_name(path)}: not written whole{sizes} ({reason})")
     return error
