@@ -1,5 +1,6 @@
 """A private copy of the repository, in which tests run real Snakemake on two dense variants."""
 
+import copy
 import os
 import re
 import shutil
@@ -38,7 +39,10 @@ class Repository:
         shutil.copytree(
             ROOT / "tests/checkpoints/tiny-qwen3.5", path / "tests/checkpoints/tiny-qwen3.5"
         )
-        self.config = {**CONFIG, "toolchain": {"llama_cpp": {"bin_dir": str(programs)}}}
+        self.config = {
+            **copy.deepcopy(CONFIG),
+            "toolchain": {"llama_cpp": {"bin_dir": str(programs)}},
+        }
         self.write_config()
 
     def write_config(self) -> None:
