@@ -1,7 +1,6 @@
 """Only stale steps rerun: real Snakemake decides, in a private copy of the repository."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,15 +99,6 @@ def test_a_lost_file_is_made_again(repository: Repository, lost: str, made: dict
     found = repository.pending()
     hidden.rename(path)
     assert found == made
-
-
-def test_without_snakemakes_records_nothing_reruns(repository: Repository) -> None:
-    records = repository.path / ".snakemake"
-    hidden = records.rename(records.with_suffix(".hidden"))
-    found = repository.pending()
-    shutil.rmtree(records)
-    hidden.rename(records)
-    assert found == {}
 
 
 def test_an_edited_module_reruns_the_rules_that_import_it(repository: Repository) -> None:
