@@ -24,13 +24,14 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
-from mtpforge.rules.config import check_file
+from mtpforge.rules.config import read_file
 
 terminal = console.attach(workflow)
 snakemake_lock.guard(workflow)
 
 try:
-    check_file(Path("config.yaml"))
+    if Path("config.yaml").exists():  # else Snakemake has another one, or says that there is none
+        read_file(Path("config.yaml"))
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 

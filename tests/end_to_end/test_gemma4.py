@@ -40,7 +40,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs: list[object] = [PYTHON, "-c", PLAIN, SOURCE]
     for checkpoint, part in zip(write_gemma4(folder, "Unified"), PARTS, strict=True):
         out = folder / f"{part}.gguf"
-        convert_upstream(checkpoint, out, CONVERTER, part, log=folder / f"{part}.log")
+        convert_upstream(Checkpoint(checkpoint), out, CONVERTER, part, log=folder / f"{part}.log")
         settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
         plain = shutil.copytree(checkpoint, folder / "plain" / checkpoint.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from layouts import four_bit, fused_head, read_tensors, separate_experts, write_checkpoint
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert.upstream import convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -32,7 +33,7 @@ def test_a_packed_trunk_drafts_with_its_head(name: str, toolchain: Path, tmp_pat
         tmp_path / name, source, config, four_bit(config, tensors), shards=2
     )
     out = tmp_path / f"{name}-NVFP4.gguf"
-    convert_upstream(checkpoint, out, CONVERTER, tokenizer_pre="qwen35")
+    convert_upstream(Checkpoint(checkpoint), out, CONVERTER, tokenizer_pre="qwen35")
     made = reader.read(out)
     packed = {name for name, info in made.tensors.items() if info.type.name == "NVFP4"}
     assert packed and not packed & made.head.tensors.keys()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mtpforge import table
 from mtpforge.io import storage
 from mtpforge.rules import console
 from mtpforge.rules.joblog import WIDTH, Job
@@ -61,7 +62,7 @@ def test_news_of_a_log_come_once(tmp_path: Path) -> None:
     [(0.04, "0.0 s"), (9.4, "9.4 s"), (61, "61 s"), (192, "3 min 12 s"), (86_399, "23 h 59 min")],
 )
 def test_times_are_short(seconds: float, text: str) -> None:
-    assert console.duration(seconds) == text
+    assert table.duration(seconds) == text
 
 
 def test_a_program_without_a_message_ended_somehow() -> None:

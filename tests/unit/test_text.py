@@ -1,10 +1,10 @@
 """Reading text, JSON and YAML of others: limits hold before anything is parsed."""
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hostile_text import special
 from mtpforge.errors import CheckpointError, ConfigError, ForgeError, printable
 from mtpforge.io import text
 
@@ -86,39 +86,23 @@ def test_aliases_in_a_file_of_the_user_are_followed() -> None:
     assert read == {"a": {"k": 1}, "b": {"k": 1, "l": 2}, "c": {"k": 1}}
 
 
-def put(path: Path, kind: str) -> Path:
-    """Make something else than a small regular file."""
-    path.parent.mkdir(exist_ok=True)
-    outside = path.parent.parent / "outside.json"
-    outside.write_text("{}")
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "sparse":
-        with path.open("wb") as file:
-            file.truncate(3 << 30)
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    elif kind != "missing":
-        path.symlink_to({"device": "/dev/zero", "link": "../outside.json"}[kind])
-    return path
-
-
 FILES = {
-    "pipe": "regular file",
-    "folder": "regular file",
-    "device": "regular file",
-    "sparse": "larger than 64 MB",
-    "link": "link out of its folder",
+    "a pipe": "regular file",
+    "a folder": "regular file",
+    "a device": "regular file",
+    "3 GB": "larger than 64 MB",
+    "a link outside": "link out of its folder",
     "missing": "missing",
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_anything_but_a_regular_file_of_its_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "checkpoint" / "x.json"
+    if kind != "missing":
+        special(path, kind)
     with pytest.raises(CheckpointError, match=FILES[kind]):
-        text.read_json(put(tmp_path / "checkpoint" / "x.json", kind))
+        text.read_json(path)
 
 
 def test_a_name_that_no_file_can_have_is_refused() -> None:

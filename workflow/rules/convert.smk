@@ -35,7 +35,8 @@ rule convert:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.options} {params.norms} {params.recorded} --out {output.file:q} --digests {output.digests:q}"
+        " {params.options} {params.norms} {params.recorded}"
+        " --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
 
 
@@ -65,7 +66,8 @@ rule convert_donor:
         "{wildcards.model}: convert the head of {params.checkpoint}"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part head"
-        " {params.norms} {params.recorded} --out {output.file:q} --digests {output.digests:q} > {log:q} 2>&1"
+        " {params.norms} {params.recorded} --out {output.file:q}"
+        " --digests {output.digests:q} > {log:q} 2>&1"
 
 
 rule convert_upstream:
@@ -123,7 +125,8 @@ rule convert_donor_upstream:
     message:
         "{wildcards.model}: convert {params.checkpoint} with llama.cpp's converter, for its head"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} {params.tokenizer} {params.recorded} --log {log:q}"
+        "python {input.code[0]:q} {params.checkpoint:q} {params.tokenizer} {params.recorded}"
+        " --log {log:q}"
         " --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"
 
 
@@ -149,4 +152,5 @@ rule mmproj:
         "{wildcards.model}: convert the vision tower with llama.cpp's converter"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part mmproj"
-        " {params.recorded} --log {log:q} --out {output.file:q} --digests {output.digests:q} >> {log:q} 2>&1"
+        " {params.recorded} --log {log:q} --out {output.file:q}"
+        " --digests {output.digests:q} >> {log:q} 2>&1"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
-from mtpforge.convert.upstream import PARTS, convert_checkpoint
+from mtpforge.convert.upstream import PARTS, convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.io import atomic
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
-    convert_checkpoint(
+    convert_upstream(
         Checkpoint(args.checkpoint, recorded=args.recorded),
         args.out,
         args.converter,

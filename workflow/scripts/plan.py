@@ -24,12 +24,11 @@ from mtpforge.forecast import files
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.machine import Machine, calibrated
 from mtpforge.forecast.steps import ModelForecast
-from mtpforge.io.text import parse_yaml, read_text
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root
 from mtpforge.rules.build import Build
-from mtpforge.rules.config import Model
+from mtpforge.rules.config import Model, read_file
 
 _PATIENCE = 30
 """Seconds for the first line of `make`, which must not wait for a network that is down."""
@@ -118,7 +117,7 @@ def as_table(forecast: ModelForecast) -> str:
         files.append((file.name, table.size(file.bytes), head, str(file.pieces)))
     steps = [("step", "disk", "memory", "time")]
     for step in forecast.steps:
-        spent = "done" if step.done else duration(step.seconds)
+        spent = "done" if step.done else table.duration(step.seconds)
         shown = table.size(step.kept) if step.kept else ""
         steps.append((f"{step.stage} {step.name}", shown, table.size(step.memory), spent))
     return f"{forecast.model.key}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
@@ -129,7 +128,7 @@ def in_words(about: dict[str, int], exact: bool = True) -> str:
     lines = [
         f"to do: fetch {table.size(about['fetch'])}, disk {table.size(about['disk'])} (peak "
         f"{table.size(about['peak'])} of {table.size(about['free'])} free), about "
-        f"{duration(about['seconds'])} besides fetching, {about['servers']} server starts"
+        f"{table.duration(about['seconds'])} besides fetching, {about['servers']} server starts"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:
@@ -145,17 +144,8 @@ def in_words(about: dict[str, int], exact: bool = True) -> str:
     return "\n".join(lines)
 
 
-def duration(seconds: float) -> str:
-    """A time for people: 40 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _chosen(path: Path, names: list[str]) -> list[Model]:
-    text = read_text(path, ConfigError)
-    config = parse_yaml(path, text, ConfigError, aliases=True)
-    build = Build(config if isinstance(config, dict) else {})
+    build = Build(read_file(path))
     if unknown := [name for name in names if name not in build.config.models]:
         known = ", ".join(build.config.models)
         raise ConfigError(f"{path}: there is no model {unknown[0]!r}: models has {known}")

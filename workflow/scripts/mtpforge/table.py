@@ -1,4 +1,4 @@
-"""Markdown tables that are also readable as plain text."""
+"""Markdown tables that are also readable as plain text, and sizes and times in words."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,18 @@ def size_of(path: Path) -> str:
     """The size of a file, or of all files in a folder."""
     files = path.iterdir() if path.is_dir() else [path]
     return size(sum(file.stat().st_size for file in files))
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it."""
+    whole = round(seconds)
+    if whole < 10:
+        return f"{seconds:.1f} s"
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:

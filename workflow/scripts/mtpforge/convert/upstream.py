@@ -78,7 +78,7 @@ _METHODS = {
 
 
 def convert_upstream(
-    directory: Path,
+    checkpoint: Checkpoint,
     out: Path,
     converter: Path,
     part: str = "all",
@@ -88,23 +88,9 @@ def convert_upstream(
     """Convert a part of a checkpoint with upstream's program in `converter`, and prove the result.
 
     `log` receives upstream's output. Raises ConfigError if llama.cpp does not know the
-    pre-tokenizer; CheckpointError if the checkpoint is malformed, unsupported or lacks the part;
-    ToolchainError if upstream fails; GgufError if the result differs from the checkpoint.
+    pre-tokenizer; CheckpointError if the checkpoint is unsupported or lacks the part; DamagedError
+    if it has changed; ToolchainError if upstream fails; GgufError if the result differs from it.
     """
-    convert_checkpoint(
-        Checkpoint(directory), out, converter, part=part, tokenizer_pre=tokenizer_pre, log=log
-    )
-
-
-def convert_checkpoint(
-    checkpoint: Checkpoint,
-    out: Path,
-    converter: Path,
-    part: str = "all",
-    tokenizer_pre: str | None = None,
-    log: Path | None = None,
-) -> None:
-    """The same for a checkpoint that is open. Raises DamagedError if it has changed."""
     if tokenizer_pre:
         pre_tokenizers.check(tokenizer_pre)
     check(checkpoint, part)

@@ -27,7 +27,7 @@ from mtpforge.hub.listing import Listing
 from mtpforge.io import atomic, storage
 from mtpforge.io.integrity import HEADER
 from mtpforge.io.ranges import FileRange, Sink, digest_of, sha256
-from mtpforge.io.text import parse_json, read_json
+from mtpforge.io.text import read_json
 
 PIECE = 64 << 20
 """Maximum number of bytes to download again after an interruption."""
@@ -80,15 +80,6 @@ def head_tensors(listing: Listing, family: Family) -> list[CheckpointTensor]:
         if family.canonical(name).startswith(family.head_prefix)
     ]
     return sorted(found, key=lambda tensor: (tensor.shard, tensor.offset))
-
-
-def architecture_in(listing: Listing) -> str:
-    """Return the architecture in the checkpoint's config.json.
-
-    Raises DownloadError, CheckpointError.
-    """
-    path = Path(listing.repo, "config.json")
-    return architecture_of(path, parse_json(path, download.read_text(listing, path.name)))
 
 
 def pieces(tensors: list[CheckpointTensor]) -> list[tuple[int, int]]:

@@ -49,14 +49,16 @@ from mtpforge.rules.variant import (
 )
 
 
-def check_file(path: Path) -> None:
-    """Raise ConfigError for a file that Snakemake cannot read safely; aliases may be used."""
-    if not path.exists():  # then Snakemake has another one, or says that there is none
-        return
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of config.yaml; empty if it is not a mapping. Aliases may be used.
+
+    Raises ConfigError for a file that Snakemake cannot read safely.
+    """
     content = text.read_text(path, ConfigError, most=text.YAML_LIMIT, within=text.ANYWHERE)
     value = text.parse_yaml(path, content, ConfigError, aliases=True)
     if isinstance(value, dict) and "__use_yte__" in value:
         raise ConfigError(f"{path}: __use_yte__: templates run code: not allowed here")
+    return value if isinstance(value, dict) else {}
 
 
 def parse(config: Mapping[str, Any]) -> "Config":

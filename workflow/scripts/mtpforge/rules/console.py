@@ -19,6 +19,7 @@ from snakemake.logging import logger
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from mtpforge import table
 from mtpforge.io import storage
 from mtpforge.rules.joblog import Job
 
@@ -137,7 +138,7 @@ class Console(logging.Handler):
 
     def success(self) -> None:
         """Report the built files."""
-        elapsed = duration(time.time() - self.began)
+        elapsed = table.duration(time.time() - self.began)
         jobs = "1 job" if self.done == 1 else f"{self.done} jobs"
         self._tell(f"\n{jobs} done in {elapsed}.\n{self._made()}")
 
@@ -237,7 +238,7 @@ class Console(logging.Handler):
 
     def _show_end(self, job: Job, now: float) -> None:
         figure = job.last_line()
-        counts = f"({duration(now - job.started)}, {self.done}/{self.total})"
+        counts = f"({table.duration(now - job.started)}, {self.done}/{self.total})"
         self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
         for line in job.warnings():
             self._line(f"         {line}")
@@ -248,7 +249,7 @@ class Console(logging.Handler):
         if job is None:
             return
         self._copy(job)
-        took = duration(record.created - job.started)
+        took = table.duration(record.created - job.started)
         if self.interrupted:
             self._say("stopped", f"{job.label} ({took})")
             return
@@ -325,25 +326,13 @@ def terminal_width(descriptor: int) -> int:
 def progress(job: Job) -> str:
     """How long a job has run, and its last line."""
     line = job.last_line()
-    return f"{job.label} ({duration(time.time() - job.started)})" + (line and f": {line}")
+    return f"{job.label} ({table.duration(time.time() - job.started)})" + (line and f": {line}")
 
 
 def describe(job: Job, error: str, logs: Sequence[object]) -> str:
     """A failed job's part of the report at the end."""
     named = ", ".join(map(str, logs))
     return f"{job.label}\n  error  {error}\n  file   {job.output}\n  log    {named}\n"
-
-
-def duration(seconds: float) -> str:
-    """A time as people read it."""
-    whole = round(seconds)
-    if whole < 10:
-        return f"{seconds:.1f} s"
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def full_disk(log: Path) -> str:
