@@ -82,10 +82,15 @@ Stored = tuple[str, tuple[int, ...]]
 
 
 def _sources(architecture: str, settings: dict[str, Any], eight_bit: bool) -> dict[str, Stored]:
-    """How each tensor is stored; as in real checkpoints, experts are fused in the trunk only."""
+    """How each tensor is stored; as in real checkpoints, experts are fused in the trunk only.
+
+    Of a head's experts, the way with the most tensors is the one without any fusing.
+    """
     stored: dict[str, Stored] = {}
     for row in family_of(architecture).rows(Hparams(settings), "all"):
-        source: Source = row.sources[-1 if row.sources[0].names[0].startswith("mtp.") else 0]
+        source: Source = row.sources[0]
+        if source.names[0].startswith("mtp."):
+            source = max(row.sources, key=lambda way: len(way.names))
         for name in source.names:
             name = name.replace("model.", "model.language_model.", 1)
             if eight_bit and "_proj" in name:
