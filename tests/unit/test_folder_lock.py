@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,12 @@ from mtpforge.errors import ForgeError
 from mtpforge.rules import folder_lock
 from mtpforge.run_owner import JOBS_LOCK, RUN_LOCK, VARIABLE, Owner, announce
 
-FOLLOWING = "import time; from mtpforge import cli; cli.run(lambda: time.sleep(60))"
+FOLLOWING = """
+import time
+from mtpforge import cli, run_owner
+run_owner._FAR_INTERVAL = 0.1
+cli.run(lambda: time.sleep(60))
+"""
 
 
 @pytest.fixture
@@ -196,3 +202,40 @@ def test_a_job_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run.kill()
     run.wait()
     assert job.wait(timeout=10) == 143
+
+
+def test_a_job_elsewhere_ends_when_the_next_run_has_the_folder(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot see that its own was killed."""
+    monkeypatch.setattr(folder_lock, "JOBS_LIMIT", 10.0)
+    before = replace(Owner.this_process(""), boot="other", started="1")
+    leave(tmp_path, before)
+    job = start_job(tmp_path, before, monkeypatch)
+    time.sleep(0.5)
+    assert job.poll() is None
+    with folder_lock.holding(tmp_path, "", said.append) as taken_over:
+        assert taken_over
+        assert job.wait(timeout=0) == 143
+        late = subprocess.run(
+            [sys.executable, "-c", FOLLOWING],
+            env={**os.environ, VARIABLE: f"{tmp_path}\n{before.as_text()}"},
+            capture_output=True,
+            text=True,
+        )
+        assert late.returncode == 143
+        assert "the run that this job belongs to has ended" in late.stderr
+
+
+def test_a_run_that_gives_up_waiting_leaves_the_name_of_the_one_before(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_lock, "JOBS_LIMIT", 0.3)
+    job = start_job(tmp_path, Owner.this_process(""), monkeypatch)
+    before = replace(Owner.this_process("before"), started="1")
+    leave(tmp_path, before)
+    with pytest.raises(ForgeError, match="jobs of a run that was killed"):
+        folder_lock.holding(tmp_path, "", said.append).__enter__()
+    assert folder_lock.owner_of(tmp_path) == before
+    job.kill()
+    job.wait()

@@ -19,6 +19,7 @@ LEFT = (
     "results/m/work/convert/.all.gguf.part",
     "results/m/work/quantized/.IQ4_XS.gguf.scratch",
     "results/m/work/recipes/Q8_0.yaml.part",
+    "results/m/work/recipes/Q8_0.yaml.123.part",
     "resources/toolchain/bin/.llama-server.123.part",
     f"{COMMIT}/.files.json.part",
     f"{COMMIT}/records/.model.safetensors.json.part",
@@ -137,7 +138,7 @@ def test_clean_work_lists_with_sizes_and_deletes_if_asked(folder: Path) -> None:
     found = [line.split()[-1] for line in listed.splitlines() if line.startswith("  ")]
     assert sorted(found) == sorted(expected)
     assert "     2.00 MB  results/m/work/trunk/Q4_0.gguf\n" in listed
-    assert listed.endswith("16.00 MB in all; nothing was deleted: make clean-work YES=1\n")
+    assert listed.endswith("17.00 MB in all; nothing was deleted: make clean-work YES=1\n")
     assert "nothing was deleted" not in clean_work("--yes")
     assert left(folder) == {
         *KEPT,

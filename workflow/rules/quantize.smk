@@ -21,10 +21,10 @@ rule recipe:
     message:
         "{wildcards.model}: recipe of {wildcards.variant}"
     shell:
-        "{{ printf '%s\\n' {params.tensors:q} > {output.tensors:q}.part"
-        " && printf '%s\\n' {params.head:q} > {output.head:q}.part"
-        " && mv {output.tensors:q}.part {output.tensors:q}"
-        " && mv {output.head:q}.part {output.head:q}; }} 2> {log:q}"
+        "{{ printf '%s\\n' {params.tensors:q} > {output.tensors:q}.$$.part"
+        " && printf '%s\\n' {params.head:q} > {output.head:q}.$$.part"
+        " && mv {output.tensors:q}.$$.part {output.tensors:q}"
+        " && mv {output.head:q}.$$.part {output.head:q}; }} 2> {log:q}"
 
 
 # <text> is the name of a text, followed by part of the sha256 of its path.

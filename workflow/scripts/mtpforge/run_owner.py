@@ -1,14 +1,18 @@
 """The run of Snakemake that works in a folder: who it is, and whether it still lives.
 
 A run tells its jobs about itself. A job ends with its run, even if that was killed, and holds a
-lock while it runs, so that the next run can wait for it.
+lock while it runs, so that the next run can wait for it. A job on another machine cannot see that
+its run was killed; it ends when the next one has written its own name into the run's lock file.
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,6 +25,10 @@ RUN_LOCK = "mtpforge-run.lock"
 JOBS_LOCK = "mtpforge-jobs.lock"
 _INTERVAL = 1.0
 """Seconds between two looks at the run."""
+_FAR_INTERVAL = 5.0
+"""The same if it runs on another machine, by a file on a network."""
+TAG = r"[0-9a-f]{8}-[0-9]+-[0-9]*-[0-9a-f]{6}"
+"""A pattern of what `tag` returns."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -85,30 +93,71 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {self.since}: {self.command}"
 
 
+def tag() -> str:
+    """A word for a file name that is this process's own: its host, number and start, and chance."""
+    pid = os.getpid()
+    return f"{_host()}-{pid}-{_started(pid) or ''}-{secrets.token_hex(3)}"
+
+
+def lives_here(tag: str) -> bool | None:
+    """Whether the process with this tag still runs; None if it is one of another machine."""
+    host, pid, started, _ = tag.split("-")
+    return _started(int(pid)) == started if host == _host() else None
+
+
 def announce(owner: Owner, folder: Path) -> None:
     """Tell the jobs of this run, by the environment, who it is and where its lock files are."""
     os.environ[VARIABLE] = f"{folder.absolute()}\n{owner.as_text()}"
 
 
 def follow() -> None:
-    """If a run started this program, show that it runs, and end it as SIGTERM does with the run."""
+    """If a run started this program, show that it runs, and end it as SIGTERM does with the run.
+
+    Raises SystemExit if the run has ended already, as that of a job that waited in a queue.
+    """
     folder, _, text = os.environ.get(VARIABLE, "").partition("\n")
     owner = Owner.parse(text)
     if owner is None:
         return
-    with suppress(OSError):  # no such folder, as on another machine, or no locks
+    with suppress(OSError):  # no such folder, or no locks
         descriptor = os.open(Path(folder, JOBS_LOCK), os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_SH)  # until the program ends, however it does
-    if owner.boot == _boot() and _started(os.getpid()):
-        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+    if _is_over(owner, Path(folder)):
+        print(f"error: the run that this job belongs to has ended: {owner}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+    threading.Thread(target=_end_with, args=(owner, Path(folder)), daemon=True).start()
 
 
-def _end_with(owner: Owner) -> None:
-    while owner.lives():
-        time.sleep(_INTERVAL)
+def _end_with(owner: Owner, folder: Path) -> None:
+    interval = _INTERVAL if _is_visible(owner) else _FAR_INTERVAL
+    while not _is_over(owner, folder):
+        time.sleep(interval)
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, signal.SIGTERM)
+
+
+def _is_visible(owner: Owner) -> bool:
+    """Whether this process can see if that one lives."""
+    here = owner.boot == _boot() and owner.namespace == _namespace()
+    return here and bool(_started(os.getpid()))
+
+
+def _is_over(owner: Owner, folder: Path) -> bool:
+    """Whether a run has ended, if that can be seen: here, or because another has its folder."""
+    if _is_visible(owner):
+        return not owner.lives()
+    try:
+        now = Owner.parse((folder / RUN_LOCK).read_text(encoding="utf-8", errors="replace"))
+    except OSError:  # a file system that cannot be reached, or another folder
+        return False
+    return now is not None and now != owner
+
+
+def _host() -> str:
+    """This machine, or container, in a few characters; the same after it was restarted."""
+    name = f"{socket.gethostname()} {_namespace()}"
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _boot() -> str:

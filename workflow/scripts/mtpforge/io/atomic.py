@@ -1,24 +1,25 @@
 """Files, and folders of files, that appear whole or not at all.
 
-A file is written under a hidden temporary name in its own folder, flushed to the disk and renamed.
-Readers of the final name see the old file or the complete new one; a killed run leaves only the
-temporary name behind.
+A file is written under a hidden temporary name in its own folder (see `temporary`), flushed to the
+disk and renamed. Readers of the final name see the old file or the complete new one; a killed run
+leaves only the temporary name behind.
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import ForgeError
-from mtpforge.io import storage
+from mtpforge.io import storage, temporary
 from mtpforge.io.ranges import FileRange, Sink
 
+_REPLACED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+_SWAPS = 100
 _UNLINKABLE = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -34,11 +35,11 @@ def replacing(
     """
     path = Path(path)
     _check_output(path)
-    temporary = path.with_name(f".{path.name}.part")
-    with storage.naming(temporary, needed), _replacing(path, temporary, keep):
+    usual = temporary.usual_name(path, "part")
+    with storage.naming(usual, needed), _replacing(path, keep) as written:
         if needed is not None:
-            storage.require(temporary, needed, shared)
-        yield temporary
+            storage.require(written, needed, shared)
+        yield written
 
 
 def _check_output(path: Path) -> None:
@@ -50,23 +51,18 @@ def _check_output(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, temporary: Path, keep: bool) -> Iterator[None]:
+def _replacing(path: Path, keep: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _open_locked(temporary, path, os.O_RDWR | os.O_CREAT)
-    if not keep and os.fstat(lock).st_size:
-        lock = _start_over(lock, temporary, path)
-    try:
+    with temporary.claimed_file(path, keep) as written:
         try:
-            yield
-            sync(temporary)
-            _rename(temporary, path)
+            yield written
+            sync(written)
+            _rename(written, path)
         except BaseException:
             if not keep:
-                temporary.unlink(missing_ok=True)
+                written.unlink(missing_ok=True)
             raise
         sync(path.parent)  # or a power cut can undo the renaming
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -80,24 +76,24 @@ def replacing_folder(path: Path, needed: int | None = None, shared: int = 0) -> 
     """
     path = Path(path)
     _check_output(path)
-    temporary = path.with_name(f".{path.name}.part")
-    with storage.naming(temporary, needed), _replacing_folder(path, temporary):
+    usual = temporary.usual_name(path, "part")
+    with storage.naming(usual, needed), _replacing_folder(path) as written:
         if needed is not None:
-            storage.require(temporary, needed, shared)
-        yield temporary
+            storage.require(written, needed, shared)
+        yield written
 
 
 @contextmanager
-def _replacing_folder(path: Path, temporary: Path) -> Iterator[None]:
-    replaced = path.with_name(f".{path.name}.old.part")
-    with _locked_folder(temporary, path):
+def _replacing_folder(path: Path) -> Iterator[Path]:
+    with temporary.claimed_folder(path, "part") as written:
+        replaced = written.with_name(written.name.removesuffix("part") + "old.part")
         try:
-            yield
-            for written in (*temporary.rglob("*"), temporary):
-                sync(written)
-            _swap(temporary, path, replaced)
+            yield written
+            for each in (*written.rglob("*"), written):
+                sync(each)
+            _swap(written, path, replaced)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(written, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(replaced, ignore_errors=True)
@@ -111,8 +107,8 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     Leftovers of a killed run are removed. Raises ForgeError if another process is using the same
     folder.
     """
-    folder = beside.with_name(f".{beside.name}.scratch")
-    with storage.naming(folder), _locked_folder(folder, beside):
+    usual = temporary.usual_name(beside, "scratch")
+    with storage.naming(usual), temporary.claimed_folder(beside, "scratch") as folder:
         try:
             yield folder
         finally:
@@ -133,9 +129,9 @@ def _real(path: Path) -> Path:
 
 def give_name(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`: a hard link if the file system can, else a copy."""
-    with replacing(target) as temporary:
-        temporary.unlink()  # a link cannot replace a file
-        link_or_copy(source, temporary)
+    with replacing(target) as written:
+        written.unlink()  # a link cannot replace a file
+        link_or_copy(source, written)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -166,8 +162,8 @@ def unlinkable(error: OSError) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file, whole or not at all."""
     content = text.encode()
-    with replacing(path, needed=len(content)) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path, needed=len(content)) as written:
+        written.write_bytes(content)
 
 
 def write_scratch(path: Path, text: str) -> None:
@@ -199,84 +195,35 @@ def _copy(source: Path, target: Path) -> None:
         Sink(file.fileno()).append([FileRange(source, 0, size)])
 
 
-@contextmanager
-def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
-    """Make `folder`, lock it and empty it. Raises ForgeError if another process has locked it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = _open_locked(folder, target, os.O_RDONLY)
-    except OSError:
-        with suppress(OSError):
-            folder.rmdir()
-        raise
-    try:
-        _empty(folder)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    if path.exists() and path.samefile(temporary):
-        temporary.unlink()  # rename does nothing between two names of one file
+def _rename(written: Path, path: Path) -> None:
+    if path.exists() and path.samefile(written):
+        written.unlink()  # rename does nothing between two names of one file
     else:
-        os.replace(temporary, path)
+        os.replace(written, path)
 
 
-def _swap(temporary: Path, path: Path, replaced: Path) -> None:
+def _swap(written: Path, path: Path, replaced: Path) -> None:
+    """Rename a folder to `path`, again if another process has just done so too."""
+    for number in range(1, _SWAPS + 1):
+        try:
+            _swap_once(written, path, replaced)
+        except OSError as error:
+            if error.errno not in _REPLACED or number == _SWAPS:
+                raise
+        else:
+            break
+
+
+def _swap_once(written: Path, path: Path, replaced: Path) -> None:
     """Rename a folder to `path`; an older one gets the name `replaced`, or is put back."""
     if not path.is_dir():
-        os.replace(temporary, path)
+        os.replace(written, path)
         return
     shutil.rmtree(replaced, ignore_errors=True)
     try:
         os.replace(path, replaced)  # a folder cannot be renamed to one that is not empty
-        os.replace(temporary, path)
+        os.replace(written, path)
     except BaseException:
-        if not path.exists():
+        if replaced.exists() and not path.exists():
             os.replace(replaced, path)
         raise
-
-
-def _empty(folder: Path) -> None:
-    """Remove the contents of a folder, but not the folder, which is locked."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _start_over(lock: int, temporary: Path, target: Path) -> int:
-    """Use a new temporary file: a program that outlived its run may still write to the old one."""
-    try:
-        temporary.unlink()
-        return _open_locked(temporary, target, os.O_RDWR | os.O_CREAT)
-    finally:
-        os.close(lock)
-
-
-def _open_locked(temporary: Path, target: Path, flags: int) -> int:
-    """Open and lock a temporary file or folder; the kernel unlocks it when the process ends.
-
-    Raises ForgeError if another process has locked it.
-    """
-    lock = os.open(temporary, flags, 0o666)  # less the umask
-    try:
-        _lock(lock, temporary, target)
-    except BaseException:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _lock(descriptor: int, temporary: Path, target: Path) -> None:
-    with suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may just have renamed the file that we opened.
-            ours = os.fstat(descriptor).st_ino == temporary.stat().st_ino
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")

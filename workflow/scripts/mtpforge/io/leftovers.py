@@ -4,14 +4,20 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from mtpforge.run_owner import TAG, lives_here
 
 FOLDERS = (Path("results"), Path("resources"))
 """Where jobs write."""
 _INSTALLED = {Path("resources/converter/environment"), Path("resources/converter/source")}
 """Tens of thousands of files, none of them ours."""
-_NAME = re.compile(r"\..+\.(part|scratch)|[^.].*\.yaml\.part")
+_NAME = re.compile(r"\..+\.(part|scratch)|[^.].*\.yaml(\.\d+)?\.part")
+_TAG = re.compile(rf"\.({TAG})(?:\.old)?\.(?:part|scratch)")
+_WEEK = 7 * 86400.0
+"""Seconds without a change after which a process on another machine no longer writes."""
 _PIECES = ("work/manifests/pieces", "work/manifests/quantized/*.gguf")
 
 
@@ -35,6 +41,17 @@ def find(*folders: Path) -> Iterator[Path]:
                     yield Path(parent, name)
             entered = [name for name in inside if not _NAME.fullmatch(name)]
             inside[:] = [name for name in entered if Path(parent, name) not in _INSTALLED]
+
+
+def beside(path: Path, ending: str) -> list[Path]:
+    """What processes that have ended here left under names of their own for `path`, longest first.
+
+    `ending` is "part" or "scratch".
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.{TAG}(\.old)?\.{ending}")
+    found = [each for each in path.parent.iterdir() if name.fullmatch(each.name)]
+    left = [each for each in found if not _in_use(each)]
+    return sorted(left, key=lambda each: -each.lstat().st_size)
 
 
 def pieces(results: Path) -> Iterator[Path]:
@@ -63,10 +80,24 @@ def delete(path: Path) -> None:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether a living process has locked it; a folder that was replaced has its writer's lock."""
-    locked = path.with_name(path.name.replace(".old.part", ".part"))
+    """Whether a living process writes to it: the one that it is named after, or has locked it."""
+    if tag := _TAG.search(path.name):
+        lives = lives_here(tag[1])
+        return not _is_old(path) if lives is None else lives
+    return _is_locked(path.with_name(path.name.replace(".old.part", ".part")))
+
+
+def _is_old(path: Path) -> bool:
     try:
-        descriptor = os.open(locked, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        return time.time() - path.lstat().st_mtime > _WEEK
+    except OSError:  # gone
+        return False
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has locked it; a folder that was replaced has its writer's lock."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:  # a link, or gone
         return False
     try:

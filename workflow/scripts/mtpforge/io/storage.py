@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mtpforge import progress, table
 from mtpforge.errors import ForgeError, GgufError, StorageError
+from mtpforge.run_owner import TAG
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM)
@@ -25,7 +26,9 @@ _FAILING = (
 _PLAIN = ("ext2", "ext3", "ext4", "tmpfs", "xfs", "vfat", "exfat")
 """File systems on which a file takes its size; others may compress it. XFS may share blocks."""
 _SHARING = ("xfs",)
-_PART = re.compile(r"\.(.+?)(?:\.old)?\.part")
+_NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "cifs", "smb", "afs", "9p", "fuse")
+"""Beginnings of the names of file systems that several machines may have mounted."""
+_PART = re.compile(rf"\.(.+?)(?:\.{TAG})?(?:\.old)?\.part")
 _PROBE = 16 << 20
 
 
@@ -77,6 +80,11 @@ def file_system(folder: Path) -> str:
             if line.split()[2] == number:
                 return line.partition(" - ")[2].split()[0]
     return ""
+
+
+def is_network(folder: Path) -> bool:
+    """Whether other machines may write to a folder too."""
+    return file_system(folder).startswith(_NETWORK)
 
 
 def existing(folder: Path) -> Path:

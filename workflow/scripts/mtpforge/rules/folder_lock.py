@@ -33,10 +33,15 @@ def holding(folder: Path, command: str, say: Say) -> Iterator[bool]:
     (folder / RUN_LOCK).touch()
     with (folder / RUN_LOCK).open("r+", encoding="utf-8") as file:
         before = _acquire(file)
-        wait_for_jobs(folder, say)
         scratch = tempfile.mkdtemp(prefix=_SCRATCH)
         owner = Owner.this_process(command, scratch)
-        _write(file, owner.as_text())
+        _write(file, owner.as_text())  # this ends jobs of the run before on other machines
+        try:
+            wait_for_jobs(folder, say)
+        except BaseException:
+            _remove_scratch(scratch)
+            _write(file, before.as_text() if before else "")
+            raise
         announce(owner, folder)
         try:
             if before:

@@ -21,6 +21,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.shell import shell
 
+from mtpforge import run_owner
 from mtpforge.errors import ForgeError
 from mtpforge.io import leftovers
 from mtpforge.rules.folder_lock import forget, holding, owner_of, wait_for_jobs
@@ -34,8 +35,13 @@ _ended: list[int] = []
 
 
 def guard(workflow: Any) -> None:
-    """Replace Snakemake's lock, and rerun what a kill interrupted, whatever the profile says."""
+    """Replace Snakemake's lock, and rerun what a kill interrupted, whatever the profile says.
+
+    In a job's own Snakemake, as on a cluster, follow the run: it deletes outputs, before and after
+    the program. Raises SystemExit if the run has ended.
+    """
     if not workflow.is_main_process:
+        run_owner.follow()
         return
     prepare = workflow._prepare_dag
 

@@ -1,0 +1,175 @@
+"""Temporary names that one process at a time writes to.
+
+If the kernel's locks hold, all processes use one name for an output, and lock it. Else each has a
+name of its own: on Lustre without `-o flock`, NFS without a lock daemon, and for folders on any
+network file system, because a folder is locked on one machine only.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mtpforge import run_owner
+from mtpforge.errors import ForgeError
+from mtpforge.io import leftovers, storage
+
+PATIENCE = 30.0
+"""Seconds that a job waits for another writer, perhaps one of a run that was killed, to end."""
+_INTERVAL = 0.2
+
+
+@contextmanager
+def claimed_file(path: Path, keep: bool) -> Iterator[Path]:
+    """Yield the temporary name of a file that is there, and that nobody else writes to.
+
+    It is empty, unless `keep` and a killed run has left its beginning. Raises ForgeError if another
+    process is writing it, unless this is a job of Snakemake: it waits, and then writes its own.
+    """
+    usual = usual_name(path, "part")
+    lock = _claim(usual, path, os.O_RDWR | os.O_CREAT)
+    if lock is None:
+        yield _own_file(path, keep)
+        return
+    if not keep and os.fstat(lock).st_size:
+        lock = _start_over(lock, usual, path)
+    try:
+        yield usual
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def claimed_folder(path: Path, ending: str) -> Iterator[Path]:
+    """Yield an empty temporary folder that nobody else writes to. Raises as `claimed_file` does."""
+    usual = usual_name(path, ending)
+    lock = None if storage.is_network(path.parent) else _claim_folder(usual, path)
+    if lock is None:
+        yield _own_folder(path, ending)
+        return
+    try:
+        _empty(usual)
+        yield usual
+    finally:
+        os.close(lock)
+
+
+def usual_name(path: Path, ending: str) -> Path:
+    """The temporary name that all processes use for `path` if the kernel's locks hold."""
+    return path.with_name(f".{path.name}.{ending}")
+
+
+# ── one name, locked ──
+
+
+def _claim(usual: Path, target: Path, flags: int) -> int | None:
+    """Open and lock a temporary file or folder; the kernel unlocks it when the process ends.
+
+    None if it cannot be locked, or a job has waited for its other writer. Raises ForgeError.
+    """
+    is_job = run_owner.VARIABLE in os.environ
+    deadline = time.monotonic() + (PATIENCE if is_job else 0)
+    while True:
+        with suppress(BlockingIOError):
+            return _try_to_claim(usual, flags)
+        if time.monotonic() < deadline:
+            time.sleep(_INTERVAL)
+        elif is_job:
+            return None
+        else:
+            raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")
+
+
+def _try_to_claim(usual: Path, flags: int) -> int | None:
+    """One try. Raises BlockingIOError if another process has locked it."""
+    is_new = not os.path.lexists(usual)
+    lock = os.open(usual, flags, 0o666)  # less the umask
+    try:
+        if _lock(lock, usual):
+            return lock
+        if is_new and flags & os.O_CREAT:
+            usual.unlink(missing_ok=True)
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def _lock(descriptor: int, usual: Path) -> bool:
+    """Whether it is locked now; not so without locks. Raises BlockingIOError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    # Another process may just have renamed what we opened.
+    if not usual.exists() or os.fstat(descriptor).st_ino != usual.stat().st_ino:
+        raise BlockingIOError
+    return True
+
+
+def _claim_folder(usual: Path, target: Path) -> int | None:
+    is_new = not usual.exists()
+    usual.mkdir(parents=True, exist_ok=True)
+    lock = None
+    try:
+        lock = _claim(usual, target, os.O_RDONLY)
+    finally:
+        if lock is None and is_new:
+            with suppress(OSError):
+                usual.rmdir()
+    return lock
+
+
+def _start_over(lock: int, usual: Path, target: Path) -> int:
+    """Use a new temporary file: a program that outlived its run may still write to the old one."""
+    try:
+        usual.unlink()
+        found = _claim(usual, target, os.O_RDWR | os.O_CREAT)
+    finally:
+        os.close(lock)
+    if found is None:
+        raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")
+    return found
+
+
+def _empty(folder: Path) -> None:
+    """Remove the contents of a folder, but not the folder, which is locked."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+# ── a name of one's own ──
+
+
+def _own_name(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{run_owner.tag()}.{ending}")
+
+
+def _own_file(path: Path, keep: bool) -> Path:
+    """A new file; with `keep` the longest that a killed process of this machine has left."""
+    own = _own_name(path, "part")
+    for left in leftovers.beside(path, "part"):
+        if keep and not own.exists():
+            with suppress(FileNotFoundError):  # another process was first
+                left.rename(own)
+        else:
+            leftovers.delete(left)
+    os.close(os.open(own, os.O_RDWR | os.O_CREAT, 0o666))
+    return own
+
+
+def _own_folder(path: Path, ending: str) -> Path:
+    for left in leftovers.beside(path, ending):
+        leftovers.delete(left)
+    own = _own_name(path, ending)
+    own.mkdir(parents=True)
+    return own
