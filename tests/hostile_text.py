@@ -573,6 +573,60 @@ VALUES: list[tuple[str, str, tuple[Any, ...], Any]] = [
 ]
 
 
+QUANTIZATION = "quantization_config"
+OF_ONE_TYPE: dict[tuple[str, ...], list[Any]] = {
+    ("config.json", QUANTIZATION): [[], ["fp8"], "fp8", "", 8, 0, False, True],
+    ("config.json", TEXT, QUANTIZATION): [[], "", 0, False],
+    ("config.json", "compression_config"): [[{"format": "pack-quantized"}], "x"],
+    ("config.json", "quantization"): [4, [4]],
+    ("config.json", QUANTIZATION, "config_groups"): [[], 7],
+    ("config.json", QUANTIZATION, "config_groups", "group_0"): [["Linear"], ""],
+    ("config.json", QUANTIZATION, "config_groups", "group_0", "weights"): [[], 8],
+    ("config.json", QUANTIZATION, "quantized_layers"): [["a"], "a"],
+    ("config.json", QUANTIZATION, "quantized_layers", "a"): ["NVFP4", 4],
+    ("config.json", QUANTIZATION, "quant_method"): [["fp8"], 0, {}],
+    ("config.json", QUANTIZATION, "format"): [7, ["pack-quantized"]],
+    ("hf_quant_config.json", "quantization"): [[], "NVFP4", 0],
+    ("config.json", "architectures"): ["", {}, 0, False],
+    ("config.json", TEXT, "layers_block_type"): ["attention", {}],
+    ("config.json", TEXT, "num_experts"): [False, "", [], {}],
+    ("config.json", TEXT, "intermediate_size"): [False, "", []],
+    ("config.json", TEXT, "rope_parameters", "full_attention"): [[], 7, ""],
+    ("tokenizer_config.json", "add_bos_token"): ["true", 1, 0, []],
+    ("tokenizer_config.json", "add_eos_token"): ["false", {}],
+    ("tokenizer_config.json", "tokenizer_class"): [["Qwen2Tokenizer"], 0],
+    ("tokenizer_config.json", "additional_special_tokens"): ["", "<a>", {}, 0, False],
+    ("tokenizer_config.json", "extra_special_tokens"): ["", "<a>", 0, False],
+    ("special_tokens_map.json", "additional_special_tokens"): ["<a>", {}, 0],
+}
+"""Keys that must not be taken for missing if they have another type."""
+
+
+def _of_another_type(place: tuple[str, ...], value: Any) -> Prepare:
+    name, *keys = place
+
+    def prepare(folder: Path) -> Command:
+        copy = checkpoint(folder)
+        content = json.loads((copy / name).read_text()) if (copy / name).exists() else {}
+        if name == "special_tokens_map.json":  # which is read in place of these
+            change(copy / "tokenizer_config.json", "added_tokens_decoder", value=None)
+        inner = content
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = value
+        (copy / name).write_text(json.dumps(content))
+        return converted(folder)
+
+    return prepare
+
+
+def type_cases() -> Iterator[Case]:
+    for place, values in OF_ONE_TYPE.items():
+        for value in values:
+            name = f"{'/'.join(place)}: {value!r}"
+            yield Case("another type", name, _of_another_type(place, value))
+
+
 def value_cases() -> Iterator[Case]:
     for kind, name, keys, value in VALUES:
         shown = repr(value)[:40]
@@ -799,6 +853,7 @@ def cases() -> list[Case]:
         *yaml_cases(),
         *template_cases(),
         *value_cases(),
+        *type_cases(),
         *tokenizer_cases(),
         *record_cases(),
     ]

@@ -205,7 +205,7 @@ def test_quantizations_that_upstream_cannot_read_are_refused_before_it_runs() ->
     for method in ("awq", "bitsandbytes", "quark", "torchao"):
         assert f"quant_method {method}), which llama.cpp's converter" in found(quant_method=method)
     assert "cannot read" in found(quant_method="compressed-tensors", format="marlin-24")
-    assert "cannot read" in found(quant_method=["fp8"])
+    assert "quant_method must be a text, not \"['fp8']\"" in found(quant_method=["fp8"])
     assert "by MLX, bits 4" in str(
         convertible.refusal(glm(quantization={"group_size": 64, "bits": 4}), "llama.cpp", "trunk")
     )

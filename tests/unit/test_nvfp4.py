@@ -103,7 +103,6 @@ def test_what_mtpforge_reads_is_not_for_upstream() -> None:
             {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "FP8"}}},
             False,
         ),
-        ({"quant_algo": "MIXED_PRECISION", "quantized_layers": ["a"]}, False),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, True),
         ({"format": "mixed-precision", "config_groups": {}}, False),
         (

@@ -15,7 +15,7 @@ from mtpforge.checkpoint.safetensors import DTYPES, CheckpointTensor, shard_form
 from mtpforge.errors import CheckpointError
 from mtpforge.io.mapped import Bytes, open_map
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.io.text import is_there, read_json
+from mtpforge.io.text import is_there, member, read_json
 
 _SLICE = 1 << 20  # values compared at a time
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -177,7 +177,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return the content of config.json, with ModelOpt's settings. Raises CheckpointError."""
     config = read_json(directory / "config.json")
     beside = directory / quantization.MODELOPT
-    return quantization.with_modelopt(config, read_json(beside)) if is_there(beside) else config
+    return quantization.with_modelopt(config, read_json(beside) if is_there(beside) else {})
 
 
 def folder_name(folder: Path) -> str:
@@ -196,9 +196,9 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> str:
 
     Raises CheckpointError.
     """
-    text = config.get("text_config")
-    inner = text.get("architectures") if isinstance(text, dict) else None
-    names = config.get("architectures") or inner
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    text = member(config, "text_config", dict, str(path)) or {}
+    levels = [member(level, "architectures", list, str(path)) for level in (config, text)]
+    names = levels[0] or levels[1]
+    if not names or not isinstance(names[0], str):
         raise CheckpointError(f"{path}: 'architectures' must be a list of class names")
     return names[0]

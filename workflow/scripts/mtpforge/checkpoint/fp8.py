@@ -45,12 +45,9 @@ POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.
 def block_size(config: Mapping[str, Any]) -> Block:
     """Return how many rows and columns share a scale (config.json). Raises CheckpointError."""
     settings = quantization.settings_in(config)
-    groups = settings.get("config_groups")
-    sizes = [settings.get("weight_block_size")]
-    for group in groups.values() if isinstance(groups, dict) else ():  # of compressed-tensors
-        weights = group.get("weights") if isinstance(group, dict) else None
-        sizes.append(weights.get("block_structure") if isinstance(weights, dict) else None)
-    named = [size for size in sizes if size is not None]
+    groups = quantization.groups_in(settings, "config_groups")  # of compressed-tensors
+    sizes = [(group.get("weights") or {}).get("block_structure") for group in groups]
+    named = [size for size in (settings.get("weight_block_size"), *sizes) if size is not None]
     if not named:
         return None
     size = named[0]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtpforge.errors import CheckpointError
+from mtpforge.io.text import member
 
 
 class Hparams:
@@ -14,8 +15,8 @@ class Hparams:
         if not isinstance(text, dict):
             raise CheckpointError("config.json: text_config must be an object")
         self.values: dict[str, Any] = {**config, **text}
-        kinds = self.get("layers_block_type")
-        if isinstance(kinds, list) and self.get("num_hidden_layers") is None:
+        kinds = member(self.values, "layers_block_type", list, "config.json")
+        if kinds is not None and self.get("num_hidden_layers") is None:
             self.values["num_hidden_layers"] = len(kinds)  # Nemotron-H gives one or the other
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -29,6 +30,11 @@ class Hparams:
         if type(value) is not int or not 0 < value < 1 << 31:
             raise CheckpointError(f"config.json: {key} must be a positive integer, not {value!r}")
         return value
+
+    def has(self, key: str) -> bool:
+        """Whether a count is given; null and 0 mean that it is not. Raises CheckpointError."""
+        value = self.get(key, 0)
+        return not (type(value) is int and value == 0) and self.count(key) > 0
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number. Raises CheckpointError."""

@@ -27,18 +27,13 @@ _SCALES = {
 def is_nvfp4(config: Mapping[str, Any]) -> bool:
     """Whether config.json says that weights are packed in NVFP4, as upstream reads it."""
     settings = quantization.settings_in(config)
-    layers = settings.get("quantized_layers")
-    entries = [settings, *(layers.values() if isinstance(layers, dict) else ())]
-    algorithms = [entry.get("quant_algo") for entry in entries if isinstance(entry, dict)]
-    if any(name in ("NVFP4", "W4A16_NVFP4") for name in algorithms):
+    entries = [settings, *quantization.groups_in(settings, "quantized_layers")]
+    if any(entry.get("quant_algo") in ("NVFP4", "W4A16_NVFP4") for entry in entries):
         return True
     if settings.get("format") != "mixed-precision":
         return bool(settings.get("format") == _PACKED)
-    groups = settings.get("config_groups")
-    formats = [
-        group.get("format") if isinstance(group, dict) else None
-        for group in (groups.values() if isinstance(groups, dict) else ())
-    ]
+    groups = quantization.groups_in(settings, "config_groups")
+    formats = [group.get("format") for group in groups]
     return formats.count(_PACKED) == len(formats) > 0
 
 

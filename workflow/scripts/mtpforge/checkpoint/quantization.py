@@ -3,18 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mtpforge.io.text import member
+
 MODELOPT = "hf_quant_config.json"
 """Settings of NVIDIA's ModelOpt, whose older versions leave them out of config.json."""
 
+_PLACES = ("quantization_config", "compression_config", "quantization")
 _SHOWN = ("quant_method", "quant_algo", "format", "bits")
 
 
 def with_modelopt(config: dict[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json with the settings of the ModelOpt file beside it, if it has none."""
-    settings = beside.get("quantization")
-    if not isinstance(settings, dict) or settings_in(config):
+    """Return config.json with the settings of the ModelOpt file beside it, if it has none.
+
+    Raises CheckpointError if either has settings that are malformed.
+    """
+    settings = member(beside, "quantization", dict, MODELOPT)
+    if settings_in(config) or settings is None:
         return config
-    return {**config, "quantization_config": {"quant_method": "modelopt", **settings}}
+    whole = {**config, "quantization_config": {"quant_method": "modelopt", **settings}}
+    _check(settings, MODELOPT)
+    return whole
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -27,10 +35,28 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def settings_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of the quantization in config.json; empty if there are none."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(part.get(key), dict) and part[key]:
-                return part[key]  # type: ignore[no-any-return]
-    return {}
+    """Return the settings of the quantization in config.json; empty if there are none.
+
+    Raises CheckpointError if they are malformed.
+    """
+    text = member(config, "text_config", dict, "config.json") or {}
+    found = [member(part, key, dict, "config.json") for part in (config, text) for key in _PLACES]
+    settings = next(filter(None, found), {})
+    _check(settings, "config.json: its quantization")
+    return settings
+
+
+def groups_in(settings: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the objects in an object of the settings: groups of layers, or single ones."""
+    groups = member(settings, key, dict, "config.json: its quantization") or {}
+    return [member(groups, name, dict, f"config.json: {key}") or {} for name in groups]
+
+
+def _check(settings: Mapping[str, Any], place: str) -> None:
+    """Raise CheckpointError if a setting that is read has another type than it should."""
+    groups = groups_in(settings, "config_groups")
+    for each in (settings, *groups, *groups_in(settings, "quantized_layers")):
+        for key in ("quant_method", "quant_algo", "format"):
+            member(each, key, str, place)
+    for group in groups:
+        member(group, "weights", dict, place)

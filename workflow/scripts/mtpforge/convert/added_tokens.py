@@ -11,8 +11,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from mtpforge.errors import CheckpointError
-from mtpforge.io.text import is_there, read_json
+from mtpforge.io.text import is_there, member, read_json
 
+_FILES = "tokenizer_config.json, special_tokens_map.json or added_tokens.json"
 _ROLES = (
     "bos_token",
     "eos_token",
@@ -52,6 +53,7 @@ def read(directory: Path) -> AddedTokens:
     Raises CheckpointError if one of these files is malformed.
     """
     config = _read_optional(directory / "tokenizer_config.json")
+    member(config, "tokenizer_class", str, str(directory / "tokenizer_config.json"))
     try:
         if "added_tokens_decoder" in config:
             listed = {int(i): dict(token) for i, token in config["added_tokens_decoder"].items()}
@@ -65,10 +67,7 @@ def read(directory: Path) -> AddedTokens:
             listed[int(i)] = {"content": text, "special": is_special, "normalized": not is_special}
         return AddedTokens(listed, special, complete=False)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(
-            f"{directory}: malformed tokens in tokenizer_config.json, special_tokens_map.json "
-            f"or added_tokens.json ({error!r})"
-        ) from None
+        raise CheckpointError(f"{directory}: malformed tokens in {_FILES} ({error!r})") from None
 
 
 def missing(tokenizer: Tokenizer, named: AddedTokens) -> list[AddedToken]:
@@ -104,11 +103,14 @@ def _special_tokens_map(roles: dict[str, Any], config: dict[str, Any]) -> dict[s
     Its additional tokens extend those of `config`.
     """
     merged = {key: _marked_special(value) for key, value in roles.items()}
-    more = [_marked_special(token) for token in roles.get("additional_special_tokens") or []]
+    more = [_marked_special(token) for token in _additional(roles)]
     if more:
-        before = config.get("additional_special_tokens") or []
-        merged["additional_special_tokens"] = [*before, *more]
+        merged["additional_special_tokens"] = [*_additional(config), *more]
     return merged
+
+
+def _additional(roles: dict[str, Any]) -> list[Any]:
+    return member(roles, "additional_special_tokens", list, _FILES) or []
 
 
 def _marked_special(token: Any) -> Any:
@@ -129,9 +131,12 @@ def _special_tokens(config: dict[str, Any], listed: dict[int, dict[str, Any]]) -
         elif isinstance(token, str) and role in defaults:
             token = {"content": token, "special": True, "normalized": False}
         found.append(token)
-    found += config.get("additional_special_tokens") or []
-    extra = config.get("extra_special_tokens") or {}
-    found += extra.values() if isinstance(extra, dict) else extra
+    found += _additional(config)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):
+        found += extra
+    else:
+        found += (member(config, "extra_special_tokens", dict, _FILES) or {}).values()
     for token in found:
         _content(token)  # raises if it is not a token
     return found

@@ -5,6 +5,7 @@ import numpy as np
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
+from mtpforge.io.text import member
 
 FREQUENCIES = "rope_freqs.weight"
 """A tensor of the GGUF that upstream computes from config.json."""
@@ -64,9 +65,9 @@ def frequencies(hparams: Hparams) -> np.ndarray:
     Raises CheckpointError.
     """
     size = _full_head_size(hparams)
-    kinds = hparams.get("rope_parameters", {})
-    full = kinds.get("full_attention") if isinstance(kinds, dict) else None
-    share = Hparams(full if isinstance(full, dict) else {}).number("partial_rotary_factor")
+    kinds = member(hparams.values, "rope_parameters", dict, "config.json") or {}
+    full = member(kinds, "full_attention", dict, "config.json: rope_parameters") or {}
+    share = Hparams(full).number("partial_rotary_factor")
     if not 0 < share <= 1:
         raise CheckpointError(f"config.json: partial_rotary_factor must be up to 1, not {share}")
     rotated = int(size * share / 2)
@@ -75,10 +76,11 @@ def frequencies(hparams: Hparams) -> np.ndarray:
 
 def _full_head_size(hparams: Hparams) -> int:
     """Return the head size of full attention: a key of its own, or that of the first such layer."""
-    layers, kinds = hparams.get("per_layer_config"), hparams.get("layer_types")
-    if isinstance(layers, dict) and isinstance(kinds, list) and not hparams.get("global_head_dim"):
-        full = [layers.get(str(n)) for n, kind in enumerate(kinds) if kind == _LAST[1]]
-        for layer in full:
-            if isinstance(layer, dict) and "head_dim" in layer:
+    layers = member(hparams.values, "per_layer_config", dict, "config.json")
+    kinds = hparams.get("layer_types")
+    if layers and isinstance(kinds, list) and not hparams.has("global_head_dim"):
+        for number in [str(n) for n, kind in enumerate(kinds) if kind == _LAST[1]]:
+            layer = member(layers, number, dict, "config.json: per_layer_config") or {}
+            if "head_dim" in layer:
                 return Hparams(layer).count("head_dim")
     return hparams.count("global_head_dim")

@@ -69,7 +69,7 @@ def plan_conversion(
 def check_sizes(hparams: Hparams) -> None:
     """Refuse a configuration whose table would exhaust the memory. Raises CheckpointError."""
     layers = hparams.count("num_hidden_layers")
-    experts = hparams.count("num_experts", 1) if hparams.get("num_experts") else 1
+    experts = hparams.count("num_experts", 1) if hparams.has("num_experts") else 1
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
         raise CheckpointError(
             f"config.json: {layers} layers with {experts} experts each: more than any real model"

@@ -15,7 +15,7 @@ from gguf import SpecialVocab
 from mtpforge.convert import chat_templates
 from mtpforge.errors import CheckpointError
 from mtpforge.io import atomic
-from mtpforge.io.text import is_there, read_json
+from mtpforge.io.text import is_there, member, read_json
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -29,6 +29,8 @@ def special_vocab(directory: Path, settings: dict[str, Any], size: int) -> Speci
     config = read_json(path) if is_there(path) else {}
     config.pop("chat_template", None)  # see `chat_templates`
     _check_ids(directory / "config.json", size)
+    for key in filter(_is_flag, config):  # gguf-py ignores those of another type
+        member(config, key, bool, str(path))
     flagless = {key: value for key, value in config.items() if not _is_flag(key)}
     try:
         steps = _post_processors(settings, config, directory)
@@ -55,8 +57,7 @@ def special_vocab(directory: Path, settings: dict[str, Any], size: int) -> Speci
 def _check_ids(path: Path, size: int) -> None:
     """Raise CheckpointError if config.json has a special token that the vocabulary lacks."""
     config = read_json(path)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
+    for part in (config, member(config, "text_config", dict, str(path)) or {}):
         for role in _ROLES:
             number = part.get(f"{role}_token_id")
             for each in number if isinstance(number, list) else [number]:

@@ -232,7 +232,7 @@ def _check_quantization(checkpoint: Outline) -> None:
         nvfp4.check_scales(checkpoint.tensors)
         return
     found = quantization.settings_in(checkpoint.config)
-    method = found.get("quant_method", "mlx" if "bits" in found else None)
+    method = found.get("quant_method") or ("mlx" if "bits" in found else None)
     formats = _METHODS.get(str(method))
     if method is not None and (formats is None or (formats and found.get("format") not in formats)):
         raise CheckpointError(

@@ -52,7 +52,7 @@ def count_blocks(checkpoint: Outline) -> int:
             f"{checkpoint.directory}: no tensors of a head ({declared!r} blocks are declared): "
             "use the original checkpoint, or convert with --part trunk"
         )
-    if found != declared or rest:
+    if type(declared) is not int or found != declared or rest:
         raise CheckpointError(
             f"{checkpoint.directory}: has tensors of {len(layers)} head layers, "
             f"{architecture.layers} to a block, but {declared!r} blocks are declared "

@@ -77,9 +77,10 @@ def outline(listing: Listing) -> Outline:
     """Return the checkpoint without its values. Raises DownloadError, CheckpointError."""
     path = Path(listing.repo)
     config = parse_json(path / "config.json", read_text(listing, "config.json"))
+    beside = {}
     if quantization.MODELOPT in listing.files:
         beside = parse_json(path / quantization.MODELOPT, read_text(listing, quantization.MODELOPT))
-        config = quantization.with_modelopt(config, beside)
+    config = quantization.with_modelopt(config, beside)
     found = Outline(path, config, tensors=listing.tensors, files=listing.files)
     found.lost = listing.lost
     return found

@@ -14,9 +14,9 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
@@ -49,6 +49,8 @@ ANYWHERE = Path("/")
 
 Failure = type[ForgeError]
 """The kind of error to raise."""
+
+T = TypeVar("T", dict[str, Any], list[Any], str, bool)
 
 
 # ── files ──
@@ -170,6 +172,26 @@ def parse_json(
     if not isinstance(value, dict):
         raise error(f"{path}: must be a JSON object")
     return value
+
+
+def member(values: Mapping[str, Any], key: str, kind: type[T], place: str) -> T | None:
+    """The value of a key that has one type in JSON; None if it is missing or null.
+
+    `place` is the file, or the object in it, for the message. Raises CheckpointError for another
+    type, which must not be taken for a missing key.
+    """
+    value = values.get(key)
+    if value is None or type(value) is kind:
+        return value
+    raise CheckpointError(f"{place}: {key} must be {_TYPES[kind]}, not {str(value)[:50]!r}")
+
+
+_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+}
 
 
 def check_json(

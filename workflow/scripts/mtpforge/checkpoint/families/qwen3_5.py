@@ -29,6 +29,7 @@ from mtpforge.checkpoint.families.family import (
 )
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.errors import CheckpointError
+from mtpforge.io.text import member
 
 DEFAULT_MROPE_SECTIONS = [11, 11, 10]  # default of the architecture
 
@@ -190,7 +191,7 @@ def linear_attention(hp: Hparams, to: str, of: str) -> list[Row]:
 
 def dense_mlp(hp: Hparams, to: str, of: str) -> list[Row]:
     """Gate, up and down."""
-    if hp.get("num_experts"):
+    if hp.has("num_experts"):
         raise CheckpointError(
             "config.json: num_experts in a dense architecture: "
             "correct `architectures`, or use the original config.json"
@@ -311,20 +312,20 @@ def describe(writer: GGUFWriter, hp: Hparams, head_blocks: int, sections: bool =
     writer.add_block_count(layers + head_blocks)
     writer.add_context_length(hp.count("max_position_embeddings"))
     writer.add_embedding_length(hp.count("hidden_size"))
-    if hp.get("intermediate_size"):
+    if hp.has("intermediate_size"):
         writer.add_feed_forward_length(hp.count("intermediate_size"))
     writer.add_head_count(hp.count("num_attention_heads"))
     writer.add_head_count_kv(hp.count("num_key_value_heads"))
     rope = rope_parameters(hp)
     describe_rope(writer, rope)
     writer.add_layer_norm_rms_eps(hp.fraction("rms_norm_eps"))
-    if hp.get("num_experts"):
+    if hp.has("num_experts"):
         writer.add_expert_count(hp.count("num_experts"))
         writer.add_expert_used_count(hp.count("num_experts_per_tok"))
     writer.add_key_length(dim)
     writer.add_value_length(dim)
     writer.add_file_type(32)  # MOSTLY_BF16
-    if hp.get("num_experts"):
+    if hp.has("num_experts"):
         writer.add_expert_feed_forward_length(hp.count("moe_intermediate_size"))
         writer.add_expert_shared_feed_forward_length(hp.count("shared_expert_intermediate_size"))
     if head_blocks:
@@ -380,8 +381,7 @@ def _rotation(hp: Hparams, place: str) -> dict[str, Any]:
     given = hp.get(place, {})
     if not isinstance(given, dict):
         raise CheckpointError(f"config.json: {place} must be an object")
-    if isinstance(full := given.get("full_attention"), dict):
-        given = {**given, **full}
+    given = {**given, **(member(given, "full_attention", dict, f"config.json: {place}") or {})}
     kinds = [given[key] for key in ("rope_type", "type") if given.get(key) is not None]
     kinds = ["default" if kind == "mrope" else kind for kind in kinds]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
