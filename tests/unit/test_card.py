@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hostile_text
 import pytest
 import yaml
 from conftest import ROOT
@@ -14,6 +15,7 @@ from example_records import measurement as example_measurement
 from gguf.constants import GGUFValueType
 from huggingface_hub import ModelCard
 from mtpforge.checkpoint.families.registry import FAMILIES
+from mtpforge.errors import ConfigError
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
@@ -103,12 +105,18 @@ def measurement(
     return example_measurement("Qwen3.5-4B-IQ4_XS.gguf", **{**known, **values})
 
 
-def make(*results: Result, theirs: str = "", folder: Path | None = None, **about: Any) -> str:
+def make(
+    *results: Result,
+    theirs: str = "",
+    folder: Path | None = None,
+    template: Path = TEMPLATE,
+    **about: Any,
+) -> str:
     path = (folder or Path("nowhere")) / "README.md"
     if theirs:
         path.write_text(theirs)
     model = About.parse(json.dumps({**ABOUT, **about}))
-    return card.make(model, results or (result(),), path, STAMP, TEMPLATE)
+    return card.make(model, results or (result(),), path, STAMP, template)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -540,3 +548,32 @@ def test_every_architecture_has_its_runtimes() -> None:
 def test_recipe_comes_from_the_configuration() -> None:
     recipe = make().split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}
+
+
+@pytest.mark.parametrize("kind", hostile_text.OWN)
+def test_a_template_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    hostile_text.special(tmp_path / "card.md", kind)
+    with pytest.raises(ConfigError, match=r"card\.md: "):
+        make(template=tmp_path / "card.md")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff", "not UTF-8"),
+        (b"a" * (5 << 20), "larger than 4 MB"),
+        (b"{{ title", "cannot be filled in"),
+        (b"{{ title.nothing.more }}", "cannot be filled in"),
+        (b"{% include 'other.md' %}", "cannot be filled in"),
+        (b"{{ 1 // 0 }}", "cannot be filled in"),
+        (b"{{ title + 1 }}", "cannot be filled in"),
+        (b"{{ " + b"(" * 100_000, "cannot be filled in"),
+        (b"---\n- a list\n---\n", "cannot be filled in"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_in_is_refused(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    (tmp_path / "card.md").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"card\.md: .*{reason}"):
+        make(template=tmp_path / "card.md")

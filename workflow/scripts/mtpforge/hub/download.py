@@ -63,7 +63,7 @@ def read_text(listing: Listing, name: str) -> str:
         raise DownloadError(f"{listing.label}: {name} is missing, or larger than {limit} MB")
     blob = cached(listing, name)
     if blob.is_file() and blob.stat().st_size == file.bytes:
-        content = blob.read_bytes()
+        content = text.read_bytes(blob, DownloadError, within=text.ANYWHERE)
     else:
         content = remote_file(listing, name).get(0, file.bytes)
     digest = Digest(file)

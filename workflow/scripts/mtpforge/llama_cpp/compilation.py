@@ -17,6 +17,7 @@ from pathlib import Path
 from mtpforge import progress
 from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import ANYWHERE, YAML_LIMIT, read_text
 from mtpforge.llama_cpp.process import build_environment, running
 
 PROGRAMS = (
@@ -86,9 +87,10 @@ class Recipe:
 
 def read_pin(requirement: Path) -> Pin:
     """Read the only requirement of a hashed requirements file. Raises ToolchainError."""
-    lines = requirement.read_text("utf-8").splitlines()
-    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
-    match = re.fullmatch(r"\s*([\w.-]+)==([\w.]+)[\s\\]+--hash=sha256:([0-9a-f]{64})\s*", text)
+    content = read_text(requirement, ToolchainError, YAML_LIMIT, within=ANYWHERE)
+    lines = [line for line in content.splitlines() if not line.lstrip().startswith("#")]
+    form = r"\s*([\w.-]+)==([\w.]+)[\s\\]+--hash=sha256:([0-9a-f]{64})\s*"
+    match = re.fullmatch(form, "\n".join(lines))
     if match is None:
         raise ToolchainError(
             f"{requirement}: expected one line `package==version --hash=sha256:<64 hex digits>`"

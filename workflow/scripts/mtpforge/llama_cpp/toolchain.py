@@ -20,6 +20,7 @@ from mtpforge.errors import RecordError, ToolchainError
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing, write_text
 from mtpforge.io.ranges import digest_of
+from mtpforge.io.text import ANYWHERE, YAML_LIMIT, read_text
 from mtpforge.llama_cpp.compilation import (
     PROGRAMS,
     Pin,
@@ -225,7 +226,8 @@ def _install_source(pin: Pin, requirement: Path, target: Path) -> None:
 
 def _install_environment(lock: Path, target: Path) -> None:
     """Set up an environment, unless the one in `target` was made there from the same lock."""
-    stamp, made = target / "lock.txt", f"{target.absolute()}\n{lock.read_text('utf-8')}"
+    pins = read_text(lock, ToolchainError, YAML_LIMIT, within=ANYWHERE)
+    stamp, made = target / "lock.txt", f"{target.absolute()}\n{pins}"
     python = target / "bin" / "python"
     if python.exists() and stamp.exists() and stamp.read_text("utf-8") == made:
         return

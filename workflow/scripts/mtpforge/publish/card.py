@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import ModelCard
 
-from mtpforge.errors import VerificationError
+from mtpforge.errors import ConfigError, VerificationError
 from mtpforge.gguf import template_warnings
+from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import tables
@@ -25,23 +27,41 @@ from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving
 from mtpforge.verify.metadata import templates_in
 
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise."""
+
 
 def make(
     about: About, results: Sequence[Result], checkpoint_card: Path, stamp: Stamp, template: Path
 ) -> str:
     """The card. `checkpoint_card` need not exist.
 
-    Raises VerificationError if the front matter does not read back as it was written.
+    Raises ConfigError if the template cannot be read or filled in; VerificationError if the front
+    matter does not read back as it was written.
     """
     data = front_matter(about, read_front_matter(checkpoint_card))
     values = _values(about, results) | {"toolchain": _toolchain(stamp)}
-    card = ModelCard.from_template(data, template_path=str(template), **values)
+    try:
+        card = ModelCard.from_template(data, template_str=_read_template(template), **values)
+    except _FAULTS as error:
+        raise ConfigError(f"{template}: cannot be filled in ({error})") from None
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
         raise VerificationError(
             f"{about.title}: the card's front matter does not read back as it was written"
         )
     return text
+
+
+def _read_template(path: Path) -> str:
+    return read_text(path, ConfigError, most=TEMPLATE_LIMIT, within=ANYWHERE)
 
 
 def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:

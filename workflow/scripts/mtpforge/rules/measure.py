@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from mtpforge.errors import ConfigError
+from mtpforge.prompts import read_prompts
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest
 from mtpforge.rules.config import MeasureSettings
@@ -54,9 +55,9 @@ class MeasureRules(Stage):
 
     def decisive(self, wildcards: Wildcards) -> str:
         """Code, settings and prompts of all measurements of a model, as JSON."""
-        prompts = sorted(Path(self.model(wildcards).prompts).glob("*.txt"))
+        prompts = read_prompts(Path(self.model(wildcards).prompts))
         settings = self._settings(wildcards).model_dump()
-        found = {path.name: sha256(path.read_bytes()).hexdigest() for path in prompts}
+        found = {f"{kind}.txt": sha256(text.encode()).hexdigest() for kind, text in prompts.items()}
         return json.dumps({"code": digest("measure.py"), **settings, "prompts": found})
 
     def options(self, wildcards: Wildcards) -> str:
