@@ -1,5 +1,9 @@
 """What killed jobs leave is found and removed, but nothing that a living one writes."""
 
+import errno
+import fcntl
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +84,20 @@ def test_what_a_living_job_writes_stays(folder: Path) -> None:
             [sys.executable, "-c", program], env={"PYTHONPATH": str(SCRIPTS)}, check=True
         )
         assert all(path.exists() for path in (file, split / "1.gguf", scratch / "part.gguf"))
+
+
+def test_what_is_left_on_nfs_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It locks only files that are open for writing, and folders on this machine alone."""
+    flock = fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if not is_folder and not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    assert {str(path) for path in leftovers.remove()} == set(LEFT)
 
 
 def test_a_pipe_and_a_link_are_removed_without_being_opened(folder: Path) -> None:

@@ -97,7 +97,7 @@ def _is_old(path: Path) -> bool:
 def _is_locked(path: Path) -> bool:
     """Whether a process has locked it; a folder that was replaced has its writer's lock."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = _open(path)
     except OSError:  # a link, or gone
         return False
     try:
@@ -107,3 +107,12 @@ def _is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _open(path: Path) -> int:
+    """Open anything but a link: for writing if possible, because NFS locks nothing else."""
+    flags = os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except (IsADirectoryError, PermissionError):
+        return os.open(path, os.O_RDONLY | flags)
