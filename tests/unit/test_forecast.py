@@ -14,8 +14,9 @@ from conftest import CHECKPOINTS, MODELS, SCRIPTS
 from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
-from mtpforge.forecast import files
-from mtpforge.forecast.machine import Machine, calibrated
+from mtpforge.forecast import files, reruns
+from mtpforge.forecast.machine import Machine, calibrated, network_rate
+from mtpforge.forecast.programs import ProgramSpeed
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.gguf import reader
 from mtpforge.inject.inject import Options, inject
@@ -29,6 +30,7 @@ from mtpforge.rules.config import Model
 MODEL = "tiny-qwen3.5"
 MACHINE = Machine(threads=2, memory=8 << 30, disk=1e9, bandwidth=1e10)
 HEAD = head_recipe("Q8_0")
+SMALL = ("config", "tokenizer")
 NEAR = 64  # bytes: llama-quantize pads its header differently
 
 
@@ -159,13 +161,92 @@ def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:
     assert quick.servers == 2 + 3 * 3  # verified twice; three prompts, each with n_max 0, 1, 2
 
 
-def test_the_machine_is_measured_once(tmp_path: Path) -> None:
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("idle")
+def test_the_machine_is_measured_once(tmp_path: Path, toolchain: Path) -> None:
     cache = tmp_path / "cache" / "calibration.json"
-    first = calibrated(tmp_path, cache, threads=1)
-    assert first.disk > 0 and first.bandwidth > 0
-    assert calibrated(tmp_path, cache, threads=1) == first
-    cache.write_text("{")
-    assert calibrated(tmp_path, cache, threads=1).threads == 1
+    llama = LlamaCpp(toolchain, threads=1)
+    first = calibrated(tmp_path, cache, llama)
+    assert first.disk > 0 and first.bandwidth > 0 and first.start > 0
+    assert min(vars(first.programs).values()) > 0 and first.programs != ProgramSpeed()
+    assert calibrated(tmp_path, cache, llama) == first
+    for damaged in ("{", "[]", json.dumps(dict.fromkeys(json.loads(cache.read_text()), 1))):
+        cache.write_text(damaged)
+        assert calibrated(tmp_path, cache, llama).threads == 1
+
+
+def test_a_busy_machine_is_not_remembered(
+    tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 0.0, 0.0))
+    cache = tmp_path / "calibration.json"
+    found = calibrated(tmp_path, cache, LlamaCpp(toolchain, threads=1))
+    assert found.programs == ProgramSpeed() and not cache.exists()
+
+
+@pytest.mark.usefixtures("idle")
+def test_before_llama_cpp_is_built_its_speed_is_assumed(tmp_path: Path) -> None:
+    cache = tmp_path / "calibration.json"
+    found = calibrated(tmp_path, cache, LlamaCpp(tmp_path / "none", threads=1))
+    assert found.programs == ProgramSpeed() and not cache.exists()
+
+
+def test_the_speed_of_the_network_is_remembered(tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "calibration.json"
+    assert network_rate(cache, "https://hub", seen=0.0) == 0
+    assert network_rate(cache, "https://hub", seen=5e6) == 5e6
+    assert network_rate(cache, "https://hub", seen=0.0) == 5e6
+    assert network_rate(cache, "https://mirror", seen=0.0) == 0
+
+
+def test_slower_programs_take_longer(toolchain: Path) -> None:
+    slow = ProgramSpeed(server=2.0, token=5e-3, quantize=3.0)
+    measured = {"variants": {"IQ4_XS": {}}, "measure": {"n_max": [1]}}
+    machines = MACHINE, replace(MACHINE, programs=slow)
+    quick, late = (forecast(toolchain, machine, **measured).steps for machine in machines)
+    slower = {a.stage for a, b in zip(quick, late, strict=True) if b.seconds > a.seconds}
+    assert slower == {"quantize", "acceptance", "verify", "measure"}
+
+
+# ── what reruns ──
+
+SUMMARY = """\
+output_file\tdate\trule\tlog-file(s)\tstatus\tplan
+a\tnow\tr\t-\tok\tno update
+b\tnow\tr\t-\tparams changed\tupdate pending
+c\t-\tr\t-\tremoved temp file\tno update
+d\tnow\tr\t-\tok\tupdate pending
+"""
+
+
+def test_snakemake_says_what_reruns() -> None:
+    found = reruns.parsed(SUMMARY)
+    assert found == {
+        "a": None, "b": "settings or code changed", "c": None, "d": "follows from another"
+    }  # fmt: skip
+
+
+def test_why_snakemake_has_no_answer_is_said() -> None:
+    said = "Using profile.\nMissing input files for rule x:\n    output: y\n    envs/z\n"
+    assert reruns.reason(said) == "Missing input files for rule x: output: y envs/z"
+    said = 'Error in file "S", line 4:\nconfig.yaml: unknown key\n  File "S", line 4, in <module>\n'
+    assert reruns.reason(said) == "config.yaml: unknown key"
+    assert reruns.reason("") == "it says nothing"
+
+
+def test_only_what_reruns_counts(toolchain: Path, tmp_path: Path) -> None:
+    converted = "results/m/work/convert/all.gguf"
+    found = forecast(toolchain)
+    assert found.kept > 0
+    found.settle({converted: None})  # deleted, and not needed any more
+    assert found.kept == 0
+    found.settle({converted: "settings or code changed"})
+    (step,) = [step for step in found.steps if step.path == converted]
+    assert step.why == "settings or code changed" and found.kept == step.kept
 
 
 # ── the program ──
@@ -198,7 +279,9 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
     assert sent <= 4 * 65536 < shards / 20  # their headers
     found = json.loads(done.stdout)
     assert shards < found["fetch"] + found["fetched"] < shards + 1_000_000
-    assert json.loads(again.stdout)["fetch"] < found["fetch"]  # the small files are here now
+    small = sum((CHECKPOINTS / MODEL / f"{name}.json").stat().st_size for name in SMALL)
+    assert found["fetched"] >= small > 0  # the forecast has needed and fetched them
+    assert json.loads(again.stdout)["fetch"] == found["fetch"]
     local = tmp_path / "local"
     local.mkdir()
     write_config(local, {"path": str(CHECKPOINTS / MODEL)})

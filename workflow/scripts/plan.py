@@ -18,11 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from mtpforge import cli, prompts, table
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.forecast import files
 from mtpforge.forecast.downloads import Downloads
-from mtpforge.forecast.machine import Machine, calibrated
+from mtpforge.forecast.machine import calibrated, network_rate
+from mtpforge.forecast.reruns import Reruns, asking
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -45,68 +47,89 @@ def main() -> None:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--totals", action="store_true", help="print only the last line")
+    form.add_argument("--totals", action="store_true", help="print only the totals")
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(_PATIENCE)
     llama = programs.from_options(args)
-    machine = calibrated(Path(), cache_root().parent / "calibration.json", llama.processors)
-    downloads = Downloads()
-    forecasts = [
-        forecast(model, downloads, llama=llama, machine=machine)
-        for model in _chosen(args.config, args.models)
-    ]
-    about = summary(forecasts, downloads, machine)
+    plan = Plan(args.config, _chosen(args.config, args.models), llama)
     if args.json:
-        models = {each.model.key: _as_json(each) for each in forecasts}
-        print(json.dumps({**about, "models": models}, indent=1))
+        models = {each.model.key: _as_json(each) for each in plan.forecasts}
+        print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
         return
     if not args.totals:
-        print(*map(as_table, forecasts), sep="\n")
-    print(in_words(about, exact=files.is_exact(llama)))
+        print(*map(as_table, plan.forecasts), sep="\n")
+    print(*plan.notes, in_words(plan.totals(), exact=files.is_exact(llama)), sep="\n")
 
 
-def forecast(
-    model: Model, downloads: Downloads, llama: LlamaCpp, machine: Machine
-) -> ModelForecast:
-    """The forecast of a model. Raises ForgeError, naming the model."""
-    try:
-        if not model.native:
-            raise ConfigError("only models of mtpforge's own converter can be forecast")
-        return ModelForecast(
-            model,
-            downloads.outline(model),
-            llama,
-            machine=machine,
-            prompts=len(prompts.read_prompts(Path(model.prompts))),
-            base_size=downloads.file_size,
-        )
-    except ForgeError as error:
-        raise type(error)(f"{model.key}: {error}") from None
+class Plan:
+    """The forecasts of these models, what they fetch, and what is not known. Raises ForgeError."""
 
+    def __init__(self, config: Path, models: list[Model], llama: LlamaCpp) -> None:
+        self.notes: list[str] = []
+        self.reruns: Reruns = {}
+        self.downloads = Downloads()
+        cache = cache_root().parent / "calibration.json"
+        self.machine = calibrated(Path(), cache, llama)
+        with asking(config, [model.key for model in models]) as answer:
+            found = [self._forecast(model, llama) for model in models]
+            try:
+                self.reruns = answer()
+            except ConfigError as error:
+                self.notes.append(f"note: results that are there count as current: {error}")
+        self.forecasts = [each for each in found if each]
+        for each in self.forecasts:
+            each.settle(self.reruns)
+        self.network = network_rate(cache, constants.ENDPOINT, self.downloads.rate)
 
-def summary(
-    forecasts: list[ModelForecast], downloads: Downloads, machine: Machine
-) -> dict[str, int]:
-    """The totals of a build in bytes and seconds, beside what this machine has."""
-    kept = 0
-    peak = 0
-    for each in forecasts:
-        peak = max(peak, kept + each.peak)
-        kept += each.kept
-    fetch = downloads.total - downloads.present
-    return {
-        "fetch": fetch,
-        "fetched": downloads.present,
-        "disk": kept + fetch,
-        "peak": peak + fetch,
-        "free": shutil.disk_usage(".").free,
-        "needs_memory": max((each.memory for each in forecasts), default=0),
-        "memory": machine.memory,
-        "seconds": round(sum(each.seconds for each in forecasts)),
-        "servers": sum(each.servers for each in forecasts),
-    }
+    def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast | None:
+        try:
+            if not model.native:
+                self.downloads.add_checkpoints(model)
+                self.notes.append(
+                    f"note: {model.key}: only its downloads are forecast, because llama.cpp's "
+                    "converter decides what its files contain"
+                )
+                return None
+            return ModelForecast(
+                model,
+                self.downloads.outline(model),
+                llama,
+                machine=self.machine,
+                prompts=len(prompts.read_prompts(Path(model.prompts))),
+                base_size=self.downloads.file_size,
+            )
+        except ForgeError as error:
+            raise type(error)(f"{model.key}: {error}") from None
+
+    def totals(self) -> dict[str, Any]:
+        """The totals of the build in bytes and seconds, beside what this machine has.
+
+        `fetch_seconds` is None if the speed of the network is not known.
+        """
+        kept = 0
+        peak = 0
+        for each in self.forecasts:
+            peak = max(peak, kept + each.peak)
+            kept += each.kept
+        fetch = self.downloads.fetch(self.reruns)
+        steps = [step for each in self.forecasts for step in each.steps]
+        return {
+            "steps": len(steps),
+            "to_run": sum(not step.done for step in steps),
+            "fetch": fetch,
+            "fetched": self.downloads.total - fetch,
+            "disk": kept + fetch,
+            "peak": peak + fetch,
+            "free": shutil.disk_usage(".").free,
+            "needs_memory": max((each.memory for each in self.forecasts), default=0),
+            "memory": self.machine.memory,
+            "seconds": round(sum(each.seconds for each in self.forecasts)),
+            "fetch_seconds": round(fetch / self.network) if self.network else None,
+            "servers": sum(each.servers for each in self.forecasts),
+        }
 
 
 def as_table(forecast: ModelForecast) -> str:
@@ -115,20 +138,24 @@ def as_table(forecast: ModelForecast) -> str:
     for file in forecast.files:
         head = table.size(file.head) if file.head else "none"
         files.append((file.name, table.size(file.bytes), head, str(file.pieces)))
-    steps = [("step", "disk", "memory", "time")]
+    steps = [("step", "disk", "memory", "time", "why it runs")]
     for step in forecast.steps:
-        spent = "done" if step.done else table.duration(step.seconds)
-        shown = table.size(step.kept) if step.kept else ""
-        steps.append((f"{step.stage} {step.name}", shown, table.size(step.memory), spent))
+        spent = "" if step.done else table.duration(step.seconds)
+        kept, memory = (table.size(each) if each else "" for each in (step.kept, step.memory))
+        steps.append((f"{step.stage} {step.name}", kept, memory, spent, step.why or "-"))
     return f"{forecast.model.key}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
 
 
-def in_words(about: dict[str, int], exact: bool = True) -> str:
+def in_words(about: dict[str, Any], exact: bool = True) -> str:
     """The totals, and a warning about each that this machine lacks."""
+    fetching = f" {table.size(about['fetch'])}"
+    if about["fetch"] and about["fetch_seconds"] is not None:
+        fetching += f" (about {table.duration(about['fetch_seconds'])})"
     lines = [
-        f"to do: fetch {table.size(about['fetch'])}, disk {table.size(about['disk'])} (peak "
-        f"{table.size(about['peak'])} of {table.size(about['free'])} free), about "
-        f"{table.duration(about['seconds'])} besides fetching, {about['servers']} server starts"
+        f"to do: {about['to_run']} of {about['steps']} steps, fetch{fetching}, disk "
+        f"{table.size(about['disk'])} (peak {table.size(about['peak'])} of "
+        f"{table.size(about['free'])} free), about {table.duration(about['seconds'])} besides "
+        f"fetching, {about['servers']} server starts"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:

@@ -1,10 +1,12 @@
 """What a build has to download, and the checkpoint of a model without its weights."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub import download, head
 from mtpforge.hub.listing import Listing
@@ -13,13 +15,40 @@ from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import HubFile, HubRepository
 
+_TIMED = 1 << 20
+"""Bytes of a file whose download tells the speed of the network."""
 
-@dataclass
+
+@dataclass(frozen=True)
+class Download:
+    """A file, or the head of a checkpoint, and the record that Snakemake has of it."""
+
+    bytes: int
+    path: Path
+    record: str
+
+    def needed(self, reruns: Reruns) -> bool:
+        """Whether it is not here, and a step reads it."""
+        return not self.path.exists() and reruns.get(self.record, "missing") is not None
+
+
 class Downloads:
-    """The bytes that a build takes from the Hub, and those of them that are here."""
+    """What a build takes from the Hub, each file once."""
 
-    total: int = 0
-    present: int = 0
+    def __init__(self) -> None:
+        self.rate = 0.0
+        """Bytes a second of the largest file that was downloaded to forecast; 0: none was."""
+        self._downloads: set[Download] = set()
+        self._largest = _TIMED
+
+    @property
+    def total(self) -> int:
+        """All their bytes."""
+        return sum(each.bytes for each in self._downloads)
+
+    def fetch(self, reruns: Reruns) -> int:
+        """The bytes that have to be fetched."""
+        return sum(each.bytes for each in self._downloads if each.needed(reruns))
 
     def outline(self, model: Model) -> Outline:
         """The checkpoint of a model, whose small files are downloaded. Raises ForgeError."""
@@ -35,16 +64,21 @@ class Downloads:
         listing = listing_of(source)
         folder = Path(layout.fetched(source))
         if model.uses_source and not model.head_only:
-            for name in listing.checkpoint_files():
-                self._add(listing.files[name].bytes, folder / name)
+            self._add_checkpoint(source, listing)
         elif model.uses_source:
             self._add_head(source)
         for name in listing.small_files():
-            download.download(listing, name, folder)
+            self._download(listing, name, folder)
         about = download.outline(listing)
         return Outline(
             folder, about.config, tensors=about.tensors, files=about.files, given_name=model.name
         )
+
+    def add_checkpoints(self, model: Model) -> None:
+        """The checkpoints of a model that llama.cpp's converter converts. Raises ForgeError."""
+        for source in {source for source, _ in model.conversions()}:
+            if isinstance(source, HubRepository):
+                self._add_checkpoint(source, listing_of(source))
 
     def file_size(self, file: layout.GivenFile) -> int:
         """The bytes of a base or importance matrix, with all its shards. Raises ForgeError."""
@@ -57,18 +91,31 @@ class Downloads:
             for name in gguf_files(file.file)
         }
         for name, size in sizes.items():
-            self._add(size, Path(layout.fetched(file), name))
+            self._add(size, Path(layout.fetched(file), name), layout.record(file, name))
         return sum(sizes.values())
+
+    def _download(self, listing: Listing, name: str, folder: Path) -> None:
+        here = (folder / name).exists() or download.cached(listing, name).exists()
+        start = time.perf_counter()
+        size = download.download(listing, name, folder).bytes
+        if not here and size >= self._largest:
+            self._largest = size
+            self.rate = size / (time.perf_counter() - start)
+
+    def _add_checkpoint(self, source: HubRepository, listing: Listing) -> None:
+        folder = Path(layout.fetched(source))
+        for name in listing.checkpoint_files():
+            self._add(listing.files[name].bytes, folder / name, layout.record(source, name))
 
     def _add_head(self, source: HubRepository) -> None:
         listing = listing_of(source)
         family = family_of(download.outline(listing).architecture)
         size = sum(tensor.size for tensor in head.head_tensors(listing, family))
-        self._add(size, Path(layout.head_record(source)))
+        record = layout.head_record(source)
+        self._add(size, Path(record), record)
 
-    def _add(self, size: int, path: Path) -> None:
-        self.total += size
-        self.present += size if path.exists() else 0
+    def _add(self, size: int, path: Path, record: str) -> None:
+        self._downloads.add(Download(size, path, record))
 
 
 def listing_of(at: layout.Commit) -> Listing:

@@ -1,19 +1,25 @@
-"""The speed and memory of this machine, measured in a few seconds and kept in the user's cache."""
+"""The speed and memory of this machine, measured in two seconds and kept in the user's cache."""
 
 import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mtpforge.errors import ForgeError
+from mtpforge.forecast.programs import ProgramSpeed, measured
 from mtpforge.io import atomic
+from mtpforge.llama_cpp.programs import LlamaCpp
 
 _COPY = 1 << 27
 """Bytes written to measure the disk."""
@@ -26,29 +32,52 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 @dataclass(frozen=True)
 class Machine:
-    """Threads, bytes of memory, and bytes a second: written to the disk, and read from memory."""
+    """Threads, bytes of memory, and bytes a second: written to the disk, and read from memory.
+
+    `start` is the time until a program of mtpforge has started.
+    """
 
     threads: int
     memory: int
     disk: float
     bandwidth: float
+    start: float = 0.4
+    programs: ProgramSpeed = field(default_factory=ProgramSpeed)
 
 
-def calibrated(folder: Path, cache: Path, threads: int) -> Machine:
-    """This machine, with the disk of `folder`; measured once, until `cache` is deleted."""
-    key = f"{platform.node()} {threads} {folder.stat().st_dev}"
-    known: dict[str, dict[str, float]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    with suppress(TypeError, KeyError, AttributeError):
-        found = known[key]
-        return Machine(threads, usable_memory(), float(found["disk"]), float(found["bandwidth"]))
-    disk = max(_disk(folder) for _ in range(_ROUNDS))
-    bandwidth = max(_bandwidth(threads) for _ in range(_ROUNDS))
-    machine = Machine(threads, usable_memory(), disk, bandwidth)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(cache, {**known, key: asdict(machine)})
+def calibrated(folder: Path, cache: Path, llama: LlamaCpp) -> Machine:
+    """This machine, with the disk of `folder`; measured once, until `cache` is deleted.
+
+    While the machine is busy, and until llama.cpp is built, programs get an ordinary speed, and
+    nothing is kept.
+    """
+    key = f"{platform.node()} {llama.processors} {folder.stat().st_dev}"
+    known = _known(_read(cache).get(key))
+    if known:
+        return Machine(llama.processors, usable_memory(), **known)
+    machine = Machine(
+        llama.processors,
+        usable_memory(),
+        disk=max(_disk(folder) for _ in range(_ROUNDS)),
+        bandwidth=max(_bandwidth(llama.processors) for _ in range(_ROUNDS)),
+    )
+    with suppress(ForgeError, OSError):
+        if os.getloadavg()[0] < llama.processors / 2:
+            machine = replace(machine, start=_start(), programs=measured(llama))
+            _keep(cache, key, asdict(machine))
     return machine
+
+
+def network_rate(cache: Path, endpoint: str, seen: float) -> float:
+    """Bytes a second from the Hub: as just seen, or else the last time; 0 if it is not known."""
+    key = f"{platform.node()} {endpoint}"
+    if seen:
+        with suppress(OSError):
+            _keep(cache, key, {"network": seen})
+        return seen
+    with suppress(TypeError, KeyError, ValueError):
+        return max(0.0, float(_read(cache)[key]["network"]))
+    return 0.0
 
 
 def usable_memory() -> int:
@@ -59,6 +88,28 @@ def usable_memory() -> int:
             limits.append(int(Path(name).read_text(encoding="ascii")))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return min(limits if limit == resource.RLIM_INFINITY else [*limits, limit])
+
+
+def _read(cache: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        return kept if isinstance(kept, dict) else {}
+    return {}
+
+
+def _keep(cache: Path, key: str, value: dict[str, Any]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(cache, {**_read(cache), key: value})
+
+
+def _known(kept: Any) -> dict[str, Any]:
+    """The measured fields of a machine; empty if one is missing, as in an older file."""
+    with suppress(TypeError, KeyError, ValueError):
+        speeds = {each.name: float(kept["programs"][each.name]) for each in fields(ProgramSpeed)}
+        numbers = {name: float(kept[name]) for name in ("disk", "bandwidth", "start")}
+        if min(*speeds.values(), *numbers.values()) > 0:
+            return {**numbers, "programs": ProgramSpeed(**speeds)}
+    return {}
 
 
 def _disk(folder: Path) -> float:
@@ -78,3 +129,11 @@ def _bandwidth(threads: int) -> float:
         start = time.perf_counter()
         list(pool.map(lambda _: values.sum(), range(threads)))
         return threads * _READ / (time.perf_counter() - start)
+
+
+def _start() -> float:
+    """Seconds until a program has imported what a stage needs."""
+    program = Path(__file__).parents[2] / "convert.py"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(program), "--help"], capture_output=True, check=False)
+    return time.perf_counter() - start

@@ -10,6 +10,7 @@ from pathlib import Path
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.forecast import files
 from mtpforge.forecast.machine import Machine
+from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -25,10 +26,8 @@ from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
 from mtpforge.verify.running import EQUAL
 
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
-_START = 0.7  # seconds until Snakemake and Python have started a job
-_SERVER = 0.4  # seconds until llama-server answers, besides reading the weights
-_TOKEN = 0.5e-3  # seconds of a token, besides reading the weights
-_BATCH = 4  # how much faster the tokens of a text are, which are processed in batches
+_BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
+_BATCH_TOKEN = 16  # how much less each takes at least
 _CONVERT = 1.3  # times the time to write the result
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
 _CONVERT_MEMORY = 330 << 20
@@ -39,7 +38,10 @@ _RUN_EXTRA = 4 << 30
 
 @dataclass(frozen=True)
 class Step:
-    """A job: bytes that its result keeps on the disk, and that it takes while it runs."""
+    """A job: bytes that its result keeps on the disk, and that it takes while it runs.
+
+    `why` says why it will run; None: it will not.
+    """
 
     stage: str
     name: str
@@ -49,11 +51,12 @@ class Step:
     memory: int = 0
     seconds: float = 0
     servers: int = 0
+    why: str | None = "missing"
 
     @property
     def done(self) -> bool:
-        """Whether its result is there; it may be stale."""
-        return Path(self.path).exists()
+        """Whether it will not run."""
+        return self.why is None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class ModelForecast:
             self._add_variant(variant)
         if model.sidecar:
             self._add_sidecar(model.sidecar)
+
+    def settle(self, reruns: Reruns) -> None:
+        """Take over what Snakemake says of each step; its graph may end where it must run first."""
+        self.steps = [replace(step, why=reruns.get(step.path, step.why)) for step in self.steps]
 
     @property
     def kept(self) -> int:
@@ -194,7 +201,7 @@ class ModelForecast:
     def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
         size = files.size(made)
         largest = max(info.size for info in source.tensors.values())
-        cpu_seconds = files.quantize_seconds(source, made)
+        cpu_seconds = files.quantize_seconds(source, made) * self._machine.programs.quantize
         self._add(
             Step(
                 "quantize",
@@ -234,7 +241,7 @@ class ModelForecast:
         path = layout.imatrix(self.model.key, matrix.text)
         tokens = Path(matrix.text).stat().st_size // 4
         step = Step("imatrix", Path(path).stem, path)
-        self._add(self._run(step, files.size(source), tokens // _BATCH))
+        self._add(self._run(step, files.size(source), text=tokens))
 
     def _verify(self, variant: Variant, size: int) -> None:
         output = layout.output(self.model, variant.name)
@@ -261,37 +268,39 @@ class ModelForecast:
         output = layout.output(self.model, variant.name)
         servers = self._prompts * (len(settings.n_max) + 1)
         tokens = servers * (settings.repeats + 1) * N_PREDICT
-        if settings.text:
-            text = settings.chunks * CHUNK
-            tokens += text // _BATCH
-            if self.model.has_unquantized(variant):
-                self._logits(text)
+        text = settings.chunks * CHUNK if settings.text else 0
+        if text and self.model.has_unquantized(variant):
+            self._logits(text)
         step = Step("measure", output.stem, output.measurement)
-        self._add(self._run(step, size, tokens, servers=servers))
+        self._add(self._run(step, size, tokens, text=text, servers=servers))
 
     def _logits(self, tokens: int) -> None:
         path = layout.reference_logits(self.model.key)
         whole = self._part(self.model.part)
         step = Step("logits", "BF16", path)
-        run = self._run(step, self._convert(self.model.part), tokens // _BATCH)
+        run = self._run(step, self._convert(self.model.part), text=tokens)
         vocabulary = whole.tensors["token_embd.weight"].shape[0]
         kept = tokens // 2 * (vocabulary + 4) * 2  # llama-perplexity keeps half, in 16 bits
         self._add(replace(run, kept=kept))
 
-    def _run(self, step: Step, size: int, tokens: int, servers: int = 0) -> Step:
-        """A job in which llama.cpp runs a file of this size, one token at a time."""
+    def _run(self, step: Step, size: int, tokens: int = 0, text: int = 0, servers: int = 0) -> Step:
+        """A job in which llama.cpp runs a file of this size: `tokens` one by one, then a text."""
         read = size * files.share_per_token(self._part("trunk")) / self._machine.bandwidth
+        speed = self._machine.programs
+        one = max(speed.token, read)
+        batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
         return replace(
             step,
             memory=int(_RUN_MEMORY * size) + _RUN_EXTRA,
-            seconds=tokens * (_TOKEN + read) + max(1, servers) * _SERVER,
+            seconds=tokens * one + text * batched + max(1, servers) * speed.server,
             servers=servers,
         )
 
     def _add(self, step: Step) -> None:
         if all(step.path != other.path for other in self.steps):
-            seconds = self._earlier(step) or step.seconds + _START
-            self.steps.append(replace(step, seconds=seconds))
+            seconds = self._earlier(step) or step.seconds + self._machine.start
+            why = None if Path(step.path).exists() else step.why
+            self.steps.append(replace(step, seconds=seconds, why=why))
 
     def _earlier(self, step: Step) -> float | None:
         """The seconds that the same job took the last time, as Snakemake recorded them."""

@@ -1,0 +1,67 @@
+"""Which files Snakemake would make anew, and why: its own answer, without a run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from mtpforge.errors import ConfigError
+from mtpforge.llama_cpp import process
+
+_SNAKEFILE = Path(__file__).parents[4] / "Snakefile"
+_PENDING = "update pending"
+_REASONS = {
+    "ok": "follows from another",
+    "missing": "missing",
+    "removed temp file": "missing",
+    "updated input files": "input changed",
+    "set of input files changed": "other inputs",
+    "params changed": "settings or code changed",
+    "rule implementation changed": "rule changed",
+}
+"""Snakemake's state of a file that will be made, in short."""
+
+Reruns = dict[str, str | None]
+"""Why each file of the graph will be made; None: it stays as it is."""
+
+
+@contextmanager
+def asking(config: Path, models: Sequence[str]) -> Iterator[Callable[[], Reruns]]:
+    """Let Snakemake work out the graph of these models; yields a function that waits for it.
+
+    The function raises ConfigError with Snakemake's reason, if it has no answer.
+    """
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE)]
+    command += ["--configfile", str(config), "--config", f"build={json.dumps(list(models))}"]
+    command += ["--cores", "1", "--quiet", "--summary", "--", "all"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process.running(command, **pipes, text=True) as child:
+        yield partial(_answer, child)
+        child.kill()
+
+
+def _answer(child: "subprocess.Popen[str]") -> Reruns:
+    printed, said = child.communicate()
+    if child.returncode:
+        raise ConfigError(f"Snakemake: {reason(said)}")
+    return parsed(printed)
+
+
+def parsed(summary: str) -> Reruns:
+    """The table that `snakemake --summary` prints."""
+    header, *rows = [line.split("\t") for line in summary.splitlines() if "\t" in line]
+    state, pending = header.index("status"), header.index("plan")
+    return {
+        row[0]: _REASONS.get(row[state], row[state]) if row[pending] == _PENDING else None
+        for row in rows
+    }
+
+
+def reason(said: str) -> str:
+    """The last message that Snakemake printed, in one line, without the places in a Snakefile."""
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("  File ")]
+    starts = [number for number, line in enumerate(lines) if not line.startswith(" ")]
+    return " ".join(" ".join(lines[starts[-1] :] if starts else lines).split()) or "it says nothing"
