@@ -17,13 +17,20 @@ from mtpforge.io.text import parse_json
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
+_MOST_LINES = 40
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with a program's docstring as its description, line breaks included."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line like all others, however long an argument is."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        _fail(f"{_line(message)} ({self.prog} --help lists the options)", code=2)
 
 
 def json_object(argument: str) -> dict[str, Any]:
@@ -49,11 +56,12 @@ def run(main: Callable[[], None]) -> None:
             main()
         sys.stdout.flush()
     except ToolchainError as error:
-        _fail(str(error))  # several lines: it may quote the end of a log
+        lines = str(error).splitlines() or [""]  # it may quote the end of a log
+        _fail("\n".join(map(_shortened, lines[:_MOST_LINES])))
     except ForgeError as error:
-        _fail(_line(error))
+        _fail(_line(str(error)))
     except OSError as error:
-        _fail(_line(storage.explain(error)))
+        _fail(_line(str(storage.explain(error))))
     except MemoryError:
         _fail("out of memory")
 
@@ -65,20 +73,24 @@ def _unwind(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
 
-def _line(error: ForgeError) -> str:
-    text = " ".join(str(error).split())  # an input can put line breaks into a message
+def _line(message: str) -> str:
+    return _shortened(" ".join(message.split()))  # an input can put line breaks into a message
+
+
+def _shortened(line: str) -> str:
+    text = printable(line[: _LONGEST_MESSAGE + 1])
     return text[:_LONGEST_MESSAGE] + " ..." if len(text) > _LONGEST_MESSAGE else text
 
 
-def _fail(message: str) -> NoReturn:
-    """End with exit code 1, even if nothing can be printed because the disk of the log is full."""
+def _fail(message: str, code: int = 1) -> NoReturn:
+    """End with an exit code, even if nothing can be printed because the disk of the log is full."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {message}\n")):
         try:
             stream.write(text)
             stream.flush()
         except OSError:  # Python would try again at its end, and exit with another code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(1)
+    sys.exit(code)
 
 
 class _Escaped(io.TextIOBase):
