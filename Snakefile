@@ -89,6 +89,7 @@ rule all:
         build.publish.folders(),
 
 
+include: "workflow/rules/plan.smk"
 include: "workflow/rules/toolchain.smk"
 include: "workflow/rules/fetch.smk"
 include: "workflow/rules/convert.smk"

@@ -119,7 +119,7 @@ def run_of(target: str, **asked: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "run", [run_of("summary"), run_of("all", until={"plan"}), run_of("all", batch="all=1/2")]
+    "run", [run_of("summary"), run_of("all", until={"plan_types"}), run_of("all", batch="all=1/2")]
 )
 def test_pieces_stay_until_all_files_are_finished(folder: Path, run: SimpleNamespace) -> None:
     snakemake_lock.clear_pieces(run, ["results/m"])

@@ -257,7 +257,7 @@ def test_pieces_are_configured_or_planned(tmp_path: Path) -> None:
         assert all(path.startswith(f"{WORK}/pieces/{kind}/{name}/") for path in paths)
         return [Path(path).name for path in paths]
 
-    checkpoints = SimpleNamespace(plan=SimpleNamespace(get=planned))
+    checkpoints = SimpleNamespace(plan_types=SimpleNamespace(get=planned))
     model = {"variants": {"IQ3_S": {}, "own": {"type": "Q8_0", "pieces": 2}}}
     build = Build(config(model), checkpoints)
     assert numbers(build, "own") == ["1-of-2.json", "2-of-2.json"]

@@ -43,7 +43,7 @@ STAGES = {
     "imatrix": ".*: importance matrix",
     "reference_logits": ".*: BF16 logits",
     "acceptance": ".*: acceptance of",
-    "plan": ".*: plan ",
+    "plan_types": ".*: plan ",
     "piece": ".*: quantize .*, piece",
     "quantize": r".*: quantize \S+ \(",
     "inject": ".*: inject",

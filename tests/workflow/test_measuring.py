@@ -65,7 +65,7 @@ def test_only_a_new_variant_is_measured(repository: Repository) -> None:
     repository.write_config()
     assert repository.pending() == {
         "recipe": 1,
-        "plan": 1,
+        "plan_types": 1,
         "quantize": 1,
         "verify": 1,
         "measure": 1,

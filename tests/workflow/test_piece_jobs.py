@@ -32,7 +32,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "materials": 1,
         "acceptance": 1,
         "recipe": 2,
-        "plan": 2,
+        "plan_types": 2,
         "piece": 3,
         "quantize": 2,
     }
@@ -105,7 +105,7 @@ def test_a_changed_recipe_requantizes_its_tensors(repository: Repository) -> Non
     variants = copy.deepcopy(VARIANTS)
     variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv": "Q3_K"}}
     set_variants(repository, variants)
-    assert run(repository) == {"recipe": 1, "plan": 1, "quantize": 1, **AFTER}
+    assert run(repository) == {"recipe": 1, "plan_types": 1, "quantize": 1, **AFTER}
     line = log(repository, "quantized-mix")
     assert line.startswith("reused 67 of 70 tensors "), line
     assert line.endswith("; quantized 3"), line
@@ -125,7 +125,7 @@ def test_a_recipe_with_equal_types_quantizes_nothing(repository: Repository) -> 
     variants = copy.deepcopy(VARIANTS)
     variants["mix"] = {"type": "Q4_K_S", "tensors": {"attn_qkv.weight": "Q3_K"}}
     set_variants(repository, variants)
-    assert run(repository) == {"recipe": 1, "plan": 1, **AFTER}
+    assert run(repository) == {"recipe": 1, "plan_types": 1, **AFTER}
     assert repository.pending() == {}
 
 

@@ -141,7 +141,7 @@ def test_new_variant_is_uploaded_and_a_removed_one_is_left_alone(
     set_model(repository, variants={"BF16": {}, "Q4_0": {}})
     assert repository.pending() == {
         "recipe": 1,
-        "plan": 1,
+        "plan_types": 1,
         "quantize": 1,
         "verify": 1,
         "summary": 1,

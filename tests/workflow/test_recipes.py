@@ -35,7 +35,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "convert": 2,
         "imatrix": 1,
         "recipe": 4,
-        "plan": 4,
+        "plan_types": 4,
         "quantize": 4,
         "verify": 4,
         "summary": 1,
@@ -85,7 +85,7 @@ def test_an_edited_recipe_reruns_the_variants_that_use_it(repository: Repository
     repository.write_config()
     assert repository.pending() == {
         "recipe": 1,
-        "plan": 1,
+        "plan_types": 1,
         "quantize": 1,
         "verify": 1,
         "summary": 1,
@@ -104,7 +104,7 @@ def test_an_edited_text_reruns_its_matrix_and_variants(repository: Repository) -
     text.write_text(before + "another line\n")
     assert repository.pending() == {
         "imatrix": 1,
-        "plan": 3,
+        "plan_types": 3,
         "quantize": 3,
         "verify": 3,
         "summary": 1,

@@ -107,12 +107,12 @@ def test_an_edited_module_reruns_the_rules_that_import_it(repository: Repository
     edit(library / "llama_cpp/server.py")
     assert repository.pending() == {"acceptance": 1, **after}
     edit(library / "quantize/llama_quantize.py")
-    assert repository.pending() == {"acceptance": 1, "plan": 1, "quantize": 1, **after}
+    assert repository.pending() == {"acceptance": 1, "plan_types": 1, "quantize": 1, **after}
     edit(library / "convert/tokenizer.py")
     assert repository.pending() == {
         "acceptance": 1,
         "convert": 1,
-        "plan": 1,
+        "plan_types": 1,
         "quantize": 1,
         **after,
     }
@@ -134,7 +134,7 @@ def test_a_new_variant_runs_its_own_jobs(repository: Repository) -> None:
     repository.write_config()
     assert repository.pending() == {
         "recipe": 2,
-        "plan": 2,
+        "plan_types": 2,
         "quantize": 2,
         "convert": 2,
         "inject": 1,
@@ -153,7 +153,7 @@ def test_a_changed_head_type_reruns_its_variant(repository: Repository) -> None:
     }
     repository.write_config()
     assert repository.pending() == {
-        "plan": 1,
+        "plan_types": 1,
         "quantize": 1,
         "verify": 1,
         "summary": 1,
@@ -167,7 +167,7 @@ def test_a_new_model_runs_its_own_jobs(repository: Repository) -> None:
     model = {**CONFIG["models"]["tiny-qwen3.5"], "variants": {"Q8_0": {}}}
     repository.config["models"] = {**CONFIG["models"], "second": model}
     repository.write_config()
-    own = {"recipe": 1, "convert": 1, "plan": 1, "quantize": 1, "acceptance": 1, "verify": 1}
+    own = {"recipe": 1, "convert": 1, "plan_types": 1, "quantize": 1, "acceptance": 1, "verify": 1}
     own |= {"materials": 1, "provenance": 1, "card": 1, "sums": 1}
     assert repository.pending() == {**own, "summary": 1}
 

@@ -62,9 +62,10 @@ rule imatrix:
 # <kind> is `quantized` and <name> a variant, or <kind> is `trunk` or `draft` and <name> a type.
 # The plan alone decides whether `quantize` reruns, so rules that read the source take it as
 # `ancient`.
-# The number of pieces depends on the machine, so it is in a separate file. `plan` is a checkpoint
-# because the graph depends on it: whether `quantize` has anything to do, and in how many pieces.
-checkpoint plan:
+# The number of pieces depends on the machine, so it is in a separate file. `plan_types` is a
+# checkpoint because the graph depends on it: whether `quantize` has anything to do, and in how many
+# pieces.
+checkpoint plan_types:
     input:
         code=code("quantize_plan.py"),
         toolchain="resources/toolchain/stamp.json",

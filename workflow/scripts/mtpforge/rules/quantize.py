@@ -146,7 +146,7 @@ class QuantizeRules(Stage):
         if configured:
             return configured
         model, kind, name = wildcards.model, wildcards.kind, wildcards.name
-        made = self._checkpoints.plan.get(model=model, kind=kind, name=name)
+        made = self._checkpoints.plan_types.get(model=model, kind=kind, name=name)
         return read_count(Path(made.output.pieces))
 
     def _variant(self, wildcards: Wildcards) -> Variant | None:
