@@ -57,6 +57,28 @@ def test_a_split_variant_is_a_folder_and_overrides_the_size() -> None:
     assert build.verify.split_options(wildcards("Q8_0")).endswith(" --split 2G")
 
 
+def test_conversion_splits_what_is_published_as_it_is() -> None:
+    """Unless another variant publishes the same part whole, or upstream converts."""
+    build = Build(config({"split": "48G", "variants": {"BF16": {}, "Q8_0": {"split": "2G"}}}))
+    assert build.verify.candidate(wildcards("BF16")) == f"{WORK}/split/all"
+    assert build.verify.digests(wildcards("BF16")) == f"{WORK}/split/all.json"
+    assert build.quantize.source(wildcards("Q8_0", name="Q8_0")) == f"{WORK}/split/all"
+    assert build.convert.unquantized_file(wildcards()) == f"{WORK}/split/all"
+    assert build.convert.split_options(wildcards(part="all")) == "--split 48G"
+    bare = {"type": "BF16", "head": "none"}
+    whole: list[dict[str, Any]] = [
+        {"variants": {"BF16": {}, "again": {"type": "BF16", "split": "2G"}}},
+        {"variants": {"BF16": {}, "bare": {**bare, "split": "2G"}}},
+        {"variants": {"BF16": {"split": "2G"}}, "converter": "llama.cpp"},
+    ]
+    for entry in whole:
+        of_bf16 = Build(config(entry)).verify.candidate(wildcards("BF16"))
+        assert of_bf16 == f"{WORK}/convert/all.gguf"
+    bare_build = Build(config(whole[1]))
+    assert bare_build.verify.candidate(wildcards("bare")) == f"{WORK}/split/trunk"
+    assert bare_build.convert.split_options(wildcards(part="trunk")) == "--split 2G"
+
+
 def test_quantizations_are_named_by_variant_or_type() -> None:
     names = Build(config({"variants": {"my-mix": {"type": "Q4_0"}}})).names()["name"]
     assert {"my-mix", "IQ3_S"} < set(names) and "another" not in names

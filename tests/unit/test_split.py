@@ -13,18 +13,20 @@ from pathlib import Path
 import pytest
 from conftest import BIN, CHECKPOINTS, MODELS, SCRIPTS, Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
-from mtpforge import progress
+from mtpforge import progress, recorded_digests
 from mtpforge.convert import native
-from mtpforge.errors import ConfigError, GgufError, VerificationError
+from mtpforge.errors import ConfigError, DamagedError, GgufError, VerificationError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo, aligned
-from mtpforge.gguf.split import check, parse_size, plan
+from mtpforge.gguf.split import check, parse_size, plan, splitting
+from mtpforge.gguf.split import read as read_split
 from mtpforge.io import ranges
 from mtpforge.io.ranges import sha256
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.verify.digests import check_digests
 from mtpforge.verify.request import Request
 from mtpforge.verify.verify import publish_split
 from splits import split
@@ -127,6 +129,53 @@ def test_shards_equal_those_of_llama_gguf_split(
         file.name: file.read_bytes() for file in theirs.iterdir()
     }
     assert check(reader.read(sources[name]), files) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("tiny-qwen3.5", "1M"), ("tiny-qwen3.5-moe", "2M"), ("tiny-qwen3.5", "9M")]
+)
+def test_conversion_writes_the_shards_itself(
+    run: Run, sources: dict[str, Path], tmp_path: Path, model: str, size: str
+) -> None:
+    right = split(sources[model], tmp_path / "right/made", "made", parse_size(size))
+    made, digests = tmp_path / "made", tmp_path / "made.json"
+    run(
+        "convert.py", CHECKPOINTS / model, "--tokenizer-pre", "qwen35", "--split", size,
+        "--out", made, "--digests", digests,
+    )  # fmt: skip
+    assert [file.name for file in sorted(made.iterdir())] == [file.name for file in right]
+    assert all((made / file.name).read_bytes() == file.read_bytes() for file in right)
+    first = made / right[0].name
+    whole = read_split(first)
+    assert check_digests(whole, digests).passed
+    with splitting(whole, tmp_path / "x", "x", parse_size(size)) as files:
+        assert all(map(Path.samefile, files, sorted(made.iterdir())))  # no second copy
+        assert check(whole, files) == []
+
+
+def test_shards_of_another_size_are_not_linked(source: Path, tmp_path: Path) -> None:
+    made = read_split(split(source, tmp_path / "made", "x", 2 * M)[0])
+    for limit in (M, 3 * M, 9 * M):
+        with pytest.raises(GgufError, match="is split at another size: merge it"):
+            plan(made, limit)
+
+
+def test_damage_to_the_header_of_any_shard_is_found(run: Run, tmp_path: Path) -> None:
+    made, digests = tmp_path / "made", tmp_path / "made.json"
+    run(
+        "convert.py", CHECKPOINTS / "tiny-qwen3.5", "--tokenizer-pre", "qwen35", "--split", "2M",
+        "--out", made, "--digests", digests,
+    )  # fmt: skip
+    files = sorted(made.iterdir())
+    recorded_digests.shards(files[0], digests)
+    for path in files:
+        before = path.read_bytes()
+        place = before.index(b".weight")
+        path.write_bytes(before[:place] + b".weighs" + before[place + 7 :])
+        with pytest.raises(DamagedError, match=f"{path.name}: damaged: header"):
+            recorded_digests.shards(files[0], digests)
+        assert not check_digests(read_split(files[0]), digests).passed
+        path.write_bytes(before)
 
 
 def test_llama_gguf_split_merges_the_shards_back(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -238,7 +287,7 @@ def test_a_kill_leaves_no_folder_and_the_next_run_cleans_up(source: Path, tmp_pa
 import os, signal, sys
 from contextlib import contextmanager
 from pathlib import Path
-from mtpforge import progress
+from mtpforge import progress, recorded_digests
 from mtpforge.gguf import reader
 from mtpforge.gguf.split import splitting
 @contextmanager

@@ -2,7 +2,7 @@
 # Needs: the checkpoint.
 # Makes: results/<model>/work/convert/<part>.gguf (part: all, trunk, head, draft or mmproj), and for
 # `head_from` work/donors/<checkpoint>.gguf, another checkpoint's head; the digests of the tensors
-# of each beside it.
+# of each beside it. A part that is published in several files is the folder work/split/<part>.
 # Rules that read the GGUF take its digests as an input, and the GGUF itself as `ancient`: Snakemake
 # compares small files by content but large ones by time, and the published BF16 file is a hard link
 # to this one.
@@ -38,6 +38,29 @@ rule convert:
         " {params.options} {params.norms} {params.recorded}"
         " --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
+
+
+# As it is published, in several files: a BF16 variant with `split` needs no second copy then.
+use rule convert as convert_split with:
+    output:
+        file=temp(directory("results/{model}/work/split/{part}")),
+        digests="results/{model}/work/split/{part}.json",
+    log:
+        "logs/{model}/convert-split-{part}.log",
+    benchmark:
+        "benchmarks/{model}/convert-split-{part}.jsonl"
+    wildcard_constraints:
+        model=build.convert.models("mtpforge"),
+        part="all|trunk",
+    params:
+        code=digest("convert.py"),
+        pins=pins("envs/run.txt"),
+        checkpoint=build.fetch.checkpoint,
+        options=build.convert.split_options,
+        norms=build.convert.norms_option,
+        recorded=build.fetch.recorded_option,
+    message:
+        "{wildcards.model}: convert the checkpoint ({wildcards.part}), in several files"
 
 
 rule convert_donor:

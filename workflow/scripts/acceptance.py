@@ -10,6 +10,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from pathlib import Path
 
 from mtpforge import cli, prompts, recorded_digests
+from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.verify.report import accepted_drafts
@@ -30,6 +31,8 @@ def main() -> None:
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")
     args = parser.parse_args()
+    args.file = first_file(args.file)
+    args.target = args.target and first_file(args.target)
     atomic.refuse_overwriting(args.out, args.file)
     texts = list(prompts.read_prompts(args.prompts).values())
     llama = programs.from_options(args)

@@ -54,8 +54,9 @@ def intermediates() -> Iterator[Path]:
     """GGUFs, logits and importance matrices under work/ whose bytes have no published name."""
     names = Counter(map(inode, RESULTS.glob("*/work/**/*")))
     for path in RESULTS.glob("*/work/*/*"):
-        made = path.suffix in (".gguf", ".bin") and path.is_file()
-        if made and path.stat().st_nlink == names[inode(path)]:
+        inside = list(path.glob("*.gguf")) if path.parent.name == "split" else [path]
+        made = [each for each in inside if each.suffix in (".gguf", ".bin") and each.is_file()]
+        if made and all(each.stat().st_nlink == names[inode(each)] for each in made):
             yield path
 
 

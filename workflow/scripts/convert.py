@@ -13,7 +13,8 @@ from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import donor_head, norm_shift
 from mtpforge.convert.native import PARTS, convert_checkpoint
-from mtpforge.gguf import reader
+from mtpforge.gguf import split
+from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 
 PART = (
@@ -30,6 +31,12 @@ def main() -> None:
         help="folder with config.json, safetensors shards and tokenizer",
     )
     parser.add_argument("--out", type=Path, required=True, help="GGUF to write")
+    parser.add_argument(
+        "--split",
+        type=split.parse_size,
+        metavar="SIZE",
+        help="write a folder of files of at most this size: 500M, 48G",
+    )
     parser.add_argument("--part", choices=PARTS, default="all", help=PART)
     parser.add_argument(
         "--head-from",
@@ -61,14 +68,15 @@ def main() -> None:
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
-    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
+    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre, "limit": args.split}
     if args.head_from:
         donor = Checkpoint(args.head_from, norms=args.norms, recorded=args.head_recorded)
         note = donor_head.convert(checkpoint, donor, args.out, **options)
     else:
         note = convert_checkpoint(checkpoint, args.out, **options)
     if args.digests:
-        atomic.write_json(args.digests, reader.digests(args.out, args.threads))
+        made = split.read(first_file(args.out))
+        atomic.write_json(args.digests, split.digests_of(made, args.threads))
     print(table.size_of(args.out) + (note and f"; {note}"))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mtpforge import cli
 from mtpforge.gguf import reader, split
-from mtpforge.gguf.file_names import gguf_files
+from mtpforge.gguf.file_names import first_file, gguf_files
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import pieces, request
@@ -36,6 +36,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     add_options(parser)
     args = parser.parse_args()
+    args.source = first_file(args.source)
     check_options(parser, args)
     out = None if args.dry_run else args.out
     sources = [args.source.parent / name for name in gguf_files(args.source.name)]
@@ -52,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="IN.gguf",
-        help="a BF16 GGUF, with or without a head; if split, its first file",
+        help="a BF16 GGUF, with or without a head; if split, its first file or folder",
     )
     parser.add_argument(
         "--out",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mtpforge import cli, recorded_digests
 from mtpforge.gguf import reader, split
+from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import programs
@@ -29,7 +30,7 @@ def main() -> None:
         "source",
         type=Path,
         metavar="IN.gguf",
-        help="a BF16 GGUF, with or without a head; if split, its first file",
+        help="a BF16 GGUF, with or without a head; if split, its first file or folder",
     )
     parser.add_argument("--out", type=Path, required=True, help="the plan to write, a JSON file")
     parser.add_argument(
@@ -49,6 +50,7 @@ def main() -> None:
         help="write the best number of pieces on --threads threads",
     )
     args = parser.parse_args()
+    args.source = first_file(args.source)
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     inputs = (args.source, args.digests, args.tensors, args.head_tensors, args.imatrix)

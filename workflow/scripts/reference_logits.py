@@ -10,6 +10,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
+from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure.perplexity import reference_logits
@@ -35,6 +36,7 @@ def main() -> None:
     recorded_digests.add_digest_option(parser)
     programs.add_options(parser)
     args = parser.parse_args()
+    args.model = first_file(args.model)
     atomic.refuse_overwriting(args.out, args.model, args.text)
     recorded_digests.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mtpforge import cli, errors, prompts, recorded_digests
 from mtpforge.convert import norm_shift
-from mtpforge.gguf import reader
+from mtpforge.gguf import split
+from mtpforge.gguf.file_names import first_file
 from mtpforge.gguf.split import check_space, check_target, parse_size, shards
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
@@ -30,6 +31,8 @@ def main() -> None:
     """Parse the command line, verify, and publish if that is requested."""
     parser = _parser()
     args = parser.parse_args()
+    args.file = first_file(args.file)
+    args.target = args.target and first_file(args.target)
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     _check_donor(parser, args)
@@ -60,7 +63,10 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "file", type=Path, metavar="F.gguf", help="the GGUF to verify; if split, its first file"
+        "file",
+        type=Path,
+        metavar="F.gguf",
+        help="the GGUF to verify; if split, its first file or folder",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -187,10 +193,10 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
 
     Raises ForgeError now, not after minutes of verification, if the file cannot be split so.
     """
-    if folder and len(shards(file)) > 1:
+    if folder and size is None and len(shards(file)) > 1:
         raise errors.ConfigError(
-            f"{file}: is split: verify it without --publish, or merge it with "
-            "llama-gguf-split --merge"
+            f"{file}: is split: verify it without --publish, or with the --split that it has, or "
+            "merge it with llama-gguf-split --merge"
         )
     if size is None:
         if folder:
@@ -200,7 +206,7 @@ def _limit(size: str | None, file: Path, folder: Path | None) -> int | None:
         raise errors.ConfigError("--split: name the folder with --publish")
     limit = parse_size(size)
     check_target(file, folder, folder.name)
-    check_space(reader.read(file), folder, limit)
+    check_space(split.read(file), folder, limit)
     return limit
 
 

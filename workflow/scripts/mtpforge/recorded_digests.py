@@ -290,12 +290,18 @@ def _resolved(folder: Path) -> Path:
 
 
 class _One(Recorded):
-    """The digests of a single file, whatever its name."""
+    """The digests of a single GGUF, whatever its name; of a split one, those of all its files."""
 
     def __init__(self, root: Path, digests: Digests) -> None:
         super().__init__(root, {})
         whole = digests.get("sha256")
         self._digests = {WHOLE: whole} if whole else digests
+
+    def parts(self, path: Path, places: Mapping[str, FileRange]) -> list[Part]:
+        named = {
+            split.header_name(path) if name == HEADER else name: at for name, at in places.items()
+        }
+        return super().parts(path, named)
 
     def _digests_of(self, name: str) -> Digests:
         return self._digests

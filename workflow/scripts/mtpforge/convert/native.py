@@ -26,9 +26,9 @@ from mtpforge.convert.plan import settled_hparams
 from mtpforge.convert.tensor_names import left_out
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
+from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
-from mtpforge.gguf.writer import write
 from mtpforge.io import text
 
 PARTS = ("all", "trunk", "head", "draft")
@@ -65,9 +65,16 @@ def convert(
 
 
 def convert_checkpoint(
-    checkpoint: Checkpoint, out: Path, part: str = "all", tokenizer_pre: str | None = None
+    checkpoint: Checkpoint,
+    out: Path,
+    part: str = "all",
+    tokenizer_pre: str | None = None,
+    limit: int | None = None,
 ) -> str:
-    """The same for a checkpoint that is open. Raises DamagedError if it has changed."""
+    """The same for a checkpoint that is open. Raises DamagedError if it has changed.
+
+    With `limit`, `out` is a folder of files of at most so many bytes.
+    """
     family = family_of(checkpoint.architecture)
     hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
@@ -81,7 +88,7 @@ def convert_checkpoint(
         tokenizer_pre=tokenizer_pre,
     )
     tensors = [(item.info, payload(checkpoint, item)) for item in planned]
-    write(out, metadata, tensors, check=lambda written: checkpoint.integrity.check())
+    split.write_any(out, metadata, tensors, limit=limit, check=checkpoint.integrity.check)
     say_notes(checkpoint, family, part)
     return norm_shift.note(planned)
 

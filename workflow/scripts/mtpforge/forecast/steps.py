@@ -178,7 +178,7 @@ class ModelForecast:
 
     def _convert(self, part: str) -> int:
         size = files.size(self._part(part))
-        path = layout.converted(self.model.key, part).file
+        path = layout.unquantized(self.model, part).file
         seconds = _CONVERT * size / self._machine.disk
         self._add(Step("convert", part, path, kept=size, memory=_CONVERT_MEMORY, seconds=seconds))
         return size
@@ -251,7 +251,8 @@ class ModelForecast:
         step = Step("verify", output.stem, output.report)
         run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
         compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
-        copy = size if output.split else 0
+        linked = variant.unquantized and self.model.conversion_split(variant.part)
+        copy = size if output.split and not linked else 0
         seconds = run.seconds + compared + copy / self._machine.disk
         self._add(replace(run, kept=copy, seconds=seconds))
 

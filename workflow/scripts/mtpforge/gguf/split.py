@@ -11,7 +11,7 @@ megabytes in the shard with the vocabulary.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +24,13 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo, aligned, drop_leading_ones
+from mtpforge.gguf.writer import Tensors
 from mtpforge.io import storage
 from mtpforge.io.atomic import check_room, link_or_copy, replacing_folder
 from mtpforge.io.ranges import FileRange, sha256
 
 _UNITS = {"M": 10**6, "G": 10**9}
+_HEADER = "header"
 
 
 def parse_size(text: str) -> int:
@@ -79,6 +81,24 @@ def files_of(opened: Gguf) -> list[Path]:
     return sorted({opened.path, *(place.path for place in opened.ranges.values())})
 
 
+def header_name(path: Path) -> str:
+    """The name of a file's header among the digests of a GGUF; only the first one's is `header`."""
+    number = re.search(r"-([0-9]{5})-of-[0-9]{5}\.gguf$", path.name)
+    return f"{_HEADER} {int(number[1])}" if number and int(number[1]) > 1 else _HEADER
+
+
+def is_other_header(name: str) -> bool:
+    """Whether this is the name of the header of a second file, or of one after that."""
+    return name.startswith(f"{_HEADER} ")
+
+
+def digests_of(opened: Gguf, threads: int | None = None) -> dict[str, str]:
+    """The sha256 of the header of each file, and of each tensor."""
+    headers = (reader.header_range(replace(opened, path=path)) for path in files_of(opened))
+    places = {header_name(place.path): place for place in headers}
+    return reader.hashes({**places, **opened.ranges}, threads)
+
+
 def _check_headers(files: Sequence[Gguf]) -> None:
     """Limit what all headers take together as that of a single file is limited."""
     size = sum(reader.header_range(file).size for file in files)
@@ -125,19 +145,60 @@ def joined(files: Sequence[Gguf]) -> Gguf:
 def splitting(source: Gguf, folder: Path, stem: str, limit: int) -> Iterator[list[Path]]:
     """Write `source` in files of at most `limit` bytes; yield them in a temporary folder.
 
-    When the block ends without an error, that becomes `folder`; an older split there is replaced.
-    Raises ConfigError and GgufError as `plan` and `check_target` do, and ForgeError if another
-    process is writing the same folder.
+    If it is in such files already, they are linked. When the block ends without an error, the
+    folder becomes `folder`; an older split there is replaced. Raises ConfigError and GgufError as
+    `plan` and `check_target` do, and ForgeError if another process is writing the same folder.
     """
     planned = plan(source, limit)
     check_target(source.path, folder, stem)
     with replacing_folder(folder.resolve(), *_space(source, planned, folder)) as temporary:
         files = [temporary / name for name in shard_names(stem, len(planned))]
-        if len(files) == 1:
-            link_or_copy(source.path, files[0])
+        parts = files_of(source)
+        if len(parts) == len(files):
+            for part, file in zip(parts, files, strict=True):
+                link_or_copy(part, file)
         else:
             _write(source, planned, files)
         yield files
+
+
+def write_any(
+    out: Path,
+    metadata: Mapping[str, Value],
+    tensors: Tensors,
+    limit: int | None,
+    check: Callable[[], None],
+) -> None:
+    """Write a GGUF as one file, or with `limit` as a folder of files (see `write`)."""
+    if limit is None:
+        writer.write(out, metadata, tensors, check=lambda written: check())
+    else:
+        write(out, metadata, tensors, limit=limit, check=check)
+
+
+def write(
+    folder: Path,
+    metadata: Mapping[str, Value],
+    tensors: Tensors,
+    limit: int,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a GGUF in files of at most `limit` bytes, named after the folder.
+
+    They are what `splitting` makes of the whole file. `check` is called before the folder gets its
+    name. Raises as `splitting` and `writer.write`.
+    """
+    infos = {info.name: info for info, _ in tensors}
+    whole = Gguf(folder, dict(metadata), tensors=infos, ranges={})
+    planned = plan(whole, limit)
+    check_target(folder.parent, folder, folder.name)
+    payloads = {info.name: payload for info, payload in tensors}
+    with replacing_folder(folder.resolve(), writer.size(metadata, list(infos.values()))) as written:
+        files = [written / name for name in shard_names(folder.name, len(planned))]
+        for number, group in enumerate(planned):
+            own, entries = _shard(whole, group, number, len(planned))
+            writer.write(files[number], own, [(info, payloads[info.name]) for info in entries])
+        check()
 
 
 def check_space(source: Gguf, folder: Path, limit: int) -> None:
@@ -150,8 +211,8 @@ def check_space(source: Gguf, folder: Path, limit: int) -> None:
 
 
 def _space(source: Gguf, planned: list[list[TensorInfo]], folder: Path) -> tuple[int | None, int]:
-    """Bytes of the files, and how many can share blocks with the source; None for a link."""
-    if len(planned) == 1:
+    """Bytes of the files, and how many can share blocks with the source; None for links."""
+    if len(files_of(source)) == len(planned):
         return None, 0
     size = source.path.stat().st_size
     return size, storage.shareable([(source.path, size)], folder)
@@ -160,7 +221,8 @@ def _space(source: Gguf, planned: list[list[TensorInfo]], folder: Path) -> tuple
 def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:
     """The tensors of each file, in order, for files of at most `limit` bytes.
 
-    Raises ConfigError if a tensor is larger than that, GgufError if `source` is itself a shard.
+    Raises ConfigError if a tensor is larger than that, GgufError if `source` is itself a shard, or
+    is split in another way.
     """
     if source.get("split.count", 0) not in (0, 1):  # merging leaves a 0 behind
         raise GgufError(
@@ -180,7 +242,18 @@ def plan(source: Gguf, limit: int) -> list[list[TensorInfo]]:
             filled = 0
         files[-1].append(info)
         filled += size
+    _check_same_split(source, files)
     return files
+
+
+def _check_same_split(source: Gguf, planned: list[list[TensorInfo]]) -> None:
+    """Raise GgufError for a source in several files that are not the planned ones."""
+    parts = files_of(source)
+    held = [{name for name, at in source.ranges.items() if at.path == part} for part in parts]
+    if len(parts) > 1 and held != [{info.name for info in group} for group in planned]:
+        raise GgufError(
+            f"{source.path}: is split at another size: merge it with llama-gguf-split --merge"
+        )
 
 
 def check_target(source: Path, folder: Path, stem: str) -> None:
@@ -206,12 +279,20 @@ def check_target(source: Path, folder: Path, stem: str) -> None:
 
 def _write(source: Gguf, planned: list[list[TensorInfo]], files: list[Path]) -> None:
     for number, infos in enumerate(planned):
-        # As llama-gguf-split does: ggml does not distinguish a one-row matrix from a vector.
-        tensors = [
-            (replace(info, shape=drop_leading_ones(info.shape)), [source.ranges[info.name]])
-            for info in infos
-        ]
-        writer.write(files[number], _metadata(source, number, len(files)), tensors)
+        metadata, entries = _shard(source, infos, number, len(files))
+        tensors = [(info, [source.ranges[info.name]]) for info in entries]
+        writer.write(files[number], metadata, tensors)
+
+
+def _shard(
+    source: Gguf, infos: list[TensorInfo], number: int, count: int
+) -> tuple[dict[str, Value], list[TensorInfo]]:
+    """The metadata of shard `number`, counted from 0, and its tensors; a single file keeps both."""
+    if count == 1:
+        return source.metadata, infos
+    # As llama-gguf-split does: ggml does not distinguish a one-row matrix from a vector.
+    entries = [replace(info, shape=drop_leading_ones(info.shape)) for info in infos]
+    return _metadata(source, number, count), entries
 
 
 def _metadata(source: Gguf, number: int, count: int) -> dict[str, Value]:
@@ -286,7 +367,8 @@ def _compare(source: Gguf, holders: Mapping[str, Gguf]) -> list[str]:
             return f"{info.name} has another type"
         if drop_leading_ones(found.shape) != drop_leading_ones(info.shape):
             return f"{info.name} has another shape"
-        same = sha256(shard.ranges[info.name]) == sha256(source.ranges[info.name])
+        one, other = shard.ranges[info.name], source.ranges[info.name]
+        same = one.path.samefile(other.path) or sha256(one) == sha256(other)
         return None if same else f"{info.name} differs from the source"
 
     with ThreadPoolExecutor() as pool:

@@ -18,6 +18,7 @@ from gguf.constants import GGMLQuantizationType
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf, drop_leading_ones, header_range
+from mtpforge.gguf.split import is_other_header
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of, sha256
 from mtpforge.io.text import read_json
@@ -169,7 +170,8 @@ def make_plan(
 
     `digests` are the source's, as `reader.digests` returns them. Raises GgufError.
     """
-    if digests.keys() != {"header", *source.tensors}:
+    names = {name for name in digests if not is_other_header(name)}
+    if names != {"header", *source.tensors}:
         raise GgufError(f"{source.path}: tensors differ from those of its digests: hash it again")
     rows = imatrix.digests(request.imatrix) if request.imatrix else {}
     tensors = {

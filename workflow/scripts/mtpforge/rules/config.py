@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.io import text
 from mtpforge.quantize.recipe import NO_HEAD
@@ -326,6 +327,19 @@ class Model(Entry):
     def has_unquantized(self, variant: Variant) -> bool:
         """Whether a BF16 file of a variant's trunk is made, to measure its distance from."""
         return not (self.head_only or self.adopts(variant))
+
+    def conversion_split(self, part: str) -> str | None:
+        """The size of the files that conversion writes this part in; None for one file.
+
+        Variants that are only a conversion are then published without a second copy.
+        """
+        converted = ("BF16", *quant_types.PACKED)
+        sizes = {
+            each.split or self.split
+            for each in self.variants.values()
+            if each.unquantized and each.file_type in converted and each.part == part
+        }
+        return sizes.pop() if len(sizes) == 1 and self.native else None
 
     @property
     def part(self) -> str:

@@ -28,6 +28,11 @@ class ConvertRules(Stage):
             options += ["--head-recorded", shlex.quote(recorded)]
         return " ".join(options)
 
+    def split_options(self, wildcards: Wildcards) -> str:
+        """The same for a part that is written in several files."""
+        size = self.model(wildcards).conversion_split(wildcards.part)
+        return f"{self.options(wildcards)} --split {size}".strip()
+
     def tokenizer_option(self, wildcards: Wildcards) -> str:
         """The option that names a pre-tokenizer that is not recognized."""
         pre = self.model(wildcards).tokenizer_pre
@@ -40,8 +45,12 @@ class ConvertRules(Stage):
 
     def unquantized_file(self, wildcards: Wildcards) -> str:
         """The model at BF16, with its head unless no variant has one."""
-        return layout.converted(wildcards.model, self.model(wildcards).part).file
+        return self._unquantized(wildcards).file
 
     def unquantized_digests(self, wildcards: Wildcards) -> str:
         """The digests of its tensors."""
-        return layout.converted(wildcards.model, self.model(wildcards).part).digests
+        return self._unquantized(wildcards).digests
+
+    def _unquantized(self, wildcards: Wildcards) -> layout.Intermediate:
+        model = self.model(wildcards)
+        return layout.unquantized(model, model.part)

@@ -34,11 +34,12 @@ class Intermediate:
     """A GGUF under work/ with the digests of its tensors beside it."""
 
     stem: str
+    split: bool = False
 
     @property
     def file(self) -> str:
-        """The GGUF."""
-        return f"{self.stem}.gguf"
+        """The GGUF, or the folder of a split one."""
+        return self.stem if self.split else f"{self.stem}.gguf"
 
     @property
     def digests(self) -> str:
@@ -154,6 +155,13 @@ def converted(model: str, part: str) -> Intermediate:
     return Intermediate(f"{work(model)}/convert/{part}")
 
 
+def unquantized(model: Model, part: str) -> Intermediate:
+    """The same of the trunk or all, in the files in which it is published if conversion can."""
+    if model.conversion_split(part):
+        return Intermediate(f"{work(model.key)}/split/{part}", split=True)
+    return converted(model.key, part)
+
+
 def donated(model: str, donor: Source) -> Intermediate:
     """The head of another checkpoint, as a GGUF."""
     return Intermediate(f"{work(model)}/donors/{donor_name(donor)}")
@@ -189,7 +197,7 @@ def candidate(model: Model, variant: str) -> Intermediate:
     if entry.base:
         return injected(model.key, variant)
     if entry.file_type in ("BF16", *quant_types.PACKED):
-        return converted(model.key, entry.part)  # no second copy of 70 GB
+        return unquantized(model, entry.part)  # no second copy of 70 GB
     return quantized(model.key, "quantized", variant)
 
 

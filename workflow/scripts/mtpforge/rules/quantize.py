@@ -158,7 +158,8 @@ class QuantizeRules(Stage):
 
     def _source(self, wildcards: Wildcards) -> layout.Intermediate:
         variant = self._variant(wildcards)
-        return layout.converted(wildcards.model, variant.part if variant else wildcards.kind)
+        part = variant.part if variant else wildcards.kind
+        return layout.unquantized(self.model(wildcards), part)
 
     def _imatrix(self, wildcards: Wildcards) -> Imatrix | None:
         variant = self._variant(wildcards)

@@ -181,11 +181,12 @@ class VerifyRules(Stage):
         model = self.model(wildcards)
         packed = wildcards.type in quant_types.PACKED
         part = "trunk" if model.drafter else model.part if packed else "all"
-        return layout.converted(wildcards.model, part)
+        return layout.unquantized(model, part)
 
     def _measured(self, wildcards: Wildcards) -> list[layout.Intermediate]:
-        parts = ["draft", "trunk"] if self.model(wildcards).drafter else ["all"]
-        return [layout.converted(wildcards.model, part) for part in parts]
+        model = self.model(wildcards)
+        parts = ["draft", "trunk"] if model.drafter else ["all"]
+        return [layout.unquantized(model, part) for part in parts]
 
     def _against(self, wildcards: Wildcards, reference: list[str], donor: Source | None) -> str:
         if reference:

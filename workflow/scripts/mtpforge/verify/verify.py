@@ -82,7 +82,7 @@ def publish_split(
 
     Returns the files and the checks on them. Raises VerificationError; `folder` is then unchanged.
     """
-    opened = reader.read(path)
+    opened = split.read(path)
     with split.splitting(opened, folder, stem=folder.name, limit=limit) as files:
         checks = [_check_files(opened, files)]
         if len(files) > 1 and checks[0].passed:
