@@ -123,12 +123,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_disk_holds_each_file_once(toolchain: Path) -> None:
-    """The published BF16 file is the converted one; a split one is a copy."""
+    """The published BF16 file is the converted one, also in shards; a split quant is a copy."""
     found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
     sizes = {file.name: file.bytes for file in found.files}
     assert found.kept == found.peak == sum(sizes.values())
     split = forecast(toolchain, variants={"BF16": {"split": "2M"}})
-    assert split.kept == 2 * split.files[0].bytes
+    assert split.kept == split.files[0].bytes
+    both = forecast(toolchain, split="2M", variants={"BF16": {}, "Q8_0": {}})
+    assert both.kept == sizes["tiny-qwen3.5-BF16"] + 2 * sizes["tiny-qwen3.5-Q8_0"]
 
 
 def test_pieces_take_scratch_space(toolchain: Path) -> None:

@@ -48,7 +48,7 @@ use rule convert as convert_split with:
     log:
         "logs/{model}/convert-split-{part}.log",
     benchmark:
-        "benchmarks/{model}/convert-split-{part}.jsonl"
+        "benchmarks/{model}/convert-{part}.jsonl"
     wildcard_constraints:
         model=build.convert.models("mtpforge"),
         part="all|trunk",
