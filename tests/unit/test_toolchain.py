@@ -14,12 +14,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from mtpforge.errors import ToolchainError
+from mtpforge.llama_cpp import installed, programs
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.runtimes import PINNED
 from mtpforge.llama_cpp.toolchain import is_whole
 
@@ -243,6 +246,11 @@ def test_the_converter_comes_from_a_build_or_from_the_archive(
         (tmp_path / "environment" / "mine").touch()
         subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, check=True)
         assert (tmp_path / "environment" / "mine").exists() is kept
+    module = next((tmp_path / "environment/lib").rglob("pip/__init__.py"))
+    right = module.read_bytes()
+    module.write_text("changed")
+    subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, check=True)
+    assert module.read_bytes() == right
     (tmp_path / "environment/bin/python").unlink()
     subprocess.run([*command, "--out", tmp_path / "stamp.json"], env=environment, check=True)
     assert (tmp_path / "environment/bin/python").exists()
@@ -382,6 +390,94 @@ def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:
         assert (tmp_path / "one/bin" / name).readlink() == existing / name
         assert stamp["programs"][name] == hashlib.sha256((existing / name).read_bytes()).hexdigest()
     assert not clone.cache.exists()
+
+
+def with_libraries(folder: Path) -> Path:
+    """Programs in `bin`, with libraries beside them and in `lib`, as an installation has them."""
+    (folder / "cuda/lib").mkdir(parents=True)
+    existing = write_programs(folder / "cuda/bin")
+    for name in (
+        "bin/libggml-cuda.so",
+        "bin/libcudart.so.12",
+        "lib/libllama.so.0.9",
+        "lib/libc.so",
+    ):
+        (folder / "cuda" / name).write_text(name)
+    (folder / "cuda/lib/libllama.so").symlink_to("libllama.so.0.9")
+    return existing
+
+
+def test_shared_libraries_are_stamped(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    existing = with_libraries(tmp_path)
+    links = tmp_path / "links"  # the loader follows them before it looks for libraries
+    links.mkdir()
+    for name in PROGRAMS:
+        (links / name).symlink_to(existing / name)
+    for out, folder in ("one", existing), ("two", links):
+        code, said = clone.run(out, "--bin-dir", str(folder))
+        assert code == 0, said
+    assert clone.stamp("one") == clone.stamp("two")
+    assert clone.stamp("one")["libraries"] == {
+        name: hashlib.sha256(content.encode()).hexdigest()
+        for name, content in {
+            "../lib/libllama.so": "lib/libllama.so.0.9",
+            "../lib/libllama.so.0.9": "lib/libllama.so.0.9",
+            "libcudart.so.12": "bin/libcudart.so.12",
+            "libggml-cuda.so": "bin/libggml-cuda.so",
+        }.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda cuda: (cuda / "bin/libggml-cuda.so").write_text("other"), "libggml-cuda.so"),
+        (lambda cuda: (cuda / "lib/libllama.so.0.9").write_text("other"), "libllama.so"),
+        (lambda cuda: (cuda / "bin/libcudart.so.12").unlink(), "libcudart.so.12"),
+        (lambda cuda: (cuda / "bin/libggml-cpu-haswell.so").touch(), "libggml-cpu-haswell.so"),
+        (lambda cuda: (cuda / "bin/llama-server").write_text("other"), "llama-server"),
+    ],
+)
+def test_a_changed_library_is_noticed_as_a_changed_program_is(
+    tmp_path: Path, change: Callable[[Path], object], named: str
+) -> None:
+    clone = Clone(tmp_path)
+    assert clone.run("out", "--bin-dir", str(with_libraries(tmp_path)))[0] == 0
+    llama = LlamaCpp(tmp_path / "out/bin")
+    llama.find("llama-server")
+    programs._check_stamp.cache_clear()
+    programs._check_libraries.cache_clear()
+    change(tmp_path / "cuda")
+    with pytest.raises(ToolchainError, match=rf"{named}.*: damaged, or not the one of .*forcerun"):
+        llama.find("llama-server")
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("source/gguf-py/more.py", "source"), ("environment/lib/python3/torch.py", "environment/lib")],
+)
+def test_a_changed_converter_is_noticed(tmp_path: Path, name: str, part: str) -> None:
+    path = tmp_path / name
+    for folder in (tmp_path / each for each in installed.PARTS):
+        (folder / "__pycache__").mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("1")
+    (tmp_path / part / "link").symlink_to("nothing")
+    installed.check_converter(tmp_path)  # of an older version, which noted nothing
+    installed.note_converter(tmp_path)
+    (tmp_path / part / "__pycache__" / "a.pyc").touch()
+    installed.check_converter(tmp_path)
+    for change in (lambda: path.write_text("2"), path.unlink, path.with_name("added.py").touch):
+        change()
+        with pytest.raises(ToolchainError, match=rf"{part}: has changed since .*--forcerun conv"):
+            installed.check_converter(tmp_path)
+        path.with_name("added.py").unlink(missing_ok=True)
+        path.write_text("1")
+        installed.check_converter(tmp_path)
+    (tmp_path / part / "link").unlink()
+    with pytest.raises(ToolchainError, match="has changed"):
+        installed.check_converter(tmp_path)
 
 
 def test_an_older_version_format_is_read(tmp_path: Path) -> None:

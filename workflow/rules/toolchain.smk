@@ -4,7 +4,7 @@
 # Makes: resources/toolchain/, with bin/ and stamp.json, which describes the build; and
 # resources/converter/, with source/, environment/ (including torch) and stamp.json.
 # Rules that run these programs take the stamp as an input: it changes only if the toolchain does.
-# After you replace programs in `bin_dir`: snakemake --forcerun toolchain.
+# After you replace programs or libraries in `bin_dir`: snakemake --forcerun toolchain.
 
 
 rule toolchain:

@@ -33,7 +33,7 @@ from mtpforge.errors import CheckpointError, ToolchainError
 from mtpforge.gguf import reader
 from mtpforge.io import storage, text
 from mtpforge.io.atomic import replacing, write_scratch
-from mtpforge.llama_cpp import pre_tokenizers, process
+from mtpforge.llama_cpp import installed, pre_tokenizers, process
 from mtpforge.llama_cpp.converter_architectures import ARCHITECTURES, PACKED, VISION, entry_of
 from mtpforge.llama_cpp.runtimes import PINNED
 
@@ -102,6 +102,7 @@ def convert_upstream(
                 f"{path}: missing: run `make converter` "
                 f"(delete {converter / 'stamp.json'} first if it exists)"
             )
+    installed.check_converter(converter)
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     needed = _least_size(checkpoint, part)
     with replacing(out, needed=needed) as temporary, tempfile.TemporaryDirectory() as scratch:

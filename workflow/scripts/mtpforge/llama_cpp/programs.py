@@ -15,8 +15,9 @@ from pathlib import Path
 
 from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
-from mtpforge.io.text import read_json
+from mtpforge.io.text import member, read_json
 from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.installed import libraries
 from mtpforge.llama_cpp.version import Version, version_of
 
 DEFAULT_FOLDER = Path("resources/toolchain/bin")
@@ -104,12 +105,28 @@ def _check_stamp(program: Path, stamp: Path) -> None:
     """Check a program against the stamp, if there is one; once, because a server has 15 MB."""
     if not stamp.exists():
         return
-    programs = read_json(stamp).get("programs", {})
-    if program.name in programs and digest_of(program) != programs[program.name]:
-        raise ToolchainError(
-            f"{program}: damaged, or not the program of {stamp}: run "
-            "`snakemake --forcerun toolchain`"
-        )
+    programs = member(read_json(stamp), "programs", dict, str(stamp)) or {}
+    if program.name in programs:
+        if digest_of(program) != programs[program.name]:
+            raise _changed(program, stamp)
+        _check_libraries(program.parent, stamp)
+
+
+@cache
+def _check_libraries(folder: Path, stamp: Path) -> None:
+    """Check the shared libraries of the programs, once."""
+    record = read_json(stamp)
+    known = member(record, "libraries", dict, str(stamp)) or {}
+    found = libraries(folder / name for name in record["programs"])
+    for name in sorted(known.keys() | found):
+        if known.get(name) != found.get(name):
+            raise _changed(folder / name, stamp)
+
+
+def _changed(path: Path, stamp: Path) -> ToolchainError:
+    return ToolchainError(
+        f"{path}: damaged, or not the one of {stamp}: run `snakemake --forcerun toolchain`"
+    )
 
 
 def _word(argument: Argument) -> str:

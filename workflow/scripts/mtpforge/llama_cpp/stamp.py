@@ -22,6 +22,8 @@ class Stamp(Record):
     machine: Annotated[str | None, UNLESS_NONE] = None
     programs: dict[str, str]
     """Name: sha256"""
+    libraries: Annotated[dict[str, str] | None, UNLESS_NONE] = None
+    """Path from the folder of the programs: sha256; None if they are linked statically."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ from mtpforge.llama_cpp.compilation import (
     tail,
     unpack,
 )
+from mtpforge.llama_cpp.installed import is_noted, libraries, note_converter
 from mtpforge.llama_cpp.stamp import ConverterStamp, Stamp
 from mtpforge.llama_cpp.version import version_of
 
@@ -145,6 +146,7 @@ def adopt(existing: Path, folder: Path) -> Stamp:
         commit=version.commit,
         compiler=version.compiler,
         programs={name: digest_of(existing / name) for name in PROGRAMS},
+        libraries=libraries(existing / name for name in PROGRAMS) or None,
     )
 
 
@@ -156,7 +158,8 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     pin = read_pin(requirement)
     _install_source(pin, requirement, folder / "source")
     with storage.by_program(folder / "written", CONVERTER_SIZE, build=True):
-        _install_environment(lock, folder / "environment")
+        _install_environment(lock, folder / "environment", is_noted(folder, "environment/lib"))
+    note_converter(folder)
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
 
@@ -224,12 +227,12 @@ def _install_source(pin: Pin, requirement: Path, target: Path) -> None:
             shutil.move(source / name, target / name)
 
 
-def _install_environment(lock: Path, target: Path) -> None:
+def _install_environment(lock: Path, target: Path, unchanged: bool) -> None:
     """Set up an environment, unless the one in `target` was made there from the same lock."""
     pins = read_text(lock, ToolchainError, YAML_LIMIT, within=ANYWHERE)
     stamp, made = target / "lock.txt", f"{target.absolute()}\n{pins}"
     python = target / "bin" / "python"
-    if python.exists() and stamp.exists() and stamp.read_text("utf-8") == made:
+    if unchanged and python.exists() and stamp.exists() and stamp.read_text("utf-8") == made:
         return
     progress.say(f"setting up {target} from {lock}")
     create = [sys.executable, "-m", "venv", "--clear", str(target)]

@@ -131,14 +131,17 @@ def trunk(report: Report) -> list[Resource]:
     return [{"name": "trunk of the base", "digest": digest, "annotations": {"digest": what}}]
 
 
+_DIGESTS = ("archive_sha256", "programs", "libraries")
+
+
 def toolchain(stamp: Stamp) -> list[Resource]:
     """The llama.cpp programs, with their build; and the source archive if they were built here."""
     archive = {"llama.cpp": stamp.archive_sha256} if stamp.archive_sha256 else {}
     known = stamp.as_json()
-    about = {key: known[key] for key in known if key not in ("archive_sha256", "programs")}
+    about = {key: known[key] for key in known if key not in _DIGESTS}
     return [
         {"name": name, "digest": {"sha256": digest}, "annotations": about}
-        for name, digest in {**archive, **stamp.programs}.items()
+        for name, digest in {**archive, **stamp.programs, **(stamp.libraries or {})}.items()
     ]
 
 
