@@ -109,11 +109,8 @@ class Plan:
 
         `fetch_seconds` is None if the speed of the network is not known.
         """
-        kept = 0
-        peak = 0
-        for each in self.forecasts:
-            peak = max(peak, kept + each.peak)
-            kept += each.kept
+        kept = sum(each.kept for each in self.forecasts)
+        scratch = max((each.scratch for each in self.forecasts), default=0)
         fetch = self.downloads.fetch(self.reruns)
         steps = [step for each in self.forecasts for step in each.steps]
         return {
@@ -122,7 +119,7 @@ class Plan:
             "fetch": fetch,
             "fetched": self.downloads.total - fetch,
             "disk": kept + fetch,
-            "peak": peak + fetch,
+            "peak": kept + scratch + fetch,
             "free": shutil.disk_usage(".").free,
             "needs_memory": max((each.memory for each in self.forecasts), default=0),
             "memory": self.machine.memory,

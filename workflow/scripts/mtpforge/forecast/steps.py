@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 from mtpforge.checkpoint.checkpoint import Outline
@@ -109,10 +108,16 @@ class ModelForecast:
 
     @property
     def peak(self) -> int:
-        """Bytes on the disk during the step that takes most."""
-        totals = accumulate(step.kept for step in self._left)
-        during = (total + step.scratch for total, step in zip(totals, self._left, strict=True))
-        return max(during, default=0)
+        """The most bytes on the disk, if the step that needs most besides its result is the last.
+
+        Snakemake decides the order of steps.
+        """
+        return self.kept + self.scratch
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the step that needs most besides its result."""
+        return max((step.scratch for step in self._left), default=0)
 
     @property
     def seconds(self) -> float:
@@ -201,6 +206,7 @@ class ModelForecast:
     def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
         size = files.size(made)
         largest = max(info.size for info in source.tensors.values())
+        copied = min(max(RUN_BYTES, largest), files.size(source) // pieces)
         cpu_seconds = files.quantize_seconds(source, made) * self._machine.programs.quantize
         self._add(
             Step(
@@ -208,7 +214,7 @@ class ModelForecast:
                 name,
                 layout.quantized(self.model.key, kind, name).file,
                 kept=size,
-                scratch=size + max(RUN_BYTES, largest) if pieces > 1 else 0,
+                scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
                 memory=largest + _QUANTIZE_MEMORY,
                 seconds=cpu_seconds / self._machine.threads + size / self._machine.disk,
             )

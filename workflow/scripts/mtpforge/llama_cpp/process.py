@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,10 +42,10 @@ _STEP = re.compile(
     r"|ETA [\d.]+ (hours|minutes).*"  # llama-imatrix
     r"|\[\d+\][\d.]+(?=,$)"  # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
 )
+_COUNT = re.compile(r"\[ *(\d+)/ *(\d+)\]")
+"""The number of a tensor that llama-quantize has begun, and of all."""
 _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")
 """The start of the last line of a Python traceback."""
-_INTERVAL = 10.0
-"""Seconds between two lines of progress."""
 _LINE_LIMIT = 1 << 16
 _PIPES = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 _KEPT = re.compile(
@@ -145,7 +144,7 @@ def call(
     name in messages. Raises ToolchainError with the program's reason.
     """
     tail = deque[str](maxlen=8)
-    shown = time.monotonic()
+    left = progress.Left()
     with (
         (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
         _Program(command, environment, cwd, name).running() as program,
@@ -154,9 +153,10 @@ def call(
             with storage.naming(Path(kept.name)):
                 kept.write(printable(line))
             tail.append(line)
-            if (step := _STEP.search(line)) and time.monotonic() - shown > _INTERVAL:
-                shown = time.monotonic()
-                progress.say(f"{program.name}: {step[0]}")
+            if (step := _STEP.search(line)) and left.due():
+                count = _COUNT.match(step[0])
+                more = left.of(int(count[1]) - 1, int(count[2])) if count else ""
+                progress.say(f"{program.name}: {step[0]}{more}")
         program.end(tail)
 
 

@@ -63,10 +63,12 @@ def measure(
     peaks: dict[int, list[int]] = {
         ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())})
     }
+    left = progress.Left()
     # Prompts outermost: a change in the machine's speed then affects every n_max.
     for number, (kind, prompt) in enumerate(prompts.items(), 1):
         for ahead, memory in peaks.items():
-            progress.say(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}")
+            more = left.of(len(runs) / 2, len(prompts) * len(peaks))  # a cold and a warm run each
+            progress.say(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}{more}")
             session = _Session(path, kind, prompt=prompt, n_max=ahead, llama=llama)
             runs += session.run(repeats, options)
             memory += session.memory

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
+from mtpforge import progress
 from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.reader import ALIGNMENT, Gguf, TensorInfo, drop_leading_ones
 from mtpforge.io import integrity, storage
@@ -61,9 +62,20 @@ class QuantizeJob:
     def batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Group tensors into runs: neighbours up to the size limit of a run, or one larger tensor.
 
-        All tensors of the source make one run, which needs no copy.
+        All tensors of the source make one run, which needs no copy. Shows the time left after runs.
         """
-        wanted = set(names)
+        batches = list(self._batches(set(names)))
+        total = self.cost(name for batch in batches for name in batch)
+        left = progress.Left()
+        done = 0.0
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            done += self.cost(batch)
+            if number < len(batches) and left.due():
+                more = left.of(done, total)
+                progress.say(f"quantized {number} of {len(batches)} groups of tensors{more}")
+
+    def _batches(self, wanted: set[str]) -> Iterator[list[str]]:
         if wanted == self.source.tensors.keys():
             yield list(self.source.tensors)
             return

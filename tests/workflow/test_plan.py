@@ -1,0 +1,114 @@
+"""The forecast of a build beside real Snakemake: its disk, what reruns and why."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repository import CONFIG, Repository
+
+MODEL = "tiny-qwen3.5"
+NEAR = 0.05
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+    copy = Repository(tmp_path_factory.mktemp("plan") / "repository", toolchain)
+    configure(copy, {"BF16": {}, "Q4_0": {"pieces": 4}})
+    return copy
+
+
+def configure(repository: Repository, variants: dict[str, Any]) -> None:
+    model = CONFIG["models"][MODEL]
+    repository.config["models"] = {MODEL: {**model, "variants": variants}}
+    repository.write_config()
+
+
+def plan(repository: Repository, *options: str) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        [sys.executable, "workflow/scripts/plan.py", *options],
+        cwd=repository.path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def planned(repository: Repository) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(plan(repository, "--json").stdout)
+    return found
+
+
+def reasons(repository: Repository) -> dict[str, str]:
+    """Why each step will run."""
+    steps = planned(repository)["models"][MODEL]["steps"]
+    return {f"{each['stage']} {each['name']}": each["why"] for each in steps if each["why"]}
+
+
+def disk(folder: Path) -> int:
+    """Bytes of the files, those with several names once."""
+    sizes: dict[int, int] = {}
+    for path in folder.rglob("*"):
+        try:
+            about = path.lstat()
+        except OSError:  # it has just been renamed
+            continue
+        sizes[about.st_ino] = about.st_size if path.is_file() else 0
+    return sum(sizes.values())
+
+
+def peak_during(folder: Path, work: Callable[[], None]) -> int:
+    """The most bytes that a folder has while `work` runs."""
+    peak = 0
+    ended = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not ended.wait(0.02):
+            peak = max(peak, disk(folder))
+
+    sampling = threading.Thread(target=sample)
+    sampling.start()
+    try:
+        work()
+    finally:
+        ended.set()
+        sampling.join()
+    return peak
+
+
+def test_disk_and_reruns_are_as_forecast(repository: Repository) -> None:
+    before = planned(repository)
+    assert before["to_run"] == before["steps"] > 0
+    results = repository.path / "results"
+
+    def build() -> None:
+        done = repository.snakemake()
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    assert peak_during(results, build) == pytest.approx(before["peak"], rel=NEAR)
+    assert disk(results) == pytest.approx(before["disk"], rel=NEAR)
+    after = planned(repository)
+    assert (after["to_run"], after["disk"], after["seconds"], after["notes"]) == (0, 0, 0, [])
+
+    configure(repository, {"BF16": {}, "Q4_0": {"pieces": 4, "head": "BF16"}, "Q6_K": {}})
+    found = reasons(repository)
+    assert found.keys() == {
+        *(f"quantize {name}" for name in ("Q4_0", "Q6_K")),
+        *(f"verify {MODEL}-{name}" for name in ("Q4_0", "Q6_K")),
+    }
+    assert found["quantize Q6_K"] == found[f"verify {MODEL}-Q6_K"] == "missing"
+    assert "missing" not in (found["quantize Q4_0"], found[f"verify {MODEL}-Q4_0"])
+
+
+def test_the_rule_prints_what_the_program_prints(repository: Repository) -> None:
+    done = repository.snakemake("--cores", "1", target="plan")
+    assert done.returncode == 0, done.stderr[-4000:]
+    shown, right = (
+        re.sub(r"of [\d.]+ GB free", "", text) for text in (done.stdout, plan(repository).stdout)
+    )
+    assert shown == right
