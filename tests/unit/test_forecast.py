@@ -152,7 +152,7 @@ def test_a_job_takes_as_long_as_the_last_time(toolchain: Path, tmp_path: Path) -
     recorded.parent.mkdir(parents=True)
     recorded.write_text('{"s": 1234.5}\n')
     steps = {(step.stage, step.name): step for step in forecast(toolchain).steps}
-    assert steps["convert", "all"].seconds == 1234.5
+    assert steps["convert", "all"].seconds == 1234.5 > steps["convert", "all"].reckoned > 0
 
 
 def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:

@@ -1,4 +1,4 @@
-"""Forecast a build: bytes to fetch, sizes, disk, memory and time, before any weights are fetched.
+"""Forecast a build, before any weights are fetched: what runs, bytes, disk, memory and time.
 
 Sizes are exact to a few bytes. Times come from a calibration of this machine, which is kept in
 ~/.cache/mtpforge, and from the last run of each job here; they assume an idle machine.

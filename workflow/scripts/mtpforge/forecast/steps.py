@@ -39,7 +39,8 @@ _RUN_EXTRA = 4 << 30
 class Step:
     """A job: bytes that its result keeps on the disk, and that it takes while it runs.
 
-    `why` says why it will run; None: it will not.
+    `seconds` are those of the last run, if there was one, and otherwise `reckoned`. `why` says why
+    it will run; None: it will not.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Step:
     scratch: int = 0
     memory: int = 0
     seconds: float = 0
+    reckoned: float = 0
     servers: int = 0
     why: str | None = "missing"
 
@@ -305,9 +307,10 @@ class ModelForecast:
 
     def _add(self, step: Step) -> None:
         if all(step.path != other.path for other in self.steps):
-            seconds = self._earlier(step) or step.seconds + self._machine.start
+            reckoned = step.seconds + self._machine.start
+            seconds = self._earlier(step) or reckoned
             why = None if Path(step.path).exists() else step.why
-            self.steps.append(replace(step, seconds=seconds, why=why))
+            self.steps.append(replace(step, seconds=seconds, reckoned=reckoned, why=why))
 
     def _earlier(self, step: Step) -> float | None:
         """The seconds that the same job took the last time, as Snakemake recorded them."""
