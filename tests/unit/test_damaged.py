@@ -12,7 +12,6 @@ from pathlib import Path
 import example_records
 import pytest
 from conftest import BIN, CHECKPOINTS
-from mtpforge import recorded_digests
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.model_files import INDEX, head_names
@@ -48,10 +47,10 @@ def whole(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     checkpoint = folder / "tiny-qwen3.5"
     shutil.copytree(CHECKPOINTS / "tiny-qwen3.5", checkpoint)
+    given = record(checkpoint, out=folder / "checkpoint.json")
     for part in ("all", "trunk", "head"):
         file, digests = in_workflow(folder / f"{part}.gguf")
-        ledger = folder / "ledger.json"
-        options = ("--part", part, "--digests", digests, "--recorded", ledger, *PRE)
+        options = ("--part", part, "--digests", digests, "--recorded", given, *PRE)
         call("convert", checkpoint, "--out", file, *options)
     text = ("--text", TEXT, "--bin", BIN, "--threads", 1)
     matrix, digest = in_workflow(folder / "imatrix.gguf")
@@ -61,7 +60,17 @@ def whole(toolchain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         quantize(folder, source, name)
     inject(folder)
     write_records(folder, checkpoint)
+    record(folder / "base.gguf", out=folder / "of-base.json")
+    record(folder / "imatrix.gguf", out=folder / "of-matrix.json")
     return folder
+
+
+def record(path: Path, out: Path) -> Path:
+    """Record a file, or the files of a folder, as a user gives them."""
+    folder = path if path.is_dir() else path.parent
+    files = [each for each in folder.iterdir() if each.is_file()] if path.is_dir() else [path]
+    call("local_files", folder, *(each.name for each in files), "--out", out)
+    return out
 
 
 def plan(folder: Path, source: str, out: Path, *options: object) -> None:
@@ -189,7 +198,7 @@ def test_a_piece_of_a_damaged_conversion_is_not_made(copy: Copy) -> None:
 BASES = {
     "made here": ("base.gguf", "base.json"),
     "fetched": ("hub/tiny-qwen3.5/base.gguf", "hub/records"),
-    "local": ("base.gguf", "bases.json"),
+    "local": ("base.gguf", "of-base.json"),
 }
 
 
@@ -228,7 +237,7 @@ def test_no_damaged_head_is_injected(copy: Copy, place: str) -> None:
 
 
 CHECKPOINTS_OF = {
-    "local": ("tiny-qwen3.5", "ledger.json"),
+    "local": ("tiny-qwen3.5", "checkpoint.json"),
     "fetched": ("hub/tiny-qwen3.5", "hub/records"),
 }
 
@@ -291,10 +300,11 @@ def test_a_damaged_head_that_was_fetched_alone_is_not_converted(copy: Copy, plac
 
 def test_a_file_with_another_time_is_another_file(copy: Copy) -> None:
     shard = copy.folder / "tiny-qwen3.5/model-00001-of-00004.safetensors"
-    known = ("--recorded", copy.folder / "ledger.json", *PRE)
+    known = ("--recorded", copy.folder / "checkpoint.json", *PRE)
 
     def convert(name: str) -> None:
         out = copy.folder / f"{name}.gguf"
+        record(shard.parent, out=copy.folder / "checkpoint.json")  # as each run does
         call("convert", shard.parent, *known, "--out", out)
 
     copy.damage("tiny-qwen3.5/model-00001-of-00004.safetensors", "tensor")
@@ -381,7 +391,7 @@ def test_damaged_logits_are_not_compared_with(copy: Copy) -> None:
 def test_a_damaged_text_is_not_read(copy: Copy, program: str) -> None:
     shutil.copy2(TEXT, copy.folder)
     text, known = copy.folder / TEXT.name, copy.folder / "of-text.json"
-    recorded_digests.check_whole(text, known)  # by the first job that reads it
+    record(text, out=known)
     copy.damage(TEXT.name, "tensor")
     given = ("--text", text, "--text-recorded", known, "--bin", BIN)
     out = copy.folder / "x"
@@ -401,7 +411,7 @@ def test_an_injected_file_whose_header_is_damaged_is_not_published(copy: Copy) -
 
 def test_verification_finds_that_the_checkpoint_is_damaged_not_the_file(copy: Copy) -> None:
     digests = copy.folder / "all.json"
-    given = ("--recorded", copy.folder / "ledger.json", "--type", "BF16", "--digests", digests)
+    given = ("--recorded", copy.folder / "checkpoint.json", "--type", "BF16", "--digests", digests)
     shard = "tiny-qwen3.5/model-00001-of-00004.safetensors"
     copy.damage(shard, "tensor")
     options = ("--checkpoint", copy.folder / "tiny-qwen3.5", *given, *PRE, "--bin", BIN)
@@ -414,13 +424,13 @@ def test_verification_finds_that_the_checkpoint_is_damaged_not_the_file(copy: Co
 def test_the_provenance_does_not_list_a_damaged_file(copy: Copy, place: str) -> None:
     folder, shard = copy.folder / "tiny-qwen3.5", "model-00001-of-00004.safetensors"
     given = ('{"path": "x"}', folder / "config.json", folder / shard)
-    for ledger in ("ledger.json", "own.json"):  # of a conversion before it, or its own
-        known = ("--ledger", copy.folder / ledger)
-        call("materials", *given, *known, "--out", copy.folder / "first.json")
-        copy.damage(f"tiny-qwen3.5/{shard}", place)
-        work = lambda: call("materials", *given, *known, "--out", copy.folder / "x")  # noqa: B023, E731
+    known = ("--recorded", copy.folder / "checkpoint.json")
+    call("materials", *given, *known, "--out", copy.folder / "first.json")
+    copy.damage(f"tiny-qwen3.5/{shard}", place)
+    for _ in "ab":
+        work = lambda: call("materials", *given, *known, "--out", copy.folder / "x")  # noqa: E731
         copy.refuses(f"tiny-qwen3.5/{shard}", work, "x")
-        shutil.copy2(CHECKPOINTS / "tiny-qwen3.5" / shard, folder)
+        record(folder, out=copy.folder / "checkpoint.json")  # as the next run does
 
 
 def test_a_program_that_is_damaged_is_not_run(copy: Copy) -> None:
@@ -456,18 +466,3 @@ def test_a_file_that_disappears_is_named(tmp_path: Path) -> None:
     part = integrity.Part("x", FileRange(tmp_path / "x", 0, 5), "0" * 64)
     with pytest.raises(DamagedError, match="cannot be read"):
         integrity.check([part])
-
-
-def test_two_jobs_extend_one_ledger(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).write_text(name)
-    first, second = (
-        recorded_digests.open_recorded(tmp_path / "ledger.json", tmp_path) for _ in "ab"
-    )
-    for ledger, name in ((first, "a"), (second, "b")):
-        place = FileRange(tmp_path / name, 0, 1)
-        ledger.note(integrity.check(ledger.parts(tmp_path / name, {integrity.WHOLE: place})))
-    third = recorded_digests.open_recorded(tmp_path / "ledger.json", tmp_path)
-    for name in ("a", "b"):
-        (part,) = third.parts(tmp_path / name, {integrity.WHOLE: FileRange(tmp_path / name, 0, 1)})
-        assert part.sha256 == digest_of(tmp_path / name)

@@ -236,9 +236,9 @@ def test_a_variant_with_a_base_has_its_own_donor() -> None:
     variants = {"Q8_0": {}, "other": {"base": {"type": "Q4_0"}, "head_from": DONOR}}
     made = build(source={"path": "tests/checkpoints/tiny-qwen3.5"}, variants=variants)
     folder = "tests/checkpoints/tiny-qwen3.5"
-    ledger = layout.ledger("m", folder)
-    assert ledger.startswith(f"{WORK}/ledgers/tiny-qwen3.5-")
-    checkpoint = f"--checkpoint {folder} --recorded {ledger}"
+    record = layout.local_record(folder)
+    assert record.startswith("resources/local/tiny-qwen3.5-")
+    checkpoint = f"--checkpoint {folder} --recorded {record}"
     assert made.verify.source_option(wildcards("Q8_0")) == checkpoint
     assert made.verify.source_option(wildcards("other")) == f"{checkpoint} {FROM}"
     assert made.verify.unquantized(wildcards("other")) == []

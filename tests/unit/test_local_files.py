@@ -1,14 +1,20 @@
 """Records of local files follow their content, not their times."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from mtpforge.errors import ConfigError
-from mtpforge.io import local_files
-from mtpforge.io.local_files import LocalFiles
+from conftest import CHECKPOINTS
+from mtpforge import local_files, recorded_digests
+from mtpforge.checkpoint import safetensors
+from mtpforge.errors import ConfigError, DamagedError, GgufError
+from mtpforge.io import ranges
+from mtpforge.io.ranges import FileRange, digest_of, sha256
+from mtpforge.local_files import LocalFiles
+from mtpforge.publish import provenance
 from mtpforge.rules import layout
 from mtpforge.rules.code import pins
 from mtpforge.rules.config import parse
@@ -22,6 +28,20 @@ def folder(tmp_path: Path) -> Path:
     for name in ("model.safetensors", "config.json"):
         (made / name).write_text(name)
     return made
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of whatever is read to be hashed."""
+    sizes: list[int] = []
+    blocks = ranges._blocks
+
+    def counted(file: Any, size: int) -> Any:
+        sizes.append(size)
+        return blocks(file, size)
+
+    monkeypatch.setattr(ranges, "_blocks", counted)
+    return sizes
 
 
 def test_a_record_changes_only_with_the_content(folder: Path, tmp_path: Path) -> None:
@@ -43,20 +63,86 @@ def test_a_record_changes_only_with_the_content(folder: Path, tmp_path: Path) ->
 
 
 def test_unchanged_files_are_not_read_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, hashed: list[int]
 ) -> None:
     out = tmp_path / "record.json"
-    local_files.record(folder, ["config.json"], out)
-    monkeypatch.setattr(local_files, "digest_of", lambda path: pytest.fail(f"reads {path}"))
+    made = local_files.record(folder, ["config.json"], out)
+    hashed.clear()
     local_files.refresh(folder, ["config.json"], out)
     local_files.refresh(folder, ["config.json"], tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
+    out.unlink()  # as Snakemake does, before it runs a job again
+    assert local_files.record(folder, ["config.json"], out) == made
+    assert hashed == []
+
+
+def test_one_pass_gives_the_digests_of_a_file_and_of_its_tensors(
+    tmp_path: Path, hashed: list[int]
+) -> None:
+    """Provenance takes them from there, and the jobs that read the file compare them."""
+    shard = CHECKPOINTS / "tiny-qwen3.5/model-00001-of-00004.safetensors"
+    path = Path(shutil.copy(shard, tmp_path))
+    out = tmp_path / "record.json"
+    local_files.record(tmp_path, [path.name], out)
+    assert sum(hashed) == path.stat().st_size
+    hashed.clear()
+    listed = provenance.materials({"path": "x"}, [path], out)
+    assert hashed == []
+    assert listed == [{"name": path.name, "digest": {"sha256": digest_of(path)}}]
+    places = safetensors.ranges(path)
+    parts = recorded_digests.open_recorded(out, tmp_path).parts(path, places)
+    assert {part.name: part.sha256 for part in parts} == {
+        name: sha256(place) for name, place in places.items()
+    }
+
+
+def test_parts_of_any_size_and_what_lies_between_are_hashed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(os.urandom((3 << 20) + 5))
+    at = {"b": (9, 2 << 20), "a": (1, 3), "none": (9, 0), "end": ((3 << 20) + 4, 1)}
+    parts = {name: FileRange(path, *place) for name, place in at.items()}
+    whole, digests = ranges.hash_parts(path, parts)
+    assert whole == digest_of(path)
+    assert digests == {name: sha256(place) for name, place in parts.items()}
+
+
+def test_other_content_at_the_old_time_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The list shows it, so that jobs run and say so; with another time it is another file."""
+    out, path = tmp_path / "record.json", folder / "config.json"
+    before, times = path.read_bytes(), path.stat()
+    (name, first), *_ = local_files.record(folder, [path.name], out).files.items()
+    path.write_bytes(before.upper())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for _ in "ab":
+        local_files.refresh(folder, [path.name], out)
+        assert LocalFiles.read(out).files[name] != first
+        with pytest.raises(DamagedError, match="restore it, or if it is right, `touch` it"):
+            recorded_digests.check_whole(path, out)
+        with pytest.raises(DamagedError, match="damaged"):
+            provenance.materials({"path": "x"}, [path], out)
+    os.utime(path)
+    local_files.refresh(folder, [path.name], out)
+    recorded_digests.check_whole(path, out)
+    path.write_bytes(before)
+    local_files.refresh(folder, [path.name], out)
+    assert LocalFiles.read(out).files[name] == first
+
+
+def test_a_base_that_was_never_right_is_not_called_damaged(tmp_path: Path) -> None:
+    path, out = tmp_path / "base.gguf", tmp_path / "record.json"
+    path.write_bytes(b"no GGUF")
+    local_files.record(tmp_path, [path.name], out)
+    with pytest.raises(GgufError):
+        recorded_digests.shards(path, out)
+    path.write_bytes(b"NO GGUF")
+    with pytest.raises(DamagedError):
+        recorded_digests.shards(path, out)
 
 
 def test_a_damaged_record_is_made_again(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     right = local_files.record(folder, ["config.json"], out)
-    for damaged in (out, out.with_suffix(".seen")):
+    for damaged in (out, tmp_path / "record/config.json.json"):
         damaged.write_text("{")
         local_files.refresh(folder, ["config.json"], out)
         assert LocalFiles.read(out) == right

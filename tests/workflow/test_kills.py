@@ -190,8 +190,8 @@ def hidden(copy: Repository) -> set[str]:
 def content(copy: Repository) -> Content:
     """All files with final names, but not those that have speeds."""
     found = {path.relative_to(copy.path).as_posix(): path for path in files(copy)}
-    # Pieces of other batches, and what is known of the files of this copy, with their times.
-    passing = re.compile(r"/\.|/pieces/|\bwork/ledgers/|/local/.*\.seen$")
+    # Pieces of other batches, and records of the files of this copy, with their times.
+    passing = re.compile(r"/\.|/pieces/|/local/.*/")
     kept = [name for name in found if not passing.search(name)]
     short = {name: name.removeprefix("results/") for name in kept}
     return {

@@ -27,12 +27,11 @@ rule reference_logits:
     params:
         code=digest("reference_logits.py"),
         chunks=build.measure.chunks,
-        text_recorded=build.measure.text_recorded,
     message:
         "{wildcards.model}: BF16 logits on {input.text}"
     shell:
         "python {input.code[0]:q} {input.model:q} --text {input.text:q} --chunks {params.chunks}"
-        " --recorded {input.digests:q} --text-recorded {params.text_recorded:q} --threads {threads}"
+        " --recorded {input.digests:q} --text-recorded {input.text_record:q} --threads {threads}"
         " --digest {output.digest:q} --out {output.file:q} > {log:q} 2>&1"
 
 

@@ -26,11 +26,11 @@ rule materials:
         code=digest("materials.py"),
         files=build.publish.source_files,
         source=build.publish.source,
-        ledger=build.publish.ledger_option,
+        recorded=build.publish.recorded_option,
     message:
         "{wildcards.model}: list the checkpoint's files with their sha256"
     shell:
-        "python {input.code[0]:q} {params.source:q} {params.files:q} {params.ledger}"
+        "python {input.code[0]:q} {params.source:q} {params.files:q} {params.recorded}"
         " --out {output:q} > {log:q} 2>&1"
 
 

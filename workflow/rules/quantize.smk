@@ -50,12 +50,11 @@ rule imatrix:
     threads: 64
     params:
         code=digest("imatrix.py"),
-        text_recorded=build.quantize.imatrix_text_recorded,
     message:
         "{wildcards.model}: importance matrix from {input.text}"
     shell:
         "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads}"
-        " --recorded {input.digests:q} --text-recorded {params.text_recorded:q} --log {log:q}"
+        " --recorded {input.digests:q} --text-recorded {input.text_record:q} --log {log:q}"
         " --digest {output.digest:q} --out {output.file:q} >> {log:q} 2>&1"
 
 

@@ -1,6 +1,7 @@
 """List the files of a checkpoint with their sha256.
 
-Local files are hashed; the digests of downloaded ones come from their records.
+The digests of downloaded files come from their records, and so do those of local ones with
+--recorded; without it, local files are hashed.
 
 example: materials.py '{"path": "Qwen3.5-4B"}' --out materials.json \\
              Qwen3.5-4B/config.json Qwen3.5-4B/model.safetensors
@@ -30,12 +31,12 @@ def main() -> None:
         "files", type=Path, nargs="+", metavar="FILE", help="local files, or records of fetch.py"
     )
     parser.add_argument(
-        "--ledger", type=Path, metavar="FILE",
-        help="digests of local files, to refuse one that has changed, and to note new ones",
+        "--recorded", type=Path, metavar="FILE",
+        help="list of local_files.py on the local files: only those with other times are hashed",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="list, as JSON")
     args = parser.parse_args()
-    materials = provenance.materials(args.source, args.files, args.ledger)
+    materials = provenance.materials(args.source, args.files, args.recorded)
     atomic.write_json(args.out, {"materials": materials})
     print(f"{len(materials)} files")
 

@@ -36,8 +36,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--material", nargs="+", action="append", default=[], metavar=("JSON", "FILE"),
-        help="another input and its files, as for materials.py, with the path of its `ledger`; "
-        "repeatable",
+        help="another input and its files, as for materials.py, with `recorded`, as its "
+        "option; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--toolchain", type=Path, required=True, metavar="FILE",
@@ -65,9 +65,9 @@ def dependencies(args: argparse.Namespace, trunk: list[Resource]) -> list[Resour
     found: list[Resource] = list(read_json(args.source)["materials"]) if args.source else []
     for text, *tracked in args.material:
         source = cli.json_object(text)
-        ledger = source.pop("ledger", None)
-        ledger = Path(ledger) if ledger else None
-        found += provenance.materials(source, map(Path, tracked), ledger)
+        recorded = source.pop("recorded", None)
+        recorded = Path(recorded) if recorded else None
+        found += provenance.materials(source, map(Path, tracked), recorded)
     found += trunk
     found += provenance.toolchain(Stamp.read(args.toolchain))
     found += provenance.locks(args.locks)

@@ -3,31 +3,25 @@
 - convert.py, quantize.py and inject.py write the digests of a GGUF as JSON; imatrix.py and
   reference_logits.py that of their file.
 - fetch.py writes a record of each file, fetch_head.py one of a head.
-- Nobody records the files that a user gives. The first job that reads one notes its digests in a
-  ledger, for the jobs after it, with its time: a file with another time is another file.
+- local_files.py lists and records the files that a user gives.
 """
 
 import argparse
-import fcntl
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
-from mtpforge.checkpoint import safetensors
-from mtpforge.errors import DamagedError, ForgeError, GgufError, RecordError
+from mtpforge import local_files
+from mtpforge.errors import DamagedError, GgufError, RecordError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, read_record
 from mtpforge.io import atomic, integrity
 from mtpforge.io.integrity import HEADER, WHOLE, Part
 from mtpforge.io.ranges import FileRange, digest_of
-from mtpforge.io.records import Record
-from mtpforge.io.text import ANYWHERE, is_there, read_json
+from mtpforge.io.text import ANYWHERE, read_json
 
 Digests = Mapping[str, str]
 """The sha256 of the parts of one file by name: `header` and tensors, or `file` for all of it."""
@@ -44,7 +38,7 @@ class Recorded:
         self._advice = advice
 
     def knows(self, path: Path) -> bool:
-        """Whether a file of the folder has digests, or will get some."""
+        """Whether a file of the folder has digests."""
         return self._name(path) in self._files
 
     def parts(self, path: Path, places: Mapping[str, FileRange]) -> list[Part]:
@@ -58,87 +52,15 @@ class Recorded:
         if WHOLE in digests and not places.keys() <= digests.keys():
             return [integrity.whole(path, digests[WHOLE], advice)]
         return [
-            Part(each, place, self._of(digests, each), advice) for each, place in places.items()
+            Part(each, place, digests.get(each, ""), advice)  # none: a part that was not there
+            for each, place in places.items()
         ]
-
-    def note(self, read: Iterable[tuple[Part, str]]) -> None:
-        """Keep the digests of parts that were read for the first time."""
 
     def _digests_of(self, name: str) -> Digests:
         return self._files.get(name, {})
 
-    def _of(self, digests: Digests, part: str) -> str | None:
-        return digests.get(part, "")  # a part that was not there then is a difference
-
     def _name(self, path: Path) -> str:
         return (_resolved(path.parent) / path.name).relative_to(self._root).as_posix()
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """A file as it was when it was first read: its time in nanoseconds, and digests by part."""
-
-    time: int
-    digests: dict[str, str]
-
-
-@dataclass(frozen=True)
-class LedgerFile(Record):
-    """The entries of a ledger by the names of the files."""
-
-    written_by: ClassVar[str] = "the first job that reads a file"
-    files: dict[str, LedgerEntry] = field(default_factory=dict)
-
-
-class Ledger(Recorded):
-    """The digests of files that a user gave. Other jobs may extend the same ledger meanwhile."""
-
-    def __init__(self, path: Path, root: Path) -> None:
-        self._path = path
-        entries = LedgerFile.read(path).files if path.exists() else {}
-        self._times: dict[Path, int] = {}
-        advice = "restore it, or if it is right, `touch` it, and run again"
-        super().__init__(root, self._current(entries, root), advice)
-
-    def knows(self, path: Path) -> bool:
-        return True
-
-    def parts(self, path: Path, places: Mapping[str, FileRange]) -> list[Part]:
-        if path not in self._times:  # as it is before it is read
-            self._times[path] = path.stat().st_mtime_ns
-        return super().parts(path, places)
-
-    def note(self, read: Iterable[tuple[Part, str]]) -> None:
-        new: dict[Path, dict[str, str]] = defaultdict(dict)
-        for part, digest in read:
-            if part.sha256 is None:
-                new[part.place.path][part.name] = digest
-        if not new:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = LedgerFile.read(self._path).files if self._path.exists() else {}
-            known = self._current(entries, self._root)
-            for path, digests in new.items():
-                name = self._name(path)
-                both = {**known.get(name, {}), **digests}
-                entries[name] = LedgerEntry(self._times[path], both)
-            LedgerFile(entries).write(self._path)
-
-    def _of(self, digests: Digests, part: str) -> str | None:
-        return digests.get(part)
-
-    @staticmethod
-    def _current(entries: Mapping[str, LedgerEntry], root: Path) -> dict[str, Digests]:
-        """The digests of files that have the time that they had."""
-        there = {name: root / name for name in entries if (root / name).exists()}
-        return {
-            name: entries[name].digests
-            for name, path in there.items()
-            if path.stat().st_mtime_ns == entries[name].time
-        }
 
 
 def add_option(parser: argparse.ArgumentParser, option: str, file: str) -> None:
@@ -148,7 +70,7 @@ def add_option(parser: argparse.ArgumentParser, option: str, file: str) -> None:
         type=Path,
         metavar="PATH",
         help=f"digests recorded of {file}, to refuse it if it has changed: JSON of the program "
-        "that made it, records of fetch.py (the folder) or fetch_head.py, or a ledger to keep",
+        "that made it or of local_files.py, records of fetch.py (the folder) or fetch_head.py",
     )
 
 
@@ -156,10 +78,10 @@ def open_recorded(path: Path, root: Path) -> Recorded:
     """The digests of the files in the folder `root`. Raises ForgeError if they are malformed."""
     if path.is_dir():
         return _of_records(path, path.parent / _inside(root, path.parent).parts[0])
-    value = read_json(path, within=ANYWHERE) if is_there(path) else {"files": {}}
+    value = read_json(path, within=ANYWHERE)
     if "revision" in value:
         return _of_head(path, root)
-    return Ledger(path, root) if "files" in value else _One(root, value)
+    return _of_local_files(path, root) if "files" in value else _One(root, value)
 
 
 @contextmanager
@@ -191,10 +113,7 @@ def hashing(
     with integrity.reading(_parts(by_file, known), threads) as hashed:
 
         def check() -> dict[str, str]:
-            read = hashed.check()
-            if known:
-                known.note(read)
-            return {part.name: digest for part, digest in read}
+            return {part.name: digest for part, digest in hashed.check()}
 
         yield check
 
@@ -216,11 +135,13 @@ def shards(path: Path, recorded: Path | None) -> list[Gguf]:
     try:
         files = split.shards(path)
     except GgufError as error:
-        first = known.parts(path, {HEADER: FileRange(path, 0, 0)}) if known else []
-        if first and first[0].sha256:
-            raise DamagedError(
-                f"{error}: damaged, it was whole before: {first[0].advice}"
-            ) from None
+        for part in known.parts(path, {HEADER: FileRange(path, 0, 0)}) if known else []:
+            if part.name == WHOLE:  # its header could not be read then either
+                integrity.check([part])
+            elif part.sha256:
+                raise DamagedError(
+                    f"{error}: damaged, it was whole before: {part.advice}"
+                ) from None
         raise
     if known:
         for file in files:
@@ -234,29 +155,7 @@ def check_whole(path: Path | None, recorded: Path | None) -> None:
         return
     known = open_recorded(recorded, path.parent)
     place = FileRange(path, 0, path.stat().st_size)
-    known.note(integrity.check(known.parts(path, {WHOLE: place})))
-
-
-def check_given(path: Path, ledger: Path, root: Path) -> None:
-    """Check a whole file that a user gave against its ledger, and note what that lacks.
-
-    Raises DamagedError.
-    """
-    known = Ledger(ledger, root)
-    known.note(integrity.check(known.parts(path, _places(path)), os.cpu_count() or 1))
-
-
-def _places(path: Path) -> dict[str, FileRange]:
-    """Header and tensors of a file that has these, else the whole file."""
-    whole = FileRange(path, 0, path.stat().st_size)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.ranges(path)
-        if path.suffix == ".gguf":
-            return dict(places([reader.read(path)]))
-    except ForgeError:  # a header that cannot be read is not what was recorded
-        return {HEADER: whole}
-    return {WHOLE: whole}
+    integrity.check(known.parts(path, {WHOLE: place}))
 
 
 def add_digest_option(parser: argparse.ArgumentParser) -> None:
@@ -322,6 +221,12 @@ def _of_records(folder: Path, root: Path) -> Recorded:
         if isinstance(record, FetchRecord):
             files[record.name] = {WHOLE: record.sha256, **record.digests}
     return Recorded(root, files, f"delete it and {folder}/{{name}}.json, and run again")
+
+
+def _of_local_files(path: Path, root: Path) -> Recorded:
+    found = local_files.records(path).items()
+    files = {name: {WHOLE: record.sha256, **record.digests} for name, record in found}
+    return Recorded(root, files, local_files.ADVICE)
 
 
 def _of_head(path: Path, root: Path) -> Recorded:

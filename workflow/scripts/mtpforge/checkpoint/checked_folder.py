@@ -41,9 +41,9 @@ class CheckedFolder:
                 self._reading.add(parts)
 
     def check(self) -> None:
-        """Raise DamagedError if one of them has changed; note those that were read first."""
+        """Raise DamagedError if one of them has changed."""
         if self._known:
-            self._known.note(self._reading.check())
+            self._reading.check()
             self._reading.stop()
             self._reading = integrity.Reading()
 

@@ -8,9 +8,11 @@ bounded buffer is used. I/O errors are raised, never taken for "not supported".
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -167,11 +169,40 @@ def digest_of(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_parts(path: Path, parts: Mapping[str, FileRange]) -> tuple[str, dict[str, str]]:
+    """The sha256 of a whole file, and of parts of it, which is read once. Raises OSError.
+
+    The parts do not overlap.
+    """
+    whole, digests = hashlib.sha256(), {name: hashlib.sha256() for name in parts}
+    in_order = sorted(parts, key=lambda name: (parts[name].offset, parts[name].size))
+    with (
+        ThreadPoolExecutor(1) as beside,
+        storage.reading(path),
+        path.open("rb", buffering=0) as file,
+    ):
+        for name in in_order:
+            for block in _blocks(file, parts[name].offset - file.tell()):
+                whole.update(block)
+            for block in _blocks(file, parts[name].size):
+                hashed = beside.submit(whole.update, block)
+                digests[name].update(block)
+                hashed.result()
+        for block in _blocks(file, path.stat().st_size - file.tell()):
+            whole.update(block)
+    return whole.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
+
+
 def _update(digest: "hashlib._Hash", piece: FileRange) -> None:
-    left = piece.size
-    buffer = memoryview(bytearray(min(left, 1 << 20)))  # fits into the processor's cache
     with storage.reading(piece.path), piece.path.open("rb", buffering=0) as file:
         file.seek(piece.offset)
-        while left and (count := file.readinto(buffer[:left])):
-            digest.update(buffer[:count])
-            left -= count
+        for block in _blocks(file, piece.size):
+            digest.update(block)
+
+
+def _blocks(file: FileIO, size: int) -> Iterator[memoryview]:
+    """The next bytes of a file, in a buffer that the next block overwrites."""
+    buffer = memoryview(bytearray(min(size, 1 << 20)))  # fits into the processor's cache
+    while size and (count := file.readinto(buffer[:size])):
+        yield buffer[:count]
+        size -= count

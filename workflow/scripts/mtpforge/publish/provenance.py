@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtpforge import recorded_digests
+from mtpforge import local_files
 from mtpforge.errors import VerificationError
 from mtpforge.hub.fetch_records import HeadRecord, read_record
 from mtpforge.io.ranges import digest_of
@@ -67,33 +67,34 @@ def subjects(path: Path) -> dict[str, str]:
 
 
 def materials(
-    source: Mapping[str, Any], tracked: Iterable[Path], ledger: Path | None = None
+    source: Mapping[str, Any], tracked: Iterable[Path], recorded: Path | None = None
 ) -> list[Resource]:
     """The files of a source: local files, which are hashed, or records of downloaded ones.
 
     `source` is as in the configuration, with a `role` if it is not the checkpoint: the base, or
     the checkpoint of the head. A head that was downloaded alone has one entry per tensor, with its
-    standing: verified, or trusted on first use. `ledger` has the digests of local files (see
-    `recorded`). Raises DamagedError if one has changed.
+    standing: verified, or trusted on first use. With `recorded`, the list of the local files, only
+    those with other times than recorded are hashed. Raises DamagedError if one has changed.
     """
-    tracked = list(tracked)
-    if ledger and "path" in source:
-        for path in tracked:
-            recorded_digests.check_given(path, ledger, root=_folder(tracked))
     role = {"role": source["role"]} if "role" in source else {}
-    found = _materials(source, tracked)
+    found = _local(list(tracked), recorded) if "path" in source else _fetched(source, tracked)
     annotated = [{**each, "annotations": each.get("annotations", {}) | role} for each in found]
     return annotated if role else found
 
 
-def _folder(files: list[Path]) -> Path:
-    """The folder that files lie in, some of them in a folder of it."""
-    return min((path.parent for path in files), key=lambda folder: len(folder.parts))
+def _local(files: list[Path], recorded: Path | None) -> list[Resource]:
+    known = local_files.records(recorded) if recorded else {}
+    # Some can lie in a folder of the one that has the others.
+    folder = min((path.parent for path in files), key=lambda folder: len(folder.parts))
+    digests = {
+        path: local_files.checked_digest(path, record) if record else digest_of(path)
+        for path in files
+        for record in [known.get(path.relative_to(folder).as_posix())]
+    }
+    return [{"name": path.name, "digest": {"sha256": digest}} for path, digest in digests.items()]
 
 
-def _materials(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
-    if "path" in source:
-        return [{"name": path.name, "digest": {"sha256": digest_of(path)}} for path in tracked]
+def _fetched(source: Mapping[str, Any], tracked: Iterable[Path]) -> list[Resource]:
     uri = f"pkg:huggingface/{source['repo']}@{source['revision']}"
     repository = {"name": source["repo"], "uri": uri, "digest": {"gitCommit": source["revision"]}}
     found: list[Resource] = [repository]

@@ -24,7 +24,7 @@ class ConvertRules(Stage):
             options += ["--name", model.name]
         if model.head_from and wildcards.part in ("all", "draft"):
             options += ["--head-from", shlex.quote(layout.head_checkpoint(model.head_from))]
-            recorded = layout.recorded_head(model.head_from, model.key)
+            recorded = layout.recorded_head(model.head_from)
             options += ["--head-recorded", shlex.quote(recorded)]
         return " ".join(options)
 

@@ -5,13 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mtpforge import local_files
 from mtpforge.checkpoint import model_files
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.fetch_records import recorded_bytes
 from mtpforge.hub.listing import Listing
-from mtpforge.io import local_files
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.local_paths import PromptsPath
@@ -256,14 +256,14 @@ def recorded(model: Model) -> str:
     """The digests of the files of a model's checkpoint. Raises ConfigError if it has none."""
     if model.source is None:
         raise ConfigError(f"config.yaml: models/{model.key}/source: missing")
-    of_head = layout.recorded_head(model.source, model.key)
-    return of_head if model.head_only else layout.recorded(model.source, model.key)
+    of_head = layout.recorded_head(model.source)
+    return of_head if model.head_only else layout.recorded(model.source)
 
 
 def recorded_donor(model: Model, donor: Source) -> str:
     """The same for the checkpoint that a head is from."""
-    of_head = layout.recorded_head(donor, model.key)
-    return of_head if model.native else layout.recorded(donor, model.key)
+    of_head = layout.recorded_head(donor)
+    return of_head if model.native else layout.recorded(donor)
 
 
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:

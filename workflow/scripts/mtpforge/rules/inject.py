@@ -36,7 +36,7 @@ class InjectRules(Stage):
         if isinstance(base, OwnBase):
             recorded = layout.quantized(model, "trunk", base.type).digests
         else:
-            recorded = layout.recorded(base, model)
+            recorded = layout.recorded(base)
         head = self.head_digests(wildcards)
         return shlex.join(["--base-recorded", recorded, "--head-recorded", head])
 

@@ -297,24 +297,18 @@ def records(at: Commit) -> str:
     return f"{commit(at)}/records"
 
 
-def ledger(model: str, path: str) -> str:
-    """The digests of a file, or of the files of a folder, that a user gave."""
-    place = Path(path)
-    return f"{work(model)}/ledgers/{place.name}-{sha256(str(place).encode()).hexdigest()[:8]}.json"
-
-
-def recorded(source: Source | GivenFile, model: str) -> str:
+def recorded(source: Source | GivenFile) -> str:
     """The digests of a checkpoint's files, or of a file from the Hub or elsewhere."""
     if isinstance(source, HubRepository | HubFile):
         return records(source)
-    return ledger(model, source.path)
+    return local_record(source.path)
 
 
-def recorded_head(source: Source, model: str) -> str:
+def recorded_head(source: Source) -> str:
     """The same for a checkpoint that gives only its head."""
     if isinstance(source, HubRepository):
         return head_record(source)
-    return ledger(model, source.path)
+    return local_record(source.path)
 
 
 def fetched_head(at: Commit) -> str:

@@ -30,10 +30,6 @@ class MeasureRules(Stage):
         text = self._settings(wildcards).text
         return [text] if text else []
 
-    def text_recorded(self, wildcards: Wildcards) -> str:
-        """The digest of that text, which its first reader notes."""
-        return layout.ledger(wildcards.model, str(self._settings(wildcards).text))
-
     def text_records(self, wildcards: Wildcards) -> list[str]:
         """The record of its content."""
         return [layout.local_record(text) for text in self.text(wildcards)]
@@ -70,7 +66,7 @@ class MeasureRules(Stage):
             options += [f"--serve={shlex.join(settings.serve)}"]
         if settings.text:
             options += ["--text", settings.text, "--chunks", str(settings.chunks)]
-            options += ["--text-recorded", layout.ledger(wildcards.model, settings.text)]
+            options += ["--text-recorded", layout.local_record(settings.text)]
         for logits in self.logits(wildcards):
             digest = layout.reference_logits_digest(wildcards.model)
             options += ["--reference-logits", logits, "--logits-recorded", digest]

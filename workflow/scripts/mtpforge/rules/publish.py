@@ -114,12 +114,12 @@ class PublishRules(Stage):
         """Its files, or the records of fetched ones."""
         return self._fetch.given_files(self._fetch.checkpoint_inputs(wildcards))
 
-    def ledger_option(self, wildcards: Wildcards) -> str:
-        """The option that names the ledger of a local source."""
+    def recorded_option(self, wildcards: Wildcards) -> str:
+        """The option that names the records of a local source."""
         source = self.model(wildcards).source
         if not isinstance(source, LocalFolder):
             return ""
-        return shlex.join(["--ledger", layout.ledger(wildcards.model, source.path)])
+        return shlex.join(["--recorded", layout.local_record(source.path)])
 
     def source_list(self, wildcards: Wildcards) -> list[str]:
         """The list of the checkpoint's files, unless the variant has nothing of it."""
@@ -144,7 +144,7 @@ class PublishRules(Stage):
         for about, paths in self._materials(wildcards):
             shown = _without_folders(about)
             if "path" in about:
-                shown["ledger"] = layout.ledger(wildcards.model, about["path"])
+                shown["recorded"] = layout.local_record(about["path"])
             options += ["--material", json.dumps(shown), *self._fetch.given_files(paths)]
         return shlex.join(options)
 

@@ -52,10 +52,6 @@ class QuantizeRules(Stage):
             raise ConfigError(f"config.yaml: no variant uses an importance matrix {wildcards.text}")
         return self._texts[wildcards.text]
 
-    def imatrix_text_recorded(self, wildcards: Wildcards) -> str:
-        """The digest of that text, which its first reader notes."""
-        return layout.ledger(wildcards.model, self.imatrix_text(wildcards))
-
     def imatrix_text_record(self, wildcards: Wildcards) -> str:
         """The record of its content."""
         return layout.local_record(self.imatrix_text(wildcards))
@@ -101,7 +97,7 @@ class QuantizeRules(Stage):
         if isinstance(imatrix, ImatrixText):
             recorded = layout.imatrix_digest(wildcards.model, imatrix.text)
         else:
-            recorded = layout.recorded(imatrix, wildcards.model)
+            recorded = layout.recorded(imatrix)
         return shlex.join(["--imatrix-recorded", recorded])
 
     def options(self, wildcards: Wildcards) -> str:

@@ -197,7 +197,7 @@ class VerifyRules(Stage):
         options += ["--name", model.name] if model.name else []
         if donor:
             options += ["--head-from", layout.head_checkpoint(donor)]
-            options += ["--head-recorded", layout.recorded_head(donor, model.key)]
+            options += ["--head-recorded", layout.recorded_head(donor)]
         options += ["--norms", model.norms] if model.norms else []
         return shlex.join(options)
 
