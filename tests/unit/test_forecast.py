@@ -15,6 +15,7 @@ from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.forecast import files, reruns
+from mtpforge.forecast.downloads import Download
 from mtpforge.forecast.machine import Machine, calibrated, network_rate
 from mtpforge.forecast.programs import ProgramSpeed
 from mtpforge.forecast.steps import ModelForecast
@@ -26,6 +27,7 @@ from mtpforge.quantize.recipe import head_recipe
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
+from plan import in_words
 
 MODEL = "tiny-qwen3.5"
 MACHINE = Machine(threads=2, memory=8 << 30, disk=1e9, bandwidth=1e10)
@@ -251,6 +253,15 @@ def test_only_what_reruns_counts(toolchain: Path, tmp_path: Path) -> None:
     assert step.why == "settings or code changed" and found.kept == step.kept
 
 
+def test_only_what_a_step_reads_is_fetched(tmp_path: Path) -> None:
+    missing = Download(5, tmp_path / "shard", "record")
+    assert missing.needed({})  # Snakemake does not know it yet
+    assert missing.needed({"record": "missing"})
+    assert not missing.needed({"record": None})
+    (tmp_path / "shard").touch()
+    assert not missing.needed({"record": "missing"})
+
+
 # ── the program ──
 
 
@@ -303,6 +314,34 @@ def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tiny-qwen3.5-Q4_K_M" in done.stdout
     assert "warning: a step needs 4.30 GB of memory and there are 3.07 GB" in done.stdout
+
+
+def test_a_model_of_another_converter_is_named(tmp_path: Path, toolchain: Path) -> None:
+    """Its checkpoint still counts."""
+    source = {"repo": f"Owner/{MODEL}", "revision": COMMIT}
+    write_config(tmp_path, source, converter="llama.cpp")
+    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
+        done = plan(tmp_path, toolchain, hub)
+    assert done.returncode == 0, done.stderr
+    assert "note: m: only its downloads are forecast, because llama.cpp's converter" in done.stdout
+    assert "to do: 0 of 0 steps, fetch 5.7" in done.stdout
+
+
+def test_too_little_disk_is_said() -> None:
+    about = {
+        "to_run": 1,
+        "steps": 1,
+        "fetch": 2,
+        "fetch_seconds": None,
+        "disk": 3,
+        "peak": 9_000_000,
+    }
+    about |= {"free": 9_000_000, "needs_memory": 1, "memory": 1, "seconds": 1, "servers": 0}
+    assert "warning" not in in_words(about)
+    assert "\nwarning: too little disk: " in in_words({**about, "peak": 9_000_001})
+    assert "\nwarning: a step needs " in in_words({**about, "needs_memory": 2})
+    timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
+    assert "fetch 3.00 MB (about 2 min 10 s), disk" in timed
 
 
 def test_an_unknown_model_is_named(tmp_path: Path, toolchain: Path) -> None:

@@ -19,7 +19,7 @@ NEAR = 0.05
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
     copy = Repository(tmp_path_factory.mktemp("plan") / "repository", toolchain)
-    configure(copy, {"BF16": {}, "Q4_0": {"pieces": 4}})
+    configure(copy, {"BF16": {}, "Q8_0": {"pieces": 4}})
     return copy
 
 
@@ -95,14 +95,14 @@ def test_disk_and_reruns_are_as_forecast(repository: Repository) -> None:
     after = planned(repository)
     assert (after["to_run"], after["disk"], after["seconds"], after["notes"]) == (0, 0, 0, [])
 
-    configure(repository, {"BF16": {}, "Q4_0": {"pieces": 4, "head": "BF16"}, "Q6_K": {}})
+    configure(repository, {"BF16": {}, "Q8_0": {"pieces": 4, "head": "BF16"}, "Q6_K": {}})
     found = reasons(repository)
     assert found.keys() == {
-        *(f"quantize {name}" for name in ("Q4_0", "Q6_K")),
-        *(f"verify {MODEL}-{name}" for name in ("Q4_0", "Q6_K")),
+        *(f"quantize {name}" for name in ("Q8_0", "Q6_K")),
+        *(f"verify {MODEL}-{name}" for name in ("Q8_0", "Q6_K")),
     }
     assert found["quantize Q6_K"] == found[f"verify {MODEL}-Q6_K"] == "missing"
-    assert "missing" not in (found["quantize Q4_0"], found[f"verify {MODEL}-Q4_0"])
+    assert "missing" not in (found["quantize Q8_0"], found[f"verify {MODEL}-Q8_0"])
 
 
 def test_the_rule_prints_what_the_program_prints(repository: Repository) -> None:

@@ -76,7 +76,7 @@ class Downloads:
 
     def add_checkpoints(self, model: Model) -> None:
         """The checkpoints of a model that llama.cpp's converter converts. Raises ForgeError."""
-        for source in {source for source, _ in model.conversions()}:
+        for source, _ in model.conversions():
             if isinstance(source, HubRepository):
                 self._add_checkpoint(source, listing_of(source))
 

@@ -25,6 +25,7 @@ from mtpforge.io.ranges import FileRange
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import default_and_chosen_types
 from mtpforge.quantize.mixture import Types
+from mtpforge.quantize.pieces import split_by_cost
 from mtpforge.quantize.recipe import Recipe, by_recipe, plan_overrides
 from mtpforge.quantize.request import QuantizeRequest
 
@@ -89,14 +90,25 @@ def size(file: Gguf) -> int:
 
 def quantize_seconds(source: Gguf, made: Gguf) -> float:
     """Approximate CPU seconds of llama-quantize."""
+    return sum(_costs(source, made).values())
+
+
+def largest_piece(source: Gguf, made: Gguf, count: int) -> int:
+    """Bytes that the largest of `count` pieces has in the source."""
+    pieces = split_by_cost(_costs(source, made), count)
+    return max(sum(source.tensors[name].size for name in piece) for piece in pieces)
+
+
+def _costs(source: Gguf, made: Gguf) -> dict[str, float]:
+    """CPU seconds for each tensor, in the order of the source."""
     kinds = {
-        name: "BF16" if info.type == source.tensors[name].type else info.type.name
-        for name, info in made.tensors.items()
+        name: "BF16" if made.tensors[name].type == info.type else made.tensors[name].type.name
+        for name, info in source.tensors.items()
     }
-    return sum(
-        made.tensors[name].elements * quant_types.SECONDS[kind] / 1e9
+    return {
+        name: source.tensors[name].elements * quant_types.SECONDS[kind] / 1e9
         for name, kind in kinds.items()
-    )
+    }
 
 
 def _laid_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:

@@ -208,7 +208,7 @@ class ModelForecast:
     def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
         size = files.size(made)
         largest = max(info.size for info in source.tensors.values())
-        copied = min(max(RUN_BYTES, largest), files.size(source) // pieces)
+        copied = min(max(RUN_BYTES, largest), files.largest_piece(source, made, pieces))
         cpu_seconds = files.quantize_seconds(source, made) * self._machine.programs.quantize
         self._add(
             Step(

@@ -5,7 +5,7 @@ one plain run of llama-quantize.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mtpforge.gguf import reader
@@ -57,8 +57,12 @@ def quantize_piece(
 
 def split_into_pieces(plan: QuantizePlan, source: Gguf, count: int) -> list[list[str]]:
     """The tensors of each of `count` pieces: neighbours in the source, and about equal in cost."""
+    return split_by_cost({name: plan.tensors[name].cost for name in source.tensors}, count)
+
+
+def split_by_cost(costs: Mapping[str, float], count: int) -> list[list[str]]:
+    """Neighbours in `count` pieces of about the same cost."""
     pieces: list[list[str]] = [[] for _ in range(count)]
-    costs = {name: plan.tensors[name].cost for name in source.tensors}
     total = sum(costs.values())
     done = 0.0
     for name, cost in costs.items():
