@@ -15,9 +15,10 @@ import pytest
 from hostile_text import CASES, Case
 from huggingface_hub import close_session, constants
 from mtpforge.errors import DownloadError
-from mtpforge.hub import answers, remote, resolve
+from mtpforge.hub import answers, remote, resolve, retry
 from mtpforge.hub.listing import File
 from mtpforge.hub.remote import RemoteFile
+from mtpforge.hub.retry import UnusableAnswer
 
 SECONDS = 5.0
 """Of CPU time far less is used; a machine that is busy with other tests takes longer."""
@@ -119,3 +120,73 @@ def test_a_file_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert file.get(0, 2) == b"aa"
     with pytest.raises(DownloadError, match="too slowly"):
         file.get(0, 500)
+
+
+class Clock:
+    """Time that passes only while a server sends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(remote, "time", self)
+        monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+Sent = list[tuple[float, int]]
+"""Seconds before a block, and its bytes."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "longest"),
+    [
+        ([(1.0, 900)] * 10_000, 3700),
+        ([(9.0, 1)] * 10_000, 3700),
+        ([(550.0, 1)], 3700),  # closed before the window ends
+        ([(0.0, 1)], 1),
+        ([(0.001, 100_000), *[(9.0, 1)] * 10_000], 3700),
+    ],
+    ids=["below the rate", "a byte at a time", "cut off", "one byte", "fast at first"],
+)
+def test_a_shard_that_trickles_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, answer: Sent, longest: float
+) -> None:
+    clock = Clock(monkeypatch)
+    _answer(monkeypatch, clock, answer)
+    shard = RemoteFile("a/b", "0" * 40, "model.safetensors", File(70 << 30, "0" * 64))
+    reason = "ended .* bytes too early" if len(answer) == 1 else r"bytes per second for 10 min"
+    with pytest.raises(DownloadError, match=rf"model.safetensors: .*{reason}.*gave up after 6 tri"):
+        shard.read(0, shard.size, lambda block: None)
+    assert clock.now < longest
+
+
+@pytest.mark.parametrize("answer", [[(1.0, 1100)] * 1000, [(500.0, 1 << 20)], [(0.1, 1024)] * 9])
+def test_a_slow_shard_arrives(monkeypatch: pytest.MonkeyPatch, answer: Sent) -> None:
+    _answer(monkeypatch, Clock(monkeypatch), answer)
+    shard = RemoteFile("a/b", "0" * 40, "model.safetensors", File(50 << 10, "0" * 64))
+    if answer[0][1] > 50 << 10:
+        shard = RemoteFile("a/b", "0" * 40, "model.safetensors", File(50 << 20, "0" * 64))
+    found = 0
+
+    def count(block: bytes) -> None:
+        nonlocal found
+        found += len(block)
+
+    shard.read(0, shard.size, count)
+    assert found == shard.size
+
+
+def _answer(monkeypatch: pytest.MonkeyPatch, clock: Clock, answer: Sent) -> None:
+    """Let each request be answered with these blocks, and then be cut off."""
+
+    def blocks(self: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
+        for seconds, size in answer:
+            clock.now += seconds
+            yield bytes(min(size, end - begin))
+            begin += size
+            if begin >= end:
+                return
+        raise UnusableAnswer(f"ended {end - begin:,} bytes too early")
+
+    monkeypatch.setattr(RemoteFile, "_blocks", blocks)

@@ -33,6 +33,10 @@ SECONDS = 120.0
 """For a small range, besides the time that `SLOWEST` takes."""
 SLOWEST = 10_000
 """Bytes per second."""
+LEAST_RATE = 1000
+"""Bytes per second of a large range, on average over a window. Slower is a failure to retry."""
+WINDOW = 600.0
+"""Seconds."""
 _SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -54,13 +58,15 @@ class RemoteFile:
 
         Raises DownloadError, and anything that `write` raises.
         """
-        retry = Retry(self._label)
+        retry, pace = Retry(self._label), _Pace()
         while begin < end:
+            pace.answer()
             try:
                 for block in self._blocks(begin, end):
                     write(block)
                     begin += len(block)
-                    retry.reset()
+                    if pace.suffices(len(block)):
+                        retry.reset()
             except REQUEST_ERRORS as error:
                 # A signed URL expires, and a new one may lead to a better server.
                 self._address = None
@@ -168,6 +174,34 @@ class RemoteFile:
                 "run again"
             )
         self._etag = etag or self._etag
+
+
+class _Pace:
+    """How fast bytes arrive, over all tries."""
+
+    def __init__(self) -> None:
+        self._start = self._window_start = time.monotonic()
+        self._received = self._in_window = 0
+
+    def answer(self) -> None:
+        """Begin a window with an answer."""
+        self._window_start, self._in_window = time.monotonic(), 0
+
+    def suffices(self, size: int) -> bool:
+        """Count a block; whether `LEAST_RATE` has been kept since the last window that kept it.
+
+        Raises UnusableAnswer after a window that has not.
+        """
+        now = time.monotonic()
+        self._received += size
+        self._in_window += size
+        if (passed := now - self._window_start) >= WINDOW:
+            if self._in_window < LEAST_RATE * passed:
+                rate = self._in_window / passed
+                raise UnusableAnswer(f"only {rate:.0f} bytes per second for {passed / 60:.0f} min")
+            self._start, self._received = now, 0
+            self.answer()
+        return self._received >= LEAST_RATE * max(now - self._start, 1)
 
 
 class Metadata(NamedTuple):

@@ -30,7 +30,7 @@ from mtpforge import progress
 from mtpforge.errors import DownloadError
 
 TRIES = 6
-"""Failures in a row, without a byte in between, before giving up."""
+"""Failures in a row, without enough bytes in between, before giving up."""
 FIRST_WAIT = float(os.environ.get("MTPFORGE_RETRY_WAIT", "1"))
 """Seconds before the second try; doubled before each further one."""
 LONGEST_WAIT = 600.0
