@@ -18,9 +18,14 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(folder: Path) -> dict[str, str]:
-    """Read the prompts, by kind. Raises ConfigError if there are none, or one is not UTF-8."""
+    """Read the prompts, by kind. Raises ConfigError if there are none, or one is not UTF-8.
+
+    Lines end as on Linux, so that a checkout on Windows has the same tokens.
+    """
     prompts = {
-        path.stem: read_text(path, ConfigError, TEMPLATE_LIMIT, within=ANYWHERE)
+        path.stem: read_text(path, ConfigError, TEMPLATE_LIMIT, within=ANYWHERE).replace(
+            "\r\n", "\n"
+        )
         for path in sorted(folder.glob("*.txt"))
     }
     if not prompts:
