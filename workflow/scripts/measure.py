@@ -1,6 +1,7 @@
 """Measure a GGUF in llama-server: decoding speed and acceptance at each n_max, memory, perplexity.
 
 If drafting makes decoding slower, the report says so and recommends n_max 0.
+Without a GPU, a file larger than the memory is not run, and the report says so.
 
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
@@ -20,7 +21,7 @@ from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import ANYWHERE, open_regular
-from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp import memory, process, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
 from mtpforge.measure.measurement import KlDivergence, Text
@@ -42,17 +43,25 @@ def main() -> None:
     split.read(first)  # checks it before llama.cpp's programs read it
     recorded_digests.check_whole(args.reference_logits, args.logits_recorded)
     recorded_digests.check_whole(args.text, args.text_recorded)
-    value, divergence = _perplexity(args, first, llama)
+    reason = None if process.has_gpu() else memory.too_large([first])
+    value, divergence = (None, None) if reason else _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(
         measure(
-            first, texts, n_max=args.n_max, repeats=args.repeats, llama=llama, options=args.serve
+            first,
+            {} if reason else texts,
+            n_max=args.n_max,
+            repeats=args.repeats,
+            llama=llama,
+            options=args.serve,
         ),
         file=args.file.name,
         perplexity=value,
         kl_divergence=divergence,
         text=_text(args),
     )
+    if reason:
+        found = replace(found, verdict=f"not measured: {reason}")
     found.write(args.out)
     if found.kl_divergence:
         mean = found.kl_divergence.mean
@@ -107,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 def _perplexity(
     args: argparse.Namespace, model: Path, llama: LlamaCpp
 ) -> tuple[float | None, KlDivergence | None]:
-    if args.reference_logits:
+    if args.reference_logits and args.reference_logits.stat().st_size:
         own, others = perplexity.vocabularies(model, args.reference_logits)
         if own == others:
             return perplexity.against_reference(model, args.reference_logits, llama)

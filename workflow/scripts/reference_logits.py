@@ -1,5 +1,7 @@
 """Write the logits of a BF16 GGUF on a text, for measure.py to compare its quants with.
 
+If the GGUF is larger than the memory, they are empty.
+
 example: reference_logits.py Qwen3.5-4B-BF16.gguf --text wiki.test.raw --out reference.logits
 """
 
@@ -12,7 +14,7 @@ from pathlib import Path
 from mtpforge import cli, recorded_digests, table
 from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
-from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp import memory, programs
 from mtpforge.measure.perplexity import reference_logits
 
 
@@ -40,6 +42,12 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.model, args.text)
     recorded_digests.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
+    if reason := memory.too_large([args.model]):
+        with atomic.replacing(args.out) as temporary:
+            temporary.touch()
+        recorded_digests.write_digest(args.digest, args.out)
+        print(f"no logits, so no KL divergence: {reason}")
+        return
     with (
         atomic.replacing(args.out) as temporary,
         recorded_digests.reading(args.model, args.recorded),

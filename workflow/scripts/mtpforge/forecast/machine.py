@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 from mtpforge.errors import ForgeError
 from mtpforge.forecast.programs import ProgramSpeed, measured
 from mtpforge.io import atomic
+from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 
 _COPY = 1 << 27
@@ -27,7 +27,6 @@ _READ = 1 << 27
 """Bytes that each thread reads to measure the memory."""
 _ROUNDS = 3
 """Measurements, of which the best counts: other programs may be running."""
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def calibrated(folder: Path, cache: Path, llama: LlamaCpp) -> Machine:
     key = f"{platform.node()} {llama.processors} {folder.stat().st_dev}"
     known = _known(_read(cache).get(key))
     if known:
-        return Machine(llama.processors, usable_memory(), **known)
+        return Machine(llama.processors, memory.usable(), **known)
     machine = Machine(
         llama.processors,
-        usable_memory(),
+        memory.usable(),
         disk=max(_disk(folder) for _ in range(_ROUNDS)),
         bandwidth=max(_bandwidth(llama.processors) for _ in range(_ROUNDS)),
     )
@@ -78,16 +77,6 @@ def network_rate(cache: Path, endpoint: str, seen: float) -> float:
     with suppress(TypeError, KeyError, ValueError):
         return max(0.0, float(_read(cache)[key]["network"]))
     return 0.0
-
-
-def usable_memory() -> int:
-    """Bytes of memory that a program can have: the machine's, or less by cgroup or ulimit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in _CGROUPS:
-        with suppress(OSError, ValueError):
-            limits.append(int(Path(name).read_text(encoding="ascii")))
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return min(limits if limit == resource.RLIM_INFINITY else [*limits, limit])
 
 
 def _read(cache: Path) -> dict[str, Any]:

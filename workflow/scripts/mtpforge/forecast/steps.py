@@ -12,6 +12,7 @@ from mtpforge.forecast.machine import Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
+from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.speed import N_PREDICT
 from mtpforge.quantize.imatrix import CHUNK
@@ -31,8 +32,6 @@ _CONVERT = 1.3  # times the time to write the result
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
 _CONVERT_MEMORY = 330 << 20
 _QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
-_RUN_MEMORY = 1.3  # times the file, and besides:
-_RUN_EXTRA = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ class ModelForecast:
         batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
         return replace(
             step,
-            memory=int(_RUN_MEMORY * size) + _RUN_EXTRA,
+            memory=memory.needed(size),
             seconds=tokens * one + text * batched + max(1, servers) * speed.server,
             servers=servers,
         )

@@ -104,9 +104,14 @@ def confined(
     return [str(word) for word in [*launcher, *command]]
 
 
+def has_gpu() -> bool:
+    """Whether there is a GPU that llama.cpp could use."""
+    return any(Path(device).exists() for device in _GPUS)
+
+
 def allowed(size: int) -> int | None:
     """Bytes that a program with files of this size may allocate; None if that is not limited."""
-    if any(Path(device).exists() for device in _GPUS):
+    if has_gpu():
         return None
     return MEMORY + 2 * size + MEMORY_PER_CORE * (os.cpu_count() or 1)
 

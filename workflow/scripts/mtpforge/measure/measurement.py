@@ -101,7 +101,8 @@ class Measurement(Record):
     """Tokens generated in each request."""
     runs: tuple[Run, ...]
     by_n_max: tuple[Total, ...]
-    """In ascending order of n_max; the first is without drafting."""
+    """In ascending order of n_max; the first is without drafting. Empty for a file too large to
+    run: `verdict` says so."""
     recommended_n_max: int
     verdict: str
     """The reason for the recommended n_max, in words."""

@@ -10,6 +10,8 @@ def recommend(by_n_max: Sequence[Total], repeats: int) -> tuple[int, str]:
 
     It is the fastest one if its slowest repeat beats the fastest repeat without drafting, else 0.
     """
+    if not by_n_max:
+        return 0, "not measured"
     off, *others = by_n_max
     if not others:
         return 0, "no head to draft with"

@@ -52,7 +52,8 @@ def measure(
 ) -> Measurement:
     """Measure a GGUF (the first file of a split one) on `prompts`, by kind. Raises ForgeError.
 
-    Each n_max gets `repeats` warm requests for each prompt. `options` go to llama-server.
+    Each n_max gets `repeats` warm requests for each prompt. `options` go to llama-server, which is
+    not started without prompts.
     """
     shards = split.shards(path)
     whole = split.joined(shards)
@@ -61,7 +62,7 @@ def measure(
     machine = describe_machine(llama)
     runs: list[Run] = []
     peaks: dict[int, list[int]] = {
-        ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())})
+        ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())}) if prompts
     }
     left = progress.Left()
     # Prompts outermost: a change in the machine's speed then affects every n_max.

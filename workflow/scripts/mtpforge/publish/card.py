@@ -74,6 +74,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "head": about.head,
         "drafts": any(result.drafts for result in results),
         "not_drafting": _not_drafting(results),
+        "not_run": _not_run(results),
         "template": _template(results),
         "files": tables.files(results).rstrip(),
         "split": _split(results),
@@ -81,7 +82,9 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "machines": _sentences(map(_machine, measurements)),
         "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
         "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
-        "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in measured],
+        "sweeps": [
+            (code(name), tables.sweep(found).rstrip()) for name, found in measured if found.by_n_max
+        ],
         "runtime": runtime(results),
         "serving": serving(results, about),
         "sources": "\n".join(f"- {source}" for source in about.sources),
@@ -92,6 +95,16 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
 def _not_drafting(results: Iterable[Result]) -> str:
     """Why heads of these files do not draft; empty if all do."""
     return _sentences(f"{escape(why)}." for result in results if (why := result.why_not_drafting))
+
+
+def _not_run(results: Iterable[Result]) -> str:
+    """Which files were published without being run, and why; empty if none."""
+    return _sentences(
+        f"{code(result.name)} was not run before it was published ({escape(why)}), but its tensors "
+        "were compared with those of the checkpoint."
+        for result in results
+        if (why := result.report.not_run)
+    )
 
 
 def _template(results: Iterable[Result]) -> str:

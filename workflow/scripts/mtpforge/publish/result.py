@@ -56,8 +56,9 @@ class Result:
 
     @property
     def n_max(self) -> int | None:
-        """The recommended draft length (0: no drafting); None if it was not measured."""
-        return None if self.measured is None else self.measured.recommended_n_max
+        """The recommended draft length (0: no drafting); None if speed was not measured."""
+        found = self.measured
+        return found.recommended_n_max if found and found.by_n_max else None
 
     @property
     def options(self) -> list[str]:

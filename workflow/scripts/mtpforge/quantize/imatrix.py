@@ -18,7 +18,7 @@ from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
 from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_regular
-from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp import memory, process
 from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 
@@ -35,13 +35,19 @@ def compute(
 
     It covers the head if that has one block, which llama-server can draft with, and llama-imatrix
     is new enough. `recorded_at` are the GGUF's digests (see `recorded`). Raises ConfigError if the
-    text is too short, ToolchainError if llama-imatrix fails, DamagedError if the GGUF has changed.
+    text is too short or the GGUF larger than the memory, ToolchainError if llama-imatrix fails,
+    DamagedError if the GGUF has changed.
     """
     # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
     with open_regular(text, ConfigError, within=ANYWHERE) as file:
         start = file.read(JSON_LIMIT)
     if len(start.strip()) < MIN_TOKENS:
         raise _too_short(text)
+    if reason := memory.too_large([model]):
+        raise ConfigError(
+            f"{model}: {reason}, so an importance matrix would take days: compute it on a larger "
+            "machine, or take a published one (`imatrix: {repo: ..., file: ..., revision: ...}`)"
+        )
     with (
         replacing(out) as temporary,
         tempfile.TemporaryDirectory() as name,

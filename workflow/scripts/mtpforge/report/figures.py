@@ -20,7 +20,8 @@ def speed(measured: Sequence[Measurement]) -> Svg:
         f"Ring: cold start. On {_machine(measured[0])}.",
     )
     totals = [total for found in measured for total in found.by_n_max]
-    top = max(max(total.spread[1], total.cold_tokens_per_second) for total in totals)
+    speeds = [max(total.spread[1], total.cold_tokens_per_second) for total in totals]
+    top = max(speeds, default=1.0)
     for found in measured:
         svg.heading(found.stem)
         for total in found.by_n_max:

@@ -32,7 +32,7 @@ def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, st
         report.head or "-",
         acceptance(report),
         speed(measured) if measured else "-",
-        str(measured.recommended_n_max or "off") if measured else "-",
+        str(measured.recommended_n_max or "off") if measured and measured.by_n_max else "-",
     )
 
 
@@ -41,11 +41,15 @@ def acceptance(report: Report) -> str:
     if report.drafts:
         share = (report.accepted or 0) / report.drafts
         return f"{share:.1%} ({report.accepted}/{report.drafts})"
+    if report.not_run:
+        return "not run"
     return "-" if report.head in ("none", "") else "not possible"
 
 
 def speed(measured: Measurement) -> str:
     """Tokens per second without drafting and at the fastest n_max, even if that is slower."""
+    if not measured.by_n_max:
+        return "not run"
     off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
     return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"
 

@@ -82,6 +82,8 @@ class Report(Record):
     accepted: Annotated[int | None, UNLESS_NONE] = None
     acceptance: Annotated[float | None, UNLESS_NONE] = None
     """accepted / drafts"""
+    not_run: Annotated[str | None, UNLESS_NONE] = None
+    """Why llama.cpp did not run the file; None if it did."""
     checks: tuple[Check, ...]
     head_source: Annotated[dict[str, int] | None, UNLESS_NONE] = None
     """Number of tensors of a fetched head that are verified, and that are trusted on first use."""

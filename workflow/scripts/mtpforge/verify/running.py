@@ -1,19 +1,17 @@
 """Checks in llama.cpp: the file loads, its head drafts, and drafting does not change the text."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
-from mtpforge import recorded_digests, table
+from mtpforge import recorded_digests
 from mtpforge.errors import ConfigError, ForgeError, StorageError
-from mtpforge.gguf import reader, split
-from mtpforge.gguf.file_names import gguf_files
+from mtpforge.gguf import quant_types, reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io import atomic
-from mtpforge.llama_cpp import converter_architectures
+from mtpforge.llama_cpp import converter_architectures, memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
 from mtpforge.verify.report import Acceptance, Check, raise_failed, some
@@ -46,6 +44,19 @@ def check_running(
         checks.append(check_acceptance(measured, unquantized, request.max_acceptance_drop))
     checks.append(check_without_drafting(opened, request, answers=answers, llama=llama))
     return checks, measured
+
+
+def why_not_run(opened: Gguf, request: Request) -> str | None:
+    """Why a file need not run here; None if it must.
+
+    An unquantized file that is larger than the memory is proven without: its tensors equal those of
+    its source. A quantized one has to draft, however slowly.
+    """
+    types = {info.type.name for info in opened.tensors.values()}
+    proven = request.ours and bool(request.checkpoint or request.reference)
+    if not proven or request.target or not types <= {*quant_types.UNQUANTIZED, quant_types.TABLE}:
+        return None
+    return memory.too_large([opened.path])
 
 
 @contextmanager
@@ -151,13 +162,8 @@ def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Accepta
     would read it from the disk again. Raises VerificationError if the head drafts nothing,
     DamagedError if the file or its target has changed.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    models = [path, *([request.target] if request.target else [])]
-    files = [each.with_name(name) for each in models for name in gguf_files(each.name)]
-    size = sum(file.stat().st_size for file in files if file.exists())
-    if size > memory:
-        sizes = f"{table.size(size)} do not fit into {table.size(memory)} of memory"
-        return Acceptance(skipped=f"BF16 was not run: {sizes}")
+    if reason := memory.too_large([path, *([request.target] if request.target else [])]):
+        return Acceptance(skipped=f"BF16 was not run: {reason}")
     opened = split.read(path)
     if reason := converter_architectures.why_not_drafting(opened):
         return Acceptance(skipped=reason)

@@ -33,6 +33,7 @@ from mtpforge.verify.running import (
     check_running,
     check_vision,
     reading_target,
+    why_not_run,
 )
 from mtpforge.verify.source import Source, open_source
 from mtpforge.verify.target import check_target
@@ -68,11 +69,18 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
         check, trunk = check_trunk(opened, _trunk_before(request))
         checks.append(check)
     raise_failed(path.name, checks)  # a file that is known to be wrong need not run
-    with reading_target(request):
-        running, acceptance = check_running(opened, request, llama)
-    checks += [*running, check_programs(opened, request, llama)]
+    acceptance = None
+    if not_run := why_not_run(opened, request):
+        checks.append(Check("running", True, f"not run: {not_run}"))
+        request = replace(request, perplexity=False)
+    else:
+        with reading_target(request):
+            running, acceptance = check_running(opened, request, llama)
+        checks += running
+    checks.append(check_programs(opened, request, llama))
     raise_failed(path.name, checks)
-    return _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
+    report = _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
+    return replace(report, not_run=not_run)
 
 
 def publish_split(
@@ -92,8 +100,9 @@ def publish_split(
             short = replace(
                 request, prompts=request.prompts[:1], min_acceptance=0, perplexity=False
             )
-            check, _ = check_drafting(shards, short, llama)
-            checks.append(replace(check, name="files load"))
+            if why_not_run(opened, request) is None:
+                check, _ = check_drafting(shards, short, llama)
+                checks.append(replace(check, name="files load"))
             checks.append(check_programs(shards, short, llama=llama, name="files open"))
         raise_failed(folder.name, checks)
         listed = tuple(map(_shard, files))

@@ -1,0 +1,75 @@
+"""Memory: how much there is for a program here, and how much llama.cpp takes to run a file."""
+
+import os
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from mtpforge import table
+from mtpforge.gguf.file_names import gguf_files
+
+EXTRA = 4 << 30
+"""Bytes that llama-server takes besides 1.3 times its file; 5 times the file if that is less."""
+_LEAST = 1 << 29
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def usable() -> int:
+    """Bytes of memory for a program: the machine's, or less by ulimit, cgroup or SLURM."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limits += [] if limit == resource.RLIM_INFINITY else [limit]
+    return min([*limits, *_cgroup_limits(), *_slurm_limits()])
+
+
+def needed(size: int) -> int:
+    """Bytes of memory to reserve for running files of this size."""
+    return int(1.3 * size) + min(EXTRA, _LEAST + 5 * size)
+
+
+def too_large(files: Iterable[Path]) -> str | None:
+    """Why GGUFs, with all their shards, are not to be run here; None if they fit into the memory.
+
+    Of a larger file, each token would read much from the disk again.
+    """
+    shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
+    size = sum(shard.stat().st_size for shard in shards if shard.exists())
+    memory = usable()
+    if size <= memory:
+        return None
+    return f"{table.size(size)} do not fit into {table.size(memory)} of memory"
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The limits of this process's groups and of those around them, of both versions."""
+    places = [_CGROUPS / "memory.max", _CGROUPS / "memory/memory.limit_in_bytes"]
+    with suppress(OSError, UnicodeError):
+        for line in _OWN_CGROUP.read_text(encoding="utf-8").splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            first = number == "0" and not controllers
+            if not first and "memory" not in controllers.split(","):
+                continue
+            root = _CGROUPS if first else _CGROUPS / "memory"
+            name = "memory.max" if first else "memory.limit_in_bytes"
+            group = Path(path.lstrip("/"))
+            places += [root / each / name for each in (group, *group.parents)]
+    for place in places:
+        with suppress(OSError, ValueError):
+            yield int(place.read_text(encoding="ascii"))
+
+
+def _slurm_limits() -> Iterator[int]:
+    """The limit of a SLURM job, which counts in MiB; 0 there stands for all of the node."""
+    per_node = _variable("SLURM_MEM_PER_NODE")
+    per_cpu = _variable("SLURM_MEM_PER_CPU") * _variable("SLURM_CPUS_ON_NODE")
+    for limit in filter(None, (per_node, per_cpu)):
+        yield limit << 20
+
+
+def _variable(name: str) -> int:
+    with suppress(ValueError):
+        return max(0, int(os.environ.get(name, "")))
+    return 0
