@@ -24,14 +24,13 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
-from mtpforge.rules.config import read_file
+from mtpforge.rules.config import check_files
 
 terminal = console.attach(workflow)
 snakemake_lock.guard(workflow)
 
 try:
-    if Path("config.yaml").exists():  # else Snakemake has another one, or says that there is none
-        read_file(Path("config.yaml"))
+    check_files(workflow.configfiles)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 

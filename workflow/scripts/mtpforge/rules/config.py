@@ -4,7 +4,8 @@ Start at `parse`. Checks that involve several keys, or files on disk, are in `co
 JSON schema for editors comes from `schema`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,12 +51,25 @@ from mtpforge.rules.variant import (
 )
 
 
+def check_files(given: Iterable[Path | str]) -> None:
+    """Check config.yaml, if it is there, before Snakemake reads it, and files `given` to Snakemake.
+
+    Raises ConfigError. Snakemake has read the latter already, and merged them.
+    """
+    own = Path("config.yaml")
+    for path in [own] * own.exists() + [Path(path) for path in given]:
+        read_file(path)
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """The content of config.yaml; empty if it is not a mapping. Aliases may be used.
+    """The content of a configuration file; empty if it is not a mapping. Aliases may be used.
 
     Raises ConfigError for a file that Snakemake cannot read safely.
     """
     content = text.read_text(path, ConfigError, most=text.YAML_LIMIT, within=text.ANYWHERE)
+    if content.lstrip().startswith("{"):  # JSON, which may have tabs, or YAML
+        with suppress(ConfigError):
+            return text.parse_json(path, content, ConfigError)
     value = text.parse_yaml(path, content, ConfigError, aliases=True)
     if isinstance(value, dict) and "__use_yte__" in value:
         raise ConfigError(f"{path}: __use_yte__: templates run code: not allowed here")
