@@ -336,10 +336,18 @@ def test_too_little_disk_is_said() -> None:
         "disk": 3,
         "peak": 9_000_000,
     }
-    about |= {"free": 9_000_000, "needs_memory": 1, "memory": 1, "seconds": 1, "servers": 0}
+    about |= {
+        "free": 9_000_000,
+        "needs_memory": 1,
+        "memory": 1,
+        "largest_step": "x.json",
+        "seconds": 1,
+        "servers": 0,
+    }
     assert "warning" not in in_words(about)
     assert "\nwarning: too little disk: " in in_words({**about, "peak": 9_000_001})
-    assert "\nwarning: a step needs " in in_words({**about, "needs_memory": 2})
+    lacking = in_words({**about, "needs_memory": 2})
+    assert "\nwarning: a step needs " in lacking and "(x.json)" in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
     assert "fetch 3.00 MB (about 2 min 10 s), disk" in timed
 

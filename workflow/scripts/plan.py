@@ -113,15 +113,18 @@ class Plan:
         scratch = max((each.scratch for each in self.forecasts), default=0)
         fetch = self.downloads.fetch(self.reruns)
         steps = [step for each in self.forecasts for step in each.steps]
+        left = [step for step in steps if not step.done]
+        largest = max(left, key=lambda step: step.memory, default=None)
         return {
             "steps": len(steps),
-            "to_run": sum(not step.done for step in steps),
+            "to_run": len(left),
             "fetch": fetch,
             "fetched": self.downloads.total - fetch,
             "disk": kept + fetch,
             "peak": kept + scratch + fetch,
             "free": shutil.disk_usage(".").free,
             "needs_memory": max((each.memory for each in self.forecasts), default=0),
+            "largest_step": largest.path if largest else "",
             "memory": self.machine.memory,
             "seconds": round(sum(each.seconds for each in self.forecasts)),
             "fetch_seconds": round(fetch / self.network) if self.network else None,
@@ -135,11 +138,13 @@ def as_table(forecast: ModelForecast) -> str:
     for file in forecast.files:
         head = table.size(file.head) if file.head else "none"
         files.append((file.name, table.size(file.bytes), head, str(file.pieces)))
-    steps = [("step", "disk", "memory", "time", "why it runs")]
+    steps = [("step", "adds", "disk after it", "memory", "time", "why it runs")]
+    total = 0
     for step in forecast.steps:
+        total += 0 if step.done else step.kept
+        kept, after, memory = map(_size, (step.kept, total, step.memory))
         spent = "" if step.done else table.duration(step.seconds)
-        kept, memory = (table.size(each) if each else "" for each in (step.kept, step.memory))
-        steps.append((f"{step.stage} {step.name}", kept, memory, spent, step.why or "-"))
+        steps.append((f"{step.stage} {step.name}", kept, after, memory, spent, step.why or "-"))
     return f"{forecast.model.key}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
 
 
@@ -163,7 +168,7 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     if about["needs_memory"] > about["memory"]:
         lines.append(
             f"warning: a step needs {table.size(about['needs_memory'])} of memory and there are "
-            f"{table.size(about['memory'])}: see docs/sizing.md#memory"
+            f"{table.size(about['memory'])} ({about['largest_step']}): see docs/sizing.md#memory"
         )
     return "\n".join(lines)
 
@@ -174,6 +179,10 @@ def _chosen(path: Path, names: list[str]) -> list[Model]:
         known = ", ".join(build.config.models)
         raise ConfigError(f"{path}: there is no model {unknown[0]!r}: models has {known}")
     return [build.config.models[name] for name in names] or build.config.chosen
+
+
+def _size(count: int) -> str:
+    return table.size(count) if count else ""
 
 
 def _as_json(forecast: ModelForecast) -> dict[str, Any]:
