@@ -35,7 +35,7 @@ rule convert:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
-        " {params.options} {params.norms} {params.recorded}"
+        " {params.options} {params.norms} {params.recorded} --resume {params.code}"
         " --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
 

@@ -7,6 +7,7 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
+import argparse
 from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
@@ -16,6 +17,7 @@ from mtpforge.convert.native import PARTS, convert_checkpoint
 from mtpforge.gguf import split
 from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
+from mtpforge.io.journal import Journal, inputs
 
 PART = (
     "whole model (default), trunk, head alone, or head with the shared embeddings as a draft model"
@@ -65,19 +67,34 @@ def main() -> None:
         metavar="FILE",
         help="write the sha256 of each tensor, as JSON",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="DIGEST",
+        help="go on with what a killed run of the same command has written, if DIGEST is the same, "
+        "which stands for the program",
+    )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
+    journal = _journal(args) if args.resume else None  # before the checkpoint is read
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
-    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre, "limit": args.split}
+    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
+    writing = split.Writing(args.split, journal)
     if args.head_from:
         donor = Checkpoint(args.head_from, norms=args.norms, recorded=args.head_recorded)
-        note = donor_head.convert(checkpoint, donor, args.out, **options)
+        note = donor_head.convert(checkpoint, donor, args.out, **options, writing=writing)
     else:
-        note = convert_checkpoint(checkpoint, args.out, **options)
+        note = convert_checkpoint(checkpoint, args.out, **options, writing=writing)
     if args.digests:
         made = split.read(first_file(args.out))
-        atomic.write_json(args.digests, split.digests_of(made, args.threads))
+        written = journal.digests if journal else {}
+        atomic.write_json(args.digests, split.digests_of(made, args.threads, written))
     print(table.size_of(args.out) + (note and f"; {note}"))
+
+
+def _journal(args: argparse.Namespace) -> Journal:
+    folders = [args.checkpoint, *([args.head_from] if args.head_from else [])]
+    origin = {"code": args.resume, "options": sys.argv[1:], "inputs": inputs(folders)}
+    return Journal(args.out, origin)
 
 
 if __name__ == "__main__":

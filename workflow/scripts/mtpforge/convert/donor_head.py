@@ -13,8 +13,8 @@ from mtpforge.convert.native import describe, say_notes
 from mtpforge.convert.plan import ConvertedTensor, settled_hparams
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError
-from mtpforge.gguf import split
 from mtpforge.gguf.reader import Gguf, TensorInfo
+from mtpforge.gguf.split import SINGLE, Writing, write_any
 from mtpforge.inject.match import check_match
 
 _OWN = {"all": "trunk", "draft": "shared"}
@@ -27,12 +27,11 @@ def convert(
     out: Path,
     part: str = "all",
     tokenizer_pre: str | None = None,
-    limit: int | None = None,
+    writing: Writing = SINGLE,
 ) -> str:
     """Write a part of a checkpoint as a BF16 GGUF, with the donor's head in place of its own.
 
-    With `limit`, `out` is a folder of files of at most so many bytes. Returns a note on norms that
-    were stored as w.
+    Returns a note on norms that were stored as w.
     Raises CheckpointError, and GgufError if the head belongs to another model.
     """
     if part not in _OWN:
@@ -48,12 +47,12 @@ def convert(
         tokenizer_pre=tokenizer_pre,
     )
 
-    def check() -> None:
+    def check(written: Path) -> None:
         checkpoint.integrity.check()
         donor.integrity.check()
 
     tensors = [(item.info, payload(half, item)) for half, item in planned]
-    split.write_any(out, metadata, tensors, limit=limit, check=check)
+    write_any(out, metadata, tensors, check, writing)
     say_notes(checkpoint, family)
     return norm_shift.note(item for _, item in planned)
 

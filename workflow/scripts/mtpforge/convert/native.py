@@ -26,9 +26,9 @@ from mtpforge.convert.plan import settled_hparams
 from mtpforge.convert.tensor_names import left_out
 from mtpforge.convert.values import payload
 from mtpforge.errors import CheckpointError, GgufError
-from mtpforge.gguf import split
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
+from mtpforge.gguf.split import SINGLE, Writing, write_any
 from mtpforge.io import text
 
 PARTS = ("all", "trunk", "head", "draft")
@@ -69,12 +69,9 @@ def convert_checkpoint(
     out: Path,
     part: str = "all",
     tokenizer_pre: str | None = None,
-    limit: int | None = None,
+    writing: Writing = SINGLE,
 ) -> str:
-    """The same for a checkpoint that is open. Raises DamagedError if it has changed.
-
-    With `limit`, `out` is a folder of files of at most so many bytes.
-    """
+    """The same for a checkpoint that is open. Raises DamagedError if it has changed."""
     family = family_of(checkpoint.architecture)
     hparams = settled_hparams(checkpoint, family)
     with naming_quantization(checkpoint, family, part):
@@ -88,7 +85,11 @@ def convert_checkpoint(
         tokenizer_pre=tokenizer_pre,
     )
     tensors = [(item.info, payload(checkpoint, item)) for item in planned]
-    split.write_any(out, metadata, tensors, limit=limit, check=checkpoint.integrity.check)
+
+    def check(written: Path) -> None:
+        checkpoint.integrity.check()
+
+    write_any(out, metadata, tensors, check, writing)
     say_notes(checkpoint, family, part)
     return norm_shift.note(planned)
 

@@ -10,11 +10,12 @@ As in llama-gguf-split, the limit counts tensors with their padding. The header 
 megabytes in the shard with the vocabulary.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf.constants import GGUFValueType
@@ -24,9 +25,10 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.file_names import shard_names
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo, aligned, drop_leading_ones
-from mtpforge.gguf.writer import Tensors
-from mtpforge.io import storage
+from mtpforge.gguf.writer import Check, Tensors
+from mtpforge.io import leftovers, storage, temporary
 from mtpforge.io.atomic import check_room, link_or_copy, replacing_folder
+from mtpforge.io.journal import Journal
 from mtpforge.io.ranges import FileRange, sha256
 
 _UNITS = {"M": 10**6, "G": 10**9}
@@ -92,11 +94,17 @@ def is_other_header(name: str) -> bool:
     return name.startswith(f"{_HEADER} ")
 
 
-def digests_of(opened: Gguf, threads: int | None = None) -> dict[str, str]:
-    """The sha256 of the header of each file, and of each tensor."""
+def digests_of(
+    opened: Gguf, threads: int | None = None, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The sha256 of the header of each file, and of each tensor, unless it is known."""
+    known = known or {}
     headers = (reader.header_range(replace(opened, path=path)) for path in files_of(opened))
     places = {header_name(place.path): place for place in headers}
-    return reader.hashes({**places, **opened.ranges}, threads)
+    places |= opened.ranges
+    unknown = {name: place for name, place in places.items() if name not in known}
+    found = {**known, **reader.hashes(unknown, threads)}
+    return {name: found[name] for name in places}
 
 
 def _check_headers(files: Sequence[Gguf]) -> None:
@@ -162,18 +170,36 @@ def splitting(source: Gguf, folder: Path, stem: str, limit: int) -> Iterator[lis
         yield files
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How a GGUF is written: in files of at most `limit` bytes, and from a `journal` on."""
+
+    limit: int | None = None
+    journal: Journal | None = None
+
+
+SINGLE = Writing()
+"""In one file, from its beginning."""
+
+
 def write_any(
     out: Path,
     metadata: Mapping[str, Value],
     tensors: Tensors,
-    limit: int | None,
-    check: Callable[[], None],
+    check: Check,
+    writing: Writing,
 ) -> None:
-    """Write a GGUF as one file, or with `limit` as a folder of files (see `write`)."""
+    """Write a GGUF as one file, or with a limit as a folder of files (see `write`)."""
+    limit, journal = writing.limit, writing.journal
+    if journal:
+        start = writer.header(metadata, [info for info, _ in tensors])
+        journal.depends_on(header=hashlib.sha256(start).hexdigest(), limit=limit)
     if limit is None:
-        writer.write(out, metadata, tensors, check=lambda written: check())
+        writer.write(out, metadata, tensors, check, journal)
     else:
-        write(out, metadata, tensors, limit=limit, check=check)
+        write(out, metadata, tensors, limit=limit, check=check, journal=journal)
+    if journal:
+        journal.remove()
 
 
 def write(
@@ -181,24 +207,32 @@ def write(
     metadata: Mapping[str, Value],
     tensors: Tensors,
     limit: int,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda written: None,
+    journal: Journal | None = None,
 ) -> None:
     """Write a GGUF in files of at most `limit` bytes, named after the folder.
 
-    They are what `splitting` makes of the whole file. `check` is called before the folder gets its
-    name. Raises as `splitting` and `writer.write`.
+    They are what `splitting` makes of the whole file. `check` and `journal` are those of
+    `writer.write`. Raises as `splitting` and that do.
     """
     infos = {info.name: info for info, _ in tensors}
     whole = Gguf(folder, dict(metadata), tensors=infos, ranges={})
     planned = plan(whole, limit)
     check_target(folder.parent, folder, folder.name)
     payloads = {info.name: payload for info, payload in tensors}
-    with replacing_folder(folder.resolve(), writer.size(metadata, list(infos.values()))) as written:
+    needed = writer.size(metadata, list(infos.values()))
+    keep = journal.keeps if journal else False
+    with replacing_folder(folder.resolve(), needed, keep=keep) as written:
+        if journal and not journal.start(written):
+            for left in written.iterdir():
+                leftovers.delete(left)
         files = [written / name for name in shard_names(folder.name, len(planned))]
         for number, group in enumerate(planned):
+            if files[number].exists():  # finished before a kill
+                files[number].rename(temporary.usual_name(files[number], "part"))
             own, entries = _shard(whole, group, number, len(planned))
-            writer.write(files[number], own, [(info, payloads[info.name]) for info in entries])
-        check()
+            shard = [(info, payloads[info.name]) for info in entries]
+            writer.write(files[number], own, shard, check, journal)
 
 
 def check_space(source: Gguf, folder: Path, limit: int) -> None:

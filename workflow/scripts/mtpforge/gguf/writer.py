@@ -18,35 +18,46 @@ from mtpforge.gguf.reader import (
     Gguf,
     TensorInfo,
     aligned,
+    hashes,
     header_range,
 )
+from mtpforge.io import journal as journals
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
+from mtpforge.io.journal import Journal
 from mtpforge.io.ranges import BLOCK, FileRange, Payload, Sink
 from mtpforge.progress import Show
 
 Tensors = Sequence[tuple[TensorInfo, Payload]]
+Check = Callable[[Path], None]
+"""Raises an error if a written file must not get its name."""
 
 
 def write(
     path: Path,
     metadata: Mapping[str, Value],
     tensors: Tensors,
-    check: Callable[[Path], None] = lambda written: None,
+    check: Check = lambda written: None,
+    journal: Journal | None = None,
 ) -> None:
     """Write a GGUF, whole or not at all, and show progress.
 
-    `check` gets the written file before that gets its name. Raises GgufError if a payload does not
-    have the size of its tensor, StorageError if the file does not fit on the disk.
+    `check` gets the written file before that gets its name. With a `journal`, what it lists is
+    kept, what is written is added to it, and `check` is called before. Raises GgufError if a
+    payload does not have the size of its tensor, StorageError if the file does not fit on the disk.
     """
     needed = size(metadata, [info for info, _ in tensors])
     shared = _shareable(tensors, path)
     with (
-        replacing(path, needed=needed, shared=shared) as temporary,
+        replacing(path, journal.keeps if journal else False, needed, shared) as temporary,
         progress.bar(path.name) as show,
     ):
-        _write(temporary, metadata, tensors=tensors, show=show)
-        check(temporary)
+        keeper = _Keeper(journal, check) if journal else None
+        if journal:
+            journal.start(temporary)
+        _write(temporary, metadata, tensors=tensors, show=show, keeper=keeper)
+        if not keeper:
+            check(temporary)
 
 
 def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
@@ -156,8 +167,43 @@ def _entry(info: TensorInfo, offset: int) -> bytes:
     return name + shape + U32.pack(info.type) + U64.pack(offset)
 
 
+class _Keeper:
+    """Keeps the tensors that a journal lists, and adds those that are written."""
+
+    def __init__(self, journal: Journal, check: Check) -> None:
+        self._journal = journal
+        self._check = check
+        self._new: list[str] = []
+        self._size = 0
+
+    def intact(self, whole: Gguf) -> set[str]:
+        """The tensors that have the bytes that the journal says; the others are taken from it."""
+        known = {name: whole.ranges[name] for name in self._journal.digests if name in whole.ranges}
+        found = hashes(known)
+        changed = [name for name in known if found[name] != self._journal.digests[name]]
+        self._journal.forget(changed)
+        return known.keys() - set(changed)
+
+    def wrote(self, infos: Sequence[TensorInfo]) -> bool:
+        """Count tensors; whether enough has been written to add it to the journal."""
+        self._new += [info.name for info in infos]
+        self._size += sum(info.size for info in infos)
+        return self._size >= journals.STEP
+
+    def add(self, whole: Gguf, descriptor: int, lasting: bool) -> None:
+        """Flush and check what has been written, and add it to the journal."""
+        os.fsync(descriptor)
+        self._check(whole.path)
+        self._journal.add(hashes({name: whole.ranges[name] for name in self._new}), lasting)
+        self._new, self._size = [], 0
+
+
 def _write(
-    path: Path, metadata: Mapping[str, Value], tensors: Tensors, show: Show | None = None
+    path: Path,
+    metadata: Mapping[str, Value],
+    tensors: Tensors,
+    show: Show | None = None,
+    keeper: _Keeper | None = None,
 ) -> Gguf:
     """Write header and tensors in place; without `show` there is no progress and no flushing."""
     whole = lay_out(path, metadata, [info for info, _ in tensors])
@@ -168,12 +214,20 @@ def _write(
         if show:
             show(size - start, total)
 
+    kept = keeper.intact(whole) if keeper else set()
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.lseek(descriptor, start, os.SEEK_SET)
         sink = Sink(descriptor, grown, start, flush=show is not None)
         for infos, payload in _runs(tensors):
+            if kept.issuperset(info.name for info in infos):
+                sink.skip(sum(aligned(info.size) for info in infos))
+                continue
             append_run(sink, infos, payload)
+            if keeper and keeper.wrote(infos):
+                keeper.add(whole, descriptor, lasting=True)
+        if keeper:
+            keeper.add(whole, descriptor, lasting=False)
     finally:
         os.close(descriptor)
     return whole

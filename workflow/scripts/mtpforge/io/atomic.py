@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mtpforge.errors import ForgeError
 from mtpforge.io import storage, temporary
 from mtpforge.io.ranges import FileRange, Sink
 
+Keep = Callable[[BaseException], bool] | bool
+"""Whether an unfinished output stays after an error, so that the caller can resume."""
 _REPLACED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 _SWAPS = 100
 _UNLINKABLE = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -25,13 +27,14 @@ _UNLINKABLE = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNO
 
 @contextmanager
 def replacing(
-    path: Path, keep: bool = False, needed: int | None = None, shared: int = 0
+    path: Path, keep: Keep = False, needed: int | None = None, shared: int = 0
 ) -> Iterator[Path]:
     """Yield a temporary path; on success flush it and rename it to `path`, on any error remove it.
 
-    Leftovers of a killed run are removed. With `keep` they stay, also after an error, so that the
-    caller can resume. `needed` bytes must be free (see `storage.require`). Raises ForgeError if
-    another process is writing the same file, StorageError if the disk is full or fails.
+    Leftovers of a killed run are removed. With `keep` they stay, also after an error (or some), so
+    that the caller can resume. `needed` bytes must be free (see `storage.require`). Raises
+    ForgeError if another process is writing the same file, StorageError if the disk is full or
+    fails.
     """
     path = Path(path)
     _check_output(path)
@@ -51,49 +54,73 @@ def _check_output(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, keep: bool) -> Iterator[Path]:
+def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.claimed_file(path, keep) as written:
+    with temporary.claimed_file(path, bool(keep)) as written:
         try:
             yield written
             sync(written)
             _rename(written, path)
-        except BaseException:
-            if not keep:
+        except BaseException as error:
+            if not _kept(keep, error):
                 written.unlink(missing_ok=True)
             raise
         sync(path.parent)  # or a power cut can undo the renaming
 
 
 @contextmanager
-def replacing_folder(path: Path, needed: int | None = None, shared: int = 0) -> Iterator[Path]:
+def _claimed_unemptied(path: Path) -> Iterator[Path]:
+    """A temporary folder as `claimed_folder` yields it, with what a killed run has left in it."""
+    usual = temporary.usual_name(path, "part")
+    is_shared = storage.is_network(path.parent)
+    lock = None if is_shared else temporary._claim_folder(usual, path)
+    if lock is None:
+        with temporary.claimed_folder(path, "part") as own:
+            yield own
+        return
+    try:
+        yield usual
+    finally:
+        os.close(lock)
+
+
+def _kept(keep: Keep, error: BaseException) -> bool:
+    return keep(error) if callable(keep) else keep
+
+
+@contextmanager
+def replacing_folder(
+    path: Path, needed: int | None = None, shared: int = 0, keep: Keep = False
+) -> Iterator[Path]:
     """Yield an empty temporary folder; on success flush it and rename it to `path`, else remove it.
 
     An existing folder `path` is replaced with everything in it. A reader may find no folder for a
-    moment, but never an incomplete one. Leftovers of a killed run are removed. `needed` bytes must
-    be free (see `storage.require`). Raises ForgeError if another process is writing the same
-    folder, StorageError if the disk is full or fails.
+    moment, but never an incomplete one. Leftovers of a killed run are removed, unless `keep` (see
+    `replacing`). `needed` bytes must be free (see `storage.require`). Raises ForgeError if another
+    process is writing the same folder, StorageError if the disk is full or fails.
     """
     path = Path(path)
     _check_output(path)
     usual = temporary.usual_name(path, "part")
-    with storage.naming(usual, needed), _replacing_folder(path) as written:
+    with storage.naming(usual, needed), _replacing_folder(path, keep) as written:
         if needed is not None:
             storage.require(written, needed, shared)
         yield written
 
 
 @contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    with temporary.claimed_folder(path, "part") as written:
+def _replacing_folder(path: Path, keep: Keep) -> Iterator[Path]:
+    claimed = _claimed_unemptied(path) if keep else temporary.claimed_folder(path, "part")
+    with claimed as written:
         replaced = written.with_name(written.name.removesuffix("part") + "old.part")
         try:
             yield written
             for each in (*written.rglob("*"), written):
                 sync(each)
             _swap(written, path, replaced)
-        except BaseException:
-            shutil.rmtree(written, ignore_errors=True)
+        except BaseException as error:
+            if not _kept(keep, error):
+                shutil.rmtree(written, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(replaced, ignore_errors=True)

@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from mtpforge.io import journal
 from mtpforge.run_owner import TAG, lives_here
 
 FOLDERS = (Path("results"), Path("resources"))
@@ -21,12 +22,14 @@ _WEEK = 7 * 86400.0
 _PIECES = ("work/manifests/pieces", "work/manifests/quantized/*.gguf")
 
 
-def remove(*folders: Path) -> list[Path]:
+def remove(*folders: Path, codes: Collection[str] = ()) -> list[Path]:
     """Remove what killed jobs left in these folders, or in all where jobs write; what it was.
 
-    Downloads stay, because the next run continues them.
+    What the next run goes on with stays: downloads, and what programs with the digests `codes` have
+    a journal of.
     """
-    found = [path for path in find(*folders) if not is_download(path)]
+    left = list(find(*folders))  # before a journal is removed without its file
+    found = [path for path in left if not (is_download(path) or journal.can_go_on(path, codes))]
     for path in found:
         delete(path)
     return found
@@ -84,7 +87,8 @@ def _in_use(path: Path) -> bool:
     if tag := _TAG.search(path.name):
         lives = lives_here(tag[1])
         return not _is_old(path) if lives is None else lives
-    return _is_locked(path.with_name(path.name.replace(".old.part", ".part")))
+    locked = journal.written_by(path).name.replace(".old.part", ".part")
+    return _is_locked(path.with_name(locked))
 
 
 def _is_old(path: Path) -> bool:

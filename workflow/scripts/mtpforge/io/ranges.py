@@ -68,6 +68,12 @@ class Sink:
                 self._append_buffer(piece)
         return self.size - before
 
+    def skip(self, size: int) -> None:
+        """Leave the next bytes of the file as they are."""
+        self.flush()
+        self.size = self._flushed = os.lseek(self.descriptor, size, os.SEEK_CUR)
+        self._grown(self.size)
+
     def flush(self) -> None:
         """Start writing to the disk all data appended since the last call."""
         if self._flush:

@@ -24,6 +24,7 @@ from snakemake.shell import shell
 from mtpforge import run_owner
 from mtpforge.errors import ForgeError
 from mtpforge.io import leftovers
+from mtpforge.rules.code import digest
 from mtpforge.rules.folder_lock import forget, holding, owner_of, wait_for_jobs
 
 PATIENCE = 20.0
@@ -93,14 +94,19 @@ def _locked(persistence: Any, folder: Path, stock: Any) -> Iterator[None]:
         if taken_over:
             persistence.unlock()
             (folder / "locks").mkdir(exist_ok=True)
-        leftovers.remove()
+        remove_leftovers()
         try:
             with stock():
                 yield
         finally:
             if _ended:
                 wait_for_jobs(folder, logger.warning)
-                leftovers.remove()
+                remove_leftovers()
+
+
+def remove_leftovers() -> list[Path]:
+    """Remove what killed jobs left, except what the programs of today can go on with."""
+    return leftovers.remove(codes=[digest("convert.py")])
 
 
 @contextmanager

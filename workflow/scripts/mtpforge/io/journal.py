@@ -1,0 +1,142 @@
+"""Journals: what a killed run has written of a file, for the next run to go on from there.
+
+While a file, or a folder of files, is written under its temporary name, a journal beside it lists
+the parts that are on the disk, with the sha256 of their bytes. Its first line says what these bytes
+depend on. A part is only kept if that has not changed, and if its bytes still have this sha256.
+"""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+STEP = 1 << 30
+"""Bytes written between two entries: what a kill can cost."""
+_ENDING = ".journal.part"
+_PART = ".part"
+
+
+class Journal:
+    """The journal of the file or folder `target`, which depends on `origin`, a JSON object.
+
+    `origin` has at least `code`, the digest of the program, and `inputs` (see `inputs`). There is
+    no journal on file systems without locks, where a temporary name has one writer.
+    """
+
+    def __init__(self, target: Path, origin: Mapping[str, Any]) -> None:
+        target = target.resolve()
+        self._temporary = target.with_name(f".{target.name}{_PART}")
+        self._path = beside(self._temporary)
+        self._origin = dict(origin)
+        self._active: bool | None = None
+        self.digests: dict[str, str] = {}
+        """The sha256 of each part that is there."""
+
+    def depends_on(self, **origin: Any) -> None:
+        """Add to the origin, before `start`."""
+        self._origin |= origin
+
+    def start(self, temporary: Path) -> bool:
+        """Read what an earlier run left, once `temporary` is locked; whether that is anything."""
+        if self._active is None:
+            self._active = temporary.resolve() == self._temporary
+            self.digests = self._read() if self._active else {}
+        return bool(self.digests)
+
+    def add(self, digests: Mapping[str, str], lasting: bool = True) -> None:
+        """Note parts that have been flushed to the disk; not on the disk if they are the last."""
+        self.digests |= digests
+        if lasting and self._active:
+            self._append(json.dumps([name, digest]) for name, digest in digests.items())
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take back parts whose bytes have changed."""
+        self.digests = {name: self.digests[name] for name in self.digests.keys() - set(names)}
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether the temporary file should stay after an error: only if the program was ended."""
+        if isinstance(error, Exception) or not (self._active and self._path.exists()):
+            self.remove()
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Delete the journal: the file is finished, or will be started anew."""
+        if self._active:
+            self._path.unlink(missing_ok=True)
+
+    def _append(self, lines: Iterable[str]) -> None:
+        is_new = not self._path.exists()
+        with self._path.open("a", encoding="utf-8") as file:
+            first = [json.dumps(self._origin, sort_keys=True)] if is_new else []
+            file.writelines(f"{line}\n" for line in (*first, *lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> dict[str, str]:
+        """The entries of an earlier run of the same origin. Removes another journal."""
+        lines = _lines(self._path)
+        if not lines or lines[0] != json.dumps(self._origin, sort_keys=True):
+            self.remove()
+            return {}
+        entries = {}
+        for line in lines[1:]:
+            match _parsed(line):
+                case [str() as name, str() as digest]:
+                    entries[name] = digest
+        os.truncate(self._path, sum(len(line.encode()) + 1 for line in lines))  # a torn last line
+        return entries
+
+
+def inputs(folders: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of the files in these folders: another time or size is another file."""
+    found = [path for folder in folders if folder.is_dir() for path in folder.absolute().iterdir()]
+    return {str(path): _about(path) for path in sorted(found) if path.is_file()}
+
+
+def beside(temporary: Path) -> Path:
+    """The journal of a temporary file or folder."""
+    return temporary.with_name(temporary.name.removesuffix(_PART) + _ENDING)
+
+
+def written_by(path: Path) -> Path:
+    """The temporary file of a journal; any other path as it is."""
+    is_journal = path.name.endswith(_ENDING)
+    return path.with_name(path.name.removesuffix(_ENDING) + _PART) if is_journal else path
+
+
+def can_go_on(path: Path, codes: Collection[str]) -> bool:
+    """Whether the next run can use a temporary file, or this journal of one.
+
+    That is so if its program is one of `codes`, and its inputs are as they were.
+    """
+    temporary = written_by(path)
+    origin = _parsed("".join(_lines(beside(temporary))[:1]))
+    if not isinstance(origin, dict) or not temporary.exists() or origin.get("code") not in codes:
+        return False
+    known = origin.get("inputs")
+    with suppress(OSError):
+        return isinstance(known, dict) and all(
+            _about(Path(name)) == about for name, about in known.items()
+        )
+    return False
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; none if it cannot be read."""
+    with suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
+    return []
+
+
+def _parsed(line: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(line)
+    return None
+
+
+def _about(path: Path) -> list[int]:
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
