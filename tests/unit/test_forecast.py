@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from mtpforge.forecast.programs import ProgramSpeed
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.gguf import reader
 from mtpforge.inject.inject import Options, inject
+from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import head_recipe
@@ -303,17 +305,24 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
 
 
 def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
-    """3 GB of address space, which is what `ulimit -v` gives."""
+    """A job of SLURM with 400 MiB; 3 GB of address space (`ulimit -v`) are enough to forecast."""
     write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
     command = [sys.executable, str(SCRIPTS / "plan.py"), "--bin", str(toolchain)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["SLURM_MEM_PER_NODE"] = "400"
     done = subprocess.run(
         ["bash", "-c", 'ulimit -v 3000000 && exec "$@"', "bash", *command],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tiny-qwen3.5-Q4_K_M" in done.stdout
-    assert "warning: a step needs 4.30 GB of memory and there are 3.07 GB" in done.stdout
+    size = 2_060_000  # of the quantized file, which has to be run
+    (needed,) = re.findall(
+        r"warning: a step needs ([\d.]+) MB of memory and there are 419.43 MB \((.*?)\)",
+        done.stdout,
+    )
+    assert float(needed[0]) * 1e6 == pytest.approx(memory.needed(size), rel=0.1)
+    assert needed[1].startswith("results/m/")
 
 
 def test_a_model_of_another_converter_is_named(tmp_path: Path, toolchain: Path) -> None:
