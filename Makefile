@@ -14,7 +14,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all plan report setup setup-test toolchain converter older lint docs test test-faults golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
+.PHONY: all plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -39,6 +39,9 @@ setup: python compiler ## install the locked environment into .venv
 
 setup-test: setup ## the same, plus what the tests need
 	$(call install,.venv,test)
+
+cluster: setup ## the same, plus what runs jobs with SLURM (docs/cluster.md)
+	$(call install,.venv,cluster)
 
 report: all ## build, then write report.html: pictures of speed, acceptance and errors, the job graph, run times
 	@$(ACTIVE) snakemake --cores $(CORES) plots
@@ -73,6 +76,11 @@ test: lint ## lint, then run all tests
 test-faults: setup-test toolchain ## fill disks and fail system calls under every writer, one by one (an hour)
 	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py
 
+test-slurm: setup-test toolchain ## start a SLURM of two nodes, and disturb it (3 minutes; needs root, and SLURM from Debian's packages)
+	@command -v slurmctld > /dev/null || apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge
+	$(call install,.venv-cluster,cluster,--clear)
+	@$(ACTIVE) MTPFORGE_SLURM=all pytest -rs tests/workflow/test_slurm.py
+
 test-staleness: toolchain setup-test ## change each kind of input and compare all results with those of a build from nothing (an hour)
 	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/staleness.py
 
@@ -101,7 +109,7 @@ bench: toolchain ## benchmark conversion, injection and quantization (25 GB in r
 lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
-	@for name in run test converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
+	@for name in run test cluster converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
 	@awk '/^torch==[0-9.]+ \\$$/ { \
 			print $$1 "+cpu ; sys_platform == \047linux\047 \\\n    --hash=sha256:$(TORCH_CPU)"; \
 			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -290,6 +291,18 @@ def test_the_number_of_pieces_follows_from_the_cost_and_the_threads(
     assert count(slow, 1) == round(20 * slow.cost / q4.cost) > 20
     monkeypatch.setattr(piece_count, "PIECE_SECONDS", q4.cost / 1e6)
     assert count(q4, 1) == piece_count.MAX_PIECES
+
+
+def test_machines_that_share_the_work_get_a_piece_each() -> None:
+    """If it is long enough; a longer one has pieces of the usual time."""
+
+    def count(seconds: float, machines: int) -> int:
+        planned: Any = SimpleNamespace(cost=seconds)
+        return piece_count.piece_count(planned, LlamaCpp(threads=1), machines)
+
+    assert [count(seconds, 8) for seconds in (60, 1199, 1200, 4000, 36_000)] == [1, 1, 2, 6, 8]
+    assert [count(seconds, 1) for seconds in (60, 4000, 36_000)] == [1, 1, 5]
+    assert count(40 * piece_count.PIECE_SECONDS, 8) == 40
 
 
 def test_every_type_has_a_cost() -> None:

@@ -83,6 +83,8 @@ checkpoint plan_types:
     conda:
         "../../envs/run.yaml"
     threads: 64  # as many as `quantize` gets: its run time decides the number of pieces
+    resources:
+        machines=1,  # no parameter, so that another number reruns nothing
     params:
         code=digest("quantize_plan.py"),
         options=build.quantize.options,
@@ -93,7 +95,8 @@ checkpoint plan_types:
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
         " {params.imatrix_recorded}"
-        " --digests {input.digests:q} --threads {threads} --pieces {output.pieces:q}"
+        " --digests {input.digests:q} --threads {threads}"
+        " --machines {resources.machines} --pieces {output.pieces:q}"
         " --out {output.plan:q} > {log:q} 2>&1"
 
 

@@ -49,6 +49,13 @@ def main() -> None:
         metavar="FILE",
         help="write the best number of pieces on --threads threads",
     )
+    parser.add_argument(
+        "--machines",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many machines like this one share the pieces (default: 1)",
+    )
     args = parser.parse_args()
     args.source = first_file(args.source)
     if args.head_tensors and not args.head:
@@ -63,7 +70,7 @@ def main() -> None:
     digests = read_json(args.digests) if args.digests else reader.digests_of(source)
     plan = make_plan(source, digests, types=types, request=asked, llama=llama)
     if args.pieces:
-        atomic.write_json(args.pieces, piece_count(plan, llama))
+        atomic.write_json(args.pieces, piece_count(plan, llama, args.machines))
     plan.write(args.out)
     print(mixture.total(source, types))
 

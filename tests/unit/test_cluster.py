@@ -1,0 +1,53 @@
+"""The SLURM profile fits the workflow and the default profile, and its lock fits the others."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+RULES = re.findall(
+    r"^(?:use rule \w+ as|rule|checkpoint) (\w+)",
+    "\n".join(path.read_text() for path in ROOT.glob("workflow/rules/*.smk")),
+    re.MULTILINE,
+)
+
+
+def profile(name: str) -> dict[str, object]:
+    loaded: dict[str, object] = yaml.safe_load((ROOT / f"profiles/{name}/profile.yaml").read_text())
+    return loaded
+
+
+def test_the_profile_repeats_the_default_one() -> None:
+    """Snakemake reads only one profile of a workflow."""
+    assert profile("default").items() <= profile("slurm").items()
+
+
+def test_the_profile_names_rules_that_exist() -> None:
+    resources = profile("slurm")["set-resources"]
+    assert isinstance(resources, dict)
+    text = (ROOT / "profiles/slurm/profile.yaml").read_text()
+    examples = re.findall(r"^# (\w+): \{.* # also (.+)$", text, re.MULTILINE)
+    assert len(examples) == 2
+    named = {rule for first, others in examples for rule in (first, *others.split(", "))}
+    assert {*resources, *named} <= set(RULES)
+
+
+def packages(lock: str) -> set[str]:
+    text = (ROOT / f"envs/{lock}.txt").read_text()
+    return {line.removesuffix(" \\") for line in text.splitlines() if re.match(r"\w", line)}
+
+
+@pytest.mark.parametrize("lock", ["test", "cluster"])
+def test_a_lock_that_is_added_has_the_same_versions(lock: str) -> None:
+    assert packages("run") <= packages(lock)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("envs/*.txt")), ids=lambda path: path.stem)
+def test_a_lock_has_hashes_and_no_addresses(path: Path) -> None:
+    text = path.read_text()
+    entries = re.findall(r"^\w(?:.*\\\n)*.*$", text, re.MULTILINE)
+    assert entries
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert "index-url" not in text
