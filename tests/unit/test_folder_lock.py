@@ -163,13 +163,25 @@ def test_a_shorter_name_replaces_a_longer_one(tmp_path: Path, said: list[str]) -
         assert owner.command == "short"
 
 
+STUCK = """
+import signal, threading
+from mtpforge import run_owner
+run_owner.GRACE = 0.1
+lock = threading.Lock()
+signal.signal(signal.SIGTERM, lambda *_: lock.acquire())
+with lock:
+    run_owner.follow(is_snakemake=True)
+    signal.raise_signal(signal.SIGTERM)
+"""
+
+
 def start_job(
-    folder: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
+    folder: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch, program: str = FOLLOWING
 ) -> "subprocess.Popen[bytes]":
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
     monkeypatch.setenv(VARIABLE, "")
     announce(owner, folder)
-    job = subprocess.Popen([sys.executable, "-c", FOLLOWING])
+    job = subprocess.Popen([sys.executable, "-c", program])
     with (folder / JOBS_LOCK).open("a") as file:
         while folder_lock._is_free(file):
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -193,11 +205,14 @@ def test_the_next_run_waits_for_jobs(
         pass
 
 
-def test_a_job_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("program", [FOLLOWING, STUCK], ids=["program", "Snakemake"])
+def test_a_job_ends_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
     run = subprocess.Popen(["sleep", "60"])
     stat = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()
     owner = replace(Owner.this_process(""), pid=run.pid, started=stat[19])
-    job = start_job(tmp_path, owner, monkeypatch)
+    job = start_job(tmp_path, owner, monkeypatch, program)
     assert job.poll() is None
     run.kill()
     run.wait()

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _INTERVAL = 1.0
 """Seconds between two looks at the run."""
 _FAR_INTERVAL = 5.0
 """The same if it runs on another machine, by a file on a network."""
+GRACE = 15.0
+"""Seconds in which a job's Snakemake can end by itself after its program, and remove outputs."""
 TAG = r"[0-9a-f]{8}-[0-9]+-[0-9]*-[0-9a-f]{6}"
 """A pattern of what `tag` returns."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -110,10 +113,12 @@ def announce(owner: Owner, folder: Path) -> None:
     os.environ[VARIABLE] = f"{folder.absolute()}\n{owner.as_text()}"
 
 
-def follow() -> None:
+def follow(is_snakemake: bool = False) -> None:
     """If a run started this program, show that it runs, and end it as SIGTERM does with the run.
 
-    Raises SystemExit if the run has ended already, as that of a job that waited in a queue.
+    The Snakemake of a job is ended later, after its program, and without a signal: its handler can
+    wait for a lock that the same thread holds. Raises SystemExit if the run has ended already, as
+    that of a job that waited in a queue.
     """
     folder, _, text = os.environ.get(VARIABLE, "").partition("\n")
     owner = Owner.parse(text)
@@ -125,16 +130,26 @@ def follow() -> None:
     if _is_over(owner, Path(folder)):
         print(f"error: the run that this job belongs to has ended: {owner}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
-    threading.Thread(target=_end_with, args=(owner, Path(folder)), daemon=True).start()
+    end = _exit_later if is_snakemake else _terminate
+    threading.Thread(target=_end_with, args=(owner, Path(folder), end), daemon=True).start()
 
 
-def _end_with(owner: Owner, folder: Path) -> None:
+def _end_with(owner: Owner, folder: Path, end: Callable[[], None]) -> None:
     interval = _INTERVAL if _is_visible(owner) else _FAR_INTERVAL
     while not _is_over(owner, folder):
         time.sleep(interval)
+    end()
+
+
+def _terminate() -> None:
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, signal.SIGTERM)
+
+
+def _exit_later() -> None:
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _is_visible(owner: Owner) -> bool:

@@ -42,7 +42,7 @@ def guard(workflow: Any) -> None:
     the program. Raises SystemExit if the run has ended.
     """
     if not workflow.is_main_process:
-        run_owner.follow()
+        run_owner.follow(is_snakemake=True)
         return
     prepare = workflow._prepare_dag
 
