@@ -58,7 +58,8 @@ class Journal:
     def keeps(self, error: BaseException) -> bool:
         """Whether the temporary file should stay after an error: only if the program was ended."""
         if isinstance(error, Exception) or not (self._active and self._path.exists()):
-            self.remove()
+            with suppress(OSError):  # the disk may be what fails
+                self.remove()
             return False
         return True
 
