@@ -53,6 +53,9 @@ def claimed_folder(path: Path, ending: str) -> Iterator[Path]:
     try:
         _empty(usual)
         yield usual
+    except BaseException:
+        shutil.rmtree(usual, ignore_errors=True)
+        raise
     finally:
         os.close(lock)
 

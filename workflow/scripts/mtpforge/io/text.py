@@ -79,7 +79,7 @@ def open_regular(
     except OSError as reason:  # a link to itself
         if storage.is_failing(reason):
             raise
-        raise error(f"{path}: {reason.strerror}") from None
+        raise error(str(storage.explain(reason, path))) from None
     file = io.BufferedReader(_Named(descriptor, path))
     try:
         _check(path, os.fstat(descriptor), error, most)  # it may have been replaced meanwhile
