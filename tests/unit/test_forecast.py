@@ -27,6 +27,7 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import head_recipe
 from mtpforge.quantize.request import QuantizeRequest
+from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
 from plan import in_words
@@ -157,6 +158,33 @@ def test_a_job_takes_as_long_as_the_last_time(toolchain: Path, tmp_path: Path) -
     recorded.write_text('{"s": 1234.5}\n')
     steps = {(step.stage, step.name): step for step in forecast(toolchain).steps}
     assert steps["convert", "all"].seconds == 1234.5 > steps["convert", "all"].reckoned > 0
+
+
+def test_pieces_count_with_the_job_that_joins_them(toolchain: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "benchmarks/m"
+    recorded.mkdir(parents=True)
+    names = ["quantized-Q8_0", "piece-quantized-Q8_0-1-of-2", "piece-quantized-Q8_0-2-of-2"]
+
+    def seconds() -> float:
+        steps = forecast(toolchain, variants={"Q8_0": {"pieces": 2}}).steps
+        (step,) = [step for step in steps if step.stage == "quantize"]
+        return step.seconds
+
+    for name in names[:2]:
+        (recorded / f"{name}.jsonl").write_text('{"s": 1000}\n')
+    assert seconds() < 100  # one is not known
+    (recorded / f"{names[2]}.jsonl").write_text('{"s": 1000}\n')
+    assert seconds() == 3000
+
+
+def test_a_head_of_another_checkpoint_is_converted_by_its_own_job(toolchain: Path) -> None:
+    donor = {"path": str(CHECKPOINTS / MODEL)}
+    found = forecast(toolchain, head_from=donor, variants={"own": {"base": {"type": "Q4_0"}}})
+    given = found.model.donor(found.model.variants["own"])
+    assert given is not None
+    converted = {step.path for step in found.steps if step.stage == "convert"}
+    assert layout.donated("m", given).file in converted
+    assert layout.converted("m", "head").file not in converted
 
 
 def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:

@@ -50,6 +50,7 @@ class Step:
     memory: int = 0
     seconds: float = 0
     reckoned: float = 0
+    pieces: int = 1
     servers: int = 0
     why: str | None = "missing"
 
@@ -184,10 +185,21 @@ class ModelForecast:
 
     def _convert(self, part: str) -> int:
         size = files.size(self._part(part))
-        path = layout.unquantized(self.model, part).file
-        seconds = _CONVERT * size / self._machine.disk
-        self._add(Step("convert", part, path, kept=size, memory=_CONVERT_MEMORY, seconds=seconds))
+        self._add_conversion(part, layout.unquantized(self.model, part).file, size)
         return size
+
+    def _convert_head(self, variant: Variant) -> None:
+        """The head that is injected, which can be another checkpoint's."""
+        size = files.size(self._part("head"))
+        if donor := self.model.donor(variant):
+            name = f"donor-{layout.donor_name(donor)}"
+            self._add_conversion(name, layout.donated(self.model.key, donor).file, size)
+        else:
+            self._convert("head")
+
+    def _add_conversion(self, name: str, path: str, size: int) -> None:
+        seconds = _CONVERT * size / self._machine.disk
+        self._add(Step("convert", name, path, kept=size, memory=_CONVERT_MEMORY, seconds=seconds))
 
     def _quantize_variant(self, variant: Variant) -> tuple[int, int]:
         """The bytes of the result, and the number of pieces."""
@@ -218,6 +230,7 @@ class ModelForecast:
                 scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
                 memory=largest + _QUANTIZE_MEMORY,
                 seconds=cpu_seconds / self._machine.threads + size / self._machine.disk,
+                pieces=pieces,
             )
         )
 
@@ -226,7 +239,7 @@ class ModelForecast:
         return max(1, round(seconds / PIECE_SECONDS))
 
     def _inject(self, variant: Variant) -> int:
-        self._convert("head")
+        self._convert_head(variant)
         if isinstance(variant.base, OwnBase):
             size = self._inject_into_own(variant, variant.base.type)
         else:
@@ -312,17 +325,21 @@ class ModelForecast:
             self.steps.append(replace(step, seconds=seconds, reckoned=reckoned, why=why))
 
     def _earlier(self, step: Step) -> float | None:
-        """The seconds that the same job took the last time, as Snakemake recorded them."""
-        names = {
-            "acceptance": "acceptance",
-            "logits": "reference-logits",
-            "quantize": f"{Path(step.path).parent.name}-{step.name}",
-        }
-        stem = names.get(step.stage, f"{step.stage}-{step.name}")
+        """The seconds that the same job, with its pieces, took the last time."""
+        kind = f"{Path(step.path).parent.name}-{step.name}"
+        names = {"acceptance": "acceptance", "logits": "reference-logits", "quantize": kind}
+        jobs = [names.get(step.stage, f"{step.stage}-{step.name}")]
+        if step.pieces > 1:
+            numbers = range(1, step.pieces + 1)
+            jobs += [f"piece-{kind}-{number}-of-{step.pieces}" for number in numbers]
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            text = Path(f"benchmarks/{self.model.key}/{stem}.jsonl").read_text(encoding="utf-8")
-            return float(json.loads(text.splitlines()[-1])["s"])
+            return sum(map(self._recorded, jobs))
         return None
+
+    def _recorded(self, job: str) -> float:
+        """What Snakemake recorded of a job. Raises OSError, or another error, if it did not."""
+        text = Path(f"benchmarks/{self.model.key}/{job}.jsonl").read_text(encoding="utf-8")
+        return float(json.loads(text.splitlines()[-1])["s"])
 
 
 def _head_recipe(variant: Variant) -> Recipe:
