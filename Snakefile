@@ -25,6 +25,7 @@ from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
+from mtpforge.rules.resources import asked
 
 terminal = console.attach(workflow)
 snakemake_lock.guard(workflow)

@@ -24,6 +24,8 @@ rule convert:
         part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.convert),
     params:
         code=digest("convert.py"),
         pins=pins("envs/run.txt"),  # gguf and tokenizers decide metadata
@@ -79,6 +81,8 @@ rule convert_donor:
         donor="[^/]+",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.donor),
     params:
         code=digest("convert.py"),
         pins=pins("envs/run.txt"),  # gguf and tokenizers decide metadata
@@ -110,6 +114,8 @@ rule convert_upstream:
         part="all|trunk|draft",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.convert_upstream),
     params:
         code=digest("convert_upstream.py"),
         checkpoint=build.fetch.upstream_checkpoint,
@@ -140,6 +146,8 @@ rule convert_donor_upstream:
         donor="[^/]+",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.convert_upstream),
     params:
         code=digest("convert_upstream.py"),
         checkpoint=build.fetch.donor,
@@ -167,6 +175,8 @@ rule mmproj:
         "benchmarks/{model}/convert-mmproj.jsonl"
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.convert_upstream),
     params:
         code=digest("convert_upstream.py"),
         checkpoint=build.fetch.checkpoint,

@@ -29,6 +29,8 @@ rule local_files:
         place="[^/]+",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.local),
     params:
         code=digest("local_files.py"),
         folder=build.fetch.local_folder,
@@ -48,9 +50,11 @@ checkpoint resolve:
         "resources/hub/{repo}/{revision}/files.json",
     log:
         "logs/hub/{repo}/{revision}/resolve.log",
+    priority: 100
     conda:
         "../../envs/run.yaml"
     resources:
+        **asked(build.needs.resolve),
         download=1,
     params:
         code=digest("resolve.py"),
@@ -73,9 +77,11 @@ rule fetch:
         "logs/hub/{repo}/{revision}/{file}.log",
     wildcard_constraints:
         file="[^/]+(/[^/]+)*",
+    priority: 50
     conda:
         "../../envs/run.yaml"
     resources:
+        **asked(build.needs.fetch),
         download=1,
     params:
         code=digest("fetch.py"),
@@ -96,9 +102,11 @@ rule fetch_head:
         "resources/hub/{repo}/{revision}/head.json",
     log:
         "logs/hub/{repo}/{revision}/head.log",
+    priority: 50
     conda:
         "../../envs/run.yaml"
     resources:
+        **asked(build.needs.fetch_head),
         download=1,
     params:
         code=digest("fetch_head.py"),
@@ -119,6 +127,8 @@ rule add:
         "logs/add.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("add.py"),
         repo=build.config.repo,

@@ -22,6 +22,8 @@ rule inject:
         "benchmarks/{model}/inject-{variant}.jsonl"
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.inject),
     params:
         code=digest("inject.py"),
         base=build.inject.base,

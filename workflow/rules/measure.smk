@@ -23,7 +23,10 @@ rule reference_logits:
         "benchmarks/{model}/reference-logits.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.logits),
+        gpu=build.needs.gpu,
     params:
         code=digest("reference_logits.py"),
         chunks=build.measure.chunks,
@@ -47,6 +50,8 @@ rule measuring:
         "logs/{model}/measuring.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         settings=build.measure.decisive,
     message:
@@ -77,7 +82,10 @@ rule measure:
         "benchmarks/{model}/measure-{base}-{variant}.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.measure),
+        gpu=build.needs.gpu,
     params:
         code=digest("measure.py"),
         prompts=build.verify.prompts,
@@ -100,6 +108,8 @@ rule summary:
         "logs/summary.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("summary.py"),
     message:

@@ -16,6 +16,8 @@ rule plan:
         "logs/plan.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.resolve),
     params:
         code=digest("plan.py"),
         models=[model.key for model in build.config.chosen],

@@ -22,6 +22,8 @@ rule materials:
         "logs/{model}/materials.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.materials),
     params:
         code=digest("materials.py"),
         files=build.publish.source_files,
@@ -50,6 +52,8 @@ rule provenance:
         stem="[^/]+",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("provenance.py"),
         parameters=build.publish.parameters,
@@ -80,6 +84,8 @@ rule card:
         "logs/{model}/card.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("card.py"),
         about=build.publish.about,
@@ -107,6 +113,8 @@ rule sums:
         "logs/{model}/sums.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("sums.py"),
     message:
@@ -125,6 +133,8 @@ rule publish:
         "logs/publish.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.publish),
     params:
         code=digest("publish.py"),
         targets=build.publish.upload_options,

@@ -15,6 +15,8 @@ rule recipe:
         "logs/{model}/recipe-{variant}.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         tensors=build.quantize.recipe,
         head=build.quantize.head_recipe,
@@ -47,7 +49,10 @@ rule imatrix:
         text="[^/]+",
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.imatrix),
+        gpu=build.needs.gpu,
     params:
         code=digest("imatrix.py"),
     message:
@@ -82,8 +87,9 @@ checkpoint plan_types:
         kind="quantized|trunk|draft",
     conda:
         "../../envs/run.yaml"
-    threads: 64  # as many as `quantize` gets: its run time decides the number of pieces
+    threads: build.needs.threads  # as `quantize`: its run time decides the number of pieces
     resources:
+        **asked(build.needs.resolve),
         machines=1,  # no parameter, so that another number reruns nothing
     params:
         code=digest("quantize_plan.py"),
@@ -119,7 +125,9 @@ rule piece:
         pieces="[0-9]+",
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.quantize),
     params:
         code=digest("quantize.py"),
         imatrix=build.quantize.imatrix_option,
@@ -151,7 +159,9 @@ rule quantize:
         kind="quantized|trunk|draft",
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.quantize),
     params:
         code=digest("quantize.py"),
         imatrix=build.quantize.imatrix_option,

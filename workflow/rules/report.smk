@@ -30,6 +30,8 @@ rule plot:
         figure="speed|acceptance|distance",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("plot.py"),
     message:
@@ -55,6 +57,8 @@ rule plot_tensors:
         "logs/{model}/plot-tensors-{base}-{variant}.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
     params:
         code=digest("plot.py"),
     message:

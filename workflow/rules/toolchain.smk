@@ -27,7 +27,9 @@ rule toolchain:
         "benchmarks/toolchain.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 8
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.toolchain),
     params:
         code=digest("toolchain.py"),
         pins=pins("envs/llama.cpp.txt"),
@@ -51,6 +53,8 @@ rule converter:
         "logs/converter.log",
     conda:
         "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.converter),
     params:
         code=digest("converter.py"),
         pins=[pins("envs/llama.cpp.txt"), pins("envs/converter.txt")],

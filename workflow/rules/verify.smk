@@ -19,7 +19,10 @@ rule acceptance:
         "benchmarks/{model}/acceptance.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.acceptance),
+        gpu=build.needs.gpu,
     params:
         code=digest("acceptance.py"),
         prompts=build.verify.prompts,
@@ -53,7 +56,10 @@ rule verify:
         "benchmarks/{model}/verify-{base}-{variant}.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.verify),
+        gpu=build.needs.gpu,
     params:
         code=digest("verify.py"),
         source=build.verify.source_option,
@@ -112,7 +118,10 @@ rule verify_sidecar:
         type="[A-Z0-9_]+",
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.verify_beside),
+        gpu=build.needs.gpu,
     params:
         code=digest("verify.py"),
         source=build.verify.sidecar_source_option,
@@ -147,7 +156,10 @@ rule verify_mmproj:
         "benchmarks/{model}/verify-mmproj-{base}.jsonl"
     conda:
         "../../envs/run.yaml"
-    threads: 64
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.verify_beside),
+        gpu=build.needs.gpu,
     params:
         code=digest("verify.py"),
     message:

@@ -30,6 +30,13 @@ getting that much can take longer than quantizing."""
 Argument = str | int | Path
 
 
+def processors() -> int:
+    """The processors of this machine that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class LlamaCpp:
     """A folder of llama.cpp's programs, their threads (0: all processors), and a log to extend."""
@@ -41,7 +48,7 @@ class LlamaCpp:
     @property
     def processors(self) -> int:
         """The number of threads that programs really use: never more than there are processors."""
-        available = os.cpu_count() or 1
+        available = processors()
         return min(self.threads or available, available)
 
     def find(self, name: str) -> Path:

@@ -13,6 +13,7 @@ from mtpforge.rules.measure import MeasureRules
 from mtpforge.rules.publish import PublishRules
 from mtpforge.rules.quantize import QuantizeRules
 from mtpforge.rules.report import ReportRules
+from mtpforge.rules.resources import ResourceRules
 from mtpforge.rules.verify import VerifyRules
 
 
@@ -32,6 +33,7 @@ class Build:
         self.verify = VerifyRules(self.config)
         self.measure = MeasureRules(self.config)
         self.report = ReportRules(self.config)
+        self.needs = ResourceRules(self.config)
         self.publish = PublishRules(self.config, self.fetch)
 
     def outputs(self) -> list[layout.Output]:

@@ -403,6 +403,23 @@ class Config(Entry):
             "Only list what would be uploaded; only for the rule `publish`'s command line."
         ),
     )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description=(
+            "Threads of a job that can use many. Default: all processors of this machine."
+            " `--cores` and `--max-threads` lower it. Another number reruns nothing."
+        ),
+    )
+    memory: Size | None = Field(
+        default=None,
+        description=(
+            "The most memory that a job asks a cluster for, such as that of its largest node. A"
+            " BF16 file that does not fit is not run."
+        ),
+        examples=["240G"],
+    )
     toolchain: Toolchain = Field(
         default=Toolchain(), description="Where the programs of llama.cpp come from."
     )

@@ -1,14 +1,16 @@
 """Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
 import shlex
+from contextlib import suppress
 from functools import lru_cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtpforge import local_files
 from mtpforge.checkpoint import model_files
 from mtpforge.convert import chat_templates
-from mtpforge.errors import ConfigError
+from mtpforge.errors import ConfigError, DownloadError
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.fetch_records import recorded_bytes
 from mtpforge.hub.listing import Listing
@@ -187,8 +189,7 @@ class FetchRules(Stage):
     def checkpoint_files(self, at: layout.Commit) -> list[str]:
         """The files of a commit that conversion and model cards need."""
         made = self._checkpoints.resolve.get(repo=at.repo, revision=at.revision)
-        listing = Path(made.output[0])
-        return _checkpoint_files(listing, listing.stat().st_mtime_ns)
+        return _parsed(Path(made.output[0])).checkpoint_files
 
     def _whole(self, source: Source) -> list[str]:
         if not isinstance(source, HubRepository):
@@ -223,10 +224,38 @@ def _listing(source: Source) -> str:
     return source.path
 
 
+class Listed(NamedTuple):
+    """What jobs need of a listing.
+
+    These are the files that conversion reads, the bytes of all files, and of all tensors at BF16.
+    """
+
+    checkpoint_files: list[str]
+    sizes: dict[str, int]
+    weights: int
+
+
+def listed(at: layout.Commit) -> Listed | None:
+    """The listing of a commit; None if it is not there yet."""
+    with suppress(OSError, DownloadError):
+        return _parsed(Path(layout.commit(at), "files.json"))
+    return None
+
+
+def _parsed(listing: Path) -> Listed:
+    return _parse(listing, listing.stat().st_mtime_ns)
+
+
 @lru_cache
-def _checkpoint_files(listing: Path, written: int) -> list[str]:
-    """The files that conversion reads, parsed once for all jobs unless `written` anew."""
-    return Listing.read(listing).checkpoint_files()
+def _parse(listing: Path, written: int) -> Listed:
+    """A listing, parsed once for all jobs unless `written` anew."""
+    read = Listing.read(listing)
+    sizes = {name: file.bytes for name, file in read.files.items()}
+    # U8 has two weights of 4 bits.
+    weights = [
+        (4 if each.dtype == "U8" else 2) * prod(each.shape) for each in read.tensors.values()
+    ]
+    return Listed(read.checkpoint_files(), sizes=sizes, weights=sum(weights))
 
 
 def head_inputs(source: Source) -> list[str]:

@@ -23,6 +23,7 @@ class Wildcards(Protocol):
     name: str
     donor: str
     place: str
+    file: str
 
 
 class Stage:

@@ -1,0 +1,178 @@
+"""Resources: every rule asks for threads, memory, disk and time that fit what it does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import CHECKPOINTS, ROOT
+from mtpforge.checkpoint.safetensors import CheckpointTensor
+from mtpforge.hub.listing import File, Listing
+from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp.programs import processors
+from mtpforge.rules.build import Build
+from mtpforge.rules.resources import UNKNOWN, Needs, asked
+from repository import Repository
+
+REVISION = "0123456789" * 4
+RUNS_LLAMA = {
+    "imatrix", "acceptance", "verify", "verify_split", "verify_sidecar", "verify_mmproj",
+    "reference_logits", "measure",
+}  # fmt: skip
+PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "toolchain"}
+SOURCE = {"repo": "owner/large", "revision": REVISION}
+CONFIG = {
+    "models": {
+        "large": {
+            "source": SOURCE,
+            "measure": {"n_max": [1], "text": str(ROOT / "tests/checkpoints/held-out.txt")},
+            "variants": {"BF16": {}, "Q4_K_M": {}, "IQ3_S": {"tensors": {"attn_": "Q6_K"}}},
+        }
+    }
+}
+EXAMPLE = {
+    "model": "large", "base": "large", "variant": "Q4_K_M", "name": "Q4_K_M", "kind": "quantized",
+    "part": "all", "repo": "owner/large", "revision": REVISION, "file": "large.safetensors",
+    "place": "x", "donor": "x", "stem": "large-Q4_K_M", "text": "x", "piece": "1", "pieces": "2",
+    "type": "Q8_0", "figure": "speed",
+}  # fmt: skip
+WALK = """\
+import json, sys
+from pathlib import Path
+from snakemake.api import SnakemakeApi
+from snakemake.settings.types import OutputSettings, Quietness, ResourceSettings
+cores, example = sys.argv[1:]
+with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
+    found = api.workflow(
+        resource_settings=ResourceSettings(cores=int(cores)),
+        snakefile=Path("Snakefile"),
+    )._workflow
+    rules = {}
+    for rule in found.rules:
+        wildcards = {name: json.loads(example)[name] for name in rule.wildcard_names}
+        jobs = [rule.expand_resources(wildcards, [], attempt) for attempt in (1, 2)]
+        asked = [{key: value for key, value in job.items()} for job in jobs]
+        rules[rule.name] = [rule.shellcmd, rule.priority, *asked]
+print(json.dumps(rules, default=str))
+"""
+
+
+def wildcards(**values: str) -> Any:
+    return SimpleNamespace(**{**EXAMPLE, **values})
+
+
+def write_listing(folder: Path, weights: int) -> None:
+    """The listing of a checkpoint with this many weights."""
+    tensor = CheckpointTensor("x", "BF16", (weights,), "large.safetensors", 0, 2 * weights)
+    file = File(2 * weights + 100, "0" * 64)
+    path = folder / f"resources/hub/owner/large/{REVISION}/files.json"
+    path.parent.mkdir(parents=True)
+    Listing("owner/large", REVISION, {"large.safetensors": file}, {"x": tensor}).write(path)
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a model with 10^10 weights is listed."""
+    write_listing(tmp_path, 10**10)
+    (tmp_path / "workflow").symlink_to(ROOT / "workflow")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
+    copy = Repository(large / "copy", large)
+    copy.config = {**CONFIG, "threads": 2}
+    copy.write_config()
+    write_listing(copy.path, 10**10)
+    command = [sys.executable, "-c", WALK, str(cores), json.dumps(EXAMPLE)]
+    done = subprocess.run(command, cwd=copy.path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules = json.loads(done.stdout.splitlines()[-1])
+    assert len(rules) > 30
+    for name, (shell, priority, first, second) in rules.items():
+        if shell is None:
+            continue
+        assert 100 <= first["mem_mb"] < 50_000, name
+        assert second["mem_mb"] >= 2 * first["mem_mb"] - 1, name
+        assert 50 <= first["disk_mb"] < 60_000, name
+        assert 10 <= first["runtime"] < second["runtime"] <= 20 * 24 * 60, name
+        assert ("{threads}" in shell) == (name in PARALLEL), name
+        assert first["_cores"] == (min(cores, 2) if name in PARALLEL else 1), name
+        assert ("gpu" in first) == (name in RUNS_LLAMA), name
+        assert first.get("gpu", 0) == 0, name
+        assert priority == {"resolve": 100, "fetch": 50, "fetch_head": 50}.get(name, 0), name
+    assert rules["verify"][2]["mem_mb"] < rules["acceptance"][2]["mem_mb"]
+
+
+def test_a_file_that_is_run_gets_a_third_more_and_four_gigabytes(large: Path) -> None:
+    needs = Build(CONFIG).needs
+    for found, least in (
+        (needs.acceptance(wildcards()), 20e9),
+        (needs.verify(wildcards(variant="BF16")), 20e9),
+        (needs.verify(wildcards(variant="Q4_K_M")), 10**10 / 8 * 4.9),
+        (needs.measure(wildcards(variant="IQ3_S")), 10**10 / 8 * 6.6),
+    ):
+        assert memory.needed(int(least)) < found.memory < 1.5 * memory.needed(int(least))
+    assert needs.convert(wildcards()).memory < 2e9
+    assert 20e9 <= needs.convert(wildcards()).disk < 22e9
+    assert needs.fetch(wildcards()).disk == 20e9 + 100
+
+
+def test_before_it_is_listed_a_checkpoint_has_an_ordinary_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "workflow").symlink_to(ROOT / "workflow")
+    needs = Build(CONFIG).needs
+    assert needs.convert(wildcards()).disk == UNKNOWN
+    write_listing(tmp_path, 10**9)
+    assert needs.convert(wildcards()).disk == 2e9
+
+
+def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tiny = CHECKPOINTS / "tiny-qwen3.5"
+    models = {"large": {"source": {"path": str(tiny)}, "variants": {"Q4_K_M": {}}}}
+    found = Build({"models": models}).needs.convert(wildcards()).disk
+    assert found == sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    assert found > 1e6
+
+
+def test_no_job_asks_for_more_than_the_largest_node_has(large: Path) -> None:
+    needs = Build({**CONFIG, "memory": "16G"}).needs
+    assert needs.acceptance(wildcards()).memory == 16e9
+    assert needs.verify(wildcards()).memory < 16e9
+
+
+def test_threads_are_those_of_the_machine_or_the_configuration(large: Path) -> None:
+    assert Build(CONFIG).needs.threads(wildcards()) == processors()
+    assert Build({**CONFIG, "threads": 5}).needs.threads(wildcards()) == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "gpus"),
+    [
+        ({"llama-server": b"ELF"}, 0),
+        ({"llama-server": b"ELF\0libcudart.so.12\0"}, 1),
+        ({"llama-server": b"ELF", "libggml-cuda.so": b""}, 1),
+        ({"llama-server": b""}, 0),
+    ],
+)
+def test_programs_with_cuda_get_a_gpu(large: Path, files: dict[str, bytes], gpus: int) -> None:
+    (large / "bin").mkdir()
+    for name, content in files.items():
+        (large / "bin" / name).write_bytes(content)
+    toolchain = {"llama_cpp": {"bin_dir": str(large / "bin")}}
+    assert Build({**CONFIG, "toolchain": toolchain}).needs.gpu(wildcards()) == gpus
+    assert Build(CONFIG).needs.gpu(wildcards()) == 0
+
+
+def test_another_attempt_gets_more_memory_and_time() -> None:
+    found = asked(lambda _: Needs(memory=1e9, disk=2e9, seconds=1200))
+    assert [found["mem_mb"](None, attempt) for attempt in (1, 3)] == [1000, 3000]
+    assert [found["runtime"](None, attempt) for attempt in (1, 3)] == [40, 120]
+    assert found["disk_mb"](None) == 2000

@@ -1,0 +1,306 @@
+"""Threads, memory, disk and time that jobs ask a cluster for.
+
+They follow from the sizes of checkpoints and the types of variants. They are generous: a job that
+gets too little is killed. They are no parameters, so a change reruns nothing.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from mtpforge.gguf import quant_types
+from mtpforge.gguf.file_names import gguf_files
+from mtpforge.gguf.split import parse_size
+from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp.programs import processors
+from mtpforge.rules import layout
+from mtpforge.rules.config import Model
+from mtpforge.rules.fetch import listed
+from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import HubFile, HubRepository, OwnBase, Source, Variant
+
+UNKNOWN = 20 << 30
+"""Bytes at BF16 of a checkpoint that is not listed yet."""
+_HEAD = 0.05
+"""The most that a head is of a checkpoint."""
+_PYTHON = 1 << 30
+"""Memory of a program that reads files in pieces."""
+_TORCH = 4 << 30
+_COMPILER = 1 << 30
+"""Memory for each compiler that runs."""
+_BUILD = 4 << 30
+"""Disk of llama.cpp's build, or of the converter's environment."""
+_LARGEST_TENSOR = 10 << 30
+_MIXTURE = 1.5
+"""Bits per weight that a file can have beyond its main type: embeddings, output and head."""
+_LOGITS = 160 << 20
+"""Bytes of the logits of a chunk, with a large vocabulary."""
+_DISK = 25e6
+_NETWORK = 2e6
+"""Slow, in bytes a second."""
+_SLOW = 3
+"""How much slower than the machine that costs were measured on."""
+_LEAST_SECONDS = 1200
+_LEAST_DISK = 100e6
+_TOKENS = 2000
+"""Tokens of verification, or of measuring for each n_max and repeat."""
+_WEIGHTS = 4e9
+"""Bytes of weights that are read a second, to make tokens."""
+_CUDA = b"libcuda"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory and of new files, and seconds."""
+
+    memory: float = _PYTHON / 2
+    disk: float = 0
+    seconds: float = 0
+
+
+def asked(needs: Callable[[Wildcards], Needs]) -> dict[str, Callable[..., int]]:
+    """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts."""
+
+    def mem_mb(wildcards: Wildcards, attempt: int) -> int:
+        return math.ceil(attempt * needs(wildcards).memory / 1e6)
+
+    def disk_mb(wildcards: Wildcards) -> int:
+        return math.ceil(max(needs(wildcards).disk, _LEAST_DISK) / 1e6)
+
+    def runtime(wildcards: Wildcards, attempt: int) -> int:
+        return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
+
+    return {"mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime}
+
+
+class ResourceRules(Stage):
+    """What the jobs of each rule need."""
+
+    def threads(self, _: Wildcards) -> int:
+        """Threads of jobs that can use many."""
+        return self.config.threads or processors()
+
+    def gpu(self, _: Wildcards) -> int:
+        """The GPUs of a job that runs a model: one if the programs can use one."""
+        folder = self.config.toolchain.llama_cpp.bin_dir
+        return int(bool(folder) and _uses_cuda(Path(folder)))
+
+    def small(self, _: Wildcards) -> Needs:
+        """A job that reads and writes small files."""
+        return Needs()
+
+    def toolchain(self, _: Wildcards) -> Needs:
+        """A compiler for each thread; one thread takes an hour."""
+        threads = self.config.threads or processors()
+        return Needs(_PYTHON + threads * _COMPILER, _BUILD, 3 * 3600 / threads)
+
+    def converter(self, _: Wildcards) -> Needs:
+        """The environment of llama.cpp's converter, with torch."""
+        return Needs(_PYTHON, _BUILD, _BUILD / _NETWORK)
+
+    def resolve(self, _: Wildcards) -> Needs:
+        """A listing, of up to 200,000 tensors."""
+        return Needs(_PYTHON)
+
+    def fetch(self, wildcards: Wildcards) -> Needs:
+        """A file of the Hub."""
+        found = listed(wildcards)
+        size = found.sizes.get(wildcards.file, 0) if found else 5e9
+        return Needs(_PYTHON / 2, size, size / _NETWORK)
+
+    def fetch_head(self, wildcards: Wildcards) -> Needs:
+        """The head of a checkpoint."""
+        found = listed(wildcards)
+        size = _HEAD * (found.weights if found else UNKNOWN)
+        return Needs(_PYTHON, size, size / _NETWORK)
+
+    def local(self, _: Wildcards) -> Needs:
+        """Reading local files whole, which can be large."""
+        return Needs(seconds=UNKNOWN / _DISK)
+
+    def materials(self, wildcards: Wildcards) -> Needs:
+        """Listing the files of a checkpoint, which may be read whole."""
+        return Needs(seconds=self._weights(wildcards) / _DISK)
+
+    def convert(self, wildcards: Wildcards) -> Needs:
+        """The checkpoint at BF16, or a part of it."""
+        size = self._weights(wildcards) * (_HEAD if wildcards.part in ("head", "draft") else 1)
+        return Needs(_PYTHON, size, 2 * size / _DISK)
+
+    def convert_upstream(self, wildcards: Wildcards) -> Needs:
+        """The same in torch, which converts a tensor at a time."""
+        size = self._weights(wildcards)
+        return Needs(_TORCH + 3 * _largest(size), size, 4 * size / _DISK)
+
+    def donor(self, wildcards: Wildcards) -> Needs:
+        """The head of another checkpoint."""
+        size = _HEAD * self._weights(wildcards)
+        return Needs(_PYTHON, size, 2 * size / _DISK)
+
+    def imatrix(self, wildcards: Wildcards) -> Needs:
+        """Running the BF16 file over a text."""
+        size = self._weights(wildcards)
+        tokens = 1_000_000 / 32  # a large text, in batches
+        return self._run(size, tokens, disk=0.01 * size)
+
+    def logits(self, wildcards: Wildcards) -> Needs:
+        """Running the BF16 file over the measured text."""
+        settings = self.model(wildcards).measure
+        chunks = settings.chunks if settings else 0
+        return self._run(self._weights(wildcards), 512 * chunks / 8, disk=chunks * _LOGITS)
+
+    def quantize(self, wildcards: Wildcards) -> Needs:
+        """A quantization, and room for its pieces."""
+        weights = self._weights(wildcards)
+        model = self.model(wildcards)
+        variant = model.variants[wildcards.name] if wildcards.kind == "quantized" else None
+        types = _types(variant) if variant else [wildcards.name]
+        size = weights / 16 * max(map(_bits, types))
+        share = _HEAD if wildcards.kind == "draft" else 1
+        cpu = weights / 2e9 * max(quant_types.SECONDS[_usual(each)] for each in types)
+        seconds = _SLOW * cpu / self.threads(wildcards) + (weights + 2 * size) / _DISK
+        return Needs(_PYTHON + _largest(weights), 2 * share * size, share * seconds)
+
+    def inject(self, wildcards: Wildcards) -> Needs:
+        """A copy of the base with a head."""
+        size = self._size(wildcards)
+        return Needs(_PYTHON, size, 3 * size / _DISK)
+
+    def acceptance(self, wildcards: Wildcards) -> Needs:
+        """Running the BF16 file, and a drafter for it."""
+        return self._run((1 + _HEAD) * self._weights(wildcards), _TOKENS, disk=0)
+
+    def verify(self, wildcards: Wildcards) -> Needs:
+        """Comparing a variant with its checkpoint, and running it twice."""
+        size = self._size(wildcards)
+        model = self.model(wildcards)
+        split = size if self.variant(wildcards).split or model.split else 0
+        return self._run(size, _TOKENS, disk=split, read=self._weights(wildcards))
+
+    def verify_beside(self, wildcards: Wildcards) -> Needs:
+        """Running the BF16 file with a sidecar or a vision tower."""
+        size = (1 + _HEAD) * self._weights(wildcards)
+        return self._run(size, _TOKENS, disk=0, read=size)
+
+    def measure(self, wildcards: Wildcards) -> Needs:
+        """Running a variant many times."""
+        settings = self.model(wildcards).measure
+        assert settings is not None
+        times = (len(settings.n_max) + 1) * (settings.repeats + 1)
+        tokens = times * _TOKENS + 64 * settings.chunks
+        return self._run(self._size(wildcards), tokens, disk=0)
+
+    def publish(self, _: Wildcards) -> Needs:
+        """Uploading, for as long as it takes."""
+        return Needs(_PYTHON, seconds=7 * 86400)
+
+    # ── sizes ──
+
+    def _run(self, size: float, tokens: float, disk: float, read: float = 0) -> Needs:
+        """A job that runs a file of this size in llama.cpp; at most `memory` of the config."""
+        needed = float(_PYTHON + memory.needed(int(size)))
+        if self.config.memory:
+            needed = min(needed, parse_size(self.config.memory))
+        seconds = tokens * (0.01 + size / _WEIGHTS) + (2 * size + read) / _DISK
+        return Needs(needed, disk, _SLOW * seconds)
+
+    def _weights(self, wildcards: Wildcards) -> float:
+        """Bytes of a model's checkpoint at BF16."""
+        return weights(self.model(wildcards))
+
+    def _size(self, wildcards: Wildcards) -> float:
+        """About the bytes of a variant, rather more."""
+        model, variant = self.model(wildcards), self.variant(wildcards)
+        if variant.foreign:
+            assert variant.base is not None and not isinstance(variant.base, OwnBase)
+            return _given(variant.base) + _HEAD * weights(model)
+        return weights(model) / 16 * max(map(_bits, _types(variant)))
+
+
+def weights(model: Model) -> float:
+    """Bytes of a model's checkpoint at BF16; of the head's, if it has no other."""
+    sources: list[Source | None] = [model.source if model.uses_source else None]
+    sources += [model.donor(variant) for variant in model.variants.values()]
+    for source in sources:
+        if source:
+            return _of_source(source)
+    return UNKNOWN
+
+
+def _of_source(source: Source) -> float:
+    if isinstance(source, HubRepository):
+        found = listed(source)
+        return found.weights if found else UNKNOWN
+    return _of_folder(source.path)
+
+
+@lru_cache
+def _of_folder(path: str) -> float:
+    """Bytes at BF16 of a local checkpoint, of which quantized ones take a half or a quarter."""
+    with suppress(OSError, ValueError, AttributeError):
+        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+        packed = json.dumps(config.get("quantization_config") or "").lower()
+        growth = 1 if packed == '""' else 4 if "fp4" in packed else 2
+        sizes = [file.stat().st_size for file in Path(path).glob("*.safetensors")]
+        return growth * sum(sizes) or UNKNOWN
+    return UNKNOWN
+
+
+def _given(file: layout.GivenFile) -> float:
+    """Bytes of a base from elsewhere."""
+    if isinstance(file, HubFile):
+        found = listed(file)
+        names = gguf_files(file.file)
+        return sum(found.sizes.get(name, 0) for name in names) if found else UNKNOWN / 3
+    with suppress(OSError):
+        path = Path(file.path)
+        return sum(path.with_name(name).stat().st_size for name in gguf_files(path.name))
+    return UNKNOWN / 3
+
+
+def _largest(weights: float) -> float:
+    """The largest tensor of a checkpoint: embeddings, or all experts of a matrix."""
+    return min(weights / 4, _LARGEST_TENSOR)
+
+
+def _types(variant: Variant) -> list[str]:
+    """File and tensor types of a variant, or of its base."""
+    base = variant.base
+    main = base.type if isinstance(base, OwnBase) else variant.file_type
+    return [main, *variant.recipe.values()]
+
+
+def _bits(kind: str) -> float:
+    usual = quant_types.bits(_usual(kind))
+    return usual if kind in quant_types.UNQUANTIZED else usual + _MIXTURE
+
+
+@lru_cache
+def _usual(kind: str) -> str:
+    """The type that most tensors of a file type have: Q4_K of Q4_K_M."""
+    return next(
+        known
+        for end in range(len(kind), 0, -1)
+        for known in quant_types.TENSOR_TYPES
+        if known.startswith(kind[:end])
+    )
+
+
+@lru_cache
+def _uses_cuda(folder: Path) -> bool:
+    """Whether llama-server, or a library beside it, is linked with CUDA."""
+    places = (folder, folder.parent / "lib")
+    if any(path for place in places for path in place.glob("libggml-cuda*")):
+        return True
+    with (
+        suppress(OSError, ValueError),
+        (folder / "llama-server").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return content.find(_CUDA) >= 0
+    return False
