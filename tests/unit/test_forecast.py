@@ -334,7 +334,7 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
 
 def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     """A job of SLURM with 400 MiB; 3 GB of address space (`ulimit -v`) are enough to forecast."""
-    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)}, mmproj=True)
     command = [sys.executable, str(SCRIPTS / "plan.py"), "--bin", str(toolchain)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["SLURM_MEM_PER_NODE"] = "400"
@@ -344,6 +344,7 @@ def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tiny-qwen3.5-Q4_K_M" in done.stdout
+    assert "note: m: the vision tower (mmproj) is not forecast" in done.stdout
     size = 2_060_000  # of the quantized file, which has to be run
     (needed,) = re.findall(
         r"warning: a step needs ([\d.]+) MB of memory and there are 419.43 MB \((.*?)\)",

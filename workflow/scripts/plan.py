@@ -93,6 +93,8 @@ class Plan:
                     "converter decides what its files contain"
                 )
                 return None
+            if model.mmproj:
+                self.notes.append(f"note: {model.key}: the vision tower (mmproj) is not forecast")
             return ModelForecast(
                 model,
                 self.downloads.outline(model),
