@@ -8,21 +8,26 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import faults
 import pytest
-from conftest import CHECKPOINTS, SCRIPTS, Run
+from conftest import CHECKPOINTS, ROOT, SCRIPTS, Run
 from example_records import STAMP, report
 from faults import Outcome
 from hub import COMMIT, serve
 from mtpforge.hub.listing import Listing
+from mtpforge.io.ranges import digest_of
+from mtpforge.llama_cpp.compilation import PROGRAMS
+from mtpforge.llama_cpp.toolchain import SOURCE
+from other_architectures import write_model
 
 ALL = os.environ.get("MTPFORGE_FAULTS") == "all"
 DENSE = CHECKPOINTS / "tiny-qwen3.5"
 REPO = "Owner/tiny-qwen3.5"
 SHARD = "model-00001-of-00004.safetensors"
+CONVERTER = ROOT / "resources" / "converter"
 TOKENIZER = ("--tokenizer-pre", "qwen35")
 
 # Arguments: what a program of workflow/scripts would call, for writers that only run inside others.
@@ -154,6 +159,21 @@ def fetch_head(made: Made, out: Path) -> list[str]:
     return made.command("fetch_head.py", made.path / "listing.json", *to)
 
 
+def adopt(made: Made, out: Path) -> list[str]:
+    pin = ("--requirement", made.path / "llama.cpp.txt", "--bin-dir", made.bin)
+    return made.command("toolchain.py", *pin, "--bin", out.parent / "bin", "--out", out)
+
+
+def set_up(made: Made, out: Path) -> list[str]:
+    pins = ("--requirement", made.path / "llama.cpp.txt", "--lock", made.path / "lock.txt")
+    return made.command("converter.py", *pins, "--out", out)
+
+
+def upstream(made: Made, out: Path) -> list[str]:
+    options = ("--converter", CONVERTER, "--out", out)
+    return made.command("convert_upstream.py", made.path / "glm", *TOKENIZER, *options)
+
+
 @dataclass(frozen=True)
 class Writer:
     """A command, the name of what it writes, and its program of llama.cpp, if that writes it."""
@@ -178,6 +198,9 @@ WRITERS = {
     "split": Writer(cut, "x"),
     "publish": Writer(publish, "x.gguf"),
     "toolchain": Writer(install, "llama-quantize"),
+    "stamp": Writer(adopt, "stamp.json", resumes=True),
+    "converter": Writer(set_up, "stamp.json", several=True, resumes=True),
+    "upstream": Writer(upstream, "x.gguf", program=True),
     "text": Writer(write, "x.md"),
     "materials": Writer(materials, "x.json"),
     "summary": Writer(summary, "x.md"),
@@ -186,6 +209,12 @@ WRITERS = {
     "parts": Writer(fetch_parts, "q.gguf", resumes=True),
     "head": Writer(fetch_head, "model-00003-of-00004.safetensors", several=True, resumes=True),
 }
+
+
+def writer_of(name: str) -> Writer:
+    if name == "upstream" and not (CONVERTER / "environment/bin/python").exists():
+        pytest.skip("llama.cpp's converter is not set up: make converter")
+    return WRITERS[name]
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +245,31 @@ def made(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, run: Run) ->
         path / "entry/stamp.json"
     )
     shutil.copy(toolchain / "llama-quantize", path / "entry/bin")
+    _cache_build(path, toolchain)
+    write_model("glm", path / "glm")
     with _hub(made) as environment, pytest.MonkeyPatch.context() as patch:
-        for key, value in {**environment, "PYTHONPATH": str(SCRIPTS)}.items():
+        environment |= {"PYTHONPATH": str(SCRIPTS), "MTPFORGE_CACHE": str(path / "cache")}
+        for key, value in environment.items():
             patch.setenv(key, value)
         done = run("resolve.py", REPO, "--revision", COMMIT, "--out", path / "listing.json")
         assert done.returncode == 0, done.stderr
         assert Listing.read(path / "listing.json").tensors
         yield made
+
+
+def _cache_build(path: Path, programs: Path) -> None:
+    """A build in the cache, from which the converter's source is taken, and an empty lock."""
+    (path / "llama.cpp.txt").write_text(f"stand-in==77.0 --hash=sha256:{'0' * 64}\n")
+    (path / "lock.txt").touch()
+    entry = path / "cache/llama.cpp/build"
+    (entry / "bin").mkdir(parents=True)
+    for name in PROGRAMS:
+        (entry / "bin" / name).symlink_to((programs / name).resolve())
+    for name in SOURCE:
+        (entry / "source" / name).mkdir(parents=True)
+        (entry / "source" / name / "x.py").write_text("1\n" * 1000)
+    digests = {name: digest_of(programs / name) for name in PROGRAMS}
+    replace(STAMP, programs=digests, archive_sha256="0" * 64).write(entry / "stamp.json")
 
 
 class _hub:
@@ -253,7 +300,7 @@ UNSUPPORTED = faults.unsupported()
 needs_mount = pytest.mark.skipif(bool(UNSUPPORTED), reason=f"full disks: {UNSUPPORTED}")
 PAGE = 4096
 BEFORE = [0, PAGE, 16 * PAGE] if ALL else [PAGE]
-SMALL = ("text", "materials", "summary", "listing")
+SMALL = ("stamp", "text", "materials", "summary", "listing")
 """What they write fits into a few pages."""
 
 
@@ -267,7 +314,8 @@ def check_full(first: Outcome, second: Outcome, writer: Writer) -> None:
     assert [name for name in first.left if not _is_kept(name, writer)] == []
     assert second.code == 0, second.errors
     assert any(name.startswith(writer.name) for name in second.left)
-    assert [name for name in second.left if "part" in name and "part" not in writer.name] == []
+    made = [name for name in second.left if not name.startswith("environment/")]
+    assert [name for name in made if "part" in name and "part" not in writer.name] == []
 
 
 def _is_kept(name: str, writer: Writer) -> bool:
@@ -280,20 +328,20 @@ def _is_kept(name: str, writer: Writer) -> bool:
 @pytest.mark.parametrize("leave", BEFORE)
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_disk_that_is_full_before(made: Made, tmp_path: Path, name: str, leave: int) -> None:
-    writer = WRITERS[name]
+    writer = writer_of(name)
     folder = tmp_path / "disk"
     command = writer.command(made, folder / "in" / writer.name)
     check_full(*faults.on_a_full_disk(folder, 0 if name in SMALL else leave, command), writer)
 
 
 # A plan holds for the programs that it was made with, so the others cannot be replaced.
-PROGRAMS = ("quantize", "imatrix", "logits", "inject")
+CALLING = ("quantize", "imatrix", "logits", "inject")
 MEANWHILE = [0, PAGE, 8 * PAGE, 16 * PAGE] if ALL else [8 * PAGE]
 
 
 @needs_mount
 @pytest.mark.parametrize("leave", MEANWHILE)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", CALLING)
 def test_a_disk_that_fills_while_a_program_writes(
     made: Made, tmp_path: Path, name: str, leave: int
 ) -> None:
@@ -323,7 +371,7 @@ ERRORS = {
     "fsync": ("EIO", "ENOSPC", "EDQUOT"),
 }
 FAILING = [name for name in WRITERS if name not in ("publish", "piece")] if ALL else [
-    "convert", "split", "imatrix", "fetch"
+    "convert", "split", "imatrix", "fetch", "stamp"
 ]  # fmt: skip
 
 
@@ -332,7 +380,7 @@ FAILING = [name for name in WRITERS if name not in ("publish", "piece")] if ALL 
 def test_a_system_call_fails(
     made: Made, tmp_path: Path, name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    writer = WRITERS[name]
+    writer = writer_of(name)
     out = tmp_path / "out" / writer.name
     out.parent.mkdir()
     paths = [out, out.with_name(f".{out.name}.part")]

@@ -156,10 +156,13 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     The source comes from a build in the cache, else from the archive. Raises ToolchainError.
     """
     pin = read_pin(requirement)
-    _install_source(pin, requirement, folder / "source")
-    with storage.by_program(folder / "written", CONVERTER_SIZE, build=True):
-        _install_environment(lock, folder / "environment", is_noted(folder, "environment/lib"))
-    note_converter(folder)
+    try:
+        _install_source(pin, requirement, folder / "source")
+        with storage.by_program(folder / "written", CONVERTER_SIZE, build=True):
+            _install_environment(lock, folder / "environment", is_noted(folder, "environment/lib"))
+        note_converter(folder)
+    except OSError as error:
+        raise storage.explain(error, needed=CONVERTER_SIZE) from None
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
 
