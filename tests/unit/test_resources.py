@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hostile_text
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.hub.listing import File, Listing
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import processors
+from mtpforge.rules import resources
 from mtpforge.rules.build import Build
 from mtpforge.rules.resources import UNKNOWN, Needs, asked
 from repository import Repository
@@ -176,3 +178,15 @@ def test_another_attempt_gets_more_memory_and_time() -> None:
     assert [found["mem_mb"](None, attempt) for attempt in (1, 3)] == [1000, 3000]
     assert [found["runtime"](None, attempt) for attempt in (1, 3)] == [40, 120]
     assert found["disk_mb"](None) == 2000
+
+
+@pytest.mark.parametrize("kind", [*hostile_text.OWN, "deep", "a list"])
+def test_a_hostile_configuration_is_left_to_the_job_that_reads_it(
+    tmp_path: Path, kind: str
+) -> None:
+    config = tmp_path / "config.json"
+    if kind in hostile_text.OWN:
+        hostile_text.special(config, kind)
+    else:
+        config.write_text("[" * 100_000 if kind == "deep" else "[1]")
+    assert resources._of_folder(str(tmp_path)) == UNKNOWN

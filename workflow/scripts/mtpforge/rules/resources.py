@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from mtpforge.errors import ForgeError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
+from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import processors
 from mtpforge.rules import layout
@@ -242,8 +244,8 @@ def _of_source(source: Source) -> float:
 @lru_cache
 def _of_folder(path: str) -> float:
     """Bytes at BF16 of a local checkpoint, of which quantized ones take a half or a quarter."""
-    with suppress(OSError, ValueError, AttributeError):
-        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    with suppress(OSError, ForgeError):  # which its first job will report
+        config = read_json(Path(path, "config.json"))
         packed = json.dumps(config.get("quantization_config") or "").lower()
         growth = 1 if packed == '""' else 4 if "fp4" in packed else 2
         sizes = [file.stat().st_size for file in Path(path).glob("*.safetensors")]
