@@ -113,6 +113,11 @@ def announce(owner: Owner, folder: Path) -> None:
     os.environ[VARIABLE] = f"{folder.absolute()}\n{owner.as_text()}"
 
 
+def withdraw() -> None:
+    """Take back what `announce` told, at the end of the run."""
+    os.environ.pop(VARIABLE, None)
+
+
 def follow(is_snakemake: bool = False) -> None:
     """If a run started this program, show that it runs, and end it as SIGTERM does with the run.
 

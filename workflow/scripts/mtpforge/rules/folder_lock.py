@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mtpforge.errors import ForgeError
-from mtpforge.run_owner import JOBS_LOCK, RUN_LOCK, Owner, announce
+from mtpforge.run_owner import JOBS_LOCK, RUN_LOCK, Owner, announce, withdraw
 
 JOBS_LIMIT = 60.0
 """Seconds that the next run waits for jobs of one that was killed: they end by themselves."""
@@ -50,6 +50,7 @@ def holding(folder: Path, command: str, say: Say) -> Iterator[bool]:
             with _temporary_files_in(scratch):
                 yield before is not None
         finally:
+            withdraw()
             _remove_scratch(scratch)
             _write(file, "")
 
