@@ -167,6 +167,20 @@ def test_a_head_with_unsupported_types_is_refused(tmp_path: Path) -> None:
     assert f"{key} is FP8 and {key}_scale_inv is missing" in refusal(unscaled)
 
 
+def test_a_file_that_upstream_has_not_written_whole_is_no_damaged_one(tmp_path: Path) -> None:
+    """Python ignores an error of the last write, which happens when it closes the file."""
+    for name in ("environment/bin/python", f"source/{upstream.PROGRAM}"):
+        (tmp_path / name).parent.mkdir(parents=True)
+    python = tmp_path / "environment/bin/python"
+    python.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\nprintf GGUF > "$1"\n')
+    python.chmod(0o755)
+    (tmp_path / "source" / upstream.PROGRAM).touch()
+    checkpoint = Checkpoint(write_model("glm", tmp_path / "glm"))
+    with pytest.raises(GgufError, match=r"x\.gguf: not written whole: needs .* are free"):
+        upstream.convert_upstream(checkpoint, tmp_path / "x.gguf", tmp_path)
+    assert [*tmp_path.glob("*x.gguf*")] == []
+
+
 def test_upstream_sees_weights_but_no_code(tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
     for name in (

@@ -117,7 +117,8 @@ def convert_upstream(
                 checkpoint.integrity.check()
                 text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"
                 raise ToolchainError(text) from None
-        prove(reader.read(temporary), checkpoint, part)
+            made = reader.read(temporary)  # upstream ends with exit code 0 if its last write fails
+        prove(made, checkpoint, part)
         checkpoint.integrity.check()
     for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
         progress.say(note)
