@@ -25,10 +25,11 @@ from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
-from mtpforge.rules.resources import asked
+from mtpforge.rules.resources import asked, free_downloads
 
 terminal = console.attach(workflow)
 snakemake_lock.guard(workflow)
+free_downloads(workflow)
 
 try:
     check_files(workflow.configfiles)

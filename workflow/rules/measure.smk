@@ -3,7 +3,7 @@
 # text if it has one.
 # Makes: results/<model>/measure/<name>-<variant>.json, results/summary.md with all files, and
 # once per model the BF16 logits on the text, in results/<model>/work/logits/.
-# A measurement takes all cores, so that no other job runs beside it.
+# A measurement takes all cores and downloads, so that no other job runs beside it.
 
 
 rule reference_logits:
@@ -85,6 +85,7 @@ rule measure:
     threads: build.needs.threads
     resources:
         **asked(build.needs.measure),
+        download=lambda _: 1000 if workflow.local_exec else 0,  # all, so that none runs beside it
         gpu=build.needs.gpu,
     params:
         code=digest("measure.py"),

@@ -4,6 +4,7 @@ They follow from the sizes of checkpoints and the types of variants. They are ge
 gets too little is killed. They are no parameters, so a change reruns nothing.
 """
 
+import inspect
 import json
 import math
 import mmap
@@ -12,20 +13,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mtpforge.errors import ForgeError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import memory
-from mtpforge.llama_cpp.programs import processors
+from mtpforge.llama_cpp import memory, programs
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import listed
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubFile, HubRepository, OwnBase, Source, Variant
 
+DOWNLOADS = 2
+"""How many can run at a time, unless the profile says otherwise."""
 UNKNOWN = 20 << 30
 """Bytes at BF16 of a checkpoint that is not listed yet."""
 _HEAD = 0.05
@@ -65,8 +68,31 @@ class Needs:
     seconds: float = 0
 
 
-def asked(needs: Callable[[Wildcards], Needs]) -> dict[str, Callable[..., int]]:
-    """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts."""
+def free_downloads(workflow: Any) -> None:
+    """Let downloads run beside jobs that use all processors of this machine.
+
+    Snakemake starts nothing while all cores are taken. So it gets more of them here, and jobs other
+    than downloads are limited by `processors` and by the threads of one job.
+    """
+    cores = workflow.global_resources["_cores"].value
+    if not (workflow.is_main_process and workflow.local_exec and cores):
+        return
+    if "download" not in workflow.global_resources:
+        workflow.global_resources["download"] = DOWNLOADS
+    downloads = workflow.global_resources["download"].value
+    workflow.global_resources["processors"] = cores
+    workflow.global_resources["_cores"] = cores + downloads
+    most = workflow.resource_settings.max_threads
+    workflow.resource_settings.max_threads = min(most or cores, cores)
+
+
+def asked(
+    needs: Callable[[Wildcards], Needs], downloads: bool = False
+) -> dict[str, Callable[..., int]]:
+    """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
+
+    `processors` are its threads, unless it `downloads`.
+    """
 
     def mem_mb(wildcards: Wildcards, attempt: int) -> int:
         return math.ceil(attempt * needs(wildcards).memory / 1e6)
@@ -77,7 +103,17 @@ def asked(needs: Callable[[Wildcards], Needs]) -> dict[str, Callable[..., int]]:
     def runtime(wildcards: Wildcards, attempt: int) -> int:
         return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
 
-    return {"mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime}
+    def processors(_: Wildcards, threads: int) -> int:
+        return threads
+
+    found: dict[str, Callable[..., int]] = {
+        "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
+    }  # fmt: skip
+    if not downloads:
+        found["processors"] = processors
+    for function in found.values():  # Snakemake asks for it several times a job
+        vars(function)["__signature__"] = inspect.signature(function)
+    return found
 
 
 class ResourceRules(Stage):
@@ -85,7 +121,7 @@ class ResourceRules(Stage):
 
     def threads(self, _: Wildcards) -> int:
         """Threads of jobs that can use many."""
-        return self.config.threads or processors()
+        return self.config.threads or programs.processors()
 
     def gpu(self, _: Wildcards) -> int:
         """The GPUs of a job that runs a model: one if the programs can use one."""
@@ -98,7 +134,7 @@ class ResourceRules(Stage):
 
     def toolchain(self, _: Wildcards) -> Needs:
         """A compiler for each thread; one thread takes an hour."""
-        threads = self.config.threads or processors()
+        threads = self.config.threads or programs.processors()
         return Needs(_PYTHON + threads * _COMPILER, _BUILD, 3 * 3600 / threads)
 
     def converter(self, _: Wildcards) -> Needs:
