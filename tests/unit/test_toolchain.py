@@ -458,26 +458,27 @@ def test_a_changed_library_is_noticed_as_a_changed_program_is(
     [("source/gguf-py/more.py", "source"), ("environment/lib/python3/torch.py", "environment/lib")],
 )
 def test_a_changed_converter_is_noticed(tmp_path: Path, name: str, part: str) -> None:
+    check = installed.check_converter.__wrapped__  # not the cached one
     path = tmp_path / name
     for folder in (tmp_path / each for each in installed.PARTS):
         (folder / "__pycache__").mkdir(parents=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("1")
     (tmp_path / part / "link").symlink_to("nothing")
-    installed.check_converter(tmp_path)  # of an older version, which noted nothing
+    check(tmp_path)  # of an older version, which noted nothing
     installed.note_converter(tmp_path)
     (tmp_path / part / "__pycache__" / "a.pyc").touch()
-    installed.check_converter(tmp_path)
+    check(tmp_path)
     for change in (lambda: path.write_text("2"), path.unlink, path.with_name("added.py").touch):
         change()
         with pytest.raises(ToolchainError, match=rf"{part}: has changed since .*--forcerun conv"):
-            installed.check_converter(tmp_path)
+            check(tmp_path)
         path.with_name("added.py").unlink(missing_ok=True)
         path.write_text("1")
-        installed.check_converter(tmp_path)
+        check(tmp_path)
     (tmp_path / part / "link").unlink()
     with pytest.raises(ToolchainError, match="has changed"):
-        installed.check_converter(tmp_path)
+        check(tmp_path)
 
 
 def test_an_older_version_format_is_read(tmp_path: Path) -> None:

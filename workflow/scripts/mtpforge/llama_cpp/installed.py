@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from mtpforge.errors import ToolchainError
@@ -52,8 +53,12 @@ def is_noted(folder: Path, part: str) -> bool:
     return digest is None or digest == tree_digest(folder / part)
 
 
+@cache
 def check_converter(folder: Path) -> None:
-    """Raise ToolchainError if the converter, or a package of its environment, has changed."""
+    """Raise ToolchainError if the converter, or a package of its environment, has changed.
+
+    Once for each process, because these are 900 MB.
+    """
     for part in PARTS:
         if not is_noted(folder, part):
             raise ToolchainError(
