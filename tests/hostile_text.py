@@ -776,6 +776,8 @@ SHAPES: dict[str, dict[str, Any]] = {
             "a": {"dtype": "BF16", "shape": [1], "shard": "../a", "offset": 0, "size": 1}
         },
         "lost": 7,
+        "lost ": [],
+        "lost  ": "",
     },
     "fetch record": {
         "more": 1,

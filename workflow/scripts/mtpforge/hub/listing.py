@@ -14,7 +14,7 @@ from typing import Any
 
 from mtpforge.checkpoint.model_files import INDEX
 from mtpforge.checkpoint.safetensors import CheckpointTensor, shared
-from mtpforge.errors import DownloadError, GgufError
+from mtpforge.errors import CheckpointError, DownloadError, GgufError
 from mtpforge.gguf.file_names import gguf_files, parts_of
 from mtpforge.io import text
 from mtpforge.io.atomic import replacing
@@ -74,13 +74,10 @@ class Listing:
                 if type(entry) is not tuple:
                     raise ValueError(f"an entry of {name[:100]!r}")
                 tensors[name] = CheckpointTensor(name, *entry)
-            return cls(
-                value["repo"],
-                value["revision"],
-                files=files,
-                tensors=tensors,
-                lost=dict(value.get("lost", {})),
-            )
+            lost = text.member(value, "lost", dict, str(path)) or {}
+            return cls(value["repo"], value["revision"], files=files, tensors=tensors, lost=lost)
+        except CheckpointError as error:
+            raise DownloadError(f"{error}: delete it and run again") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
                 f"{path}: malformed listing ({error}): delete it and run again"
