@@ -25,7 +25,7 @@ from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
-from mtpforge.rules.resources import asked, free_downloads
+from mtpforge.rules.resources import free_downloads
 
 terminal = console.attach(workflow)
 snakemake_lock.guard(workflow)
@@ -46,6 +46,9 @@ try:
         build.fetch.refresh_local()
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
+
+
+asked = build.needs.asked
 
 
 wildcard_constraints:

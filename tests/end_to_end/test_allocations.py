@@ -9,7 +9,6 @@ import pytest
 from conftest import MODELS
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import read_file
-from mtpforge.rules.resources import asked
 
 # The file of a job's record, and the needs of its rule.
 RECORDS = {
@@ -32,7 +31,7 @@ def test_jobs_use_no_more_than_they_ask_for(
     seen = set()
     for record in sorted(Path("benchmarks", model).glob("*.jsonl")):
         rule, wildcards = _job(model, record.stem)
-        wanted = asked(getattr(needs, rule))
+        wanted = needs.asked(getattr(needs, rule))
         for line in record.read_text().splitlines():
             used = json.loads(line)
             if isinstance(used["max_rss"], float):  # else it ended before it was looked at

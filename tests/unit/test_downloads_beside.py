@@ -9,10 +9,12 @@ from conftest import SCRIPTS
 SNAKEFILE = f"""\
 import sys
 sys.path.insert(0, {str(SCRIPTS)!r})
-from mtpforge.rules.resources import Needs, asked, free_downloads
+from mtpforge.rules.config import parse
+from mtpforge.rules.resources import Needs, ResourceRules, free_downloads
 
 free_downloads(workflow)
 needs = lambda _: Needs()
+asked = ResourceRules(parse(dict(models=dict()))).asked
 note = 'echo {{rule}} {{threads}} start >> events; sleep 1.5;' \
     ' echo {{rule}} {{threads}} end >> events'
 

@@ -16,7 +16,7 @@ from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import processors
 from mtpforge.rules import resources
 from mtpforge.rules.build import Build
-from mtpforge.rules.resources import UNKNOWN, Needs, asked
+from mtpforge.rules.resources import UNKNOWN, Needs
 from repository import Repository
 
 REVISION = "0123456789" * 4
@@ -144,10 +144,14 @@ def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.Monkey
     assert found > 1e6
 
 
-def test_no_job_asks_for_more_than_the_largest_node_has(large: Path) -> None:
-    needs = Build({**CONFIG, "memory": "16G"}).needs
-    assert needs.acceptance(wildcards()).memory == 16e9
-    assert needs.verify(wildcards()).memory < 16e9
+@pytest.mark.parametrize(("memory", "most"), [("16G", 16_000), ("900M", 900), ("9999G", 9_999_000)])
+def test_no_job_asks_for_more_than_the_largest_node_has(
+    large: Path, memory: str, most: int
+) -> None:
+    needs = Build({**CONFIG, "memory": memory}).needs
+    for rule in (needs.acceptance, needs.convert, needs.small):
+        asked = [needs.asked(rule)["mem_mb"](wildcards(), attempt) for attempt in (1, 60)]
+        assert max(asked) == min(most, asked[1]) and asked[1] >= min(most, 30_000)
 
 
 def test_threads_are_those_of_the_machine_or_the_configuration(large: Path) -> None:
@@ -173,8 +177,8 @@ def test_programs_with_cuda_get_a_gpu(large: Path, files: dict[str, bytes], gpus
     assert Build(CONFIG).needs.gpu(wildcards()) == 0
 
 
-def test_another_attempt_gets_more_memory_and_time() -> None:
-    found = asked(lambda _: Needs(memory=1e9, disk=2e9, seconds=1200))
+def test_another_attempt_gets_more_memory_and_time(large: Path) -> None:
+    found = Build(CONFIG).needs.asked(lambda _: Needs(memory=1e9, disk=2e9, seconds=1200))
     assert [found["mem_mb"](None, attempt) for attempt in (1, 3)] == [1000, 3000]
     assert [found["runtime"](None, attempt) for attempt in (1, 3)] == [40, 120]
     assert found["disk_mb"](None) == 2000

@@ -50,6 +50,12 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
     assert repository.pending() == {}
 
 
+def test_other_threads_and_memory_rerun_nothing(repository: Repository) -> None:
+    repository.config |= {"threads": 1, "memory": "900M"}
+    repository.write_config()
+    assert repository.pending() == {}
+
+
 def test_times_and_copies_rerun_nothing(repository: Repository) -> None:
     """Not even those of files above 1 MB, which Snakemake compares by time."""
     paths = [path for path in repository.path.rglob("*") if ".snakemake" not in path.parts]

@@ -86,38 +86,39 @@ def free_downloads(workflow: Any) -> None:
     workflow.resource_settings.max_threads = min(most or cores, cores)
 
 
-def asked(
-    needs: Callable[[Wildcards], Needs], downloads: bool = False
-) -> dict[str, Callable[..., int]]:
-    """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
-
-    `processors` are its threads, unless it `downloads`.
-    """
-
-    def mem_mb(wildcards: Wildcards, attempt: int) -> int:
-        return math.ceil(attempt * needs(wildcards).memory / 1e6)
-
-    def disk_mb(wildcards: Wildcards) -> int:
-        return math.ceil(max(needs(wildcards).disk, _LEAST_DISK) / 1e6)
-
-    def runtime(wildcards: Wildcards, attempt: int) -> int:
-        return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
-
-    def processors(_: Wildcards, threads: int) -> int:
-        return threads
-
-    found: dict[str, Callable[..., int]] = {
-        "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
-    }  # fmt: skip
-    if not downloads:
-        found["processors"] = processors
-    for function in found.values():  # Snakemake asks for it several times a job
-        vars(function)["__signature__"] = inspect.signature(function)
-    return found
-
-
 class ResourceRules(Stage):
     """What the jobs of each rule need."""
+
+    def asked(
+        self, needs: Callable[[Wildcards], Needs], downloads: bool = False
+    ) -> dict[str, Callable[..., int]]:
+        """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
+
+        Memory is at most `memory` of the configuration. `processors` are its threads, unless it
+        `downloads`.
+        """
+        most = parse_size(self.config.memory) if self.config.memory else math.inf
+
+        def mem_mb(wildcards: Wildcards, attempt: int) -> int:
+            return math.ceil(min(attempt * needs(wildcards).memory, most) / 1e6)
+
+        def disk_mb(wildcards: Wildcards) -> int:
+            return math.ceil(max(needs(wildcards).disk, _LEAST_DISK) / 1e6)
+
+        def runtime(wildcards: Wildcards, attempt: int) -> int:
+            return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
+
+        def processors(_: Wildcards, threads: int) -> int:
+            return threads
+
+        found: dict[str, Callable[..., int]] = {
+            "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
+        }  # fmt: skip
+        if not downloads:
+            found["processors"] = processors
+        for function in found.values():  # Snakemake asks for it several times a job
+            vars(function)["__signature__"] = inspect.signature(function)
+        return found
 
     def threads(self, _: Wildcards) -> int:
         """Threads of jobs that can use many."""
@@ -132,9 +133,11 @@ class ResourceRules(Stage):
         """A job that reads and writes small files."""
         return Needs()
 
-    def toolchain(self, _: Wildcards) -> Needs:
-        """A compiler for each thread; one thread takes an hour."""
-        threads = self.config.threads or programs.processors()
+    def toolchain(self, wildcards: Wildcards) -> Needs:
+        """A compiler for each thread, which take an hour together; none if they are only linked."""
+        if self.config.toolchain.llama_cpp.bin_dir:
+            return Needs()
+        threads = self.threads(wildcards)
         return Needs(_PYTHON + threads * _COMPILER, _BUILD, 3 * 3600 / threads)
 
     def converter(self, _: Wildcards) -> Needs:
@@ -240,12 +243,9 @@ class ResourceRules(Stage):
     # ── sizes ──
 
     def _run(self, size: float, tokens: float, disk: float, read: float = 0) -> Needs:
-        """A job that runs a file of this size in llama.cpp; at most `memory` of the config."""
-        needed = float(_PYTHON + memory.needed(int(size)))
-        if self.config.memory:
-            needed = min(needed, parse_size(self.config.memory))
+        """A job that runs a file of this size in llama.cpp."""
         seconds = tokens * (0.01 + size / _WEIGHTS) + (2 * size + read) / _DISK
-        return Needs(needed, disk, _SLOW * seconds)
+        return Needs(_PYTHON + memory.needed(int(size)), disk, _SLOW * seconds)
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""
