@@ -332,6 +332,23 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
     assert found["models"]["m"]["files"] == same["models"]["m"]["files"]
 
 
+def test_a_bf16_file_larger_than_the_memory_is_not_run(toolchain: Path) -> None:
+    text = str(CHECKPOINTS / "held-out.txt")
+    built = {"variants": {"BF16": {}, "Q8_0": {}}, "measure": {"text": text}}
+    small = replace(MACHINE, memory=5_000_000)  # room for Q8_0 only
+    steps = {(step.stage, step.name): step for step in forecast(toolchain, small, **built).steps}
+    assert ("acceptance", "BF16") not in steps
+    unrun = [
+        steps["logits", "BF16"],
+        *(steps[job, f"{MODEL}-BF16"] for job in ("verify", "measure")),
+    ]
+    assert [(step.memory, step.servers) for step in unrun] == [(0, 0)] * 3
+    run = [steps[job, f"{MODEL}-Q8_0"] for job in ("verify", "measure")]
+    assert all(step.memory > 100 << 20 and step.servers > 1 for step in run)
+    whole = forecast(toolchain, **built)
+    assert min(step.servers for step in whole.steps if step.stage in ("verify", "measure")) > 1
+
+
 def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     """A job of SLURM with 400 MiB; 3 GB of address space (`ulimit -v`) are enough to forecast."""
     write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)}, mmproj=True)

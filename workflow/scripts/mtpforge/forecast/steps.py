@@ -10,9 +10,10 @@ from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.forecast import files
 from mtpforge.forecast.machine import Machine
 from mtpforge.forecast.reruns import Reruns
+from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
-from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp import memory, process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.speed import N_PREDICT
 from mtpforge.quantize.imatrix import CHUNK
@@ -269,7 +270,10 @@ class ModelForecast:
         if own and not variant.unquantized and self.model.max_acceptance_drop < 1:
             self._acceptance()
         step = Step("verify", output.stem, output.report)
-        run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
+        run = step
+        quantized = variant.foreign or variant.file_type not in quant_types.UNQUANTIZED
+        if quantized or self._fits(size):
+            run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
         compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
         linked = variant.unquantized and self.model.conversion_split(variant.part)
         copy = size if output.split and not linked else 0
@@ -277,9 +281,8 @@ class ModelForecast:
         self._add(replace(run, kept=copy, seconds=seconds))
 
     def _acceptance(self) -> None:
-        """A BF16 file larger than the memory is not run."""
         size = self._convert("all")
-        if size <= self._machine.memory:
+        if self._fits(size):
             step = Step("acceptance", "BF16", layout.acceptance(self.model.key))
             self._add(self._run(step, size, self._prompts * N_PREDICT, servers=1))
 
@@ -293,16 +296,25 @@ class ModelForecast:
         if text and self.model.has_unquantized(variant):
             self._logits(text)
         step = Step("measure", output.stem, output.measurement)
-        self._add(self._run(step, size, tokens, text=text, servers=servers))
+        runs = self._fits(size) or process.has_gpu()
+        self._add(self._run(step, size, tokens, text=text, servers=servers) if runs else step)
 
     def _logits(self, tokens: int) -> None:
         path = layout.reference_logits(self.model.key)
         whole = self._part(self.model.part)
         step = Step("logits", "BF16", path)
-        run = self._run(step, self._convert(self.model.part), text=tokens)
+        size = self._convert(self.model.part)
+        if not self._fits(size):
+            self._add(step)
+            return
+        run = self._run(step, size, text=tokens)
         vocabulary = whole.tensors["token_embd.weight"].shape[0]
         kept = tokens // 2 * (vocabulary + 4) * 2  # llama-perplexity keeps half, in 16 bits
         self._add(replace(run, kept=kept))
+
+    def _fits(self, size: int) -> bool:
+        """Whether a file is run: BF16 files and measurements may be left out."""
+        return size <= self._machine.memory
 
     def _run(self, step: Step, size: int, tokens: int = 0, text: int = 0, servers: int = 0) -> Step:
         """A job in which llama.cpp runs a file of this size: `tokens` one by one, then a text."""
