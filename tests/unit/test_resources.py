@@ -135,6 +135,29 @@ def test_before_it_is_listed_a_checkpoint_has_an_ordinary_size(
     assert needs.convert(wildcards()).disk == 2e9
 
 
+@pytest.mark.parametrize(
+    ("names", "size"),
+    [
+        (["x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "y.gguf"], 2e9),
+        (["x-00001-of-00002.gguf.part1of2", "x-00001-of-00002.gguf.part2of2"], 2e9),
+        (["y.gguf"], UNKNOWN / 3),
+    ],
+)
+def test_a_base_is_as_large_as_its_shards_or_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], size: float
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "workflow").symlink_to(ROOT / "workflow")
+    path = tmp_path / f"resources/hub/owner/base/{REVISION}/files.json"
+    path.parent.mkdir(parents=True)
+    files = {name: File(10**9, "0" * 64) for name in names}
+    Listing("owner/base", REVISION, files, {}).write(path)
+    base = {"repo": "owner/base", "revision": REVISION, "file": "x-00001-of-00002.gguf"}
+    models = {"large": {"source": SOURCE, "variants": {"Q4_K_M": {"base": base}}}}
+    found = Build({"models": models}).needs.inject(wildcards()).disk
+    assert found == size + 0.05 * UNKNOWN
+
+
 def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     tiny = CHECKPOINTS / "tiny-qwen3.5"

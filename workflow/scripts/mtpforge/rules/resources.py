@@ -198,8 +198,9 @@ class ResourceRules(Stage):
     def quantize(self, wildcards: Wildcards) -> Needs:
         """A quantization, and room for its pieces."""
         weights = self._weights(wildcards)
-        model = self.model(wildcards)
-        variant = model.variants[wildcards.name] if wildcards.kind == "quantized" else None
+        variant = (
+            self.find(wildcards.model, wildcards.name) if wildcards.kind == "quantized" else None
+        )
         types = _types(variant) if variant else [wildcards.name]
         size = weights / 16 * max(map(_bits, types))
         share = _HEAD if wildcards.kind == "draft" else 1
@@ -293,8 +294,10 @@ def _given(file: layout.GivenFile) -> float:
     """Bytes of a base from elsewhere."""
     if isinstance(file, HubFile):
         found = listed(file)
-        names = gguf_files(file.file)
-        return sum(found.sizes.get(name, 0) for name in names) if found else UNKNOWN / 3
+        sizes = found.sizes if found else {}
+        # Parts of a file that was cut up have its name and more.
+        starts = tuple(gguf_files(file.file))
+        return sum(size for name, size in sizes.items() if name.startswith(starts)) or UNKNOWN / 3
     with suppress(OSError):
         path = Path(file.path)
         return sum(path.with_name(name).stat().st_size for name in gguf_files(path.name))
