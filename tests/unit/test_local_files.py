@@ -180,3 +180,21 @@ def test_comments_of_requirements_decide_nothing(
         lock.write_text(text)
         found.append(pins("lock.txt"))
     assert found[0] == found[1] and len({*found}) == 3
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out, blocks = folder / "config.json", tmp_path / "record.json", ranges._blocks
+
+    def shrinking(opened: Any, size: int) -> Any:
+        yield from blocks(opened, size)
+        if size:
+            os.truncate(file, 2)
+
+    monkeypatch.setattr(ranges, "_blocks", shrinking)
+    monkeypatch.setattr(local_files, "_parts", lambda _: {"header": FileRange(file, 0, 4)})
+    local_files.record(folder, ["config.json"], out)
+    monkeypatch.undo()
+    made = local_files.record(folder, ["config.json"], out)
+    assert made.files["config.json"].sha256 == digest_of(file)

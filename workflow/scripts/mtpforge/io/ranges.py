@@ -207,7 +207,11 @@ def _update(digest: "hashlib._Hash", piece: FileRange) -> None:
 
 
 def _blocks(file: FileIO, size: int) -> Iterator[memoryview]:
-    """The next bytes of a file, in a buffer that the next block overwrites."""
+    """The next bytes of a file, in a buffer that the next block overwrites.
+
+    None if the size is negative: the file has shrunk meanwhile.
+    """
+    size = max(size, 0)
     buffer = memoryview(bytearray(min(size, 1 << 20)))  # fits into the processor's cache
     while size and (count := file.readinto(buffer[:size])):
         yield buffer[:count]
