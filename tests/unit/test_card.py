@@ -274,6 +274,12 @@ def test_a_file_that_was_not_run_is_named() -> None:
     assert column(text, "tok/s") == ["-", "290.0"]
 
 
+def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
+    large = result("BF16")
+    text = make(replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB")))
+    assert "was not run" in text and "had drafted" not in text
+
+
 @pytest.mark.parametrize(
     ("heading", "cells"),
     [

@@ -72,7 +72,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "title": escape(about.title),
         "origin": about.origin,
         "head": about.head,
-        "drafts": any(result.drafts for result in results),
+        "drafts": any(result.drafts and not result.report.not_run for result in results),
         "not_drafting": _not_drafting(results),
         "not_run": _not_run(results),
         "template": _template(results),
