@@ -7,7 +7,8 @@ import pytest
 from conftest import CHECKPOINTS, Run
 from example_records import measurement, report
 from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp import memory, process
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.report import summary
 from mtpforge.verify.report import Acceptance, Report
@@ -89,10 +90,32 @@ def test_all_shards_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for number in (1, 2):
         (tmp_path / f"x-0000{number}-of-00002.gguf").write_bytes(bytes(600_000))
     first = tmp_path / "x-00001-of-00002.gguf"
+    llama = LlamaCpp(tmp_path)
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
-    assert memory.too_large([first]) == "1.20 MB do not fit into 1.05 MB of memory"
+    assert memory.too_large([first], llama) == "1.20 MB do not fit into 1.05 MB of memory"
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "2")
-    assert memory.too_large([first]) is None
+    assert memory.too_large([first], llama) is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "fits"),
+    [
+        ("", False),  # built without support of the GPU
+        ("  CUDA0: NVIDIA H100 (1 MiB, 1 MiB free)", True),
+        ("  CUDA0: A (0 MiB, 0 MiB free)\n  CUDA1: B (0 MiB, 0 MiB free)", False),
+    ],
+)
+def test_memory_of_gpus_that_llama_cpp_uses_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, devices: str, fits: bool
+) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text(f"#!/bin/sh\ncat <<'END'\nAvailable devices:\n{devices}\nEND\n")
+    server.chmod(0o755)
+    file = tmp_path / "x.gguf"
+    file.write_bytes(bytes(1_200_000))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    monkeypatch.setattr(process, "_GPUS", ("/dev/null",))
+    assert (memory.too_large([file], LlamaCpp(tmp_path)) is None) == fits
 
 
 # ── programs ──

@@ -1,7 +1,7 @@
 """Measure a GGUF in llama-server: decoding speed and acceptance at each n_max, memory, perplexity.
 
 If drafting makes decoding slower, the report says so and recommends n_max 0.
-Without a GPU, a file larger than the memory is not run, and the report says so.
+A file larger than the memory is not run, and the report says so.
 
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
 """
@@ -21,7 +21,7 @@ from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import ANYWHERE, open_regular
-from mtpforge.llama_cpp import memory, process, programs
+from mtpforge.llama_cpp import memory, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
 from mtpforge.measure.measurement import KlDivergence, Text
@@ -43,7 +43,7 @@ def main() -> None:
     split.read(first)  # checks it before llama.cpp's programs read it
     recorded_digests.check_whole(args.reference_logits, args.logits_recorded)
     recorded_digests.check_whole(args.text, args.text_recorded)
-    reason = None if process.has_gpu() else memory.too_large([first])
+    reason = memory.too_large([first], llama)
     value, divergence = (None, None) if reason else _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
     found = replace(

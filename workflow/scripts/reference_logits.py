@@ -42,7 +42,7 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.model, args.text)
     recorded_digests.check_whole(args.text, args.text_recorded)
     llama = programs.from_options(args)
-    if reason := memory.too_large([args.model]):
+    if reason := memory.too_large([args.model], llama):
         with atomic.replacing(args.out) as temporary:
             temporary.touch()
         recorded_digests.write_digest(args.digest, args.out)

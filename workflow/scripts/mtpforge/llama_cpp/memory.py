@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mtpforge import table
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.llama_cpp import process
+from mtpforge.llama_cpp.programs import LlamaCpp
 
 EXTRA = 4 << 30
 """Bytes that llama-server takes besides 1.3 times its file; 5 times the file if that is less."""
@@ -29,14 +31,17 @@ def needed(size: int) -> int:
     return int(1.3 * size) + min(EXTRA, _LEAST + 5 * size)
 
 
-def too_large(files: Iterable[Path]) -> str | None:
+def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
     """Why GGUFs, with all their shards, are not to be run here; None if they fit into the memory.
 
-    Of a larger file, each token would read much from the disk again.
+    That of GPUs counts if `llama` uses them. Of a larger file, each token would read much from the
+    disk again. Raises ToolchainError.
     """
     shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
     size = sum(shard.stat().st_size for shard in shards if shard.exists())
     memory = usable()
+    if size > memory and process.has_gpu():
+        memory += llama.gpu_memory()
     if size <= memory:
         return None
     return f"{table.size(size)} do not fit into {table.size(memory)} of memory"

@@ -103,6 +103,10 @@ class LlamaCpp:
         listed = process.answer([self.find("llama-server"), "--list-devices"])[1]
         return tuple(re.findall(r"^  (\w+: .+)$", listed, re.MULTILINE))
 
+    def gpu_memory(self) -> int:
+        """Bytes of memory of these devices. Raises ToolchainError."""
+        return sum(int(size) << 20 for size in re.findall(r"\((\d+) MiB", str(self.devices())))
+
     def _call(self, command: Iterable[Argument], cwd: Path | None = None) -> None:
         process.call(list(map(_word, command)), self.log, cwd=cwd)
 

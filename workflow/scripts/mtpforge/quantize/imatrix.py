@@ -43,7 +43,7 @@ def compute(
         start = file.read(JSON_LIMIT)
     if len(start.strip()) < MIN_TOKENS:
         raise _too_short(text)
-    if reason := memory.too_large([model]):
+    if reason := memory.too_large([model], llama):
         raise ConfigError(
             f"{model}: {reason}, so an importance matrix would take days: compute it on a larger "
             "machine, or take a published one (`imatrix: {repo: ..., file: ..., revision: ...}`)"

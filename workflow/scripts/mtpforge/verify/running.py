@@ -46,7 +46,7 @@ def check_running(
     return checks, measured
 
 
-def why_not_run(opened: Gguf, request: Request) -> str | None:
+def why_not_run(opened: Gguf, request: Request, llama: LlamaCpp) -> str | None:
     """Why a file need not run here; None if it must.
 
     An unquantized file that is larger than the memory is proven without: its tensors equal those of
@@ -56,7 +56,7 @@ def why_not_run(opened: Gguf, request: Request) -> str | None:
     proven = request.ours and bool(request.checkpoint or request.reference)
     if not proven or request.target or not types <= {*quant_types.UNQUANTIZED, quant_types.TABLE}:
         return None
-    return memory.too_large([opened.path])
+    return memory.too_large([opened.path], llama)
 
 
 @contextmanager
@@ -162,7 +162,8 @@ def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Accepta
     would read it from the disk again. Raises VerificationError if the head drafts nothing,
     DamagedError if the file or its target has changed.
     """
-    if reason := memory.too_large([path, *([request.target] if request.target else [])]):
+    files = [path, *([request.target] if request.target else [])]
+    if reason := memory.too_large(files, llama):
         return Acceptance(skipped=f"BF16 was not run: {reason}")
     opened = split.read(path)
     if reason := converter_architectures.why_not_drafting(opened):

@@ -70,7 +70,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
         checks.append(check)
     raise_failed(path.name, checks)  # a file that is known to be wrong need not run
     acceptance = None
-    if not_run := why_not_run(opened, request):
+    if not_run := why_not_run(opened, request, llama):
         checks.append(Check("running", True, f"not run: {not_run}"))
         request = replace(request, perplexity=False)
     else:
@@ -100,7 +100,7 @@ def publish_split(
             short = replace(
                 request, prompts=request.prompts[:1], min_acceptance=0, perplexity=False
             )
-            if why_not_run(opened, request) is None:
+            if why_not_run(opened, request, llama) is None:
                 check, _ = check_drafting(shards, short, llama)
                 checks.append(replace(check, name="files load"))
             checks.append(check_programs(shards, short, llama=llama, name="files open"))
