@@ -379,7 +379,7 @@ def test_a_model_of_another_converter_is_named(tmp_path: Path, toolchain: Path) 
         done = plan(tmp_path, toolchain, hub)
     assert done.returncode == 0, done.stderr
     assert "note: m: only its downloads are forecast, because llama.cpp's converter" in done.stdout
-    assert "to do: 0 of 0 steps, fetch 5.7" in done.stdout
+    assert "to do: 0 of 0 long jobs: fetch 5.7" in done.stdout
 
 
 def test_too_little_disk_is_said() -> None:
@@ -404,7 +404,7 @@ def test_too_little_disk_is_said() -> None:
     lacking = in_words({**about, "needs_memory": 2})
     assert "\nwarning: a step needs " in lacking and "(x.json)" in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
-    assert "fetch 3.00 MB (about 2 min 10 s), disk" in timed
+    assert "fetch 3.00 MB (about 2 min 10 s), " in timed
 
 
 def test_an_unknown_model_is_named(tmp_path: Path, toolchain: Path) -> None:

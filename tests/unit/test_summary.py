@@ -21,6 +21,7 @@ def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, r
     assert done.returncode == 0, done.stderr
     rows = out.read_text().splitlines()[2:]
     assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
+    assert [row.split("|")[1].strip() for row in rows] == ["a/x.gguf", "b/x.gguf"]
 
 
 def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:

@@ -31,8 +31,11 @@ def main() -> None:
     parser.add_argument("--yes", action="store_true", help="delete all that is listed")
     args = parser.parse_args()
     with holding(STATE, "clean_work.py", say) if args.yes else nullcontext():
-        total = sum(show(title, paths, delete=args.yes) for title, paths in found().items())
+        sizes: dict[tuple[int, int], int] = {}
+        for title, paths in found().items():
+            sizes |= show(title, paths, delete=args.yes)
     if not args.yes:
+        total = sum(sizes.values())
         print(f"{table.size(total)} in all; nothing was deleted: make clean-work YES=1")
 
 
@@ -66,8 +69,8 @@ def inode(path: Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def show(title: str, paths: Iterable[Path], delete: bool) -> int:
-    """Print the paths and their sizes, and delete them if asked; the bytes that they take."""
+def show(title: str, paths: Iterable[Path], delete: bool) -> dict[tuple[int, int], int]:
+    """Print the paths and their sizes, and delete them if asked; the bytes of each file once."""
     sizes = {path: size(path) for path in paths}
     once = {inode(path): taken for path, taken in sizes.items()}
     if sizes:
@@ -76,7 +79,7 @@ def show(title: str, paths: Iterable[Path], delete: bool) -> int:
         print(f"  {table.size(taken):>10}  {path}")
         if delete:
             leftovers.delete(path)
-    return sum(once.values())
+    return once
 
 
 def size(path: Path) -> int:

@@ -156,10 +156,10 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
     lines = [
-        f"to do: {about['to_run']} of {about['steps']} steps, fetch{fetching}, disk "
-        f"{table.size(about['disk'])} (peak {table.size(about['peak'])} of "
-        f"{table.size(about['free'])} free), about {table.duration(about['seconds'])} besides "
-        f"fetching, {about['servers']} server starts"
+        f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, "
+        f"{table.size(about['disk'])} of disk (peak {table.size(about['peak'])} of "
+        f"{table.size(about['free'])} free), about {table.duration(about['seconds'])} on an idle "
+        "machine, without fetching"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:

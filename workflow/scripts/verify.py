@@ -23,7 +23,7 @@ from mtpforge.quantize.recipe import NO_HEAD, read_recipe
 from mtpforge.verify import published
 from mtpforge.verify.digests import head_source
 from mtpforge.verify.report import Report, accepted_drafts, as_table
-from mtpforge.verify.request import Request
+from mtpforge.verify.request import LEAST_ACCEPTANCE, Request
 from mtpforge.verify.verify import publish_split, verify
 
 
@@ -134,7 +134,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
 
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--min-acceptance", type=float, default=0.1, metavar="SHARE",
+        "--min-acceptance", type=float, default=LEAST_ACCEPTANCE, metavar="SHARE",
         help="share of drafts that must be accepted (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The table of all verified files."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,13 +14,17 @@ COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_m
 def summary(reports: Iterable[Path], measurements: Iterable[Path]) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
 
-    Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`.
+    Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`. Files of the
+    same name are told apart by their folders.
     """
     measured = _by_file(measurements)
+    found = [(path.parent.parent, Report.read(path)) for path in reports]
+    names = Counter(report.file for _, report in found)
     rows = [COLUMNS]
-    for path in reports:
-        report = Report.read(path)
-        rows.append(row(report, measured.get((path.parent.parent, report.file))))
+    for folder, report in found:
+        cells = row(report, measured.get((folder, report.file)))
+        label = f"{folder.name}/{report.file}" if names[report.file] > 1 else report.file
+        rows.append((label, *cells[1:]))
     return markdown(rows)
 
 

@@ -216,7 +216,7 @@ class Console(logging.Handler):
             reason, _, _ = record.reason.partition(":")
             self._line(f"{label} [{reason.lower()}]")
             return
-        output = record.output[0] if record.output else "-"
+        output = record.output[0] if record.output else ""
         log = Path(record.log[0] if record.log else os.devnull)
         progress = record.created + PROGRESS_INTERVAL
         self.running[record.jobid] = Job(
@@ -332,7 +332,8 @@ def progress(job: Job) -> str:
 def describe(job: Job, error: str, logs: Sequence[object]) -> str:
     """A failed job's part of the report at the end."""
     named = ", ".join(map(str, logs))
-    return f"{job.label}\n  error  {error}\n  file   {job.output}\n  log    {named}\n"
+    file = f"  file   {job.output}\n" if job.output else ""
+    return f"{job.label}\n  error  {error}\n{file}  log    {named}\n"
 
 
 def full_disk(log: Path) -> str:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from mtpforge.quantize.recipe import NO_HEAD, Recipe
 
+LEAST_ACCEPTANCE = 0.1
+"""Share of accepted drafts below which a head is dead or damaged, whatever the user asks for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -48,7 +51,7 @@ class Request:
     perplexity: bool = False
     """Whether llama-perplexity must load the file too."""
     prompts: tuple[str, ...] = ()
-    min_acceptance: float = 0.1
+    min_acceptance: float = LEAST_ACCEPTANCE
 
     @property
     def headless(self) -> bool:

@@ -15,7 +15,7 @@ from mtpforge.llama_cpp import converter_architectures, memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
 from mtpforge.verify.report import Acceptance, Check, raise_failed, some
-from mtpforge.verify.request import Request
+from mtpforge.verify.request import LEAST_ACCEPTANCE, Request
 
 N_PREDICT = 200
 """Tokens generated from each prompt to measure acceptance."""
@@ -247,9 +247,9 @@ def _check_accepted(counts: tuple[int, int], least: float) -> Check:
     detail = f"{accepted} of {drafts} drafts accepted"
     if drafts > 0 and accepted >= least * drafts:
         return Check("drafting", True, detail)
-    return Check(
-        "drafting", False, f"{detail}, fewer than {least:.0%}: the head is dead or damaged"
-    )
+    alive = drafts > 0 and accepted >= LEAST_ACCEPTANCE * drafts
+    reason = "below min_acceptance" if alive else "the head is dead or damaged"
+    return Check("drafting", False, f"{detail}, fewer than {least:.0%}: {reason}")
 
 
 def _check_loading(answers: Sequence[Completion], reason: str | None) -> Check:
