@@ -210,12 +210,15 @@ def test_a_folder_of_a_network_is_not_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each machine has its own lock on it."""
-    kinds = ("nfs4", "lustre", "fuse.sshfs", "ext4")
+    kinds = ("nfs4", "lustre", "fuse.sshfs", "virtiofs", "ext4")
     for kind in kinds:
         monkeypatch.setattr(storage, "file_system", lambda _, kind=kind: kind)
-        with atomic.scratch_folder(tmp_path / "x") as folder:
-            is_own = folder != temporary.usual_name(tmp_path / "x", "scratch")
+        path = tmp_path / kind / "x"  # in a folder that is not there yet
+        with atomic.scratch_folder(path) as folder:
+            is_own = folder != temporary.usual_name(path, "scratch")
             assert is_own == (kind != "ext4")
+        with atomic.replacing_folder(path, keep=True) as folder:
+            assert (folder != temporary.usual_name(path, "part")) == is_own
 
 
 def test_a_job_waits_for_the_other_writer_and_then_takes_over(

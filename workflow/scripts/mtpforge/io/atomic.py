@@ -68,22 +68,6 @@ def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
         sync(path.parent)  # or a power cut can undo the renaming
 
 
-@contextmanager
-def _claimed_unemptied(path: Path) -> Iterator[Path]:
-    """A temporary folder as `claimed_folder` yields it, with what a killed run has left in it."""
-    usual = temporary.usual_name(path, "part")
-    is_shared = storage.is_network(path.parent)
-    lock = None if is_shared else temporary._claim_folder(usual, path)
-    if lock is None:
-        with temporary.claimed_folder(path, "part") as own:
-            yield own
-        return
-    try:
-        yield usual
-    finally:
-        os.close(lock)
-
-
 def _kept(keep: Keep, error: BaseException) -> bool:
     return keep(error) if callable(keep) else keep
 
@@ -110,8 +94,7 @@ def replacing_folder(
 
 @contextmanager
 def _replacing_folder(path: Path, keep: Keep) -> Iterator[Path]:
-    claimed = _claimed_unemptied(path) if keep else temporary.claimed_folder(path, "part")
-    with claimed as written:
+    with temporary.claimed_folder(path, "part", bool(keep)) as written:
         replaced = written.with_name(written.name.removesuffix("part") + "old.part")
         try:
             yield written

@@ -26,7 +26,10 @@ _FAILING = (
 _PLAIN = ("ext2", "ext3", "ext4", "tmpfs", "xfs", "vfat", "exfat")
 """File systems on which a file takes its size; others may compress it. XFS may share blocks."""
 _SHARING = ("xfs",)
-_NETWORK = ("nfs", "lustre", "beegfs", "gpfs", "ceph", "cifs", "smb", "afs", "9p", "fuse")
+_NETWORK = (
+    "nfs", "lustre", "beegfs", "gpfs", "ceph", "cifs", "smb", "afs", "9p", "fuse", "virtiofs",
+    "vboxsf", "panfs", "wekafs", "pvfs2", "orangefs",
+)  # fmt: skip
 """Beginnings of the names of file systems that several machines may have mounted."""
 _PART = re.compile(rf"\.(.+?)(?:\.{TAG})?(?:\.old)?\.part")
 _PROBE = 16 << 20

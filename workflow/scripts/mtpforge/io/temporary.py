@@ -43,18 +43,23 @@ def claimed_file(path: Path, keep: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def claimed_folder(path: Path, ending: str) -> Iterator[Path]:
-    """Yield an empty temporary folder that nobody else writes to. Raises as `claimed_file` does."""
+def claimed_folder(path: Path, ending: str, keep: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that nobody else writes to.
+
+    It is empty, and removed after an error, unless `keep`. Raises as `claimed_file` does.
+    """
     usual = usual_name(path, ending)
     lock = None if storage.is_network(path.parent) else _claim_folder(usual, path)
     if lock is None:
         yield _own_folder(path, ending)
         return
     try:
-        _empty(usual)
+        if not keep:
+            _empty(usual)
         yield usual
     except BaseException:
-        shutil.rmtree(usual, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(usual, ignore_errors=True)
         raise
     finally:
         os.close(lock)
@@ -171,8 +176,9 @@ def _own_file(path: Path, keep: bool) -> Path:
 
 
 def _own_folder(path: Path, ending: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers.beside(path, ending):
         leftovers.delete(left)
     own = _own_name(path, ending)
-    own.mkdir(parents=True)
+    own.mkdir()
     return own
