@@ -23,7 +23,7 @@ from mtpforge.io import journal
 from mtpforge.io.ranges import Sink
 import convert
 
-journal.STEP = 200_000
+journal.STEP = int(os.environ["STEP"])
 point, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 done = {}
 appended = 0
@@ -69,6 +69,7 @@ class Conversion:
         self.digests = folder / "digests.json"
         self.options = ["--split", split] if split else []
         self.code = CODE
+        self.step = 200_000
 
     def run(
         self, point: int = NEVER, number: int = signal.SIGKILL
@@ -81,7 +82,7 @@ class Conversion:
         ]  # fmt: skip
         return subprocess.run(
             [sys.executable, "-c", CONVERT, *map(str, (point, int(number), *arguments))],
-            env={**os.environ, "PYTHONPATH": str(SCRIPTS)},
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS), "STEP": str(self.step)},
             capture_output=True,
             text=True,
             timeout=100,
@@ -138,6 +139,13 @@ def test_it_goes_on_after_each_kill(
     assert kept > 20
     assert made.finish() < SIZE - points[-1] + 1_000_000  # a step, and the largest tensor
     assert made.content() == right[split]
+
+
+def test_it_goes_on_if_each_shard_is_smaller_than_a_step(tmp_path: Path) -> None:
+    made = Conversion(tmp_path, "1M")
+    made.step = 1_500_000
+    assert made.run(4_500_000).returncode == -signal.SIGKILL
+    assert made.finish() < 3_500_000
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -206,8 +214,9 @@ def test_after_a_change_it_starts_anew(whole: Conversion, tmp_path: Path, change
     assert whole.content() == fresh.content()
 
 
-def test_a_damaged_source_is_found_before_it_is_in_the_journal(whole: Conversion) -> None:
-    shard = min(whole.checkpoint.glob("*.safetensors"))
+def damage(made: Conversion) -> str:
+    """Flip a bit of a tensor, and leave its shard's time alone; the tensor's name."""
+    shard = min(made.checkpoint.glob("*.safetensors"))
     times, data = shard.stat(), bytearray(shard.read_bytes())
     name = next(
         name for name in safetensors.ranges(shard) if name.endswith("layers.0.mlp.up_proj.weight")
@@ -215,7 +224,20 @@ def test_a_damaged_source_is_found_before_it_is_in_the_journal(whole: Conversion
     data[safetensors.ranges(shard)[name].offset] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return name
+
+
+def test_a_damaged_source_is_found_before_it_is_in_the_journal(whole: Conversion) -> None:
+    name = damage(whole)
     done = whole.run(5_300_000)
+    assert done.returncode == 1 and f"damaged: {name} " in done.stderr
+    assert list(whole.results.iterdir()) == []
+
+
+def test_a_source_that_changed_without_its_time_is_read_again(whole: Conversion) -> None:
+    killed(whole)
+    name = damage(whole)
+    done = whole.run()
     assert done.returncode == 1 and f"damaged: {name} " in done.stderr
     assert list(whole.results.iterdir()) == []
 
@@ -238,7 +260,8 @@ def test_the_journal_of_a_living_job_stays(whole: Conversion) -> None:
     arguments = [sys.executable, "-c", CONVERT.replace("time.sleep(9)", "time.sleep(60)")]
     options = ["4000000", "0", str(whole.checkpoint), "--tokenizer-pre", "qwen35"]
     options += ["--resume", CODE, "--out", str(whole.out)]
-    job = subprocess.Popen([*arguments, *options], env={**os.environ, "PYTHONPATH": str(SCRIPTS)})
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "STEP": str(whole.step)}
+    job = subprocess.Popen([*arguments, *options], env=environment)
     try:
         path = journal.beside(whole.temporary)
         while not path.exists():

@@ -190,11 +190,11 @@ class _Keeper:
         self._size += sum(info.size for info in infos)
         return self._size >= journals.STEP
 
-    def add(self, whole: Gguf, descriptor: int, lasting: bool) -> None:
+    def add(self, whole: Gguf, descriptor: int) -> None:
         """Flush and check what has been written, and add it to the journal."""
         os.fsync(descriptor)
         self._check(whole.path)
-        self._journal.add(hashes({name: whole.ranges[name] for name in self._new}), lasting)
+        self._journal.add(hashes({name: whole.ranges[name] for name in self._new}), self._size)
         self._new, self._size = [], 0
 
 
@@ -225,9 +225,9 @@ def _write(
                 continue
             append_run(sink, infos, payload)
             if keeper and keeper.wrote(infos):
-                keeper.add(whole, descriptor, lasting=True)
+                keeper.add(whole, descriptor)
         if keeper:
-            keeper.add(whole, descriptor, lasting=False)
+            keeper.add(whole, descriptor)
     finally:
         os.close(descriptor)
     return whole

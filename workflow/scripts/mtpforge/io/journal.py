@@ -31,6 +31,8 @@ class Journal:
         self._path = beside(self._temporary)
         self._origin = dict(origin)
         self._active: bool | None = None
+        self._waiting: dict[str, str] = {}
+        self._size = 0
         self.digests: dict[str, str] = {}
         """The sha256 of each part that is there."""
 
@@ -45,11 +47,17 @@ class Journal:
             self.digests = self._read() if self._active else {}
         return bool(self.digests)
 
-    def add(self, digests: Mapping[str, str], lasting: bool = True) -> None:
-        """Note parts that have been flushed to the disk; not on the disk if they are the last."""
+    def add(self, digests: Mapping[str, str], size: int) -> None:
+        """Note parts of `size` bytes that have been flushed to the disk.
+
+        They are listed once they, and those added before, make a step.
+        """
         self.digests |= digests
-        if lasting and self._active:
-            self._append(json.dumps([name, digest]) for name, digest in digests.items())
+        self._waiting |= digests
+        self._size += size
+        if self._active and self._size >= STEP:
+            self._append(json.dumps(entry) for entry in self._waiting.items())
+            self._waiting, self._size = {}, 0
 
     def forget(self, names: Iterable[str]) -> None:
         """Take back parts whose bytes have changed."""
@@ -92,7 +100,10 @@ class Journal:
 
 
 def inputs(folders: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of the files in these folders: another time or size is another file."""
+    """Size and times of the files in these folders: other ones mean another file.
+
+    The time of the last change of status is among them, because no program can set it back.
+    """
     found = [path for folder in folders if folder.is_dir() for path in folder.absolute().iterdir()]
     return {str(path): _about(path) for path in sorted(found) if path.is_file()}
 
@@ -118,7 +129,7 @@ def can_go_on(path: Path, codes: Collection[str]) -> bool:
     if not isinstance(origin, dict) or not temporary.exists() or origin.get("code") not in codes:
         return False
     known = origin.get("inputs")
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # gone, or not the name of a file
         return isinstance(known, dict) and all(
             _about(Path(name)) == about for name, about in known.items()
         )
@@ -133,11 +144,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def _parsed(line: str) -> Any:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(line)
     return None
 
 
 def _about(path: Path) -> list[int]:
     about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
