@@ -184,7 +184,7 @@ COMPLETE = {"source": {"path": "checkpoint"}, "variants": {"BF16": {}}}
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_the_configuration_are_valid(page: Path) -> None:
-    """Each YAML block is one, or a part of one: of a model, or of a variant."""
+    """Each YAML block is one, or a part of one: models, or keys of a model or of a variant."""
     for text in (text for language, text in blocks(page) if language == "yaml"):
         example = yaml.safe_load(textwrap.dedent(text).replace("COMMIT", "a" * 40))
         parse(_completed(example))
@@ -194,6 +194,8 @@ def _completed(example: dict[str, Any]) -> dict[str, Any]:
     if set(example) <= set(Config.model_fields):
         models = {name: {**COMPLETE, **model} for name, model in example.get("models", {}).items()}
         return {**example, "models": models or {"mine": COMPLETE}}
+    if all(isinstance(entry, dict) and "variants" in entry for entry in example.values()):
+        return {"models": example}
     if set(example) <= set(Model.model_fields):
         return {"models": {"mine": {**COMPLETE, **example}}}
     assert set(example) <= set(Variant.model_fields)
