@@ -97,7 +97,7 @@ upgrade-toolchain: setup ## pin another llama.cpp and print what changes (docs/u
 check-results: setup ## check a results folder, local or downloaded: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
-fuzz: setup-test ## fuzz the parsers of files from strangers, SECONDS=600 each (Linux x86-64)
+fuzz: setup-test ## fuzz the parsers of untrusted files, SECONDS=600 each (Linux x86-64)
 	@for target in gguf safetensors imatrix; do \
 		$(ACTIVE) python tests/fuzz/fuzz.py $$target --seconds $(or $(SECONDS),600) --seed $$$$ || exit 1; done
 

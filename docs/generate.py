@@ -163,7 +163,9 @@ def _tables(path: str, value: Schema, schema: Schema) -> Iterator[str]:
         rows: Rows = [("key", "value", "default", "meaning")]
         for key, (form, entry) in keys.items():
             needed = "required" if key in form.get("required", ()) else _default(entry)
-            rows.append((f"`{key}`", _form(entry, schema), needed, _cell(entry["description"])))
+            rows.append(
+                (f"`{key}`", _form(entry, schema, key), needed, _cell(entry["description"]))
+            )
         forms_of = f"One of {_form(value, schema)}.\n\n" if len(forms) > 1 else ""
         yield f"## {f'`{path}`' if path else 'Top level'}\n\n{forms_of}{markdown(rows, left=4)}"
     for key, (_, entry) in keys.items():
@@ -191,24 +193,25 @@ def _entries(value: Schema, schema: Schema) -> Iterator[Schema]:
             yield form["additionalProperties"]
 
 
-def _form(value: Schema, schema: Schema) -> str:
-    return " or ".join(dict.fromkeys(_shape(form, schema) for form in _forms(value, schema)))
+def _form(value: Schema, schema: Schema, key: str = "") -> str:
+    return " or ".join(dict.fromkeys(_shape(form, schema, key) for form in _forms(value, schema)))
 
 
-def _shape(form: Schema, schema: Schema) -> str:
-    """One form of a value, in a few words."""
+def _shape(form: Schema, schema: Schema, key: str) -> str:
+    """One form of the value of a key, in a few words."""
     if "properties" in form:
         needed = form.get("required", ())
         return f"`{{{', '.join(needed)}}}`" if needed else "mapping"
     if inner := list(_entries(form, schema)):
-        return f"{{NAME: {_form(inner[0], schema)}}}"
+        types = f"{{PATTERN: {_form(inner[0], schema)}}}"
+        return types if "enum" in inner[0] else f"mapping of names to {key}"
     if "items" in form:
-        return f"list of {_form(form['items'], schema)}"
+        return f"list of {_form(form['items'], schema)}".replace("integer", "integers")
     if "const" in form:
         return f"`{form['const']}`"
     if "enum" in form:
         return _enum(form["enum"])
-    return _KINDS.get(form["type"], form["type"]) + _limits(form)
+    return form.get("format") or _KINDS.get(form["type"], form["type"]) + _limits(form)
 
 
 def _limits(form: Schema) -> str:

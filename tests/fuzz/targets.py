@@ -1,4 +1,4 @@
-"""The parsers of files from strangers, as functions of a path for a fuzzer.
+"""The parsers of untrusted files, as functions of a path for a fuzzer.
 
 Each returns whether the parser accepted the file. A refusal must be a typed error; what is accepted
 must be whole: values decode, byte ranges tile the file, a copy from the parsed parts reads the

@@ -1,4 +1,4 @@
-"""A build is forecast before any weights are fetched: sizes to a few bytes, disk, memory, time."""
+"""A build is forecast before any weights are fetched: sizes to 64 bytes, disk, memory, time."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Measure a GGUF in llama-server: decoding speed and acceptance at each n_max, memory, perplexity.
 
-If drafting makes decoding slower, the report says so and recommends n_max 0.
+If drafting makes decoding slower, the report says so and recommends no drafting (n_max `off`).
 A file larger than the memory is not run, and the report says so.
 
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json

@@ -1,6 +1,6 @@
 """Forecast a build, before any weights are fetched: what runs, bytes, disk, memory and time.
 
-Sizes are exact to a few bytes. Times come from a calibration of this machine, which is kept in
+Sizes are exact to 64 bytes. Times come from a calibration of this machine, which is kept in
 ~/.cache/mtpforge, and from the last run of each job here; they assume an idle machine.
 
 example: plan.py

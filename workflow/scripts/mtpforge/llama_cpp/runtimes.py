@@ -23,7 +23,7 @@ class Runtime:
     """Pull requests of ik_llama.cpp; empty if it does not draft with it, None if unknown."""
 
 
-_QWEN35 = "b9180, better b9495 (the hidden state after its norm)"
+_QWEN35 = "b9180; b9495 or newer recommended (fixes which hidden state the head gets)"
 
 RUNTIMES: dict[str, Runtime] = {
     "qwen35": Runtime(_QWEN35, (22673, 24025), ik_llama_cpp=(1698, 1745)),

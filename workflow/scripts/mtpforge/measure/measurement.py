@@ -55,7 +55,7 @@ class Total:
     acceptance: float | None
     by_position: tuple[float, ...]
     speedup: float
-    """tokens_per_second relative to n_max 0"""
+    """tokens_per_second relative to that without drafting"""
     memory_bytes: int | None
     """Peak resident size of llama-server, mapped pages of the file included; None without /proc."""
 

@@ -69,7 +69,9 @@ def measure(
     for number, (kind, prompt) in enumerate(prompts.items(), 1):
         for ahead, memory in peaks.items():
             more = left.of(len(runs) / 2, len(prompts) * len(peaks))  # a cold and a warm run each
-            progress.say(f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead}{more}")
+            progress.say(
+                f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead or 'off'}{more}"
+            )
             session = _Session(path, kind, prompt=prompt, n_max=ahead, llama=llama)
             runs += session.run(repeats, options)
             memory += session.memory

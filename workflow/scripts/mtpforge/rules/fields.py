@@ -227,7 +227,8 @@ FileName = Annotated[
 PreTokenizer = Annotated[
     str, Checked(pre_tokenizers.check, {"pattern": "^(?:[a-z0-9][a-z0-9._-]*)$"})
 ]
-_HOME = Checked(_check_home, {})
+_PATH_FORMAT = {"format": "path"}
+_HOME = Checked(_check_home, _PATH_FORMAT)
 Folder = Annotated[
     str,
     _HOME,
@@ -249,7 +250,9 @@ _PLAIN_PATH = _matching(r"[^{}]+", "is not a path: it is empty or has braces")
 FilePath = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(FileOnDisk)]
 Prompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
 ProgramsFolder = Annotated[
-    str, Checked(_check_path, {}), AfterValidator(lambda path: FolderPath(path) if path else path)
+    str,
+    Checked(_check_path, _PATH_FORMAT),
+    AfterValidator(lambda path: FolderPath(path) if path else path),
 ]
 Size = Annotated[
     str,
