@@ -221,6 +221,36 @@ def test_a_folder_of_a_network_is_not_shared(
             assert (folder != temporary.usual_name(path, "part")) == is_own
 
 
+MOUNTS = {
+    "nfs4 host:/a rw,vers=4.2,local_lock=none": False,
+    "nfs host:/a rw,vers=3,nolock,local_lock=all": True,
+    "nfs host:/a rw,vers=3,local_lock=flock": True,
+    "nfs host:/a rw,vers=3,local_lock=posix": False,
+    "lustre host:/a rw,flock": False,
+    "lustre host:/a rw,localflock": True,
+    "cifs //host/a rw,nobrl": True,
+    "fuse.sshfs host:/a rw,user_id=0": True,
+    "ext4 /dev/sda rw": False,
+}
+
+
+@pytest.mark.parametrize("mount", MOUNTS)
+def test_a_file_that_is_locked_on_one_machine_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str
+) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "9 1 0:999 / /x rw - nfs x:/ nolock\n"
+        f"9 1 {os.major(device)}:{os.minor(device)} / /a\\040- rw,noatime shared:1 - {mount}\n"
+    )
+    monkeypatch.setattr(storage, "_MOUNTS", mounts)
+    assert storage.file_system(tmp_path) == mount.split()[0]
+    with atomic.replacing(tmp_path / "x") as written:
+        is_own = written != temporary.usual_name(tmp_path / "x", "part")
+        assert is_own == MOUNTS[mount]
+
+
 def test_a_job_waits_for_the_other_writer_and_then_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

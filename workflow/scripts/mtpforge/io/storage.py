@@ -31,6 +31,10 @@ _NETWORK = (
     "vboxsf", "panfs", "wekafs", "pvfs2", "orangefs",
 )  # fmt: skip
 """Beginnings of the names of file systems that several machines may have mounted."""
+_WITHOUT_LOCKS = ("fuse.sshfs",)
+_LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
+"""Options with which NFS, Lustre and CIFS are mounted."""
+_MOUNTS = Path("/proc/self/mountinfo")
 _PART = re.compile(rf"\.(.+?)(?:\.{TAG})?(?:\.old)?\.part")
 _PROBE = 16 << 20
 
@@ -76,18 +80,18 @@ def room(path: Path) -> int | None:
 
 def file_system(folder: Path) -> str:
     """The type of a folder's file system, such as "ext4"; empty if the system does not tell."""
-    device = existing(folder).stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError, IndexError):
-        for line in Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines():
-            if line.split()[2] == number:
-                return line.partition(" - ")[2].split()[0]
-    return ""
+    return _mount(folder)[0]
 
 
 def is_network(folder: Path) -> bool:
     """Whether other machines may write to a folder too."""
     return file_system(folder).startswith(_NETWORK)
+
+
+def locks_alone(folder: Path) -> bool:
+    """Whether locks on files there hold on this machine only, though others may write there."""
+    kind, options = _mount(folder)
+    return kind in _WITHOUT_LOCKS or not _LOCAL_LOCKS.isdisjoint(options)
 
 
 def existing(folder: Path) -> Path:
@@ -222,6 +226,18 @@ def _first_of(error: shutil.Error) -> OSError:
             numbers = [number for number in errno.errorcode if os.strerror(number) in why]
             return OSError(numbers[0] if numbers else None, why, source, None, target)
     return error
+
+
+def _mount(folder: Path) -> tuple[str, list[str]]:
+    """Type and options of a folder's file system; empty if the system does not tell."""
+    device = existing(folder).stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError, IndexError):
+        for line in _MOUNTS.read_text("utf-8", "replace").splitlines():
+            if line.split()[2] == number:
+                kind, *_, options = line.partition(" - ")[2].split()
+                return kind, options.split(",")
+    return "", []
 
 
 def _place(error: OSError, path: Path | None) -> Path | None:

@@ -1,8 +1,8 @@
 """Temporary names that one process at a time writes to.
 
 If the kernel's locks hold, all processes use one name for an output, and lock it. Else each has a
-name of its own: on Lustre without `-o flock`, NFS without a lock daemon, and for folders on any
-network file system, because a folder is locked on one machine only.
+name of its own: on Lustre without `-o flock`, on NFS without a lock daemon or with `nolock`, and
+for folders on any network file system, because a folder is locked on one machine only.
 """
 
 import fcntl
@@ -30,7 +30,8 @@ def claimed_file(path: Path, keep: bool) -> Iterator[Path]:
     process is writing it, unless this is a job of Snakemake: it waits, and then writes its own.
     """
     usual = usual_name(path, "part")
-    lock = _claim(usual, path, os.O_RDWR | os.O_CREAT)
+    alone = storage.locks_alone(path.parent)
+    lock = None if alone else _claim(usual, path, os.O_RDWR | os.O_CREAT)
     if lock is None:
         yield _own_file(path, keep)
         return

@@ -68,7 +68,7 @@ class Report(Record):
     file: str
     bytes: int
     sha256: str
-    """Of a split file that was not split here, the sha256 of its files one after the other."""
+    """Of a file that was verified in several files, the sha256 of these one after the other."""
     bits_per_weight: float
     head: str
     """Types of the head's matrices, joined by slashes; "none" without a head."""
