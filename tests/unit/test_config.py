@@ -216,7 +216,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
     (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
-    (config({"source": {"path": "here/."}}), "models/m/source/path: 'here/.' must not end"),
+    (config({"source": {"path": "here/."}}), "models/m/source/path: 'here/.' must not .* end"),
+    (config({"source": {"path": "a{b}/c"}}), "models/m/source/path: 'a{b}/c' must not have braces"),
     (
         config({"source": {"path": "~/here"}}),
         f"models/m/source/path: '~/here': `~` is not expanded: write {Path.home()}/here",

@@ -233,7 +233,8 @@ Folder = Annotated[
     str,
     _HOME,
     _matching(
-        r"[^{}]*[^/.{}]/*", "must not end in '.', because file names begin with its last part"
+        r"[^{}]*[^/.{}]/*",
+        "must not have braces, nor end in '.', because file names begin with its last part",
     ),
     AfterValidator(lambda path: FolderPath(path.rstrip("/"))),
 ]
