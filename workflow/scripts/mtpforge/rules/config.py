@@ -213,7 +213,10 @@ class Model(Entry):
         default=0.1,
         ge=0.01,
         le=1,
-        description="A file is refused if a smaller share of its drafted tokens is accepted.",
+        description=(
+            "A file is refused if a smaller share of its drafted tokens is accepted. A BF16 file"
+            " that exceeds the memory drafts none, and report, card and summary say so."
+        ),
     )
     max_acceptance_drop: float = Field(
         default=0.2,

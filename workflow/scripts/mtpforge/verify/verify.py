@@ -71,7 +71,7 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     raise_failed(path.name, checks)  # a file that is known to be wrong need not run
     acceptance = None
     if not_run := why_not_run(opened, request, llama):
-        checks.append(Check("running", True, f"not run: {not_run}"))
+        checks.append(Check("running", True, f"not run, so no acceptance is known: {not_run}"))
         request = replace(request, perplexity=False)
     else:
         with reading_target(request):
