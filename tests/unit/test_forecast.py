@@ -134,6 +134,8 @@ def test_the_disk_holds_each_file_once(toolchain: Path) -> None:
     assert found.kept == found.peak == sum(sizes.values())
     split = forecast(toolchain, variants={"BF16": {"split": "2M"}})
     assert split.kept == split.files[0].bytes
+    halves = forecast(toolchain, split="2M", variants={"BF16": {}, "F16": {}})
+    assert halves.kept == sum(file.bytes for file in halves.files) + halves.files[1].bytes
     both = forecast(toolchain, split="2M", variants={"BF16": {}, "Q8_0": {}})
     assert both.kept == sizes["tiny-qwen3.5-BF16"] + 2 * sizes["tiny-qwen3.5-Q8_0"]
 

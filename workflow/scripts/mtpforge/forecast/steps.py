@@ -147,7 +147,7 @@ class ModelForecast:
         pieces = 1
         if variant.base:
             size = self._inject(variant)
-        elif variant.unquantized:
+        elif variant.converted:
             size = self._convert(variant.part)
         else:
             size, pieces = self._quantize_variant(variant)
@@ -275,7 +275,7 @@ class ModelForecast:
         if quantized or self._fits(size):
             run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
         compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
-        linked = variant.unquantized and self.model.conversion_split(variant.part)
+        linked = variant.converted and self.model.conversion_split(variant.part)
         copy = size if output.split and not linked else 0
         seconds = run.seconds + compared + copy / self._machine.disk
         self._add(replace(run, kept=copy, seconds=seconds))

@@ -14,7 +14,6 @@ from pydantic_core import ErrorDetails
 
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
-from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.io import text
 from mtpforge.quantize.recipe import NO_HEAD
@@ -350,11 +349,10 @@ class Model(Entry):
 
         Variants that are only a conversion are then published without a second copy.
         """
-        converted = ("BF16", *quant_types.PACKED)
         sizes = {
             each.split or self.split
             for each in self.variants.values()
-            if each.unquantized and each.file_type in converted and each.part == part
+            if each.converted and each.part == part
         }
         return sizes.pop() if len(sizes) == 1 and self.native else None
 

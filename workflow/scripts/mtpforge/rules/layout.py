@@ -196,7 +196,7 @@ def candidate(model: Model, variant: str) -> Intermediate:
     entry = model.variants[variant]
     if entry.base:
         return injected(model.key, variant)
-    if entry.file_type in ("BF16", *quant_types.PACKED):
+    if entry.converted:
         return unquantized(model, entry.part)  # no second copy of 70 GB
     return quantized(model.key, "quantized", variant)
 

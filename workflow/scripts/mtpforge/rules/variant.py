@@ -233,6 +233,11 @@ class Variant(Entry):
         return self.base is None and self.file_type in kept
 
     @property
+    def converted(self) -> bool:
+        """Whether its file is what conversion writes; one of F16 or F32 is quantized from that."""
+        return self.base is None and self.file_type in ("BF16", *quant_types.PACKED)
+
+    @property
     def part(self) -> str:
         """The part of the checkpoint that it is made from."""
         return "all" if self.head_types else "trunk"
