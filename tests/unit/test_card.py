@@ -262,22 +262,29 @@ def test_card_without_measurements_has_no_columns_for_them() -> None:
     assert "measure/" not in text
 
 
+UNRUN = measurement(by_n_max=(), runs=(), prompts={}, verdict="not measured: too large")
+
+
 def test_a_file_that_was_not_run_is_named() -> None:
     large = result("BF16")
     large = replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB"))
-    unrun = measurement(by_n_max=(), runs=(), verdict="not measured: too large")
-    text = make(replace(large, measured=unrun), result(measured=measurement()))
+    text = make(replace(large, measured=UNRUN), result(measured=measurement()))
     assert "`Qwen3.5-4B-BF16.gguf` was not run before it was published (9 GB do not fit" in text
     assert "Each other file with a head was published only after" in text
     assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in text
     assert "### `Qwen3.5-4B-BF16.gguf`" not in text
     assert column(text, "tok/s") == ["-", "290.0"]
+    assert text.count("Speed was measured on") == 1
 
 
 def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
     large = result("BF16")
-    text = make(replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB")))
+    large = replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB"))
+    text = make(replace(large, measured=UNRUN))
     assert "was not run" in text and "had drafted" not in text
+    assert "Speed and KL divergence were not measured." in text
+    assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in text
+    assert "Measured with" not in text and "measured on" not in text
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def _read_template(path: Path) -> str:
 def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
     """The values that templates/card.md fills in."""
     measured = [(result.name, result.measured) for result in results if result.measured]
-    measurements = [found for _, found in measured]
+    swept = [(name, found) for name, found in measured if found.by_n_max]
+    measurements = [found for _, found in swept]
     return {
         "title": escape(about.title),
         "origin": about.origin,
@@ -78,13 +79,11 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "template": _template(results),
         "files": tables.files(results).rstrip(),
         "split": _split(results),
-        "measured": bool(measured),
+        "measured": bool(measurements),
         "machines": _sentences(map(_machine, measurements)),
         "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
         "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
-        "sweeps": [
-            (code(name), tables.sweep(found).rstrip()) for name, found in measured if found.by_n_max
-        ],
+        "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in swept],
         "runtime": runtime(results),
         "serving": serving(results, about),
         "sources": "\n".join(f"- {source}" for source in about.sources),
