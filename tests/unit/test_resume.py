@@ -192,6 +192,26 @@ def touch(made: Conversion) -> None:
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_second_name_of_a_file_is_not_written_to(
+    tmp_path: Path, right: dict[str, dict[str, bytes]], split: str
+) -> None:
+    """Publishing that was killed leaves a link to its source under the temporary name."""
+    made = Conversion(tmp_path, split)
+    killed(made)
+    left = max(made.temporary.iterdir()) if split else made.temporary
+    source = tmp_path / "source.gguf"
+    shutil.copy(left, source)
+    with source.open("r+b") as file:
+        file.write(b"mine")
+    before = source.read_bytes()
+    left.unlink()
+    left.hardlink_to(source)
+    made.finish()
+    assert made.content() == right[split]
+    assert source.read_bytes() == before
+
+
 def edit(made: Conversion) -> None:
     made.code = "1" * 64
 

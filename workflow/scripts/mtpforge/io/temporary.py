@@ -35,7 +35,9 @@ def claimed_file(path: Path, keep: bool) -> Iterator[Path]:
     if lock is None:
         yield _own_file(path, keep)
         return
-    if not keep and os.fstat(lock).st_size:
+    left = os.fstat(lock)
+    is_link = left.st_nlink > 1  # to what a killed run was about to publish
+    if left.st_size and (is_link or not keep):
         lock = _start_over(lock, usual, path)
     try:
         yield usual
