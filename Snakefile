@@ -20,7 +20,7 @@ gc.set_threshold(100_000)  # the graph is many objects, none of them garbage: an
 
 from snakemake.exceptions import WorkflowError
 
-from mtpforge.errors import ConfigError
+from mtpforge.errors import ForgeError
 from mtpforge.rules import console, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
@@ -33,7 +33,7 @@ free_downloads(workflow)
 
 try:
     check_files(workflow.configfiles)
-except ConfigError as error:
+except ForgeError as error:
     raise WorkflowError(str(error)) from None
 
 
@@ -44,7 +44,7 @@ try:
     build = Build(config, checkpoints)
     if workflow.is_main_process:
         build.fetch.refresh_local()
-except ConfigError as error:
+except ForgeError as error:
     raise WorkflowError(str(error)) from None
 
 

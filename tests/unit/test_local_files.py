@@ -10,8 +10,8 @@ import pytest
 from conftest import CHECKPOINTS
 from mtpforge import local_files, recorded_digests
 from mtpforge.checkpoint import safetensors
-from mtpforge.errors import ConfigError, DamagedError, GgufError
-from mtpforge.io import ranges
+from mtpforge.errors import ConfigError, DamagedError, ForgeError, GgufError
+from mtpforge.io import atomic, ranges
 from mtpforge.io.ranges import FileRange, digest_of, sha256
 from mtpforge.local_files import LocalFiles
 from mtpforge.publish import provenance
@@ -168,6 +168,27 @@ def test_the_graph_brings_records_up_to_date(
     assert "chat_template.jinja" in LocalFiles.read(Path(record)).files
     with pytest.raises(ConfigError, match="no file or folder is other"):
         rules.local_files(SimpleNamespace(place="other"))  # type: ignore[arg-type]
+
+
+def test_a_record_that_cannot_be_written_stops_the_graph_with_the_reason(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = {"m": {"source": {"path": "checkpoint"}, "variants": {"Q8_0": {}}}}
+    rules = FetchRules(parse({"models": models}), None)
+    out = Path(layout.local_record("checkpoint"))
+    local_files.record(folder, ["config.json"], out)
+    of_file = out.with_suffix("") / "config.json.json"
+    os.utime(folder / "config.json", ns=(1, 1))
+    with (
+        atomic.replacing(of_file),
+        pytest.raises(ForgeError, match=r"config\.json\.json: another process is writing it"),
+    ):
+        rules.refresh_local()
+    of_file.unlink(missing_ok=True)
+    of_file.mkdir()
+    with pytest.raises(ForgeError, match=r"config\.json\.json: Is a directory"):
+        rules.refresh_local()
 
 
 def test_comments_of_requirements_decide_nothing(

@@ -14,6 +14,7 @@ from mtpforge.errors import ConfigError, DownloadError
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.fetch_records import recorded_bytes
 from mtpforge.hub.listing import Listing
+from mtpforge.io import storage
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.local_paths import PromptsPath
@@ -176,7 +177,7 @@ class FetchRules(Stage):
     def refresh_local(self) -> None:
         """Bring the records of all local files up to date: a file with another time is read again.
 
-        Raises ConfigError if one cannot be read.
+        Raises ForgeError if one cannot be read, or its record not be written.
         """
         for path in self._local.values():
             record = Path(layout.local_record(path))
@@ -184,7 +185,7 @@ class FetchRules(Stage):
                 try:
                     local_files.refresh(local_folder(path), local_names(path), record)
                 except OSError as error:
-                    raise ConfigError(f"{error.filename}: {error.strerror}") from None
+                    raise storage.explain(error) from None
 
     def checkpoint_files(self, at: layout.Commit) -> list[str]:
         """The files of a commit that conversion and model cards need."""
