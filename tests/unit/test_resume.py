@@ -187,6 +187,22 @@ def test_a_garbled_journal_costs_time_alone(
     assert whole.content() == right[""]
 
 
+HOSTILE = (
+    "[" * 100_000,
+    f'{{"code": "{CODE}", "inputs": {{"\\u0000": []}}}}',
+    "[]",
+    '{"code": []}',
+)
+
+
+@pytest.mark.parametrize("line", HOSTILE)
+def test_a_hostile_journal_is_not_gone_on_with(tmp_path: Path, line: str) -> None:
+    temporary = tmp_path / ".x.gguf.part"
+    temporary.touch()
+    journal.beside(temporary).write_text(line + "\n")
+    assert not journal.can_go_on(temporary, {CODE})
+
+
 def touch(made: Conversion) -> None:
     shard = min(made.checkpoint.glob("*.safetensors"))
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))

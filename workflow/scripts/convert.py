@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         metavar="DIGEST",
-        help="go on with what a killed run of the same command has written, if DIGEST is the same, "
-        "which stands for the program",
+        help="go on with what a killed run of the same command has written; DIGEST stands for the "
+        "program, and must be the same",
     )
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)

@@ -42,9 +42,9 @@ def write(
 ) -> None:
     """Write a GGUF, whole or not at all, and show progress.
 
-    `check` gets the written file before that gets its name. With a `journal`, what it lists is
-    kept, what is written is added to it, and `check` is called before. Raises GgufError if a
-    payload does not have the size of its tensor, StorageError if the file does not fit on the disk.
+    `check` gets the written file before that gets its name. With a `journal`, the tensors that it
+    lists are kept, and others are added to it after `check`. Raises GgufError if a payload does not
+    have the size of its tensor, StorageError if the file does not fit on the disk.
     """
     needed = size(metadata, [info for info, _ in tensors])
     shared = _shareable(tensors, path)
@@ -177,7 +177,7 @@ class _Keeper:
         self._size = 0
 
     def intact(self, whole: Gguf) -> set[str]:
-        """The tensors that have the bytes that the journal says; the others are taken from it."""
+        """The tensors whose bytes still have the journal's digests; it forgets the others."""
         known = {name: whole.ranges[name] for name in self._journal.digests if name in whole.ranges}
         found = hashes(known)
         changed = [name for name in known if found[name] != self._journal.digests[name]]

@@ -126,11 +126,11 @@ def can_go_on(path: Path, codes: Collection[str]) -> bool:
     """
     temporary = written_by(path)
     origin = _parsed("".join(_lines(beside(temporary))[:1]))
-    if not isinstance(origin, dict) or not temporary.exists() or origin.get("code") not in codes:
+    known = origin.get("inputs") if isinstance(origin, dict) else None
+    if not isinstance(known, dict) or str(origin.get("code")) not in codes:
         return False
-    known = origin.get("inputs")
     with suppress(OSError, ValueError):  # gone, or not the name of a file
-        return isinstance(known, dict) and all(
+        return temporary.exists() and all(
             _about(Path(name)) == about for name, about in known.items()
         )
     return False
