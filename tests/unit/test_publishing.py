@@ -329,4 +329,4 @@ def test_two_models_cannot_share_a_repository() -> None:
 def test_publishing_nothing_is_an_error(run: Run) -> None:
     done = run("publish.py")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: nothing to publish")
+    assert done.stderr.startswith("error: nothing to upload")

@@ -1,4 +1,4 @@
-"""All text of users and strangers is read by `io/text.py`, with its limits; the rest is listed."""
+"""All text from users and others is read by `io/text.py`, with its limits; the rest is listed."""
 
 import ast
 import re

@@ -30,8 +30,7 @@ def main() -> None:
     targets = [(*pair, True) for pair in args.private] + [(*pair, False) for pair in args.public]
     if not targets:
         raise errors.ConfigError(
-            "nothing to publish: set `publish: {repo: OWNER/NAME-MTP-GGUF}` "
-            "on a model under `build`"
+            "nothing to upload: set `publish: {repo: OWNER/NAME-MTP-GGUF}` on a model under `build`"
         )
     for folder, repo, private in targets:
         plan = upload.compare(Path(folder), repo)

@@ -1,6 +1,6 @@
 """Child processes that end with their caller and write to a log or into the error message.
 
-llama.cpp's programs get files of strangers: each is confined. It sees few variables of our
+llama.cpp's programs get untrusted files: each is confined. It sees few variables of our
 environment, has no network, and its memory, its output and its silence have limits.
 """
 
