@@ -41,7 +41,7 @@ ALLOWED = {
     "mtpforge/io/ranges.py: os.open": BINARY,
     "mtpforge/io/ranges.py: path.open": BINARY,
     "mtpforge/io/ranges.py: piece.path.open": BINARY,
-    "mtpforge/io/storage.py: Path(...).read_text": OF_THE_SYSTEM,
+    "mtpforge/io/storage.py: _MOUNTS.read_text": OF_THE_SYSTEM,
     "mtpforge/io/temporary.py: os.open": BINARY,
     "mtpforge/llama_cpp/compilation.py: log.read_text": OF_A_PROGRAM,
     "mtpforge/llama_cpp/compilation.py: tarfile.open": "an archive whose sha256 is pinned",
