@@ -14,13 +14,15 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 import json
 import shutil
 import signal
-from dataclasses import asdict
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from mtpforge import cli, prompts, table
-from mtpforge.errors import ConfigError, ForgeError
+from mtpforge.errors import ConfigError, ForgeError, ToolchainError
 from mtpforge.forecast import files
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.machine import calibrated, network_rate
@@ -28,10 +30,11 @@ from mtpforge.forecast.reruns import Reruns, asking
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.llama_cpp.toolchain import cache_root
+from mtpforge.llama_cpp.toolchain import cache_root, cached
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model, read_file
 
+REQUIREMENT = Path("envs/llama.cpp.txt")
 _PATIENCE = 30
 """Seconds for the first line of `make`, which must not wait for a network that is down."""
 
@@ -53,8 +56,9 @@ def main() -> None:
     if args.totals:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(_PATIENCE)
-    llama = programs.from_options(args)
-    plan = Plan(args.config, _chosen(args.config, args.models), llama)
+    build = Build(read_file(args.config))
+    llama = _programs(args, build)
+    plan = Plan(args.config, _chosen(args.config, args.models, build), llama)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
         print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
@@ -175,8 +179,20 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _chosen(path: Path, names: list[str]) -> list[Model]:
-    build = Build(read_file(path))
+def _programs(args: Namespace, build: Build) -> LlamaCpp:
+    """The programs that the build will use, from where they are before it links them."""
+    llama = programs.from_options(args)
+    if args.bin != programs.DEFAULT_FOLDER or files.is_exact(llama):
+        return llama
+    bin_dir = build.config.toolchain.llama_cpp.bin_dir
+    with suppress(ToolchainError):  # no compiler, which the build will say
+        entry = None if bin_dir else cached(REQUIREMENT)
+        folder = entry / "bin" if entry else Path(bin_dir or args.bin).expanduser()
+        return replace(llama, folder=folder)
+    return llama
+
+
+def _chosen(path: Path, names: list[str], build: Build) -> list[Model]:
     if unknown := [name for name in names if name not in build.config.models]:
         known = ", ".join(build.config.models)
         raise ConfigError(f"{path}: there is no model {unknown[0]!r}: models has {known}")

@@ -55,6 +55,12 @@ def cache_root() -> Path:
     return cache.absolute() / "mtpforge" / "llama.cpp"
 
 
+def cached(requirement: Path) -> Path | None:
+    """The cache entry of the pinned llama.cpp, if it is built. Raises ToolchainError."""
+    entry = cache_root() / Recipe(read_pin(requirement).sha256, compiler(), machine()).key()
+    return entry if is_whole(entry) else None
+
+
 def built(requirement: Path, jobs: int) -> Path:
     """The cache entry of the pinned llama.cpp, built if it is missing. Raises ToolchainError.
 
