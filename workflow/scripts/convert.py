@@ -26,6 +26,25 @@ PART = (
 
 def main() -> None:
     """Parse the command line and convert."""
+    args = _parser().parse_args()
+    atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
+    journal = _journal(args) if args.resume else None  # before the checkpoint is read
+    checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
+    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
+    writing = split.Writing(args.split, journal)
+    if args.head_from:
+        donor = Checkpoint(args.head_from, norms=args.norms, recorded=args.head_recorded)
+        note = donor_head.convert(checkpoint, donor, args.out, **options, writing=writing)
+    else:
+        note = convert_checkpoint(checkpoint, args.out, **options, writing=writing)
+    if args.digests:
+        made = split.read(first_file(args.out))
+        written = journal.digests if journal else {}
+        atomic.write_json(args.digests, split.digests_of(made, args.threads, written))
+    print(table.size_of(args.out) + (note and f"; {note}"))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "checkpoint",
@@ -73,22 +92,7 @@ def main() -> None:
         help="go on with what a killed run of the same command has written; DIGEST stands for the "
         "program, and must be the same",
     )
-    args = parser.parse_args()
-    atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
-    journal = _journal(args) if args.resume else None  # before the checkpoint is read
-    checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
-    options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
-    writing = split.Writing(args.split, journal)
-    if args.head_from:
-        donor = Checkpoint(args.head_from, norms=args.norms, recorded=args.head_recorded)
-        note = donor_head.convert(checkpoint, donor, args.out, **options, writing=writing)
-    else:
-        note = convert_checkpoint(checkpoint, args.out, **options, writing=writing)
-    if args.digests:
-        made = split.read(first_file(args.out))
-        written = journal.digests if journal else {}
-        atomic.write_json(args.digests, split.digests_of(made, args.threads, written))
-    print(table.size_of(args.out) + (note and f"; {note}"))
+    return parser
 
 
 def _journal(args: argparse.Namespace) -> Journal:
