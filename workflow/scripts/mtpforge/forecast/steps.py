@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtpforge.checkpoint.checkpoint import Outline
+from mtpforge.errors import ToolchainError
 from mtpforge.forecast import files
 from mtpforge.forecast.machine import Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
-from mtpforge.llama_cpp import memory, process
+from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.speed import N_PREDICT
 from mtpforge.quantize.imatrix import CHUNK
@@ -296,7 +297,7 @@ class ModelForecast:
         if text and self.model.has_unquantized(variant):
             self._logits(text)
         step = Step("measure", output.stem, output.measurement)
-        runs = self._fits(size) or process.has_gpu()
+        runs = self._fits(size)
         self._add(self._run(step, size, tokens, text=text, servers=servers) if runs else step)
 
     def _logits(self, tokens: int) -> None:
@@ -314,7 +315,9 @@ class ModelForecast:
 
     def _fits(self, size: int) -> bool:
         """Whether a file is run: BF16 files and measurements may be left out."""
-        return size <= self._machine.memory
+        with suppress(ToolchainError):  # before the programs are built, GPUs are not known
+            return size <= memory.room(size, self._machine.memory, self._llama)
+        return False
 
     def _run(self, step: Step, size: int, tokens: int = 0, text: int = 0, servers: int = 0) -> Step:
         """A job in which llama.cpp runs a file of this size: `tokens` one by one, then a text."""

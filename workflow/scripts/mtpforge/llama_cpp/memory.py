@@ -39,12 +39,18 @@ def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
     """
     shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
     size = sum(shard.stat().st_size for shard in shards if shard.exists())
-    memory = usable()
-    if size > memory and process.has_gpu():
-        memory += llama.gpu_memory()
+    memory = room(size, usable(), llama)
     if size <= memory:
         return None
     return f"{table.size(size)} do not fit into {table.size(memory)} of memory"
+
+
+def room(size: int, memory: int, llama: LlamaCpp) -> int:
+    """Bytes for running files of `size`: `memory`, and if they exceed it, that of GPUs too.
+
+    Raises ToolchainError.
+    """
+    return memory + llama.gpu_memory() if size > memory and process.has_gpu() else memory
 
 
 def _cgroup_limits() -> Iterator[int]:
