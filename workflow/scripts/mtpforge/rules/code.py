@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2]
+BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
+"""The parts of a module that can hold an import."""
 
 
 def code(program: str) -> list[str]:
@@ -65,7 +67,7 @@ def _imports(path: Path) -> list[Path]:
 
 
 def _imported(path: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -75,12 +77,24 @@ def _imported(path: Path) -> Iterator[Path]:
         else:
             continue
         for name in names:
-            yield from _files(name.split("."))
+            yield from _files(name)
 
 
-def _files(parts: list[str]) -> Iterator[Path]:
-    for depth in range(1, len(parts) + 1):
-        module = SCRIPTS.joinpath(*parts[:depth])
-        for path in (module.with_suffix(".py"), module / "__init__.py"):
-            if path.is_file():
-                yield path
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """All statements of a module, at any depth. Expressions are most of it, and import nothing."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        children = ast.iter_child_nodes(node)
+        pending += (child for child in children if isinstance(child, BLOCKS))
+
+
+@cache
+def _files(name: str) -> tuple[Path, ...]:
+    """The files that `import name` reads, its packages included; none if it is not local."""
+    package, _, _ = name.rpartition(".")
+    module = SCRIPTS.joinpath(*name.split("."))
+    paths = (module.with_suffix(".py"), module / "__init__.py")
+    above = _files(package) if package else ()
+    return (*above, *(path for path in paths if path.is_file()))
