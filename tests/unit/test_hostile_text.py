@@ -17,7 +17,7 @@ from huggingface_hub import close_session, constants
 from mtpforge.errors import DownloadError
 from mtpforge.hub import answers, remote, resolve, retry
 from mtpforge.hub.listing import File
-from mtpforge.hub.remote import RemoteFile
+from mtpforge.hub.ranged_reads import RemoteFile
 from mtpforge.hub.retry import UnusableAnswer
 
 SECONDS = 5.0

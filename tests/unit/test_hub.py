@@ -24,7 +24,7 @@ from hub import COMMIT, Fault, Hub, serve
 from layouts import Tensors, four_bit, read_shard, read_tensors, write_checkpoint, write_shard
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.errors import DownloadError
-from mtpforge.hub import remote
+from mtpforge.hub import ranged_reads
 from mtpforge.hub.listing import Listing
 from mtpforge.rules.build import Build
 from sparse import write_35b, write_sparse_shard
@@ -323,11 +323,11 @@ def test_a_redirect_from_a_mirror_does_not_get_the_token(
         )
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(remote.constants, "ENDPOINT", "https://mirror.example")
+    monkeypatch.setattr(ranged_reads.constants, "ENDPOINT", "https://mirror.example")
     monkeypatch.setattr(
-        remote, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer))
+        ranged_reads, "get_session", lambda: httpx2.Client(transport=httpx2.MockTransport(answer))
     )
-    assert remote._metadata("https://mirror.example/Owner/x") == (
+    assert ranged_reads._metadata("https://mirror.example/Owner/x") == (
         "https://huggingface.co/Owner/x",
         digest,
         None,
@@ -335,13 +335,13 @@ def test_a_redirect_from_a_mirror_does_not_get_the_token(
     assert [(request.url.host, "authorization" in request.headers) for request in asked] == [
         ("mirror.example", True)
     ]
-    assert "authorization" not in remote._headers("https://huggingface.co/Owner/x")
+    assert "authorization" not in ranged_reads._headers("https://huggingface.co/Owner/x")
 
 
 def test_a_malformed_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_\u00fc")
     with pytest.raises(DownloadError, match="invalid characters"):
-        remote._headers(f"{remote.constants.ENDPOINT}/x")
+        ranged_reads._headers(f"{ranged_reads.constants.ENDPOINT}/x")
 
 
 def test_add_prints_a_valid_configuration_entry(

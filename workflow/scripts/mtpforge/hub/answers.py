@@ -1,6 +1,6 @@
 """Bounds answers of the Hub's API: their size, their time, and what is in their JSON.
 
-Files are not bounded here: `remote` and `download` know their sizes.
+Files are not bounded here: `ranged_reads` and `download` know their sizes.
 """
 
 import time

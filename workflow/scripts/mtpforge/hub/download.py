@@ -20,7 +20,7 @@ from mtpforge.errors import DownloadError, GgufError
 from mtpforge.gguf import reader
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing
-from mtpforge.hub.remote import RemoteFile
+from mtpforge.hub.ranged_reads import RemoteFile
 from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, storage, text
 from mtpforge.io.ranges import CHUNK, FileRange, digest_of, sha256

@@ -41,7 +41,7 @@ class Journal:
         self._origin |= origin
 
     def start(self, temporary: Path) -> bool:
-        """Read what an earlier run left, once `temporary` is locked; whether that is anything."""
+        """Load what an earlier run left, once `temporary` is locked; False if nothing."""
         if self._active is None:
             self._active = temporary.resolve() == self._temporary
             self.digests = self._read() if self._active else {}

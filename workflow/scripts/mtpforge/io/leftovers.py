@@ -1,4 +1,4 @@
-"""Files that only a killed run needs: temporary ones of `io.atomic`, and pieces that none wants."""
+"""What killed runs left: temporary files of `io.atomic`, and pieces that no plan needs any more."""
 
 import fcntl
 import os
@@ -23,10 +23,10 @@ _PIECES = ("work/manifests/pieces", "work/manifests/quantized/*.gguf")
 
 
 def remove(*folders: Path, codes: Collection[str] = ()) -> list[Path]:
-    """Remove what killed jobs left in these folders, or in all where jobs write; what it was.
+    """Remove what killed jobs left in these folders, or in all where jobs write.
 
-    What the next run goes on with stays: downloads, and what programs with the digests `codes` have
-    a journal of.
+    Returns the removed paths. What the next run goes on with stays: downloads, and what programs
+    with the digests `codes` have a journal of.
     """
     left = list(find(*folders))  # before a journal is removed without its file
     found = [path for path in left if not (is_download(path) or journal.can_go_on(path, codes))]

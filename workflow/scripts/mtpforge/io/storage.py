@@ -70,7 +70,7 @@ def shareable(files: Iterable[tuple[Path, int]], path: Path) -> int:
 
 
 def room(path: Path) -> int | None:
-    """Bytes that `path` can have: those that are free, and those that it has. None if unknown."""
+    """How large `path` can be: free space plus what it already occupies. None if unknown."""
     about = os.statvfs(existing(path.parent))
     if not about.f_blocks:  # a file system that does not tell
         return None

@@ -111,7 +111,7 @@ def _try_to_claim(usual: Path, flags: int) -> int | None:
 
 
 def _lock(descriptor: int, usual: Path) -> bool:
-    """Whether it is locked now; not so without locks. Raises BlockingIOError."""
+    """Lock it; False if the file system has no locks. Raises BlockingIOError."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

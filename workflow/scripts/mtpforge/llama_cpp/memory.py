@@ -12,7 +12,7 @@ from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 
 EXTRA = 4 << 30
-"""Bytes that llama-server takes besides 1.3 times its file; 5 times the file if that is less."""
+"""Most bytes that llama-server needs besides 1.3 times its file; small files need less."""
 _LEAST = 1 << 29
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -34,7 +34,7 @@ def needed(size: int) -> int:
 def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
     """Why GGUFs, with all their shards, are not to be run here; None if they fit into the memory.
 
-    That of GPUs counts if `llama` uses them. Of a larger file, each token would read much from the
+    GPU memory counts if `llama` uses it. With a larger file, each token would read weights from
     disk again. Raises ToolchainError.
     """
     shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]

@@ -33,10 +33,10 @@ SECONDS = 120.0
 """For a small range, besides the time that `SLOWEST` takes."""
 SLOWEST = 10_000
 """Bytes per second."""
-LEAST_RATE = 1000
+STALL_RATE = 1000
 """Bytes per second of a large range, on average over a window. Slower is a failure to retry."""
-WINDOW = 600.0
-"""Seconds."""
+STALL_SECONDS = 600.0
+"""The window."""
 _SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 
 
@@ -188,20 +188,20 @@ class _Pace:
         self._window_start, self._in_window = time.monotonic(), 0
 
     def suffices(self, size: int) -> bool:
-        """Count a block; whether `LEAST_RATE` has been kept since the last window that kept it.
+        """Count a block; whether `STALL_RATE` has been kept since the last window that kept it.
 
         Raises UnusableAnswer after a window that has not.
         """
         now = time.monotonic()
         self._received += size
         self._in_window += size
-        if (passed := now - self._window_start) >= WINDOW:
-            if self._in_window < LEAST_RATE * passed:
+        if (passed := now - self._window_start) >= STALL_SECONDS:
+            if self._in_window < STALL_RATE * passed:
                 rate = self._in_window / passed
                 raise UnusableAnswer(f"only {rate:.0f} bytes per second for {passed / 60:.0f} min")
             self._start, self._received = now, 0
             self.answer()
-        return self._received >= LEAST_RATE * max(now - self._start, 1)
+        return self._received >= STALL_RATE * max(now - self._start, 1)
 
 
 class Metadata(NamedTuple):
