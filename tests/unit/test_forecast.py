@@ -15,10 +15,10 @@ from conftest import CHECKPOINTS, MODELS, SCRIPTS
 from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
-from mtpforge.forecast import files, reruns
+from mtpforge.forecast import planned_ggufs, reruns
+from mtpforge.forecast.calibration import Machine, calibrated, network_rate
 from mtpforge.forecast.downloads import Download
-from mtpforge.forecast.machine import Machine, calibrated, network_rate
-from mtpforge.forecast.programs import ProgramSpeed
+from mtpforge.forecast.program_speed import ProgramSpeed
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.gguf import reader
 from mtpforge.inject.inject import Options, inject
@@ -48,8 +48,8 @@ def bf16(name: str, folder: Path, part: str = "all") -> Path:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("part", ["all", "trunk", "head", "draft"])
 def test_a_conversion_has_the_forecast_size(tmp_path: Path, name: str, part: str) -> None:
-    planned = files.converted(Checkpoint(CHECKPOINTS / name), part, "qwen35")
-    assert files.size(planned) == bf16(name, tmp_path, part).stat().st_size
+    planned = planned_ggufs.converted(Checkpoint(CHECKPOINTS / name), part, "qwen35")
+    assert planned_ggufs.size(planned) == bf16(name, tmp_path, part).stat().st_size
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,9 +61,9 @@ def test_a_quant_has_the_forecast_size_and_types(
     request = QuantizeRequest(file_type, head=HEAD, recipe=(("ffn_down", "Q6_K"),))
     made = tmp_path / "made.gguf"
     quantize(bf16(name, tmp_path), made, request, llama)
-    source = files.converted(Checkpoint(CHECKPOINTS / name), "all", "qwen35")
-    planned = files.quantized(source, request, llama)
-    assert abs(files.size(planned) - made.stat().st_size) <= NEAR
+    source = planned_ggufs.converted(Checkpoint(CHECKPOINTS / name), "all", "qwen35")
+    planned = planned_ggufs.quantized(source, request, llama)
+    assert abs(planned_ggufs.size(planned) - made.stat().st_size) <= NEAR
     right = {name: info.type for name, info in reader.read(made).tensors.items()}
     assert {name: info.type for name, info in planned.tensors.items()} == right
 
@@ -74,29 +74,31 @@ def test_an_injected_file_has_the_forecast_size(tmp_path: Path, toolchain: Path)
     quantize(bf16(MODEL, tmp_path, "trunk"), base, QuantizeRequest("Q4_K_M"), llama)
     inject(base, bf16(MODEL, tmp_path, "head"), made, Options(head_types=HEAD), llama)
     checkpoint = Checkpoint(CHECKPOINTS / MODEL)
-    trunk = files.converted(checkpoint, "trunk", "qwen35")
-    planned_base = files.quantized(trunk, QuantizeRequest("Q4_K_M"), llama)
-    head = files.converted(checkpoint, "head")
-    planned = files.injected(planned_base, head, HEAD)
-    assert abs(files.size(planned) - made.stat().st_size) <= NEAR
+    trunk = planned_ggufs.converted(checkpoint, "trunk", "qwen35")
+    planned_base = planned_ggufs.quantized(trunk, QuantizeRequest("Q4_K_M"), llama)
+    head = planned_ggufs.converted(checkpoint, "head")
+    planned = planned_ggufs.injected(planned_base, head, HEAD)
+    assert abs(planned_ggufs.size(planned) - made.stat().st_size) <= NEAR
 
 
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K"])
 def test_without_llama_quantize_the_size_is_about_right(toolchain: Path, file_type: str) -> None:
-    source = files.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
+    source = planned_ggufs.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
     request = QuantizeRequest(file_type, head=HEAD)
     about, right = (
-        files.size(files.quantized(source, request, LlamaCpp(folder)))
+        planned_ggufs.size(planned_ggufs.quantized(source, request, LlamaCpp(folder)))
         for folder in (Path("none"), toolchain)
     )
     assert about == pytest.approx(right, rel=0.15)
 
 
 def test_an_importance_matrix_changes_the_types(toolchain: Path) -> None:
-    source = files.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
+    source = planned_ggufs.converted(Checkpoint(CHECKPOINTS / MODEL), "all", "qwen35")
     llama = LlamaCpp(toolchain)
     sizes = [
-        files.size(files.quantized(source, QuantizeRequest("IQ3_XXS"), llama, covered))
+        planned_ggufs.size(
+            planned_ggufs.quantized(source, QuantizeRequest("IQ3_XXS"), llama, covered)
+        )
         for covered in (False, True)
     ]
     assert sizes[0] > sizes[1]

@@ -23,9 +23,9 @@ from typing import Any
 from huggingface_hub import constants
 from mtpforge import cli, prompts, table
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
-from mtpforge.forecast import files
+from mtpforge.forecast import planned_ggufs
+from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.downloads import Downloads
-from mtpforge.forecast.machine import calibrated, network_rate
 from mtpforge.forecast.reruns import Reruns, asking
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.llama_cpp import programs
@@ -65,7 +65,7 @@ def main() -> None:
         return
     if not args.totals:
         print(*map(as_table, plan.forecasts), sep="\n")
-    print(*plan.notes, in_words(plan.totals(), exact=files.is_exact(llama)), sep="\n")
+    print(*plan.notes, in_words(plan.totals(), exact=planned_ggufs.is_exact(llama)), sep="\n")
 
 
 class Plan:
@@ -182,7 +182,7 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
 def _programs(args: Namespace, build: Build) -> LlamaCpp:
     """The programs that the build will use, from where they are before it links them."""
     llama = programs.from_options(args)
-    if args.bin != programs.DEFAULT_FOLDER or files.is_exact(llama):
+    if args.bin != programs.DEFAULT_FOLDER or planned_ggufs.is_exact(llama):
         return llama
     bin_dir = build.config.toolchain.llama_cpp.bin_dir
     with suppress(ToolchainError):  # no compiler, which the build will say

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.errors import ToolchainError
-from mtpforge.forecast import files
-from mtpforge.forecast.machine import Machine
+from mtpforge.forecast import planned_ggufs
+from mtpforge.forecast.calibration import Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf
@@ -161,10 +161,10 @@ class ModelForecast:
     def _add_sidecar(self, file_type: str) -> None:
         self._convert("draft")
         request = QuantizeRequest(file_type, head=head_recipe(file_type))
-        made = files.quantized(self._part("draft"), request, self._llama)
+        made = planned_ggufs.quantized(self._part("draft"), request, self._llama)
         self._quantize("draft", file_type, self._part("draft"), made, pieces=1)
         output = layout.sidecar(self.model, file_type)
-        size = files.size(made)
+        size = planned_ggufs.size(made)
         self.files.append(PlannedFile(output.stem, size, size))
         step = Step("verify", output.stem, output.report)
         tokens = self._prompts * (N_PREDICT + EQUAL)
@@ -174,7 +174,7 @@ class ModelForecast:
         """A part of the checkpoint as a BF16 GGUF, whether it is converted or not."""
         if part not in self._parts:
             pre = self.model.tokenizer_pre
-            self._parts[part] = files.converted(self._outline, part, pre)
+            self._parts[part] = planned_ggufs.converted(self._outline, part, pre)
         return self._parts[part]
 
     def _head_bytes(self, variant: Variant) -> int:
@@ -186,13 +186,13 @@ class ModelForecast:
     # ── steps ──
 
     def _convert(self, part: str) -> int:
-        size = files.size(self._part(part))
+        size = planned_ggufs.size(self._part(part))
         self._add_conversion(part, layout.unquantized(self.model, part).file, size)
         return size
 
     def _convert_head(self, variant: Variant) -> None:
         """The head that is injected, which can be another checkpoint's."""
-        size = files.size(self._part("head"))
+        size = planned_ggufs.size(self._part("head"))
         if donor := self.model.donor(variant):
             name = f"donor-{layout.donor_name(donor)}"
             self._add_conversion(name, layout.donated(self.model.key, donor).file, size)
@@ -213,16 +213,16 @@ class ModelForecast:
             variant.file_type, head=_head_recipe(variant), recipe=tuple(variant.recipe.items())
         )
         covered = variant.imatrix is not None
-        made = files.quantized(source, request, self._llama, covered)
+        made = planned_ggufs.quantized(source, request, self._llama, covered)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
         self._quantize("quantized", variant.name, source, made, pieces=pieces)
-        return files.size(made), pieces
+        return planned_ggufs.size(made), pieces
 
     def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
-        size = files.size(made)
+        size = planned_ggufs.size(made)
         largest = max(info.size for info in source.tensors.values())
-        copied = min(max(RUN_BYTES, largest), files.largest_piece(source, made, pieces))
-        cpu_seconds = files.quantize_seconds(source, made) * self._machine.programs.quantize
+        copied = min(max(RUN_BYTES, largest), planned_ggufs.largest_piece(source, made, pieces))
+        cpu_seconds = planned_ggufs.quantize_seconds(source, made) * self._machine.programs.quantize
         self._add(
             Step(
                 "quantize",
@@ -237,7 +237,7 @@ class ModelForecast:
         )
 
     def _default_pieces(self, source: Gguf, made: Gguf) -> int:
-        seconds = files.quantize_seconds(source, made) / self._machine.threads
+        seconds = planned_ggufs.quantize_seconds(source, made) / self._machine.threads
         return max(1, round(seconds / PIECE_SECONDS))
 
     def _inject(self, variant: Variant) -> int:
@@ -255,15 +255,17 @@ class ModelForecast:
         """The bytes of a base that is quantized here, with the head."""
         self._convert("trunk")
         trunk = self._part("trunk")
-        base = files.quantized(trunk, QuantizeRequest(file_type), self._llama)
+        base = planned_ggufs.quantized(trunk, QuantizeRequest(file_type), self._llama)
         self._quantize("trunk", file_type, trunk, base, pieces=1)
-        return files.size(files.injected(base, self._part("head"), _head_recipe(variant)))
+        return planned_ggufs.size(
+            planned_ggufs.injected(base, self._part("head"), _head_recipe(variant))
+        )
 
     def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
         path = layout.imatrix(self.model.key, matrix.text)
         tokens = Path(matrix.text).stat().st_size // 4
         step = Step("imatrix", Path(path).stem, path)
-        self._add(self._run(step, files.size(source), text=tokens))
+        self._add(self._run(step, planned_ggufs.size(source), text=tokens))
 
     def _verify(self, variant: Variant, size: int) -> None:
         output = layout.output(self.model, variant.name)
@@ -275,7 +277,7 @@ class ModelForecast:
         quantized = variant.foreign or variant.file_type not in quant_types.UNQUANTIZED
         if quantized or self._fits(size):
             run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
-        compared = files.size(self._part(variant.part)) * _VERIFY / self._machine.threads
+        compared = planned_ggufs.size(self._part(variant.part)) * _VERIFY / self._machine.threads
         linked = variant.converted and self.model.conversion_split(variant.part)
         copy = size if output.split and not linked else 0
         seconds = run.seconds + compared + copy / self._machine.disk
@@ -321,7 +323,7 @@ class ModelForecast:
 
     def _run(self, step: Step, size: int, tokens: int = 0, text: int = 0, servers: int = 0) -> Step:
         """A job in which llama.cpp runs a file of this size: `tokens` one by one, then a text."""
-        read = size * files.share_per_token(self._part("trunk")) / self._machine.bandwidth
+        read = size * planned_ggufs.share_per_token(self._part("trunk")) / self._machine.bandwidth
         speed = self._machine.programs
         one = max(speed.token, read)
         batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtpforge.convert import native
 from mtpforge.errors import ToolchainError
-from mtpforge.forecast import files
+from mtpforge.forecast import planned_ggufs
 from mtpforge.gguf import reader
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import serve
@@ -65,5 +65,5 @@ def _quantizing(source: Path, llama: LlamaCpp) -> float:
     said = re.search(r"quantize time = +([\d.]+) ms", log.read_text(encoding="utf-8"))
     if not said:
         raise ToolchainError("llama-quantize does not say how long it took")
-    known = files.quantize_seconds(reader.read(source), reader.read(made))
+    known = planned_ggufs.quantize_seconds(reader.read(source), reader.read(made))
     return float(said[1]) / 1000 / (known / llama.processors)

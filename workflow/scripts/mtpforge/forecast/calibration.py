@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mtpforge.errors import ForgeError
-from mtpforge.forecast.programs import ProgramSpeed, measured
+from mtpforge.forecast.program_speed import ProgramSpeed, measured
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
