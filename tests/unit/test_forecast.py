@@ -16,9 +16,9 @@ from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.forecast import planned_ggufs, reruns
-from mtpforge.forecast.calibration import Machine, calibrated, network_rate
+from mtpforge.forecast.calibration import calibrated, network_rate
+from mtpforge.forecast.costs import Machine, ProgramSpeed
 from mtpforge.forecast.downloads import Download
-from mtpforge.forecast.program_speed import ProgramSpeed
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.gguf import reader
 from mtpforge.inject.inject import Options, inject

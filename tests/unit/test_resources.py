@@ -1,6 +1,7 @@
 """Resources: every rule asks for threads, memory, disk and time that fit what it does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 import hostile_text
 import pytest
 from conftest import CHECKPOINTS, ROOT
+from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.safetensors import CheckpointTensor
+from mtpforge.forecast.costs import Machine
+from mtpforge.forecast.steps import ModelForecast
 from mtpforge.hub.listing import File, Listing
 from mtpforge.llama_cpp import memory
-from mtpforge.llama_cpp.programs import processors
+from mtpforge.llama_cpp.programs import LlamaCpp, processors
 from mtpforge.rules import resources
 from mtpforge.rules.build import Build
 from mtpforge.rules.resources import UNKNOWN, Needs
 from repository import Repository
+from sparse import write_35b
 
 REVISION = "0123456789" * 4
 RUNS_LLAMA = {
@@ -165,6 +170,42 @@ def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.Monkey
     found = Build({"models": models}).needs.convert(wildcards()).disk
     assert found == sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
     assert found > 1e6
+
+
+def test_jobs_ask_for_more_than_is_forecast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_35b(tmp_path / "35b")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "tiny-qwen3.5" / name, tmp_path / "35b" / name)
+    model = {
+        "source": {"path": "35b"},
+        "tokenizer_pre": "qwen35",
+        "prompts": str(ROOT / "workflow/prompts"),
+        "measure": {"n_max": [1], "text": str(CHECKPOINTS / "held-out.txt")},
+        "variants": {"BF16": {}, "Q4_K_M": {"pieces": 2}, "own": {"base": {"type": "Q8_0"}}},
+        "sidecar": "Q8_0",
+    }
+    build = Build({"models": {"large": model}})
+    steps = ModelForecast(
+        build.config.models["large"],
+        Checkpoint(tmp_path / "35b"),
+        LlamaCpp(Path("none")),
+        machine=Machine(threads=processors(), memory=200 << 30, disk=1e9, bandwidth=1e10),
+        prompts=3,
+        base_size=lambda _: 0,
+    ).steps
+    stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
+    assert {step.stage for step in steps} == stages
+    for step in steps:
+        variant = step.name.removeprefix("35b-")
+        kind = Path(step.path).parent.name
+        job = wildcards(part=step.name, name=step.name, kind=kind, variant=variant)
+        rule = "verify_beside" if variant.startswith("mtp-") else step.stage
+        asked = getattr(build.needs, rule)(job)
+        assert asked.memory > step.memory and asked.seconds > step.reckoned - 1, step
+        assert 1.01 * asked.disk >= step.kept + step.scratch, step
 
 
 @pytest.mark.parametrize(("memory", "most"), [("16G", 16_000), ("900M", 900), ("9999G", 9_999_000)])

@@ -8,6 +8,11 @@ from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 
+N_PREDICT = 200
+"""Tokens generated from each prompt to measure acceptance and speed."""
+EQUAL = 100
+"""Tokens of each prompt that must be the same without drafting."""
+
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Add --prompts."""

@@ -9,14 +9,15 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtpforge.errors import ForgeError
-from mtpforge.forecast.program_speed import ProgramSpeed, measured
+from mtpforge.forecast.costs import Machine, ProgramSpeed
+from mtpforge.forecast.program_speed import measured
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -27,21 +28,6 @@ _READ = 1 << 27
 """Bytes that each thread reads to measure the memory."""
 _ROUNDS = 3
 """Measurements, of which the best counts: other programs may be running."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Threads, bytes of memory, and bytes a second: written to the disk, and read from memory.
-
-    `start` is the time until a program of mtpforge has started.
-    """
-
-    threads: int
-    memory: int
-    disk: float
-    bandwidth: float
-    start: float = 0.4
-    programs: ProgramSpeed = field(default_factory=ProgramSpeed)
 
 
 def calibrated(folder: Path, cache: Path, llama: LlamaCpp) -> Machine:

@@ -145,12 +145,7 @@ def _estimated_types(source: Gguf, request: QuantizeRequest) -> Types:
     overrides = plan_overrides(source, request.file_type, head=request.head, recipe=())
     of_head = dict(overrides)
     of_trunk = by_recipe(source.tensors, request.recipe)
-    usual = next(
-        kind
-        for end in range(len(request.file_type), 0, -1)
-        for kind in quant_types.TENSOR_TYPES
-        if kind.startswith(request.file_type[:end])
-    )
+    usual = quant_types.main_type(request.file_type)
     types = {}
     for name, info in source.tensors.items():
         default = "Q6_K" if name in quant_types.EMBEDDINGS and usual != "Q8_0" else usual

@@ -3,12 +3,13 @@
 import re
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mtpforge.convert import native
 from mtpforge.errors import ToolchainError
 from mtpforge.forecast import planned_ggufs
+from mtpforge.forecast.costs import ProgramSpeed
 from mtpforge.gguf import reader
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import serve
@@ -18,19 +19,6 @@ _TYPE = "IQ4_XS"
 _TOKENS = 100
 _ROUNDS = 3
 """Requests, of which the fastest counts: other programs may be running."""
-
-
-@dataclass(frozen=True)
-class ProgramSpeed:
-    """The default is what two virtual x86-64 cores took.
-
-    `server`: seconds to start and end llama-server, besides reading the weights; `token`: seconds
-    that a token takes at least; `quantize`: times the known cost of types.
-    """
-
-    server: float = 0.25
-    token: float = 0.6e-3
-    quantize: float = 1.0
 
 
 def measured(llama: LlamaCpp) -> ProgramSpeed:

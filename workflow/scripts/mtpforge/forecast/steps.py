@@ -8,16 +8,14 @@ from pathlib import Path
 
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.errors import ToolchainError
-from mtpforge.forecast import planned_ggufs
-from mtpforge.forecast.calibration import Machine
+from mtpforge.forecast import costs, planned_ggufs
+from mtpforge.forecast.costs import Cost, Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.measure.speed import N_PREDICT
-from mtpforge.quantize.imatrix import CHUNK
 from mtpforge.quantize.job import RUN_BYTES
 from mtpforge.quantize.piece_count import PIECE_SECONDS
 from mtpforge.quantize.recipe import Recipe, head_recipe
@@ -25,15 +23,6 @@ from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
-from mtpforge.verify.running import EQUAL
-
-# Measured on two virtual x86-64 cores: see docs/sizing.md.
-_BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
-_BATCH_TOKEN = 16  # how much less each takes at least
-_CONVERT = 1.3  # times the time to write the result
-_VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
-_CONVERT_MEMORY = 330 << 20
-_QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
 
 
 @dataclass(frozen=True)
@@ -166,9 +155,9 @@ class ModelForecast:
         output = layout.sidecar(self.model, file_type)
         size = planned_ggufs.size(made)
         self.files.append(PlannedFile(output.stem, size, size))
-        step = Step("verify", output.stem, output.report)
-        tokens = self._prompts * (N_PREDICT + EQUAL)
-        self._add(self._run(step, self._convert("all"), tokens, servers=2))
+        step = Step("verify", output.stem, output.report, servers=2)
+        tokens = costs.verify_tokens(self._prompts)
+        self._add(step, self._run(self._convert("all"), tokens, servers=2))
 
     def _part(self, part: str) -> Gguf:
         """A part of the checkpoint as a BF16 GGUF, whether it is converted or not."""
@@ -200,8 +189,7 @@ class ModelForecast:
             self._convert("head")
 
     def _add_conversion(self, name: str, path: str, size: int) -> None:
-        seconds = _CONVERT * size / self._machine.disk
-        self._add(Step("convert", name, path, kept=size, memory=_CONVERT_MEMORY, seconds=seconds))
+        self._add(Step("convert", name, path), costs.convert(size, self._machine))
 
     def _quantize_variant(self, variant: Variant) -> tuple[int, int]:
         """The bytes of the result, and the number of pieces."""
@@ -222,19 +210,16 @@ class ModelForecast:
         size = planned_ggufs.size(made)
         largest = max(info.size for info in source.tensors.values())
         copied = min(max(RUN_BYTES, largest), planned_ggufs.largest_piece(source, made, pieces))
-        cpu_seconds = planned_ggufs.quantize_seconds(source, made) * self._machine.programs.quantize
-        self._add(
-            Step(
-                "quantize",
-                name,
-                layout.quantized(self.model.key, kind, name).file,
-                kept=size,
-                scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
-                memory=largest + _QUANTIZE_MEMORY,
-                seconds=cpu_seconds / self._machine.threads + size / self._machine.disk,
-                pieces=pieces,
-            )
+        path = layout.quantized(self.model.key, kind, name).file
+        cost = costs.quantize(
+            planned_ggufs.size(source),
+            size,
+            self._machine,
+            cpu_seconds=planned_ggufs.quantize_seconds(source, made),
+            largest=largest,
+            scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
         )
+        self._add(Step("quantize", name, path, pieces=pieces), cost)
 
     def _default_pieces(self, source: Gguf, made: Gguf) -> int:
         seconds = planned_ggufs.quantize_seconds(source, made) / self._machine.threads
@@ -248,7 +233,7 @@ class ModelForecast:
             assert variant.base is not None
             size = self._base_size(variant.base) + self._head_bytes(variant)
         path = layout.injected(self.model.key, variant.name).file
-        self._add(Step("inject", variant.name, path, kept=size, seconds=size / self._machine.disk))
+        self._add(Step("inject", variant.name, path), costs.copy(size, self._machine))
         return size
 
     def _inject_into_own(self, variant: Variant, file_type: str) -> int:
@@ -263,44 +248,46 @@ class ModelForecast:
 
     def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
         path = layout.imatrix(self.model.key, matrix.text)
-        tokens = Path(matrix.text).stat().st_size // 4
+        tokens = costs.text_tokens(Path(matrix.text).stat().st_size)
         step = Step("imatrix", Path(path).stem, path)
-        self._add(self._run(step, planned_ggufs.size(source), text=tokens))
+        self._add(step, self._run(planned_ggufs.size(source), text=tokens))
 
     def _verify(self, variant: Variant, size: int) -> None:
         output = layout.output(self.model, variant.name)
         own = variant.head_types and not (variant.foreign or variant.head_from)
         if own and not variant.unquantized and self.model.max_acceptance_drop < 1:
             self._acceptance()
-        step = Step("verify", output.stem, output.report)
-        run = step
         quantized = variant.foreign or variant.file_type not in quant_types.UNQUANTIZED
-        if quantized or self._fits(size):
-            run = self._run(step, size, self._prompts * (N_PREDICT + EQUAL), servers=2)
-        compared = planned_ggufs.size(self._part(variant.part)) * _VERIFY / self._machine.threads
+        servers = 2 if quantized or self._fits(size) else 0
+        cost = costs.compare(planned_ggufs.size(self._part(variant.part)), self._machine)
+        if servers:
+            cost += self._run(size, costs.verify_tokens(self._prompts), servers=servers)
         linked = variant.converted and self.model.conversion_split(variant.part)
-        copy = size if output.split and not linked else 0
-        seconds = run.seconds + compared + copy / self._machine.disk
-        self._add(replace(run, kept=copy, seconds=seconds))
+        if output.split and not linked:
+            cost += costs.copy(size, self._machine)
+        self._add(Step("verify", output.stem, output.report, servers=servers), cost)
 
     def _acceptance(self) -> None:
         size = self._convert("all")
         if self._fits(size):
-            step = Step("acceptance", "BF16", layout.acceptance(self.model.key))
-            self._add(self._run(step, size, self._prompts * N_PREDICT, servers=1))
+            step = Step("acceptance", "BF16", layout.acceptance(self.model.key), servers=1)
+            self._add(step, self._run(size, costs.acceptance_tokens(self._prompts)))
 
     def _measure(self, variant: Variant, size: int) -> None:
         settings = self.model.measure
         assert settings is not None
         output = layout.output(self.model, variant.name)
-        servers = self._prompts * (len(settings.n_max) + 1)
-        tokens = servers * (settings.repeats + 1) * N_PREDICT
-        text = settings.chunks * CHUNK if settings.text else 0
+        text = settings.chunks * costs.CHUNK if settings.text else 0
         if text and self.model.has_unquantized(variant):
             self._logits(text)
         step = Step("measure", output.stem, output.measurement)
-        runs = self._fits(size)
-        self._add(self._run(step, size, tokens, text=text, servers=servers) if runs else step)
+        if not self._fits(size):
+            self._add(step, Cost())
+            return
+        servers = costs.measure_servers(self._prompts, len(settings.n_max))
+        tokens = costs.measure_tokens(servers, settings.repeats)
+        run = self._run(size, tokens, text=text, servers=servers)
+        self._add(replace(step, servers=servers), run)
 
     def _logits(self, tokens: int) -> None:
         path = layout.reference_logits(self.model.key)
@@ -308,12 +295,11 @@ class ModelForecast:
         step = Step("logits", "BF16", path)
         size = self._convert(self.model.part)
         if not self._fits(size):
-            self._add(step)
+            self._add(step, Cost())
             return
-        run = self._run(step, size, text=tokens)
         vocabulary = whole.tensors["token_embd.weight"].shape[0]
-        kept = tokens // 2 * (vocabulary + 4) * 2  # llama-perplexity keeps half, in 16 bits
-        self._add(replace(run, kept=kept))
+        kept = costs.logits_size(tokens, vocabulary)
+        self._add(step, self._run(size, text=tokens) + Cost(kept=kept))
 
     def _fits(self, size: int) -> bool:
         """Whether a file is run: BF16 files and measurements may be left out."""
@@ -321,25 +307,18 @@ class ModelForecast:
             return size <= memory.room(size, self._machine.memory, self._llama)
         return False
 
-    def _run(self, step: Step, size: int, tokens: int = 0, text: int = 0, servers: int = 0) -> Step:
-        """A job in which llama.cpp runs a file of this size: `tokens` one by one, then a text."""
-        read = size * planned_ggufs.share_per_token(self._part("trunk")) / self._machine.bandwidth
-        speed = self._machine.programs
-        one = max(speed.token, read)
-        batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
-        return replace(
-            step,
-            memory=memory.needed(size),
-            seconds=tokens * one + text * batched + max(1, servers) * speed.server,
-            servers=servers,
-        )
+    def _run(self, size: int, tokens: int = 0, text: int = 0, servers: int = 1) -> Cost:
+        """Running a file of this size in llama.cpp: `tokens` one by one, then a text."""
+        share = planned_ggufs.share_per_token(self._part("trunk"))
+        return costs.run(size, self._machine, tokens, text=text, servers=servers, share=share)
 
-    def _add(self, step: Step) -> None:
+    def _add(self, step: Step, cost: Cost) -> None:
         if all(step.path != other.path for other in self.steps):
-            reckoned = step.seconds + self._machine.start
+            reckoned = cost.seconds + self._machine.start
             seconds = self._earlier(step) or reckoned
             why = None if Path(step.path).exists() else step.why
-            self.steps.append(replace(step, seconds=seconds, reckoned=reckoned, why=why))
+            found = {**vars(cost), "seconds": seconds, "reckoned": reckoned, "why": why}
+            self.steps.append(replace(step, **found))
 
     def _earlier(self, step: Step) -> float | None:
         """The seconds that the same job, with its pieces, took the last time."""

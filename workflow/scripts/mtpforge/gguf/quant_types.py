@@ -6,6 +6,7 @@ A new type needs a row in each table: its number or position, its error and its 
 import difflib
 import re
 from collections.abc import Iterable
+from functools import cache
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -121,6 +122,17 @@ class UnknownType(int):
     def name(self) -> str:
         """The type's name, or its number if it is none of ik_llama.cpp or a newer llama.cpp."""
         return _OTHER_NAMES.get(int(self), f"type {int(self)}")
+
+
+@cache
+def main_type(file_type: str) -> str:
+    """The type that most tensors of a file type have: Q4_K of Q4_K_M."""
+    return next(
+        kind
+        for end in range(len(file_type), 0, -1)
+        for kind in TENSOR_TYPES
+        if kind.startswith(file_type[:end])
+    )
 
 
 def bits(name: str) -> float:

@@ -33,9 +33,8 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion, serve
 from mtpforge.measure.measurement import Machine, Measurement, Run, Spread, Total
 from mtpforge.measure.recommendation import recommend
+from mtpforge.prompts import N_PREDICT
 
-N_PREDICT = 200
-"""Tokens generated in each request, as in verification."""
 LOG_LIMIT = 5.0
 """Seconds that llama-server's log may lag behind its answers."""
 _BY_POSITION = re.compile(r"acc per pos = \(([0-9., ]+)\)")

@@ -1,7 +1,8 @@
 """Threads, memory, disk and time that jobs ask a cluster for.
 
-They follow from the sizes of checkpoints and the types of variants. They are generous: a job that
-gets too little is killed. They are no parameters, so a change reruns nothing.
+They follow from the sizes of checkpoints and the types of variants, by the same reckoning as a
+forecast. They are generous: a job that gets too little is killed. They are no parameters, so a
+change reruns nothing.
 """
 
 import inspect
@@ -11,21 +12,31 @@ import mmap
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from mtpforge.errors import ForgeError
+from mtpforge.forecast import costs
+from mtpforge.forecast.costs import Cost, Machine, ProgramSpeed
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json
-from mtpforge.llama_cpp import memory, programs
+from mtpforge.llama_cpp import programs
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import listed
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubFile, HubRepository, OwnBase, Source, Variant
+from mtpforge.rules.variant import (
+    HubFile,
+    HubRepository,
+    Imatrix,
+    ImatrixText,
+    OwnBase,
+    Source,
+    Variant,
+)
 
 DOWNLOADS = 2
 """How many can run at a time, unless the profile says otherwise."""
@@ -34,28 +45,27 @@ UNKNOWN = 20 << 30
 _HEAD = 0.05
 """The most that a head is of a checkpoint."""
 _PYTHON = 1 << 30
-"""Memory of a program that reads files in pieces."""
-_TORCH = 4 << 30
+"""Memory of a program that reads files in pieces, and room for what a job takes besides."""
 _COMPILER = 1 << 30
 """Memory for each compiler that runs."""
 _BUILD = 4 << 30
 """Disk of llama.cpp's build, or of the converter's environment."""
 _LARGEST_TENSOR = 10 << 30
+_EMBEDDINGS = 4 << 30
 _MIXTURE = 1.5
 """Bits per weight that a file can have beyond its main type: embeddings, output and head."""
-_LOGITS = 160 << 20
-"""Bytes of the logits of a chunk, with a large vocabulary."""
-_DISK = 25e6
+_VOCABULARY = 300_000
+_TEXT = 500_000
+"""Bytes of a text for an importance matrix that is not there."""
+_DISK = 12e6
 _NETWORK = 2e6
 """Slow, in bytes a second."""
-_SLOW = 3
-"""How much slower than the machine that costs were measured on."""
+_PROGRAMS = ProgramSpeed(server=30, token=0.03, quantize=3)
+"""Those of a slow machine."""
+_BANDWIDTH = 1.3e9
+"""Bytes of weights that it reads a second, to make tokens."""
 _LEAST_SECONDS = 1200
 _LEAST_DISK = 100e6
-_TOKENS = 2000
-"""Tokens of verification, or of measuring for each n_max and repeat."""
-_WEIGHTS = 4e9
-"""Bytes of weights that are read a second, to make tokens."""
 _CUDA = b"libcuda"
 
 
@@ -170,30 +180,31 @@ class ResourceRules(Stage):
 
     def convert(self, wildcards: Wildcards) -> Needs:
         """The checkpoint at BF16, or a part of it."""
-        size = self._weights(wildcards) * (_HEAD if wildcards.part in ("head", "draft") else 1)
-        return Needs(_PYTHON, size, 2 * size / _DISK)
+        size = _of_part(self._weights(wildcards), wildcards.part)
+        return _needs(costs.convert(size, self._machine))
 
     def convert_upstream(self, wildcards: Wildcards) -> Needs:
         """The same in torch, which converts a tensor at a time."""
         size = self._weights(wildcards)
-        return Needs(_TORCH + 3 * _largest(size), size, 4 * size / _DISK)
+        return _needs(costs.convert_upstream(size, self._machine, largest=_largest(size)))
 
     def donor(self, wildcards: Wildcards) -> Needs:
         """The head of another checkpoint."""
-        size = _HEAD * self._weights(wildcards)
-        return Needs(_PYTHON, size, 2 * size / _DISK)
+        return _needs(costs.convert(_HEAD * self._weights(wildcards), self._machine))
 
     def imatrix(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over a text."""
         size = self._weights(wildcards)
-        tokens = 1_000_000 / 32  # a large text, in batches
-        return self._run(size, tokens, disk=0.01 * size)
+        texts = [each.imatrix for each in self.model(wildcards).variants.values()]
+        tokens = costs.text_tokens(max(map(_text_size, texts)))
+        return _needs(costs.run(size, self._machine, text=tokens) + Cost(kept=0.01 * size))
 
     def logits(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over the measured text."""
         settings = self.model(wildcards).measure
-        chunks = settings.chunks if settings else 0
-        return self._run(self._weights(wildcards), 512 * chunks / 8, disk=chunks * _LOGITS)
+        tokens = costs.CHUNK * settings.chunks if settings else 0
+        kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
+        return _needs(costs.run(self._weights(wildcards), self._machine, text=tokens) + kept)
 
     def quantize(self, wildcards: Wildcards) -> Needs:
         """A quantization, and room for its pieces."""
@@ -202,40 +213,50 @@ class ResourceRules(Stage):
             self.find(wildcards.model, wildcards.name) if wildcards.kind == "quantized" else None
         )
         types = _types(variant) if variant else [wildcards.name]
-        size = weights / 16 * max(map(_bits, types))
-        share = _HEAD if wildcards.kind == "draft" else 1
-        cpu = weights / 2e9 * max(quant_types.SECONDS[_usual(each)] for each in types)
-        seconds = _SLOW * cpu / self.threads(wildcards) + (weights + 2 * size) / _DISK
-        return Needs(_PYTHON + _largest(weights), 2 * share * size, share * seconds)
+        source = _of_part(weights, wildcards.kind)
+        size = source / 16 * max(map(_bits, types))
+        seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
+        cost = costs.quantize(
+            source,
+            size,
+            self._machine,
+            cpu_seconds=source / 2e9 * seconds,
+            largest=_largest(weights),
+            scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
+        )
+        return _needs(cost)
 
     def inject(self, wildcards: Wildcards) -> Needs:
         """A copy of the base with a head."""
-        size = self._size(wildcards)
-        return Needs(_PYTHON, size, 3 * size / _DISK)
+        return _needs(costs.copy(self._size(wildcards), self._machine))
 
     def acceptance(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file, and a drafter for it."""
-        return self._run((1 + _HEAD) * self._weights(wildcards), _TOKENS, disk=0)
+        size = (1 + _HEAD) * self._weights(wildcards)
+        tokens = costs.acceptance_tokens(self._prompts(wildcards))
+        return _needs(costs.run(size, self._machine, tokens))
 
     def verify(self, wildcards: Wildcards) -> Needs:
         """Comparing a variant with its checkpoint, and running it twice."""
         size = self._size(wildcards)
-        model = self.model(wildcards)
-        split = size if self.variant(wildcards).split or model.split else 0
-        return self._run(size, _TOKENS, disk=split, read=self._weights(wildcards))
+        cost = self._verify(wildcards, size)
+        if self.variant(wildcards).split or self.model(wildcards).split:
+            cost += costs.copy(size, self._machine)
+        return _needs(cost)
 
     def verify_beside(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file with a sidecar or a vision tower."""
-        size = (1 + _HEAD) * self._weights(wildcards)
-        return self._run(size, _TOKENS, disk=0, read=size)
+        return _needs(self._verify(wildcards, (1 + _HEAD) * self._weights(wildcards)))
 
     def measure(self, wildcards: Wildcards) -> Needs:
         """Running a variant many times."""
         settings = self.model(wildcards).measure
         assert settings is not None
-        times = (len(settings.n_max) + 1) * (settings.repeats + 1)
-        tokens = times * _TOKENS + 64 * settings.chunks
-        return self._run(self._size(wildcards), tokens, disk=0)
+        servers = costs.measure_servers(self._prompts(wildcards), len(settings.n_max))
+        tokens = costs.measure_tokens(servers, settings.repeats)
+        text = costs.CHUNK * settings.chunks
+        size = self._size(wildcards)
+        return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
 
     def publish(self, _: Wildcards) -> Needs:
         """Uploading, for as long as it takes."""
@@ -243,10 +264,19 @@ class ResourceRules(Stage):
 
     # ── sizes ──
 
-    def _run(self, size: float, tokens: float, disk: float, read: float = 0) -> Needs:
-        """A job that runs a file of this size in llama.cpp."""
-        seconds = tokens * (0.01 + size / _WEIGHTS) + (2 * size + read) / _DISK
-        return Needs(_PYTHON + memory.needed(int(size)), disk, _SLOW * seconds)
+    @cached_property
+    def _machine(self) -> Machine:
+        """A slow one, whose memory keeps no file."""
+        threads = self.config.threads or programs.processors()
+        return Machine(threads, 0, disk=_DISK, bandwidth=_BANDWIDTH, programs=_PROGRAMS)
+
+    def _prompts(self, wildcards: Wildcards) -> int:
+        return _count_prompts(self.model(wildcards).prompts)
+
+    def _verify(self, wildcards: Wildcards, size: float) -> Cost:
+        tokens = costs.verify_tokens(self._prompts(wildcards))
+        run = costs.run(size, self._machine, tokens, servers=2)
+        return run + costs.compare(self._weights(wildcards), self._machine)
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""
@@ -259,6 +289,10 @@ class ResourceRules(Stage):
             assert variant.base is not None and not isinstance(variant.base, OwnBase)
             return _given(variant.base) + _HEAD * weights(model)
         return weights(model) / 16 * max(map(_bits, _types(variant)))
+
+
+def _needs(cost: Cost) -> Needs:
+    return Needs(_PYTHON + cost.memory, cost.kept + cost.scratch, cost.seconds)
 
 
 def weights(model: Model) -> float:
@@ -304,6 +338,12 @@ def _given(file: layout.GivenFile) -> float:
     return UNKNOWN / 3
 
 
+def _of_part(weights: float, part: str) -> float:
+    """Bytes of a part of a checkpoint at BF16. A draft has embeddings and output too."""
+    embeddings = 2 * min(weights / 4, _EMBEDDINGS)
+    return {"head": _HEAD * weights, "draft": _HEAD * weights + embeddings}.get(part, weights)
+
+
 def _largest(weights: float) -> float:
     """The largest tensor of a checkpoint: embeddings, or all experts of a matrix."""
     return min(weights / 4, _LARGEST_TENSOR)
@@ -317,19 +357,20 @@ def _types(variant: Variant) -> list[str]:
 
 
 def _bits(kind: str) -> float:
-    usual = quant_types.bits(_usual(kind))
+    usual = quant_types.bits(quant_types.main_type(kind))
     return usual if kind in quant_types.UNQUANTIZED else usual + _MIXTURE
 
 
+def _text_size(imatrix: Imatrix | None) -> int:
+    """Bytes of the text that an importance matrix is computed from."""
+    with suppress(OSError):
+        return Path(imatrix.text).stat().st_size if isinstance(imatrix, ImatrixText) else 0
+    return _TEXT
+
+
 @lru_cache
-def _usual(kind: str) -> str:
-    """The type that most tensors of a file type have: Q4_K of Q4_K_M."""
-    return next(
-        known
-        for end in range(len(kind), 0, -1)
-        for known in quant_types.TENSOR_TYPES
-        if known.startswith(kind[:end])
-    )
+def _count_prompts(folder: str) -> int:
+    return len(list(Path(folder).glob("*.txt")))
 
 
 @lru_cache

@@ -14,13 +14,10 @@ from mtpforge.io import atomic
 from mtpforge.llama_cpp import converter_architectures, memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
+from mtpforge.prompts import EQUAL, N_PREDICT
 from mtpforge.verify.report import Acceptance, Check, raise_failed, some
 from mtpforge.verify.request import LEAST_ACCEPTANCE, Request
 
-N_PREDICT = 200
-"""Tokens generated from each prompt to measure acceptance."""
-EQUAL = 100
-"""Tokens of each prompt that must be the same without drafting."""
 TIE = 0.1
 """Difference in log-probability below which two tokens can swap in batches of another size."""
 # 64 x 64 pixels in one colour, as PNG.

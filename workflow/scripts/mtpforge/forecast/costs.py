@@ -1,0 +1,156 @@
+"""The memory, disk and time that a job takes, from the sizes of its files and a machine's speed.
+
+A forecast knows exact sizes and this machine; what jobs ask for follows from rough sizes and a slow
+machine.
+"""
+
+from dataclasses import dataclass, field
+
+from mtpforge.llama_cpp import memory
+from mtpforge.prompts import EQUAL, N_PREDICT
+
+# Measured on two virtual x86-64 cores: see docs/sizing.md.
+_BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
+_BATCH_TOKEN = 16  # how much less each takes at least
+_CONVERT = 1.3  # times the time to write the result
+_VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
+_CONVERT_MEMORY = 330 << 20
+_UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
+_TORCH = 1 << 30  # besides the largest tensor, of which there are up to three copies
+_QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
+
+CHUNK = 512
+"""Tokens of a chunk of a text, in llama-imatrix and llama-perplexity."""
+
+
+@dataclass(frozen=True)
+class ProgramSpeed:
+    """The default is what two virtual x86-64 cores took.
+
+    `server`: seconds to start and end llama-server, besides reading the weights; `token`: seconds
+    that a token takes at least; `quantize`: times the known cost of types.
+    """
+
+    server: float = 0.25
+    token: float = 0.6e-3
+    quantize: float = 1.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Threads, bytes of memory, and bytes a second: written to the disk, and read from memory.
+
+    `start` is the time until a program of mtpforge has started.
+    """
+
+    threads: int
+    memory: int
+    disk: float
+    bandwidth: float
+    start: float = 0.4
+    programs: ProgramSpeed = field(default_factory=ProgramSpeed)
+
+    def reading(self, size: float) -> float:
+        """Seconds to read a file from the disk; none if it is still in memory from its writing."""
+        return size / self.disk if 2 * size > self.memory else 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of memory and of the result, further bytes of disk while the job runs, and seconds."""
+
+    memory: float = 0
+    kept: float = 0
+    scratch: float = 0
+    seconds: float = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Both, one after the other."""
+        return Cost(
+            max(self.memory, other.memory),
+            kept=self.kept + other.kept,
+            scratch=max(self.scratch, other.scratch),
+            seconds=self.seconds + other.seconds,
+        )
+
+
+def verify_tokens(prompts: int) -> int:
+    """Tokens that verification generates, drafting and without."""
+    return prompts * (N_PREDICT + EQUAL)
+
+
+def acceptance_tokens(prompts: int) -> int:
+    """Tokens that the BF16 file generates for comparison."""
+    return prompts * N_PREDICT
+
+
+def measure_servers(prompts: int, n_max: int) -> int:
+    """Starts of llama-server to measure `n_max` draft lengths, and no drafting."""
+    return prompts * (n_max + 1)
+
+
+def measure_tokens(servers: int, repeats: int) -> int:
+    """Tokens that these servers generate, cold and then warm."""
+    return servers * (repeats + 1) * N_PREDICT
+
+
+def text_tokens(size: int) -> int:
+    """About the tokens of a text of `size` bytes."""
+    return size // 4
+
+
+def logits_size(tokens: int, vocabulary: int) -> int:
+    """Bytes of the logits of a text: llama-perplexity keeps half of them, in 16 bits."""
+    return tokens // 2 * (vocabulary + 4) * 2
+
+
+def convert(size: float, machine: Machine) -> Cost:
+    """Write a BF16 file of this size."""
+    return Cost(_CONVERT_MEMORY, kept=size, seconds=_CONVERT * size / machine.disk)
+
+
+def convert_upstream(size: float, machine: Machine, largest: float) -> Cost:
+    """The same with llama.cpp's converter."""
+    cost = convert(size, machine)
+    torch = Cost(_TORCH + 3 * largest, seconds=size * _UPSTREAM)
+    return cost + torch
+
+
+def quantize(
+    source: float, made: float, machine: Machine, cpu_seconds: float, largest: float, scratch: float
+) -> Cost:
+    """Quantize `source`, whose largest tensor has `largest` bytes."""
+    seconds = cpu_seconds * machine.programs.quantize / machine.threads + made / machine.disk
+    return Cost(
+        largest + _QUANTIZE_MEMORY,
+        kept=made,
+        scratch=scratch,
+        seconds=seconds + machine.reading(source),
+    )
+
+
+def copy(size: float, machine: Machine) -> Cost:
+    """Copy a file, with a head or in shards."""
+    return Cost(kept=size, seconds=size / machine.disk + machine.reading(size))
+
+
+def compare(size: float, machine: Machine) -> Cost:
+    """Compare a file with its checkpoint, which has `size` bytes at BF16."""
+    return Cost(seconds=size * _VERIFY / machine.threads + machine.reading(size))
+
+
+def run(
+    size: float,
+    machine: Machine,
+    tokens: float = 0,
+    text: float = 0,
+    servers: int = 1,
+    share: float = 1,
+) -> Cost:
+    """Run a file in llama.cpp: `tokens` one by one, then a text; each reads a share of the file."""
+    speed = machine.programs
+    read = size * share / machine.bandwidth
+    one = max(speed.token, read)
+    batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
+    seconds = tokens * one + text * batched + servers * speed.server
+    return Cost(memory.needed(int(size)), seconds=seconds + machine.reading(size))
