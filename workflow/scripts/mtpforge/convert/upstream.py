@@ -39,6 +39,8 @@ from mtpforge.llama_cpp.runtimes import PINNED
 
 PROGRAM = "convert_hf_to_gguf.py"
 RUNNER = Path(run_upstream.__file__)
+_IMPORT = 600.0
+"""Seconds until torch and transformers are loaded, from a slow disk on a busy machine."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "all": ("--outtype", "bf16"),
@@ -112,7 +114,8 @@ def convert_upstream(
         command += [folder, *_options(checkpoint, part), "--outfile", temporary]
         with storage.by_program(temporary, needed):
             try:
-                process.call(command, log, environment=_environment(Path(scratch)), name=PROGRAM)
+                environment = _environment(Path(scratch))
+                process.call(command, log, environment, name=PROGRAM, start=_IMPORT)
             except ToolchainError as error:
                 checkpoint.integrity.check()
                 text = f"{checkpoint.directory}: {error}: {_hint(str(error), log)}"

@@ -142,17 +142,19 @@ def call(
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
     cwd: Path | None = None,
+    start: float = 0.0,
 ) -> None:
     """Run a program to its end, and append its output to `log`.
 
     `environment` is the program's, by default that of `clean_environment`. `name` is the program's
-    name in messages. Raises ToolchainError with the program's reason.
+    name in messages, `start` how many seconds it may be silent longer than others. Raises
+    ToolchainError with the program's reason.
     """
     tail = deque[str](maxlen=8)
     left = progress.Left()
     with (
         (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
-        _Program(command, environment, cwd, name).running() as program,
+        _Program(command, environment, cwd, name, start).running() as program,
     ):
         for line in program.lines():
             with storage.naming(Path(kept.name)):
@@ -227,10 +229,11 @@ class _Program:
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         name: str | None = None,
+        start: float = 0.0,
     ) -> None:
         self.name = name or Path(command[0]).name
         self._size = size_of(command, cwd)
-        self.limit = SILENCE + SILENCE_PER_GB * self._size / 1e9
+        self.limit = SILENCE + start + SILENCE_PER_GB * self._size / 1e9
         self._command = confined(command, self._size)
         self._environment = clean_environment() if environment is None else environment
         self._cwd = cwd
