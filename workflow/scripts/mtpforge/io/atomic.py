@@ -98,7 +98,7 @@ def _replacing_folder(path: Path, keep: Keep) -> Iterator[Path]:
         replaced = written.with_name(written.name.removesuffix("part") + "old.part")
         try:
             yield written
-            for each in (*written.rglob("*"), written):
+            for each in (*storage.inside(written), written):
                 sync(each)
             _swap(written, path, replaced)
         except BaseException as error:

@@ -78,6 +78,16 @@ def room(path: Path) -> int | None:
     return blocks * about.f_frsize + _taken(path)
 
 
+def inside(folder: Path) -> Iterator[Path]:
+    """Files and folders under a folder. Raises OSError, where `Path.rglob` would leave some out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
 def file_system(folder: Path) -> str:
     """The type of a folder's file system, such as "ext4"; empty if the system does not tell."""
     return _mount(folder)[0]
@@ -268,8 +278,8 @@ def _without_inodes(place: Path) -> bool:
 
 def _taken(path: Path) -> int:
     """Bytes on the disk of a file, or of all files in a folder."""
-    with suppress(OSError):
-        files = path.rglob("*") if path.is_dir() else [path]
+    with suppress(FileNotFoundError):
+        files = inside(path) if path.is_dir() else [path]
         return sum(file.lstat().st_blocks for file in files) * 512
     return 0
 
