@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import CHECKPOINTS, MODELS, SCRIPTS
+from gemma4 import write_gemma4
 from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
-from mtpforge.forecast import planned_ggufs, reruns
+from mtpforge.forecast import planned_ggufs, reruns, upstream_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.costs import Machine, ProgramSpeed
 from mtpforge.forecast.downloads import Download
@@ -30,6 +32,7 @@ from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
+from other_architectures import EXPERTS, write_model
 from plan import in_words
 
 MODEL = "tiny-qwen3.5"
@@ -119,7 +122,7 @@ def forecast(toolchain: Path, machine: Machine = MACHINE, **entries: Any) -> Mod
     checkpoint = Checkpoint(CHECKPOINTS / MODEL)
     llama = LlamaCpp(toolchain)
     return ModelForecast(
-        model(**entries), checkpoint, llama, machine=machine, prompts=3, base_size=lambda _: 0
+        model(**entries), checkpoint, llama, machine=machine, base_size=lambda _: 0
     )
 
 
@@ -355,7 +358,7 @@ def test_a_bf16_file_larger_than_the_memory_is_not_run(toolchain: Path) -> None:
 
 def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     """A job of SLURM with 400 MiB; 3 GB of address space (`ulimit -v`) are enough to forecast."""
-    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)}, mmproj=True)
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
     command = [sys.executable, str(SCRIPTS / "plan.py"), "--bin", str(toolchain)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["SLURM_MEM_PER_NODE"] = "400"
@@ -365,7 +368,6 @@ def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tiny-qwen3.5-Q4_K_M" in done.stdout
-    assert "note: m: the vision tower (mmproj) is not forecast" in done.stdout
     size = 2_060_000  # of the quantized file, which has to be run
     (needed,) = re.findall(
         r"warning: a step needs ([\d.]+) MB of memory and there are 419.43 MB \((.*?)\)",
@@ -375,15 +377,99 @@ def test_too_little_memory_is_said(tmp_path: Path, toolchain: Path) -> None:
     assert needed[1].startswith("results/m/")
 
 
-def test_a_model_of_another_converter_is_named(tmp_path: Path, toolchain: Path) -> None:
-    """Its checkpoint still counts."""
-    source = {"repo": f"Owner/{MODEL}", "revision": COMMIT}
-    write_config(tmp_path, source, converter="llama.cpp")
-    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
-        done = plan(tmp_path, toolchain, hub)
+def test_a_model_of_another_converter_is_forecast_about(tmp_path: Path, toolchain: Path) -> None:
+    source = {"repo": "Owner/glm", "revision": COMMIT}
+    write_config(tmp_path, source, converter="llama.cpp", variants={"BF16": {}, "Q4_K_M": {}})
+    weights = write_model("glm", tmp_path / "glm").glob("*.safetensors")
+    size = sum(path.stat().st_size for path in weights)
+    with serve({"Owner/glm": tmp_path / "glm"}) as hub:
+        done = plan(tmp_path, toolchain, hub, "--json")
+        table = plan(tmp_path, toolchain, hub).stdout
+        sent = sum(count for name, count in hub.sent.items() if name.endswith(".safetensors"))
     assert done.returncode == 0, done.stderr
-    assert "note: m: only its downloads are forecast, because llama.cpp's converter" in done.stdout
-    assert "to do: 0 of 0 long jobs: fetch 5.7" in done.stdout
+    assert sent < 4 * 65536 < size  # headers
+    found = json.loads(done.stdout)
+    assert found["fetch"] > size
+    whole, quant = found["models"]["m"]["files"]
+    assert whole["about"] and 0 < quant["head"] < quant["bytes"] < whole["bytes"]
+    assert f"about {whole['bytes'] / 1e6:.2f} MB" in table and "0.00 MB" not in table
+
+
+# Bytes that llama.cpp's converter wrote (convert_hf_to_gguf.py --outtype bf16).
+UPSTREAM = {
+    "glm": 963_072, "glm-lite": 802_912, "glm-next": 943_968, "deepseek": 882_304,
+    "step-wrapped": 1_058_336, "nemotron": 582_144, "mimo-fp8": 792_928, "exaone": 622_368,
+    "ling": 777_504,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_what_another_converter_makes_is_about_as_large(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint(write_model(name, tmp_path / name))
+    planned = upstream_ggufs.converted(checkpoint, "all")
+    assert planned_ggufs.size(planned) == pytest.approx(UPSTREAM[name], rel=0.025)
+    assert min(len(planned.trunk.tensors), len(planned.head.tensors)) > 5
+    experts = [info.shape[0] for key, info in planned.tensors.items() if "_exps." in key]
+    assert set(experts) == {EXPERTS}
+    trunk = upstream_ggufs.converted(checkpoint, "trunk") if name != "exaone" else planned.trunk
+    assert trunk.tensors.keys() == planned.trunk.tensors.keys()
+
+
+def test_the_drafter_of_another_checkpoint_is_forecast(tmp_path: Path) -> None:
+    target, drafter = write_gemma4(tmp_path)
+    entries = {
+        "source": {"path": str(target)},
+        "head_from": {"path": str(drafter)},
+        "converter": "llama.cpp",
+        "sidecar": "Q8_0",
+        "variants": {"Q4_0": {"head": "none"}},
+    }
+    found = ModelForecast(
+        model(**entries),
+        Checkpoint(target),
+        LlamaCpp(tmp_path),
+        machine=MACHINE,
+        base_size=lambda _: 0,
+        drafter=Checkpoint(drafter),
+    )
+    converted = {step.name: step.kept for step in found.steps if step.stage == "convert"}
+    assert converted.keys() == {"trunk", "draft"}
+    weights = sum(each.size for each in Checkpoint(drafter).tensors.values())
+    assert weights <= converted["draft"] < 1.2 * weights
+    quant, sidecar = found.files
+    assert quant.head == 0 < sidecar.head == sidecar.bytes < converted["draft"]
+
+
+def test_once_another_converter_has_run_sizes_are_exact(tmp_path: Path, toolchain: Path) -> None:
+    """A file of mtpforge's stands for one that it has made."""
+    folder = write_model("glm", tmp_path / "glm")
+    out = tmp_path / "results/m/work/convert/all.gguf"
+    out.parent.mkdir(parents=True)
+    shutil.copy(bf16(MODEL, tmp_path), out)
+    found = ModelForecast(
+        model(source={"path": str(folder)}, converter="llama.cpp"),
+        Checkpoint(folder),
+        LlamaCpp(toolchain),
+        machine=MACHINE,
+        base_size=lambda _: 0,
+    )
+    assert found.files[0].bytes == out.stat().st_size and not found.files[0].about
+
+
+def test_a_vision_tower_is_forecast(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CHECKPOINTS / MODEL, tmp_path / "seeing"))
+    (folder / "preprocessor_config.json").write_text("{}")
+    found = ModelForecast(
+        model(source={"path": str(folder)}, mmproj=True),
+        Checkpoint(folder),
+        LlamaCpp(tmp_path),
+        machine=MACHINE,
+        base_size=lambda _: 0,
+    )
+    whole, tower = found.files
+    assert not whole.about and tower.about and tower.name == "mmproj-seeing-F16"
+    weights = [each for name, each in Checkpoint(folder).tensors.items() if "visual" in name]
+    assert tower.bytes == pytest.approx(sum(each.size for each in weights), rel=0.05)
 
 
 def test_too_little_disk_is_said() -> None:

@@ -193,7 +193,6 @@ def test_jobs_ask_for_more_than_is_forecast(
         Checkpoint(tmp_path / "35b"),
         LlamaCpp(Path("none")),
         machine=Machine(threads=processors(), memory=200 << 30, disk=1e9, bandwidth=1e10),
-        prompts=3,
         base_size=lambda _: 0,
     ).steps
     stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}

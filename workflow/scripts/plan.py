@@ -1,6 +1,7 @@
 """Forecast a build, before any weights are fetched: what runs, bytes, disk, memory and time.
 
-Sizes are exact to 64 bytes. Times come from a calibration of this machine, which is kept in
+Sizes are exact to 64 bytes, unless llama.cpp's converter makes a file: then they are about right
+until it has run. Times come from a calibration of this machine, which is kept in
 ~/.cache/mtpforge, and from the last run of each job here; they assume an idle machine.
 
 example: plan.py
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from mtpforge import cli, prompts, table
+from mtpforge import cli, table
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
 from mtpforge.forecast import planned_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
@@ -78,34 +79,24 @@ class Plan:
         cache = cache_root().parent / "calibration.json"
         self.machine = calibrated(Path(), cache, llama)
         with asking(config, [model.key for model in models]) as answer:
-            found = [self._forecast(model, llama) for model in models]
+            self.forecasts = [self._forecast(model, llama) for model in models]
             try:
                 self.reruns = answer()
             except ConfigError as error:
                 self.notes.append(f"note: results that are there count as current: {error}")
-        self.forecasts = [each for each in found if each]
         for each in self.forecasts:
             each.settle(self.reruns)
         self.network = network_rate(cache, constants.ENDPOINT, self.downloads.rate)
 
-    def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast | None:
+    def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast:
         try:
-            if not model.native:
-                self.downloads.add_checkpoints(model)
-                self.notes.append(
-                    f"note: {model.key}: only its downloads are forecast, because llama.cpp's "
-                    "converter decides what its files contain"
-                )
-                return None
-            if model.mmproj:
-                self.notes.append(f"note: {model.key}: the vision tower (mmproj) is not forecast")
             return ModelForecast(
                 model,
                 self.downloads.outline(model),
                 llama,
                 machine=self.machine,
-                prompts=len(prompts.read_prompts(Path(model.prompts))),
                 base_size=self.downloads.file_size,
+                drafter=self.downloads.drafter(model),
             )
         except ForgeError as error:
             raise type(error)(f"{model.key}: {error}") from None
@@ -143,7 +134,8 @@ def as_table(forecast: ModelForecast) -> str:
     files = [("file", "size", "head", "pieces")]
     for file in forecast.files:
         head = table.size(file.head) if file.head else "none"
-        files.append((file.name, table.size(file.bytes), head, str(file.pieces)))
+        size = f"about {table.size(file.bytes)}" if file.about else table.size(file.bytes)
+        files.append((file.name, size, head, str(file.pieces)))
     steps = [("step", "adds", "disk after it", "memory", "time", "why it runs")]
     total = 0
     for step in forecast.steps:

@@ -45,7 +45,7 @@ def count_blocks(checkpoint: Outline) -> int:
     declared = architecture.blocks
     if declared is None:
         declared = Hparams(checkpoint.config).get(key, 0)
-    layers = {_layer(tensor.name, architecture) for tensor in head_tensors(checkpoint)} - {None}
+    layers = {layer_of(tensor.name, architecture) for tensor in head_tensors(checkpoint)} - {None}
     found, rest = divmod(len(layers), architecture.layers)
     if not layers:
         raise CheckpointError(
@@ -72,7 +72,7 @@ def head_tensors(checkpoint: Outline) -> list[CheckpointTensor]:
     first = Hparams(checkpoint.config).count("num_hidden_layers")
     found = []
     for tensor in tensors:
-        layer = _layer(tensor.name, architecture)
+        layer = layer_of(tensor.name, architecture)
         if layer is not None and layer >= first:
             found.append(tensor)
     return found
@@ -85,7 +85,7 @@ def check_types(checkpoint: Outline) -> None:
     if entry_of(checkpoint.architecture).only == "draft":
         gemma4.check_drafter(checkpoint)
     for tensor in head_tensors(checkpoint):
-        if not _is_written(tensor, checkpoint) or _is_packed(tensor, checkpoint):
+        if not is_written(tensor, checkpoint) or _is_packed(tensor, checkpoint):
             continue
         if tensor.dtype not in ("BF16", "F16", "F32", fp8.DTYPE):
             raise CheckpointError(
@@ -114,7 +114,7 @@ def expected_head(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
     """Yield what the head of the GGUF must hold."""
     architecture = entry_of(checkpoint.architecture)
     for tensor in head_tensors(checkpoint):
-        if _is_written(tensor, checkpoint):
+        if is_written(tensor, checkpoint):
             yield from _expected(checkpoint, tensor, architecture)
     if architecture.only == "draft":
         factors = gemma4.frequencies(Hparams(checkpoint.config))
@@ -138,7 +138,7 @@ def expected_vision(checkpoint: Checkpoint) -> Iterator[ExpectedTensor]:
             yield ExpectedTensor(tensor.name, 0, values=frame, dtype=tensor.dtype)
 
 
-def _is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
+def is_written(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
     """Whether upstream writes a tensor, and does not only use it or compute it again."""
     architecture = entry_of(checkpoint.architecture)
     is_scale = fp8.is_scale(tensor.name, checkpoint.tensors)
@@ -152,7 +152,8 @@ def _is_packed(tensor: CheckpointTensor, checkpoint: Outline) -> bool:
     return entry_of(checkpoint.architecture).repacked and deepseek4.is_expert(tensor)
 
 
-def _layer(name: str, architecture: Architecture) -> int | None:
+def layer_of(name: str, architecture: Architecture) -> int | None:
+    """Return the number of a tensor's layer, of the head if it has names of its own; or None."""
     prefix = re.escape(architecture.prefix or "model.")
     match = re.match(rf"{prefix}(?:layers\.)?(\d{{1,5}})\.", _unwrapped(name))
     return int(match[1]) if match else None

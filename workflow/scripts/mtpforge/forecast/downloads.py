@@ -13,7 +13,7 @@ from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import list_commit
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
-from mtpforge.rules.variant import HubFile, HubRepository
+from mtpforge.rules.variant import HubFile, HubRepository, Source
 
 _TIMED = 1 << 20
 """Bytes of a file whose download tells the speed of the network."""
@@ -52,6 +52,8 @@ class Downloads:
 
     def outline(self, model: Model) -> Outline:
         """The checkpoint of a model, whose small files are downloaded. Raises ForgeError."""
+        if not model.native:
+            return self._upstream_outline(model)
         named = [model.donor(variant) for variant in model.variants.values()]
         donors = {layout.head_checkpoint(donor): donor for donor in named if donor}
         for donor in donors.values():
@@ -62,23 +64,35 @@ class Downloads:
         if not isinstance(source, HubRepository):
             return Checkpoint(Path(source.path), model.name)
         listing = listing_of(source)
-        folder = Path(layout.fetched(source))
         if model.uses_source and not model.head_only:
             self._add_checkpoint(source, listing)
         elif model.uses_source:
             self._add_head(source)
-        for name in listing.small_files():
-            self._download(listing, name, folder)
-        about = download.outline(listing)
-        return Outline(
-            folder, about.config, tensors=about.tensors, files=about.files, given_name=model.name
-        )
+        return self._outline(source, model.name)
 
-    def add_checkpoints(self, model: Model) -> None:
-        """The checkpoints of a model that llama.cpp's converter converts. Raises ForgeError."""
-        for source, _ in model.conversions():
+    def drafter(self, model: Model) -> Outline | None:
+        """The checkpoint of a model's drafter, if that is another one. Raises ForgeError."""
+        return self._outline(model.drafter, None) if model.drafter else None
+
+    def _upstream_outline(self, model: Model) -> Outline:
+        """The checkpoint of a model that llama.cpp's converter converts, from whole ones."""
+        sources = [source for source, _ in model.conversions()]
+        for source in sources:
             if isinstance(source, HubRepository):
                 self._add_checkpoint(source, listing_of(source))
+        return self._outline(sources[0], model.name)
+
+    def _outline(self, source: Source, name: str | None) -> Outline:
+        if not isinstance(source, HubRepository):
+            return Checkpoint(Path(source.path), name)
+        listing = listing_of(source)
+        folder = Path(layout.fetched(source))
+        for small in listing.small_files():
+            self._download(listing, small, folder)
+        about = download.outline(listing)
+        return Outline(
+            folder, about.config, tensors=about.tensors, files=about.files, given_name=name
+        )
 
     def file_size(self, file: layout.GivenFile) -> int:
         """The bytes of a base or importance matrix, with all its shards. Raises ForgeError."""

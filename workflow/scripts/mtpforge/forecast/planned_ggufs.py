@@ -42,7 +42,7 @@ def converted(outline: Outline, part: str, tokenizer_pre: str | None = None) -> 
     metadata = native.describe(
         outline, family, hparams, part=part, infos=infos, tokenizer_pre=tokenizer_pre
     )
-    return _laid_out(outline.directory, metadata, infos)
+    return laid_out(outline.directory, metadata, infos)
 
 
 def quantized(
@@ -53,18 +53,23 @@ def quantized(
     `covered`: whether there will be an importance matrix, which changes some types. Before the
     program is built, its mixture is estimated: see `is_exact`.
     """
-    if is_exact(llama):
-        types = _chosen_types(source, request, llama, covered)
-    else:
-        types = _estimated_types(source, request)
+    if not is_exact(llama):
+        return estimated(source, request)
+    return _at(source, _chosen_types(source, request, llama, covered), request.file_type)
+
+
+def estimated(source: Gguf, request: QuantizeRequest) -> Gguf:
+    """The same without llama-quantize, about. Raises ConfigError."""
+    return _at(source, _estimated_types(source, request), request.file_type)
+
+
+def _at(source: Gguf, types: Types, file_type: str) -> Gguf:
     infos = [replace(info, type=types[name]) for name, info in source.tensors.items()]
     added = {
         "general.quantization_version": Value.of(2, GGUFValueType.UINT32),
-        "general.file_type": Value.of(
-            quant_types.FILE_TYPES[request.file_type], GGUFValueType.UINT32
-        ),
+        "general.file_type": Value.of(quant_types.FILE_TYPES[file_type], GGUFValueType.UINT32),
     }
-    return _laid_out(source.path, source.metadata | added, infos)
+    return laid_out(source.path, source.metadata | added, infos)
 
 
 def is_exact(llama: LlamaCpp) -> bool:
@@ -79,7 +84,7 @@ def injected(base: Gguf, head: Gguf, types: Recipe) -> Gguf:
     infos = [*base.trunk.tensors.values(), *planned_head(head, types)]
     tensors = [(info, ()) for info in infos]
     metadata = writer.padded(merged_metadata(base, head), tensors, base.trunk)
-    return _laid_out(base.path, metadata, infos)
+    return laid_out(base.path, metadata, infos)
 
 
 def size(file: Gguf) -> int:
@@ -111,7 +116,7 @@ def _costs(source: Gguf, made: Gguf) -> dict[str, float]:
     }
 
 
-def _laid_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
+def laid_out(path: Path, metadata: Mapping[str, Value], infos: Sequence[TensorInfo]) -> Gguf:
     """A GGUF that is on no disk, with the byte range that each tensor would have."""
     start = len(writer.header(metadata, infos))
     offsets = accumulate((aligned(info.size) for info in infos), initial=start)

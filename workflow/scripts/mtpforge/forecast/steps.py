@@ -6,12 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mtpforge import prompts
 from mtpforge.checkpoint.checkpoint import Outline
-from mtpforge.errors import ToolchainError
-from mtpforge.forecast import costs, planned_ggufs
+from mtpforge.errors import GgufError, ToolchainError
+from mtpforge.forecast import costs, planned_ggufs, upstream_ggufs
 from mtpforge.forecast.costs import Cost, Machine
 from mtpforge.forecast.reruns import Reruns
-from mtpforge.gguf import quant_types
+from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject.inject import planned_head
 from mtpforge.llama_cpp import memory
@@ -53,18 +54,23 @@ class Step:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A published file: its bytes, those of its head, and in how many pieces it is quantized."""
+    """A published file: its bytes, those of its head, and in how many pieces it is quantized.
+
+    `about`: whether the bytes are not exact, because llama.cpp's converter decides them.
+    """
 
     name: str
     bytes: int
     head: int
     pieces: int = 1
+    about: bool = False
 
 
 class ModelForecast:
-    """The steps and files of a model that mtpforge converts itself. Raises ForgeError.
+    """The steps and files of a model. Raises ForgeError.
 
-    `prompts` is their number; `base_size` returns the bytes of a variant's base from elsewhere.
+    `outline` is its checkpoint, and `drafter` that of its drafter, if it has one of its own;
+    `base_size` returns the bytes of a variant's base from elsewhere.
     """
 
     def __init__(
@@ -73,22 +79,25 @@ class ModelForecast:
         outline: Outline,
         llama: LlamaCpp,
         machine: Machine,
-        prompts: int,
         base_size: Callable[[layout.GivenFile], int],
+        drafter: Outline | None = None,
     ) -> None:
         self.model = model
         self.steps: list[Step] = []
         self.files: list[PlannedFile] = []
         self._outline = outline
+        self._drafter = drafter or outline
         self._llama = llama
         self._machine = machine
-        self._prompts = prompts
+        self._prompts = len(prompts.read_prompts(Path(model.prompts)))
         self._base_size = base_size
         self._parts: dict[str, Gguf] = {}
         for variant in model.variants.values():
             self._add_variant(variant)
         if model.sidecar:
             self._add_sidecar(model.sidecar)
+        if model.mmproj:
+            self._add_vision()
 
     def settle(self, reruns: Reruns) -> None:
         """Take over what Snakemake says of each step; its graph may end where it must run first."""
@@ -142,54 +151,89 @@ class ModelForecast:
         else:
             size, pieces = self._quantize_variant(variant)
         head = self._head_bytes(variant)
-        self.files.append(PlannedFile(layout.stem(self.model, variant.name), size, head, pieces))
+        name = layout.stem(self.model, variant.name)
+        self.files.append(PlannedFile(name, size, head, pieces, about=self.about))
         self._verify(variant, size)
         if self.model.measure:
             self._measure(variant, size)
 
     def _add_sidecar(self, file_type: str) -> None:
-        self._convert("draft")
-        request = QuantizeRequest(file_type, head=head_recipe(file_type))
-        made = planned_ggufs.quantized(self._part("draft"), request, self._llama)
-        self._quantize("draft", file_type, self._part("draft"), made, pieces=1)
-        output = layout.sidecar(self.model, file_type)
-        size = planned_ggufs.size(made)
-        self.files.append(PlannedFile(output.stem, size, size))
+        size = self._convert("draft")
+        packed = file_type in quant_types.PACKED
+        if not packed:
+            request = QuantizeRequest(file_type, head=head_recipe(file_type))
+            made = self._quantized(self._part("draft"), request)
+            self._quantize("draft", file_type, self._part("draft"), made, pieces=1)
+            size = planned_ggufs.size(made)
+            if self.model.max_acceptance_drop < 1:
+                self._acceptance()
+        part = "trunk" if self.model.drafter else self.model.part if packed else "all"
+        self._add_beside(layout.sidecar(self.model, file_type), size, part, head=size)
+
+    def _add_vision(self) -> None:
+        output = layout.vision(self.model)
+        self._add_beside(output, self._convert("mmproj"), self.model.part, head=0)
+
+    def _add_beside(self, output: layout.Output, size: int, part: str, head: int) -> None:
+        """A file that is verified with a part of the checkpoint."""
+        about = self.about or not head
+        self.files.append(PlannedFile(output.stem, size, head, about=about))
         step = Step("verify", output.stem, output.report, servers=2)
         tokens = costs.verify_tokens(self._prompts)
-        self._add(step, self._run(self._convert("all"), tokens, servers=2))
+        self._add(step, self._run(self._convert(part), tokens, servers=2))
+
+    @property
+    def about(self) -> bool:
+        """Whether sizes are not exact: llama.cpp's converter decides them, and has not run yet."""
+        there = all(each.path.is_file() for each in self._parts.values())
+        return not (self.model.native or there)
 
     def _part(self, part: str) -> Gguf:
         """A part of the checkpoint as a BF16 GGUF, whether it is converted or not."""
         if part not in self._parts:
-            pre = self.model.tokenizer_pre
-            self._parts[part] = planned_ggufs.converted(self._outline, part, pre)
+            self._parts[part] = self._planned(part)
         return self._parts[part]
+
+    def _planned(self, part: str) -> Gguf:
+        if self.model.native and part != "mmproj":
+            pre = self.model.tokenizer_pre
+            return planned_ggufs.converted(self._outline, part, pre)
+        with suppress(GgufError, OSError):
+            return reader.read(Path(layout.converted(self.model.key, part).file))
+        return upstream_ggufs.converted(self._drafter if part == "draft" else self._outline, part)
+
+    def _head(self) -> Gguf:
+        """What has the head: llama.cpp's converter cannot write it alone."""
+        return self._part("head" if self.model.native else "all")
 
     def _head_bytes(self, variant: Variant) -> int:
         if variant.head_types is None:
             return 0
-        infos = planned_head(self._part("head"), _head_recipe(variant))
+        infos = planned_head(self._head(), _head_recipe(variant))
         return sum(info.size for info in infos)
 
     # ── steps ──
 
     def _convert(self, part: str) -> int:
-        size = planned_ggufs.size(self._part(part))
-        self._add_conversion(part, layout.unquantized(self.model, part).file, size)
-        return size
+        made = self._part(part)
+        self._add_conversion(part, layout.unquantized(self.model, part).file, made)
+        return planned_ggufs.size(made)
 
     def _convert_head(self, variant: Variant) -> None:
         """The head that is injected, which can be another checkpoint's."""
-        size = planned_ggufs.size(self._part("head"))
         if donor := self.model.donor(variant):
             name = f"donor-{layout.donor_name(donor)}"
-            self._add_conversion(name, layout.donated(self.model.key, donor).file, size)
+            self._add_conversion(name, layout.donated(self.model.key, donor).file, self._head())
         else:
-            self._convert("head")
+            self._convert("head" if self.model.native else "all")
 
-    def _add_conversion(self, name: str, path: str, size: int) -> None:
-        self._add(Step("convert", name, path), costs.convert(size, self._machine))
+    def _add_conversion(self, name: str, path: str, made: Gguf) -> None:
+        size = planned_ggufs.size(made)
+        cost = costs.convert(size, self._machine)
+        if not self.model.native or name == "mmproj":
+            largest = max(info.size for info in made.tensors.values())
+            cost = costs.convert_upstream(size, self._machine, largest=largest)
+        self._add(Step("convert", name, path), cost)
 
     def _quantize_variant(self, variant: Variant) -> tuple[int, int]:
         """The bytes of the result, and the number of pieces."""
@@ -201,10 +245,15 @@ class ModelForecast:
             variant.file_type, head=_head_recipe(variant), recipe=tuple(variant.recipe.items())
         )
         covered = variant.imatrix is not None
-        made = planned_ggufs.quantized(source, request, self._llama, covered)
+        made = self._quantized(source, request, covered)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
         self._quantize("quantized", variant.name, source, made, pieces=pieces)
         return planned_ggufs.size(made), pieces
+
+    def _quantized(self, source: Gguf, request: QuantizeRequest, covered: bool = False) -> Gguf:
+        if self.about:  # llama-quantize needs all metadata
+            return planned_ggufs.estimated(source, request)
+        return planned_ggufs.quantized(source, request, self._llama, covered)
 
     def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
         size = planned_ggufs.size(made)
@@ -240,11 +289,9 @@ class ModelForecast:
         """The bytes of a base that is quantized here, with the head."""
         self._convert("trunk")
         trunk = self._part("trunk")
-        base = planned_ggufs.quantized(trunk, QuantizeRequest(file_type), self._llama)
+        base = self._quantized(trunk, QuantizeRequest(file_type))
         self._quantize("trunk", file_type, trunk, base, pieces=1)
-        return planned_ggufs.size(
-            planned_ggufs.injected(base, self._part("head"), _head_recipe(variant))
-        )
+        return planned_ggufs.size(planned_ggufs.injected(base, self._head(), _head_recipe(variant)))
 
     def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
         path = layout.imatrix(self.model.key, matrix.text)
@@ -268,7 +315,8 @@ class ModelForecast:
         self._add(Step("verify", output.stem, output.report, servers=servers), cost)
 
     def _acceptance(self) -> None:
-        size = self._convert("all")
+        parts = ("draft", "trunk") if self.model.drafter else ("all",)
+        size = sum(map(self._convert, parts))
         if self._fits(size):
             step = Step("acceptance", "BF16", layout.acceptance(self.model.key), servers=1)
             self._add(step, self._run(size, costs.acceptance_tokens(self._prompts)))

@@ -91,7 +91,7 @@ def outputs(model: Model) -> Iterator[Output]:
     if model.sidecar:
         yield sidecar(model, model.sidecar)
     if model.mmproj:
-        yield Output(model.key, f"mmproj-{model.base_name}-F16")
+        yield vision(model)
 
 
 def output(model: Model, variant: str) -> Output:
@@ -114,6 +114,11 @@ def stem(model: Model, variant: str) -> str:
 def sidecar(model: Model, file_type: str) -> Output:
     """The draft model of a type."""
     return Output(model.key, f"mtp-{model.base_name}-{file_type}")
+
+
+def vision(model: Model) -> Output:
+    """The vision tower."""
+    return Output(model.key, f"mmproj-{model.base_name}-F16")
 
 
 def measurements(model: Model) -> list[str]:
