@@ -1,17 +1,15 @@
 """Become another program: with limits, without network, and ended by the kernel with the caller.
 
 `process` starts this file with Python, by its path. Between fork and exec in the caller itself none
-of this would be safe, because the caller has threads.
+of this would be safe, because the caller has threads. It runs often, so it imports little: pathlib,
+signal and contextlib take as long to load as Python itself.
 """
 
 import ctypes
 import os
 import resource
-import signal
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 OPEN_FILES = 1024
 CANNOT_RUN = 126
@@ -20,6 +18,7 @@ _NEW_USER = 0x10000000  # of Linux' unshare()
 _NEW_NETWORK = 0x40000000
 _DEATH_SIGNAL = 1  # of Linux' prctl()
 _NO_NEW_PRIVILEGES = 38
+_SIGKILL = 9
 
 
 def main() -> None:
@@ -55,10 +54,7 @@ def leave_network() -> None:
         return
     user, group = os.geteuid(), os.getegid()
     if unshare(_NEW_USER | _NEW_NETWORK) == 0:
-        with suppress(OSError):  # without a map our files only seem to be those of nobody
-            Path("/proc/self/uid_map").write_text(f"{user} {user} 1", "ascii")
-            Path("/proc/self/setgroups").write_text("deny", "ascii")
-            Path("/proc/self/gid_map").write_text(f"{group} {group} 1", "ascii")
+        _map(uid_map=f"{user} {user} 1", setgroups="deny", gid_map=f"{group} {group} 1")
 
 
 def end_with(caller: int) -> None:
@@ -68,9 +64,9 @@ def end_with(caller: int) -> None:
         watch(caller)
         return
     prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    prctl(_DEATH_SIGNAL, _SIGKILL)
     if os.getppid() != caller:  # it has ended before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), _SIGKILL)
 
 
 def watch(caller: int) -> None:
@@ -83,18 +79,30 @@ def watch(caller: int) -> None:
         try:
             os.kill(caller, 0)
         except ProcessLookupError:
-            os.kill(watched, signal.SIGKILL)
+            os.kill(watched, _SIGKILL)
         except PermissionError:
             pass
         time.sleep(0.2)
     os._exit(0)
 
 
+def _map(**files: str) -> None:
+    """Write the files of this process's user namespace."""
+    try:
+        for name, text in files.items():
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123
+                file.write(text)
+    except OSError:
+        return  # without a map our files only seem to be those of nobody
+
+
 def _limit(kind: int, most: int) -> None:
     hard = resource.getrlimit(kind)[1]
     least = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    with suppress(OSError, ValueError):
+    try:
         resource.setrlimit(kind, (least, least))
+    except (OSError, ValueError):
+        return
 
 
 if __name__ == "__main__":

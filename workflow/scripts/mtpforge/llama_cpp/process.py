@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,12 @@ def answer(command: Sequence[str | Path]) -> tuple[int, str]:
         return program.wait(), printed
 
 
+@cache
 def knows(program: str | Path, option: str) -> bool:
-    """Whether a program's --help has an option; --help may end with any exit code."""
+    """Whether a program's --help has an option; --help may end with any exit code.
+
+    Asked once, because pieces are many runs of one program.
+    """
     return option in answer([program, "--help"])[1]
 
 
