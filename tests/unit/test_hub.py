@@ -22,8 +22,10 @@ import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
 from hub import COMMIT, Fault, Hub, serve
 from layouts import Tensors, four_bit, read_shard, read_tensors, write_checkpoint, write_shard
+from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.errors import DownloadError
+from mtpforge.gguf import reader
 from mtpforge.hub import ranged_reads
 from mtpforge.hub.listing import Listing
 from mtpforge.rules.build import Build
@@ -93,6 +95,8 @@ class Client:
         assert (self.folder / name).read_bytes() == (self.source / name).read_bytes()
         record = json.loads((self.path / f"{name}.json").read_text())
         assert record["name"] == name and record["bytes"] == (self.source / name).stat().st_size
+        if name == SHARD:
+            assert record["digests"] == reader.hashes(safetensors.ranges(self.source / name))
         assert [path.name for path in self.folder.glob(".*")] == []
 
 

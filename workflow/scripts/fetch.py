@@ -39,7 +39,7 @@ def main() -> None:
         listing, args.name, folder=args.folder, together=listing.companions(args.name)
     )
     if args.head and args.head.exists() and args.name.endswith(".safetensors"):
-        count = download.confirm_head(args.head, args.folder / args.name)
+        count = download.confirm_head(args.head, record)
         print(f"{args.name}: confirms {count} tensors of the head that was downloaded on its own")
     record.write(args.out)
     joined = f", joined from {len(record.parts)} parts" if record.parts else ""

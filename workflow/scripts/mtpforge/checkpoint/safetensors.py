@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,10 +77,14 @@ def read_shard_header(path: Path) -> list[CheckpointTensor]:
 
 def ranges(path: Path) -> dict[str, FileRange]:
     """Return the byte ranges of a shard's header and tensors. Raises CheckpointError."""
-    tensors = read_shard_header(path)
-    places = {tensor.name: FileRange(path, tensor.offset, tensor.size) for tensor in tensors}
-    start = min((tensor.offset for tensor in tensors), default=path.stat().st_size)
-    return {HEADER: FileRange(path, 0, start), **places}
+    return places(path, read_shard_header(path), path.stat().st_size)
+
+
+def places(path: Path, tensors: Collection[CheckpointTensor], size: int) -> dict[str, FileRange]:
+    """The same from its tensors and its size, of a shard that need not be there."""
+    start = min((tensor.offset for tensor in tensors), default=size)
+    found = {tensor.name: FileRange(path, tensor.offset, tensor.size) for tensor in tensors}
+    return {HEADER: FileRange(path, 0, start), **found}
 
 
 def header_length(path: Path, start: bytes, size: int) -> int:

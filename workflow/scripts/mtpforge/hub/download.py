@@ -5,7 +5,8 @@ A file gets its final name only if its content matches the commit.
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -23,7 +24,7 @@ from mtpforge.hub.listing import File, Listing
 from mtpforge.hub.ranged_reads import RemoteFile
 from mtpforge.hub.retry import RangesRefused
 from mtpforge.io import atomic, storage, text
-from mtpforge.io.ranges import CHUNK, FileRange, digest_of, sha256
+from mtpforge.io.ranges import CHUNK, FileRange, PartHashes, digest_of
 from mtpforge.io.text import parse_json
 
 
@@ -48,7 +49,7 @@ def download(
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
     size = sum(listing.files[part].bytes for part in parts)
-    found = _digests_in(final)
+    found = digests[0].parts or _digests_in(final)
     if parts == [name]:
         return FetchRecord(name, size, digests[0].sha256, digests=found)
     by_part = {part: each.sha256 for part, each in zip(parts, digests, strict=True)}
@@ -98,18 +99,30 @@ def cached(listing: Listing, name: str) -> Path:
 
 
 class Digest:
-    """Hashes a file's content, and compares it with the digest in the commit."""
+    """Hashes a file's content, and compares it with the digest in the commit.
 
-    def __init__(self, file: File) -> None:
+    It hashes `parts` of the file too, so that nothing has to read it again.
+    """
+
+    def __init__(self, file: File, parts: Mapping[str, FileRange] | None = None) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
         self._git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+        self._parts = PartHashes(parts or {})
+        self._beside = ThreadPoolExecutor(1)
 
     def update(self, block: bytes) -> None:
         """Hash the next bytes."""
+        hashed = self._beside.submit(self._parts.update, block)
         self._sha256.update(block)
         if not self._file.lfs:
             self._git.update(block)
+        hashed.result()
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The sha256 of each part, as hex digits."""
+        return self._parts.hexdigests()
 
     def update_from(self, path: Path, begin: int = 0) -> int:
         """Hash a file on disk from byte `begin` on, at most this file's size; return the number."""
@@ -181,10 +194,17 @@ def _linkable(listing: Listing, name: str, folder: Path) -> bool:
 # ── fetching ──
 
 
+def _digest(listing: Listing, name: str) -> Digest:
+    """What hashes a file; a shard's header and tensors too, which the listing knows."""
+    file = listing.files[name]
+    if not name.endswith(".safetensors"):
+        return Digest(file)
+    tensors = [tensor for tensor in listing.tensors.values() if tensor.shard == name]
+    return Digest(file, safetensors.places(Path(name), tensors, file.bytes))
+
+
 def _digests_in(path: Path) -> dict[str, str]:
-    """Hash header and tensors of a file of weights; nothing for other files."""
-    if path.suffix == ".safetensors":
-        return reader.hashes(safetensors.ranges(path))
+    """Hash header and tensors of a GGUF, which no listing knows; nothing for other files."""
     try:
         return reader.digests(path) if path.suffix == ".gguf" else {}
     except GgufError:  # for the job that needs it to report
@@ -196,7 +216,7 @@ def _matching(listing: Listing, parts: list[str], path: Path) -> list[Digest]:
     sizes = [listing.files[part].bytes for part in parts]
     if not path.is_file() or path.stat().st_size != sum(sizes):
         return []
-    digests = [Digest(listing.files[part]) for part in parts]
+    digests = [_digest(listing, part) for part in parts]
     starts = accumulate(sizes, initial=0)
     return digests if all(map(Digest.matches_part, digests, repeat(path), starts)) else []
 
@@ -220,7 +240,7 @@ def _fetch_parts(listing: Listing, parts: list[str], partial: Path) -> list[Dige
 def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
     """Link a file from the local Hub cache, or copy it; None if the cache does not have it."""
     source = cached(listing, name)
-    digest = Digest(listing.files[name])
+    digest = _digest(listing, name)
     if not digest.matches_file(source):
         return None
     partial.unlink()  # a link cannot replace a file
@@ -238,7 +258,7 @@ def _fetch(listing: Listing, name: str, partial: Path, start: int = 0) -> Digest
     remote = remote_file(listing, name)
     if partial.stat().st_size - start > file.bytes:
         os.truncate(partial, start)
-    digest = Digest(file)
+    digest = _digest(listing, name)
     done = digest.update_from(partial, start)
     with partial.open("r+b") as out, progress.bar(name) as show:
         out.seek(start + done)
@@ -252,7 +272,7 @@ def _fetch(listing: Listing, name: str, partial: Path, start: int = 0) -> Digest
             remote.read(done, file.bytes, write)
         except RangesRefused as error:
             progress.say(f"{error}: starting over from the first byte")
-            digest = Digest(file)
+            digest = _digest(listing, name)
             out.seek(start)
             out.truncate()
             remote.read(0, file.bytes, write)
@@ -281,22 +301,17 @@ def check_listing(listing: Listing, shard: Path, name: str) -> None:
         )
 
 
-def confirm_head(record: Path, shard: Path) -> int:
+def confirm_head(record: Path, shard: FetchRecord) -> int:
     """Compare a whole, verified shard with a head that was downloaded on its own.
 
     Returns how many of the head's tensors it has. Raises DownloadError if they differ.
     """
     head = HeadRecord.read(record)
     expected = {name: t.sha256 for name, t in head.tensors.items() if t.shard == shard.name}
-    found = {
-        tensor.name: sha256(FileRange(shard, tensor.offset, tensor.size))
-        for tensor in safetensors.read_shard_header(shard)
-        if tensor.name in expected
-    }
     for name, digest in expected.items():
-        if found.get(name) != digest:
+        if shard.digests.get(name) != digest:
             raise DownloadError(
-                f"{shard}: {name} differs from the head that was downloaded on its own: "
+                f"{shard.name}: {name} differs from the head that was downloaded on its own: "
                 f"delete {record}, that head's folder, and everything made from it"
             )
     return len(expected)

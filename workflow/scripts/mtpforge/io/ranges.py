@@ -8,6 +8,7 @@ bounded buffer is used. I/O errors are raised, never taken for "not supported".
 import errno
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -160,6 +161,31 @@ class Hash:
         return self._digest.hexdigest()
 
 
+class PartHashes:
+    """The sha256 of parts of a file whose bytes come in order. The parts do not overlap."""
+
+    def __init__(self, parts: Mapping[str, FileRange]) -> None:
+        self._digests = {name: hashlib.sha256() for name in parts}
+        places = [(each.offset, each.offset + each.size, name) for name, each in parts.items()]
+        self._left = deque(sorted(places))
+        self._position = 0
+
+    def update(self, block: bytes | memoryview) -> None:
+        """Hash the next bytes of the file."""
+        start, view = self._position, memoryview(block)
+        self._position += len(view)
+        while self._left:
+            begin, end, name = self._left[0]
+            self._digests[name].update(view[max(0, begin - start) : max(0, end - start)])
+            if end > self._position:
+                break
+            self._left.popleft()
+
+    def hexdigests(self) -> dict[str, str]:
+        """The digests so far, as hex digits."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+
 def sha256(piece: FileRange) -> str:
     """The sha256 of a range of a file, which is read once and not held in memory."""
     digest = Hash()
@@ -180,23 +206,17 @@ def hash_parts(path: Path, parts: Mapping[str, FileRange]) -> tuple[str, dict[st
 
     The parts do not overlap.
     """
-    whole, digests = hashlib.sha256(), {name: hashlib.sha256() for name in parts}
-    in_order = sorted(parts, key=lambda name: (parts[name].offset, parts[name].size))
+    whole, found = hashlib.sha256(), PartHashes(parts)
     with (
         ThreadPoolExecutor(1) as beside,
         storage.reading(path),
         path.open("rb", buffering=0) as file,
     ):
-        for name in in_order:
-            for block in _blocks(file, parts[name].offset - file.tell()):
-                whole.update(block)
-            for block in _blocks(file, parts[name].size):
-                hashed = beside.submit(whole.update, block)
-                digests[name].update(block)
-                hashed.result()
-        for block in _blocks(file, path.stat().st_size - file.tell()):
-            whole.update(block)
-    return whole.hexdigest(), {name: digest.hexdigest() for name, digest in digests.items()}
+        for block in _blocks(file, path.stat().st_size):
+            hashed = beside.submit(whole.update, block)
+            found.update(block)
+            hashed.result()
+    return whole.hexdigest(), found.hexdigests()
 
 
 def _update(digest: "hashlib._Hash", piece: FileRange) -> None:
