@@ -128,6 +128,24 @@ def test_other_content_at_the_old_time_is_refused(folder: Path, tmp_path: Path) 
     assert LocalFiles.read(out).files[name] == first
 
 
+def test_a_link_to_another_file_with_the_old_time_is_no_damage(tmp_path: Path) -> None:
+    out, path = tmp_path / "record.json", tmp_path / "link.txt"
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    path.symlink_to("one")
+    local_files.record(tmp_path, [path.name], out)
+    (tmp_path / "one").write_text("eno")
+    os.utime(tmp_path / "one", ns=(10**18, 10**18))
+    local_files.refresh(tmp_path, [path.name], out)
+    with pytest.raises(DamagedError):
+        recorded_digests.check_whole(path, out)
+    path.unlink()
+    path.symlink_to("two")
+    local_files.refresh(tmp_path, [path.name], out)
+    recorded_digests.check_whole(path, out)
+
+
 def test_a_base_that_was_never_right_is_not_called_damaged(tmp_path: Path) -> None:
     path, out = tmp_path / "base.gguf", tmp_path / "record.json"
     path.write_bytes(b"no GGUF")

@@ -46,7 +46,7 @@ def found() -> dict[str, list[Path]]:
     return {
         "left by killed jobs": [path for path in temporary if path not in downloads],
         "beginnings of downloads, which the next run would continue": downloads,
-        "pieces of unfinished quantizations, which the next run would reuse": [
+        "pieces and files of unverified quantizations, which the next run would reuse": [
             path for folder in sorted(RESULTS.glob("*")) for path in leftovers.pieces(folder)
         ],
         "intermediates, which a new variant would make again": sorted(intermediates()),

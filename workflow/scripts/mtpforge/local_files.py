@@ -49,7 +49,8 @@ class LocalFiles(Record):
 class LocalRecord(Record):
     """A file as it was when it was read: the times are in ns.
 
-    The digests are those of header and tensors; none for a file without these.
+    The digests are those of header and tensors; none for a file without these. `target` is the file
+    behind a symbolic link.
     """
 
     written_by: ClassVar[str] = "local_files.py"
@@ -58,6 +59,7 @@ class LocalRecord(Record):
     status_changed: int
     sha256: str
     digests: dict[str, str]
+    target: str = ""
 
     def describes(self, status: os.stat_result) -> bool:
         """Whether a file of this size and these times need not be read again."""
@@ -105,10 +107,12 @@ def _content(path: Path, at: Path) -> LocalFile:
         say(f"{path}: has another time: reading it again")
     sha256, digests = hash_parts(path, _parts(path))
     times = (status.st_mtime_ns, status.st_ctime_ns)
-    made = LocalRecord(status.st_size, *times, sha256, digests)
-    # Other content with the old time is damage. The list shows it, so jobs rerun; the record is as
-    # before, so they refuse the file.
-    if known is None or made.sha256 == known.sha256 or made.modified != known.modified:
+    target = str(path.resolve()) if path.is_symlink() else ""
+    made = LocalRecord(status.st_size, *times, sha256, digests, target)
+    # Other content with the old time is damage, unless a link leads to another file. The list shows
+    # it, so jobs rerun; the record is as before, so they refuse the file.
+    same = known and (made.modified, made.target) == (known.modified, known.target)
+    if known is None or made.sha256 == known.sha256 or not same:
         made.write(at)
     return LocalFile(made.bytes, made.sha256)
 

@@ -106,8 +106,8 @@ def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:
     found = {name: re.search(pattern, printed, re.MULTILINE) for name, pattern in patterns.items()}
     if missing := [name for name, match in found.items() if match is None]:
         raise ToolchainError(
-            f"llama-perplexity does not print {', '.join(missing)}: is it another version, or "
-            "is the text too short?"
+            f"llama-perplexity does not print {', '.join(missing)}: is it another version, is "
+            "the text too short, or is the machine too busy?"
         )
     # Adding 0.0 turns a negative zero into zero.
     return {name: float(match[1]) + 0.0 for name, match in found.items() if match}
