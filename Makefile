@@ -14,7 +14,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
+.PHONY: all quant inject add publish plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -33,6 +33,27 @@ endef
 all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores
 	@($(ACTIVE) python workflow/scripts/plan.py --totals 2> /dev/null) || true
 	@$(ACTIVE) snakemake --cores $(CORES) all
+
+# $(call given,OPTION,VARIABLE) passes a variable on if it is set.
+given = $(if $($(2)),$(1) "$($(2))")
+OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given,--publish,PUBLISH) \
+	$(call given,--tokenizer-pre,TOKENIZER_PRE) $(call given,--model,MODEL) \
+	$(if $(filter 1,$(MEASURE)),--measure) $(if $(filter 1,$(YES)),--yes) --cores $(CORES)
+
+quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [YES=1]
+	@$(if $(and $(REPO),$(TYPE)),,echo "error: make quant REPO=OWNER/NAME TYPE=IQ4_XS" >&2; exit 2)
+	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --type "$(TYPE)" $(OPTIONS) --build
+
+inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [YES=1]
+	@$(if $(and $(BASE),$(SOURCE)),,echo "error: make inject BASE=FILE.gguf SOURCE=OWNER/NAME" >&2; exit 2)
+	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(OPTIONS) --build
+
+add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=desk|publisher] [PUBLISH=YOU/NAME]
+	@$(if $(REPO),,echo "error: make add REPO=OWNER/NAME" >&2; exit 2)
+	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --preset "$(or $(PRESET),desk)" $(OPTIONS) --write
+
+publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
+	@$(ACTIVE) snakemake --cores $(CORES) publish $(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)

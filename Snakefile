@@ -1,6 +1,6 @@
 # mtpforge: GGUF quantizations with a working multi-token-prediction head.
-# `all` builds the models in config.yaml. Each file of workflow/rules/ is one stage; its inputs and
-# parameters come from the module of the same name in workflow/scripts/mtpforge/rules/.
+# `all` builds the models in config.yaml and config.d. Each file of workflow/rules/ is one stage; its
+# inputs and parameters come from the module of the same name in workflow/scripts/mtpforge/rules/.
 import gc
 import os
 import sys
@@ -21,7 +21,7 @@ gc.set_threshold(100_000)  # the graph is many objects, none of them garbage: an
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.errors import ForgeError
-from mtpforge.rules import console, snakemake_lock
+from mtpforge.rules import console, entry_files, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
@@ -41,11 +41,12 @@ configfile: "config.yaml"
 
 
 try:
+    entry_files.add_entries(config, workflow.config_settings.overwrite_config)
     build = Build(config, checkpoints)
     if workflow.is_main_process:
         build.fetch.refresh_local()
 except ForgeError as error:
-    raise WorkflowError(str(error)) from None
+    raise WorkflowError(str(entry_files.located(error))) from None
 
 
 asked = build.needs.asked

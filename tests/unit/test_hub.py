@@ -352,7 +352,7 @@ def test_add_prints_a_valid_configuration_entry(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    done = client.run("add.py", REPO)
+    done = client.run("add.py", f"{client.hub.endpoint}/{REPO}/tree/main")
     config = yaml.safe_load("models:\n" + done.stdout)
     assert config["models"]["tiny-qwen3.5"]["source"] == {"repo": REPO, "revision": COMMIT}
     assert Build(config).files() == [

@@ -1,145 +1,215 @@
-"""Print a config.yaml entry for a Hub repository, pinned to its current commit.
+"""Write the entry of a model, pinned to the current commit, into config.d, and build it if asked.
 
 The entry names the converter that the checkpoint needs. A checkpoint that cannot be converted is
-refused, before any weights are downloaded.
+refused, before any weights are downloaded. Without --write or --build it is only printed.
 
 example: add.py Qwen/Qwen3.5-4B
+         add.py Qwen/Qwen3.5-4B --preset publisher --publish YOU/Qwen3.5-4B-MTP-GGUF --write
+         add.py Qwen/Qwen3.5-4B --type IQ4_XS --build
+         add.py Qwen/Qwen3.5-4B --base OWNER/NAME:FILE.gguf --build
 """
 
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
-import math
-import re
+import json
+import os
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NoReturn
 
-from mtpforge import cli, errors
-from mtpforge.checkpoint import nvfp4
-from mtpforge.checkpoint.checkpoint import Outline
-from mtpforge.checkpoint.model_files import head_names
-from mtpforge.checkpoint.safetensors import CheckpointTensor
-from mtpforge.convert import convertible
-from mtpforge.hub import download
-from mtpforge.hub.listing import REPOSITORY, Listing
-from mtpforge.hub.resolve import current_name, list_commit, model_info
+from mtpforge import cli, table
+from mtpforge.entries import address, files, presets, proposal
+from mtpforge.entries.presets import PRESETS, Variants
+from mtpforge.entries.proposal import Entry, Source
+from mtpforge.errors import ConfigError, ForgeError
+from mtpforge.llama_cpp.toolchain import cached
+from mtpforge.rules import entry_files
+from mtpforge.rules.build import Build
+from mtpforge.rules.config import Config, read_file
 
-VARIANTS = {"BF16": 16, "Q4_K_M": 5}
-"""The proposed variants, and about how many bits a weight takes in each."""
-
-PACKED = {"NVFP4": 16}
-"""The same for a packed checkpoint, which keeps its types: quantized again it would be worse."""
-
-_HEAD = re.compile(r"(?i)mtp|nextn")
-
-SPLIT = "48G"
-"""The Hub refuses files above 50 GB."""
+CONFIG = Path("config.yaml")
+PROGRAMS = Path("resources/toolchain/stamp.json")
+REQUIREMENT = Path("envs/llama.cpp.txt")
 
 
 def main() -> None:
-    """Parse the command line and print."""
+    """Parse the command line; print, write or build."""
+    args = _arguments()
+    entry = _entry(args)
+    if not (args.write or args.build):
+        print(files.as_text(entry), end="")
+        return
+    entry.key = args.model or _free_key(entry)
+    with files.written(entry) as path:
+        config = _check()
+        _announce(entry, path)
+        print(*_in_lines(_forecast(entry.key), _first(config)), sep="\n", flush=True)
+        if args.write:
+            print(f"wrote {path}: `make` builds it")
+            return
+        _ask(args.yes)
+        _build(entry.key, args.cores)
+
+
+def _build(key: str, cores: str) -> NoReturn:
+    """Become the run of Snakemake that builds a model."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "snakemake", "--cores", cores, "all"]
+    command += ["--config", f"build={json.dumps([key])}"]
+    os.execv(sys.executable, command)  # noqa: S606 - a list, never a shell string
+
+
+def _arguments() -> Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("repo", help="repository, as OWNER/NAME")
-    args = parser.parse_args()
-    print(entry(args.repo))
+    parser.add_argument(
+        "source", metavar="SOURCE",
+        help="checkpoint: OWNER/NAME, OWNER/NAME@TAG, the address of its page, or a folder",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--preset", choices=PRESETS, default="basic", help="default: %(default)s")
+    what.add_argument("--type", help="make this type only, such as IQ4_XS")
+    what.add_argument(
+        "--base", metavar="GGUF",
+        help="inject the head into this GGUF: FILE.gguf, OWNER/NAME:FILE.gguf, OWNER/NAME:TYPE, or"
+        " the address of its page",
+    )  # fmt: skip
+    parser.add_argument("--head", metavar="TYPE", help="type of the head (default: Q8_0)")
+    parser.add_argument(
+        "--imatrix", metavar="TEXT",
+        help="text for the importance matrix (default: an embedded one, where it is needed)",
+    )  # fmt: skip
+    parser.add_argument("--measure", action="store_true", help="measure speed and acceptance too")
+    parser.add_argument("--publish", metavar="OWNER/NAME", help="repository to upload it to")
+    parser.add_argument("--tokenizer-pre", metavar="NAME", help="as in config.yaml")
+    parser.add_argument("--model", metavar="KEY", help="key of the model (default: its name)")
+    then = parser.add_mutually_exclusive_group()
+    then.add_argument("--write", action="store_true", help="write config.d/KEY.yaml")
+    then.add_argument("--build", action="store_true", help="write it, ask, and build the model")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--cores", default="all", help="for --build (default: %(default)s)")
+    return parser.parse_args()
 
 
-def entry(repo: str) -> str:
-    """Return the entry, with the converter and head of the checkpoint.
-
-    Raises DownloadError, CheckpointError.
-    """
-    listing = _list(repo)
-    outline = download.outline(listing)
-    converter, part = _choose(outline, listing.label)
-    packed = converter == "llama.cpp" and nvfp4.is_nvfp4(outline.config)
-    variants = (PACKED if packed else VARIANTS).items()
-    return "\n".join(
-        [
-            f"  # {_about(listing, outline, converter)}. Add its name to `build` to build it.",
-            f"  {listing.repo.partition('/')[2].lower()}:",
-            f"    source: {{repo: {listing.repo}, revision: {listing.revision}}}",
-            *([] if converter == "mtpforge" else [f"    converter: {converter}"]),
-            "    variants:",
-            *(f"      {name}: {_settings(outline, part, bits)}" for name, bits in variants),
-        ]
-    )
+def _entry(args: Namespace) -> Entry:
+    """The entry that is asked for. Raises ForgeError."""
+    source = Source(address.checkpoint(args.source))
+    options: dict[str, Any] = {}
+    if args.tokenizer_pre:
+        options["tokenizer_pre"] = args.tokenizer_pre
+    if args.measure:
+        options["measure"] = {}
+    if args.publish:
+        options["publish"] = {"repo": address.repository(args.publish).repo}
+    entry = source.entry(_variants(args, source), options)
+    if args.base:
+        entry.key += "-injected"  # beside quantized variants the whole checkpoint would be fetched
+    return entry
 
 
-def _list(repo: str) -> Listing:
-    """List the current commit of a repository, by its current name."""
-    if not REPOSITORY.fullmatch(repo):
-        raise errors.DownloadError(
-            f"{repo!r}: write the repository as OWNER/NAME "
-            "(snakemake --cores 1 add --config repo=OWNER/NAME)"
-        )
-    info = model_info(repo)
-    listing = list_commit(current_name(info, repo), str(info.sha))
-    if not listing.tensors:
-        raise errors.DownloadError(
-            f"{repo}: has no model*.safetensors: only safetensors checkpoints can be converted"
-        )
-    return listing
+def _variants(args: Namespace, source: Source) -> Variants:
+    if args.base:
+        label, base = proposal.base(address.gguf(args.base))
+        variants: Variants = {label: {"base": base}}
+    elif args.type:
+        variants = presets.single(args.type.upper(), args.imatrix)
+    elif source.packed:
+        variants = {"NVFP4": {}}
+    else:
+        variants = presets.preset(args.preset, args.imatrix or presets.CALIBRATION)
+    if args.head:
+        head = "none" if args.head.lower() == "none" else args.head.upper()
+        variants = {name: {**each, "head": head} for name, each in variants.items()}
+    return variants
 
 
-def _choose(outline: Outline, label: str) -> tuple[str, str]:
-    """Return a converter, and the part to make: the trunk if there is no head, else all."""
+def _free_key(entry: Entry) -> str:
+    """The key of the entry: with the owner's name if another model has it. Raises ConfigError."""
+    taken = (read_file(CONFIG) if CONFIG.exists() else {}).get("models") or {}
+    owner = str(entry.settings["source"].get("repo", "local")).partition("/")[0].lower()
+    for key in (entry.key, f"{owner}-{entry.key}"):
+        if key not in taken and not _is_another(key, entry):
+            return key
+    raise ConfigError(f"there is another model {entry.key}: choose a name, with MODEL=NAME")
+
+
+def _is_another(key: str, entry: Entry) -> bool:
+    """Whether the file of the key has a model from another source."""
+    path = files.path_of(key)
+    has = entry_files.read_entry(path) if path.exists() else None
+    source = has.get("source") if isinstance(has, dict) else None
+    sources = [source, entry.settings["source"]]
+    names = [each.get("repo", each.get("path")) for each in sources if isinstance(each, dict)]
+    return has is not None and names[:1] != names[1:]
+
+
+def _check() -> Config:
+    """The whole configuration with the new entry. Raises ConfigError."""
+    config = read_file(CONFIG) if CONFIG.exists() else {}
     try:
-        return convertible.choose(outline, "all"), "all"
-    except errors.CheckpointError as error:
-        refused = convertible.explain(error, outline, label)
-    try:
-        converter = convertible.choose(outline, "trunk")
-    except errors.CheckpointError:
-        raise refused from None
-    if convertible.head_tensors(outline, converter):
-        raise refused
-    return converter, "trunk"
+        entry_files.add_entries(config, {})
+        return Build(config).config
+    except ConfigError as error:
+        raise entry_files.located(error) from None
 
 
-def _about(listing: Listing, outline: Outline, converter: str) -> str:
-    """Return how much there is to download, and how much of that is the head."""
-    size = sum(listing.files[name].bytes for name in listing.checkpoint_files())
-    head = sum(tensor.size for tensor in convertible.head_tensors(outline, converter))
-    about = f"{head / 1e9:.2f} GB of it the head{convertible.undrafted(outline)}"
-    if not head:
-        about = _headless(listing, outline, converter)
-    return f"{size / 1e9:.1f} GB to download, {about}"
+def _announce(entry: Entry, path: Path) -> None:
+    """Print what will be made, of what."""
+    names = ", ".join(entry.variants)
+    source = entry.settings["source"]
+    about = f"{source['repo']} at {source['revision'][:7]}" if "repo" in source else source["path"]
+    print(f"{names} of {about} ({path})")
+    print("forecasting ...", file=sys.stderr)
 
 
-def _headless(listing: Listing, outline: Outline, converter: str) -> str:
-    """Return that there is no head, and where one may be."""
-    about = "without a head"
-    if head_names(listing.lost):
-        about += ", which its stale index lists"
-    if converter == "mtpforge":
-        about += " (`head_from` takes the original's)"
-    elif convertible.has_drafter(outline):
-        about += " (its drafter is another checkpoint: `head_from` with `sidecar`)"
-    used = {tensor.shard for tensor in listing.tensors.values()}
-    for name in listing.files:
-        if name.endswith(".safetensors") and _HEAD.search(name) and name not in used:
-            use = "has no tensor named as a head's"
-            if "/" in name:
-                use = (
-                    "may be it: in a local folder (`source: {path: FOLDER}`), copy it beside the "
-                    "other shards as mtp.safetensors"
-                )
-            return f"{about}; {name} {use}"
-    return about
+def _forecast(key: str) -> dict[str, Any]:
+    """The totals of `plan.py`. Raises ForgeError with its message."""
+    program = Path(__file__).with_name("plan.py")
+    command = [sys.executable, str(program), key, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = "".join(done.stderr.strip().splitlines()[-1:]).removeprefix("error: ")
+        raise ForgeError(f"no forecast: {reason}")
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
 
 
-def _settings(outline: Outline, part: str, bits: int) -> str:
-    """Return the settings of a variant: no head if it is lost, shards if the file is too large."""
-    size = sum(_bf16_size(tensor) for tensor in outline.tensors.values()) * bits / 16
-    limit = int(SPLIT.removesuffix("G")) * 1e9
-    settings = ["head: none"] * (part == "trunk") + [f"split: {SPLIT}"] * (size > limit)
-    return f"{{{', '.join(settings)}}}"
+def _first(config: Config) -> str:
+    """The compilation of llama.cpp, if it comes first."""
+    there = PROGRAMS.exists() or config.toolchain.llama_cpp.bin_dir or cached(REQUIREMENT)
+    return "" if there else ", after llama.cpp is built (some 10 minutes)"
 
 
-def _bf16_size(tensor: CheckpointTensor) -> int:
-    """Return the bytes of a tensor in a BF16 file; quantized weights stay packed."""
-    packed = tensor.dtype not in convertible.UNPACKED
-    return tensor.size if packed else 2 * math.prod(tensor.shape)
+def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
+    """Fetch, disk and time, then notes and warnings."""
+    fetch, disk, peak, free = (table.size(plan[key]) for key in ("fetch", "disk", "peak", "free"))
+    if plan["fetch"] and plan["fetch_seconds"] is not None:
+        fetch += f", about {table.duration(plan['fetch_seconds'])}"
+    lines = [
+        f"fetch  {fetch}",
+        f"disk   {disk}, at most {peak} while it runs; {free} are free",
+        f"time   about {table.duration(plan['seconds'])} on an idle machine{first}",
+        *plan["notes"],
+    ]
+    if plan["peak"] > plan["free"]:
+        lines.append("warning: too little disk")
+    if plan["needs_memory"] > plan["memory"]:
+        needed, there = table.size(plan["needs_memory"]), table.size(plan["memory"])
+        lines.append(f"warning: needs {needed} of memory, and there are {there}: docs/sizing.md")
+    return lines
+
+
+def _ask(yes: bool) -> None:
+    """Raises ConfigError unless the answer is yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("there is no terminal to ask on, so nothing is built: set YES=1")
+    print("Build it? [Y/n] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+        raise ConfigError("not built, and config.d is as it was")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from mtpforge.forecast.steps import ModelForecast
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root, cached
+from mtpforge.rules import entry_files
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model, read_file
 
@@ -57,7 +58,7 @@ def main() -> None:
     if args.totals:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(_PATIENCE)
-    build = Build(read_file(args.config))
+    build = _build(args.config)
     llama = _programs(args, build)
     plan = Plan(args.config, _chosen(args.config, args.models, build), llama)
     if args.json:
@@ -169,6 +170,16 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
             f"{table.size(about['memory'])} ({about['largest_step']}): see docs/sizing.md#memory"
         )
     return "\n".join(lines)
+
+
+def _build(path: Path) -> Build:
+    """The build of a configuration file and the entries beside it. Raises ConfigError."""
+    config, folder = read_file(path), path.parent / entry_files.FOLDER
+    try:
+        entry_files.add_entries(config, {}, folder)
+        return Build(config)
+    except ConfigError as error:
+        raise entry_files.located(error, folder) from None
 
 
 def _programs(args: Namespace, build: Build) -> LlamaCpp:

@@ -1,0 +1,243 @@
+"""Entries that `make add`, `quant` and `inject` write: input as people have it, files, presets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import CHECKPOINTS, ROOT
+from hub import COMMIT
+from mtpforge.entries import address, files, presets, proposal
+from mtpforge.entries.address import Address
+from mtpforge.entries.proposal import Entry, Source
+from mtpforge.errors import ConfigError, DownloadError, ForgeError
+from mtpforge.gguf import quant_types
+from mtpforge.hub.listing import File, Listing
+from mtpforge.rules import entry_files
+from mtpforge.rules.build import Build
+
+PINNED = {"repo": "Owner/Name", "revision": COMMIT}
+
+
+# ── input ──
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Owner/Name", Address("Owner/Name")),
+        ("Owner/Name/", Address("Owner/Name")),
+        ("Owner/Name@v1.0", Address("Owner/Name", "v1.0")),
+        ("Owner/Name:a/F.gguf", Address("Owner/Name", None, "a/F.gguf")),
+        ("Owner/Name@main:F.gguf", Address("Owner/Name", "main", "F.gguf")),
+        ("https://huggingface.co/Owner/Name", Address("Owner/Name")),
+        ("http://www.huggingface.co/Owner/Name/?x=1", Address("Owner/Name")),
+        ("huggingface.co/Owner/Name#use", Address("Owner/Name")),
+        ("hf.co/Owner/Name/tree/main/", Address("Owner/Name", "main")),
+        ("hf://Owner/Name", Address("Owner/Name")),
+        (
+            "https://huggingface.co/Owner/Name/blob/main/a/F.gguf?download=true",
+            Address("Owner/Name", "main", "a/F.gguf"),
+        ),
+    ],
+)
+def test_a_repository_is_read_as_people_write_it(text: str, expected: Address) -> None:
+    assert address.repository(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["Name", "", "a/b/c", "https://example.org/Owner/Name", "../x", "O/N\n", "O/-N@x@y"]
+)
+def test_another_text_is_no_repository(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a repository: write OWNER/NAME"):
+        address.repository(text)
+
+
+def test_files_and_folders_are_on_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "Model-Q4_K_M.gguf").touch()
+    assert address.checkpoint(f"{tmp_path}/") == tmp_path
+    assert address.gguf(str(tmp_path / "Model-Q4_K_M.gguf")) == tmp_path / "Model-Q4_K_M.gguf"
+    with pytest.raises(ConfigError, match=r"no such file; did you mean Model-Q4_K_M.gguf\?"):
+        address.gguf(str(tmp_path / "model-q4_k_m.gguf"))
+    with pytest.raises(ConfigError, match="no such folder"):
+        address.checkpoint("./not-there")
+    with pytest.raises(ConfigError, match="names no file"):
+        address.gguf("Owner/Name")
+
+
+NAMES = (
+    "Model-Q4_K_M.gguf", "Model-Q4_K_S.gguf", "UD/Model-UD-Q4_K_XL.gguf",
+    "Q8_0/Model-Q8_0-00001-of-00002.gguf", "Q8_0/Model-Q8_0-00002-of-00002.gguf",
+    "Model-BF16.gguf.part1of2", "Model-BF16.gguf.part2of2", "mmproj-F16.gguf", "README.md",
+)  # fmt: skip
+
+
+def found(monkeypatch: pytest.MonkeyPatch, wanted: str, names: tuple[str, ...] = NAMES) -> Any:
+    listing = Listing("Owner/Name", COMMIT, {name: File(1, "0" * 40) for name in names}, {})
+    monkeypatch.setattr(proposal, "pinned", lambda given: listing)
+    label, base = proposal.base(Address("Owner/Name", None, wanted))
+    assert base == {**PINNED, "file": base["file"]}
+    return label, base["file"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "label", "file"),
+    [
+        ("Model-Q4_K_M.gguf", "Q4_K_M", "Model-Q4_K_M.gguf"),
+        ("q4_k_m", "Q4_K_M", "Model-Q4_K_M.gguf"),
+        ("UD-Q4_K_XL", "UD-Q4_K_XL", "UD/Model-UD-Q4_K_XL.gguf"),
+        ("Model-UD-Q4_K_XL.gguf", "UD-Q4_K_XL", "UD/Model-UD-Q4_K_XL.gguf"),
+        ("Q8_0", "Q8_0", "Q8_0/Model-Q8_0-00001-of-00002.gguf"),
+        ("Model-Q8_0-00002-of-00002.gguf", "Q8_0", "Q8_0/Model-Q8_0-00001-of-00002.gguf"),
+        ("Model-BF16.gguf", "BF16", "Model-BF16.gguf.part1of2"),
+    ],
+)
+def test_a_base_is_found_by_name_and_by_type(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, label: str, file: str
+) -> None:
+    assert found(monkeypatch, wanted) == (label, file)
+
+
+def test_a_base_that_is_not_there_is_answered_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DownloadError, match=r"no GGUF Model-Q4KM.gguf; did you mean Model-Q4_K_M"):
+        found(monkeypatch, "Model-Q4KM.gguf")
+    with pytest.raises(DownloadError, match=r"has several: it has A-Q4_0.gguf, B-Q4_0"):
+        found(monkeypatch, "Q4_0", ("A-Q4_0.gguf", "B-Q4_0.gguf"))
+    with pytest.raises(DownloadError, match="it has no GGUF"):
+        found(monkeypatch, "Q4_0", ("README.md",))
+
+
+# ── entries ──
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_are_valid_entries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    source = Source(CHECKPOINTS / "tiny-qwen3.5")
+    variants = presets.preset(name)
+    entry = source.entry(variants, {"tokenizer_pre": "qwen35", "measure": {}})
+    model = yaml.safe_load("models:\n" + files.as_text(entry))["models"]
+    assert model == {"tiny-qwen3.5": entry.value()}
+    made = Build({"models": model}).config.models["tiny-qwen3.5"].variants
+    assert list(made) == list(variants)
+    helped = {key for key, each in made.items() if each.imatrix}
+    assert helped == (set(made) - {"BF16", "Q8_0"} if name == "publisher" else set())
+
+
+def test_a_single_type_has_the_matrix_that_it_needs() -> None:
+    assert presets.single("IQ4_XS") == {"IQ4_XS": {}}
+    assert presets.single("IQ2_M") == {"IQ2_M": {"imatrix": {"text": presets.CALIBRATION}}}
+    assert presets.single("IQ4_XS", "a.txt") == {"IQ4_XS": {"imatrix": {"text": "a.txt"}}}
+    assert presets.single("BF16", "a.txt") == {"BF16": {}}
+    with pytest.raises(ConfigError, match="did you mean IQ4_XS"):
+        presets.single("IQ4XS")
+
+
+@pytest.mark.parametrize("kind", quant_types.PUBLISHED)
+def test_the_size_of_each_type_is_about_known(kind: str) -> None:
+    assert 1 < presets.bits({}, kind) <= 32
+
+
+def test_the_calibration_text_has_enough_tokens() -> None:
+    assert len((ROOT / presets.CALIBRATION).read_text(encoding="utf-8").split()) > 1024
+
+
+# ── files ──
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def entry(**variants: dict[str, Any]) -> Entry:
+    return Entry("name", "9 GB", {"source": dict(PINNED)}, variants)
+
+
+def write(given: Entry) -> str:
+    with files.written(given) as path:
+        assert entry_files.read_entry(path)["variants"].keys() >= given.variants.keys()
+    return path.read_text()
+
+
+def test_an_entry_has_a_file_that_grows_and_keeps_comments(here: Path) -> None:
+    write(entry(Q4_K_M={}))
+    path = Path("config.d/name.yaml")
+    path.write_text(path.read_text() + "      # mine\n      Q8_0: # large\n")
+    later = entry(IQ4_XS={"head": "BF16"}, Q8_0={})
+    later.settings |= {"source": {**PINNED, "revision": "f" * 40}, "measure": {}}
+    text = write(later)
+    assert "      # mine\n      Q8_0: # large\n      IQ4_XS: {head: BF16}\n" in text
+    model = entry_files.read_entries()["name"]
+    assert model["source"] == PINNED and model["measure"] == {}
+    assert list(model["variants"]) == ["Q4_K_M", "Q8_0", "IQ4_XS"]
+    assert write(later) == text
+
+
+def test_a_file_is_as_it_was_if_nothing_is_built(here: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.written(entry(Q8_0={})) as path:
+        raise KeyboardInterrupt
+    assert not path.exists()
+    before = write(entry(Q8_0={}))
+    with pytest.raises(ForgeError), files.written(entry(Q4_0={})) as path:
+        raise ForgeError("no")
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("models: {name: {source: {repo: A/B}, variants: {Q4_0: {}}}}\n", "source is"),
+        (
+            "models: {name: {source: {repo: Owner/Name}, variants: {Q4_0: {head: BF16}}}}\n",
+            r"variants/Q4_0 is \{head: BF16\} there, not \{\}",
+        ),
+        (
+            "models: {name: {source: {repo: Owner/Name}, variants: {Q8_0: {}}}}\n",
+            r"written in another way: add by hand: +Q4_0: \{\}",
+        ),
+        ("models: {name: {}}\n", "has no variants"),
+        ("models: {other: {}}\n", "must have only `models:`"),
+        ("a: [\n", "config.d/name.yaml"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_left_alone(here: Path, text: str, reason: str) -> None:
+    Path("config.d").mkdir()
+    Path("config.d/name.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        write(entry(Q4_0={}))
+    assert Path("config.d/name.yaml").read_text() == text
+
+
+# ── reading them ──
+
+
+def test_models_of_files_are_built_beside_those_of_the_list(here: Path) -> None:
+    write(entry(Q4_0={}))
+    config: dict[str, Any] = {"build": ["a"], "models": {"a": {}}}
+    entry_files.add_entries(config, {})
+    assert config["build"] == ["a", "name"] and list(config["models"]) == ["a", "name"]
+    chosen = {"build": ["a"], "models": {"a": {}, "name": {"variants": {"Q4_0": {"head": "F16"}}}}}
+    entry_files.add_entries(chosen, chosen)
+    assert chosen["build"] == ["a"]
+    assert chosen["models"]["name"] == {
+        "source": PINNED, "variants": {"Q4_0": {"head": "F16"}},
+    }  # fmt: skip
+
+
+def test_a_model_is_in_one_file(here: Path) -> None:
+    write(entry(Q4_0={}))
+    with pytest.raises(ConfigError, match=r"config.d/name.yaml: config.yaml has a model name too"):
+        entry_files.add_entries({"models": {"name": {}}}, {})
+    untouched: dict[str, Any] = {"models": ["a"]}
+    entry_files.add_entries(untouched, {})
+    assert untouched == {"models": ["a"]}
+
+
+def test_an_error_names_the_file_of_its_model(here: Path) -> None:
+    write(entry(Q4_0={}))
+    error = entry_files.located(ConfigError("config.yaml: models/name/variants: bad"))
+    assert str(error) == "config.d/name.yaml: models/name/variants: bad"
+    for text in ("config.yaml: models/other: bad", "config.yaml: build: bad", "disk full"):
+        assert str(entry_files.located(ConfigError(text))) == text

@@ -1,0 +1,104 @@
+"""The three ways to start in the README: each by its commands alone, with a Hub on loopback."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CHECKPOINTS, ROOT, Run
+from hub import COMMIT, Hub, serve
+from mtpforge.gguf import head, reader
+from mtpforge.verify.report import Report
+from pages import blocks
+from repository import Repository
+
+SOURCE, BASE, TARGET = "Qwen/Qwen3.5-4B", "OWNER/NAME-GGUF", "OWNER/NAME-MTP-GGUF"
+QUANT, INJECT, PUBLISH = [
+    text.splitlines() for language, text in blocks(ROOT / "README.md") if language == "sh"
+][:3]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, run: Run) -> Iterator[Hub]:
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "objects").mkdir()
+    base = folder / "base" / "quants" / "Qwen3.5-4B-Q4_K_M.gguf"
+    base.parent.mkdir(parents=True)
+    trunk = folder / "trunk.gguf"
+    options = ("--part", "trunk", "--tokenizer-pre", "qwen35", "--out", trunk)
+    assert run("convert.py", CHECKPOINTS / "tiny-qwen3.5", *options).returncode == 0
+    assert run("quantize.py", trunk, "--type", "Q4_K_M", "--out", base).returncode == 0
+    repositories = {SOURCE: CHECKPOINTS / "tiny-qwen3.5", BASE: folder / "base"}
+    with serve(repositories, folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+    copy = Repository(tmp_path_factory.mktemp("stories") / "repository", toolchain)
+    shutil.copy(ROOT / "Makefile", copy.path)
+    return copy
+
+
+def make(
+    line: str, copy: Repository, hub: Hub, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a line of the README that begins with make, without its set-up."""
+    program, *words = shlex.split(line, comments=True)
+    assert program == "make"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_token", "PATH": path,
+        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(copy.path / "home"), "TOKENIZER_PRE": "qwen35",
+    }  # fmt: skip
+    command = ["make", "-o", "setup", *words, *(f"{k}={v}" for k, v in variables.items())]
+    return subprocess.run(
+        command, cwd=copy.path, env=environment, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL, timeout=600,
+    )  # fmt: skip
+
+
+def test_nothing_is_built_without_an_answer(copy: Repository, hub: Hub) -> None:
+    done = make(QUANT[0], copy, hub)
+    assert done.returncode == 2 and "set YES=1" in done.stderr
+    assert re.findall(r"^(\w+) {2,}\S", done.stdout, re.MULTILINE) == ["fetch", "disk", "time"]
+    assert list((copy.path / "config.d").iterdir()) == []
+    assert not (copy.path / "results").exists()
+
+
+def test_one_command_makes_a_quant_with_a_head(copy: Repository, hub: Hub) -> None:
+    (line,) = QUANT
+    done = make(line, copy, hub, YES="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = Report.read(copy.path / "results/qwen3.5-4b/reports/Qwen3.5-4B-IQ4_XS.json")
+    assert report.accepted and report.head == "Q8_0"
+    entry = yaml.safe_load((copy.path / "config.d/qwen3.5-4b.yaml").read_text())
+    assert entry["models"]["qwen3.5-4b"]["source"] == {"repo": SOURCE, "revision": COMMIT}
+
+
+def test_one_command_puts_a_head_into_a_quant(copy: Repository, hub: Hub) -> None:
+    (line,) = INJECT
+    done = make(line, copy, hub, YES="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = copy.path / "results/qwen3.5-4b-injected/Qwen3.5-4B-Q4_K_M.gguf"
+    base = hub.repositories[BASE] / "quants" / made.name
+    assert head.trunk_digests(reader.read(made)) == head.trunk_digests(reader.read(base))
+    assert Report.read(made.parent / "reports" / f"{made.stem}.json").accepted
+
+
+def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
+    """With a shorter preset, beside the file of the first story; unit tests have the long one."""
+    written, uploaded = PUBLISH
+    assert "PRESET=publisher" in written
+    for line in (written.replace("PRESET=publisher", "PRESET=desk"), uploaded):
+        done = make(line, copy, hub)
+        assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in hub.repositories[TARGET].glob("*")}
+    assert {f"Qwen3.5-4B-{kind}.gguf" for kind in ("IQ4_XS", "Q4_K_M", "Q6_K")} <= names
+    assert {"README.md", "SHA256SUMS", "reports", "provenance"} <= names

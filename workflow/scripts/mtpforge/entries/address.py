@@ -1,0 +1,80 @@
+"""Repositories, checkpoints and GGUFs as people write them: names, web addresses, paths."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from mtpforge.errors import ConfigError
+from mtpforge.hub.listing import REPOSITORY
+
+_HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
+_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
+_SHORT = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^:]+))?(?::(.+))?")
+_HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or the address of its page"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A repository of the Hub, with a branch, tag or commit and a file where one was named."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+def repository(text: str) -> Address:
+    """The repository in OWNER/NAME, OWNER/NAME@TAG:FILE or a page's address. Raises ConfigError."""
+    address = _on_page(text) or _match(_SHORT, text)
+    if address is None or not REPOSITORY.fullmatch(address.repo):
+        raise ConfigError(f"{text[:200]!r} is not a repository: write {_HUB_FORM}")
+    return address
+
+
+def checkpoint(text: str) -> Address | Path:
+    """The checkpoint: a folder on this machine, or a repository. Raises ConfigError."""
+    if Path(text).expanduser().is_dir():
+        return Path(text).expanduser()
+    if text.startswith((".", "/", "~")):
+        raise ConfigError(f"{text[:200]}: no such folder")
+    return repository(text)
+
+
+def gguf(text: str) -> Address | Path:
+    """The GGUF: a file on this machine, or one of a repository. Raises ConfigError."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    if text.endswith(".gguf") and ":" not in text:
+        found = path.parent.glob("*.gguf") if path.parent.is_dir() else ()
+        raise ConfigError(f"{text[:200]}: no such file{close(path.name, (f.name for f in found))}")
+    address = repository(text)
+    if address.file is None:
+        raise ConfigError(f"{text[:200]!r} names no file: write OWNER/NAME:FILE.gguf")
+    return address
+
+
+def close(name: str, names: Iterable[str]) -> str:
+    """A question for the name that was probably meant; empty if there is none."""
+    by_lower = {each.lower(): each for each in names}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    return f"; did you mean {by_lower[found[0]]}?" if found else ""
+
+
+def _on_page(text: str) -> Address | None:
+    """The repository that a page of the Hub belongs to; None for another text."""
+    address = re.sub(r"^(?:http://|(?=(?:www\.)?(?:huggingface|hf)\.co/))", "https://", text)
+    for host in (*_HOSTS, constants.ENDPOINT.rstrip("/") + "/", "hf://"):
+        for given in (text, address):
+            if given.startswith(host):
+                path = re.split(r"[?#]", given.removeprefix(host))[0].rstrip("/")
+                return _match(_PAGE, path)
+    return None
+
+
+def _match(pattern: re.Pattern[str], text: str) -> Address | None:
+    found = pattern.fullmatch(text.rstrip("/"))
+    return Address(found[1], found[2], found[3]) if found else None

@@ -1,0 +1,61 @@
+"""Lists of variants to choose by a word, each with what it is quantized with."""
+
+from typing import Any
+
+from mtpforge.gguf import quant_types
+
+Variants = dict[str, dict[str, Any]]
+
+CALIBRATION = "workflow/texts/calibration.txt"
+"""The embedded text for importance matrices: English, code and structured text."""
+
+_PUBLISHED = (
+    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
+    "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M",
+)  # fmt: skip
+"""What bartowski and Unsloth both publish of a model."""
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "basic": ("BF16", "Q4_K_M"),
+    "desk": ("Q4_K_M", "Q6_K"),
+    "publisher": _PUBLISHED,
+}
+
+_LARGER = {"Q6_K_L": "Q6_K", "Q5_K_L": "Q5_K_M", "Q4_K_L": "Q4_K_M", "Q2_K_L": "Q2_K"}
+"""bartowski's names of mixtures with embeddings and output at Q8_0."""
+
+_NEED_NO_IMATRIX = ("Q8_0", *quant_types.UNQUANTIZED, *quant_types.PACKED)
+
+
+def preset(name: str, text: str = CALIBRATION) -> Variants:
+    """The variants of a preset; a publisher's have an importance matrix, computed from `text`."""
+    variants: Variants = {kind: {} for kind in PRESETS[name]}
+    if name == "publisher":
+        variants |= {
+            kind: {"type": plain, "tensors": {r"token_embd|^output\.": "Q8_0"}}
+            for kind, plain in _LARGER.items()
+        }
+        for kind, settings in variants.items():
+            if kind not in _NEED_NO_IMATRIX:
+                settings["imatrix"] = {"text": text}
+    return variants
+
+
+def single(kind: str, text: str | None = None) -> Variants:
+    """One variant; with an importance matrix if its type needs one, or `text` is given.
+
+    Raises ConfigError if no variant can have the type.
+    """
+    quant_types.check_published_type(kind)
+    needs = kind in quant_types.NEED_IMATRIX or (text and kind not in _NEED_NO_IMATRIX)
+    return {kind: {"imatrix": {"text": text or CALIBRATION}} if needs else {}}
+
+
+def bits(settings: dict[str, Any], name: str) -> float:
+    """About how many bits a weight takes in a variant."""
+    kind = settings.get("type", name)
+    if kind in quant_types.TENSOR_TYPES:
+        return quant_types.bits(kind)
+    plain = kind.rpartition("_")[0]  # Q4_K_M, MXFP4_MOE; IQ3_M is mostly IQ3_S
+    plain = plain if plain in quant_types.TENSOR_TYPES else f"{plain}_S"
+    return 1.1 * quant_types.bits(plain)
