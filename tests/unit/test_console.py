@@ -203,6 +203,38 @@ def test_failures_are_reported_even_if_snakemake_calls_no_handler(tmp_path: Path
     assert stream.getvalue().count("error  bad file") == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        'WorkflowError in file "/a b/Snakefile", line 49:\nconfig.yaml: bad\n'
+        '  File "/a b/Snakefile", line 49, in <module>',
+        "InputFunctionException in rule convert in file X, line 11:\nError:\n"
+        "  DownloadError: config.yaml: bad\nWildcards:\n  model=a\nTraceback:\n  File x (rule y)",
+        'WorkflowError in file "/a/Snakefile", line 49:\n\x1b[31mconfig.yaml: bad\x1b[0m\n',
+    ],
+)
+def test_an_error_of_ours_is_shown_alone(said: str) -> None:
+    stream = io.StringIO()
+    shown = shown_on(stream)
+    shown.handle(message(LogEvent.ERROR, said, levelno=logging.ERROR))
+    shown.close()
+    assert stream.getvalue() == "error: config.yaml: bad\n"
+    assert console.brief("KeyError: 'x'\n  File y") == "KeyError: 'x'\n  File y"
+
+
+def test_an_error_after_some_jobs_says_what_has_passed() -> None:
+    stream = io.StringIO()
+    shown = shown_on(stream)
+    shown.handle(message(LogEvent.PROGRESS, done=2, total=5))
+    shown.handle(message(LogEvent.ERROR, "Error:\n  GgufError: F.gguf: bad", levelno=logging.ERROR))
+    shown.close()
+    shown.close()
+    first, *rest = stream.getvalue().splitlines()
+    assert first == "error: F.gguf: bad"
+    assert rest[1].startswith("2 of 5 jobs done, 0 failed. Run the same command again")
+    assert len(rest) == 2
+
+
 def test_a_program_that_a_signal_ended_is_described(tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     shown = shown_on(io.StringIO())

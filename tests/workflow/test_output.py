@@ -9,7 +9,7 @@ from repository import CONFIG, Repository
 
 FOLDER = "results/tiny-qwen3.5"
 FILE = f"{FOLDER}/tiny-qwen3.5-Q8_0.gguf"
-LOCATIONS = ("files     ", "reports   ", "pictures  ")
+LOCATIONS = ("files     ", "reports   ", "serve     ", "next      ")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_each_job_has_a_start_line_and_an_end_line(first: list[str], jobs: int) 
 
 def test_nothing_else_is_shown(first: list[str], jobs: int) -> None:
     progress = labels(first, r"\.\.\.").total()
-    assert len(first) <= 2 * jobs + progress + 12, "\n".join(first)
+    assert len(first) <= 2 * jobs + progress + 13, "\n".join(first)
     assert all(len(line) < 300 for line in first), max(first, key=len)
 
 
@@ -77,10 +77,12 @@ def test_a_run_ends_with_the_summary_and_its_folder(
 
 def ends_with_the_summary(repository: Repository, shown: list[str]) -> None:
     table = (repository.path / "results/summary.md").read_text().splitlines()
-    assert shown[-4 - len(table) : -4] == table
-    assert shown[-4] == ""
-    assert all(line.startswith(name) for line, name in zip(shown[-3:], LOCATIONS, strict=True))
-    assert FOLDER in shown[-3]
+    assert shown[-5 - len(table) : -5] == table
+    assert shown[-5] == ""
+    assert all(line.startswith(name) for line, name in zip(shown[-4:], LOCATIONS, strict=True))
+    assert FOLDER in shown[-4]
+    served = f"llama-server -m {FILE} --spec-type draft-mtp --spec-draft-n-max 1"
+    assert shown[-2].endswith(served)
 
 
 def test_a_dry_run_lists_its_jobs_and_counts_them(repository: Repository, first: list[str]) -> None:

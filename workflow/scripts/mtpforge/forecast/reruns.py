@@ -64,4 +64,5 @@ def reason(said: str) -> str:
     """The last message that Snakemake printed, in one line, without the places in a Snakefile."""
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("  File ")]
     starts = [number for number, line in enumerate(lines) if not line.startswith(" ")]
-    return " ".join(" ".join(lines[starts[-1] :] if starts else lines).split()) or "it says nothing"
+    said = " ".join(" ".join(lines[starts[-1] :] if starts else lines).split())
+    return said.removeprefix("error: ") or "it says nothing"

@@ -132,7 +132,7 @@ class _Repository:
 
 
 def _llama_server(files: _Repository, result: Result) -> list[str]:
-    options = _options(result)
+    options = server_options(result)
     lines = [_why(result), ""]
     if files.sidecars:
         towers = [("--mmproj", tower) for tower in files.vision_towers]
@@ -167,7 +167,7 @@ def _why(result: Result) -> str:
     return f"{server} and the draft length that was fastest when measured:"
 
 
-def _options(model: Result) -> list[str]:
+def server_options(model: Result) -> list[str]:
     """The options that a model was measured with, and those for drafting if it should draft.
 
     Without a measurement it drafts as far ahead as in verification: the number of head blocks.
@@ -219,7 +219,7 @@ def _other_files(files: _Repository) -> list[str]:
 
 def _other_lengths(files: _Repository) -> str:
     """How the drafting options of the other files differ; empty if they do not."""
-    if len({tuple(_options(model)) for model in files.models}) == 1:
+    if len({tuple(server_options(model)) for model in files.models}) == 1:
         return ""
     options = "`--spec-type draft-mtp --spec-draft-n-max N`"
     if any(model.measured for model in files.models):
@@ -247,7 +247,7 @@ def _lemonade(files: _Repository, result: Result) -> list[str]:
     tag = files.tags[result.name]
     if not tag or files.sidecars:
         return []
-    options = _options(result)
+    options = server_options(result)
     arguments = ["--llamacpp-args", shlex.join(options)] if options else []
     return [
         "Lemonade (`lemonade list` prints the name to use as MODEL):",

@@ -20,8 +20,9 @@ from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from mtpforge import table
+from mtpforge.errors import ForgeError
 from mtpforge.io import storage
-from mtpforge.rules.joblog import Job
+from mtpforge.rules.joblog import ESCAPES, Job
 
 NOTHING_TO_DO = "Nothing to be done"
 INTERRUPTED = "Terminating processes on user request"
@@ -54,6 +55,11 @@ ALWAYS_HANDLED = (
 QUIET = {Quietness.ALL, Quietness.PROGRESS, Quietness.RULES}
 EXIT_STATUS = re.compile(
     r"CalledProcessError in .*(?:exit status (\d+)|died with <Signals\.\w+: (\d+)>)", re.DOTALL
+)
+OURS = "|".join(each.__name__ for each in ForgeError.__subclasses__())
+INSIDE = re.compile(rf"^ *(?:{OURS}): (.*)$", re.MULTILINE)
+IN_SNAKEFILE = re.compile(
+    r"WorkflowError in file .*Snakefile\", line \d+:\n(.*?)(?:\n  File .*)?", re.DOTALL
 )
 PAGE = 4096  # bytes that a file takes at least on most disks
 PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
@@ -95,6 +101,7 @@ class Console(logging.Handler):
         self.began = 0.0
         self.interrupted = False
         self.reported = False  # the failures, at the end
+        self.broken = False  # by an error outside jobs
         self.closed = threading.Event()
         self.shows = {
             None: self._message,
@@ -130,8 +137,9 @@ class Console(logging.Handler):
         """End the thread that follows the jobs, and report failures that `onerror` has not."""
         self.closed.set()
         self._rewrite("")
-        if self.failed and not self.reported:  # --no-hooks, or an exception in an input function
-            self._line("\n".join(["", *self.failed.values()]))
+        if (self.failed or (self.broken and self.done)) and not self.reported:
+            self.reported = True
+            self._line(self._failures())  # --no-hooks, or an exception in an input function
         super().close()
 
     # ── the end of a run ──
@@ -145,6 +153,9 @@ class Console(logging.Handler):
     def failure(self) -> None:
         """Report what is wrong with each failed job, where its log is, and what to do."""
         self.reported = True
+        self._tell(self._failures(), logging.ERROR)
+
+    def _failures(self) -> str:
         failed = list(self.failed.values())
         if not self.interrupted:  # such as one whose output is missing, which has no JOB_ERROR
             failed += [describe(job, "see above", [job.log]) for job in self.running.values()]
@@ -153,10 +164,10 @@ class Console(logging.Handler):
         advice = "Run the same command again to continue: finished jobs are kept."
         if failed:
             advice = f"docs/troubleshooting.md explains errors. {advice}"
-        self._tell("\n".join(["", *failed, counts + advice]), logging.ERROR)
+        return "\n".join(["", *failed, counts + advice])
 
     def _made(self) -> str:
-        """The summary and where the files are; empty unless the target was `all`."""
+        """The files, where they are, and what to do next; empty unless the target was `all`."""
         target = next((job for job in self.workflow.dag.jobs if job.rule.name == "all"), None)
         if target is None:
             return ""
@@ -164,14 +175,10 @@ class Console(logging.Handler):
         summary = next(named, Path(os.devnull))
         if not summary.is_file():  # --touch or --batch
             return ""
-        sums = [Path(file) for file in target.input if file.endswith("/SHA256SUMS")]
-        folders = sorted(str(file.parent) for file in sums)
-        return (
-            f"\n{summary.read_text(encoding='utf-8')}\n"
-            f"files     {', '.join(folders)}\n"
-            f"reports   {summary} (this table), reports/*.json in each folder (each check)\n"
-            "pictures  `make report` writes report.html"
-        )
+        from mtpforge.report.ending import ending  # and what it imports: a second, in each run
+
+        reports = [Path(file) for file in target.input if Path(file).parent.name == "reports"]
+        return "\n" + ending(summary, reports)
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""
@@ -193,8 +200,9 @@ class Console(logging.Handler):
         if failed := EXIT_STATUS.search(str(record.msg)):
             status = int(failed[1]) if failed[1] else 128 + int(failed[2])
             self.exit_status[record.thread] = status
-        else:
-            self._unless_hidden(record)
+        elif not str(record.msg).startswith(HIDDEN):
+            self.broken = True
+            self._line(brief(self.format(record)))
 
     def _begin(self, record: logging.LogRecord) -> None:
         self.began = record.created
@@ -334,6 +342,14 @@ def describe(job: Job, error: str, logs: Sequence[object]) -> str:
     named = ", ".join(map(str, logs))
     file = f"  file   {job.output}\n" if job.output else ""
     return f"{job.label}\n  error  {error}\n{file}  log    {named}\n"
+
+
+def brief(text: str) -> str:
+    """Snakemake's message about an error of ours: the error alone, without places in our files."""
+    plain = ESCAPES.sub("", text).strip()
+    # of a function that Snakemake has called, or of the Snakefile
+    found = INSIDE.search(plain) or IN_SNAKEFILE.fullmatch(plain)
+    return f"error: {found[1]}" if found else text
 
 
 def full_disk(log: Path) -> str:

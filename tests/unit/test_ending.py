@@ -1,0 +1,69 @@
+"""The end of a run: what there is, where, how to serve it, and what to do next, in 20 lines."""
+
+from pathlib import Path
+
+import pytest
+from example_records import measurement, report, total
+from gguf.constants import GGUFValueType
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import Gguf
+from mtpforge.report import ending
+
+TITLES = ["files", "reports", "serve", "next"]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which every GGUF is one with a head."""
+    numbers = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    metadata = {key: Value.of(value, GGUFValueType.UINT32) for key, value in numbers.items()}
+    metadata["general.architecture"] = Value.of("qwen35", GGUFValueType.STRING)
+    monkeypatch.setattr(ending.reader, "read", lambda path: Gguf(path, metadata, {"a": None}, {}))
+    monkeypatch.chdir(tmp_path)
+    return Path("results")
+
+
+def write(results: Path, model: str, *names: str, bits: float = 4.6) -> list[Path]:
+    for name in names:
+        report(f"{name}.gguf", bits_per_weight=bits).write(results / model / f"reports/{name}.json")
+    return [results / model / f"reports/{name}.json" for name in names]
+
+
+def summary(results: Path, rows: int) -> Path:
+    path = results / "summary.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("| file |\n| --- |\n" + "".join(f"| {n} |\n" for n in range(rows)))
+    return path
+
+
+def shown(results: Path, reports: list[Path]) -> list[str]:
+    return ending.ending(summary(results, len(reports)), reports).splitlines()
+
+
+def test_all_is_said_in_twenty_lines(results: Path) -> None:
+    for count in (1, 10, 11, 60):
+        lines = shown(results, write(results, "m", *(f"x{n}" for n in range(count))))
+        assert [line.split()[0] for line in lines[-4:]] == TITLES
+        assert len(lines) + 3 <= 20  # the count of jobs between two empty lines comes first
+        left_out = count - sum(line.startswith("| ") for line in lines[2:])
+        assert (f"and {left_out} more: see results/summary.md" in lines) == (count > 10)
+
+
+def test_the_command_serves_a_quantized_file_as_it_was_measured(results: Path) -> None:
+    reports = write(results, "m", "x-BF16", bits=16.0) + write(results, "m", "x-Q4_0")
+    serve = shown(results, reports)[-2].split(maxsplit=1)[1]
+    program = "resources/toolchain/bin/llama-server -m results/m/x-Q4_0.gguf"
+    assert serve == f"{program} --spec-type draft-mtp --spec-draft-n-max 1"
+    (results / "m/measure").mkdir()
+    options = {"options": ("-ngl", "999"), "by_n_max": (total(0, 9.0), total(3, 20.0))}
+    measured = measurement("x-Q4_0.gguf", **options, recommended_n_max=3)
+    measured.write(results / "m/measure/x-Q4_0.json")
+    serve = shown(results, reports)[-2].split(maxsplit=1)[1]
+    assert serve == f"{program} -ngl 999 --spec-type draft-mtp --spec-draft-n-max 3"
+
+
+def test_a_report_that_has_gone_hides_the_command_alone(results: Path) -> None:
+    reports = write(results, "m", "x-Q4_0")
+    reports[0].unlink()
+    titles = [line.split()[0] for line in shown(results, reports)[-3:]]
+    assert titles == ["files", "reports", "next"]

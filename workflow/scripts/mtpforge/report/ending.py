@@ -1,0 +1,67 @@
+"""The last lines of a run: which files there are, where, how to serve one, and what to do next."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtpforge.errors import ForgeError
+from mtpforge.gguf import reader
+from mtpforge.llama_cpp.programs import DEFAULT_FOLDER
+from mtpforge.measure.measurement import Measurement
+from mtpforge.publish import serving
+from mtpforge.publish.result import Result
+from mtpforge.verify.report import Report
+
+_ROWS = 10
+"""Rows of the table of files, so that all of a run's end is at most 20 lines."""
+
+
+def ending(summary: Path, reports: Sequence[Path]) -> str:
+    """The summary, cut if it is long, then places, a command that serves a file, and advice.
+
+    `reports` are those of the files, in the order of the configuration.
+    """
+    folders = sorted({str(report.parent.parent) for report in reports})
+    lines = [
+        *_shortened(summary.read_text(encoding="utf-8").splitlines(), summary),
+        "",
+        f"files     {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}",
+        f"reports   {summary} (this table), reports/*.json in each folder (each check)",
+        *_serve(reports),
+        "next      `make report` draws speed and errors; `make publish DRY_RUN=1` lists an upload",
+    ]
+    return "\n".join(lines)
+
+
+def _shortened(table: Sequence[str], summary: Path) -> list[str]:
+    """A Markdown table with at most `_ROWS` rows, or one fewer and how many are left out."""
+    rows = table[2:]
+    if len(rows) <= _ROWS:
+        return list(table)
+    return [*table[: 1 + _ROWS], f"and {len(rows) - _ROWS + 1} more: see {summary}"]
+
+
+def _serve(reports: Sequence[Path]) -> list[str]:
+    """The command for the file to start with; none if no file is a whole model."""
+    try:
+        results = [_read(report) for report in reports]
+        best = serving.recommended(results)
+        options = serving.server_options(best) if best else []
+    except (ForgeError, OSError):  # deleted or changed since
+        return []
+    if best is None:
+        return []
+    file = reports[results.index(best)].parent.parent / best.shards[0]
+    command = [str(DEFAULT_FOLDER / "llama-server"), "-m", str(file), *options]
+    return [f"serve     {shlex.join(command)}"]
+
+
+def _read(report: Path) -> Result:
+    folder = report.parent.parent
+    read = Report.read(report)
+    measured = folder / "measure" / report.name.replace(".split.json", ".json")
+    return Result(
+        read,
+        Measurement.read(measured) if measured.exists() else None,
+        reader.read(folder / read.published[0][0]),
+    )
