@@ -1,11 +1,13 @@
 """A malformed command line ends with one short line, without control characters, and code 2."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import hostile_text
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
+from mtpforge import cli
 
 PROGRAMS = sorted(
     path.stem
@@ -70,3 +72,21 @@ def test_a_value_that_a_program_refuses_itself_is_cut_as_well(tmp_path: Path) ->
             outcome = hostile_text.attempt((*command, argument))
             assert outcome.status == 1
             checked(outcome.errors)
+
+
+def test_what_make_installs_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.installed("workflow/scripts") == SCRIPTS
+    assert cli.installed("nothing/like/it") == Path("nothing/like/it")
+    assert cli.installed(str(tmp_path)) == tmp_path
+    (tmp_path / "workflow/scripts").mkdir(parents=True)
+    assert cli.installed("workflow/scripts") == Path("workflow/scripts")
+
+
+def test_a_missing_program_is_no_verdict_on_a_file(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    said = fails("verify.py", tmp_path / "x.gguf", "--bin", tmp_path, out=tmp_path / "report.json")
+    assert "llama-server: missing or not executable" in said and "FAILED" not in said

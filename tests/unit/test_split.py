@@ -458,6 +458,7 @@ def test_a_verified_file_is_published_in_shards_that_load_and_draft(
     [
         (("--split", "48G"), "name the folder with --publish"),
         (("--split", "48", "--publish", "x"), "invalid size '48'"),
+        (("--split", "48 GiB", "--publish", "x"), "did you mean 48G?"),
         (("--split", "1M", "--publish", "."), "cannot begin"),
         (("--split", "1M", "--publish", SCRIPTS), "give another folder"),
     ],

@@ -46,9 +46,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--converter",
-        type=Path,
+        type=cli.installed,
         metavar="DIR",
-        default=Path("resources/converter"),
+        default="resources/converter",
         help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
     recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")

@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     recorded_digests.add_option(parser, "--head-recorded", "HEAD")
     add(
         "--bin",
-        type=Path,
-        default=DEFAULT_FOLDER,
+        type=cli.installed,
+        default=str(DEFAULT_FOLDER),
         metavar="DIR",
         help="folder of llama.cpp's programs (default: %(default)s)",
     )

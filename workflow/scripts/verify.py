@@ -46,6 +46,8 @@ def main() -> None:
         atomic.refuse_overwriting(out, *inputs, args.head_from, args.target)
     limit = _limit(args.split, args.file, args.publish)
     llama = programs.from_options(args)
+    for name in ("llama-server", "llama-gguf-split"):
+        llama.find(name)  # missing, they say nothing about the file
     try:
         report = verify(args.file, request, llama)
     except errors.VerificationError as error:

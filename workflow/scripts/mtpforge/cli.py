@@ -18,6 +18,7 @@ from mtpforge.io.text import parse_json
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LONGEST_MESSAGE = 2000  # characters; a hostile input can put megabytes into a message
 _MOST_LINES = 40
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -36,6 +37,12 @@ class _Parser(argparse.ArgumentParser):
 def json_object(argument: str) -> dict[str, Any]:
     """The JSON object in an argument of the command line. Raises ConfigError."""
     return parse_json(Path("JSON"), argument, ConfigError)
+
+
+def installed(path: str) -> Path:
+    """The path of something that `make` installs: here, or else in the program's repository."""
+    in_repository = _REPOSITORY / path
+    return in_repository if in_repository.exists() and not Path(path).exists() else Path(path)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ from mtpforge.io.journal import Journal
 from mtpforge.io.ranges import FileRange, sha256
 
 _UNITS = {"M": 10**6, "G": 10**9}
+_SIZE = re.compile(r"[1-9][0-9]{0,8}[MG]")
 _HEADER = "header"
 
 
@@ -40,10 +41,12 @@ def parse_size(text: str) -> int:
 
     Stricter than llama-gguf-split, which reads 1.5G as 1G.
     """
-    if not re.fullmatch(r"[1-9][0-9]{0,8}[MG]", text):
+    if not _SIZE.fullmatch(text):
+        plain = re.sub(r"I?B$", "", text[:40].upper().replace(" ", ""))
+        meant = f"; did you mean {plain}?" if _SIZE.fullmatch(plain) else ""
         raise ConfigError(
             f"invalid size {text[:40]!r}: give whole megabytes (10^6 bytes) or gigabytes, "
-            "such as 500M or 48G"
+            f"such as 500M or 48G{meant}"
         )
     return int(text[:-1]) * _UNITS[text[-1]]
 

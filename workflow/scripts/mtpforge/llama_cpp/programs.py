@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mtpforge import cli
 from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import member, read_json
@@ -147,7 +148,7 @@ def _word(argument: Argument) -> str:
 def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
     """Add --bin and --threads, and --log if the program keeps one."""
     parser.add_argument(
-        "--bin", type=Path, default=DEFAULT_FOLDER, metavar="DIR",
+        "--bin", type=cli.installed, default=str(DEFAULT_FOLDER), metavar="DIR",
         help="folder of llama.cpp's programs (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
