@@ -43,6 +43,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, run: Run) -> 
 def copy(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
     copy = Repository(tmp_path_factory.mktemp("stories") / "repository", toolchain)
     shutil.copy(ROOT / "Makefile", copy.path)
+    copy.config["threads"] = 1  # two threads of llama-server take long on a busy machine
+    copy.write_config()
     return copy
 
 
