@@ -106,6 +106,7 @@ def _entry(args: Namespace) -> Entry:
     entry = source.entry(_variants(args, source), options)
     if args.base:
         entry.key += "-injected"  # beside quantized variants the whole checkpoint would be fetched
+        entry.about = "The base, with the head of the source; nothing else is fetched"
     return entry
 
 
