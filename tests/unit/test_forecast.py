@@ -167,6 +167,26 @@ def test_a_job_takes_as_long_as_the_last_time(toolchain: Path, tmp_path: Path) -
     assert steps["convert", "all"].seconds == 1234.5 > steps["convert", "all"].reckoned > 0
 
 
+@pytest.mark.parametrize(
+    ("record", "likely"),
+    [
+        ({"s": 1000, "cpu_time": 10}, 10),  # it waited for processors
+        ({"s": 1000, "cpu_time": 1900}, 1000),  # two were at work
+        ({"s": 1000, "cpu_time": None}, 1000),
+        ({"s": 0.2, "cpu_time": 0}, 0.2),
+    ],
+)
+def test_a_job_on_a_busy_machine_is_not_believed(
+    toolchain: Path, tmp_path: Path, record: dict[str, float | None], likely: float
+) -> None:
+    recorded = tmp_path / "benchmarks/m/convert-all.jsonl"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text(json.dumps(record))
+    (step,) = [step for step in forecast(toolchain).steps if step.stage == "convert"]
+    assert likely <= step.seconds <= likely + step.reckoned
+    assert step.seconds <= (record["s"] or 0)
+
+
 def test_pieces_count_with_the_job_that_joins_them(toolchain: Path, tmp_path: Path) -> None:
     recorded = tmp_path / "benchmarks/m"
     recorded.mkdir(parents=True)

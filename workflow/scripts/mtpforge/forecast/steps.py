@@ -363,13 +363,17 @@ class ModelForecast:
     def _add(self, step: Step, cost: Cost) -> None:
         if all(step.path != other.path for other in self.steps):
             reckoned = cost.seconds + self._machine.start
-            seconds = self._earlier(step) or reckoned
+            seconds = self._earlier(step, reckoned) or reckoned
             why = None if Path(step.path).exists() else step.why
             found = {**vars(cost), "seconds": seconds, "reckoned": reckoned, "why": why}
             self.steps.append(replace(step, **found))
 
-    def _earlier(self, step: Step) -> float | None:
-        """The seconds that the same job, with its pieces, took the last time."""
+    def _earlier(self, step: Step, reckoned: float) -> float | None:
+        """The seconds that the same job, with its pieces, took the last time.
+
+        If it was at work for less, it waited: for the disk no longer than reckoned, and else for
+        processors that were busy with other programs.
+        """
         kind = f"{Path(step.path).parent.name}-{step.name}"
         names = {"acceptance": "acceptance", "logits": "reference-logits", "quantize": kind}
         jobs = [names.get(step.stage, f"{step.stage}-{step.name}")]
@@ -377,13 +381,20 @@ class ModelForecast:
             numbers = range(1, step.pieces + 1)
             jobs += [f"piece-{kind}-{number}-of-{step.pieces}" for number in numbers]
         with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-            return sum(map(self._recorded, jobs))
+            took, worked = map(sum, zip(*map(self._recorded, jobs), strict=True))
+            return min(took, worked + reckoned)
         return None
 
-    def _recorded(self, job: str) -> float:
-        """What Snakemake recorded of a job. Raises OSError, or another error, if it did not."""
+    def _recorded(self, job: str) -> tuple[float, float]:
+        """Seconds of a job, and of its CPUs, as Snakemake recorded them.
+
+        Raises OSError, or another error, if it did not.
+        """
         text = Path(f"benchmarks/{self.model.key}/{job}.jsonl").read_text(encoding="utf-8")
-        return float(json.loads(text.splitlines()[-1])["s"])
+        record = json.loads(text.splitlines()[-1])
+        took = float(record["s"])
+        worked = record.get("cpu_time")  # a short job has none
+        return took, float(took if worked is None else worked)
 
 
 def _head_recipe(variant: Variant) -> Recipe:
