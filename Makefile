@@ -156,8 +156,10 @@ python:
 		echo "error: $(PYTHON) cannot make environments: install its venv module (Debian/Ubuntu: apt install python3-venv)" >&2; \
 		exit 1; }
 
-# toolchain.py checks this too; here it fails before anything is downloaded.
+# toolchain.py checks this too; here it fails before anything is downloaded. Programs that are there
+# need none.
 compiler:
-	@$${CXX:-c++} --version > /dev/null 2>&1 || g++ --version > /dev/null 2>&1 || clang++ --version > /dev/null 2>&1 || { \
+	@[ -e resources/toolchain/stamp.json ] || grep -qs "^[^#]*bin_dir: *[\"']\?[^ \"'}]" config.yaml || \
+		$${CXX:-c++} --version > /dev/null 2>&1 || g++ --version > /dev/null 2>&1 || clang++ --version > /dev/null 2>&1 || { \
 		echo "error: no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++;" \
 			"macOS: xcode-select --install)" >&2; exit 1; }

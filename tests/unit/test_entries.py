@@ -1,8 +1,10 @@
 """Entries that `make add`, `quant` and `inject` write: input as people have it, files, presets."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import add
 import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT
@@ -208,6 +210,49 @@ def test_a_file_that_does_not_fit_is_left_alone(here: Path, text: str, reason: s
     with pytest.raises(ConfigError, match=reason):
         write(entry(Q4_0={}))
     assert Path("config.d/name.yaml").read_text() == text
+
+
+# ── asking ──
+
+
+class Terminal:
+    """Standard input with one answer."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self) -> str:
+        return self.answer
+
+
+def test_enter_and_yes_build_and_all_else_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in ("\n", "y\n", "Yes\n"):
+        monkeypatch.setattr(add.sys, "stdin", Terminal(answer))
+        add._ask(yes=False)
+    for answer in ("n\n", "later\n", "\x1b\n"):
+        monkeypatch.setattr(add.sys, "stdin", Terminal(answer))
+        with pytest.raises(SystemExit) as ended:
+            add._ask(yes=False)
+        assert ended.value.code == 0
+    monkeypatch.setattr(add.sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(ConfigError, match="no terminal to ask on"):
+        add._ask(yes=False)
+    add._ask(yes=True)
+
+
+def test_a_name_that_is_taken_gets_the_owners(here: Path) -> None:
+    assert add._free_key(entry()) == "name"
+    write(entry(Q4_0={}))
+    assert add._free_key(entry()) == "name"  # the same source
+    other = entry()
+    other.settings = {"source": {"repo": "Else/Name", "revision": COMMIT}}
+    assert add._free_key(other) == "else-name"
+    Path("config.yaml").write_text("models: {name: {}, else-name: {}, owner-name: {}}\n")
+    with pytest.raises(ConfigError, match=r"another model name: choose a name, with MODEL=NAME"):
+        add._free_key(other)
 
 
 # ── reading them ──

@@ -457,6 +457,8 @@ def test_add_proposes_the_type_that_a_packed_checkpoint_has(
     assert entry["models"]["packed"]["converter"] == "llama.cpp"
     assert entry["models"]["packed"]["variants"] == {"NVFP4": {}}
     assert Build(entry).files() == ["results/packed/packed-NVFP4.gguf"]
+    refused = client.run("add.py", "Owner/packed", "--type", "Q4_K_M")
+    assert refused.returncode == 1 and "is packed as NVFP4, and stays so" in refused.stderr
 
 
 def test_a_stale_index_is_named_where_a_head_is_lost(client: Client) -> None:

@@ -114,6 +114,8 @@ def _variants(args: Namespace, source: Source) -> Variants:
     if args.base:
         label, base = proposal.base(address.gguf(args.base))
         variants: Variants = {label: {"base": base}}
+    elif args.type and source.packed and args.type.upper() != "NVFP4":
+        raise ConfigError(f"{source.label}: is packed as NVFP4, and stays so: set TYPE=NVFP4")
     elif args.type:
         variants = presets.single(args.type.upper(), args.imatrix)
     elif source.packed:
@@ -203,14 +205,15 @@ def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
 
 
 def _ask(yes: bool) -> None:
-    """Raises ConfigError unless the answer is yes."""
+    """Return if it is yes. Raises SystemExit if it is no, ConfigError without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigError("there is no terminal to ask on, so nothing is built: set YES=1")
     print("Build it? [Y/n] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
-        raise ConfigError("not built, and config.d is as it was")
+        print("not built: config.d is as it was")
+        raise SystemExit(0)
 
 
 if __name__ == "__main__":
