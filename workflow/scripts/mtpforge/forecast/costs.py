@@ -16,7 +16,8 @@ _CONVERT = 1.3  # times the time to write the result
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
 _CONVERT_MEMORY = 330 << 20
 _UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
-_TORCH = 1 << 30  # besides the largest tensor, of which there are up to three copies
+_TORCH = 350 << 20  # besides the largest tensor, of which there are up to three copies
+_TORCH_START = 5  # CPU seconds to load it
 _QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
 
 CHUNK = 512
@@ -112,7 +113,7 @@ def convert(size: float, machine: Machine) -> Cost:
 def convert_upstream(size: float, machine: Machine, largest: float) -> Cost:
     """The same with llama.cpp's converter."""
     cost = convert(size, machine)
-    torch = Cost(_TORCH + 3 * largest, seconds=size * _UPSTREAM)
+    torch = Cost(_TORCH + 3 * largest, seconds=size * _UPSTREAM + _TORCH_START)
     return cost + torch
 
 
