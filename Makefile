@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+PROFILE ?= default
+LEAN := $(if $(filter lean,$(PROFILE)),--lean)
 # `exec`, so that a signal to make reaches the program and not a shell around it.
 ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
@@ -30,9 +32,9 @@ define install
 	}
 endef
 
-all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores
-	@($(ACTIVE) python workflow/scripts/plan.py --totals 2> /dev/null) || true
-	@$(ACTIVE) snakemake --cores $(CORES) all
+all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean is for small disks
+	@($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) 2> /dev/null) || true
+	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
 
 # $(call given,OPTION,VARIABLE) passes a variable on if it is set.
 given = $(if $($(2)),$(1) "$($(2))")
@@ -70,7 +72,7 @@ report: all ## build, then write report.html: pictures of speed, acceptance and 
 	@echo "wrote report.html"
 
 plan: toolchain ## forecast downloads, sizes, disk, memory and time of config.yaml; MODELS="a b" for some models
-	@$(ACTIVE) python workflow/scripts/plan.py $(MODELS)
+	@$(ACTIVE) python workflow/scripts/plan.py $(LEAN) $(MODELS)
 
 toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain

@@ -500,6 +500,7 @@ def test_too_little_disk_is_said() -> None:
         "fetch_seconds": None,
         "disk": 3,
         "peak": 9_000_000,
+        "lean_peak": 9_000_000,
     }
     about |= {
         "free": 9_000_000,
@@ -511,6 +512,8 @@ def test_too_little_disk_is_said() -> None:
     }
     assert "warning" not in in_words(about)
     assert "\nwarning: too little disk: " in in_words({**about, "peak": 9_000_001})
+    lean = in_words({**about, "peak": 9_000_001, "lean_peak": 8_000_000})
+    assert "`--workflow-profile profiles/lean`, takes 8.00 MB at its peak: " in lean
     lacking = in_words({**about, "needs_memory": 2})
     assert "\nwarning: a step needs " in lacking and "(x.json)" in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})

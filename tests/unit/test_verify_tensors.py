@@ -17,7 +17,7 @@ from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Server, serve
-from mtpforge.verify import running, tensors
+from mtpforge.verify import running, sample, tensors
 from mtpforge.verify.report import Acceptance, Check, TypeErrors
 from mtpforge.verify.request import Request
 
@@ -26,7 +26,7 @@ EXPERTS, ROWS, WIDTH = (
     16,
     200,
     512,
-)  # more weights than `tensors.LARGE`, and no whole number of stretches in an expert
+)  # more weights than `sample.LARGE`, and no whole number of stretches in an expert
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ def test_sampled_rows_of_a_checkpoint_equal_the_converted_tensor(name: str, tmp_
 def test_a_sample_is_spread_over_the_whole_tensor(shape: tuple[int, ...]) -> None:
     info = TensorInfo("blk.0.x.weight", shape, Q8_0)
     rows, matrix = info.elements // shape[-1], shape[-2]
-    numbers = tensors.sample_rows(info)
-    assert np.array_equal(numbers, tensors.sample_rows(info)) and np.array_equal(
+    numbers = sample.sample_rows(info)
+    assert np.array_equal(numbers, sample.sample_rows(info)) and np.array_equal(
         numbers, np.unique(numbers)
     )
     assert numbers[0] >= 0 and numbers[-1] < rows
-    if matrix > tensors.RUN * tensors.SAMPLE:
-        assert len(numbers) < 2 * rows / tensors.SAMPLE + tensors.RUN
+    if matrix > sample.RUN * sample.SAMPLE:
+        assert len(numbers) < 2 * rows / sample.SAMPLE + sample.RUN
     assert set(numbers // matrix) == set(range(rows // matrix))  # each expert
-    stretches = numbers // (tensors.RUN * tensors.SAMPLE)
+    stretches = numbers // (sample.RUN * sample.SAMPLE)
     assert (
         np.diff(np.unique(stretches)).max(initial=1) <= 2
     )  # and no long stretch of rows is left out
-    assert np.array_equal(tensors.sample_rows(info, whole=True), np.arange(rows))
+    assert np.array_equal(sample.sample_rows(info, whole=True), np.arange(rows))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gguf, np.ndarray]:
     """A file with one large tensor at Q8_0, and its right values as rows."""
     right = np.random.default_rng(1).standard_normal((EXPERTS * ROWS, WIDTH)).astype(np.float32)
     info = TensorInfo("blk.0.ffn_up_exps.weight", (EXPERTS, ROWS, WIDTH), Q8_0)
-    assert info.elements > tensors.LARGE
+    assert info.elements > sample.LARGE
     path = tmp_path_factory.mktemp("large") / "large.gguf"
     writer.write(path, {}, [(info, [memoryview(quantize(right, Q8_0).tobytes())])])
     return reader.read(path), right

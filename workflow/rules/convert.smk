@@ -6,6 +6,7 @@
 # Rules that read the GGUF take its digests as an input, and the GGUF itself as `ancient`: Snakemake
 # compares small files by content but large ones by time, and the published BF16 file is a hard link
 # to this one.
+# The resource `free` is an option that frees shards (profiles/lean): a parameter would rerun.
 
 
 rule convert:
@@ -26,6 +27,7 @@ rule convert:
         "../../envs/run.yaml"
     resources:
         **asked(build.needs.convert),
+        free=build.convert.free,
     params:
         code=digest("convert.py"),
         pins=pins("envs/run.txt"),  # gguf and tokenizers decide metadata
@@ -38,7 +40,7 @@ rule convert:
     shell:
         "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
         " {params.options} {params.norms} {params.recorded} --resume {params.code}"
-        " --out {output.file:q} --digests {output.digests:q}"
+        " {resources.free} --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import donor_head, norm_shift
+from mtpforge.convert.freeing import Freeing
 from mtpforge.convert.native import PARTS, convert_checkpoint
 from mtpforge.gguf import split
 from mtpforge.gguf.file_names import first_file
+from mtpforge.hub import refetch
 from mtpforge.io import atomic
 from mtpforge.io.journal import Journal, inputs
 
@@ -26,10 +28,15 @@ PART = (
 
 def main() -> None:
     """Parse the command line and convert."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.free is not None and not (args.resume and args.recorded and args.recorded.is_dir()):
+        parser.error("--free needs --resume, and the records of a fetched checkpoint (--recorded)")
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
     journal = _journal(args) if args.resume else None  # before the checkpoint is read
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
+    checkpoint.refetch = refetch.from_hub(args.checkpoint, args.recorded)
+    freeing = _freeing(args, checkpoint, journal) if journal and args.free is not None else None
     options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
     writing = split.Writing(args.split, journal)
     if args.head_from:
@@ -41,6 +48,8 @@ def main() -> None:
         made = split.read(first_file(args.out))
         written = journal.digests if journal else {}
         atomic.write_json(args.digests, split.digests_of(made, args.threads, written))
+    if freeing:
+        freeing.finish()
     print(table.size_of(args.out) + (note and f"; {note}"))
 
 
@@ -92,13 +101,34 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with what a killed run of the same command has written; DIGEST stands for the "
         "program, and must be the same",
     )
+    parser.add_argument(
+        "--free",
+        nargs="*",
+        choices=PARTS,
+        metavar="PART",
+        help="free the shards of a fetched checkpoint as they are converted, except for what "
+        "verification and the conversion of these other parts read",
+    )
     return parser
 
 
 def _journal(args: argparse.Namespace) -> Journal:
     folders = [args.checkpoint, *([args.head_from] if args.head_from else [])]
-    origin = {"code": args.resume, "options": sys.argv[1:], "inputs": inputs(folders)}
+    fetched: list[Path] = []
+    if args.recorded and args.recorded.is_dir():  # freeing changes the times of shards
+        folders.append(args.recorded)
+        shards = args.checkpoint.glob("*.safetensors")
+        fetched = [path for path in shards if (args.recorded / f"{path.name}.json").exists()]
+    options = {name: str(value) for name, value in vars(args).items() if name != "free"}
+    origin = {"code": args.resume, "options": options, "inputs": inputs(folders, fetched)}
     return Journal(args.out, origin)
+
+
+def _freeing(args: argparse.Namespace, checkpoint: Checkpoint, journal: Journal) -> Freeing:
+    part = donor_head.OWN.get(args.part, args.part) if args.head_from else args.part
+    freeing = Freeing(checkpoint, part, args.free, args.recorded)
+    freeing.attach(journal)
+    return freeing
 
 
 if __name__ == "__main__":

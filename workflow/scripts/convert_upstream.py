@@ -15,6 +15,7 @@ from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert.upstream import PARTS, convert_upstream
 from mtpforge.gguf import reader
+from mtpforge.hub import refetch
 from mtpforge.io import atomic
 
 
@@ -55,8 +56,10 @@ def main() -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
+    checkpoint = Checkpoint(args.checkpoint, recorded=args.recorded)
+    checkpoint.refetch = refetch.from_hub(args.checkpoint, args.recorded)
     convert_upstream(
-        Checkpoint(args.checkpoint, recorded=args.recorded),
+        checkpoint,
         args.out,
         args.converter,
         part=args.part,

@@ -32,9 +32,9 @@ from mtpforge.forecast.steps import ModelForecast
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root, cached
-from mtpforge.rules import entry_files
+from mtpforge.rules import entry_files, lean
 from mtpforge.rules.build import Build
-from mtpforge.rules.config import Model, read_file
+from mtpforge.rules.config import Config, Model, read_file
 
 REQUIREMENT = Path("envs/llama.cpp.txt")
 _PATIENCE = 30
@@ -53,6 +53,9 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--totals", action="store_true", help="print only the totals")
+    parser.add_argument(
+        "--lean", action="store_true", help="forecast a build with profiles/lean (`lean: true`)"
+    )
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
@@ -60,7 +63,8 @@ def main() -> None:
         signal.alarm(_PATIENCE)
     build = _build(args.config)
     llama = _programs(args, build)
-    plan = Plan(args.config, _chosen(args.config, args.models, build), llama)
+    build.config.lean = args.lean or build.config.is_lean
+    plan = Plan(args.config, build.config, _chosen(args.config, args.models, build), llama)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
         print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
@@ -73,13 +77,14 @@ def main() -> None:
 class Plan:
     """The forecasts of these models, what they fetch, and what is not known. Raises ForgeError."""
 
-    def __init__(self, config: Path, models: list[Model], llama: LlamaCpp) -> None:
+    def __init__(self, path: Path, config: Config, models: list[Model], llama: LlamaCpp) -> None:
         self.notes: list[str] = []
+        self.config = config
         self.reruns: Reruns = {}
         self.downloads = Downloads()
         cache = cache_root().parent / "calibration.json"
         self.machine = calibrated(Path(), cache, llama)
-        with asking(config, [model.key for model in models]) as answer:
+        with asking(path, [model.key for model in models]) as answer:
             self.forecasts = [self._forecast(model, llama) for model in models]
             try:
                 self.reruns = answer()
@@ -91,6 +96,8 @@ class Plan:
 
     def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast:
         try:
+            if self.config.is_lean and (reason := lean.why_not(self.config, model)):
+                self.notes.append(f"note: {model.key}: no shards are freed: {reason}")
             return ModelForecast(
                 model,
                 self.downloads.outline(model),
@@ -110,6 +117,9 @@ class Plan:
         kept = sum(each.kept for each in self.forecasts)
         scratch = max((each.scratch for each in self.forecasts), default=0)
         fetch = self.downloads.fetch(self.reruns)
+        freed, before = self._freed()
+        peak = kept + scratch + fetch
+        lean_peak = max(peak - freed, fetch + before) if freed else peak
         steps = [step for each in self.forecasts for step in each.steps]
         left = [step for step in steps if not step.done]
         largest = max(left, key=lambda step: step.memory, default=None)
@@ -118,8 +128,9 @@ class Plan:
             "to_run": len(left),
             "fetch": fetch,
             "fetched": self.downloads.total - fetch,
-            "disk": kept + fetch,
-            "peak": kept + scratch + fetch,
+            "disk": kept + fetch - (freed if self.config.is_lean else 0),
+            "peak": lean_peak if self.config.is_lean else peak,
+            "lean_peak": lean_peak,
             "free": shutil.disk_usage(".").free,
             "needs_memory": max((each.memory for each in self.forecasts), default=0),
             "largest_step": largest.path if largest else "",
@@ -128,6 +139,12 @@ class Plan:
             "fetch_seconds": round(fetch / self.network) if self.network else None,
             "servers": sum(each.servers for each in self.forecasts),
         }
+
+    def _freed(self) -> tuple[int, int]:
+        """Bytes of shards that a lean build frees, and the most that a conversion writes before."""
+        pairs = ((each, lean.freed(self.config, each.model)) for each in self.forecasts)
+        found = [(0, 0), *(each.freed(frees.part) for each, frees in pairs if frees)]
+        return sum(freed for freed, _ in found), max(before for _, before in found)
 
 
 def as_table(forecast: ModelForecast) -> str:
@@ -160,10 +177,7 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:
-        lines.append(
-            "warning: too little disk: free the checkpoints and intermediates of other models "
-            "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
-        )
+        lines.append(f"warning: too little disk: {_advice(about)}")
     if about["needs_memory"] > about["memory"]:
         lines.append(
             f"warning: a step needs {table.size(about['needs_memory'])} of memory and there are "
@@ -180,6 +194,21 @@ def _build(path: Path) -> Build:
         return Build(config)
     except ConfigError as error:
         raise entry_files.located(error, folder) from None
+
+
+def _advice(about: dict[str, Any]) -> str:
+    """How to build with less disk."""
+    peak = about["lean_peak"]
+    if peak < about["peak"]:
+        enough = "" if peak <= about["free"] else ", which is still too much"
+        return (
+            f"`make PROFILE=lean`, or `--workflow-profile profiles/lean`, takes "
+            f"{table.size(peak)} at its peak{enough}: see docs/sizing.md#disk"
+        )
+    return (
+        "free the checkpoints and intermediates of other models "
+        "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
+    )
 
 
 def _programs(args: Namespace, build: Build) -> LlamaCpp:

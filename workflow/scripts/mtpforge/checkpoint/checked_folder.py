@@ -1,10 +1,13 @@
 """Checks the files of a checkpoint against their recorded digests while they are read."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from mtpforge.checkpoint.safetensors import CheckpointTensor, ranges
 from mtpforge.errors import CheckpointError
+from mtpforge.hub import freed
+from mtpforge.hub.freed import FreedShard, Kept
 from mtpforge.io import integrity
 from mtpforge.io.integrity import HEADER, Part
 from mtpforge.io.ranges import FileRange
@@ -24,6 +27,8 @@ class CheckedFolder:
     def __init__(self, folder: Path, recorded: Path | None) -> None:
         self._folder = folder
         self._known = open_recorded(recorded, folder) if recorded else None
+        self.freed = _freed(folder, recorded) if recorded and recorded.is_dir() else {}
+        """The shards that are not whole any more."""
         self._reading = integrity.Reading()
         self._added: set[Part] = set()
         if self._known:
@@ -31,14 +36,23 @@ class CheckedFolder:
             self._reading.check()
 
     def add(self, tensors: Iterable[CheckpointTensor | None]) -> None:
-        """Hash tensors that are about to be read, each once."""
+        """Hash tensors that are about to be read, each once; of freed ones, what is left."""
         for tensor in filter(None, tensors):
             if self._known:
                 path = self._folder / tensor.shard
                 place = FileRange(path, tensor.offset, tensor.size)
-                parts = {*self._known.parts(path, {tensor.name: place})} - self._added
+                found = self._known.parts(path, {tensor.name: place})
+                if kept := self.kept(tensor):
+                    ranges = tuple(kept.ranges)
+                    found = [replace(part, sha256=kept.sha256, kept=ranges) for part in found]
+                parts = {*found} - self._added
                 self._added |= parts
                 self._reading.add(parts)
+
+    def kept(self, tensor: CheckpointTensor) -> Kept | None:
+        """What is left of a tensor that was freed; None if it is whole."""
+        shard = self.freed.get(tensor.shard)
+        return shard.tensors.get(tensor.name) if shard else None
 
     def check(self) -> None:
         """Raise DamagedError if one of them has changed."""
@@ -46,6 +60,11 @@ class CheckedFolder:
             self._reading.check()
             self._reading.stop()
             self._reading = integrity.Reading()
+
+
+def _freed(folder: Path, recorded: Path) -> dict[str, FreedShard]:
+    paths = {path.name: freed.record(recorded, path.name) for path in folder.glob("*.safetensors")}
+    return {shard: freed.read(path) for shard, path in paths.items() if path.exists()}
 
 
 def _small_parts(folder: Path, known: Recorded) -> list[Part]:

@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ class Checkpoint(Outline):
         self.beside = sorted(set(weight_files(folder)) - weights.files)
         """Other safetensors files in the folder: adapters, optimizer states, other sets."""
         self.norms = norms
+        self.refetch: Callable[[str], None] | None = None
+        """Downloads a shard again whose weights were freed."""
         self._maps: dict[str, Bytes] = {}
 
     @property
@@ -113,8 +115,29 @@ class Checkpoint(Outline):
             return self.digest(one) == self.digest(other)
         return all(map(np.array_equal, self._slices(one), self._slices(other)))
 
+    def require(self, tensors: Iterable[CheckpointTensor | None]) -> None:
+        """Download again the shards of tensors that were freed. Raises CheckpointError."""
+        freed = {each.shard for each in filter(None, tensors) if self.integrity.kept(each)}
+        for shard in sorted(freed):
+            if self.refetch is None:
+                raise CheckpointError(
+                    f"{self.directory / shard}: its weights were freed once they were converted "
+                    "(profiles/lean), and are needed again: delete it and its record, and run again"
+                )
+            self.refetch(shard)
+            self._maps.pop(shard, None)
+            del self.integrity.freed[shard]
+
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
-        """Return a read-only view of the tensor; BF16 and FP8 as raw integers."""
+        """Return a read-only view of the tensor; BF16 and FP8 as raw integers.
+
+        All of it is there: see `require`.
+        """
+        self.require([tensor])
+        return self.remains(tensor)
+
+    def remains(self, tensor: CheckpointTensor) -> np.ndarray:
+        """The same, but what was freed of it are zeros."""
         mapped = self._map(tensor.shard)[tensor.offset : tensor.offset + tensor.size]
         if mapped.size < tensor.size:
             raise CheckpointError(f"{self.directory / tensor.shard}: truncated while it was read")
@@ -143,6 +166,7 @@ class Checkpoint(Outline):
 
     def digest(self, tensor: CheckpointTensor) -> str:
         """Return the sha256 of the tensor's bytes."""
+        self.require([tensor])
         return sha256(FileRange(self.directory / tensor.shard, tensor.offset, tensor.size))
 
     def scatter(self, tensor: CheckpointTensor) -> None:

@@ -17,7 +17,7 @@ from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.gguf.split import SINGLE, Writing, write_any
 from mtpforge.inject.match import check_match
 
-_OWN = {"all": "trunk", "draft": "shared"}
+OWN = {"all": "trunk", "draft": "shared"}
 """Part of a model -> what of it is not the head."""
 
 
@@ -34,8 +34,8 @@ def convert(
     Returns a note on norms that were stored as w.
     Raises CheckpointError, and GgufError if the head belongs to another model.
     """
-    if part not in _OWN:
-        raise CheckpointError(f"part {part}: only {' and '.join(_OWN)} have a trunk and a head")
+    if part not in OWN:
+        raise CheckpointError(f"part {part}: only {' and '.join(OWN)} have a trunk and a head")
     planned = plan_halves(checkpoint, donor, part)
     family = family_of(checkpoint.architecture)
     metadata = describe(
@@ -67,7 +67,7 @@ def plan_halves(
     check_match(_described(checkpoint), _described(donor))
     return [
         (half, item)
-        for half, own in ((checkpoint, _OWN[part]), (donor, "head"))
+        for half, own in ((checkpoint, OWN[part]), (donor, "head"))
         for item in norm_shift.plan_by_values(half, own)
     ]
 

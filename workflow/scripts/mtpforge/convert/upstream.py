@@ -108,6 +108,7 @@ def convert_upstream(
     options = ["--tokenizer-pre", tokenizer_pre] if tokenizer_pre else []
     needed = _least_size(checkpoint, part)
     with replacing(out, needed=needed) as temporary, tempfile.TemporaryDirectory() as scratch:
+        checkpoint.require(checkpoint.tensors.values())
         checkpoint.integrity.add(_read_tensors(checkpoint, part))
         folder = without_code(checkpoint, Path(scratch))
         command: list[str | Path] = [python, "-I", "-X", "utf8", RUNNER, *options, source]

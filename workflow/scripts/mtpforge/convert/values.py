@@ -30,6 +30,7 @@ def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None =
 
     Slices are computed by that many threads, or one for each processor, up to `MOST_THREADS`.
     """
+    checkpoint.require([*item.tensors, *item.scales])
     checkpoint.integrity.add([*item.tensors, *item.scales])
     is_copy = item.row.change is identity and item.row.type is BF16
     if is_copy and all(tensor.dtype == "BF16" for tensor in item.tensors):
@@ -52,15 +53,18 @@ def values(checkpoint: Checkpoint, item: ConvertedTensor) -> Iterator[np.ndarray
 def rows(checkpoint: Checkpoint, item: ConvertedTensor, numbers: np.ndarray) -> np.ndarray:
     """Return some rows of a tensor, transformed, as float32 [rows, row length]; read no others.
 
-    `numbers` are ascending and count the rows of all matrices of the tensor.
+    `numbers` are ascending and count the rows of all matrices of the tensor. Raises CheckpointError
+    if one of them was freed.
     """
+    if not _are_kept(checkpoint, item, numbers):
+        checkpoint.require([*item.tensors, *item.scales])
     width = item.row.shape[-1]
     done = 0
     found = []
     if numbers[-1] - numbers[0] >= len(numbers):
         for tensor in item.tensors:
             checkpoint.scatter(tensor)
-    for views, decoded in _parts(checkpoint, item):
+    for views, decoded in _parts(checkpoint, item, array=checkpoint.remains):
         count = views[0].size // width
         first, last = np.searchsorted(numbers, (done, done + count))
         if first < last:
@@ -70,6 +74,40 @@ def rows(checkpoint: Checkpoint, item: ConvertedTensor, numbers: np.ndarray) -> 
     result = item.row.change(np.concatenate(found))
     checkpoint.release()
     return result
+
+
+def places(
+    checkpoint: Checkpoint, item: ConvertedTensor, numbers: np.ndarray
+) -> dict[str, np.ndarray] | None:
+    """Find the bytes of some rows of a tensor: int64 [ranges, 2] by shard, offset and end of each.
+
+    The ranges are ascending and do not touch. None if a view is a copy, so nothing tells.
+    """
+    width = item.row.shape[-1]
+    found: dict[str, list[np.ndarray]] = {}
+    done = 0
+    for views, _ in _parts(checkpoint, item, array=checkpoint.remains):
+        count = views[0].size // width
+        first, last = np.searchsorted(numbers, (done, done + count))
+        start = checkpoint.locate(views[0])
+        if start is None:
+            return None
+        if first < last:
+            offsets = start.offset + _spans(views[0], numbers[first:last] - done, width)
+            found.setdefault(start.path.name, []).append(offsets)
+        done += count
+    return {shard: merged(np.concatenate(ranges)) for shard, ranges in found.items()}
+
+
+def merged(ranges: np.ndarray) -> np.ndarray:
+    """Sort ranges, int64 [ranges, 2], and join those that overlap or touch."""
+    if not len(ranges):
+        return ranges
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(ranges[:, 1])
+    starts = np.flatnonzero(np.append(True, ranges[1:, 0] > ends[:-1]))
+    last = np.append(starts[1:], len(ranges)) - 1
+    return np.stack([ranges[starts, 0], ends[last]], axis=1)
 
 
 def cut(views: Sequence[np.ndarray], most: int = SLICE) -> Iterator[list[np.ndarray]]:
@@ -169,28 +207,32 @@ def _computed(checkpoint: Checkpoint, item: ConvertedTensor, threads: int) -> It
 
 
 def _parts(
-    checkpoint: Checkpoint, item: ConvertedTensor, scaled: Decode | None = None
+    checkpoint: Checkpoint,
+    item: ConvertedTensor,
+    scaled: Decode | None = None,
+    array: Callable[[CheckpointTensor], np.ndarray] | None = None,
 ) -> Iterator[tuple[list[np.ndarray], Decode]]:
     """Yield the tensor's views in GGUF order, with the function that decodes slices of them.
 
     FP8 codes come with two index arrays: every code finds its scale, wherever a view moves it.
-    `scaled` decodes them.
+    `scaled` decodes them. `array` returns the values of a tensor.
     """
+    array = array or checkpoint.array
     if not item.scales:
         # Tensors that a view joins are of one type.
         stacked = item.source.view is unchanged
-        for i, view in enumerate(_views(checkpoint, item)):
+        for i, view in enumerate(item.source.view([array(tensor) for tensor in item.tensors])):
             yield [view], partial(decode, dtype=item.tensors[i if stacked else 0].dtype)
         return
     block = fp8.block_size(checkpoint.config)
     for tensor, scale in zip(item.tensors, item.scales, strict=True):
         if scale is None:
-            yield [checkpoint.array(tensor)], partial(decode, dtype=tensor.dtype)
+            yield [array(tensor)], partial(decode, dtype=tensor.dtype)
             continue
         numbers = scales(checkpoint, scale)
         # A tensor made from several is a stack of them, so a view of one is a view of its part.
         indices = fp8.scale_index(tensor.shape, numbers.shape, block)
-        sources = [checkpoint.array(tensor), *indices]
+        sources = [array(tensor), *indices]
         decoded = partial(scaled or _dequantized, numbers.reshape(-1))
         for views in zip(*(item.source.view([source]) for source in sources), strict=True):
             yield list(views), decoded
@@ -228,11 +270,52 @@ def _views(checkpoint: Checkpoint, item: ConvertedTensor) -> list[np.ndarray]:
 
 def _pick(view: np.ndarray, numbers: np.ndarray, width: int) -> np.ndarray:
     """Return rows of `width` values of a view, which may split a row into several axes."""
+    leading = view.shape[: _row_axis(view, width)]
+    picked = view[np.unravel_index(numbers, leading)] if leading else view
+    return picked.reshape(len(numbers), width)
+
+
+def _row_axis(view: np.ndarray, width: int) -> int:
+    """Return the first axis of the rows of a view."""
     axis = view.ndim
     size = 1
     while size < width:
         axis -= 1
         size *= view.shape[axis]
-    leading = view.shape[:axis]
-    picked = view[np.unravel_index(numbers, leading)] if leading else view
-    return picked.reshape(len(numbers), width)
+    return axis
+
+
+def _spans(view: np.ndarray, numbers: np.ndarray, width: int) -> np.ndarray:
+    """Return first and last byte of rows, from the start of a view: int64 [rows, 2]."""
+    axis = _row_axis(view, width)
+    steps = np.unravel_index(numbers, view.shape[:axis]) if axis else ()
+    starts = np.zeros(len(numbers), np.int64)
+    for step, stride in zip(steps, view.strides, strict=False):
+        starts += step * stride
+    inside = zip(view.shape[axis:], view.strides[axis:], strict=True)
+    size = view.itemsize + sum((count - 1) * stride for count, stride in inside)
+    return np.stack([starts, starts + size], axis=1)
+
+
+def _are_kept(checkpoint: Checkpoint, item: ConvertedTensor, numbers: np.ndarray) -> bool:
+    """Whether all of these rows are there, though a tensor of theirs may have been freed."""
+    if not any(map(checkpoint.integrity.kept, item.tensors)):
+        return True
+    there: dict[str, list[tuple[int, int]]] = {}
+    for tensor in item.tensors:
+        kept = checkpoint.integrity.kept(tensor)
+        ranges = kept.ranges if kept else [(tensor.offset, tensor.size)]
+        there.setdefault(tensor.shard, []).extend((at, at + size) for at, size in ranges)
+    needed = places(checkpoint, item, numbers)
+    return needed is not None and all(
+        _cover(merged(np.array(there[shard], np.int64).reshape(-1, 2)), ranges)
+        for shard, ranges in needed.items()
+    )
+
+
+def _cover(there: np.ndarray, needed: np.ndarray) -> bool:
+    """Whether each needed range lies in one that is there; both are as `merged` returns them."""
+    if not len(there):
+        return not len(needed)
+    at = np.searchsorted(there[:, 0], needed[:, 0], side="right") - 1
+    return bool((at >= 0).all() and (needed[:, 1] <= there[at, 1]).all())

@@ -20,6 +20,8 @@ _TORCH = 350 << 20  # besides the largest tensor, of which there are up to three
 _TORCH_START = 5  # CPU seconds to load it
 _QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
 
+FREED = 0.95
+"""Share of a checkpoint's trunk that a lean build frees: verification samples the rest."""
 CHUNK = 512
 """Tokens of a chunk of a text, in llama-imatrix and llama-perplexity."""
 

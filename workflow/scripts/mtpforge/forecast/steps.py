@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mtpforge import prompts
 from mtpforge.checkpoint.checkpoint import Outline
+from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.convert.freeing import STEPS
 from mtpforge.errors import GgufError, ToolchainError
 from mtpforge.forecast import costs, planned_ggufs, upstream_ggufs
 from mtpforge.forecast.costs import Cost, Machine
@@ -115,6 +117,21 @@ class ModelForecast:
         Snakemake decides the order of steps.
         """
         return self.kept + self.scratch
+
+    def freed(self, part: str) -> tuple[int, int]:
+        """Bytes of the shards that converting a part frees, and those that it writes before.
+
+        Both are 0 if it is converted already.
+        """
+        path = layout.unquantized(self.model, part).file
+        if all(step.path != path for step in self._left):
+            return 0, 0
+        head = family_of(self._outline.architecture).head_prefix
+        tensors = self._outline.tensors.items()
+        freed = costs.FREED * sum(each.size for name, each in tensors if head not in name)
+        made = self._part(part)
+        largest = max(info.size for info in made.tensors.values())
+        return int(freed), largest + planned_ggufs.size(made) // STEPS
 
     @property
     def scratch(self) -> int:

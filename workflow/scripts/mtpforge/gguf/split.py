@@ -223,7 +223,7 @@ def write(
     planned = plan(whole, limit)
     check_target(folder.parent, folder, folder.name)
     payloads = {info.name: payload for info, payload in tensors}
-    needed = writer.size(metadata, list(infos.values()))
+    needed = writer.size(metadata, list(infos.values())) - (journal.spare if journal else 0)
     keep = journal.keeps if journal else False
     with replacing_folder(folder.resolve(), needed, keep=keep) as written:
         if journal and not journal.start(written):

@@ -21,7 +21,6 @@ from mtpforge.gguf.reader import (
     hashes,
     header_range,
 )
-from mtpforge.io import journal as journals
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.journal import Journal
@@ -46,7 +45,7 @@ def write(
     lists are kept, and others are added to it after `check`. Raises GgufError if a payload does not
     have the size of its tensor, StorageError if the file does not fit on the disk.
     """
-    needed = size(metadata, [info for info, _ in tensors])
+    needed = size(metadata, [info for info, _ in tensors]) - (journal.spare if journal else 0)
     shared = _shareable(tensors, path)
     with (
         replacing(path, journal.keeps if journal else False, needed, shared) as temporary,
@@ -182,13 +181,15 @@ class _Keeper:
         found = hashes(known)
         changed = [name for name in known if found[name] != self._journal.digests[name]]
         self._journal.forget(changed)
-        return known.keys() - set(changed)
+        kept = known.keys() - set(changed)
+        self._journal.tell(kept)
+        return kept
 
     def wrote(self, infos: Sequence[TensorInfo]) -> bool:
         """Count tensors; whether enough has been written to add it to the journal."""
         self._new += [info.name for info in infos]
         self._size += sum(info.size for info in infos)
-        return self._size >= journals.STEP
+        return self._size >= self._journal.step
 
     def add(self, whole: Gguf, descriptor: int) -> None:
         """Flush and check what has been written, and add it to the journal."""

@@ -19,6 +19,7 @@ from mtpforge.checkpoint import quantization, safetensors
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.errors import DownloadError, GgufError
 from mtpforge.gguf import reader
+from mtpforge.hub import freed
 from mtpforge.hub.fetch_records import FetchRecord, HeadRecord
 from mtpforge.hub.listing import File, Listing
 from mtpforge.hub.ranged_reads import RemoteFile
@@ -48,6 +49,7 @@ def download(
             digests = _fetch_parts(listing, parts, partial)
     if name.endswith(".safetensors"):
         check_listing(listing, final, name)
+    freed.record(folder, name).unlink(missing_ok=True)  # it is whole
     size = sum(listing.files[part].bytes for part in parts)
     found = digests[0].parts or _digests_in(final)
     if parts == [name]:

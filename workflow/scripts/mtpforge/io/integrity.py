@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 
 from mtpforge.errors import DamagedError, StorageError
-from mtpforge.io.ranges import CHUNK, FileRange, Hash
+from mtpforge.io.ranges import CHUNK, FileRange, Hash, sha256_of_parts
 
 HEADER = "header"
 """Name of everything before the tensors of a file."""
@@ -27,13 +27,15 @@ AGAIN = "delete it and run again"
 class Part:
     """A part of a file: its name, its bytes, the recorded sha256, and how to get it again.
 
-    Without a sha256 there is nothing to compare with: the part is read for the first time.
+    Without a sha256 there is nothing to compare with: the part is read for the first time. If only
+    `kept` of its bytes are left (offset and size of each range), the sha256 is theirs.
     """
 
     name: str
     place: FileRange
     sha256: str | None
     advice: str = AGAIN
+    kept: tuple[tuple[int, int], ...] | None = None
 
 
 class Reading:
@@ -72,11 +74,14 @@ class Reading:
         while (waiting := self._waiting.get()) and not self._stopped.is_set():
             part, hashed = waiting
             try:
-                hashed.set_result(self._digest(part.place))
+                hashed.set_result(self._digest(part))
             except OSError as error:
                 hashed.set_exception(error)
 
-    def _digest(self, place: FileRange) -> str:
+    def _digest(self, part: Part) -> str:
+        place = part.place
+        if part.kept is not None:
+            return sha256_of_parts(place.path, part.kept)
         digest = Hash()
         end = place.offset + place.size
         for offset in range(place.offset, end, CHUNK):

@@ -7,7 +7,7 @@ depend on. A part is only kept if that has not changed, and if its bytes still h
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Journal:
         self._size = 0
         self.digests: dict[str, str] = {}
         """The sha256 of each part that is there."""
+        self.step = STEP
+        """Bytes written between two entries."""
+        self.spare = 0
+        """Bytes that `listed` frees meanwhile, so the disk need not have them."""
+        self.listed: Callable[[Collection[str]], None] | None = None
+        """What is called with parts that a kill does not lose any more."""
 
     def depends_on(self, **origin: Any) -> None:
         """Add to the origin, before `start`."""
@@ -55,17 +61,27 @@ class Journal:
         self.digests |= digests
         self._waiting |= digests
         self._size += size
-        if self._active and self._size >= STEP:
+        if self._active and self._size >= self.step:
             self._append(json.dumps(entry) for entry in self._waiting.items())
-            self._waiting, self._size = {}, 0
+            listed, self._waiting, self._size = self._waiting, {}, 0
+            self.tell(listed)
+
+    def tell(self, names: Collection[str]) -> None:
+        """Call `listed`, if there is one, with parts that the journal lists."""
+        if self.listed and names:
+            self.listed(names)
 
     def forget(self, names: Iterable[str]) -> None:
         """Take back parts whose bytes have changed."""
         self.digests = {name: self.digests[name] for name in self.digests.keys() - set(names)}
 
     def keeps(self, error: BaseException) -> bool:
-        """Whether the temporary file should stay after an error: only if the program was ended."""
-        if isinstance(error, Exception) or not (self._active and self._path.exists()):
+        """Whether the temporary file should stay after an error.
+
+        Only if the program was ended, or what the file was made from is freed.
+        """
+        failed = isinstance(error, Exception) and self.listed is None
+        if failed or not (self._active and self._path.exists()):
             with suppress(OSError):  # the disk may be what fails
                 self.remove()
             return False
@@ -99,13 +115,15 @@ class Journal:
         return entries
 
 
-def inputs(folders: Iterable[Path]) -> dict[str, list[int]]:
+def inputs(folders: Iterable[Path], without: Collection[Path] = ()) -> dict[str, list[int]]:
     """Size and times of the files in these folders: other ones mean another file.
 
     The time of the last change of status is among them, because no program can set it back.
+    Files `without` are left out: others stand for them.
     """
     found = [path for folder in folders if folder.is_dir() for path in folder.absolute().iterdir()]
-    return {str(path): _about(path) for path in sorted(found) if path.is_file()}
+    left_out = {path.absolute() for path in without}
+    return {str(path): _about(path) for path in sorted({*found} - left_out) if path.is_file()}
 
 
 def beside(temporary: Path) -> Path:

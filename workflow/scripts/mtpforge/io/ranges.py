@@ -201,6 +201,17 @@ def digest_of(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_parts(path: Path, parts: Iterable[tuple[int, int]]) -> str:
+    """The sha256 of many small parts of a file, one after the other: offset and size of each."""
+    digest = hashlib.sha256()
+    with storage.reading(path), path.open("rb", buffering=0) as file:
+        for offset, size in parts:
+            file.seek(offset)
+            for block in _blocks(file, size):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def hash_parts(path: Path, parts: Mapping[str, FileRange]) -> tuple[str, dict[str, str]]:
     """The sha256 of a whole file, and of parts of it, which is read once. Raises OSError.
 

@@ -413,6 +413,13 @@ class Config(Entry):
             " `--cores` and `--max-threads` lower it. Another number reruns nothing."
         ),
     )
+    lean: Literal[False, True, "false", "true"] = Field(
+        default=False,
+        description=(
+            "Free the shards of fetched checkpoints as they are converted, for small disks; see"
+            " docs/sizing.md. Turning it on or off reruns nothing."
+        ),
+    )
     memory: Size | None = Field(
         default=None,
         description=(
@@ -453,6 +460,11 @@ class Config(Entry):
             known = ", ".join(self.recipes) or "none"
             refuse(f"there is no recipe {name!r}: recipes has {known}", *path)
         return self.recipes[name]
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether shards are freed; on a command line, every value is a text."""
+        return self.lean in (True, "true")
 
     @property
     def chosen(self) -> list[Model]:

@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from mtpforge.rules import layout
+from mtpforge.rules import layout, lean
 from mtpforge.rules.stage import Stage, Wildcards
 
 
@@ -27,6 +27,16 @@ class ConvertRules(Stage):
             recorded = layout.recorded_head(model.head_from)
             options += ["--head-recorded", shlex.quote(recorded)]
         return " ".join(options)
+
+    def free(self, wildcards: Wildcards) -> str:
+        """The option that frees fetched shards as they are converted, if the build is lean.
+
+        It is no parameter: the bytes are the same.
+        """
+        found = lean.freed(self.config, self.model(wildcards)) if self.config.is_lean else None
+        if found is None or found.part != wildcards.part:
+            return ""
+        return " ".join(["--free", *found.others])
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a part that is written in several files."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from mtpforge.gguf.reader import Gguf, TensorInfo, drop_leading_ones
 from mtpforge.inject import match
-from mtpforge.verify import tensors
+from mtpforge.verify import sample, tensors
 from mtpforge.verify.report import some
 from mtpforge.verify.tensors import SourceRows
 
@@ -61,7 +61,7 @@ def foreign_output(opened: Gguf, rows: Mapping[str, SourceRows]) -> str:
     info = opened.tensors.get(match.OUTPUT)
     if info is None or embeddings is None or match.OUTPUT in rows:
         return ""
-    numbers = tensors.sample_rows(info)
+    numbers = sample.sample_rows(info)
     found = tensors.compare_tensor(opened, info, numbers=numbers, source=embeddings, exact=False)
     error = found.error or 0.0
     if error <= max(tensors.ROW_GATE, tensors.error_limit(found.type)):

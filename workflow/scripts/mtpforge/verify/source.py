@@ -145,9 +145,11 @@ class CheckpointSource:
         return rows
 
     def check(self, names: Iterable[str]) -> None:
-        for name in names:
-            half, item = self._planned[name]
-            half.integrity.add([*item.tensors, *item.scales])
+        """Also check what is left of freed tensors: nothing else can tell if it has changed."""
+        named = set(names)
+        for name, (half, item) in self._planned.items():
+            if name in named or any(map(half.integrity.kept, item.tensors)):
+                half.integrity.add([*item.tensors, *item.scales])
         self._checkpoint.integrity.check()
         if self._donor:
             self._donor.integrity.check()

@@ -7,7 +7,6 @@ misplaced rows and experts. It can miss a single changed bit; digests cannot.
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,13 +26,8 @@ from mtpforge.gguf import quant_types
 from mtpforge.gguf.norm_form import SHIFTS
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.verify.report import TypeErrors
+from mtpforge.verify.sample import sample_rows
 
-LARGE = 1 << 20
-"""Weights; smaller tensors are compared whole."""
-RUN = 4
-"""Rows in one run of a sample."""
-SAMPLE = 32
-"""One run in this many is compared."""
 BATCH = 1 << 18
 """Weights compared at a time."""
 GATE = 1.5
@@ -153,24 +147,6 @@ def compare_tensors(
             done += info.size
             show(done, total)
     return results
-
-
-def sample_rows(info: TensorInfo, whole: bool = False) -> np.ndarray:
-    """The rows to compare, ascending: all rows of a small tensor, else random runs in each stretch.
-
-    The tensor's name seeds the random numbers: a file is always judged by the same rows.
-    """
-    rows = info.elements // info.shape[-1]
-    if whole or info.elements <= LARGE:
-        return np.arange(rows)
-    matrix = info.shape[-2]
-    stretch = min(RUN * SAMPLE, matrix)
-    run = min(RUN, stretch)
-    starts = np.arange(0, matrix, stretch)
-    random = np.random.default_rng(zlib.crc32(info.name.encode()))
-    shift = random.integers(0, stretch - run + 1, (rows // matrix, len(starts)))
-    first = np.minimum(starts + shift, matrix - run) + np.arange(0, rows, matrix)[:, None]
-    return np.unique(first[..., None] + np.arange(run))
 
 
 def stored_rows(opened: Gguf, name: str, numbers: np.ndarray) -> np.ndarray:
