@@ -16,7 +16,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all quant inject add publish plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench lock clean clean-work test-crash help \
+.PHONY: all quant inject add publish plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -128,6 +128,9 @@ bench: toolchain ## benchmark conversion, injection and quantization (25 GB in r
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
+
+bench-recipes: toolchain ## compare recipes found for a size with llama.cpp's own mixtures (5 minutes)
+	@$(ACTIVE) python bench/recipes.py
 
 lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock

@@ -440,10 +440,10 @@ def _log_line(number: int, item: str, place: str, owner: str) -> str:
     return f"{level} {number} {owner}@{place} moved {item}: {STOCK[item]} {UNIT[item]} left\n"
 
 
-def held_out_text(characters: int = 14_500) -> str:
-    """Held-out documents of all kinds: the contents of held-out.txt, for perplexity."""
+def held_out_text(characters: int = 14_500, seed: int = 21) -> str:
+    """Held-out documents of all kinds; by default the contents of held-out.txt, for perplexity."""
     text = ""
-    for document in Grammar(seed=21, held_out=True).documents():
+    for document in Grammar(seed, held_out=True).documents():
         text += document + "\n"
         if len(text) > characters:
             return text

@@ -19,10 +19,11 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
-from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.measurement import KlDivergence, Measurement
 from mtpforge.publish import card, serving
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
+from mtpforge.search.compared import Compared, Stock
 from mtpforge.verify.report import Shard
 
 TEMPLATE = ROOT / "workflow" / "templates" / "card.md"
@@ -602,3 +603,23 @@ def test_a_template_that_cannot_be_filled_in_is_refused(
     (tmp_path / "card.md").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"card\.md: .*{reason}"):
         make(template=tmp_path / "card.md")
+
+
+def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) -> None:
+    def moved(mean: float) -> KlDivergence:
+        return KlDivergence(mean=mean, p99_9=0.1, same_top=0.98)
+
+    found = Compared(
+        file="Qwen3.5-4B-auto",
+        bytes=1000,
+        sensitivity="class",
+        mixture={"attn_q.weight": {"Q6_K": 3, "Q4_K": 5}},
+        kl_divergence=moved(0.001),
+        stock=Stock(type="Q4_K_M", bytes=1000, kl_divergence=moved(0.002)),
+    )
+    about = About.parse(json.dumps(ABOUT))
+    text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])
+    shown = text.replace("\\", "")
+    verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
+    assert f"`Qwen3.5-4B-auto`: {verdict}" in shown
+    assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", shown)

@@ -154,6 +154,17 @@ CALLS: dict[str, tuple[str, ...]] = {
     "acceptance.py": ("{bad}",),
     "acceptance.py ": ("{model}", "--target", "{bad}"),
     "reference_logits.py": ("{bad}", "--text", "{text}"),
+    "quantization_errors.py": ("{bad}", "--type", "Q4_K"),
+    "quantization_errors.py ": ("{model}", "--type", "Q4_K", "--imatrix", "{matrix}"),
+    "sensitivity.py": ("{bad}", "--logits", "{text}", "--keep", "{text}.kept"),
+    "sensitivity.py ": (
+        "{model}", "--logits", "{text}", "--keep", "{text}.kept", "--imatrix", "{matrix}",
+    ),
+    "allocate.py": ("{bad}", "--type", "Q4_0", "--size", "Q4_0", "--errors", "{text}"),
+    "allocate.py ": (
+        "{model}", "--type", "Q4_0", "--size", "Q4_0", "--errors", "{text}", "--imatrix",
+        "{matrix}",
+    ),
 }  # fmt: skip
 
 

@@ -27,9 +27,9 @@ from sparse import write_35b
 REVISION = "0123456789" * 4
 RUNS_LLAMA = {
     "imatrix", "acceptance", "verify", "verify_split", "verify_sidecar", "verify_mmproj",
-    "reference_logits", "measure",
+    "reference_logits", "measure", "search_logits", "sensitivities", "compare",
 }  # fmt: skip
-PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "toolchain"}
+PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "toolchain", "errors"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
     "models": {
@@ -44,7 +44,7 @@ EXAMPLE = {
     "model": "large", "base": "large", "variant": "Q4_K_M", "name": "Q4_K_M", "kind": "quantized",
     "part": "all", "repo": "owner/large", "revision": REVISION, "file": "large.safetensors",
     "place": "x", "donor": "x", "stem": "large-Q4_K_M", "text": "x", "piece": "1", "pieces": "2",
-    "type": "Q8_0", "figure": "speed",
+    "type": "Q8_0", "figure": "speed", "matrix": "plain", "method": "class",
 }  # fmt: skip
 WALK = """\
 import json, sys
@@ -184,7 +184,12 @@ def test_jobs_ask_for_more_than_is_forecast(
         "tokenizer_pre": "qwen35",
         "prompts": str(ROOT / "workflow/prompts"),
         "measure": {"n_max": [1], "text": str(CHECKPOINTS / "held-out.txt")},
-        "variants": {"BF16": {}, "Q4_K_M": {"pieces": 2}, "own": {"base": {"type": "Q8_0"}}},
+        "variants": {
+            "BF16": {},
+            "Q4_K_M": {"pieces": 2},
+            "own": {"base": {"type": "Q8_0"}},
+            "found": {"size": "Q4_K_M", "text": str(ROOT / "workflow/texts/mixed.txt")},
+        },
         "sidecar": "Q8_0",
     }
     build = Build({"models": {"large": model}})
@@ -196,11 +201,12 @@ def test_jobs_ask_for_more_than_is_forecast(
         base_size=lambda _: 0,
     ).steps
     stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
-    assert {step.stage for step in steps} == stages
+    assert {step.stage for step in steps} == stages | {"errors", "search_logits", "sensitivities"}
     for step in steps:
         variant = step.name.removeprefix("35b-")
         kind = Path(step.path).parent.name
         job = wildcards(part=step.name, name=step.name, kind=kind, variant=variant)
+        job.type = Path(step.path).stem
         rule = "verify_beside" if variant.startswith("mtp-") else step.stage
         asked = getattr(build.needs, rule)(job)
         assert asked.memory > step.memory and asked.seconds > step.reckoned - 1, step

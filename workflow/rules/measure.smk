@@ -103,6 +103,7 @@ rule summary:
         code=code("summary.py"),
         reports=build.reports(),
         measurements=build.measurements(),
+        compared=build.search.all_compared(),
     output:
         "results/summary.md",
     log:
@@ -117,4 +118,4 @@ rule summary:
         "summarize all verified and measured files"
     shell:
         "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
-        " --out {output:q} > {log:q} 2>&1"
+        " --compared {input.compared:q} --out {output:q} > {log:q} 2>&1"

@@ -76,6 +76,7 @@ rule card:
         files=ancient(build.publish.files),  # the reports have their sha256
         reports=build.publish.reports,
         measurements=build.measure.measurements,
+        compared=build.search.compared,
         checkpoint=build.publish.checkpoint_card_inputs,
         toolchain="resources/toolchain/stamp.json",
     output:
@@ -94,7 +95,7 @@ rule card:
         "{wildcards.model}: write the model card"
     shell:
         "python {input.code[0]:q} --files {input.files:q} --reports {input.reports:q}"
-        " --measurements {input.measurements:q} --about {params.about:q}"
+        " --measurements {input.measurements:q} --compared {input.compared:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
         " --template {input.template:q} --out {output:q} > {log:q} 2>&1"
 

@@ -18,6 +18,7 @@ from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import card
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
+from mtpforge.search.compared import Compared
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
@@ -38,6 +39,10 @@ def main() -> None:
     parser.add_argument(
         "--measurements", type=Path, nargs="*", default=[], metavar="FILE",
         help="files of measure.py, named like the reports",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compared", type=Path, nargs="*", default=[], metavar="FILE",
+        help="files of compare_stock.py",
     )  # fmt: skip
     parser.add_argument(
         "--about", type=About.parse, required=True, metavar="JSON",
@@ -62,6 +67,7 @@ def main() -> None:
     text = card.make(
         args.about,
         results,
+        compared=list(map(Compared.read, args.compared)),
         checkpoint_card=args.checkpoint_card,
         stamp=stamp,
         template=args.template,

@@ -26,10 +26,14 @@ def main() -> None:
         help="measurements of measure.py",
     )  # fmt: skip
     parser.add_argument(
+        "--compared", type=Path, nargs="*", default=[], metavar="FILE",
+        help="comparisons of compare_stock.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="table, in Markdown"
     )
     args = parser.parse_args()
-    table = summary(args.reports, args.measurements)
+    table = summary(args.reports, args.measurements, args.compared)
     atomic.write_text(args.out, table)
     print(f"\n{table}\n{len(args.reports)} files")
 

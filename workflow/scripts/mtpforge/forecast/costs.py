@@ -4,10 +4,11 @@ A forecast knows exact sizes and this machine; what jobs ask for follows from ro
 machine.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mtpforge.llama_cpp import memory
 from mtpforge.prompts import EQUAL, N_PREDICT
+from mtpforge.search.settings import CHUNKS, SMALL, STEP
 
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
 _BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
@@ -140,6 +141,23 @@ def copy(size: float, machine: Machine) -> Cost:
 def compare(size: float, machine: Machine) -> Cost:
     """Compare a file with its checkpoint, which has `size` bytes at BF16."""
     return Cost(seconds=size * _VERIFY / machine.threads + machine.reading(size))
+
+
+def errors(source: float, machine: Machine, cpu_seconds: float) -> Cost:
+    """Quantize a part of the rows of a BF16 file of this size."""
+    part = source / STEP
+    made = quantize(part, part, machine, cpu_seconds=cpu_seconds, largest=part, scratch=part)
+    return replace(made, kept=0, seconds=made.seconds + machine.reading(source))
+
+
+def sensitivities(size: float, machine: Machine, runs: int) -> Cost:
+    """Quantize some tensors of a file and run it over a text, `runs` times.
+
+    A small file is run on one thread, so several at a time.
+    """
+    one = copy(size, machine) + run(size, machine, text=CHUNK * CHUNKS)
+    at_a_time = machine.threads if size < SMALL else 1
+    return Cost(at_a_time * one.memory, scratch=at_a_time * size, seconds=runs * one.seconds)
 
 
 def run(

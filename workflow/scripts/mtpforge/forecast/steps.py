@@ -16,6 +16,7 @@ from mtpforge.forecast.costs import Cost, Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.reader import Gguf
+from mtpforge.gguf.split import parse_size
 from mtpforge.inject.inject import planned_head
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -26,6 +27,8 @@ from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
+from mtpforge.search import groups
+from mtpforge.search.settings import CHUNKS, PROBE, STEP
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,8 @@ class ModelForecast:
         self._convert(variant.part)
         if isinstance(variant.imatrix, ImatrixText):
             self._imatrix(variant.imatrix, source)
+        if variant.searched:
+            self._search(variant, source)
         request = QuantizeRequest(
             variant.file_type, head=_head_recipe(variant), recipe=tuple(variant.recipe.items())
         )
@@ -265,7 +270,7 @@ class ModelForecast:
         made = self._quantized(source, request, covered)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
         self._quantize("quantized", variant.name, source, made, pieces=pieces)
-        return planned_ggufs.size(made), pieces
+        return _wanted(variant, made) or planned_ggufs.size(made), pieces
 
     def _quantized(self, source: Gguf, request: QuantizeRequest, covered: bool = False) -> Gguf:
         if self.about:  # llama-quantize needs all metadata
@@ -316,6 +321,24 @@ class ModelForecast:
         step = Step("imatrix", Path(path).stem, path)
         self._add(step, self._run(planned_ggufs.size(source), text=tokens))
 
+    def _search(self, variant: Variant, source: Gguf) -> None:
+        """Errors of each candidate, and sensitivities unless they are taken from a table."""
+        model, matrix = self.model.key, layout.matrix_name(variant.imatrix)
+        size = planned_ggufs.size(source)
+        text = variant.searched_text
+        for kind in [*variant.searched_types, *([PROBE] if text else [])]:
+            cpu = size / 2e9 / STEP * quant_types.SECONDS[kind]
+            path = layout.errors(model, matrix, kind)
+            cost = costs.errors(size, self._machine, cpu_seconds=cpu)
+            self._add(Step("errors", f"{matrix}-{kind}", path), cost)
+        if text:
+            self._search_logits(text)
+            path = layout.sensitivities(model, matrix, text, variant.method)
+            by: groups.By = "tensor" if variant.method == "tensor" else "class"
+            runs = len(groups.tried(source, by))
+            step = Step("sensitivities", f"{matrix}-{Path(path).stem}", path)
+            self._add(step, costs.sensitivities(size, self._machine, runs))
+
     def _verify(self, variant: Variant, size: int) -> None:
         output = layout.output(self.model, variant.name)
         own = variant.head_types and not (variant.foreign or variant.head_from)
@@ -356,8 +379,15 @@ class ModelForecast:
 
     def _logits(self, tokens: int) -> None:
         path = layout.reference_logits(self.model.key)
+        self._reference(Step("logits", "BF16", path), tokens)
+
+    def _search_logits(self, text: str) -> None:
+        path = layout.search_logits(self.model.key, text)
+        self._reference(Step("search_logits", Path(path).stem, path), costs.CHUNK * CHUNKS)
+
+    def _reference(self, step: Step, tokens: int) -> None:
+        """Logits of the BF16 file."""
         whole = self._part(self.model.part)
-        step = Step("logits", "BF16", path)
         size = self._convert(self.model.part)
         if not self._fits(size):
             self._add(step, Cost())
@@ -417,3 +447,11 @@ class ModelForecast:
 def _head_recipe(variant: Variant) -> Recipe:
     types = variant.head_types
     return head_recipe(types.type, tuple((types.tensors or {}).items())) if types else ()
+
+
+def _wanted(variant: Variant, made: Gguf) -> int:
+    """The bytes of a file whose types are found for an amount; 0 if it is not."""
+    if variant.bits:
+        return int(variant.bits * sum(info.elements for info in made.tensors.values()) / 8)
+    is_amount = variant.size is not None and variant.size not in quant_types.FILE_TYPES
+    return parse_size(variant.size or "") if is_amount else 0

@@ -25,6 +25,7 @@ from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving
+from mtpforge.search.compared import Compared, mixture_table
 from mtpforge.verify.metadata import templates_in
 
 _FAULTS = (
@@ -39,15 +40,20 @@ _FAULTS = (
 
 
 def make(
-    about: About, results: Sequence[Result], checkpoint_card: Path, stamp: Stamp, template: Path
+    about: About,
+    results: Sequence[Result],
+    checkpoint_card: Path,
+    stamp: Stamp,
+    template: Path,
+    compared: Sequence[Compared] = (),
 ) -> str:
-    """The card. `checkpoint_card` need not exist.
+    """The card. `checkpoint_card` need not exist; `compared` are files whose types were found.
 
     Raises ConfigError if the template cannot be read or filled in; VerificationError if the front
     matter does not read back as it was written.
     """
     data = front_matter(about, read_front_matter(checkpoint_card))
-    values = _values(about, results) | {"toolchain": _toolchain(stamp)}
+    values = _values(about, results) | {"toolchain": _toolchain(stamp), "found": _found(compared)}
     try:
         card = ModelCard.from_template(data, template_str=_read_template(template), **values)
     except _FAULTS as error:
@@ -89,6 +95,23 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "sources": "\n".join(f"- {source}" for source in about.sources),
         "recipe": _recipe(about),
     }
+
+
+def _found(compared: Iterable[Compared]) -> str:
+    """The verdict and the mixture of each file whose types were found."""
+    return "\n\n".join(
+        f"{code(each.file)}: {escape(each.verdict)}. Its types were found by sensitivities "
+        f"{_METHODS.get(each.sensitivity, '')}. Matrices by type:\n\n"
+        f"{mixture_table({escape(name): row for name, row in each.mixture.items()})}".rstrip()
+        for each in compared
+    )
+
+
+_METHODS = {
+    "class": "of classes of tensors and layers",
+    "tensor": "of single tensors",
+    "prior": "of other models",
+}
 
 
 def _not_drafting(results: Iterable[Result]) -> str:

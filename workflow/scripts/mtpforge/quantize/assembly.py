@@ -56,7 +56,13 @@ def whole_metadata(job: QuantizeJob, scratch: Path) -> dict[str, Value]:
     """
     source = job.source
     smallest = min(source.tensors, key=lambda name: source.tensors[name].size)
-    made = job.quantize_tensors([smallest], scratch / "smallest.gguf", scratch).metadata
+    made = job.quantize_tensors([smallest], scratch / "smallest.gguf", scratch)
+    return merged_metadata(source, made)
+
+
+def merged_metadata(source: Gguf, part: Gguf) -> dict[str, Value]:
+    """The metadata of the whole file, from that of a part of `source` that was quantized."""
+    made = part.metadata
     keys = list(made)
     added = keys[keys.index(PADDING) + 1 :] if PADDING in made else keys
     left_out = source.metadata.keys() - without_vocabulary(source)

@@ -50,10 +50,7 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
     Raises ConfigError for impossible types, and for types that need an importance matrix which is
     missing or does not cover the tensor; GgufError for a source at types that are unknown.
     """
-    rows = imatrix.read(request.imatrix) if request.imatrix else {}
-    if request.imatrix:  # before llama-quantize reads it
-        mixture.check_total(source, request.imatrix, rows)
-        imatrix.check_values(request.imatrix)
+    rows = checked_rows(source, request.imatrix)
     default, chosen = default_and_chosen_types(source, request, llama)
     table = mixture.show(source, default, chosen)
     print(table, flush=True)
@@ -62,6 +59,20 @@ def choose_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp) -> Typ
             log.write(f"{table}\n")
     mixture.check_imatrix(source, chosen, request=request, rows=rows)
     return chosen
+
+
+def checked_rows(source: Gguf, matrix: Path | None) -> dict[str, int]:
+    """The number of values of each row of an importance matrix; none without one.
+
+    To be called before llama-quantize reads it. Raises GgufError if it is not whole, ConfigError if
+    it cannot be this model's.
+    """
+    if matrix is None:
+        return {}
+    rows = imatrix.read(matrix)
+    mixture.check_total(source, matrix, rows)
+    imatrix.check_values(matrix)
+    return rows
 
 
 def default_and_chosen_types(

@@ -5,14 +5,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement
+from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
 from mtpforge.verify.report import Report
 
 COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")
 
 
-def summary(reports: Iterable[Path], measurements: Iterable[Path]) -> str:
+def summary(
+    reports: Iterable[Path], measurements: Iterable[Path], compared: Iterable[Path] = ()
+) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
+
+    Below are the verdicts on files whose types were found.
 
     Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`. Files of the
     same name are told apart by their folders.
@@ -25,7 +30,8 @@ def summary(reports: Iterable[Path], measurements: Iterable[Path]) -> str:
         cells = row(report, measured.get((folder, report.file)))
         label = f"{folder.name}/{report.file}" if names[report.file] > 1 else report.file
         rows.append((label, *cells[1:]))
-    return markdown(rows)
+    verdicts = [f"- {each.file}: {each.verdict}\n" for each in map(Compared.read, compared)]
+    return markdown(rows) + "".join(["\n" * bool(verdicts), *verdicts])
 
 
 def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, str, str, str, str]:

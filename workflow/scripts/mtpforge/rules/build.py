@@ -14,6 +14,7 @@ from mtpforge.rules.publish import PublishRules
 from mtpforge.rules.quantize import QuantizeRules
 from mtpforge.rules.report import ReportRules
 from mtpforge.rules.resources import ResourceRules
+from mtpforge.rules.search import SearchRules
 from mtpforge.rules.verify import VerifyRules
 
 
@@ -29,6 +30,7 @@ class Build:
         self.fetch = FetchRules(self.config, checkpoints)
         self.convert = ConvertRules(self.config)
         self.quantize = QuantizeRules(self.config, checkpoints)
+        self.search = SearchRules(self.config)
         self.inject = InjectRules(self.config)
         self.verify = VerifyRules(self.config)
         self.measure = MeasureRules(self.config)

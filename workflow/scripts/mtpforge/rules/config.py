@@ -450,6 +450,7 @@ class Config(Entry):
             model._key = name
             for key, variant in model.variants.items():
                 variant._name = key
+                variant.text = variant.searched_text or variant.text
                 if isinstance(variant.tensors, str):
                     path = ("models", name, "variants", key, "tensors")
                     variant.tensors = self._recipe(variant.tensors, path)

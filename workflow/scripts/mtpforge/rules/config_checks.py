@@ -1,5 +1,6 @@
 """Checks of `config.yaml` that involve several keys, or files on this machine."""
 
+import os
 from collections import Counter
 
 from mtpforge import progress
@@ -27,6 +28,7 @@ def check(config: Config) -> None:
             stem = layout.stem(model, key)
             _check_name(f"{path}/variants/{key}", stem)
             _check_variant(f"{path}/variants/{key}", variant)
+            _check_text(f"{path}/variants/{key}", variant, model)
             _check_packed(f"{path}/variants/{key}", variant, model)
             if not stem.isprintable():
                 what = "base" if model.adopts(variant) else "folder"
@@ -91,6 +93,7 @@ def _check_name(path: str, stem: str) -> None:
 
 
 def _check_variant(path: str, variant: Variant) -> None:
+    _check_search(path, variant)
     if not variant.foreign and variant.type is None:
         try:
             quant_types.check_published_type(variant.file_type)
@@ -104,6 +107,39 @@ def _check_variant(path: str, variant: Variant) -> None:
     if variant.unquantized and variant.tensors:
         _refuse(f"{path}/tensors", f"{kind} is not quantized, so a recipe has no effect: remove it")
     _check_imatrix(path, variant)
+
+
+def _check_search(path: str, variant: Variant) -> None:
+    """Check the keys of a search, which need `size` or `bits`."""
+    if not variant.searched:
+        for key in ("sensitivity", "candidates", "text"):
+            if getattr(variant, key) is not None:
+                _refuse(f"{path}/{key}", "only for a `size` or `bits` to search for: give one")
+        return
+    key = "size" if variant.size else "bits"
+    if variant.size and variant.bits:
+        _refuse(f"{path}/bits", "the same as `size`: give one of them")
+    if variant.base:
+        _refuse(f"{path}/{key}", "a base is already quantized: remove one of them")
+    if variant.tensors:
+        _refuse(f"{path}/tensors", f"`{key}` finds the types: remove one of them")
+    if variant.unquantized:
+        _refuse(f"{path}/{key}", f"{variant.file_type} is not quantized: give another `type`")
+    if variant.size in (*quant_types.UNQUANTIZED, *quant_types.PACKED):
+        _refuse(f"{path}/size", f"{variant.size} is not quantized: nothing is to be found")
+    if variant.text and variant.method == "prior":
+        _refuse(f"{path}/text", "`sensitivity: prior` runs nothing: remove one of them")
+
+
+def _check_text(path: str, variant: Variant, model: Model) -> None:
+    """A mixture that was found on the measured text would look better than it is."""
+    measured = model.measure.text if model.measure else None
+    found = variant.searched_text
+    if found and measured and os.path.normpath(found) == os.path.normpath(measured):
+        _refuse(
+            f"{path}/text",
+            f"{found} is the text that the file is measured on: give another one for the search",
+        )
 
 
 def _check_sidecar(path: str, model: Model) -> None:
@@ -140,6 +176,8 @@ def _check_imatrix(path: str, variant: Variant) -> None:
             _refuse(f"{path}/imatrix", "nothing is quantized with it here: remove it")
         return
     kinds = [*([] if variant.foreign else [variant.file_type]), *_head_types(variant)]
+    if variant.searched:
+        kinds += [*variant.searched_types, variant.size or ""]
     for kind in [*kinds, *variant.recipe.values()]:
         if kind in quant_types.NEED_IMATRIX:
             way = "use another type" if variant.base else "give one, or use another type"

@@ -113,6 +113,18 @@ def _check_serve(option: str) -> None:
         raise ConfigError(f"{option} is set by mtpforge itself: remove it")
 
 
+def check_target(size: str) -> None:
+    """Raise ConfigError for a size to search for that is neither a type nor an amount."""
+    if not re.fullmatch(_AMOUNT, size):
+        try:
+            quant_types.check_published_type(size)
+        except ConfigError:
+            raise ConfigError(
+                f"{size[:100]!r} is not a size: write a whole number of M or G, such as 11G, or a "
+                "type, such as Q4_K_M"
+            ) from None
+
+
 def _plain_name(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
 
@@ -162,6 +174,7 @@ SIDECAR_TYPES = tuple(
 )
 """A sidecar is nearly all head: types that a whole file and a head can have; MXFP4 as converted."""
 
+_AMOUNT = r"[1-9][0-9]{0,8}[MG]"
 _TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
 _OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _COMMIT = r"[0-9a-f]{40}"
@@ -178,6 +191,7 @@ All = Annotated[
     str, _matching("all", "is not a list of models, such as [qwen3.5-4b], and not `all`")
 ]
 Pattern = Annotated[str, Checked(check_pattern, {})]
+Candidates: TypeAlias = Annotated[list[TensorType], AfterValidator(unique)]
 Recipe: TypeAlias = Annotated[dict[Pattern, TensorType], Field(min_length=1)]
 ServeOption = Annotated[
     str, Checked(_check_serve, {"minLength": 1, "not": {"pattern": f"^({_OWN_OPTIONS})$"}})
@@ -258,9 +272,21 @@ ProgramsFolder = Annotated[
 Size = Annotated[
     str,
     _matching(
-        r"[1-9][0-9]{0,8}[MG]",
+        _AMOUNT,
         "is not a size: write a whole number of M or G, such as 48G",
         _size_in,
+    ),
+]
+Target = Annotated[
+    str,
+    Checked(
+        check_target,
+        {
+            "anyOf": [
+                {"type": "string", "pattern": f"^(?:{_AMOUNT})$"},
+                {"enum": list(quant_types.PUBLISHED)},
+            ]
+        },
     ),
 ]
 

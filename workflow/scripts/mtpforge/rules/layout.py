@@ -19,6 +19,7 @@ from mtpforge.rules.variant import (
     HubFile,
     HubGguf,
     HubRepository,
+    Imatrix,
     ImatrixText,
     LocalFile,
     LocalGguf,
@@ -214,6 +215,47 @@ def recipe(model: str, variant: str) -> str:
 def head_recipe(model: str, variant: str) -> str:
     """The types of its head's tensors by pattern."""
     return f"{work(model)}/head-recipes/{variant}.yaml"
+
+
+def errors(model: str, matrix: str, kind: str) -> str:
+    """The errors of a tensor type with an importance matrix."""
+    return f"{work(model)}/errors/{matrix}/{kind}.json"
+
+
+def sensitivities(model: str, matrix: str, text: str, method: str) -> str:
+    """The sensitivities on a text, by class or by tensor, with an importance matrix."""
+    return f"{work(model)}/sensitivities/{matrix}/{imatrix_name(text)}-{method}.json"
+
+
+def search_logits(model: str, text: str) -> str:
+    """The logits of the BF16 file on a text for sensitivities."""
+    return f"{work(model)}/search-logits/{imatrix_name(text)}.bin"
+
+
+def found(model: str, variant: str) -> str:
+    """The recipe that is found for a variant."""
+    return f"{work(model)}/found/{variant}.yaml"
+
+
+def about_found(model: str, variant: str) -> str:
+    """Its size and mixture, and what to compare it with."""
+    return f"{work(model)}/found/{variant}.json"
+
+
+def compared(model: str, variant: str) -> str:
+    """Its comparison with llama.cpp's own mixture of its size."""
+    return f"{work(model)}/compared/{variant}.json"
+
+
+def matrix_name(matrix: Imatrix | None) -> str:
+    """A name for an importance matrix, or for none."""
+    if matrix is None:
+        return "plain"
+    if isinstance(matrix, ImatrixText):
+        return imatrix_name(matrix.text)
+    if isinstance(matrix, HubFile):
+        return place(f"{commit(matrix)}/{matrix.file}")
+    return place(matrix.path)
 
 
 def imatrix(model: str, text: str) -> str:

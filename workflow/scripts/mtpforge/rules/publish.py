@@ -212,6 +212,9 @@ class PublishRules(Stage):
         return [
             "convert.py",
             *upstream,
+            "quantization_errors.py",
+            "sensitivity.py",
+            "allocate.py",
             "quantize_plan.py",
             "quantize.py",
             "inject.py",

@@ -11,8 +11,8 @@ from mtpforge.io import text
 from mtpforge.quantize.recipe import as_text
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config
-from mtpforge.rules.fetch import tracked_inputs
-from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.imatrix import ImatrixRules
+from mtpforge.rules.stage import Wildcards
 from mtpforge.rules.variant import Imatrix, ImatrixText, OwnBase, Variant
 
 
@@ -24,7 +24,7 @@ def read_count(path: Path) -> int:
     return int(count)
 
 
-class QuantizeRules(Stage):
+class QuantizeRules(ImatrixRules):
     """Inputs and parameters of rules/quantize.smk.
 
     The wildcard `kind` is quantized, and `name` a variant; or `kind` is a part of the checkpoint,
@@ -70,35 +70,7 @@ class QuantizeRules(Stage):
         if variant is None:
             return []
         heads = [layout.head_recipe(model, variant.name)] if variant.head_types else []
-        return [layout.recipe(model, variant.name), *heads]
-
-    def imatrix_files(self, wildcards: Wildcards) -> list[str]:
-        """The importance matrix, if it is made here."""
-        imatrix = self._imatrix(wildcards)
-        made = isinstance(imatrix, ImatrixText)
-        return [layout.local_path(imatrix, wildcards.model)] if imatrix and made else []
-
-    def imatrix_inputs(self, wildcards: Wildcards) -> list[str]:
-        """The digest of the importance matrix, or the record of a given one."""
-        imatrix = self._imatrix(wildcards)
-        return tracked_inputs(imatrix, wildcards.model) if imatrix else []
-
-    def imatrix_option(self, wildcards: Wildcards) -> str:
-        """The option that names the importance matrix."""
-        imatrix = self._imatrix(wildcards)
-        path = [layout.local_path(imatrix, wildcards.model)] if imatrix else []
-        return shlex.join(word for each in path for word in ("--imatrix", each))
-
-    def imatrix_recorded_option(self, wildcards: Wildcards) -> str:
-        """The option that names its digest."""
-        imatrix = self._imatrix(wildcards)
-        if imatrix is None:
-            return ""
-        if isinstance(imatrix, ImatrixText):
-            recorded = layout.imatrix_digest(wildcards.model, imatrix.text)
-        else:
-            recorded = layout.recorded(imatrix)
-        return shlex.join(["--imatrix-recorded", recorded])
+        return [_recipe_file(model, variant), *heads]
 
     def options(self, wildcards: Wildcards) -> str:
         """Types of file, head and tensors, as options of quantize_plan.py."""
@@ -110,7 +82,7 @@ class QuantizeRules(Stage):
         if variant.head_types:
             recipe = layout.head_recipe(wildcards.model, variant.name)
             options += ["--head", variant.head_type, "--head-tensors", recipe]
-        return shlex.join([*options, "--tensors", layout.recipe(wildcards.model, variant.name)])
+        return shlex.join([*options, "--tensors", _recipe_file(wildcards.model, variant)])
 
     def names_option(self, wildcards: Wildcards) -> str:
         """Other names that the file can have later, as options of quantize.py."""
@@ -160,6 +132,13 @@ class QuantizeRules(Stage):
     def _imatrix(self, wildcards: Wildcards) -> Imatrix | None:
         variant = self._variant(wildcards)
         return variant.imatrix if variant else None
+
+
+def _recipe_file(model: str, variant: Variant) -> str:
+    """A variant's recipe, from config.yaml or found for its size."""
+    if variant.searched:
+        return layout.found(model, variant.name)
+    return layout.recipe(model, variant.name)
 
 
 def _texts(config: Config) -> list[str]:

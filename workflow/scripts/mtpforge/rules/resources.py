@@ -37,6 +37,7 @@ from mtpforge.rules.variant import (
     Source,
     Variant,
 )
+from mtpforge.search.settings import CHUNKS, STEP
 
 DOWNLOADS = 2
 """How many can run at a time, unless the profile says otherwise."""
@@ -64,6 +65,10 @@ _PROGRAMS = ProgramSpeed(server=30, token=0.03, quantize=3)
 """Those of a slow machine."""
 _BANDWIDTH = 1.3e9
 """Bytes of weights that it reads a second, to make tokens."""
+_CLASSES = 80
+"""Classes of tensors and layers of a large model."""
+_TENSORS = 600
+_ATTEMPTS = 4
 _LEAST_SECONDS = 1200
 _LEAST_DISK = 100e6
 _CUDA = b"libcuda"
@@ -202,9 +207,41 @@ class ResourceRules(Stage):
     def logits(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over the measured text."""
         settings = self.model(wildcards).measure
+        return self._logits(wildcards, settings.chunks if settings else 0)
+
+    def search_logits(self, wildcards: Wildcards) -> Needs:
+        """The same over the text of a search."""
+        return self._logits(wildcards, CHUNKS)
+
+    def errors(self, wildcards: Wildcards) -> Needs:
+        """A part of the rows of each matrix, at one type."""
+        weights = self._weights(wildcards)
+        cpu = weights / 2e9 / STEP * quant_types.SECONDS[wildcards.type]
+        return _needs(costs.errors(weights, self._machine, cpu_seconds=cpu))
+
+    def compare(self, wildcards: Wildcards) -> Needs:
+        """Making a file like the variant, and running it over the measured text."""
+        size, weights = self._size(wildcards), self._weights(wildcards)
+        settings = self.model(wildcards).measure
         tokens = costs.CHUNK * settings.chunks if settings else 0
-        kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
-        return _needs(costs.run(self._weights(wildcards), self._machine, text=tokens) + kept)
+        seconds = quant_types.SECONDS[quant_types.main_type(self.variant(wildcards).file_type)]
+        cost = costs.quantize(
+            weights,
+            size,
+            self._machine,
+            cpu_seconds=weights / 2e9 * seconds,
+            largest=_largest(weights),
+            scratch=size,
+        )
+        return _needs(cost + costs.run(size, self._machine, text=tokens))
+
+    def sensitivities(self, wildcards: Wildcards) -> Needs:
+        """Running the BF16 file for each class and layer, or for each tensor.
+
+        Time for a part of the runs: another attempt goes on with the others.
+        """
+        runs = (_TENSORS if wildcards.method == "tensor" else _CLASSES) // _ATTEMPTS
+        return _needs(costs.sensitivities(self._weights(wildcards), self._machine, runs))
 
     def quantize(self, wildcards: Wildcards) -> Needs:
         """A quantization, and room for its pieces."""
@@ -277,6 +314,11 @@ class ResourceRules(Stage):
         tokens = costs.verify_tokens(self._prompts(wildcards))
         run = costs.run(size, self._machine, tokens, servers=2)
         return run + costs.compare(self._weights(wildcards), self._machine)
+
+    def _logits(self, wildcards: Wildcards, chunks: int) -> Needs:
+        tokens = costs.CHUNK * chunks
+        kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
+        return _needs(costs.run(self._weights(wildcards), self._machine, text=tokens) + kept)
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""

@@ -24,6 +24,8 @@ class Wildcards(Protocol):
     donor: str
     place: str
     file: str
+    matrix: str
+    method: str
 
 
 class Stage:

@@ -1,12 +1,13 @@
 """A variant in `config.yaml`: its types, its head, its base and its importance matrix."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import NO_HEAD, default_head
 from mtpforge.rules.fields import (
+    Candidates,
     Entry,
     FileName,
     FilePath,
@@ -20,11 +21,13 @@ from mtpforge.rules.fields import (
     Repository,
     Revision,
     Size,
+    Target,
     TensorType,
     by_key,
     by_type,
     form,
 )
+from mtpforge.rules.local_paths import FileOnDisk
 
 
 class HubRepository(Entry):
@@ -125,6 +128,11 @@ Tensors = Annotated[
     Annotated[str, form("name")] | Annotated[Recipe, form("recipe")],
     by_type("name", "recipe"),
 ]
+CANDIDATES = ("IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Tensor types that a search chooses from, unless it is told otherwise."""
+LABEL = "Q4_K_M"
+"""Type in the metadata of a file that is made for an amount of bytes; llama.cpp only shows it."""
+TEXT = "workflow/texts/mixed.txt"
 SPLIT = "Publish shards of at most this size, in a folder; llama.cpp finds all from the first one."
 PIECES = (
     "Number of parallel quantization jobs; finished jobs survive a restart. By default, a job takes"
@@ -155,6 +163,45 @@ class Variant(Entry):
             " found in a tensor's name wins."
         ),
         examples=["attention-first", {"attn_": "Q6_K", "ssm_": "Q8_0"}],
+    )
+    size: Target | None = Field(
+        default=None,
+        description=(
+            "Find the best tensor types for a file of at most this size: an amount, or a type"
+            " whose file would be as large. The head counts."
+        ),
+        examples=["Q4_K_M", "11G"],
+    )
+    bits: float | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description="The same size in bits per weight of the whole file.",
+        examples=[3.5],
+    )
+    sensitivity: Literal["prior", "class", "tensor"] | None = Field(
+        default=None,
+        description=(
+            "How to tell which tensors matter, for `size` and `bits`: by running the BF16 file with"
+            " each class of tensors and each layer quantized, with each tensor quantized, or by a"
+            " table, without a run. Default: class."
+        ),
+    )
+    candidates: Candidates | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            f"Tensor types to choose from, for `size` and `bits`. Default: {', '.join(CANDIDATES)}."
+        ),
+        examples=[["IQ4_XS", "Q5_K", "Q6_K", "Q8_0"]],
+    )
+    text: FilePath | None = Field(
+        default=None,
+        description=(
+            "A text of at least 2,048 tokens to run the model on for `sensitivity`; not the one"
+            " that is measured. Default: the importance matrix's, or workflow/texts/mixed.txt."
+        ),
+        examples=["calibration.txt"],
     )
     base: Base | None = Field(
         default=None,
@@ -205,8 +252,37 @@ class Variant(Entry):
 
     @property
     def file_type(self) -> str:
-        """The type of the file; only a label if the base was quantized elsewhere."""
-        return self.type or (self.base.type if isinstance(self.base, OwnBase) else self.name)
+        """The type of the file; only a label if it is searched, or its base is from elsewhere."""
+        if self.type:
+            return self.type
+        if isinstance(self.base, OwnBase):
+            return self.base.type
+        if self.searched and self.name not in quant_types.FILE_TYPES:
+            return self.size if self.size in quant_types.FILE_TYPES else LABEL
+        return self.name
+
+    @property
+    def searched(self) -> bool:
+        """Whether its tensor types are found for a size."""
+        return self.size is not None or self.bits is not None
+
+    @property
+    def method(self) -> str:
+        """How the sensitivities are found."""
+        return self.sensitivity or "class"
+
+    @property
+    def searched_types(self) -> list[str]:
+        """The tensor types to choose from."""
+        return list(self.candidates or CANDIDATES)
+
+    @property
+    def searched_text(self) -> str | None:
+        """The text to run the model on, if it is run."""
+        if not self.searched or self.method == "prior":
+            return None
+        matrix = self.imatrix
+        return self.text or (matrix.text if isinstance(matrix, ImatrixText) else FileOnDisk(TEXT))
 
     @property
     def foreign(self) -> bool:

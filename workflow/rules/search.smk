@@ -1,0 +1,182 @@
+# The best tensor types for a size, for variants with `size` or `bits`.
+# Needs: the converted checkpoint, llama-quantize, and llama-perplexity unless `sensitivity: prior`.
+# Makes, under results/<model>/work/: errors/<matrix>/<type>.json, the error of a tensor type;
+# sensitivities/<matrix>/<text>-<method>.json, how much each group of tensors matters, with finished
+# runs in probes/; found/<variant>.yaml, the recipe, which takes the place of one in
+# config.yaml.
+# <matrix> is the name of an importance matrix, or `plain` without one.
+
+
+rule errors:
+    input:
+        code=code("quantization_errors.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        imatrix=ancient(build.search.imatrix_files),
+        imatrix_digest=build.search.imatrix_inputs,
+    output:
+        "results/{model}/work/errors/{matrix}/{type}.json",
+    log:
+        "logs/{model}/errors-{matrix}-{type}.log",
+    benchmark:
+        "benchmarks/{model}/errors-{matrix}-{type}.jsonl"
+    wildcard_constraints:
+        matrix="[^/]+",
+        type="[A-Z0-9_]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.errors),
+    params:
+        code=digest("quantization_errors.py"),
+        imatrix=build.search.imatrix_option,
+        imatrix_recorded=build.search.imatrix_recorded_option,
+    message:
+        "{wildcards.model}: error of {wildcards.type}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --type {wildcards.type:q} {params.imatrix}"
+        " {params.imatrix_recorded} --recorded {input.digests:q} --threads {threads}"
+        " --log {log:q} --out {output:q} >> {log:q} 2>&1"
+
+
+use rule reference_logits as search_logits with:
+    input:
+        code=code("reference_logits.py"),
+        toolchain="resources/toolchain/stamp.json",
+        model=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        text=ancient(build.search.text),
+        text_record=build.search.text_record,
+    output:
+        file=temp("results/{model}/work/search-logits/{text}.bin"),
+        digest="results/{model}/work/search-logits/{text}.json",
+    log:
+        "logs/{model}/search-logits-{text}.log",
+    benchmark:
+        "benchmarks/{model}/search_logits-{text}.jsonl"
+    wildcard_constraints:
+        text="[^/]+",
+    resources:
+        **asked(build.needs.search_logits),
+        gpu=build.needs.gpu,
+    params:
+        code=digest("reference_logits.py"),
+        chunks=build.search.chunks,
+    message:
+        "{wildcards.model}: BF16 logits on {input.text}, for sensitivities"
+
+
+# Finished runs are not outputs: Snakemake would delete those of a job that was killed.
+rule sensitivities:
+    input:
+        code=code("sensitivity.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        text_record=build.search.text_record,
+        logits=ancient(build.search.logits),
+        logits_digest=build.search.logits_digest,
+        imatrix=ancient(build.search.imatrix_files),
+        imatrix_digest=build.search.imatrix_inputs,
+    output:
+        "results/{model}/work/sensitivities/{matrix}/{text}-{method}.json",
+    log:
+        "logs/{model}/sensitivities-{matrix}-{text}-{method}.log",
+    benchmark:
+        "benchmarks/{model}/sensitivities-{matrix}-{text}-{method}.jsonl"
+    wildcard_constraints:
+        matrix="[^/]+",
+        text="[^/]+",
+        method="class|tensor",
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.sensitivities),
+        gpu=build.needs.gpu,
+    params:
+        code=digest("sensitivity.py"),
+        imatrix=build.search.imatrix_option,
+        keep="results/{model}/work/probes",
+    message:
+        "{wildcards.model}: sensitivities by {wildcards.method}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --logits {input.logits:q} {params.imatrix}"
+        " --by {wildcards.method} --keep {params.keep:q}"
+        " --inputs {input.digests:q} {input.text_record:q} {input.imatrix_digest:q}"
+        " --threads {threads} --out {output:q} > {log:q} 2>&1"
+
+
+rule allocate:
+    input:
+        code=code("allocate.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.search.source),
+        digests=build.search.source_digests,
+        errors=build.search.errors,
+        measured=build.search.measured,
+        head=build.search.head_recipe,
+        imatrix=ancient(build.search.imatrix_files),
+        imatrix_digest=build.search.imatrix_inputs,
+    output:
+        recipe="results/{model}/work/found/{variant}.yaml",
+        about="results/{model}/work/found/{variant}.json",
+    log:
+        "logs/{model}/allocate-{variant}.log",
+    conda:
+        "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.resolve),
+    params:
+        code=digest("allocate.py"),
+        options=build.search.options,
+        imatrix=build.search.imatrix_option,
+        imatrix_recorded=build.search.imatrix_recorded_option,
+    message:
+        "{wildcards.model}: find the types of {wildcards.variant}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} {params.options} --errors {input.errors:q}"
+        " {params.imatrix} {params.imatrix_recorded} --digests {input.digests:q}"
+        " --about {output.about:q} --out {output.recipe:q} > {log:q} 2>&1"
+
+
+# llama.cpp's own mixture of the same size, with the same head and importance matrix.
+rule compare:
+    input:
+        code=code("compare_stock.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.search.source),
+        digests=build.search.source_digests,
+        about="results/{model}/work/found/{variant}.json",
+        measurement=build.search.measurement,
+        logits=ancient("results/{model}/work/logits/reference.bin"),
+        logits_digest="results/{model}/work/logits/reference.json",
+        head=build.search.head_recipe,
+        imatrix=ancient(build.search.imatrix_files),
+        imatrix_digest=build.search.imatrix_inputs,
+    output:
+        "results/{model}/work/compared/{variant}.json",
+    log:
+        "logs/{model}/compare-{variant}.log",
+    benchmark:
+        "benchmarks/{model}/compare-{variant}.jsonl"
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.compare),
+        gpu=build.needs.gpu,
+    params:
+        code=digest("compare_stock.py"),
+        head=build.search.head_option,
+        imatrix=build.search.imatrix_option,
+        imatrix_recorded=build.search.imatrix_recorded_option,
+    message:
+        "{wildcards.model}: compare {wildcards.variant} with llama.cpp's own mixture"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --about {input.about:q}"
+        " --measurement {input.measurement:q} --reference-logits {input.logits:q}"
+        " --logits-recorded {input.logits_digest:q} {params.head} {params.imatrix}"
+        " {params.imatrix_recorded} --threads {threads} --out {output:q} > {log:q} 2>&1"

@@ -1,0 +1,153 @@
+"""How far a model's predictions move if one group of tensors is quantized and the rest is not."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from gguf.constants import GGMLQuantizationType
+
+from mtpforge import progress, table
+from mtpforge.errors import ConfigError
+from mtpforge.gguf import quant_types
+from mtpforge.gguf.reader import Gguf
+from mtpforge.io import atomic
+from mtpforge.io.records import Record
+from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.measure import perplexity
+from mtpforge.quantize.llama_quantize import checked_rows, run
+from mtpforge.search import groups
+from mtpforge.search.errors import FILE_TYPE, check_rows
+from mtpforge.search.settings import CHUNKS, PROBE, SMALL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivities(Record):
+    """The results of sensitivity.py: for each group, the KL divergence in nats that it causes.
+
+    The groups are units (`by` tensor), or classes and layers: see `groups`.
+    """
+
+    written_by: ClassVar[str] = "sensitivity.py"
+    by: groups.By
+    kl_divergence: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Kept(Record):
+    """One result, for a search that goes on later."""
+
+    written_by: ClassVar[str] = "sensitivity.py"
+    kl_divergence: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What decides the results: an unquantized model, its logits on a text, and the programs.
+
+    `identity` stands for model, text and importance matrix in the names of results that are kept
+    in `keep`.
+    """
+
+    source: Gguf
+    logits: Path
+    matrix: Path | None
+    llama: LlamaCpp
+    keep: Path
+    identity: str
+
+    def kept(self, names: Sequence[str]) -> Path:
+        """Where the result of a group is kept."""
+        content = json.dumps([self.identity, PROBE, *names])
+        return self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+
+
+def measure(search: Search, by: groups.By) -> Sensitivities:
+    """Try each group that has no result yet. Prints the number of runs first, then the time left.
+
+    Raises ConfigError if the model does not fit into the memory, or for logits or an importance
+    matrix of another model; ToolchainError.
+    """
+    _check(search)
+    search.keep.mkdir(parents=True, exist_ok=True)
+    found = groups.tried(search.source, by)
+    todo = [names for names in found.values() if not search.kept(names).exists()]
+    left = progress.Left()
+    for number, _ in enumerate(_results(search, todo), 1):
+        if left.due():
+            progress.say(f"{number} of {len(todo)} runs{left.of(number, len(todo))}")
+    results = {name: _Kept.read(search.kept(names)) for name, names in found.items()}
+    return Sensitivities(
+        by=by, kl_divergence={name: each.kl_divergence for name, each in results.items()}
+    )
+
+
+def _check(search: Search) -> None:
+    source = search.source
+    types = dict(_probed(source, groups.matrices(source)))
+    check_rows(source, types, search.matrix, checked_rows(source, search.matrix))
+    if not search.logits.stat().st_size:
+        raise ConfigError(
+            f"{source.path}: does not fit into the memory, so its sensitivities cannot be measured "
+            "here: set `sensitivity: prior`"
+        )
+    own, others = perplexity.vocabularies(source.path, search.logits)
+    if own != others:
+        raise ConfigError(
+            f"{search.logits}: logits of another model: {others:,} tokens, and {source.path} has "
+            f"{own:,}: run reference_logits.py again"
+        )
+
+
+def _results(search: Search, todo: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Try groups, several at a time if the model is small; a failure ends the others."""
+    size = sum(info.size for info in search.source.tensors.values())
+    workers = search.llama.processors if size < SMALL else 1
+    _say_before(len(todo), workers, size)
+    if workers == 1:
+        yield from map(_try(search), todo)
+        return
+    one = replace(search, llama=replace(search.llama, threads=1))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(_try(one), todo)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _say_before(runs: int, workers: int, size: int) -> None:
+    """Print what a search takes."""
+    at_a_time = f"{workers} at a time" if workers > 1 else "one at a time"
+    needed = table.size(workers * memory.needed(size))
+    disk = table.size(workers * size)
+    progress.say(f"{runs} runs of {CHUNKS} chunks, {at_a_time}: {needed} of memory, {disk} of disk")
+
+
+def _try(search: Search) -> Callable[[Sequence[str]], None]:
+    def measure_one(names: Sequence[str]) -> None:
+        with atomic.scratch_folder(search.kept(names)) as folder:
+            made = folder / "probe.gguf"
+            types = {name: info.known_type for name, info in search.source.tensors.items()}
+            types |= dict(_probed(search.source, names))
+            run(
+                search.source,
+                made,
+                types=types,
+                file_type=FILE_TYPE,
+                matrix=search.matrix,
+                llama=search.llama,
+            )
+            _, moved = perplexity.against_reference(made, search.logits, search.llama)
+        _Kept(moved.mean).write(search.kept(names))
+
+    return measure_one
+
+
+def _probed(source: Gguf, names: Sequence[str]) -> Iterator[tuple[str, GGMLQuantizationType]]:
+    for name in names:
+        kind = quant_types.effective_type(PROBE, source.tensors[name].shape[-1])
+        yield name, GGMLQuantizationType[kind]
