@@ -11,7 +11,7 @@ from conftest import BIN, CHECKPOINTS, ROOT
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.convert import native
-from mtpforge.errors import ConfigError, RecordError
+from mtpforge.errors import ConfigError, RecordError, ToolchainError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
@@ -217,6 +217,88 @@ def test_the_prior_knows_embeddings_that_are_the_output_too() -> None:
     assert prior["output.weight"] > 10 * prior["blk.0.ffn_down.weight"]
     tied = {unit: [unit] for unit in UNITS if unit != "output.weight"}
     assert sensitivity.by_prior(tied)["token_embd.weight"] > 4 * prior["token_embd.weight"]
+
+
+class Runs:
+    """Stands in for the programs: the divergence of each run, some of which fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int = 0) -> None:
+        self.count = 0
+        self.fail_at = fail_at
+        self.types: list[set[str]] = []
+        monkeypatch.setattr(probes, "_check", lambda search: None)
+        monkeypatch.setattr(probes, "run", self.quantize)
+        monkeypatch.setattr(probes.perplexity, "against_reference", self.perplexity)
+
+    def quantize(self, source: Gguf, out: Path, types: dict[str, Kind], **_: Any) -> None:
+        self.types.append({name for name, kind in types.items() if kind is Kind.Q3_K})
+
+    def perplexity(self, *_: Any) -> tuple[float, KlDivergence]:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise ToolchainError("killed")
+        return 1.0, KlDivergence(mean=self.count / 1000, p99_9=0.1, same_top=1.0)
+
+
+def search(folder: Path, threads: int = 1, identity: str = "this model") -> probes.Search:
+    return probes.Search(
+        model(),
+        logits=folder / "logits",
+        matrix=None,
+        llama=LlamaCpp(BIN, threads=threads),
+        keep=folder / "kept",
+        identity=identity,
+    )
+
+
+def test_a_search_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = Runs(monkeypatch, fail_at=4)
+    with pytest.raises(ToolchainError, match="killed"):
+        probes.measure(search(tmp_path), "tensor")
+    assert first.count == 4
+    second = Runs(monkeypatch)
+    found_now = probes.measure(search(tmp_path), "tensor").kl_divergence
+    assert second.count == len(UNITS) - 3
+    assert list(found_now.items())[:4] == [
+        ("token_embd.weight", 0.001),
+        ("output.weight", 0.002),
+        ("blk.0.attn_q.weight", 0.003),
+        ("blk.0.ffn_gate_up.weight", 0.001),
+    ]
+    assert not [path for path in (tmp_path / "kept").iterdir() if path.suffix != ".json"]
+    third = Runs(monkeypatch)
+    assert probes.measure(search(tmp_path), "tensor").kl_divergence == found_now
+    assert third.count == 0
+
+
+def test_results_of_another_model_or_text_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for identity in ("this model", "another model"):
+        runs = Runs(monkeypatch)
+        probes.measure(search(tmp_path, identity=identity), "tensor")
+        assert runs.count == len(UNITS)
+
+
+def test_only_the_group_is_quantized_and_classes_come_before_layers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = Runs(monkeypatch)
+    found_now = probes.measure(search(tmp_path), "class").kl_divergence
+    assert list(found_now) == [*groups.classes(model()), "blk.0", "blk.1"]
+    assert runs.types[0] == {"token_embd.weight"}
+    assert runs.types[2] == {"blk.0.attn_q.weight", "blk.1.attn_q.weight"}
+    assert runs.types[-1] == set(groups.layers(model())["blk.1"])
+
+
+def test_a_failure_ends_runs_that_have_not_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 2)
+    runs = Runs(monkeypatch, fail_at=1)
+    with pytest.raises(ToolchainError, match="killed"):
+        probes.measure(search(tmp_path, threads=2), "tensor")
+    assert runs.count < len(UNITS)
 
 
 # ── the recipe ──
