@@ -128,6 +128,7 @@ bench: toolchain ## benchmark conversion, injection and quantization (25 GB in r
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
+	@$(ACTIVE) python bench/lean.py
 
 bench-recipes: toolchain ## compare recipes found for a size with llama.cpp's own mixtures (5 minutes)
 	@$(ACTIVE) python bench/recipes.py
