@@ -15,7 +15,7 @@ import pytest
 from hostile_text import CASES, Case
 from huggingface_hub import close_session, constants
 from mtpforge.errors import DownloadError
-from mtpforge.hub import answers, remote, resolve, retry
+from mtpforge.hub import answers, ranged_reads, resolve, retry
 from mtpforge.hub.listing import File
 from mtpforge.hub.ranged_reads import RemoteFile
 from mtpforge.hub.retry import UnusableAnswer
@@ -115,7 +115,7 @@ def test_a_file_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
             yield b"a"
 
     monkeypatch.setattr(RemoteFile, "_blocks", blocks)
-    monkeypatch.setattr(remote, "SECONDS", 0.1)
+    monkeypatch.setattr(ranged_reads, "SECONDS", 1.0)
     file = RemoteFile("a/b", "0" * 40, name="config.json", file=File(500, "0" * 40))
     assert file.get(0, 2) == b"aa"
     with pytest.raises(DownloadError, match="too slowly"):
@@ -127,7 +127,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(remote, "time", self)
+        monkeypatch.setattr(ranged_reads, "time", self)
         monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
 
     def monotonic(self) -> float:
