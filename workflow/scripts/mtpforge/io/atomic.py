@@ -9,8 +9,9 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ def _check_output(path: Path) -> None:
     """Raise ForgeError for a path without a name, or of a device or pipe: root can replace one."""
     if not path.name:
         raise ForgeError(f"{path}: has no file name: name another output")
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ForgeError(f"{path}: is a device or pipe: name another output")
+    with suppress(OSError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ForgeError(f"{path}: is a device or pipe: name another output")
 
 
 @contextmanager

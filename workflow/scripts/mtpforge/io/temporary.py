@@ -31,7 +31,7 @@ def claimed_file(path: Path, keep: bool) -> Iterator[Path]:
     """
     usual = usual_name(path, "part")
     alone = storage.locks_alone(path.parent)
-    lock = None if alone else _claim(usual, path, os.O_RDWR | os.O_CREAT)
+    lock = None if alone else _claim(usual, path)
     if lock is None:
         yield _own_file(path, keep)
         return
@@ -52,7 +52,7 @@ def claimed_folder(path: Path, ending: str, keep: bool = False) -> Iterator[Path
     It is empty, and removed after an error, unless `keep`. Raises as `claimed_file` does.
     """
     usual = usual_name(path, ending)
-    lock = None if storage.is_network(path.parent) else _claim_folder(usual, path)
+    lock = None if storage.is_network(path.parent) else _claim(usual, path, is_folder=True)
     if lock is None:
         yield _own_folder(path, ending)
         return
@@ -76,7 +76,7 @@ def usual_name(path: Path, ending: str) -> Path:
 # ── one name, locked ──
 
 
-def _claim(usual: Path, target: Path, flags: int) -> int | None:
+def _claim(usual: Path, target: Path, is_folder: bool = False) -> int | None:
     """Open and lock a temporary file or folder; the kernel unlocks it when the process ends.
 
     None if it cannot be locked, or a job has waited for its other writer. Raises ForgeError.
@@ -85,7 +85,7 @@ def _claim(usual: Path, target: Path, flags: int) -> int | None:
     deadline = time.monotonic() + (PATIENCE if is_job else 0)
     while True:
         with suppress(BlockingIOError):
-            return _try_to_claim(usual, flags)
+            return _try_to_claim(usual, is_folder)
         if time.monotonic() < deadline:
             time.sleep(_INTERVAL)
         elif is_job:
@@ -94,20 +94,34 @@ def _claim(usual: Path, target: Path, flags: int) -> int | None:
             raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")
 
 
-def _try_to_claim(usual: Path, flags: int) -> int | None:
+def _try_to_claim(usual: Path, is_folder: bool) -> int | None:
     """One try. Raises BlockingIOError if another process has locked it."""
-    is_new = not os.path.lexists(usual)
-    lock = os.open(usual, flags, 0o666)  # less the umask
+    lock, is_new = _open(usual, is_folder)
     try:
         if _lock(lock, usual):
             return lock
-        if is_new and flags & os.O_CREAT:
-            usual.unlink(missing_ok=True)
     except BaseException:
         os.close(lock)
         raise
     os.close(lock)
+    if is_new:
+        with suppress(OSError):
+            usual.rmdir() if is_folder else usual.unlink()
     return None
+
+
+def _open(usual: Path, is_folder: bool) -> tuple[int, bool]:
+    """Open a temporary file or folder; whether it is new. Only who made it may remove it."""
+    if is_folder:
+        usual.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        is_new = True
+        try:
+            usual.mkdir() if is_folder else usual.touch(exist_ok=False)
+        except FileExistsError:
+            is_new = False
+        with suppress(FileNotFoundError):  # another process has just renamed or removed it
+            return os.open(usual, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW), is_new
 
 
 def _lock(descriptor: int, usual: Path) -> bool:
@@ -124,24 +138,11 @@ def _lock(descriptor: int, usual: Path) -> bool:
     return True
 
 
-def _claim_folder(usual: Path, target: Path) -> int | None:
-    is_new = not usual.exists()
-    usual.mkdir(parents=True, exist_ok=True)
-    lock = None
-    try:
-        lock = _claim(usual, target, os.O_RDONLY)
-    finally:
-        if lock is None and is_new:
-            with suppress(OSError):
-                usual.rmdir()
-    return lock
-
-
 def _start_over(lock: int, usual: Path, target: Path) -> int:
     """Use a new temporary file: a program that outlived its run may still write to the old one."""
     try:
         usual.unlink()
-        found = _claim(usual, target, os.O_RDWR | os.O_CREAT)
+        found = _claim(usual, target)
     finally:
         os.close(lock)
     if found is None:
