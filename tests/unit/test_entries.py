@@ -112,6 +112,14 @@ def test_a_base_that_is_not_there_is_answered_with_what_is(monkeypatch: pytest.M
 # ── entries ──
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("Qwen3.5-4B", "qwen3.5-4b"), ("My Tune (v2)", "my-tune-v2-"), ("../x", "x"), ("/", "model")],
+)
+def test_the_key_of_a_model_is_a_plain_file_name(name: str, key: str) -> None:
+    assert proposal.plain_key(name) == key
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_presets_are_valid_entries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -84,7 +84,10 @@ def _arguments() -> Namespace:
     parser.add_argument("--measure", action="store_true", help="measure speed and acceptance too")
     parser.add_argument("--publish", metavar="OWNER/NAME", help="repository to upload it to")
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="as in config.yaml")
-    parser.add_argument("--model", metavar="KEY", help="key of the model (default: its name)")
+    parser.add_argument(
+        "--model", metavar="KEY", type=proposal.plain_key,
+        help="key of the model (default: its name)",
+    )  # fmt: skip
     then = parser.add_mutually_exclusive_group()
     then.add_argument("--write", action="store_true", help="write config.d/KEY.yaml")
     then.add_argument("--build", action="store_true", help="write it, ask, and build the model")

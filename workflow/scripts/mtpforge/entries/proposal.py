@@ -78,7 +78,7 @@ class Source:
         if self.converter != "mtpforge":
             settings["converter"] = self.converter
         made = {name: self._settings(name, each) for name, each in variants.items()}
-        return Entry(self.name.lower(), self.about(), {**settings, **options}, made)
+        return Entry(plain_key(self.name), self.about(), {**settings, **options}, made)
 
     def about(self) -> str:
         """How much there is to download, and how much of that is the head."""
@@ -119,6 +119,11 @@ class Source:
             size = weights * presets.bits(settings, name) / 16
             settings |= {"split": SPLIT} if size > int(SPLIT.removesuffix("G")) * 1e9 else {}
         return settings
+
+
+def plain_key(name: str) -> str:
+    """The key of a model of that name: lower-case letters, digits, '.', '_' and '-'."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip("._-") or "model"
 
 
 def pinned(address: Address) -> Listing:
