@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, Run
 from gguf.constants import GGUFValueType
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import chat_templates, native, upstream
@@ -16,7 +17,9 @@ from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
+from mtpforge.publish.card_config import About
 from mtpforge.verify import metadata, source
+from mtpforge.verify.request import Request
 from other_architectures import write_model
 
 KEY = "tokenizer.chat_template"
@@ -160,3 +163,67 @@ def test_upstream_sees_additional_templates(tmp_path: Path) -> None:
     seen = upstream.without_code(Checkpoint(folder), tmp_path / "scratch")
     names = {path.name for path in (seen / chat_templates.FOLDER).iterdir()}
     assert names == {"tool-use.jinja", "rag.jinja"}
+
+
+# ── a template that was given ──
+
+
+@pytest.fixture
+def fixed(tmp_path: Path) -> Path:
+    path = tmp_path / "fixed.jinja"
+    path.write_text("{{ fixed }}")
+    return path
+
+
+@pytest.mark.parametrize("changes", [[key(NAMED)], [JINJA, *MORE], []])
+def test_a_given_template_stands_in_place_of_all_others(
+    run: Run, tmp_path: Path, fixed: Path, changes: list[Change]
+) -> None:
+    folder = written(tmp_path, changes)
+    options = ("--tokenizer-pre", "qwen35", "--chat-template", fixed)
+    done = run("convert.py", folder, "--part", "draft", *options, "--out", tmp_path / "F.gguf")
+    assert done.returncode == 0 and "not taken" not in done.stderr
+    opened = reader.read(tmp_path / "F.gguf")
+    assert templates(opened) == {KEY: "{{ fixed }}"}
+    request = Request(checkpoint=folder, tokenizer_pre="qwen35", chat_template="{{ fixed }}")
+    expected = source.open_source(replace(request, target=folder))
+    assert expected is not None
+    assert metadata.check_template(opened, expected.templates()).passed
+    assert metadata.check_metadata(opened, expected.metadata()).passed
+    own = source.open_source(replace(request, chat_template=None))
+    assert own is not None and not metadata.check_template(opened, own.templates()).passed
+
+
+def test_upstream_sees_the_given_template_alone(tmp_path: Path) -> None:
+    folder = write_model("glm", tmp_path / "glm")
+    for change in (JINJA, JSON, *MORE):
+        change(folder, {})
+    checkpoint = Checkpoint(folder)
+    checkpoint.chat_template = "fixed"
+    seen = upstream.without_code(checkpoint, tmp_path / "scratch")
+    assert chat_templates.templates(seen) == "fixed"
+    assert not (seen / chat_templates.FOLDER).exists()
+    assert not (seen / "chat_template.json").exists()
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b" \n", "is empty"), (b"\xff", "UTF-8")])
+def test_a_given_file_that_is_no_template_is_refused(
+    fails: Callable[..., str], tmp_path: Path, content: bytes, reason: str
+) -> None:
+    path = tmp_path / "bad.jinja"
+    path.write_bytes(content)
+    options = ("--tokenizer-pre", "qwen35", "--chat-template", path)
+    checkpoint = CHECKPOINTS / "tiny-qwen3.5"
+    said = fails("convert.py", checkpoint, *options, out=tmp_path / "F.gguf")
+    assert "bad.jinja" in said and reason in said
+
+
+def test_suspicious_words_of_a_given_template_are_said(tmp_path: Path) -> None:
+    (warning,) = chat_templates.notes(tmp_path, "{{ x.__class__ }}")
+    assert warning.startswith("warning: the given chat template: ")
+    assert chat_templates.notes(tmp_path, "plain") == []
+
+
+def test_the_card_names_the_file_of_a_given_template() -> None:
+    about = About(name="x", checkpoint=None, variants={}, chat_template="fixed.jinja")
+    assert about.sources == ["Chat template: a local file, `fixed.jinja`"]

@@ -341,6 +341,32 @@ def test_acceptance_is_compared_with_bf16_if_the_file_is_quantized_here() -> Non
     assert build.unquantized(wildcards("Q8_0")) == []
 
 
+# ── a chat template ──
+
+
+def test_a_chat_template_is_an_option_and_an_input() -> None:
+    variants = {"Q4_K_M": {}, "theirs": {"base": {"path": "b.gguf"}}}
+    source = {"path": "tests/checkpoints/tiny-qwen3.5"}
+    model = {"source": source, "chat_template": "a b/t.jinja", "variants": variants}
+    build = Build(config({**model, "sidecar": "Q8_0"}))
+    record, option = layout.local_record("a b/t.jinja"), "--chat-template 'a b/t.jinja'"
+    for part in ("all", "trunk"):
+        assert record in build.fetch.conversion_inputs(wildcards(part=part))
+        assert option in build.convert.options(wildcards(part=part))
+    assert option in build.convert.tokenizer_option(wildcards())
+    for name, has in (("Q4_K_M", True), ("theirs", False)):
+        assert (record in build.fetch.variant_inputs(wildcards(name))) == has
+        assert (option in build.verify.options(wildcards(name))) == has
+        stem = layout.stem(build.config.models["m"], name)
+        assert (record in build.publish.material_inputs(wildcards(stem=stem))) == has
+    assert record in build.fetch.sidecar_inputs(wildcards())
+    assert json.loads(build.publish.about(wildcards()))["chat_template"] == "t.jinja"
+    assert record in [layout.local_record(path) for path in build.fetch._local.values()]
+    only = {"source": source, "chat_template": "t.jinja", "variants": {"x": variants["theirs"]}}
+    with pytest.raises(ConfigError, match="m/chat_template: each base keeps its own template"):
+        Build(config(only))
+
+
 # ── publish ──
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
-from mtpforge.convert import donor_head, norm_shift
+from mtpforge.convert import chat_templates, donor_head, norm_shift
 from mtpforge.convert.freeing import Freeing
 from mtpforge.convert.native import PARTS, convert_checkpoint
 from mtpforge.gguf import split
@@ -37,6 +37,7 @@ def main() -> None:
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
     checkpoint.refetch = refetch.from_hub(args.checkpoint, args.recorded)
     freeing = _freeing(args, checkpoint, journal) if journal and args.free is not None else None
+    checkpoint.chat_template = args.chat_template
     options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
     writing = split.Writing(args.split, journal)
     if args.head_from:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="llama.cpp's name of the pre-tokenizer, if its checksum is unknown (qwen35, ...)",
     )
+    chat_templates.add_option(parser)
     norm_shift.add_option(parser)
     recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")
     recorded_digests.add_option(parser, "--head-recorded", "those of --head-from")

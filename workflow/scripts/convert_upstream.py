@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.convert import chat_templates
 from mtpforge.convert.upstream import PARTS, convert_upstream
 from mtpforge.gguf import reader
 from mtpforge.hub import refetch
@@ -52,12 +53,14 @@ def main() -> None:
         default="resources/converter",
         help="folder of llama.cpp's converter, from `make converter` (default: %(default)s)",
     )
+    chat_templates.add_option(parser)
     recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")
     parser.add_argument("--log", type=Path, metavar="FILE", help="append the converter's output")
     args = parser.parse_args()
     atomic.refuse_overwriting(args.out, args.checkpoint)
     checkpoint = Checkpoint(args.checkpoint, recorded=args.recorded)
     checkpoint.refetch = refetch.from_hub(args.checkpoint, args.recorded)
+    checkpoint.chat_template = args.chat_template
     convert_upstream(
         checkpoint,
         args.out,

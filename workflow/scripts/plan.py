@@ -23,6 +23,7 @@ from typing import Any
 
 from huggingface_hub import constants
 from mtpforge import cli, table
+from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
 from mtpforge.forecast import planned_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
@@ -98,9 +99,12 @@ class Plan:
         try:
             if self.config.is_lean and (reason := lean.why_not(self.config, model)):
                 self.notes.append(f"note: {model.key}: no shards are freed: {reason}")
+            outline = self.downloads.outline(model)
+            if model.chat_template:
+                outline.chat_template = chat_templates.given(model.chat_template)
             return ModelForecast(
                 model,
-                self.downloads.outline(model),
+                outline,
                 llama,
                 machine=self.machine,
                 base_size=self.downloads.file_size,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import cli, errors, prompts, recorded_digests
-from mtpforge.convert import norm_shift
+from mtpforge.convert import chat_templates, norm_shift
 from mtpforge.gguf import split
 from mtpforge.gguf.file_names import first_file
 from mtpforge.gguf.split import check_space, check_target, parse_size, shards
@@ -128,6 +128,7 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
         "--tokenizer-pre", metavar="NAME", help="pre-tokenizer, as given to convert.py"
     )
     parser.add_argument("--name", help="name of the model, as given to convert.py")
+    chat_templates.add_option(parser)
     norm_shift.add_option(parser)
     parser.add_argument(
         "--perplexity", action="store_true", help="llama-perplexity must load the file too"
@@ -181,6 +182,7 @@ def _request(args: argparse.Namespace) -> Request:
         head_tensors=read_recipe(args.head_tensors),
         recipe=read_recipe(args.tensors),
         tokenizer_pre=args.tokenizer_pre,
+        chat_template=args.chat_template,
         norm_form=args.norms,
         unquantized=args.unquantized,
         max_acceptance_drop=args.max_acceptance_drop,

@@ -41,6 +41,8 @@ class Outline:
         self.config = config
         self.tensors = tensors
         self.files = frozenset(files)
+        self.chat_template: str | None = None
+        """The template to write in place of the checkpoint's own ones, if one was given."""
         self.lost: dict[str, str] = {}
         """As in `Weights`."""
 

@@ -4,12 +4,16 @@ transformers prefers `chat_template.jinja` to `tokenizer_config.json`; upstream 
 differ, a note says which was taken.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFWriter
+from gguf.constants import Keys
+
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import template_warnings
-from mtpforge.io.text import TEMPLATE_LIMIT, is_there, read_json, read_text
+from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, is_there, read_json, read_text
 
 FOLDER = "additional_chat_templates"
 _CONFIG, _FILE, _JSON = "tokenizer_config.json", "chat_template.jinja", "chat_template.json"
@@ -26,8 +30,39 @@ def templates(directory: Path) -> Templates:
     return next(iter(_candidates(directory).values()), None) if _settings(directory) else None
 
 
-def notes(directory: Path) -> list[str]:
-    """Return a note on each file with another template than the one that is taken."""
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add --chat-template, whose value is the text of the file."""
+    parser.add_argument(
+        "--chat-template", type=given, metavar="FILE",
+        help="chat template to write in place of the checkpoint's own",
+    )  # fmt: skip
+
+
+def given(path: str) -> str:
+    """Return the template in a file of its own. Raises CheckpointError."""
+    template = read_text(Path(path), most=TEMPLATE_LIMIT, within=ANYWHERE)
+    if not template.strip():
+        raise CheckpointError(f"{path}: is empty, so it is no chat template")
+    return template
+
+
+def replace(writer: GGUFWriter, template: str) -> None:
+    """Write this template, and no other."""
+    metadata = writer.kv_data[0]
+    for key in [key for key in metadata if key.startswith(Keys.Tokenizer.CHAT_TEMPLATE)]:
+        del metadata[key]
+    metadata.pop(Keys.Tokenizer.CHAT_TEMPLATES, None)
+    writer.add_chat_template(template)
+
+
+def notes(directory: Path, instead: str | None = None) -> list[str]:
+    """Return a note on each file with another template than the one that is taken.
+
+    `instead` is the template that was given in place of all of them.
+    """
+    if instead is not None:
+        words = template_warnings.warning([instead])
+        return [f"warning: the given chat template: {words}"] * bool(words)
     found = _candidates(directory)
     taken = _by_name(templates(directory))
     first = next(iter(found), "")

@@ -98,7 +98,7 @@ def say_notes(checkpoint: Checkpoint, family: Family, part: str = "all") -> None
     """Say what of the checkpoint is not in the GGUF of a part."""
     notes = left_out(checkpoint, family.ignored)
     if part != "head":
-        notes += chat_templates.notes(checkpoint.directory)
+        notes += chat_templates.notes(checkpoint.directory, checkpoint.chat_template)
     if checkpoint.format == "mlx":
         notes.append("MLX wrote this checkpoint: norms are read as w or w - 1, as their values say")
     for note in notes:
@@ -141,6 +141,8 @@ def describe(
         writer.add_vocab_size(vocab_size)  # without embeddings, nothing else says it
     else:
         tokenizer.describe(writer, checkpoint.directory, vocab_size=vocab_size, pre=tokenizer_pre)
+        if checkpoint.chat_template is not None:
+            chat_templates.replace(writer, checkpoint.chat_template)
     return {key: _encoded(key, entry) for key, entry in writer.kv_data[0].items()}
 
 

@@ -7,6 +7,7 @@ GGUF gets its name only if it has every tensor of the checkpoint's head, byte fo
 import json
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def convert_upstream(
             made = reader.read(temporary)  # upstream ends with exit code 0 if its last write fails
         prove(made, checkpoint, part)
         checkpoint.integrity.check()
-    for note in [*left_out(checkpoint), *chat_templates.notes(checkpoint.directory)]:
+    for note in [
+        *left_out(checkpoint),
+        *chat_templates.notes(checkpoint.directory, checkpoint.chat_template),
+    ]:
         progress.say(note)
 
 
@@ -218,7 +222,18 @@ def without_code(checkpoint: Checkpoint, parent: Path) -> Path:
         (folder / chat_templates.FOLDER).mkdir(exist_ok=True)
         target = folder / chat_templates.FOLDER / path.name
         _copy_text(path, target, checkpoint.directory)
+    if checkpoint.chat_template is not None:
+        _replace_templates(folder, checkpoint.chat_template)
     return folder
+
+
+def _replace_templates(folder: Path, template: str) -> None:
+    """Leave one chat template in the folder that upstream reads."""
+    shutil.rmtree(folder / chat_templates.FOLDER, ignore_errors=True)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    settings = folder / "tokenizer_config.json"
+    values = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    write_scratch(settings, json.dumps({**values, "chat_template": template}))
 
 
 def _read_tensors(checkpoint: Checkpoint, part: str) -> list[CheckpointTensor]:

@@ -53,6 +53,8 @@ class About:
     """The bases that have nothing of the checkpoint: their heads are from donors."""
     donors: tuple[Checkpoint, ...] = ()
     """The checkpoints that heads are from, if not from the model's own."""
+    chat_template: str | None = None
+    """The name of the file whose chat template stands in place of the checkpoint's."""
     own_head: bool = False
     """Whether any file has the head of the model's own checkpoint."""
 
@@ -74,6 +76,7 @@ class About:
             repo=entry.get("publish", {}).get("repo"),
             bases=tuple(Checkpoint(**base) for base in entry.get("bases", ())),
             donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
+            chat_template=entry.get("chat_template"),
             own_head=entry.get("own_head", False),
         )
 
@@ -105,4 +108,7 @@ class About:
         """Markdown: everything that files are made from, one line each."""
         kinds = [("Checkpoint", [self.checkpoint] if self.checkpoint else [])]
         kinds += [("Base", [*self.bases]), ("Head from", [*self.donors])]
-        return [f"{kind}: {found.exact}" for kind, all_of in kinds for found in all_of]
+        lines = [f"{kind}: {found.exact}" for kind, all_of in kinds for found in all_of]
+        if self.chat_template:
+            lines.append(f"Chat template: a local file, {code(self.chat_template)}")
+        return lines

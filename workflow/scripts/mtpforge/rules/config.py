@@ -196,6 +196,14 @@ class Model(Entry):
         ),
         examples=["qwen35"],
     )
+    chat_template: FilePath | None = Field(
+        default=None,
+        description=(
+            "Chat template (Jinja) to write in place of the checkpoint's own ones, in files that"
+            " are converted here. A base from elsewhere keeps its own."
+        ),
+        examples=["fixed-template.jinja"],
+    )
     norms: Literal["w", "w-1"] | None = Field(
         default=None,
         description=(

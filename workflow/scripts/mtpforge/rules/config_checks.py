@@ -70,6 +70,8 @@ def _check_sources(path: str, model: Model) -> None:
         _refuse(f"{path}/source", f"missing: {why}")
     if model.norms and not model.native:
         _refuse(f"{path}/norms", "llama.cpp's converter always reads w - 1: remove it")
+    if model.chat_template and all(each.foreign for each in model.variants.values()):
+        _refuse(f"{path}/chat_template", "each base keeps its own template: remove it")
     for key, variant in model.variants.items():
         if variant.head_from and variant.base is None:
             way = "set the model's, or give the variant a `base`, such as {type: Q4_K_M}"

@@ -19,7 +19,7 @@ class ConvertRules(Stage):
     def options(self, wildcards: Wildcards) -> str:
         """Pre-tokenizer, name and the donor of the head, as options of convert.py."""
         model = self.model(wildcards)
-        options = [self.tokenizer_option(wildcards)] if model.tokenizer_pre else []
+        options = list(filter(None, [self.tokenizer_option(wildcards)]))
         if model.name:
             options += ["--name", model.name]
         if model.head_from and wildcards.part in ("all", "draft"):
@@ -44,9 +44,11 @@ class ConvertRules(Stage):
         return f"{self.options(wildcards)} --split {size}".strip()
 
     def tokenizer_option(self, wildcards: Wildcards) -> str:
-        """The option that names a pre-tokenizer that is not recognized."""
-        pre = self.model(wildcards).tokenizer_pre
-        return f"--tokenizer-pre {pre}" if pre else ""
+        """The options that name a pre-tokenizer and a chat template, if they are given."""
+        model = self.model(wildcards)
+        options = ["--tokenizer-pre", model.tokenizer_pre] if model.tokenizer_pre else []
+        options += ["--chat-template", model.chat_template] if model.chat_template else []
+        return shlex.join(options)
 
     def norms_option(self, wildcards: Wildcards) -> str:
         """The option that says how norms in doubt are stored."""

@@ -93,14 +93,15 @@ class FetchRules(Stage):
 
     def conversion_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that converts a part of the checkpoint."""
-        with_head = wildcards.part in ("all", "draft")
-        return self.sidecar_inputs(wildcards) if with_head else self.checkpoint_inputs(wildcards)
+        if wildcards.part in ("all", "draft"):
+            return self.sidecar_inputs(wildcards)
+        return [*self.checkpoint_inputs(wildcards), *_template(self.model(wildcards))]
 
     def sidecar_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that reads the checkpoint, and that of the head."""
         model = self.model(wildcards)
         head = self.inputs_of_donor(model, model.head_from) if model.head_from else []
-        return [*self.checkpoint_inputs(wildcards), *head]
+        return [*self.checkpoint_inputs(wildcards), *head, *_template(model)]
 
     def upstream_checkpoint(self, wildcards: Wildcards) -> str:
         """The folder of the checkpoint that llama.cpp's converter makes a part from."""
@@ -120,14 +121,15 @@ class FetchRules(Stage):
         """Inputs of a job that runs it."""
         model = self.model(wildcards)
         if wildcards.part == "draft" and model.drafter:
-            return self.inputs_of_donor(model, model.drafter)
-        return self.checkpoint_inputs(wildcards)
+            return [*self.inputs_of_donor(model, model.drafter), *_template(model)]
+        return [*self.checkpoint_inputs(wildcards), *_template(model)]
 
     def variant_inputs(self, wildcards: Wildcards) -> list[str]:
         """Inputs of a job that compares a variant with its checkpoint, and with its head's."""
         model, variant = self.model(wildcards), self.variant(wildcards)
         donor = model.donor(variant)
         own = [] if model.adopts(variant) else self.checkpoint_inputs(wildcards)
+        own += [] if variant.foreign else _template(model)
         return [*own, *(self.inputs_of_donor(model, donor) if donor else [])]
 
     def recorded_option(self, wildcards: Wildcards) -> str:
@@ -324,6 +326,11 @@ def _donors(config: Config) -> list[Source]:
     found = [model.head_from for model in models]
     found += [variant.head_from for model in models for variant in model.variants.values()]
     return [donor for donor in found if donor]
+
+
+def _template(model: Model) -> list[str]:
+    """The record of the chat template that was given."""
+    return [layout.local_record(model.chat_template)] if model.chat_template else []
 
 
 def _local_paths(config: Config) -> list[str]:

@@ -30,6 +30,7 @@ OF_BUILD = (
     "name",
     "converter",
     "tokenizer_pre",
+    "chat_template",
     "norms",
     "prompts",
     "min_acceptance",
@@ -135,7 +136,7 @@ class PublishRules(Stage):
         )
 
     def material_inputs(self, wildcards: Wildcards) -> list[str]:
-        """The other inputs: another checkpoint's head, a base, an importance matrix."""
+        """The other inputs: another head, a base, a chat template, an importance matrix."""
         return [path for _, paths in self._materials(wildcards) for path in paths]
 
     def material_options(self, wildcards: Wildcards) -> str:
@@ -241,6 +242,10 @@ class PublishRules(Stage):
         if variant and variant.base and not isinstance(variant.base, OwnBase):
             files = tracked_inputs(variant.base, model.key)
             found += [(variant.base.model_dump() | {"role": "base"}, files)]
+        if model.chat_template and (is_sidecar or (variant and not variant.foreign)):
+            template = LocalFile(path=model.chat_template)
+            about = template.model_dump() | {"role": "chat template"}
+            found += [(about, tracked_inputs(template, model.key))]
         if variant and variant.imatrix:
             given = _given(variant.imatrix)
             found += [(given.model_dump(), tracked_inputs(given, model.key))]
@@ -285,7 +290,7 @@ def _without_folders(value: Any) -> Any:
         return value
     return {
         key: folder_name(Path(entry))
-        if key in ("path", "text", "prompts")
+        if key in ("path", "text", "prompts", "chat_template")
         else _without_folders(entry)
         for key, entry in value.items()
     }

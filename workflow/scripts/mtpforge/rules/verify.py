@@ -79,6 +79,8 @@ class VerifyRules(Stage):
             options += ["--type", variant.file_type]
         if model.tokenizer_pre:
             options += ["--tokenizer-pre", model.tokenizer_pre]
+        if model.chat_template and not variant.foreign:
+            options += ["--chat-template", model.chat_template]
         if model.measure and model.measure.text:
             options += ["--perplexity"]
         digests = self.digests(wildcards)

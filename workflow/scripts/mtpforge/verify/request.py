@@ -42,6 +42,8 @@ class Request:
     recipe: Recipe = ()
     tokenizer_pre: str | None = None
     """Pre-tokenizer that conversion was told to use, for the metadata."""
+    chat_template: str | None = None
+    """Chat template that conversion was given, in place of the checkpoint's."""
     norm_form: str | None = None
     """Form of norms in doubt that conversion was told."""
     unquantized: Path | None = None

@@ -68,8 +68,12 @@ def open_source(request: Request) -> Source | None:
             request.head_from, norms=request.norm_form, recorded=request.head_recorded
         )
     if request.checkpoint:
+        checkpoint = Checkpoint(
+            request.checkpoint, request.name, request.norm_form, request.recorded
+        )
+        checkpoint.chat_template = request.chat_template
         return CheckpointSource(
-            Checkpoint(request.checkpoint, request.name, request.norm_form, request.recorded),
+            checkpoint,
             request.part,
             request.tokenizer_pre,
             donor=donor,
@@ -129,7 +133,8 @@ class CheckpointSource:
         )
 
     def templates(self) -> Mapping[str, str]:
-        return chat_templates(self._checkpoint.directory)
+        given = self._checkpoint.chat_template
+        return chat_templates(self._checkpoint.directory) if given is None else {TEMPLATE: given}
 
     def rows(self) -> Mapping[str, SourceRows]:
         if self._donor is None:
