@@ -16,7 +16,7 @@ COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := all
-.PHONY: all quant inject add publish plan report setup setup-test cluster toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
+.PHONY: all quant inject add publish plan report setup setup-test cluster s3 toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 
@@ -65,6 +65,9 @@ setup-test: setup ## the same, plus what the tests need
 
 cluster: setup ## the same, plus what runs jobs with SLURM (docs/cluster.md)
 	$(call install,.venv,cluster)
+
+s3: setup ## the same, plus what uploads to object storage (docs/publishing.md)
+	$(call install,.venv,s3)
 
 report: all ## build, then write report.html: pictures of speed, acceptance and errors, the job graph, run times
 	@$(ACTIVE) snakemake --cores $(CORES) plots
@@ -136,7 +139,7 @@ bench-recipes: toolchain ## compare recipes found for a size with llama.cpp's ow
 lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
-	@for name in run test cluster converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
+	@for name in run test cluster s3 converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
 	@awk '/^torch==[0-9.]+ \\$$/ { \
 			print $$1 "+cpu ; sys_platform == \047linux\047 \\\n    --hash=sha256:$(TORCH_CPU)"; \
 			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \

@@ -39,7 +39,7 @@ def packages(lock: str) -> set[str]:
     return {line.removesuffix(" \\") for line in text.splitlines() if re.match(r"\w", line)}
 
 
-@pytest.mark.parametrize("lock", ["test", "cluster"])
+@pytest.mark.parametrize("lock", ["test", "cluster", "s3"])
 def test_a_lock_that_is_added_has_the_same_versions(lock: str) -> None:
     assert packages("run") <= packages(lock)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import buckets
 import pytest
 from conftest import SCRIPTS, Run
 from google.protobuf import json_format
@@ -312,3 +313,27 @@ def test_model_that_fails_verification_is_not_uploaded(repository: Repository, h
     assert "drafts accepted, fewer than 100%" in done.stdout + done.stderr
     assert len(hub.requests) == requests
     assert len(hub.commits) == commits
+
+
+def test_the_rule_uploads_to_object_storage(tmp_path: Path, toolchain: Path) -> None:
+    copy = Repository(tmp_path / "repository", toolchain)
+    set_model(copy, publish={"url": "s3://models/tiny"})
+    results = copy.path / "results" / MODEL
+    results.mkdir(parents=True)
+    (results / "README.md").write_text("card")
+    digest = ranges.digest_of(results / "README.md")
+    (results / "SHA256SUMS").write_text(f"{digest}  README.md\n")
+    with buckets.serve() as store:
+        store.client.create_bucket(Bucket="models")
+        done = copy.snakemake(
+            "--allowed-rules", "publish", target="publish", **store.variables
+        )  # nothing is built
+        assert done.returncode == 0, done.stderr
+        assert store.content("models") == {
+            f"tiny/{name}": (results / name).read_bytes() for name in ("README.md", "SHA256SUMS")
+        }
+    written = [path for path in copy.path.rglob("*") if path.is_file()]
+    assert len([path for path in written if "/.snakemake/" in str(path)]) > 1
+    texts = [path.read_bytes() for path in written] + [(done.stdout + done.stderr).encode()]
+    secrets = (buckets.KEY.encode(), buckets.SECRET.encode())
+    assert not any(secret in text for text in texts for secret in secrets)

@@ -4,8 +4,8 @@
 # Makes, in results/<model>/: README.md, the model card; provenance/, a statement per report that
 # lists the inputs of its files; and SHA256SUMS, the list of all published files, to check
 # downloads.
-# `publish` is not part of `all`. It has no output, so it always asks the Hub which files it has,
-# and uploads the others.
+# `publish` is not part of `all`. It has no output, so it always asks the Hub or the object storage which
+# files it has, and uploads the others.
 
 
 localrules:
@@ -140,6 +140,6 @@ rule publish:
         code=digest("publish.py"),
         targets=build.publish.upload_options,
     message:
-        "upload to the Hub"
+        "upload"
     shell:
         "python {input.code[0]:q} {params.targets} 2>&1 | tee {log:q}"

@@ -58,7 +58,7 @@ class RecordError(ForgeError):
 
 
 class UploadError(ForgeError):
-    """The Hub refused an upload."""
+    """The Hub or an object storage refused an upload."""
 
 
 class StorageError(ForgeError, OSError):

@@ -45,25 +45,30 @@ _FAILURES = (
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """The files of `folder` that `repo` lacks, with their bytes, and those that only `repo` has."""
+    """The files of `folder` that `repo` lacks, with their bytes, and those that only `repo` has.
+
+    `repo` is a repository of the Hub, or the address of a folder in object storage.
+    """
 
     folder: Path
     repo: str
     exists: bool
     missing: list[tuple[str, int]]
     foreign: list[str]
+    where: str = "repository"
+    """The kind of place that `repo` is, for messages."""
 
     def show(self) -> None:
         """Print what would be uploaded, and warn of files that stay behind on either side."""
         total = sum(size for _, size in self.missing)
-        new = "" if self.exists else " (new repository)"
+        new = "" if self.exists else f" (new {self.where})"
         print(f"{self.repo}{new}: {len(self.missing)} files to upload, {total / 1e9:.2f} GB")
         for name, size in self.missing:
             print(f"  {size:>15,}  {name}")
         for name in unlisted(self.folder, read_sums(self.folder / SUMS)):
             say(f"  not uploaded: {self.folder / name} is no longer configured: delete it")
         for name in self.foreign:
-            say(f"  left alone: {name} is only in the repository: delete it there if outdated")
+            say(f"  left alone: {name} is only in the {self.where}: delete it there if outdated")
 
 
 def compare(folder: Path, repo: str) -> UploadPlan:
@@ -71,7 +76,7 @@ def compare(folder: Path, repo: str) -> UploadPlan:
 
     Raises VerificationError if a file differs from the list, UploadError if the Hub fails.
     """
-    sums = _listed(folder)
+    sums = listed(folder)
     uploaded = _uploaded(repo)
     missing = [
         (name, (folder / name).stat().st_size)
@@ -111,15 +116,8 @@ def upload(plan: UploadPlan, private: bool) -> str:
     return str(done.commit_url)
 
 
-def _check_again(folder: Path, names: list[str]) -> None:
-    """Hash every file once more, because an upload cannot always be undone."""
-    for name, digest in read_sums(folder / SUMS).items():
-        if name in names:
-            check_unchanged(folder / name, digest, folder / SUMS)
-
-
-def _listed(folder: Path) -> Sums:
-    """The listed files and the list itself.
+def listed(folder: Path) -> Sums:
+    """The listed files and, last, the list itself.
 
     Raises VerificationError if one is missing or changed.
     """
@@ -133,6 +131,13 @@ def _listed(folder: Path) -> Sums:
         check = check_unchanged_since if name.endswith(".gguf") else check_unchanged
         check(folder / name, digest, path)
     return {**sums, SUMS: digest_of(path)}
+
+
+def _check_again(folder: Path, names: list[str]) -> None:
+    """Hash every file once more, because an upload cannot always be undone."""
+    for name, digest in read_sums(folder / SUMS).items():
+        if name in names:
+            check_unchanged(folder / name, digest, folder / SUMS)
 
 
 def _uploaded(repo: str) -> dict[str, RepoFile] | None:

@@ -29,10 +29,12 @@ from mtpforge.rules.fields import (
     Prompts,
     Recipe,
     Repository,
+    S3Url,
     ServeOption,
     SidecarType,
     Size,
     VariantName,
+    by_key,
     by_type,
     form,
     refuse,
@@ -131,7 +133,7 @@ class MeasureSettings(Entry):
     )
 
 
-class PublishTarget(Entry):
+class HubTarget(Entry):
     """The repository of the Hub that a model is uploaded to."""
 
     repo: Repository = Field(
@@ -142,6 +144,23 @@ class PublishTarget(Entry):
         default=True,
         description="Create the repository as private. An existing one is left unchanged.",
     )
+
+
+class S3Folder(Entry):
+    """The folder in object storage that a model is uploaded to."""
+
+    url: S3Url = Field(
+        description=(
+            "The folder in S3, or a service like it, that `snakemake --cores 1 publish` uploads the"
+            " model to. It needs `make s3`."
+        ),
+        examples=["s3://my-bucket/Qwen3.5-4B"],
+    )
+
+
+PublishTarget = Annotated[
+    Annotated[HubTarget, form("repo")] | Annotated[S3Folder, form("url")], by_key("repo", "url")
+]
 
 
 class Model(Entry):

@@ -8,7 +8,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import layout, local_paths
-from mtpforge.rules.config import Config, Model
+from mtpforge.rules.config import Config, Model, S3Folder
 from mtpforge.rules.variant import LocalFolder, Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
@@ -214,16 +214,19 @@ def _check_files(path: str, model: Model) -> None:
 
 
 def _check_repositories(config: Config) -> None:
-    """A repository has one card and one list of files, so it has one model."""
+    """A repository or bucket's folder has one card and one list of files, so it has one model."""
     seen: dict[str, str] = {}
     for model in config.chosen:
         if model.publish is None:
             continue
-        repo = model.publish.repo
-        other = seen.setdefault(repo.lower(), model.key)
+        if isinstance(model.publish, S3Folder):
+            key, place, kind = "url", model.publish.url, "folder"
+        else:
+            key, place, kind = "repo", model.publish.repo, "repository"
+        other = seen.setdefault(place.lower(), model.key)
         if other != model.key:
-            path = f"models/{model.key}/publish/repo"
-            _refuse(path, f"{repo} is the repository of {other}: give each model its own")
+            path = f"models/{model.key}/publish/{key}"
+            _refuse(path, f"{place} is the {kind} of {other}: give each model its own")
 
 
 def _check_outputs(config: Config) -> None:

@@ -25,6 +25,7 @@ from mtpforge.gguf import quant_types
 from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
 from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath
+from mtpforge.s3.address import PATTERN, Address
 
 
 class Entry(BaseModel):
@@ -211,6 +212,11 @@ VariantName = Annotated[
 ]
 Repository = Annotated[
     str, _matching(_OWNER_NAME, "is not a repository: write OWNER/NAME", _repository_in)
+]
+S3Url = Annotated[
+    str,
+    Checked(Address.parse, {"pattern": f"^(?:{PATTERN})$"}),
+    AfterValidator(lambda url: url.rstrip("/")),
 ]
 Revision = Annotated[
     str,

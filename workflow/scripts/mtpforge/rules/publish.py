@@ -11,7 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.progress import say
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
-from mtpforge.rules.config import Config, Model
+from mtpforge.rules.config import Config, Model, S3Folder
 from mtpforge.rules.fetch import FetchRules, checked_record, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
@@ -196,16 +196,18 @@ class PublishRules(Stage):
                         say(f"removed {path}: not all of its files are there")
 
     def uploads(self, wildcards: object) -> list[str]:
-        """The same for models that have a repository."""
+        """The same for models that are to be uploaded."""
         return [layout.sums(model) for model in self.config.chosen if model.publish]
 
     def upload_options(self, wildcards: object) -> str:
-        """Folders and their repositories, as options of publish.py."""
+        """Folders and where to upload them, as options of publish.py."""
         options = ["--dry-run"] if self.config.dry_run in (True, "true") else []
         for model in self.config.chosen:
-            if target := model.publish:
-                visibility = "--private" if target.private else "--public"
-                options += [visibility, layout.folder(model.key), target.repo]
+            if isinstance(model.publish, S3Folder):
+                options += ["--s3", layout.folder(model.key), model.publish.url]
+            elif model.publish:
+                visibility = "--private" if model.publish.private else "--public"
+                options += [visibility, layout.folder(model.key), model.publish.repo]
         return shlex.join(options)
 
     def _programs(self, wildcards: Wildcards) -> list[str]:
