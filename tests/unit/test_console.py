@@ -210,6 +210,7 @@ def test_failures_are_reported_even_if_snakemake_calls_no_handler(tmp_path: Path
         '  File "/a b/Snakefile", line 49, in <module>',
         "InputFunctionException in rule convert in file X, line 11:\nError:\n"
         "  DownloadError: config.yaml: bad\nWildcards:\n  model=a\nTraceback:\n  File x (rule y)",
+        'WorkflowError:\nconfig.yaml: bad\n  File "/x.py", line 9, in f\n  File "/y", line 2, in g',
         'WorkflowError in file "/a/Snakefile", line 49:\n\x1b[31mconfig.yaml: bad\x1b[0m\n',
     ],
 )

@@ -59,7 +59,7 @@ EXIT_STATUS = re.compile(
 OURS = "|".join(each.__name__ for each in ForgeError.__subclasses__())
 INSIDE = re.compile(rf"^ *(?:{OURS}): (.*)$", re.MULTILINE)
 IN_SNAKEFILE = re.compile(
-    r"WorkflowError in file .*Snakefile\", line \d+:\n(.*?)(?:\n  File .*)?", re.DOTALL
+    r"WorkflowError(?: in file [^\n]*Snakefile\", line \d+)?:\n(.*?)(?:\n  File .*)?", re.DOTALL
 )
 PAGE = 4096  # bytes that a file takes at least on most disks
 PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
