@@ -96,8 +96,9 @@ lint: setup-test ## check style and types
 docs: setup ## write the generated parts of docs/
 	@$(ACTIVE) python docs/generate.py
 
-test: lint ## lint, then run all tests
-	@$(ACTIVE) pytest
+test: lint ## lint, then run all tests, CORES of them at a time
+	@$(ACTIVE) pytest -m "not alone" -n $(CORES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	@$(ACTIVE) pytest -m alone
 
 test-faults: setup-test toolchain ## fill disks and fail system calls under every writer, one by one (an hour)
 	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py

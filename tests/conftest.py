@@ -1,8 +1,11 @@
 """Shared fixtures: the repository, its built results, and a way to run a program as a user does."""
 
+import fcntl
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,18 @@ SCRIPTS = ROOT / "workflow" / "scripts"
 CHECKPOINTS = ROOT / "tests" / "checkpoints"
 BIN = ROOT / "resources" / "toolchain" / "bin"
 MODELS = ("tiny-qwen3.5", "tiny-qwen3.5-moe")
+ALONE = ("end_to_end", "workflow")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Snakemake = Callable[..., None]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Builds and servers need the machine for themselves, as `make test` tells by this marker."""
+    for item in items:
+        if item.path.parent.name in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
@@ -28,23 +41,48 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def built() -> Path:
+def snakemake(tmp_path_factory: pytest.TempPathFactory) -> Snakemake:
+    """Run Snakemake in the repository: `snakemake("all")`.
+
+    The processes of pytest-xdist, whose folders are in one, do so one after the other.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    lock = folder / "snakemake.lock"
+
+    def call(*arguments: str) -> None:
+        command = [sys.executable, "-m", "snakemake", "--cores", "all", *arguments]
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def built(snakemake: Snakemake) -> Path:
     """The repository after real Snakemake has built config.yaml (nothing to do after `make`)."""
-    _snakemake("all")
+    snakemake("all")
     return ROOT
 
 
 @pytest.fixture(scope="session")
-def toolchain() -> Path:
+def toolchain(snakemake: Snakemake) -> Path:
     """The folder of llama.cpp programs."""
-    _snakemake("toolchain")
+    snakemake("toolchain")
     return BIN
 
 
-def _snakemake(target: str) -> None:
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", target]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """SIGINT and SIGHUP as in a terminal, also for tests that `&` or `nohup` started."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

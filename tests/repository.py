@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT
 
 CONFIG = {
+    "threads": 1,  # as is enough for so small a model, and quicker where others work too
     "models": {
         "tiny-qwen3.5": {
             "source": {"path": "tests/checkpoints/tiny-qwen3.5"},
@@ -20,7 +21,7 @@ CONFIG = {
             "prompts": "tests/checkpoints/tiny-qwen3.5/prompts",
             "variants": {"BF16": {}, "Q8_0": {}},
         }
-    }
+    },
 }
 
 

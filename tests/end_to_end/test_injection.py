@@ -148,6 +148,7 @@ def test_the_programs_read_types_within_the_head_from_a_file(
         assert found["attn_q.weight"].name == "Q6_K" and found["ffn_up.weight"].name == "Q4_K"
     assert planned == {name: info.type for name, info in opened.tensors.items()}
     prompts = ("--prompts", CHECKPOINTS / model / "prompts", "--out", tmp_path / "report.json")
+    prompts += ("--threads", 1)
     done = run("verify.py", injected, *types, *prompts)
     assert done.returncode == 0, done.stderr
     done = run("verify.py", injected, "--head", "Q4_K", *prompts)

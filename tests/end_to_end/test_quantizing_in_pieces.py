@@ -35,7 +35,7 @@ def matrices(built: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths = {model: folder / f"{model}.gguf" for model in MODELS}
     for model, path in paths.items():
         source = source_of(built, model).path
-        imatrix.compute(source, CHECKPOINTS / "corpus.py", path, LlamaCpp(BIN))
+        imatrix.compute(source, CHECKPOINTS / "corpus.py", path, LlamaCpp(BIN, threads=1))
     return paths
 
 

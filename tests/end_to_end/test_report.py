@@ -1,29 +1,20 @@
 """The report of `make report`, opened in headless Chromium as wide as a desktop and as a phone."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import MODELS, ROOT
+from conftest import MODELS, ROOT, Snakemake
 
 FIGURES = ("speed", "acceptance", "distance", "tensors of Q4_K_M")
 STYLE = "workflow/report/report.css"
 
 
 @pytest.fixture(scope="module")
-def report(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(built: Path, snakemake: Snakemake, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    for arguments in (["--cores", "all"], ["--report", str(out), "--report-stylesheet", STYLE]):
-        done = subprocess.run(
-            [sys.executable, "-m", "snakemake", *arguments, "plots"],
-            cwd=built,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    snakemake("plots")
+    snakemake("plots", "--report", str(out), "--report-stylesheet", STYLE)
     return out
 
 

@@ -19,6 +19,8 @@ import yaml
 from conftest import ROOT
 from pages import Command, blocks, commands
 
+pytestmark = pytest.mark.alone  # `make` measures speeds on all processors
+
 STORY = "tests/workflow/test_stories.py runs it"
 NOT_RUN = {
     "make test": "runs this test",

@@ -6,7 +6,7 @@ Kinds and programs are in `hostile_text`; `bench/hostile_text.py` prints the wor
 import gzip
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -43,21 +43,24 @@ def test_there_are_enough_cases_of_each_kind() -> None:
     assert min(map(kinds.count, kinds)) >= 3
 
 
-BODIES: dict[str, tuple[bytes, str]] = {
-    "deep": (b"[" * 100_000, "nested"),
-    "digits": (b'{"sha": ' + b"9" * 5000 + b"}", "number"),
-    "lists": (b'{"siblings": [' + b"[]," * 4_000_000 + b"[]]}", "entries"),
-    "large": (b'"' + bytes(70 << 20) + b'"', "more than 64 MB"),
-    "a list": (b"[1]", "malformed answer"),
-    "a number": (b"7", "malformed answer"),
-    "no commit": (b'{"id": "a/b", "sha": 7}', "malformed answer"),
-    "an escape": (b'{"id": "a/b", "sha": "\\u001b[31m"}', "malformed answer"),
-    "files of a number": (b'{"id": "a/b", "sha": "%s", "siblings": 7}' % (b"0" * 40), "malformed"),
-    "cut": (b'{"id": "a/b"', "malformed answer"),
-    "nothing": (b"", "malformed answer"),
-    "not UTF-8": (b'{"id": "\xff"}', "malformed answer"),
-    "compressed": (gzip.compress(bytes(64 << 20)), "compressed"),
-    "slow": (b"{" + b" " * 50, "takes longer than"),
+BODIES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "deep": (lambda: b"[" * 100_000, "nested"),
+    "digits": (lambda: b'{"sha": ' + b"9" * 5000 + b"}", "number"),
+    "lists": (lambda: b'{"siblings": [' + b"[]," * 4_000_000 + b"[]]}", "entries"),
+    "large": (lambda: b'"' + bytes(70 << 20) + b'"', "more than 64 MB"),
+    "a list": (lambda: b"[1]", "malformed answer"),
+    "a number": (lambda: b"7", "malformed answer"),
+    "no commit": (lambda: b'{"id": "a/b", "sha": 7}', "malformed answer"),
+    "an escape": (lambda: b'{"id": "a/b", "sha": "\\u001b[31m"}', "malformed answer"),
+    "files of a number": (
+        lambda: b'{"id": "a/b", "sha": "%s", "siblings": 7}' % (b"0" * 40),
+        "malformed",
+    ),
+    "cut": (lambda: b'{"id": "a/b"', "malformed answer"),
+    "nothing": (lambda: b"", "malformed answer"),
+    "not UTF-8": (lambda: b'{"id": "\xff"}', "malformed answer"),
+    "compressed": (lambda: gzip.compress(bytes(64 << 20)), "compressed"),
+    "slow": (lambda: b"{" + b" " * 50, "takes longer than"),
 }
 
 
@@ -76,9 +79,9 @@ class _Answers(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             if kind != "slow":
-                self.wfile.write(BODIES[kind][0])
+                self.wfile.write(BODIES[kind][0]())
                 return
-            for byte in BODIES[kind][0]:
+            for byte in BODIES[kind][0]():
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.05)
         except OSError:

@@ -25,6 +25,7 @@ METADATA = {
 }
 
 
+@pytest.mark.alone  # threads of llama.cpp that have no processor keep the others waiting
 @pytest.mark.parametrize("model", ["tiny-qwen3.5", "tiny-qwen3.5-moe"])
 def test_the_bytes_depend_on_neither_threads_nor_paths(
     built: Path, run: Run, tmp_path: Path, model: str

@@ -148,6 +148,7 @@ def test_it_goes_on_if_each_shard_is_smaller_than_a_step(tmp_path: Path) -> None
     assert made.finish() < 3_500_000
 
 
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_goes_on_after_a_signal(
     whole: Conversion, right: dict[str, dict[str, bytes]], number: int

@@ -1,5 +1,6 @@
 """Reading text, JSON and YAML of others: limits hold before anything is parsed."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,24 +11,24 @@ from mtpforge.io import text
 
 MANY = 10_000_000
 
-JSON = {
-    "deep lists": (b"[" * 100_000 + b"]" * 100_000, "nested"),
-    "deep objects": (b'{"a":' * 900 + b"1" + b"}" * 900, "nested"),
-    "one too deep": (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "nested"),
-    "unclosed": (b"[" * 200_000, "nested"),
-    "empty lists": (b"[" + b"[]," * MANY + b"[]]", "entries"),
-    "empty objects": (b"[" + b"{}," * MANY + b"{}]", "entries"),
-    "empty strings": (b"[" + b'"",' * MANY + b'""]', "entries"),
-    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "number"),
-    "a long fraction": (b'{"a": 1.' + b"9" * 5000 + b"}", "number"),
-    "escapes, unfinished": (b'{"a": "' + b'\\"' * MANY, "escapes"),
-    "a duplicate": (b'{"a": 1, "a": 2}', "duplicate name 'a'"),
-    "a duplicate within": (b'{"a": [{"b": 1, "b": 2}]}', "duplicate name 'b'"),
-    "half a character": (b'{"a": "\\ud800"}', "half"),
-    "a mark": (b"\xef\xbb\xbf{}", "byte order mark"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-8"),
-    "not an object": (b"[1]", "must be a JSON object"),
-    "nothing": (b"", "not valid JSON"),
+JSON: dict[str, tuple[Callable[[], bytes], str]] = {
+    "deep lists": (lambda: b"[" * 100_000 + b"]" * 100_000, "nested"),
+    "deep objects": (lambda: b'{"a":' * 900 + b"1" + b"}" * 900, "nested"),
+    "one too deep": (lambda: b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "nested"),
+    "unclosed": (lambda: b"[" * 200_000, "nested"),
+    "empty lists": (lambda: b"[" + b"[]," * MANY + b"[]]", "entries"),
+    "empty objects": (lambda: b"[" + b"{}," * MANY + b"{}]", "entries"),
+    "empty strings": (lambda: b"[" + b'"",' * MANY + b'""]', "entries"),
+    "digits": (lambda: b'{"a": ' + b"9" * 5000 + b"}", "number"),
+    "a long fraction": (lambda: b'{"a": 1.' + b"9" * 5000 + b"}", "number"),
+    "escapes, unfinished": (lambda: b'{"a": "' + b'\\"' * MANY, "escapes"),
+    "a duplicate": (lambda: b'{"a": 1, "a": 2}', "duplicate name 'a'"),
+    "a duplicate within": (lambda: b'{"a": [{"b": 1, "b": 2}]}', "duplicate name 'b'"),
+    "half a character": (lambda: b'{"a": "\\ud800"}', "half"),
+    "a mark": (lambda: b"\xef\xbb\xbf{}", "byte order mark"),
+    "UTF-16": (lambda: '{"a": 1}'.encode("utf-16"), "UTF-8"),
+    "not an object": (lambda: b"[1]", "must be a JSON object"),
+    "nothing": (lambda: b"", "not valid JSON"),
 }
 
 
@@ -35,7 +36,7 @@ JSON = {
 def test_json_beyond_a_limit_is_refused(kind: str) -> None:
     content, named = JSON[kind]
     with pytest.raises(CheckpointError, match=named):
-        text.parse_json(Path("x.json"), content)
+        text.parse_json(Path("x.json"), content())
 
 
 def test_json_within_the_limits_is_read() -> None:

@@ -189,7 +189,8 @@ def test_a_variant_uses_an_imatrix_from_the_hub(
         "-o",
         theirs / "matrices" / "imatrix.gguf",
     ]
-    subprocess.run([*command, "-c", "512", "--chunks", "2"], check=True, capture_output=True)
+    options = ["-c", "512", "--chunks", "2", "-t", "1"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
     copy = Repository(tmp_path / "repository", toolchain)
     imatrix = {"repo": "They/matrices", "file": "matrices/imatrix.gguf", "revision": COMMIT}
     copy.config["models"] = {

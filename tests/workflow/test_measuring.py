@@ -22,9 +22,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     shutil.copy(ROOT / "tests/checkpoints/held-out.txt", copy.path)
     copy.config["models"] = {MODEL: {**MEASURED, "variants": {"BF16": {}, "Q8_0": {"split": "2M"}}}}
     copy.write_config()
-    done = copy.snakemake(
-        "--cores", "1"
-    )  # as is enough for so small a model, and quicker where others work too
+    done = copy.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return copy
 

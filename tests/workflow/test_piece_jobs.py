@@ -211,6 +211,7 @@ def test_the_default_number_of_pieces_is_planned_once(repository: Repository) ->
     code = library.read_text()
     assert "PIECE_SECONDS = 2 * 3600" in code
     library.write_text(code.replace("PIECE_SECONDS = 2 * 3600", "PIECE_SECONDS = 1e-3"))
+    del repository.config["threads"]  # so that the number of cores decides
     set_variants(repository, {"Q5_1": {}})
     target = f"{MODEL}/work/quantized/Q5_1.gguf"
     done = repository.snakemake("--verbose", target=target)

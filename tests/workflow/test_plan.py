@@ -81,6 +81,7 @@ def peak_during(folder: Path, work: Callable[[], None]) -> int:
     return peak
 
 
+@pytest.mark.alone  # the disk is looked at every 20 ms
 def test_disk_and_reruns_are_as_forecast(repository: Repository) -> None:
     """Up to verification, which takes no disk."""
     before = planned(repository)

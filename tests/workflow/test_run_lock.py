@@ -17,6 +17,8 @@ import pytest
 from mtpforge.run_owner import RUN_LOCK, Owner
 from repository import Repository
 
+pytestmark = pytest.mark.usefixtures("terminal_signals")
+
 TARGET = "results/tiny-qwen3.5/work/convert/all.gguf"
 JOB = """
 import sys

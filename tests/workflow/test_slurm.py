@@ -46,7 +46,10 @@ OPTIONS = [
 ]
 ALL = os.environ.get("MTPFORGE_SLURM") == "all"
 
-pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"SLURM: {slurm.missing()}")
+pytestmark = [
+    pytest.mark.skipif(bool(slurm.missing()), reason=f"SLURM: {slurm.missing()}"),
+    pytest.mark.alone,  # two nodes with two processors each
+]
 
 
 class Cluster:

@@ -51,7 +51,7 @@ def test_a_touch_reruns_nothing(repository: Repository) -> None:
 
 
 def test_other_threads_and_memory_rerun_nothing(repository: Repository) -> None:
-    repository.config |= {"threads": 1, "memory": "900M"}
+    repository.config |= {"threads": 2, "memory": "900M"}
     repository.write_config()
     assert repository.pending() == {}
 
