@@ -162,7 +162,11 @@ DISTURBED = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("text", "complaint"), DISTURBED.values(), ids=DISTURBED)
-def test_a_disturbed_program_is_an_error(tmp_path: Path, text: str, complaint: str) -> None:
+def test_a_disturbed_program_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str
+) -> None:
+    if "printed nothing" not in complaint:
+        monkeypatch.setattr(process, "SILENCE", 60.0)  # a busy machine may need seconds
     path = program(tmp_path, f"import os, signal, sys, time\n{text}\n")
     with pytest.raises(ToolchainError, match=complaint):
         process.call([path], tmp_path / "log")
