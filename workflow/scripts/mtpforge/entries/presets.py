@@ -7,13 +7,13 @@ from mtpforge.gguf import quant_types
 Variants = dict[str, dict[str, Any]]
 
 CALIBRATION = "workflow/texts/calibration.txt"
-"""The embedded text for importance matrices: English, code and structured text."""
+"""The embedded text for importance matrices: prose, chats, code, mathematics, many languages."""
 
 _PUBLISHED = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
     "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M",
 )  # fmt: skip
-"""What bartowski and Unsloth both publish of a model."""
+"""What large public repositories of quants usually have of a model."""
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "basic": ("BF16", "Q4_K_M"),
