@@ -1,0 +1,59 @@
+"""With `profiles/lean` a build frees its shards, and gives the same verified files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from conftest import CHECKPOINTS, Run
+from hub import COMMIT, serve
+from layouts import read_shard, write_shard
+from repository import CONFIG, Repository
+
+MODEL = "tiny-qwen3.5"
+REPO = f"Owner/{MODEL}"
+SHARD = "model-00001-of-00004.safetensors"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+TOKENS = 8192
+LEAN = ("--workflow-profile", "profiles/lean")
+
+
+def write_padded(folder: Path) -> None:
+    """Write the checkpoint with so many tokens that its embeddings are compared by sample."""
+    shutil.copytree(CHECKPOINTS / MODEL, folder)
+    tensors = read_shard(folder / SHARD)
+    dtype, words = tensors[EMBEDDINGS]
+    padding = np.zeros((TOKENS - len(words), words.shape[1]), words.dtype)
+    tensors[EMBEDDINGS] = (dtype, np.concatenate([words, padding]))
+    write_shard(folder / SHARD, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = TOKENS
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_lean_build_frees_its_shards_and_gives_the_same_files(
+    tmp_path: Path, run: Run, toolchain: Path
+) -> None:
+    write_padded(tmp_path / MODEL)
+    copy = Repository(tmp_path / "repository", toolchain)
+    source = {"repo": REPO, "revision": COMMIT}
+    variants = {"BF16": {}, "Q4_K_M": {"head": "Q8_0"}}
+    copy.config["models"] = {
+        "lean": {**CONFIG["models"][MODEL], "source": source, "variants": variants}
+    }
+    copy.write_config()
+    with serve({REPO: tmp_path / MODEL}) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = copy.snakemake(*LEAN, **environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert copy.pending() == {}  # by the default profile too, and without the Hub
+    fetched = copy.path / f"resources/hub/{REPO}/{COMMIT}/{MODEL}"
+    whole = (fetched / SHARD).stat()
+    assert whole.st_size == (tmp_path / MODEL / SHARD).stat().st_size
+    assert whole.st_blocks * 512 < 0.5 * whole.st_size
+    run("convert.py", tmp_path / MODEL, "--tokenizer-pre", "qwen35", "--out", tmp_path / "a")
+    options = ("--type", "Q4_K_M", "--head", "Q8_0", "--threads", 1, "--bin", toolchain)
+    run("quantize.py", tmp_path / "a", *options, "--out", tmp_path / "b")
+    for name, expected in (("BF16", "a"), ("Q4_K_M", "b")):
+        made = copy.path / f"results/lean/{MODEL}-{name}.gguf"
+        assert made.read_bytes() == (tmp_path / expected).read_bytes()
