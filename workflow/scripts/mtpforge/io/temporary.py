@@ -112,16 +112,26 @@ def _try_to_claim(usual: Path, is_folder: bool) -> int | None:
 
 def _open(usual: Path, is_folder: bool) -> tuple[int, bool]:
     """Open a temporary file or folder; whether it is new. Only who made it may remove it."""
-    if is_folder:
-        usual.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        is_new = True
-        try:
-            usual.mkdir() if is_folder else usual.touch(exist_ok=False)
-        except FileExistsError:
-            is_new = False
-        with suppress(FileNotFoundError):  # another process has just renamed or removed it
-            return os.open(usual, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW), is_new
+    if not is_folder:
+        with suppress(FileExistsError):
+            return os.open(usual, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True  # less the umask
+    usual.parent.mkdir(parents=True, exist_ok=True)
+    is_new = is_folder and _made(usual)
+    try:
+        return os.open(usual, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW), is_new
+    except FileNotFoundError:  # another process has just renamed or removed it
+        return _open(usual, is_folder)
+    except OSError:
+        if is_new:
+            usual.rmdir()
+        raise
+
+
+def _made(folder: Path) -> bool:
+    with suppress(FileExistsError):
+        folder.mkdir()
+        return True
+    return False
 
 
 def _lock(descriptor: int, usual: Path) -> bool:
