@@ -132,7 +132,13 @@ def test_a_shard_that_is_truncated_while_its_values_are_read_ends_in_a_message(
     assert done.stderr.endswith("truncated while it was read\n") and done.stderr.count("\n") == 1
 
 
-PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-server")
+PROGRAMS = (
+    "llama-quantize",
+    "llama-imatrix",
+    "llama-perplexity",
+    "llama-server",
+    "llama-gguf-split",
+)
 CALLS: dict[str, tuple[str, ...]] = {
     "quantize.py": ("{bad}", "--type", "Q4_0"),
     "quantize.py ": ("{model}", "--type", "Q4_0", "--imatrix", "{matrix}"),

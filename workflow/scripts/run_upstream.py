@@ -30,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.path[:0] = [str(args.source), str(args.source / "gguf-py")]
     forbid_remote_code()
+    check_writes()
     if args.tokenizer_pre:
         name_pre_tokenizer(args.tokenizer_pre)
     program = args.source / "convert_hf_to_gguf.py"
@@ -49,6 +50,36 @@ def forbid_remote_code() -> None:
             f"transformers has no {name}: find and close its new way to run code"
         )
         setattr(dynamic_module_utils, name, refuse)
+
+
+def check_writes() -> None:
+    """Make a tensor whose bytes cannot be written an error.
+
+    NumPy writes arrays through a buffer of C, and ignores the error of emptying it: a small tensor
+    is lost on a failing disk, the next is written behind it, and the program ends well.
+    """
+    import gguf
+    import numpy as np
+    from gguf import quants
+    from gguf.lazy import LazyNumpyTensor
+
+    class Checked(np.ndarray[Any, Any]):
+        def tofile(self, file: Any, *_: Any) -> None:
+            whole = np.ascontiguousarray(self).view(np.ndarray).reshape(-1)
+            file.write(whole.view(np.uint8).data)
+
+    add_tensor, quantize = gguf.GGUFWriter.add_tensor, quants.quantize
+
+    def add(self: Any, name: str, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        checked = tensor.view(Checked) if isinstance(tensor, np.ndarray) else tensor
+        add_tensor(self, name, checked, *args, **kwargs)
+
+    def write(self: Any, file: Any) -> None:
+        LazyNumpyTensor.to_eager(self).view(Checked).tofile(file)
+
+    gguf.GGUFWriter.add_tensor = add  # type: ignore[method-assign]
+    LazyNumpyTensor.tofile = write  # type: ignore[method-assign]
+    quants.quantize = lambda *args: quantize(*args).view(Checked)
 
 
 def name_pre_tokenizer(name: str) -> None:

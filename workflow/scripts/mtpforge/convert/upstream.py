@@ -232,7 +232,7 @@ def _replace_templates(folder: Path, template: str) -> None:
     shutil.rmtree(folder / chat_templates.FOLDER, ignore_errors=True)
     (folder / "chat_template.json").unlink(missing_ok=True)
     settings = folder / "tokenizer_config.json"
-    values = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    values = text.read_json(settings) if settings.exists() else {}
     write_scratch(settings, json.dumps({**values, "chat_template": template}))
 
 
