@@ -211,18 +211,12 @@ class PublishRules(Stage):
         return shlex.join(options)
 
     def _programs(self, wildcards: Wildcards) -> list[str]:
-        upstream = ["convert_upstream.py"] if self.model(wildcards).needs_upstream else []
-        return [
-            "convert.py",
-            *upstream,
-            "quantization_errors.py",
-            "sensitivity.py",
-            "allocate.py",
-            "quantize_plan.py",
-            "quantize.py",
-            "inject.py",
-            "verify.py",
-        ]
+        model = self.model(wildcards)
+        upstream = ["convert_upstream.py"] if model.needs_upstream else []
+        is_searched = any(variant.searched for variant in model.variants.values())
+        search = ["quantization_errors.py", "sensitivity.py", "allocate.py"] if is_searched else []
+        made = ["quantize_plan.py", "quantize.py", "inject.py", "verify.py"]
+        return ["convert.py", *upstream, *search, *made]
 
     def _variant(self, wildcards: Wildcards) -> str:
         """The variant that a report is about; empty for a sidecar or a vision tower."""
