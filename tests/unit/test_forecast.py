@@ -26,6 +26,7 @@ from mtpforge.gguf import reader
 from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.measure import perplexity
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import head_recipe
 from mtpforge.quantize.request import QuantizeRequest
@@ -357,6 +358,17 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
     write_config(local, {"path": str(CHECKPOINTS / MODEL)})
     same = json.loads(plan(local, toolchain, None, "--json").stdout)
     assert found["models"]["m"]["files"] == same["models"]["m"]["files"]
+
+
+def test_logits_of_a_short_text_are_forecast(toolchain: Path, tmp_path: Path) -> None:
+    text = CHECKPOINTS / "held-out.txt"  # half of the 16 chunks that a measurement may use
+    measured = {"variants": {"Q8_0": {}}, "measure": {"text": str(text)}}
+    steps = {step.stage: step for step in forecast(toolchain, **measured).steps}
+    out = tmp_path / "logits"
+    perplexity.reference_logits(
+        bf16(MODEL, tmp_path), text, out=out, chunks=16, llama=LlamaCpp(toolchain, 1)
+    )
+    assert steps["logits"].kept == pytest.approx(out.stat().st_size, rel=0.01)
 
 
 def test_a_bf16_file_larger_than_the_memory_is_not_run(toolchain: Path) -> None:

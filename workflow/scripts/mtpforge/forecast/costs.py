@@ -4,7 +4,9 @@ A forecast knows exact sizes and this machine; what jobs ask for follows from ro
 machine.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mtpforge.llama_cpp import memory
 from mtpforge.prompts import EQUAL, N_PREDICT
@@ -101,6 +103,13 @@ def measure_tokens(servers: int, repeats: int) -> int:
 def text_tokens(size: int) -> int:
     """About the tokens of a text of `size` bytes."""
     return size // 4
+
+
+def measured_tokens(text: Path, chunks: int) -> int:
+    """About the tokens of a text that are measured: at most `chunks` chunks."""
+    with suppress(OSError):  # it may be made later
+        chunks = min(chunks, -(-text_tokens(text.stat().st_size) // CHUNK))
+    return chunks * CHUNK
 
 
 def logits_size(tokens: int, vocabulary: int) -> int:

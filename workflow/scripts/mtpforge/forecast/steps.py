@@ -365,7 +365,7 @@ class ModelForecast:
         settings = self.model.measure
         assert settings is not None
         output = layout.output(self.model, variant.name)
-        text = settings.chunks * costs.CHUNK if settings.text else 0
+        text = costs.measured_tokens(Path(settings.text), settings.chunks) if settings.text else 0
         if text and self.model.has_unquantized(variant):
             self._logits(text)
         step = Step("measure", output.stem, output.measurement)
