@@ -90,6 +90,8 @@ def test_kl_divergence_is_zero_for_bf16_and_not_for_a_quant(measured: dict[str, 
     itself, mixed = measured["BF16"]["kl_divergence"], measured["IQ3_S-mix"]["kl_divergence"]
     assert abs(itself["mean"]) < 1e-5 and itself["same_top"] > 0.999
     assert mixed["mean"] > 1e-4 and mixed["p99.9"] > mixed["mean"] and mixed["same_top"] < 1
+    assert mixed["maximum"] >= mixed["p99.9"] and mixed["mean"] > mixed["mean_error"] > 0
+    assert 0 < mixed["same_top_error"] < 0.1
     assert measured["BF16"]["perplexity"] > 1
 
 

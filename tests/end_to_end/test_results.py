@@ -48,12 +48,15 @@ def test_each_file_has_its_head_and_its_report(built: Path, model: str, variant:
 
 
 def test_the_summary_has_a_line_for_each_file(built: Path) -> None:
-    table = (built / "results" / "summary.md").read_text().splitlines()
+    summary = (built / "results" / "summary.md").read_text()
+    table = summary.partition("\n\n")[0].splitlines()
     assert [line.split()[1] for line in table[2:]] == [
         f"{model}-{variant}.gguf" for model in MODELS for variant in VARIANTS
     ]
     for column in ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max"):
         assert column in table[0]
+    for model in MODELS:
+        assert f"Distance from BF16: {model}, on at most" in summary
 
 
 def test_a_recipe_decides_the_types_it_names(built: Path) -> None:

@@ -150,11 +150,20 @@ def test_kinds_are_weighted_by_equal_numbers_of_tokens() -> None:
 
 
 def test_the_output_of_llama_perplexity_is_read() -> None:
-    expected = {"perplexity": 4.036618, "mean": 0.002733, "p99.9": 0.199753, "same_top": 98.039}
-    assert perplexity.figures(SAID, perplexity._DIVERGENCE) == expected
+    assert perplexity.figures(SAID, perplexity._DIVERGENCE) == {
+        "perplexity": 4.036618,
+        "mean": 0.002733,
+        "mean_error": 0.000321,
+        "maximum": 0.253097,
+        "p99.9": 0.199753,
+        "same_top": 98.039,
+        "same_top_error": 0.307,
+    }
 
 
-@pytest.mark.parametrize("line", ["Mean PPL(Q) ", "Mean    KLD", "99.9%   KLD", "Same top p"])
+@pytest.mark.parametrize(
+    "line", ["Mean PPL(Q) ", "Mean    KLD", "Maximum KLD", "99.9%   KLD", "Same top p"]
+)
 @pytest.mark.parametrize("instead", ["", "{} : nan ± nan %"])
 def test_a_missing_figure_is_an_error(line: str, instead: str) -> None:
     said = "\n".join(

@@ -54,6 +54,14 @@ TOTAL = {
     "speedup": 1.0,
     "memory_bytes": None,
 }
+DIVERGENCE = {
+    "mean": 0.01,
+    "mean_error": 0.001,
+    "p99.9": 0.5,
+    "maximum": 2.5,
+    "same_top": 0.9,
+    "same_top_error": 0.02,
+}
 MEASUREMENT: dict[str, Any] = {
     "file": "x.gguf",
     "bytes": 10,
@@ -99,6 +107,7 @@ LINKED = {
         (Measurement, MEASUREMENT),
         (Measurement, {key: value for key, value in MEASUREMENT.items() if key != "text"}),
         (Measurement, {**MEASUREMENT, "perplexity": None, "kl_divergence": None}),
+        (Measurement, {**MEASUREMENT, "kl_divergence": DIVERGENCE}),
         (Acceptance, {"drafts": 10, "accepted": 9, "acceptance": 0.9}),
         (Acceptance, {"skipped": "too large"}),
         (Stamp, BUILT),

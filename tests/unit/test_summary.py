@@ -1,10 +1,21 @@
 """The summary table: one row per file, with speed and the draft length to serve with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import Run
-from example_records import measurement, report, total
-from mtpforge.report import summary
+from example_records import TEXT, measurement, report, total
+from mtpforge.measure.measurement import KlDivergence
+from mtpforge.report import distances, summary
+
+DIVERGENCE = KlDivergence(
+    mean=0.00426,
+    mean_error=0.00056,
+    p99_9=0.34674,
+    maximum=0.50248,
+    same_top=0.97598,
+    same_top_error=0.00339,
+)
 
 
 def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, run: Run) -> None:
@@ -46,3 +57,33 @@ def test_acceptance_is_a_share_with_its_counts() -> None:
     assert summary.acceptance(report("x.gguf")) == "not possible"
     assert summary.acceptance(report("x.gguf", head="none")) == "-"
     assert summary.acceptance(report("mtp-x.gguf", head="")) == "-"
+
+
+def test_distances_from_bf16_are_below_the_files_of_each_model(tmp_path: Path) -> None:
+    for model in "ab":
+        for part in ("reports", "measure"):
+            (tmp_path / model / part).mkdir(parents=True)
+        report("x.gguf").write(tmp_path / model / "reports/x.json")
+        found = measurement("x.gguf", bytes=10**9, text=TEXT, kl_divergence=DIVERGENCE)
+        replace(found, perplexity=4.0319).write(tmp_path / model / "measure/x.json")
+    paths = sorted(tmp_path.glob("*/measure/x.json"))
+    made = summary.summary(sorted(tmp_path.glob("*/reports/x.json")), paths)
+    table, *others = made.split("\n\n")
+    assert len(table.splitlines()) == 4
+    assert others[0] == "Distance from BF16: a, on at most 16 chunks of held-out.txt"
+    assert [cell.strip() for cell in others[1].splitlines()[2].split("|")[1:-1]] == [
+        "x",
+        "1.00 GB",
+        "0.00426 ± 0.00056",
+        "0.3467",
+        "0.502",
+        "97.60% ± 0.34%",
+        "4.0319",
+    ]
+    assert others[2].startswith("Distance from BF16: b,")
+
+
+def test_a_measurement_of_an_older_version_has_no_errors() -> None:
+    assert distances.cells(KlDivergence(mean=-1e-7, p99_9=0.1, same_top=1.0)) == (
+        "0.00000", "0.1000", "-", "100.00%"
+    )  # fmt: skip

@@ -33,7 +33,9 @@ def test_all_files_are_measured_even_split_ones(repository: Repository) -> None:
         f"{MODEL}-BF16.json",
         f"{MODEL}-Q8_0.json",
     ]
-    rows = (repository.path / "results/summary.md").read_text().splitlines()[2:]
+    table, _, distances = (repository.path / "results/summary.md").read_text().partition("\n\n")
+    rows = table.splitlines()[2:]
+    assert f"| {MODEL}-Q8_0 " in distances
     assert len(rows) == 2 and all(row.split("|")[-3].strip() != "-" for row in rows)
     assert repository.pending() == {}
 

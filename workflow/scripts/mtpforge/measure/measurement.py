@@ -62,13 +62,21 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class KlDivergence:
-    """Distance of the predictions from those of the BF16 file, in nats."""
+    """Distance of the predictions from those of the BF16 file, in nats.
+
+    Errors are standard errors over the tokens. Measurements of older versions have no errors and no
+    maximum.
+    """
 
     mean: float
+    mean_error: Annotated[float | None, UNLESS_NONE] = None
     p99_9: Annotated[float, Field(alias="p99.9")]
     """99.9th percentile over the tokens"""
+    maximum: Annotated[float | None, UNLESS_NONE] = None
+    """That of the worst token"""
     same_top: float
     """Share of tokens with the same first choice, 0 to 1."""
+    same_top_error: Annotated[float | None, UNLESS_NONE] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,11 @@ _NUMBER = r"(-?[0-9]{1,30}\.[0-9]{1,30})"
 _DIVERGENCE = {
     "perplexity": rf"Mean PPL\(Q\) +: +{_NUMBER} ±",
     "mean": rf"Mean +KLD: +{_NUMBER} ±",
+    "mean_error": rf"Mean +KLD: .*± +{_NUMBER}$",
+    "maximum": rf"Maximum +KLD: +{_NUMBER}$",
     "p99.9": rf"99\.9% +KLD: +{_NUMBER}$",
     "same_top": rf"Same top p: +{_NUMBER} ± .*%$",
+    "same_top_error": rf"Same top p: .*± +{_NUMBER} %$",
 }
 _PERPLEXITY = {"perplexity": rf"Final estimate: PPL = {_NUMBER} \+/-"}
 
@@ -89,8 +92,14 @@ def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float
     """Perplexity and KL divergence from `reference_logits`. Raises ToolchainError."""
     options: list[Argument] = ["--kl-divergence-base", logits, "--kl-divergence"]
     found = _figures(model, options, patterns=_DIVERGENCE, llama=llama)
-    same = round(found["same_top"] / 100, 5)
-    divergence = KlDivergence(mean=found["mean"], p99_9=found["p99.9"], same_top=same)
+    divergence = KlDivergence(
+        mean=found["mean"],
+        mean_error=found["mean_error"],
+        p99_9=found["p99.9"],
+        maximum=found["maximum"],
+        same_top=round(found["same_top"] / 100, 5),
+        same_top_error=round(found["same_top_error"] / 100, 5),
+    )
     return found["perplexity"], divergence
 
 

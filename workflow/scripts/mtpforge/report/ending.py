@@ -10,6 +10,7 @@ from mtpforge.llama_cpp.programs import DEFAULT_FOLDER
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import serving
 from mtpforge.publish.result import Result
+from mtpforge.report.distances import HEADING
 from mtpforge.verify.report import Report
 
 _ROWS = 10
@@ -19,11 +20,14 @@ _ROWS = 10
 def ending(summary: Path, reports: Sequence[Path]) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
+    Its tables of distances are left out.
+
     `reports` are those of the files, in the order of the configuration.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
+    table, _, _ = summary.read_text(encoding="utf-8").partition(f"\n{HEADING}")
     lines = [
-        *_shortened(summary.read_text(encoding="utf-8").splitlines(), summary),
+        *_shortened(table.splitlines(), summary),
         "",
         f"files     {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}",
         f"reports   {summary} (this table), reports/*.json in each folder (each check)",

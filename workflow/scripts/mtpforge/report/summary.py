@@ -1,10 +1,11 @@
 """The table of all verified files."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement
+from mtpforge.report.distances import distances
 from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
 from mtpforge.verify.report import Report
@@ -17,12 +18,13 @@ def summary(
 ) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
 
-    Below are the verdicts on files whose types were found.
+    Below are the verdicts on files whose types were found, and tables of distances from BF16.
 
     Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`. Files of the
     same name are told apart by their folders.
     """
-    measured = _by_file(measurements)
+    read = {path: Measurement.read(path) for path in measurements}
+    measured = {(path.parent.parent, found.file): found for path, found in read.items()}
     found = [(path.parent.parent, Report.read(path)) for path in reports]
     names = Counter(report.file for _, report in found)
     rows = [COLUMNS]
@@ -31,7 +33,8 @@ def summary(
         label = f"{folder.name}/{report.file}" if names[report.file] > 1 else report.file
         rows.append((label, *cells[1:]))
     verdicts = [f"- {each.file}: {each.verdict}\n" for each in map(Compared.read, compared)]
-    return markdown(rows) + "".join(["\n" * bool(verdicts), *verdicts])
+    below = ["".join(verdicts), distances(read)]
+    return "\n".join([markdown(rows), *filter(None, below)])
 
 
 def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, str, str, str, str]:
@@ -63,9 +66,3 @@ def speed(measured: Measurement) -> str:
         return "not run"
     off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
     return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"
-
-
-def _by_file(measurements: Iterable[Path]) -> Mapping[tuple[Path, str], Measurement]:
-    """Measurements by folder and name, because models can have files of the same name."""
-    found = [(path.parent.parent, Measurement.read(path)) for path in measurements]
-    return {(folder, measured.file): measured for folder, measured in found}
