@@ -16,6 +16,7 @@ CHECKPOINTS = ROOT / "tests" / "checkpoints"
 BIN = ROOT / "resources" / "toolchain" / "bin"
 MODELS = ("tiny-qwen3.5", "tiny-qwen3.5-moe")
 ALONE = ("end_to_end", "workflow")
+BESIDE_OTHERS = ("test_quantizing_in_pieces.py",)  # six minutes of llama-quantize, and no server
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Snakemake = Callable[..., None]
@@ -25,7 +26,7 @@ Snakemake = Callable[..., None]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Builds and servers need the machine for themselves, as `make test` tells by this marker."""
     for item in items:
-        if item.path.parent.name in ALONE:
+        if item.path.parent.name in ALONE and item.path.name not in BESIDE_OTHERS:
             item.add_marker(pytest.mark.alone)
 
 
