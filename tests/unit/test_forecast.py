@@ -17,12 +17,13 @@ from gemma4 import write_gemma4
 from hub import COMMIT, Hub, serve
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
-from mtpforge.forecast import planned_ggufs, reruns, upstream_ggufs
+from mtpforge.forecast import costs, planned_ggufs, reruns, upstream_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.costs import Machine, ProgramSpeed
-from mtpforge.forecast.downloads import Download
+from mtpforge.forecast.downloads import Download, Downloads
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.gguf import reader
+from mtpforge.hub.listing import File, Listing
 from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -33,6 +34,7 @@ from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
+from mtpforge.rules.variant import HubGguf
 from other_architectures import EXPERTS, write_model
 from plan import in_words
 
@@ -149,6 +151,30 @@ def test_the_disk_holds_each_file_once(toolchain: Path) -> None:
 def test_pieces_take_scratch_space(toolchain: Path) -> None:
     found = forecast(toolchain, variants={"Q4_K_M": {"pieces": 3}})
     assert found.files[0].pieces == 3 and found.peak > found.kept
+
+
+def test_a_file_to_compare_with_takes_the_logits_and_a_run(toolchain: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs.gguf").touch()
+    (tmp_path / "text").write_bytes(b"x" * 4000)
+    compare = [{"path": "theirs.gguf"}]
+    found = forecast(toolchain, measure={"text": "text"}, compare=compare)
+    steps = {step.stage: step for step in found.steps}
+    assert steps["logits"].kept == costs.logits_size(1024, 1280) > 0 == steps["measure_other"].kept
+    assert steps["measure_other"].name == Path(layout.others(found.model)[0]).stem
+
+
+def test_a_fetched_file_to_compare_with_is_not_kept(tmp_path: Path) -> None:
+    file = HubGguf(repo="Some/Body", file="a.gguf", revision=COMMIT)
+    listing = tmp_path / layout.commit(file) / "files.json"
+    listing.parent.mkdir(parents=True)
+    Listing("Some/Body", COMMIT, {"a.gguf": File(3000, "0" * 64)}, {}).write(listing)
+    downloads = Downloads()
+    assert downloads.file_size(file) == 3000
+    assert (downloads.fetch({}), downloads.freed({})) == (3000, 0)
+    downloads.free([file])
+    assert (downloads.fetch({}), downloads.freed({})) == (3000, 3000)
+    measured = {layout.record(file, "a.gguf"): None}
+    assert (downloads.fetch(measured), downloads.freed(measured)) == (0, 0)
 
 
 def test_a_result_that_is_there_costs_nothing(toolchain: Path, tmp_path: Path) -> None:

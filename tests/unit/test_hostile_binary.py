@@ -157,6 +157,7 @@ CALLS: dict[str, tuple[str, ...]] = {
         "{bad}",
     ),
     "measure.py": ("{bad}", "--text", "{text}"),
+    "measure_other.py": ("{model}", "--like", "{bad}", "--reference-logits", "{text}"),
     "acceptance.py": ("{bad}",),
     "acceptance.py ": ("{model}", "--target", "{bad}"),
     "reference_logits.py": ("{bad}", "--text", "{text}"),

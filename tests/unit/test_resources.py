@@ -28,6 +28,7 @@ REVISION = "0123456789" * 4
 RUNS_LLAMA = {
     "imatrix", "acceptance", "verify", "verify_split", "verify_sidecar", "verify_mmproj",
     "reference_logits", "measure", "search_logits", "sensitivities", "compare",
+    "measure_other",
 }  # fmt: skip
 PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "toolchain", "errors"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}

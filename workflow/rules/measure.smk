@@ -2,7 +2,8 @@
 # Needs: a verified file and its report, llama-server, llama-perplexity, prompts, and the model's
 # text if it has one.
 # Makes: results/<model>/measure/<name>-<variant>.json, results/summary.md with all files, and
-# once per model the BF16 logits on the text, in results/<model>/work/logits/.
+# once per model the BF16 logits on the text, in results/<model>/work/logits/; and
+# work/others/<place>.json for each file under `compare`, from the same logits.
 # A measurement takes all cores and downloads, so that no other job runs beside it.
 
 
@@ -98,12 +99,49 @@ rule measure:
         " --threads {threads} --out {output:q} > {log:q} 2>&1"
 
 
+# <place> is the name of the file, followed by part of the sha256 of its path. What was fetched is
+# deleted once it is measured, with its record, so that it is fetched again if this job reruns.
+rule measure_other:
+    input:
+        code=code("measure_other.py"),
+        toolchain="resources/toolchain/stamp.json",
+        records=build.measure.other_inputs,
+        model=ancient(build.convert.unquantized_file),
+        logits=ancient("results/{model}/work/logits/reference.bin"),
+        logits_digest="results/{model}/work/logits/reference.json",
+    output:
+        "results/{model}/work/others/{place}.json",
+    log:
+        "logs/{model}/measure-other-{place}.log",
+    benchmark:
+        "benchmarks/{model}/measure_other-{place}.jsonl"
+    wildcard_constraints:
+        place="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.measure_other),
+        gpu=build.needs.gpu,
+    params:
+        code=digest("measure_other.py"),
+        file=build.measure.other_file,
+        options=build.measure.other_options,
+    message:
+        "{wildcards.model}: measure {params.file}, which was not made here"
+    shell:
+        "python {input.code[0]:q} {params.file:q} --like {input.model:q}"
+        " --reference-logits {input.logits:q} --logits-recorded {input.logits_digest:q}"
+        " {params.options} --threads {threads} --out {output:q} > {log:q} 2>&1"
+
+
 rule summary:
     input:
         code=code("summary.py"),
         reports=build.reports(),
         measurements=build.measurements(),
         compared=build.search.all_compared(),
+        others=build.measure.all_others(),
     output:
         "results/summary.md",
     log:
@@ -118,4 +156,4 @@ rule summary:
         "summarize all verified and measured files"
     shell:
         "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
-        " --compared {input.compared:q} --out {output:q} > {log:q} 2>&1"
+        " --compared {input.compared:q} --others {input.others:q} --out {output:q} > {log:q} 2>&1"

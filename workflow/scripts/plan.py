@@ -100,6 +100,7 @@ class Plan:
             if self.config.is_lean and (reason := lean.why_not(self.config, model)):
                 self.notes.append(f"note: {model.key}: no shards are freed: {reason}")
             outline = self.downloads.outline(model)
+            self.downloads.free(model.compare)
             if model.chat_template:
                 outline.chat_template = chat_templates.given(model.chat_template)
             return ModelForecast(
@@ -132,7 +133,10 @@ class Plan:
             "to_run": len(left),
             "fetch": fetch,
             "fetched": self.downloads.total - fetch,
-            "disk": kept + fetch - (freed if self.config.is_lean else 0),
+            "disk": kept
+            + fetch
+            - self.downloads.freed(self.reruns)
+            - (freed if self.config.is_lean else 0),
             "peak": lean_peak if self.config.is_lean else peak,
             "lean_peak": lean_peak,
             "free": shutil.disk_usage(".").free,

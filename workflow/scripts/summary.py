@@ -30,10 +30,14 @@ def main() -> None:
         help="comparisons of compare_stock.py",
     )  # fmt: skip
     parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], metavar="FILE",
+        help="measurements of measure_other.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="table, in Markdown"
     )
     args = parser.parse_args()
-    table = summary(args.reports, args.measurements, args.compared)
+    table = summary(args.reports, args.measurements, args.compared, args.others)
     atomic.write_text(args.out, table)
     print(f"\n{table}\n{len(args.reports)} files")
 

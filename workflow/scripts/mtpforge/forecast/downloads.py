@@ -1,6 +1,7 @@
 """What a build has to download, and the checkpoint of a model without its weights."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Downloads:
         self.rate = 0.0
         """Bytes a second of the largest file that was downloaded to forecast; 0: none was."""
         self._downloads: set[Download] = set()
+        self._freed: set[Path] = set()
         self._largest = _TIMED
 
     @property
@@ -49,6 +51,14 @@ class Downloads:
     def fetch(self, reruns: Reruns) -> int:
         """The bytes that have to be fetched."""
         return sum(each.bytes for each in self._downloads if each.needed(reruns))
+
+    def freed(self, reruns: Reruns) -> int:
+        """The bytes of those that are deleted again: files to compare with."""
+        return sum(
+            each.bytes
+            for each in self._downloads
+            if each.path in self._freed and each.needed(reruns)
+        )
 
     def outline(self, model: Model) -> Outline:
         """The checkpoint of a model, whose small files are downloaded. Raises ForgeError."""
@@ -107,6 +117,13 @@ class Downloads:
         for name, size in sizes.items():
             self._add(size, Path(layout.fetched(file), name), layout.record(file, name))
         return sum(sizes.values())
+
+    def free(self, files: Iterable[layout.GivenFile]) -> None:
+        """Count these files as deleted once they are read."""
+        for file in files:
+            if isinstance(file, HubFile):
+                names = gguf_files(file.file)
+                self._freed.update(Path(layout.fetched(file), name) for name in names)
 
     def _download(self, listing: Listing, name: str, folder: Path) -> None:
         here = (folder / name).exists() or download.cached(listing, name).exists()

@@ -103,6 +103,8 @@ class ModelForecast:
             self._add_sidecar(model.sidecar)
         if model.mmproj:
             self._add_vision()
+        for other, path in zip(model.compare, layout.others(model), strict=True):
+            self._measure_other(base_size(other), path)
 
     def settle(self, reruns: Reruns) -> None:
         """Take over what Snakemake says of each step; its graph may end where it must run first."""
@@ -376,6 +378,15 @@ class ModelForecast:
         tokens = costs.measure_tokens(servers, settings.repeats)
         run = self._run(size, tokens, text=text, servers=servers)
         self._add(replace(step, servers=servers), run)
+
+    def _measure_other(self, size: int, path: str) -> None:
+        """Somebody else's file, which is fetched for it."""
+        settings = self.model.measure
+        assert settings is not None and settings.text is not None
+        text = costs.measured_tokens(Path(settings.text), settings.chunks)
+        self._logits(text)
+        cost = self._run(size, text=text) if self._fits(size) else Cost()
+        self._add(Step("measure_other", Path(path).stem, path), cost)
 
     def _logits(self, tokens: int) -> None:
         path = layout.reference_logits(self.model.key)

@@ -32,6 +32,10 @@ _DIVERGENCE = {
 _PERPLEXITY = {"perplexity": rf"Final estimate: PPL = {_NUMBER} \+/-"}
 
 
+class NoFiguresError(ToolchainError):
+    """llama-perplexity ended well, and did not print all figures."""
+
+
 def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: LlamaCpp) -> None:
     """Write the logits of `model` for at most `chunks` chunks of `text`. Raises ForgeError.
 
@@ -111,10 +115,10 @@ def of_text(model: Path, text: Path, chunks: int, llama: LlamaCpp) -> float:
 
 
 def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:
-    """The number that each pattern finds. Raises ToolchainError if one is missing."""
+    """The number that each pattern finds. Raises NoFiguresError if one is missing."""
     found = {name: re.search(pattern, printed, re.MULTILINE) for name, pattern in patterns.items()}
     if missing := [name for name, match in found.items() if match is None]:
-        raise ToolchainError(
+        raise NoFiguresError(
             f"llama-perplexity does not print {', '.join(missing)}: is it another version, is "
             "the text too short, or is the machine too busy?"
         )

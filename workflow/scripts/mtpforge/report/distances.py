@@ -1,26 +1,32 @@
-"""Tables of the distance from BF16 of measured files: one for each model."""
+"""Tables of the distance from BF16, one for each model: of its files, and of other people's."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from mtpforge.measure.measurement import KlDivergence, Measurement, Text
+from mtpforge.measure.others import Other
 from mtpforge.table import markdown, size
 
 HEADING = "Distance from BF16"
 COLUMNS = ("file", "size", "KL divergence", "99.9%", "maximum", "same first choice", "perplexity")
 
 
-def distances(measured: Mapping[Path, Measurement]) -> str:
+def distances(measured: Mapping[Path, Measurement], others: Mapping[Path, Other]) -> str:
     """A Markdown table for each model with a KL divergence; empty without one.
 
-    `measured` are measurements by their paths, `<folder of a model>/measure/...`.
+    Paths are `<folder of a model>/measure/...` and `<folder of a model>/work/others/...`. Below a
+    table is what could not be compared.
     """
-    compared = [(path, found) for path, found in measured.items() if found.kl_divergence]
-    by_model = groupby(compared, key=lambda each: each[0].parent.parent)
-    return "\n".join(
-        _of_model(folder.name, [found for _, found in files]) for folder, files in by_model
-    )
+    files: dict[Path, list[Measurement]] = defaultdict(list)
+    for path, found in measured.items():
+        if found.kl_divergence:
+            files[path.parents[1]].append(found)
+    theirs: dict[Path, list[Other]] = defaultdict(list)
+    for path, other in others.items():
+        theirs[path.parents[2]].append(other)
+    models = dict.fromkeys([*files, *theirs])
+    return "\n".join(_of_model(each.name, files[each], theirs[each]) for each in models)
 
 
 def cells(found: KlDivergence) -> tuple[str, str, str, str]:
@@ -33,15 +39,20 @@ def cells(found: KlDivergence) -> tuple[str, str, str, str]:
     )
 
 
-def _of_model(model: str, measured: Sequence[Measurement]) -> str:
-    rows = [COLUMNS, *(_row(found) for found in measured)]
-    return f"{HEADING}: {model}{_on(found.text for found in measured)}\n\n{markdown(rows)}"
+def _of_model(model: str, files: Sequence[Measurement], others: Sequence[Other]) -> str:
+    rows = [_row(found.stem, found) for found in files]
+    rows += [_row(f"{other.name} (not made here)", other) for other in others]
+    problems = [f"- {each.name}: not compared: {each.problem}\n" for each in others if each.problem]
+    heading = f"{HEADING}: {model}{_on(found.text for found in files)}\n"
+    parts = [heading, markdown([COLUMNS, *filter(None, rows)]), "".join(problems)]
+    return "\n".join(filter(None, parts))
 
 
-def _row(found: Measurement) -> tuple[str, ...]:
-    assert found.kl_divergence is not None
+def _row(name: str, found: Measurement | Other) -> tuple[str, ...] | None:
+    if found.kl_divergence is None:
+        return None
     perplexity = "-" if found.perplexity is None else f"{found.perplexity:.4f}"
-    return (found.stem, size(found.bytes), *cells(found.kl_divergence), perplexity)
+    return (name, size(found.bytes), *cells(found.kl_divergence), perplexity)
 
 
 def _with_error(value: float, error: float | None, form: str) -> str:

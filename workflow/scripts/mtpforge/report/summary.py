@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.others import Other
 from mtpforge.report.distances import distances
 from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
@@ -14,14 +15,17 @@ COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_m
 
 
 def summary(
-    reports: Iterable[Path], measurements: Iterable[Path], compared: Iterable[Path] = ()
+    reports: Iterable[Path],
+    measurements: Iterable[Path],
+    compared: Iterable[Path] = (),
+    others: Iterable[Path] = (),
 ) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
 
     Below are the verdicts on files whose types were found, and tables of distances from BF16.
 
-    Paths are `<folder of a model>/reports/...` and `<folder of a model>/measure/...`. Files of the
-    same name are told apart by their folders.
+    Paths are `<folder of a model>/reports/...`, `<folder of a model>/measure/...`, and for `others`
+    `<folder of a model>/work/others/...`. Files of the same name are told apart by their folders.
     """
     read = {path: Measurement.read(path) for path in measurements}
     measured = {(path.parent.parent, found.file): found for path, found in read.items()}
@@ -33,7 +37,7 @@ def summary(
         label = f"{folder.name}/{report.file}" if names[report.file] > 1 else report.file
         rows.append((label, *cells[1:]))
     verdicts = [f"- {each.file}: {each.verdict}\n" for each in map(Compared.read, compared)]
-    below = ["".join(verdicts), distances(read)]
+    below = ["".join(verdicts), distances(read, {path: Other.read(path) for path in others})]
     return "\n".join([markdown(rows), *filter(None, below)])
 
 

@@ -46,6 +46,7 @@ from mtpforge.rules.variant import (
     HubGguf,
     HubRepository,
     LocalGguf,
+    OtherGguf,
     OwnBase,
     Source,
     Variant,
@@ -270,6 +271,15 @@ class Model(Entry):
             " Without it, nothing is measured."
         ),
         examples=[{"n_max": [1, 2, 3], "text": "held-out.txt"}],
+    )
+    compare: list[OtherGguf] = Field(
+        default_factory=list,
+        description=(
+            "Other people's quantizations of the same model, to measure like the model's own on the"
+            " `text` of `measure`, without speed. A file from the Hub is deleted once it is"
+            " measured."
+        ),
+        examples=[[{"path": "downloads/model-Q4_K_M.gguf"}]],
     )
     publish: PublishTarget | None = Field(
         default=None, description="Where to upload the model. Without it, it is not uploaded."

@@ -9,7 +9,7 @@ from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model, S3Folder
-from mtpforge.rules.variant import LocalFolder, Variant
+from mtpforge.rules.variant import LocalFolder, OwnBase, Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """llama.cpp b11434 does not load a repository's file as the model if its name has one of these
@@ -24,6 +24,7 @@ def check(config: Config) -> None:
             _check_base(f"{path}/variants/{key}", variant)
         _check_sources(path, model)
         _check_sidecar(path, model)
+        _check_compare(path, model)
         for key, variant in model.variants.items():
             stem = layout.stem(model, key)
             _check_name(f"{path}/variants/{key}", stem)
@@ -35,6 +36,7 @@ def check(config: Config) -> None:
                 where = f"{path}/variants/{key}/base" if model.adopts(variant) else f"{path}/source"
                 _refuse(f"{where}/path", f"file names start with the {what}'s name: rename it")
     _check_chosen(config)
+    _check_compared_once(config)
     for key, local in local_paths.find(config.toolchain, "toolchain"):
         if problem := local.problem():
             _refuse(key, problem)
@@ -148,6 +150,32 @@ def _check_sidecar(path: str, model: Model) -> None:
     if model.sidecar in quant_types.PACKED and model.native:
         why = f"only llama.cpp's converter writes {model.sidecar}"
         _refuse(f"{path}/sidecar", f"{why}: set `converter: llama.cpp` on the model")
+
+
+def _check_compare(path: str, model: Model) -> None:
+    """Check that there are BF16 logits to compare other files with."""
+    if model.compare and not (model.measure and model.measure.text):
+        way = "set `measure: {text: FILE}`, a text to compare the predictions on"
+        _refuse(f"{path}/compare", f"nothing to measure it with: {way}")
+    if model.compare and not any(map(model.has_unquantized, model.variants.values())):
+        why = "every variant has a base from elsewhere, so there is no BF16 file to compare with"
+        _refuse(f"{path}/compare", f"{why}: add a variant without a base, or remove it")
+
+
+def _check_compared_once(config: Config) -> None:
+    """A fetched file is deleted once it is measured, so that nothing else may use it."""
+    used: dict[str, str] = {}
+    for model in config.models.values():
+        for variant in model.variants.values():
+            if variant.foreign and variant.base and not isinstance(variant.base, OwnBase):
+                name = layout.given_name(variant.base)
+                used.setdefault(name, f"models/{model.key}/variants/{variant.name}/base")
+    for model in config.models.values():
+        for number, other in enumerate(model.compare):
+            path = f"models/{model.key}/compare/{number}"
+            first = used.setdefault(layout.given_name(other), path)
+            if first != path:
+                _refuse(path, f"the same file as {first}, with the same figures: remove it")
 
 
 def _check_packed(path: str, variant: Variant, model: Model) -> None:

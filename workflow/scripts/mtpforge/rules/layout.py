@@ -128,6 +128,11 @@ def measurements(model: Model) -> list[str]:
     return [output(model, variant).measurement for variant in variants]
 
 
+def others(model: Model) -> list[str]:
+    """The measurements of other people's files."""
+    return [f"{work(model.key)}/others/{given_name(file)}.json" for file in model.compare]
+
+
 def folder(model: str) -> str:
     """The folder that is published."""
     return f"results/{model}"
@@ -253,9 +258,14 @@ def matrix_name(matrix: Imatrix | None) -> str:
         return "plain"
     if isinstance(matrix, ImatrixText):
         return imatrix_name(matrix.text)
-    if isinstance(matrix, HubFile):
-        return place(f"{commit(matrix)}/{matrix.file}")
-    return place(matrix.path)
+    return given_name(matrix)
+
+
+def given_name(file: GivenFile) -> str:
+    """A name for a file that was not made here."""
+    if isinstance(file, HubFile):
+        return place(f"{commit(file)}/{file.file}")
+    return place(file.path)
 
 
 def imatrix(model: str, text: str) -> str:

@@ -6,11 +6,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from mtpforge.errors import ConfigError
+from mtpforge.gguf.file_names import gguf_files
 from mtpforge.prompts import read_prompts
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest
 from mtpforge.rules.config import MeasureSettings
+from mtpforge.rules.fetch import tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import HubFile, HubGguf, LocalGguf
 
 
 class MeasureRules(Stage):
@@ -75,6 +78,41 @@ class MeasureRules(Stage):
     def measurements(self, wildcards: Wildcards) -> list[str]:
         """The measurements of a model; none without `measure`."""
         return layout.measurements(self.model(wildcards))
+
+    # ── other people's files ──
+
+    def others(self, wildcards: Wildcards) -> list[str]:
+        """The measurements of the files that a model is compared with."""
+        return layout.others(self.model(wildcards))
+
+    def all_others(self) -> list[str]:
+        """Those of all models that are built."""
+        return [path for model in self.config.chosen for path in layout.others(model)]
+
+    def other_file(self, wildcards: Wildcards) -> str:
+        """The path of such a file once it is fetched; of a split one, that of its first file."""
+        return layout.local_path(self._other(wildcards), wildcards.model)
+
+    def other_inputs(self, wildcards: Wildcards) -> list[str]:
+        """Records of its content."""
+        return tracked_inputs(self._other(wildcards), wildcards.model)
+
+    def other_options(self, wildcards: Wildcards) -> str:
+        """Its digests and where it is from, and the files to delete afterwards, as options."""
+        other = self._other(wildcards)
+        options = ["--recorded", layout.recorded(other)]
+        if isinstance(other, HubFile):
+            options += ["--repo", other.repo, "--revision", other.revision, "--free"]
+            names = gguf_files(other.file)
+            options += [layout.record(other, name) for name in names]  # first: see checked_record
+            options += [f"{layout.fetched(other)}/{name}" for name in names]
+        return shlex.join(options)
+
+    def _other(self, wildcards: Wildcards) -> LocalGguf | HubGguf:
+        for other in self.model(wildcards).compare:
+            if layout.given_name(other) == wildcards.place:
+                return other
+        raise ConfigError(f"config.yaml: models/{wildcards.model}/compare has no {wildcards.place}")
 
     def _settings(self, wildcards: Wildcards) -> MeasureSettings:
         settings = self.model(wildcards).measure

@@ -295,6 +295,14 @@ class ResourceRules(Stage):
         size = self._size(wildcards)
         return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
 
+    def measure_other(self, wildcards: Wildcards) -> Needs:
+        """Running somebody else's file over the measured text."""
+        model = self.model(wildcards)
+        sizes = {layout.given_name(each): _given(each) for each in model.compare}
+        text = costs.CHUNK * (model.measure.chunks if model.measure else 0)
+        size = sizes.get(wildcards.place, UNKNOWN)
+        return _needs(costs.run(size, self._machine, text=text))
+
     def publish(self, _: Wildcards) -> Needs:
         """Uploading, for as long as it takes."""
         return Needs(_PYTHON, seconds=7 * 86400)

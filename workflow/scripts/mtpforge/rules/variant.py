@@ -114,6 +114,9 @@ Base = Annotated[
     | Annotated[HubGguf, form("repo")],
     by_key("type", "path", "repo"),
 ]
+OtherGguf = Annotated[
+    Annotated[LocalGguf, form("path")] | Annotated[HubGguf, form("repo")], by_key("path", "repo")
+]
 Imatrix = Annotated[
     Annotated[ImatrixText, form("text")]
     | Annotated[LocalFile, form("path")]
