@@ -29,7 +29,7 @@ rule quantize:
 
 rule fetch:
     output: touch("fetch")
-    resources: **asked(needs, downloads=True), download=1,
+    resources: **asked(needs, beside=True), download=1,
     shell: note
 
 rule recipe:

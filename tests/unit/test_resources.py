@@ -30,7 +30,7 @@ RUNS_LLAMA = {
     "reference_logits", "measure", "search_logits", "sensitivities", "compare",
     "measure_other",
 }  # fmt: skip
-PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "toolchain", "errors"}
+PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "quantizer", "toolchain", "errors"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
     "models": {

@@ -5,6 +5,7 @@ second and, like llama.cpp, has the paths of its source files in its programs.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from conftest import ROOT
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import installed, programs
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.runtimes import PINNED
 from mtpforge.llama_cpp.toolchain import is_whole
@@ -326,7 +328,7 @@ def test_two_builds_at_the_same_time_both_succeed(tmp_path: Path) -> None:
     assert sum("compiling" in text for text in said) == 1
 
 
-def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_where_it_was(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
     run = clone.start()
     for line in run.stderr or ():
@@ -334,11 +336,66 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
             break
     run.kill()
     run.wait()
-    assert list(clone.cache.glob("llama.cpp/*.part"))
     assert not (tmp_path / "out/stamp.json").exists()
+    (tree,) = clone.cache.glob("llama.cpp/*.build")
     code, said = clone.run()
     assert code == 0, said
-    assert not list(clone.cache.glob("llama.cpp/*.part"))
+    assert "compiling" in said and "downloading" not in said
+    assert not tree.exists()
+    assert [p.name for p in tree.parent.iterdir() if p.suffix != ".lock"] == [tree.stem]
+
+
+def test_the_quantizer_is_built_first_and_then_the_rest(tmp_path: Path) -> None:
+    clone, first = Clone(tmp_path), tmp_path / "out" / "bin"
+    code, said = clone.run("out", "--quantizer")
+    assert code == 0, said
+    assert sorted(path.name for path in first.iterdir()) == sorted(QUANTIZER)
+    quantizer, before = clone.stamp(), (first / "llama-quantize").stat().st_ino
+    assert sorted(quantizer["programs"]) == sorted(QUANTIZER)
+    (tree,) = clone.cache.glob("llama.cpp/*.build")
+    code, said = clone.run()
+    assert code == 0, said
+    assert "compiling" in said and "downloading" not in said
+    assert (first / "llama-quantize").stat().st_ino == before  # a job may be running it
+    assert not tree.exists()
+    stamp = clone.stamp()
+    assert set(stamp["programs"]) == set(PROGRAMS)
+    assert {**stamp, "programs": quantizer["programs"]} == quantizer
+    assert quantizer["programs"].items() <= stamp["programs"].items()
+    for entry in clone.cache.glob("llama.cpp/*/stamp.json"):
+        if set(json.loads(entry.read_text())["programs"]) == set(QUANTIZER):
+            shutil.rmtree(entry.parent)
+    code, said = clone.run("whole", "--quantizer")  # of the build with all programs
+    assert (code, "using the build in" in said) == (0, True)
+    assert clone.stamp("whole") == quantizer
+
+
+def test_a_finished_quantizer_stays_if_the_rest_fails(tmp_path: Path) -> None:
+    broken = CMAKE_LISTS + "target_link_libraries(llama-server no-such-library)\n"
+    clone = Clone(tmp_path, {**archive_files(), "llama.cpp/CMakeLists.txt": broken})
+    assert clone.run("out", "--quantizer")[0] == 0
+    code, said = clone.run("all")
+    assert (code, "error: ninja failed" in said) == (1, True)
+    assert not list(clone.cache.glob("llama.cpp/*.build"))
+    code, said = clone.run("again", "--quantizer")
+    assert (code, "using the build in" in said) == (0, True)
+
+
+def test_who_waits_for_the_quantizer_does_not_wait_for_the_rest(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    assert clone.run("out", "--quantizer")[0] == 0
+    entry = clone.entry()
+    entry.rename(tmp_path / "hidden")
+    (lock,) = clone.cache.glob("llama.cpp/*.lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a run does that builds the rest
+        run = clone.start("waits", "--quantizer")
+        for line in run.stderr or ():
+            if "waiting" in line:
+                break
+        (tmp_path / "hidden").rename(entry)
+        assert run.wait(timeout=100) == 0
+    assert clone.stamp("waits") == clone.stamp()
 
 
 def test_an_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
@@ -368,7 +425,7 @@ def test_a_failed_build_shows_and_keeps_its_log(tmp_path: Path) -> None:
     assert log, said
     assert "FAILED" in said
     assert "FAILED" in Path(log[1]).read_text()
-    assert not list(clone.cache.glob("llama.cpp/*.part"))
+    assert not list(clone.cache.glob("llama.cpp/*.build"))
 
 
 def test_a_missing_compiler_is_reported_with_its_package(tmp_path: Path) -> None:

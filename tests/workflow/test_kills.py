@@ -32,6 +32,7 @@ LONGEST = 1.5 if KILLS else 0.3  # seconds from the start of a job to the kill; 
 
 STAGES = {
     "graph": "",  # before the first job
+    "quantizer": "quantizer: ",
     "toolchain": "toolchain: ",
     "resolve": "list ",
     "fetch": "fetch (?!only ).* of ",

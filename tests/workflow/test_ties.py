@@ -41,7 +41,7 @@ with SnakemakeApi(OutputSettings()) as api:
     } for job in dag.jobs]
 pathlib.Path(sys.argv[1]).write_text(json.dumps(jobs))
 """
-PINNED = {"toolchain", "converter"}
+PINNED = {"quantizer", "toolchain", "converter"}
 """Their requirements are parameters, without comments."""
 
 
@@ -111,6 +111,22 @@ def test_large_files_are_not_compared_by_time(jobs: dict[int, dict[str, Any]]) -
         compared = [file for file, ancient in job["inputs"].items() if not ancient]
         if job["rule"] not in ("all", "plots"):  # these only name what to make
             assert [file for file in compared if file.endswith(large)] == [], job["rule"]
+
+
+def test_quantization_does_not_wait_for_llama_server(jobs: dict[int, dict[str, Any]]) -> None:
+    plans = [needed(jobs, key) for key, job in jobs.items() if job["rule"] == "plan_types"]
+    assert all("quantizer" in rules for rules in plans)
+    for rules in plans:
+        assert ("toolchain" in rules) == ("imatrix" in rules)
+    assert sum("toolchain" not in rules for rules in plans) > 2
+    verified = [needed(jobs, key) for key, job in jobs.items() if job["rule"] == "verify"]
+    assert verified and all("toolchain" in rules for rules in verified)
+
+
+def needed(jobs: dict[int, dict[str, Any]], key: int) -> set[str]:
+    """The rules of all jobs that a job waits for."""
+    before = [need for need, _ in jobs[key]["needs"]]
+    return {jobs[need]["rule"] for need in before}.union(*(needed(jobs, need) for need in before))
 
 
 def follows(jobs: dict[int, dict[str, Any]], job: dict[str, Any], need: int) -> bool:

@@ -54,7 +54,7 @@ checkpoint resolve:
     conda:
         "../../envs/run.yaml"
     resources:
-        **asked(build.needs.resolve, downloads=True),
+        **asked(build.needs.resolve, beside=True),
         download=1,
     params:
         code=digest("resolve.py"),
@@ -81,7 +81,7 @@ rule fetch:
     conda:
         "../../envs/run.yaml"
     resources:
-        **asked(build.needs.fetch, downloads=True),
+        **asked(build.needs.fetch, beside=True),
         download=1,
     params:
         code=digest("fetch.py"),
@@ -106,7 +106,7 @@ rule fetch_head:
     conda:
         "../../envs/run.yaml"
     resources:
-        **asked(build.needs.fetch_head, downloads=True),
+        **asked(build.needs.fetch_head, beside=True),
         download=1,
     params:
         code=digest("fetch_head.py"),

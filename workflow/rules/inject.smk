@@ -7,7 +7,7 @@
 rule inject:
     input:
         code=code("inject.py"),
-        toolchain="resources/toolchain/stamp.json",
+        quantizer="resources/toolchain/quantizer.json",
         base=ancient(build.inject.base_files),
         base_digests=build.inject.base_inputs,
         head=ancient(build.inject.head_file),

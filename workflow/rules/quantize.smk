@@ -72,7 +72,7 @@ rule imatrix:
 checkpoint plan_types:
     input:
         code=code("quantize_plan.py"),
-        toolchain="resources/toolchain/stamp.json",
+        quantizer="resources/toolchain/quantizer.json",
         source=ancient(build.quantize.source),
         digests=build.quantize.source_digests,
         recipe=build.quantize.recipe_inputs,

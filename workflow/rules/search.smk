@@ -10,7 +10,7 @@
 rule errors:
     input:
         code=code("quantization_errors.py"),
-        toolchain="resources/toolchain/stamp.json",
+        quantizer="resources/toolchain/quantizer.json",
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         imatrix=ancient(build.search.imatrix_files),
@@ -112,7 +112,7 @@ rule sensitivities:
 rule allocate:
     input:
         code=code("allocate.py"),
-        toolchain="resources/toolchain/stamp.json",
+        quantizer="resources/toolchain/quantizer.json",
         source=ancient(build.search.source),
         digests=build.search.source_digests,
         errors=build.search.errors,

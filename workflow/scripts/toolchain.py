@@ -1,7 +1,7 @@
 """Build llama.cpp's programs from the pinned source archive, or link existing ones; write a stamp.
 
-The stamp is written last: if it exists, the programs are complete. The first build takes about 10
-minutes on 2 cores.
+The stamp is written last: if it exists, the programs are complete. With --quantizer it takes those
+that only write files, llama-quantize and llama-gguf-split; a later call builds the others.
 
 example: toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json
 """
@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 
 from mtpforge import cli
+from mtpforge.llama_cpp.compilation import PROGRAMS
+from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.toolchain import adopt, built, install
 
 
@@ -37,12 +39,16 @@ def main() -> None:
         metavar="DIR",
         help="link the programs in this folder, build nothing",
     )
+    parser.add_argument(
+        "--quantizer", action="store_true", help="only the programs that quantization needs"
+    )
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)
+    programs = QUANTIZER if args.quantizer else PROGRAMS
     if args.bin_dir:
-        stamp = adopt(Path(args.bin_dir).expanduser(), args.bin)
+        stamp = adopt(Path(args.bin_dir).expanduser(), args.bin, programs)
     else:
-        stamp = install(built(args.requirement, args.jobs), args.bin)
+        stamp = install(built(args.requirement, args.jobs, programs), args.bin, programs)
     stamp.write(args.out)
     print(f"llama.cpp {stamp.llama_cpp} ({stamp.commit[:9]})")
 

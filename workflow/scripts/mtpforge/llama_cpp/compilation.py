@@ -150,7 +150,7 @@ def unpack(archive: Path, target: Path) -> None:
 def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path) -> None:
     """Compile the source in `work`/llama.cpp, of the build `tag`, into `work`/build.
 
-    Raises ToolchainError; the log is kept after a failure.
+    What is compiled there already stays. Raises ToolchainError; the log is kept after a failure.
     """
     cmake = _tool("cmake")
     ninja = _tool("ninja")
@@ -195,7 +195,8 @@ def _tool(name: str) -> str:
 def _run_logged(command: list[str], log: Path, out: int) -> None:
     """Run a command with its output in `log`, and show Ninja's step every ten seconds."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-    with running(command, **pipes, env=build_environment()) as process:
+    # Open files that may be inherited are: the lock of the folder.
+    with running(command, **pipes, close_fds=False, env=build_environment()) as process:
         shown = ""
         while True:
             with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Digests of what lies beside programs: their shared libraries, and the converter's packages."""
+"""What lies beside programs: their stamp, their shared libraries, and the converter's packages."""
 
 import hashlib
 import os
@@ -12,12 +12,24 @@ from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import ANYWHERE, is_there, member, read_json
 
+QUANTIZER = ("llama-quantize", "llama-gguf-split")
+"""Programs that only write files. They are built first, so that quantization need not wait."""
 DIGESTS = "digests.json"
 """The digests of the converter's folders, beside its stamp; they differ from machine to machine."""
 PARTS = ("source", "environment/lib")
 
 _LIBRARIES = ("*.so", "*.so.*", "*.dylib")
 _OWN = ("libggml", "libllama", "libmtmd")
+
+
+def stamp_of(folder: Path, name: str) -> Path:
+    """The stamp of a program of this folder; it need not exist.
+
+    Those of QUANTIZER have one of their own.
+    """
+    parent = folder.absolute().parent
+    own = parent / "quantizer.json"
+    return own if name in QUANTIZER and own.exists() else parent / "stamp.json"
 
 
 def libraries(programs: Iterable[Path]) -> dict[str, str]:

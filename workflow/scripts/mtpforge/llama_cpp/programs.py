@@ -18,7 +18,7 @@ from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import member, read_json
 from mtpforge.llama_cpp import process
-from mtpforge.llama_cpp.installed import libraries
+from mtpforge.llama_cpp.installed import libraries, stamp_of
 from mtpforge.llama_cpp.version import Version, version_of
 
 DEFAULT_FOLDER = Path("resources/toolchain/bin")
@@ -63,7 +63,7 @@ class LlamaCpp:
                 f"{path}: missing or not executable: build it with `make toolchain`, or name "
                 "another folder with --bin"
             )
-        _check_stamp(path, self.folder.absolute().parent / "stamp.json")
+        _check_stamp(path, stamp_of(self.folder, name))
         return path.resolve()
 
     def quantize(self, arguments: Iterable[Argument], cwd: Path) -> None:
@@ -137,7 +137,7 @@ def _check_libraries(folder: Path, stamp: Path) -> None:
 
 def _changed(path: Path, stamp: Path) -> ToolchainError:
     return ToolchainError(
-        f"{path}: damaged, or not the one of {stamp}: run `snakemake --forcerun toolchain`"
+        f"{path}: damaged, or not the one of {stamp}: run `snakemake --forcerun quantizer`"
     )
 
 

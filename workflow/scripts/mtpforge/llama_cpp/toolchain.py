@@ -6,13 +6,16 @@ and day.
 """
 
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mtpforge import progress
@@ -45,6 +48,8 @@ BUILD_SIZE = 500_000_000
 """Bytes of disk that a build takes."""
 CONVERTER_SIZE = 1_000_000_000
 """Bytes of disk that the environment of llama.cpp's converter takes."""
+_POLL = 0.5
+"""Seconds between looks at whether another run has finished."""
 
 
 def cache_root() -> Path:
@@ -61,78 +66,93 @@ def cached(requirement: Path) -> Path | None:
     return entry if is_whole(entry) else None
 
 
-def built(requirement: Path, jobs: int) -> Path:
-    """The cache entry of the pinned llama.cpp, built if it is missing. Raises ToolchainError.
+def built(requirement: Path, jobs: int, programs: tuple[str, ...] = PROGRAMS) -> Path:
+    """A cache entry with programs of the pinned llama.cpp, built if it is missing.
 
-    It has `bin/`, `source/` and `stamp.json`.
+    It has `bin/` and `stamp.json`, and the converter in `source/` if it has all programs. A build
+    goes on from where another left off, of fewer programs or killed. Raises ToolchainError.
     """
     pin = read_pin(requirement)
-    recipe = Recipe(pin.sha256, compiler(), machine())
-    entry = cache_root() / recipe.key()
-    if is_whole(entry):
-        progress.say(f"llama.cpp: using the build in {entry}")
-        return entry
+    whole = Recipe(pin.sha256, compiler(), machine())
+    recipe = replace(whole, programs=programs)
+    if found := _finished(recipe, whole):
+        progress.say(f"llama.cpp: using the build in {found}")
+        return found
+    tree = cache_root() / f"{whole.key()}.build"
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with only_builder(entry) as alone:
-            if is_whole(entry):  # built by the run that we waited for
-                return entry
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        with only_builder(tree, lambda: _finished(recipe, whole)) as alone:
+            if found := _finished(recipe, whole):  # built by the run that we waited for
+                return found
             if alone:
-                for left in entry.parent.glob(f"{entry.name}.*.part"):  # by killed runs
-                    shutil.rmtree(left, ignore_errors=True)
-            _build(pin, requirement, recipe=recipe, entry=entry, jobs=jobs)
+                return _build(pin, requirement, recipe=recipe, tree=tree, jobs=jobs)
+            scratch = tempfile.mkdtemp(prefix=f"{whole.key()}.", suffix=".part", dir=tree.parent)
+            return _build(pin, requirement, recipe=whole, tree=Path(scratch), jobs=jobs)
     except OSError as error:
         raise ToolchainError(
-            f"cannot build llama.cpp: {storage.explain(error, entry, BUILD_SIZE)}; set "
+            f"cannot build llama.cpp: {storage.explain(error, tree, BUILD_SIZE)}; set "
             "MTPFORGE_CACHE to use another folder"
         ) from error
-    return entry
 
 
-def is_whole(entry: Path) -> bool:
-    """Whether a cache entry has the converter, and every program with the stamp's sha256."""
+def is_whole(entry: Path, programs: tuple[str, ...] = PROGRAMS) -> bool:
+    """Whether a cache entry has these programs with the stamp's sha256.
+
+    One of all programs must have the converter too.
+    """
     try:
         stamp = Stamp.read(entry / "stamp.json")
-        same = all(digest_of(entry / "bin" / name) == stamp.programs[name] for name in PROGRAMS)
+        same = all(digest_of(entry / "bin" / name) == stamp.programs[name] for name in programs)
     except (OSError, RecordError, KeyError):
         return False
-    return same and all((entry / "source" / name).exists() for name in SOURCE)
+    return same and (programs != PROGRAMS or all((entry / "source" / n).exists() for n in SOURCE))
 
 
 @contextmanager
-def only_builder(entry: Path) -> Iterator[bool]:
-    """Wait until no other run builds this entry.
+def only_builder(tree: Path, finished: Callable[[], object] = lambda: None) -> Iterator[bool]:
+    """Wait until no other run builds in this folder, or until it has finished what we need.
 
     Yields False on a file system without locks, on which two runs may build at the same time.
     """
-    with entry.with_name(f"{entry.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.say("llama.cpp: waiting for another run that is building it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+    with tree.with_suffix(".lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # compilers that outlive a killed run hold it too
+        for waited in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waited == 0:
+                    progress.say("llama.cpp: waiting for another run that is building it")
+                if finished():
+                    break
+                time.sleep(_POLL)
+            except OSError:
+                yield False
+                return
+            else:
+                break
+        yield not storage.locks_alone(tree.parent)
 
 
-def install(entry: Path, folder: Path) -> Stamp:
-    """Copy a build's programs into `folder`; returns their stamp."""
-    stamp = Stamp.read(entry / "stamp.json")
-    for name in stamp.programs:
+def install(entry: Path, folder: Path, programs: tuple[str, ...] = PROGRAMS) -> Stamp:
+    """Copy these programs of a build into `folder`; returns their stamp."""
+    known = Stamp.read(entry / "stamp.json")
+    chosen = {name: digest for name, digest in known.programs.items() if name in programs}
+    for name, digest in chosen.items():
+        installed = folder / name
+        if installed.is_file() and not installed.is_symlink() and digest_of(installed) == digest:
+            continue  # a job may be running it
         size = (entry / "bin" / name).stat().st_size
         with replacing(folder / name, needed=size) as temporary:
             # No hard link: damage to one clone's programs must not reach another's.
             shutil.copy2(entry / "bin" / name, temporary)
             os.utime(temporary)
-    return stamp
+    return replace(known, programs=chosen)
 
 
-def adopt(existing: Path, folder: Path) -> Stamp:
-    """Link programs that were built elsewhere, perhaps with CUDA, into `folder`.
+def adopt(existing: Path, folder: Path, programs: tuple[str, ...] = PROGRAMS) -> Stamp:
+    """Link these programs, built elsewhere, perhaps with CUDA, into `folder`.
 
-    Returns their stamp. Raises ToolchainError if one is missing or does not run.
+    Returns their stamp. Raises ToolchainError if any program is missing or does not run.
     """
     existing = existing.absolute()
     for name in PROGRAMS:
@@ -142,7 +162,7 @@ def adopt(existing: Path, folder: Path) -> Stamp:
             )
     version = version_of(existing, PROGRAMS)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in PROGRAMS:
+    for name in programs:
         temporary = folder / f".{name}.{os.getpid()}.part"
         temporary.symlink_to(existing / name)
         os.replace(temporary, folder / name)
@@ -151,8 +171,8 @@ def adopt(existing: Path, folder: Path) -> Stamp:
         build=version.build,
         commit=version.commit,
         compiler=version.compiler,
-        programs={name: digest_of(existing / name) for name in PROGRAMS},
-        libraries=libraries(existing / name for name in PROGRAMS) or None,
+        programs={name: digest_of(existing / name) for name in programs},
+        libraries=libraries(existing / name for name in programs) or None,
     )
 
 
@@ -172,27 +192,64 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
 
 
-def _build(pin: Pin, requirement: Path, recipe: Recipe, entry: Path, jobs: int) -> None:
-    """Build in a temporary folder beside `entry`, then move the result there in one step."""
-    progress.say("llama.cpp: building, once per user: 10 minutes on 2 cores, 500 MB of disk")
-    storage.require(entry, BUILD_SIZE)
-    work = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
+def _finished(recipe: Recipe, whole: Recipe) -> Path | None:
+    """A cache entry that has the programs of `recipe`: its own, or that of the whole build."""
+    for each in (recipe, whole):
+        entry = cache_root() / each.key()
+        if is_whole(entry, each.programs):
+            return entry
+    return None
+
+
+def _build(pin: Pin, requirement: Path, recipe: Recipe, tree: Path, jobs: int) -> Path:
+    """Build in a folder, then move the result to its final name in one step.
+
+    The folder stays for the programs that are not built yet, and after a kill; else it is removed.
+    """
+    entry = cache_root() / recipe.key()
     try:
-        with storage.by_program(work / "written", BUILD_SIZE, build=True):
-            unpack(download(pin, requirement, work), work / "llama.cpp")
-            log = entry.parent / f"{entry.name}.log"
-            compile_programs(work, recipe, tag=pin.tag, jobs=jobs, log=log)
-        result = work / "entry"
-        for part in "bin", "source":
-            (result / part).mkdir(parents=True)
-        for name in recipe.programs:
-            shutil.copy2(work / "build" / "bin" / name, result / "bin" / name)
+        storage.require(tree, BUILD_SIZE)
+        with storage.by_program(tree / "written", BUILD_SIZE, build=True):
+            _unpack(pin, requirement, tree)
+            log = tree.parent / f"{entry.name}.log"
+            compile_programs(tree, recipe, tag=pin.tag, jobs=jobs, log=log)
+        _move_into_place(_result(recipe, tree, pin.tag), entry)
+    except Exception:
+        shutil.rmtree(tree, ignore_errors=True)
+        raise
+    shutil.rmtree(tree if recipe.programs == PROGRAMS else tree / "torn", ignore_errors=True)
+    return entry
+
+
+def _unpack(pin: Pin, requirement: Path, tree: Path) -> None:
+    """Download and unpack the source, unless an earlier run has done so."""
+    if not (tree / "llama.cpp").exists():
+        progress.say("llama.cpp: building, once per user: 500 MB of disk")
+        shutil.rmtree(tree, ignore_errors=True)
+        unpack(download(pin, requirement, tree), tree / "new")
+        (tree / "new").rename(tree / "llama.cpp")
+
+
+def _result(recipe: Recipe, tree: Path, tag: str) -> Path:
+    """The content of a cache entry, from a finished build."""
+    result = tree / "entry"
+    shutil.rmtree(result, ignore_errors=True)
+    (result / "bin").mkdir(parents=True)
+    for name in recipe.programs:
+        shutil.copy2(tree / "build" / "bin" / name, result / "bin" / name)
+    if recipe.programs == PROGRAMS:
         for name in SOURCE:
-            shutil.move(work / "llama.cpp" / name, result / "source" / name)
-        _stamp_of(recipe, result / "bin", pin.tag).write(result / "stamp.json")
-        _move_into_place(result, entry)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            _copy(tree / "llama.cpp" / name, result / "source" / name)
+    _stamp_of(recipe, result / "bin", tag).write(result / "stamp.json")
+    return result
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target)
 
 
 def _stamp_of(recipe: Recipe, programs: Path, tag: str) -> Stamp:

@@ -22,6 +22,7 @@ from mtpforge.gguf.split import is_other_header
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of, sha256
 from mtpforge.io.text import read_json
+from mtpforge.llama_cpp.installed import stamp_of
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import imatrix
 from mtpforge.quantize.mixture import Types
@@ -207,11 +208,11 @@ def source_form(source: Gguf, name: str) -> str:
 def toolchain_digest(llama: LlamaCpp) -> str:
     """A digest of everything in the toolchain that the bytes of a quantization depend on.
 
-    Covers llama-quantize, its shared libraries and the build's stamp.json. Raises ToolchainError if
+    Covers llama-quantize, its shared libraries and the build's stamp. Raises ToolchainError if
     the program is missing, CheckpointError if the stamp is not a JSON object.
     """
     program = llama.find("llama-quantize")
-    stamp = llama.folder.parent / "stamp.json"
+    stamp = stamp_of(llama.folder, "llama-quantize")
     about = read_json(stamp) if stamp.exists() else {}
     about.pop("programs", None)
     libraries = [

@@ -86,8 +86,9 @@ class Needs:
 def free_downloads(workflow: Any) -> None:
     """Let downloads run beside jobs that use all processors of this machine.
 
-    Snakemake starts nothing while all cores are taken. So it gets more of them here, and jobs other
-    than downloads are limited by `processors` and by the threads of one job.
+    So may the compilation of programs that these jobs do not run. Snakemake starts nothing while
+    all cores are taken. So it gets more of them here, and jobs other than downloads and
+    compilations are limited by `processors` and by the threads of one job.
     """
     cores = workflow.global_resources["_cores"].value
     if not (workflow.is_main_process and workflow.local_exec and cores):
@@ -96,7 +97,7 @@ def free_downloads(workflow: Any) -> None:
         workflow.global_resources["download"] = DOWNLOADS
     downloads = workflow.global_resources["download"].value
     workflow.global_resources["processors"] = cores
-    workflow.global_resources["_cores"] = cores + downloads
+    workflow.global_resources["_cores"] = 2 * cores + downloads
     most = workflow.resource_settings.max_threads
     workflow.resource_settings.max_threads = min(most or cores, cores)
 
@@ -105,12 +106,12 @@ class ResourceRules(Stage):
     """What the jobs of each rule need."""
 
     def asked(
-        self, needs: Callable[[Wildcards], Needs], downloads: bool = False
+        self, needs: Callable[[Wildcards], Needs], beside: bool = False
     ) -> dict[str, Callable[..., int]]:
         """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
 
-        Memory is at most `memory` of the configuration. `processors` are its threads, unless it
-        `downloads`.
+        Memory is at most `memory` of the configuration. `processors` are its threads, unless it may
+        run `beside` jobs that use all of them.
         """
         most = parse_size(self.config.memory) if self.config.memory else math.inf
 
@@ -129,7 +130,7 @@ class ResourceRules(Stage):
         found: dict[str, Callable[..., int]] = {
             "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
         }  # fmt: skip
-        if not downloads:
+        if not beside:
             found["processors"] = processors
         for function in found.values():  # Snakemake asks for it several times a job
             vars(function)["__signature__"] = inspect.signature(function)
