@@ -27,8 +27,8 @@ from sparse import write_35b
 REVISION = "0123456789" * 4
 RUNS_LLAMA = {
     "imatrix", "acceptance", "verify", "verify_split", "verify_sidecar", "verify_mmproj",
-    "reference_logits", "measure", "search_logits", "sensitivities", "compare",
-    "measure_other",
+    "reference_logits", "measure", "search_logits", "sensitivities", "sensitivities_share",
+    "compare", "measure_other",
 }  # fmt: skip
 PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "quantizer", "toolchain", "errors"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}

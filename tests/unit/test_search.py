@@ -1,9 +1,11 @@
 """The search for a recipe: groups of tensors, their errors and sensitivities, and what follows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -222,9 +224,12 @@ def test_the_prior_knows_embeddings_that_are_the_output_too() -> None:
 class Runs:
     """Stands in for the programs: the divergence of each run, some of which fail."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int = 0) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fail_at: int = 0, depends_on_group: bool = False
+    ) -> None:
         self.count = 0
         self.fail_at = fail_at
+        self.depends_on_group = depends_on_group
         self.types: list[set[str]] = []
         monkeypatch.setattr(probes, "_check", lambda search: None)
         monkeypatch.setattr(probes, "run", self.quantize)
@@ -237,7 +242,9 @@ class Runs:
         self.count += 1
         if self.count == self.fail_at:
             raise ToolchainError("killed")
-        return 1.0, KlDivergence(mean=self.count / 1000, p99_9=0.1, same_top=1.0)
+        text = " ".join(sorted(self.types[-1]))
+        result = crc32(text.encode()) if self.depends_on_group else self.count
+        return 1.0, KlDivergence(mean=result / 1000, p99_9=0.1, same_top=1.0)
 
 
 def search(folder: Path, threads: int = 1, identity: str = "this model") -> probes.Search:
@@ -269,6 +276,42 @@ def test_a_search_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_p
     third = Runs(monkeypatch)
     assert probes.measure(search(tmp_path), "tensor").kl_divergence == found_now
     assert third.count == 0
+
+
+@pytest.mark.parametrize("by", ["class", "tensor"])
+@pytest.mark.parametrize("pieces", [2, 3, 50])
+def test_jobs_that_share_the_runs_find_what_one_job_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: groups.By, pieces: int
+) -> None:
+    total = len(groups.tried(model(), by))
+    runs = Runs(monkeypatch, depends_on_group=True)
+    shared = search(tmp_path)
+    found_by: dict[str, float] = {}
+    for piece in range(pieces, 0, -1):
+        own = probes.measure(shared, by, piece, pieces).kl_divergence
+        assert len(own) <= total // pieces + 1 and not own.keys() & found_by.keys()
+        found_by |= own
+    assert runs.count == total
+    together = probes.measure(shared, by)
+    assert runs.count == total
+    assert together.kl_divergence == found_by
+    alone = probes.measure(replace(shared, keep=tmp_path / "alone"), by)
+    assert alone == together and list(alone.kl_divergence) == list(together.kl_divergence)
+
+
+def test_a_class_that_is_a_whole_layer_is_tried_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = model()
+    kept = ("token_embd.weight", "blk.0.ffn_down.weight", "blk.2.nextn.eh_proj.weight")
+    tiny = replace(tiny, tensors={name: tiny.tensors[name] for name in kept})
+    runs = Runs(monkeypatch)
+    one = replace(search(tmp_path, threads=2), source=tiny)
+    results = [probes.measure(one, "class", piece, 2).kl_divergence for piece in (1, 2)]
+    assert runs.count == 2
+    assert [set(each) for each in results] == [
+        {"token_embd.weight"}, {"ffn_down.weight", "blk.0"}
+    ]  # fmt: skip
 
 
 def test_results_of_another_model_or_text_are_not_used(
@@ -456,6 +499,17 @@ def test_a_search_with_an_importance_matrix_uses_its_text() -> None:
     assert made.search.imatrix_option(wildcards()) == made.search.imatrix_option(
         wildcards(matrix=name)
     )
+
+
+def test_jobs_share_the_runs() -> None:
+    made = build(size="Q4_K_M", text="README.md")
+    text = layout.imatrix_name("README.md")
+    of = wildcards(text=text, method="class", matrix="plain")
+    assert made.search.shares(of, 1) == []
+    beginning = f"results/m/work/sensitivities/plain/{text}-class"
+    assert made.search.shares(of, 2) == [f"{beginning}/1-of-2.json", f"{beginning}/2-of-2.json"]
+    shared = wildcards(method="class", piece="1", pieces="4")
+    assert made.needs.sensitivities(of).seconds > made.needs.sensitivities(shared).seconds
 
 
 def test_the_prior_runs_nothing() -> None:

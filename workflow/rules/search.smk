@@ -68,7 +68,17 @@ use rule reference_logits as search_logits with:
         "{wildcards.model}: BF16 logits on {input.text}, for sensitivities"
 
 
-# Finished runs are not outputs: Snakemake would delete those of a job that was killed.
+# How many jobs share the runs of a search: `--set-scatter sensitivities=8`, or `set-scatter` in a
+# profile. The results are the same for any number.
+scattergather:
+    sensitivities=1,
+
+
+SHARES = len(gather.sensitivities("{scatteritem}"))
+
+
+# With shares, this job only collects their results. Finished runs are not outputs: Snakemake would
+# delete those of a job that was killed.
 rule sensitivities:
     input:
         code=code("sensitivity.py"),
@@ -80,6 +90,7 @@ rule sensitivities:
         logits_digest=build.search.logits_digest,
         imatrix=ancient(build.search.imatrix_files),
         imatrix_digest=build.search.imatrix_inputs,
+        shares=lambda wildcards: build.search.shares(wildcards, SHARES),
     output:
         "results/{model}/work/sensitivities/{matrix}/{text}-{method}.json",
     log:
@@ -99,14 +110,48 @@ rule sensitivities:
     params:
         code=digest("sensitivity.py"),
         imatrix=build.search.imatrix_option,
+        share="",
         keep="results/{model}/work/probes",
     message:
         "{wildcards.model}: sensitivities by {wildcards.method}"
     shell:
         "python {input.code[0]:q} {input.source:q} --logits {input.logits:q} {params.imatrix}"
-        " --by {wildcards.method} --keep {params.keep:q}"
+        " --by {wildcards.method} {params.share} --keep {params.keep:q}"
         " --inputs {input.digests:q} {input.text_record:q} {input.imatrix_digest:q}"
         " --threads {threads} --out {output:q} > {log:q} 2>&1"
+
+
+use rule sensitivities as sensitivities_share with:
+    input:
+        code=code("sensitivity.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        text_record=build.search.text_record,
+        logits=ancient(build.search.logits),
+        logits_digest=build.search.logits_digest,
+        imatrix=ancient(build.search.imatrix_files),
+        imatrix_digest=build.search.imatrix_inputs,
+    output:
+        "results/{model}/work/sensitivities/{matrix}/{text}-{method}/{piece}-of-{pieces}.json",
+    log:
+        "logs/{model}/sensitivities-{matrix}-{text}-{method}-{piece}-of-{pieces}.log",
+    benchmark:
+        "benchmarks/{model}/sensitivities-{matrix}-{text}-{method}-{piece}-of-{pieces}.jsonl"
+    wildcard_constraints:
+        matrix="[^/]+",
+        text="[^/]+",
+        method="class|tensor",
+        piece="[0-9]+",
+        pieces="[0-9]+",
+    params:
+        code=digest("sensitivity.py"),
+        imatrix=build.search.imatrix_option,
+        share="--piece {piece}/{pieces}",
+        keep="results/{model}/work/probes",
+    message:
+        "{wildcards.model}: sensitivities by {wildcards.method},"
+        " share {wildcards.piece} of {wildcards.pieces}"
 
 
 rule allocate:

@@ -15,7 +15,6 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import argparse
 import os
-import re
 from pathlib import Path
 
 from mtpforge import cli
@@ -27,7 +26,7 @@ from mtpforge.quantize import pieces, request
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.llama_quantize import choose_types, quantize
 from mtpforge.quantize.manifest import Manifest
-from mtpforge.quantize.piece_count import MAX_PIECES
+from mtpforge.quantize.piece_count import piece_number
 from mtpforge.quantize.plan import QuantizePlan
 
 
@@ -114,16 +113,6 @@ def add_planned_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="make a hard link to --out, and list it in the manifest",
     )
-
-
-def piece_number(text: str) -> tuple[int, int]:
-    """Parse I/N, a piece's number from 1 and the number of pieces."""
-    match = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(
-            f"must be I/N with I from 1 to N, and N at most {MAX_PIECES}"
-        )
-    return int(match[1]), int(match[2])
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

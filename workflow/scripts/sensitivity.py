@@ -17,6 +17,7 @@ from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp import programs
+from mtpforge.quantize.piece_count import piece_number
 from mtpforge.quantize.plan import toolchain_digest
 from mtpforge.search import probes
 from mtpforge.search.settings import CHUNKS
@@ -43,6 +44,11 @@ def main() -> None:
         help="files that stand for model, text and matrix: kept results of others are not used"
         " (default: these themselves)",
     )  # fmt: skip
+    parser.add_argument(
+        "--piece", type=piece_number, default=(1, 1), metavar="I/N",
+        help="try only a part of the groups, piece I of N; without it, all results that are not in"
+        " --keep yet",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the results, a JSON file")
     programs.add_options(parser)
     args = parser.parse_args()
@@ -58,7 +64,7 @@ def main() -> None:
         keep=args.keep,
         identity="".join([*map(digest_of, inputs), toolchain_digest(llama)]),
     )
-    found = probes.measure(search, args.by)
+    found = probes.measure(search, args.by, *args.piece)
     found.write(args.out)
     print(f"{len(found.kl_divergence)} groups of tensors")
 

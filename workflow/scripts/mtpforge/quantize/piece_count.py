@@ -1,4 +1,7 @@
-"""The default number of pieces of a quantization."""
+"""The default number of pieces of a quantization, and the number of one of them."""
+
+import argparse
+import re
 
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.plan import QuantizePlan
@@ -22,3 +25,13 @@ def piece_count(plan: QuantizePlan, llama: LlamaCpp, machines: int = 1) -> int:
     seconds = plan.cost / llama.processors
     shared = min(machines, int(seconds / SHARED_SECONDS))
     return min(max(1, shared, round(seconds / PIECE_SECONDS)), MAX_PIECES)
+
+
+def piece_number(text: str) -> tuple[int, int]:
+    """Parse I/N, a piece's number from 1 and the number of pieces, for argparse."""
+    match = re.fullmatch(r"([1-9]\d{0,2})/([1-9]\d{0,2})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"must be I/N with I from 1 to N, and N at most {MAX_PIECES}"
+        )
+    return int(match[1]), int(match[2])

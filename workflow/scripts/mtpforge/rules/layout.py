@@ -232,6 +232,13 @@ def sensitivities(model: str, matrix: str, text: str, method: str) -> str:
     return f"{work(model)}/sensitivities/{matrix}/{imatrix_name(text)}-{method}.json"
 
 
+def sensitivity_shares(model: str, matrix: str, text: str, method: str, count: int) -> list[str]:
+    """Those of each of `count` jobs that share the runs; none if there is only one."""
+    beginning = sensitivities(model, matrix, text, method).removesuffix(".json")
+    numbers = range(1, count + 1) if count > 1 else ()
+    return [f"{beginning}/{number}-of-{count}.json" for number in numbers]
+
+
 def search_logits(model: str, text: str) -> str:
     """The logits of the BF16 file on a text for sensitivities."""
     return f"{work(model)}/search-logits/{imatrix_name(text)}.bin"

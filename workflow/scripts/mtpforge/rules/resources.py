@@ -239,9 +239,11 @@ class ResourceRules(Stage):
     def sensitivities(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file for each class and layer, or for each tensor.
 
-        Time for a part of the runs: another attempt goes on with the others.
+        Time for a part of the runs of a share: another attempt goes on with the others.
         """
-        runs = (_TENSORS if wildcards.method == "tensor" else _CLASSES) // _ATTEMPTS
+        shares = int(getattr(wildcards, "pieces", 1))
+        runs = _TENSORS if wildcards.method == "tensor" else _CLASSES
+        runs = math.ceil(runs / shares / _ATTEMPTS)
         return _needs(costs.sensitivities(self._weights(wildcards), self._machine, runs))
 
     def quantize(self, wildcards: Wildcards) -> Needs:

@@ -66,6 +66,12 @@ class SearchRules(ImatrixRules):
         found = layout.sensitivities(wildcards.model, matrix, text, variant.method)
         return [found, *self._errors(wildcards, PROBE)]
 
+    def shares(self, wildcards: Wildcards, count: int) -> list[str]:
+        """The results of the jobs that share the runs; none if one job does all."""
+        model, matrix, method = wildcards.model, wildcards.matrix, wildcards.method
+        text = self.text(wildcards)
+        return layout.sensitivity_shares(model, matrix, text, method, count=count)
+
     def head_recipe(self, wildcards: Wildcards) -> list[str]:
         """The types of the head by pattern; none without a head."""
         has_head = self.variant(wildcards).head_types

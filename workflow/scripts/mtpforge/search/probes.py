@@ -66,16 +66,18 @@ class Search:
         return self.keep / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
 
 
-def measure(search: Search, by: groups.By) -> Sensitivities:
+def measure(search: Search, by: groups.By, piece: int = 1, pieces: int = 1) -> Sensitivities:
     """Try each group that has no result yet. Prints the number of runs first, then the time left.
 
-    Raises ConfigError if the model does not fit into the memory, or for logits or an importance
-    matrix of another model; ToolchainError.
+    Of several `pieces`, only the groups of one, counted from 1, are tried and returned. All pieces
+    can share the folder of results. Raises ConfigError if the model does not fit into the memory,
+    or for logits or an importance matrix of another model; ToolchainError.
     """
     _check(search)
     search.keep.mkdir(parents=True, exist_ok=True)
-    found = groups.tried(search.source, by)
-    todo = [names for names in found.values() if not search.kept(names).exists()]
+    found = _of_piece(groups.tried(search.source, by), piece, pieces)
+    missing = {search.kept(names): names for names in found.values()}
+    todo = [names for path, names in missing.items() if not path.exists()]
     left = progress.Left()
     for number, _ in enumerate(_results(search, todo), 1):
         if left.due():
@@ -84,6 +86,13 @@ def measure(search: Search, by: groups.By) -> Sensitivities:
     return Sensitivities(
         by=by, kl_divergence={name: each.kl_divergence for name, each in results.items()}
     )
+
+
+def _of_piece(tried: groups.Groups, piece: int, pieces: int) -> groups.Groups:
+    """The groups of a piece. Those of the same tensors, which have one result, are in one piece."""
+    distinct = dict.fromkeys(map(tuple, tried.values()))
+    own = {names for place, names in enumerate(distinct) if place % pieces == piece - 1}
+    return {name: names for name, names in tried.items() if tuple(names) in own}
 
 
 def _check(search: Search) -> None:
@@ -121,6 +130,9 @@ def _results(search: Search, todo: Sequence[Sequence[str]]) -> Iterator[None]:
 
 def _say_before(runs: int, workers: int, size: int) -> None:
     """Print what a search takes."""
+    if not runs:
+        progress.say("no runs, because all results are kept")
+        return
     at_a_time = f"{workers} at a time" if workers > 1 else "one at a time"
     needed = table.size(workers * memory.needed(size))
     disk = table.size(workers * size)
