@@ -54,6 +54,40 @@ def test_is_the_best_of_all_choices() -> None:
     assert max(excess) < 1 + 1e-9
 
 
+def odd(generator: random.Random) -> Groups:
+    """A few groups with ties, as substitutes of types make them, losses of zero, or one type."""
+    groups = []
+    losses = generator.choice(([8.0, 4.0, 2.0], [1.0, 0.0, 0.0], [1e6, 1e-6, 1e-12]))
+    for _ in range(generator.randint(1, 5)):
+        unit = generator.choice((32, 100, 1000))
+        kinds = generator.sample(list(BITS), generator.randint(1, 5))
+        steps = [list(BITS).index(kind) // 2 for kind in kinds]
+        groups.append(
+            [
+                Option(kind, unit * (step + 1), losses[step] * unit)
+                for kind, step in zip(kinds, steps, strict=True)
+            ]
+        )
+    return groups
+
+
+def test_is_the_best_of_choices_with_ties_in_any_order_of_candidates() -> None:
+    generator = random.Random(6)
+    for _ in range(400):
+        groups = odd(generator)
+        least, most = (sum(f(o.bytes for o in group) for group in groups) for f in (min, max))
+        budget = generator.randint(least, most + 40)
+        best = min(
+            loss(each) for each in map(list, itertools.product(*groups)) if size(each) <= budget
+        )
+        chosen = allocate(groups, budget)
+        assert size(chosen) <= budget
+        assert loss(chosen) <= best * (1 + 1e-9)
+        shuffled = [generator.sample(group, len(group)) for group in groups]
+        assert allocate(shuffled, budget) == chosen
+        assert loss(allocate(shuffled[::-1], budget)) == pytest.approx(loss(chosen), rel=1e-9)
+
+
 def test_fills_the_bytes_of_a_model() -> None:
     generator = random.Random(2)
     groups = made(generator, count=300)

@@ -18,7 +18,7 @@ class Option:
 
 
 Groups = Sequence[Sequence[Option]]
-"""The options of each group. All groups and options are in a fixed order, which decides ties."""
+"""The options of each group. The order of the groups decides ties, that of the options nothing."""
 
 
 def allocate(groups: Groups, budget: int) -> list[Option]:
@@ -27,6 +27,7 @@ def allocate(groups: Groups, budget: int) -> list[Option]:
     A Lagrangian sweep finds a good choice and a bound; an exact search of what lies between them
     then fills the last bytes. Raises ConfigError if even the smallest options do not fit.
     """
+    groups = [sorted(options, key=_order) for options in groups]
     hulls = [_hull(options) for options in groups]
     chosen = [hull[0] for hull in hulls]
     used = sum(option.bytes for option in chosen)
@@ -46,10 +47,14 @@ def allocate(groups: Groups, budget: int) -> list[Option]:
     return chosen if price is None else _filled(groups, chosen, budget=budget, price=price)
 
 
+def _order(option: Option) -> tuple[int, float, str]:
+    return option.bytes, option.loss, option.type
+
+
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """The lower convex hull of the losses over the bytes, from the fewest bytes on."""
+    """The lower convex hull of the losses over the bytes, of options in order."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda each: (each.bytes, each.loss, each.type)):
+    for option in options:
         if hull and option.loss >= hull[-1].loss:
             continue
         if hull and option.bytes == hull[-1].bytes:
