@@ -173,9 +173,26 @@ def test_a_missing_figure_is_an_error(line: str, instead: str) -> None:
         perplexity.figures(said, perplexity._DIVERGENCE)
 
 
+@pytest.mark.parametrize("shown", ["nan", "-nan", "inf"])
+def test_predictions_that_are_not_numbers_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """llama-perplexity leaves them out of the KL divergence, which is zero without the others."""
+    rows = [f"Mean PPL(Q)                   :       {shown} ±       -nan"]
+    rows.append("Mean    KLD:   0.000000 ±   0.000000")
+    monkeypatch.setattr(LlamaCpp, "perplexity", lambda self, arguments: "\n".join(rows))
+    for read in (perplexity.mean_divergence, perplexity.against_reference):
+        with pytest.raises(ToolchainError, match="not numbers"):
+            read(Path("model.gguf"), Path("logits"), LlamaCpp())
+
+
 @pytest.mark.parametrize(
     ("said", "runs"),
-    [(SAID, 1), (SAID.partition("Same top")[0], 12), ("perf_context_print: total time", 1)],
+    [
+        (SAID, 1),
+        (SAID.partition("Same top")[0], perplexity.ATTEMPTS),
+        ("perf_context_print: total time", 1),
+    ],
 )
 def test_output_that_was_cut_off_is_requested_again(
     monkeypatch: pytest.MonkeyPatch, said: str, runs: int

@@ -16,7 +16,7 @@ from mtpforge.measure.measurement import KlDivergence
 
 CONTEXT = 512
 """Tokens of a chunk; its second half is scored."""
-ATTEMPTS = 12
+ATTEMPTS = 30
 _HEADER = struct.Struct("<8s3i")
 """Of logits: magic, tokens of a chunk, tokens of the vocabulary, chunks."""
 _NUMBER = r"(-?[0-9]{1,30}\.[0-9]{1,30})"
@@ -30,6 +30,7 @@ _DIVERGENCE = {
     "same_top_error": rf"Same top p: .*± +{_NUMBER} %$",
 }
 _PERPLEXITY = {"perplexity": rf"Final estimate: PPL = {_NUMBER} \+/-"}
+_NOT_NUMBERS = re.compile(r"^(Mean PPL\(Q\) +:|Final estimate: PPL =) +-?(nan|inf)", re.MULTILINE)
 
 
 class NoFiguresError(ToolchainError):
@@ -107,6 +108,16 @@ def against_reference(model: Path, logits: Path, llama: LlamaCpp) -> tuple[float
     return found["perplexity"], divergence
 
 
+def mean_divergence(model: Path, logits: Path, llama: LlamaCpp) -> float:
+    """The mean KL divergence alone: no run is repeated because later lines were lost.
+
+    Raises ToolchainError.
+    """
+    options: list[Argument] = ["--kl-divergence-base", logits, "--kl-divergence"]
+    patterns = {name: _DIVERGENCE[name] for name in ("perplexity", "mean")}
+    return _figures(model, options, patterns=patterns, llama=llama)["mean"]
+
+
 def of_text(model: Path, text: Path, chunks: int, llama: LlamaCpp) -> float:
     """Perplexity alone, for a model without BF16 to compare with. Raises ToolchainError."""
     return _figures(model, ["-f", text, "--chunks", chunks], patterns=_PERPLEXITY, llama=llama)[
@@ -115,7 +126,15 @@ def of_text(model: Path, text: Path, chunks: int, llama: LlamaCpp) -> float:
 
 
 def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:
-    """The number that each pattern finds. Raises NoFiguresError if one is missing."""
+    """The number that each pattern finds.
+
+    Raises NoFiguresError if one is missing, ToolchainError if predictions are not numbers.
+    """
+    if _NOT_NUMBERS.search(printed):  # its KL divergence is printed as zero then
+        raise ToolchainError(
+            "llama-perplexity does not print a perplexity, because predictions are not numbers: "
+            "is the BF16 file whole, and was its model trained in BF16?"
+        )
     found = {name: re.search(pattern, printed, re.MULTILINE) for name, pattern in patterns.items()}
     if missing := [name for name, match in found.items() if match is None]:
         raise NoFiguresError(
@@ -135,10 +154,11 @@ def _figures(
     lines for a tiny model can be lost.
     """
     last = list(patterns.values())[-1]
+    # "perf_context_print" comes after all figures.
+    enough = re.compile(rf"{last}|perf_context_print|{_NOT_NUMBERS.pattern}", re.MULTILINE)
     for _ in range(ATTEMPTS):
         printed = _run(model, options, llama)
-        # "perf_context_print" comes after all figures.
-        if re.search(last, printed, re.MULTILINE) or "perf_context_print" in printed:
+        if enough.search(printed):
             break
     return figures(printed, patterns)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 from gguf.constants import GGMLQuantizationType
 
 from mtpforge import progress, table
-from mtpforge.errors import ConfigError
+from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io import atomic
@@ -153,10 +153,17 @@ def _try(search: Search) -> Callable[[Sequence[str]], None]:
                 matrix=search.matrix,
                 llama=search.llama,
             )
-            _, moved = perplexity.against_reference(made, search.logits, search.llama)
-        _Kept(moved.mean).write(search.kept(names))
+            try:
+                moved = perplexity.mean_divergence(made, search.logits, search.llama)
+            except ToolchainError as error:
+                raise ToolchainError(f"with {_first(names)} at {PROBE}, {error}") from None
+        _Kept(moved).write(search.kept(names))
 
     return measure_one
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _probed(source: Gguf, names: Sequence[str]) -> Iterator[tuple[str, GGMLQuantizationType]]:
