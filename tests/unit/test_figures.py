@@ -14,8 +14,10 @@ from mtpforge.gguf.quant_types import UnknownType
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.measure.measurement import Measurement
 from mtpforge.report import figures
-from mtpforge.report.svg import CHARACTER, WIDTH, Svg, ticks
+from mtpforge.report.distance import File, frontier
+from mtpforge.report.svg import CHARACTER, MARKS, WIDTH, Svg, ticks
 from mtpforge.report.tensors import tensors
+from mtpforge.search.compared import Compared, Stock
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 KINDS = ("code", "prose", "structured")
@@ -89,16 +91,50 @@ def test_distance_figure_names_all_files(divergences: tuple[float, ...]) -> None
     assert set(short) <= set(words(figures.distance(files)))
 
 
+def compared(file: str, stock: Stock | None) -> Compared:
+    return Compared(file=file, bytes=1, sensitivity="class", mixture={}, stock=stock)
+
+
+def mixture(kind: str, size: int, moved: float) -> Stock:
+    return Stock(type=kind, bytes=size, kl_divergence=replace(DIVERGENCE, mean=moved))
+
+
+def test_distance_figure_shows_found_types_beside_llama_cpp_s_own() -> None:
+    files = [measured("M-Q4_K_M.gguf", 0, 0.02), measured("M-auto.gguf", 0, 0.01)]
+    same = mixture("Q4_K_M", files[0].bytes, 0.02)
+    found = [
+        compared("M-auto.gguf", mixture("Q5_K_M", 1_900_000_000, 0.015)),
+        compared("M-other.gguf", same),  # among the files
+        compared("M-third.gguf", None),
+    ]
+    picture = figures.distance(files, found)
+    said = words(picture)
+    assert {"file", "types found", "llama.cpp's mixture", "auto", "Q5_K_M"} <= set(said)
+    assert said.count("Q4_K_M") == 1
+    plain = figures.distance(files).render()
+    assert "types found" not in plain
+    # One mark each in the legend and the picture.
+    kinds = [f'fill="{fill}" stroke="white"' for fill, _ in MARKS[:3]]
+    assert [picture.render().count(kind) for kind in kinds] == [2, 2, 2]
+
+
+def test_the_frontier_has_the_files_that_no_smaller_one_equals() -> None:
+    points = [(3, 0.1), (1, 0.5), (2, 0.5), (4, 0.2), (5, 0.05), (1, 0.6)]
+    files = [File("", size, moved, series=0) for size, moved in points]
+    best = [(file.size, file.divergence) for file in frontier(files)]
+    assert best == [(1, 0.5), (3, 0.1), (5, 0.05)]
+
+
 def test_distance_figure_needs_a_divergence() -> None:
     with pytest.raises(ConfigError, match="no KL divergence to draw"):
         figures.distance([measurement()])
 
 
 def test_tensors_figure_shows_types_and_errors(built: Path) -> None:
-    file = built / "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf"
+    file = built / "results/tiny-qwen3.5/tiny-qwen3.5-IQ4_XS.gguf"
     errors = {"blk.0.ffn_up.weight": 0.15, "blk.1.ffn_up.weight": 0.2, "output_norm.weight": 0.0}
     picture = tensors(file, errors)
-    assert {"ffn_up", "IQ3_S ×4", "BF16 ×1", "nextn.eh_proj"} <= set(words(picture))
+    assert {"ffn_up", "IQ4_XS ×4", "Q8_0 ×1", "nextn.eh_proj"} <= set(words(picture))
     assert picture.render().count('stroke-width="3"') == 1  # only ffn_up has errors
     assert "0.0001" not in words(tensors(file, {}))  # no axis if nothing was compared
 

@@ -17,6 +17,7 @@ rule plot:
     input:
         code=code("plot.py"),
         measurements=build.measure.measurements,
+        compared=build.search.compared,
     output:
         report(
             "results/{model}/plots/{figure}.svg",
@@ -37,8 +38,8 @@ rule plot:
     message:
         "{wildcards.model}: draw {wildcards.figure}"
     shell:
-        "python {input.code[0]:q} {wildcards.figure} {input.measurements:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        "python {input.code[0]:q} {wildcards.figure} {input.measurements:q}"
+        " --compared {input.compared:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule plot_tensors:

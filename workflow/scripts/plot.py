@@ -7,14 +7,17 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
+import argparse
 from pathlib import Path
 
 from mtpforge import cli, errors
 from mtpforge.io import atomic
 from mtpforge.measure.measurement import Measurement
+from mtpforge.report.distance import distance
 from mtpforge.report.figures import FIGURES
 from mtpforge.report.svg import Svg
 from mtpforge.report.tensors import tensors
+from mtpforge.search.compared import Compared
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
@@ -28,21 +31,33 @@ def main() -> None:
         help="measurements of measure.py; for `tensors`, one report of verify.py",
     )  # fmt: skip
     parser.add_argument(
+        "--compared", type=Path, nargs="*", default=[], metavar="FILE",
+        help="for `distance`: comparisons of compare_stock.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--file", type=Path, metavar="F.gguf",
         help="for `tensors`: the GGUF, or the folder of a split one",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="figure, as SVG")
     args = parser.parse_args()
-    atomic.write_text(args.out, draw(args.figure, args.records, args.file).render())
+    atomic.write_text(args.out, draw(args).render())
 
 
-def draw(figure: str, records: list[Path], file: Path | None) -> Svg:
-    """The figure of measurements, or of the tensors of `file`. Raises ConfigError without one."""
-    if figure != "tensors":
-        return FIGURES[figure]([Measurement.read(path) for path in records])
+def draw(args: argparse.Namespace) -> Svg:
+    """The figure of measurements, or of the tensors of a file. Raises ConfigError without one."""
+    if args.figure == "tensors":
+        return draw_tensors(args.records[0], args.file)
+    measured = [Measurement.read(path) for path in args.records]
+    if args.figure == "distance":
+        return distance(measured, [Compared.read(path) for path in args.compared])
+    return FIGURES[args.figure](measured)
+
+
+def draw_tensors(record: Path, file: Path | None) -> Svg:
+    """The types and errors of a file's tensors. Raises ConfigError without a file."""
     if file is None:
         raise errors.ConfigError("plot.py tensors: add --file with the GGUF to draw")
-    report = Report.read(records[0])
+    report = Report.read(record)
     published.check([(file, report)])
     return tensors(file, report.errors or {})
 

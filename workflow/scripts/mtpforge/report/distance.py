@@ -1,43 +1,52 @@
 """Figure of file size against KL divergence from BF16."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from mtpforge.errors import ConfigError
 from mtpforge.measure.measurement import Measurement
-from mtpforge.report.svg import AXIS, CHARACTER, GRID, INK, WIDTH, Point, Svg, ticks
+from mtpforge.report.svg import AXIS, CHARACTER, FAINT, GRID, INK, WIDTH, Point, Svg, ticks
+from mtpforge.search.compared import Compared
 
 _LEFT = 52.0
 _RIGHT = WIDTH - 16.0
 _HEIGHT = 240
 _SMALLEST = 1e-6
 """Divergence that counts as 0."""
+_SERIES = ("file", "types found", "llama.cpp's mixture")
 
 
-def distance(measured: Sequence[Measurement]) -> Svg:
-    """One point per file. The divergence axis is logarithmic, with 0 at the bottom.
+def distance(measured: Sequence[Measurement], compared: Sequence[Compared] = ()) -> Svg:
+    """One point per file, and per mixture of llama.cpp that a file was compared with.
 
-    Files without a measured divergence are left out. Raises ConfigError if there are no others.
+    The divergence axis is logarithmic, with 0 at the bottom. Files without a measured divergence
+    are left out. Raises ConfigError if there are no others.
     """
     svg = Svg(
         "Size and distance from BF16",
-        "KL divergence of the predictions (mean, nats; lower is better) by file size.",
+        "KL divergence of the predictions (mean, nats; lower is better) by file size. Line: files"
+        " that no smaller one equals.",
     )
-    files = _compared(measured)
+    files = _files(measured, {each.file for each in compared})
     if not files:
         raise ConfigError(
             "no KL divergence to draw: measure with `--text` and `--reference-logits`"
         )
+    files += _mixtures(compared, files)
+    if compared:
+        svg.legend(_SERIES)
     scale = _Scale.of(files, top=svg.y + 8)
     _draw_axes(svg, scale)
+    places = [scale.place(file) for file in frontier(files)]
+    for start, end in pairwise(places):
+        svg.line(start, end, FAINT)
     labels = _Labels(svg, scale)
-    prefix = len(common_prefix([file.name for file in files]))
     for file in sorted(files, key=lambda file: -file.divergence):
-        point = (scale.across(file.size), scale.down(file.divergence))
-        labels.add(point, file.name[prefix:])
-        svg.mark(*point, series=0, size=5)
+        point = scale.place(file)
+        labels.add(point, file.label)
+        svg.mark(*point, series=file.series, size=5)
     svg.y = scale.bottom + 34
     return svg
 
@@ -51,19 +60,42 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _File:
-    name: str
+class File:
+    """A point of the picture."""
+
+    label: str
     size: int
     divergence: float
+    series: int
 
 
-def _compared(measured: Sequence[Measurement]) -> list[_File]:
+def frontier(files: Sequence[File]) -> list[File]:
+    """The files, by size, with less divergence than all smaller ones."""
+    best: list[File] = []
+    for file in sorted(files, key=lambda file: (file.size, file.divergence)):
+        if not best or file.divergence < best[-1].divergence:
+            best.append(file)
+    return best
+
+
+def _files(measured: Sequence[Measurement], found: Container[str]) -> list[File]:
     """The files with a measured divergence; rounding can make it negative, which counts as 0."""
+    drawn = [(each, each.kl_divergence.mean) for each in measured if each.kl_divergence]
+    prefix = len(common_prefix([each.stem for each, _ in drawn])) if drawn else 0
     return [
-        _File(found.stem, found.bytes, max(found.kl_divergence.mean, 0.0))
-        for found in measured
-        if found.kl_divergence
+        File(each.stem[prefix:], each.bytes, max(moved, 0.0), series=int(each.file in found))
+        for each, moved in drawn
     ]
+
+
+def _mixtures(compared: Sequence[Compared], files: Sequence[File]) -> list[File]:
+    """llama.cpp's own mixtures, without those that are among the files."""
+    known = {(file.size, file.divergence) for file in files}
+    found = {}
+    for stock in (each.stock for each in compared if each.stock):
+        moved = max(stock.kl_divergence.mean, 0.0)
+        found[stock.bytes, moved] = File(stock.type, stock.bytes, moved, series=2)
+    return [file for place, file in found.items() if place not in known]
 
 
 @dataclass(frozen=True)
@@ -79,7 +111,7 @@ class _Scale:
     """Ticks of the axis of divergence, as powers of ten"""
 
     @classmethod
-    def of(cls, files: Sequence[_File], top: float) -> "_Scale":
+    def of(cls, files: Sequence[File], top: float) -> "_Scale":
         largest = max(file.size for file in files)
         unit = 1e9 if largest >= 1e9 else 1e6
         far = [file.divergence for file in files if file.divergence >= _SMALLEST]
@@ -90,6 +122,9 @@ class _Scale:
     @property
     def bottom(self) -> float:
         return self.top + _HEIGHT
+
+    def place(self, file: File) -> Point:
+        return self.across(file.size), self.down(file.divergence)
 
     def across(self, size: float) -> float:
         return _LEFT + (_RIGHT - _LEFT) * size / self.unit / self.sizes[-1]
