@@ -621,5 +621,5 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])
     shown = text.replace("\\", "")
     verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
-    assert f"`Qwen3.5-4B-auto`: {verdict}" in shown
+    assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
     assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", shown)

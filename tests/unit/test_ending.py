@@ -49,6 +49,20 @@ def test_all_is_said_in_twenty_lines(results: Path) -> None:
         assert (f"and {left_out} more: see results/summary.md" in lines) == (count > 10)
 
 
+def test_verdicts_on_found_types_are_not_rows_of_the_table(results: Path) -> None:
+    reports = write(results, "m", *(f"x{number}" for number in range(12)))
+    path = summary(results, 12)
+    table = path.read_text()
+    for count, rows, verdicts in ((0, 9, 0), (2, 7, 2), (3, 6, 3), (5, 6, 2)):
+        path.write_text(table + "\n" + "".join(f"- f{n}: no better\n" for n in range(count)))
+        lines = ending.ending(path, reports).splitlines()
+        assert len(lines) + 3 <= 20
+        assert sum(line.startswith("| ") for line in lines[2:]) == rows
+        assert f"and {12 - rows} more: see results/summary.md" in lines
+        assert sum(line.endswith(": no better") for line in lines) == verdicts
+        assert ("and 3 more verdicts: see results/summary.md" in lines) == (count == 5)
+
+
 def test_the_command_serves_a_quantized_file_as_it_was_measured(results: Path) -> None:
     reports = write(results, "m", "x-BF16", bits=16.0) + write(results, "m", "x-Q4_0")
     serve = shown(results, reports)[-2].split(maxsplit=1)[1]

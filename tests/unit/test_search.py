@@ -1,8 +1,11 @@
 """The search for a recipe: groups of tensors, their errors and sensitivities, and what follows."""
 
 import json
+import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -334,6 +337,36 @@ def test_only_the_group_is_quantized_and_classes_come_before_layers(
     assert runs.types[-1] == set(groups.layers(model())["blk.1"])
 
 
+class RunsOfSomeLength(Runs):
+    """Runs whose result depends on the group alone, and that end in another order each time."""
+
+    def quantize(self, source: Gguf, out: Path, types: dict[str, Kind], **_: Any) -> None:
+        tried = sorted(name for name, kind in types.items() if kind is Kind.Q3_K)
+        Path(out).with_suffix(".txt").write_text(json.dumps(tried))
+        time.sleep(Random().uniform(0, 0.01))
+
+    def perplexity(self, *given: Any) -> float:
+        tried = json.loads(given[0].with_suffix(".txt").read_text())
+        return sum(map(hash_of, tried)) / 1e6
+
+
+def test_the_recipe_is_the_same_for_any_path_order_and_number_of_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 4)
+    RunsOfSomeLength(monkeypatch)
+    units = groups.units(model())
+    most = sizes().of(all_at("Q6_K"))
+    recipes = set()
+    for number, threads in enumerate((1, 2, 4, 4)):
+        folder = tmp_path / f"another path {number}"
+        results = probes.measure(search(folder, threads), "class").kl_divergence
+        sensitive = sensitivity.by_class_and_layer(units, ERRORS, results)
+        types = found.choose(sizes(), all_at("Q4_K"), measured_errors(), sensitive, most)
+        recipes.add(json.dumps(found.recipe(model(), types)))
+    assert len(recipes) == 1
+
+
 def test_a_failure_ends_runs_that_have_not_begun(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -387,6 +420,36 @@ def test_the_head_takes_bytes_from_the_trunk() -> None:
     assert Kind.Q4_K in types.values()
 
 
+def test_the_card_says_what_the_head_costs_the_trunk() -> None:
+    most = sizes().of(all_at("Q8_0")) - 1
+    sensitive = dict.fromkeys(UNITS, 1.0)
+    types = found.choose(sizes(), all_at("Q8_0"), measured_errors(), sensitive, most)
+    cost = found.head_cost(sizes(), types, measured_errors(), sensitive, most)
+    head = [name for name in SHAPES if name.startswith("blk.2.")]
+    weights = sum(int(np.prod(SHAPES[name])) for name in head if len(SHAPES[name]) > 1)
+    assert cost and cost.types == ["Q8_0"] and cost.bytes == weights * 34 // 32 + 256 * 4
+    assert list(cost.trunk) == ["BF16", "Q4_K"]
+    assert cost.trunk["BF16"] > 1 > cost.trunk["Q4_K"]
+    matrices = {name: Kind.BF16 for name in head if len(SHAPES[name]) > 1}
+    larger = all_at("Q8_0") | matrices
+    beside = found.choose(sizes(), larger, measured_errors(), sensitive, most)
+    losses = [
+        found.expected_loss(model(), each, measured_errors(), sensitive) for each in (beside, types)
+    ]
+    assert cost.trunk["BF16"] == pytest.approx(losses[0] / losses[1])
+    assert replace(cost, trunk={"BF16": 1.491, "Q4_K": 0.8612, "Q6_K": 2.71}).words == (
+        "The head (Q8_0) takes 0.45 MB of the file. Expected KL divergence with another head: "
+        "+49% with BF16, -14% with Q4_K, 2.7 times as much with Q6_K."
+    )
+
+
+def test_a_head_that_does_not_fit_is_left_out() -> None:
+    most = sizes().of(all_at("Q4_K"))
+    sensitive = dict.fromkeys(UNITS, 1.0)
+    cost = found.head_cost(sizes(), all_at("Q4_K"), measured_errors(), sensitive, most)
+    assert cost and list(cost.trunk) == ["Q4_K"]
+
+
 def test_a_candidate_that_one_tensor_of_a_unit_cannot_have_is_left_out() -> None:
     candidates = measured_errors()
     for each in candidates[1:]:
@@ -399,6 +462,33 @@ def test_a_candidate_that_one_tensor_of_a_unit_cannot_have_is_left_out() -> None
     del candidates[0].tensors["blk.0.ffn_up.weight"]
     with pytest.raises(ConfigError, match=r"blk\.0\.ffn_gate_up\.weight can have none"):
         found.choose(sizes(), all_at("Q4_K"), candidates, dict.fromkeys(UNITS, 1.0), 10**9)
+
+
+def test_the_order_of_the_candidates_and_of_the_results_decides_nothing() -> None:
+    random = Random(1)
+    names = groups.matrices(model())
+    errors = [
+        Errors(
+            type=kind,
+            tensors={n: TensorError(kind, error * (1 + hash_of(n) % 3)) for n in names},
+        )
+        for kind, error in BITS.items()
+    ]
+    sensitive = {unit: 1.0 + hash_of(unit) % 4 for unit in UNITS}
+    smallest, largest = sizes().of(all_at("Q4_K")), sizes().of(all_at("Q8_0"))
+    for most in range(smallest, largest, 50_021):
+        recipes = set()
+        for _ in range(5):
+            shuffled = dict(random.sample(list(sensitive.items()), len(sensitive)))
+            types = found.choose(
+                sizes(), all_at("Q4_K"), random.sample(errors, len(errors)), shuffled, most
+            )
+            recipes.add(json.dumps(found.recipe(model(), types)))
+        assert len(recipes) == 1
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
 
 
 def test_a_file_that_cannot_be_so_small_is_refused() -> None:
@@ -449,10 +539,12 @@ def test_records_are_read_strictly(tmp_path: Path) -> None:
 # ── config.yaml ──
 
 
-def build(measured: str | None = None, **variant: Any) -> Build:
+def build(
+    measured: str | None = None, others: dict[str, Any] | None = None, **variant: Any
+) -> Build:
     entry: dict[str, Any] = {
         "source": {"path": "tests/checkpoints/tiny-qwen3.5"},
-        "variants": {"found": variant},
+        "variants": {**(others or {}), "found": variant},
     }
     if measured:
         entry["measure"] = {"text": measured}
@@ -581,6 +673,10 @@ def compared(own: float, others: float | None, stock_bytes: int = 995) -> Compar
             compared(0.001, None),
             "smaller than all of llama.cpp's own mixtures, so there is nothing to compare",
         ),
+        (
+            replace(compared(0.001, 0.002), kl_divergence=None),
+            "not compared with llama.cpp's own mixtures: its KL divergence was not measured",
+        ),
     ],
 )
 def test_the_verdict(result: Compared, verdict: str) -> None:
@@ -595,17 +691,63 @@ def test_a_comparison_survives_its_file(tmp_path: Path) -> None:
 
 def test_the_table_of_a_mixture() -> None:
     assert mixture_table(compared(0.1, 0.2).mixture) == (
-        "| tensors       | Q8_0 | Q4_K | Q6_K |\n"
+        "| tensors       | Q8_0 | Q6_K | Q4_K |\n"
         "| ------------- | ---: | ---: | ---: |\n"
-        "| attn_q.weight |    1 |    2 |      |\n"
-        "| output.weight |      |      |    1 |\n"
+        "| attn_q.weight |    1 |      |    2 |\n"
+        "| output.weight |      |    1 |      |\n"
     )
 
 
-def test_only_measured_files_are_compared() -> None:
-    assert build(size="Q4_K_M").search.all_compared() == []
-    made = build("LICENSE", size="Q4_K_M")
-    assert made.search.all_compared() == ["results/m/work/compared/found.json"]
-    assert made.search.head_option(wildcards()) == (
-        "--head Q8_0 --head-tensors results/m/work/head-recipes/found.yaml"
-    )
+MEASURED = "results/m/measure/tiny-qwen3.5-{}.json"
+
+
+def test_only_measured_files_are_compared_but_all_have_a_verdict() -> None:
+    for made in (build(size="Q4_K_M"), build("LICENSE", size="Q4_K_M")):
+        assert made.search.all_compared() == ["results/m/work/compared/found.json"]
+        assert made.search.head_option(wildcards()) == (
+            "--head Q8_0 --head-tensors results/m/work/head-recipes/found.yaml"
+        )
+    search = build(size="Q4_K_M").search
+    inputs = (search.measurement, search.stock, search.reference, search.reference_digest)
+    assert [each(wildcards()) for each in inputs] == [[]] * 4
+    assert search.measured_options(wildcards()) == ""
+    options = made.search.measured_options(wildcards())
+    assert options.startswith(f"--measurement {MEASURED.format('found')} --reference-logits")
+
+
+@pytest.mark.parametrize(
+    ("variant", "others", "stock"),
+    [
+        ({"size": "Q4_K_M"}, {"Q4_K_M": {}}, "Q4_K_M"),
+        ({"size": "Q4_K_M", "head": "BF16"}, {"Q4_K_M": {}}, None),
+        ({"size": "Q4_K_M", "head": "BF16"}, {"x": {"type": "Q4_K_M", "head": "BF16"}}, "x"),
+        ({"size": "Q4_K_M"}, {"Q4_K_M": {"imatrix": {"text": "README.md"}}}, None),
+        ({"size": "Q4_K_M"}, {"Q4_K_M": {"tensors": {"attn": "Q6_K"}}}, None),
+        ({"size": "Q4_K_M"}, {"x": {"base": {"type": "Q4_K_M"}}}, None),
+        ({"size": "Q4_K_M"}, {"x": {"size": "Q4_K_M", "sensitivity": "prior"}}, None),
+        ({"size": "3G"}, {"Q4_K_M": {}}, None),
+    ],
+)
+def test_a_mixture_that_is_a_variant_too_is_not_made_again(
+    variant: dict[str, Any], others: dict[str, Any], stock: str | None
+) -> None:
+    made = build("LICENSE", others, **variant)
+    files = [MEASURED.format(stock)] if stock else []
+    assert made.search.stock(wildcards()) == files
+    assert ("--stock" in made.search.measured_options(wildcards())) == bool(files)
+
+
+def test_the_text_is_a_material_of_the_file() -> None:
+    def roles(**variant: Any) -> list[str]:
+        publish = build(size="Q4_K_M", **variant).publish
+        options = shlex.split(publish.material_options(wildcards(stem="tiny-qwen3.5-found")))
+        given = [json.loads(word) for word in options if word.startswith("{")]
+        assert len(publish.material_inputs(wildcards(stem="tiny-qwen3.5-found"))) == len(given)
+        return [f"{each['path']}: {each.get('role')}" for each in given]
+
+    assert roles() == ["mixed.txt: text of the sensitivities"]
+    assert roles(sensitivity="prior") == []
+    assert roles(imatrix={"text": "README.md"}, text="LICENSE") == [
+        "README.md: None",
+        "LICENSE: text of the sensitivities",
+    ]

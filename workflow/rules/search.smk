@@ -187,7 +187,8 @@ rule allocate:
         " --about {output.about:q} --out {output.recipe:q} > {log:q} 2>&1"
 
 
-# llama.cpp's own mixture of the same size, with the same head and importance matrix.
+# llama.cpp's own mixture of the same size, with the same head and importance matrix, if the model
+# has a text to measure both on.
 rule compare:
     input:
         code=code("compare_stock.py"),
@@ -196,8 +197,9 @@ rule compare:
         digests=build.search.source_digests,
         about="results/{model}/work/found/{variant}.json",
         measurement=build.search.measurement,
-        logits=ancient("results/{model}/work/logits/reference.bin"),
-        logits_digest="results/{model}/work/logits/reference.json",
+        stock=build.search.stock,
+        logits=ancient(build.search.reference),
+        logits_digest=build.search.reference_digest,
         head=build.search.head_recipe,
         imatrix=ancient(build.search.imatrix_files),
         imatrix_digest=build.search.imatrix_inputs,
@@ -215,13 +217,14 @@ rule compare:
         gpu=build.needs.gpu,
     params:
         code=digest("compare_stock.py"),
+        file=build.search.file_name,
+        measured=build.search.measured_options,
         head=build.search.head_option,
         imatrix=build.search.imatrix_option,
         imatrix_recorded=build.search.imatrix_recorded_option,
     message:
         "{wildcards.model}: compare {wildcards.variant} with llama.cpp's own mixture"
     shell:
-        "python {input.code[0]:q} {input.source:q} --about {input.about:q}"
-        " --measurement {input.measurement:q} --reference-logits {input.logits:q}"
-        " --logits-recorded {input.logits_digest:q} {params.head} {params.imatrix}"
-        " {params.imatrix_recorded} --threads {threads} --out {output:q} > {log:q} 2>&1"
+        "python {input.code[0]:q} {input.source:q} --file {params.file:q} --about {input.about:q}"
+        " {params.measured} {params.head} {params.imatrix} {params.imatrix_recorded}"
+        " --threads {threads} --out {output:q} > {log:q} 2>&1"

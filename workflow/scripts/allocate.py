@@ -44,13 +44,10 @@ def main() -> None:
     rows = checked_rows(source, asked.imatrix)
     sizes = found.Sizes.measure(source, asked, llama)
     most = bytes_wanted(args, sizes, asked, llama)
-    types = found.choose(
-        sizes,
-        start=found.stock_types(source, asked, llama),
-        errors=list(map(Errors.read, args.errors)),
-        sensitivities=sensitivities(args, groups.units(source)),
-        most=most,
-    )
+    errors = list(map(Errors.read, args.errors))
+    sensitive = sensitivities(args, groups.units(source))
+    start = found.stock_types(source, asked, llama)
+    types = found.choose(sizes, start, errors, sensitivities=sensitive, most=most)
     check_rows(source, types, asked.imatrix, rows)
     size = sizes.of(types)
     if args.about:
@@ -60,9 +57,10 @@ def main() -> None:
             sensitivity=method(args),
             mixture=found.mixture(source, types),
             stock=compared_with(args, sizes, asked, llama),
+            head=found.head_cost(sizes, types, errors, sensitivities=sensitive, most=most),
         ).write(args.about)
     atomic.write_text(args.out, f"{as_text(found.recipe(source, types))}\n")
-    print(f"{table.size(size)} of {table.size(most)}")
+    print(f"{table.size(size)}, {size / most:.2%} of the bytes asked for")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

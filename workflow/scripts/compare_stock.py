@@ -1,9 +1,11 @@
 """Compare a file whose types were found with llama.cpp's own mixture of its size.
 
-Makes the latter, with the same head and importance matrix, and measures its KL divergence.
+Makes the latter, with the same head and importance matrix, and measures its KL divergence, unless
+--stock has that. Without --measurement there is nothing to compare, and the result says so.
 
-example: compare_stock.py BF16.gguf --about found.json --measurement found-measured.json
-         --reference-logits reference.logits --head Q8_0 --out compared.json
+example: compare_stock.py BF16.gguf --file found.gguf --about found.json
+         --measurement found-measured.json --reference-logits reference.logits --head Q8_0
+         --out compared.json
 """
 
 import sys
@@ -32,13 +34,17 @@ def main() -> None:
     parser.add_argument(
         "--about", type=Path, required=True, metavar="FILE", help="what allocate.py wrote"
     )
+    parser.add_argument("--file", required=True, metavar="NAME", help="the file's name")
     parser.add_argument(
-        "--measurement", type=Path, required=True, metavar="FILE",
-        help="what measure.py wrote of the file",
+        "--measurement", type=Path, metavar="FILE", help="what measure.py wrote of the file"
+    )
+    parser.add_argument(
+        "--reference-logits", type=Path, metavar="FILE",
+        help="the logits that it was measured with",
     )  # fmt: skip
     parser.add_argument(
-        "--reference-logits", type=Path, required=True, metavar="FILE",
-        help="the logits that it was measured with",
+        "--stock", type=Path, metavar="FILE",
+        help="what measure.py wrote of the mixture, if that is made anyway",
     )  # fmt: skip
     request.add_options(parser)
     recorded_digests.add_option(parser, "--logits-recorded", "--reference-logits")
@@ -50,21 +56,30 @@ def main() -> None:
     atomic.refuse_overwriting(args.out, args.source, args.reference_logits, args.imatrix)
     recorded_digests.check_whole(args.reference_logits, args.logits_recorded)
     recorded_digests.check_whole(args.imatrix, args.imatrix_recorded)
-    about, measured = Found.read(args.about), Measurement.read(args.measurement)
-    compares = about.stock and measured.kl_divergence
+    about = Found.read(args.about)
+    moved = Measurement.read(args.measurement).kl_divergence if args.measurement else None
     compared = Compared(
-        file=measured.file,
-        bytes=measured.bytes,
+        file=args.file,
+        bytes=about.bytes,
         sensitivity=about.sensitivity,
         mixture=about.mixture,
-        kl_divergence=measured.kl_divergence,
-        stock=measure_stock(args, about.stock) if about.stock and compares else None,
+        head=about.head,
+        kl_divergence=moved,
+        stock=find_stock(args, about.stock) if about.stock and moved else None,
     )
     compared.write(args.out)
     print(compared.verdict)
 
 
-def measure_stock(args: argparse.Namespace, kind: str) -> Stock:
+def find_stock(args: argparse.Namespace, kind: str) -> Stock:
+    """The file of a type, from its measurement if there is one."""
+    measured = Measurement.read(args.stock) if args.stock else None
+    if measured and measured.kl_divergence:
+        return Stock(type=kind, bytes=measured.bytes, kl_divergence=measured.kl_divergence)
+    return make_stock(args, kind)
+
+
+def make_stock(args: argparse.Namespace, kind: str) -> Stock:
     """Make the file of a type in a scratch folder, and measure it."""
     args.type = kind
     asked = request.from_options(args)

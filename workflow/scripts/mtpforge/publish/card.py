@@ -100,17 +100,18 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
 def _found(compared: Iterable[Compared]) -> str:
     """The verdict and the mixture of each file whose types were found."""
     return "\n\n".join(
-        f"{code(each.file)}: {escape(each.verdict)}. Its types were found by sensitivities "
-        f"{_METHODS.get(each.sensitivity, '')}. Matrices by type:\n\n"
+        f"{code(each.file)} has types that were found for its size: {escape(each.verdict)}. "
+        f"How much a tensor matters was {_METHODS.get(each.sensitivity, '')}. "
+        f"{escape(each.head.words) if each.head else ''} Matrices by type:\n\n"
         f"{mixture_table({escape(name): row for name, row in each.mixture.items()})}".rstrip()
         for each in compared
     )
 
 
 _METHODS = {
-    "class": "of classes of tensors and layers",
-    "tensor": "of single tensors",
-    "prior": "of other models",
+    "class": "measured by class of tensors and by layer",
+    "tensor": "measured for each",
+    "prior": "taken from measurements of other models",
 }
 
 

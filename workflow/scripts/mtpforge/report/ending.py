@@ -14,7 +14,9 @@ from mtpforge.report.distances import HEADING
 from mtpforge.verify.report import Report
 
 _ROWS = 10
-"""Rows of the table of files, so that all of a run's end is at most 20 lines."""
+"""Rows of the table of files and verdicts below it, so that a run's end is at most 20 lines."""
+_VERDICTS = 3
+"""The most verdicts on files whose types were found."""
 
 
 def ending(summary: Path, reports: Sequence[Path]) -> str:
@@ -37,12 +39,20 @@ def ending(summary: Path, reports: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _shortened(table: Sequence[str], summary: Path) -> list[str]:
-    """A Markdown table with at most `_ROWS` rows, or one fewer and how many are left out."""
-    rows = table[2:]
-    if len(rows) <= _ROWS:
-        return list(table)
-    return [*table[: 1 + _ROWS], f"and {len(rows) - _ROWS + 1} more: see {summary}"]
+def _shortened(lines: Sequence[str], summary: Path) -> list[str]:
+    """The rows and verdicts of the summary that there is room for, and how many are left out."""
+    table = [line for line in lines if line.startswith("|")]
+    verdicts = [line for line in lines if line.startswith("- ")]
+    verdicts = _first(verdicts, _VERDICTS, f"more verdicts: see {summary}")
+    rows = _first(table[2:], _ROWS - len(verdicts), f"more: see {summary}")
+    return [*table[:2], *rows, *verdicts]
+
+
+def _first(lines: list[str], most: int, end: str) -> list[str]:
+    """At most this many lines: all, or one fewer and how many are left out."""
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 1], f"and {len(lines) - most + 1} {end}"]
 
 
 def _serve(reports: Sequence[Path]) -> list[str]:

@@ -24,19 +24,23 @@ def summary(
 
     Below are the verdicts on files whose types were found, and tables of distances from BF16.
 
-    Paths are `<folder of a model>/reports/...`, `<folder of a model>/measure/...`, and for `others`
-    `<folder of a model>/work/others/...`. Files of the same name are told apart by their folders.
+    Paths are `reports/...`, `measure/...`, `work/compared/...` and, for `others`, `work/others/...`
+    in the folder of a model, which tells files of the same name apart.
     """
     read = {path: Measurement.read(path) for path in measurements}
     measured = {(path.parent.parent, found.file): found for path, found in read.items()}
     found = [(path.parent.parent, Report.read(path)) for path in reports]
     names = Counter(report.file for _, report in found)
+
+    def label(folder: Path, file: str) -> str:
+        return f"{folder.name}/{file}" if names[file] > 1 else file
+
     rows = [COLUMNS]
     for folder, report in found:
         cells = row(report, measured.get((folder, report.file)))
-        label = f"{folder.name}/{report.file}" if names[report.file] > 1 else report.file
-        rows.append((label, *cells[1:]))
-    verdicts = [f"- {each.file}: {each.verdict}\n" for each in map(Compared.read, compared)]
+        rows.append((label(folder, report.file), *cells[1:]))
+    judged = [(path.parents[2], Compared.read(path)) for path in compared]
+    verdicts = [f"- {label(folder, each.file)}: {each.verdict}\n" for folder, each in judged]
     below = ["".join(verdicts), distances(read, {path: Other.read(path) for path in others})]
     return "\n".join([markdown(rows), *filter(None, below)])
 

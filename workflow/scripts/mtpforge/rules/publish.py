@@ -136,7 +136,7 @@ class PublishRules(Stage):
         )
 
     def material_inputs(self, wildcards: Wildcards) -> list[str]:
-        """The other inputs: another head, a base, a chat template, an importance matrix."""
+        """The other inputs: another head, a base, a chat template, importance matrix, texts."""
         return [path for _, paths in self._materials(wildcards) for path in paths]
 
     def material_options(self, wildcards: Wildcards) -> str:
@@ -245,6 +245,10 @@ class PublishRules(Stage):
         if variant and variant.imatrix:
             given = _given(variant.imatrix)
             found += [(given.model_dump(), tracked_inputs(given, model.key))]
+        if variant and variant.searched_text:
+            text = LocalFile(path=variant.searched_text)
+            about = text.model_dump() | {"role": "text of the sensitivities"}
+            found += [(about, tracked_inputs(text, model.key))]
         return found
 
     def _carded_base(self, model: Model) -> HubGguf | None:

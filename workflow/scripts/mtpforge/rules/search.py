@@ -1,6 +1,7 @@
 """Stage `search`: the recipe of a variant with a size, from errors and sensitivities of tensors."""
 
 import shlex
+from pathlib import Path
 
 from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
@@ -87,9 +88,42 @@ class SearchRules(ImatrixRules):
             options += [name, path]
         return f"{shlex.join(options)} {self.head_option(wildcards)}".strip()
 
-    def measurement(self, wildcards: Wildcards) -> str:
-        """The measurement of a variant."""
-        return layout.output(self.model(wildcards), wildcards.variant).measurement
+    def file_name(self, wildcards: Wildcards) -> str:
+        """The name of a variant's file, or of the folder of a split one."""
+        return Path(layout.output(self.model(wildcards), wildcards.variant).file).name
+
+    def measurement(self, wildcards: Wildcards) -> list[str]:
+        """The measurement of a variant; none without a text to measure KL divergence on."""
+        model = self.model(wildcards)
+        measured = model.measure and model.measure.text
+        return [layout.output(model, wildcards.variant).measurement] if measured else []
+
+    def reference(self, wildcards: Wildcards) -> list[str]:
+        """The BF16 logits that it was measured with."""
+        measured = self.measurement(wildcards)
+        return [layout.reference_logits(wildcards.model)] if measured else []
+
+    def reference_digest(self, wildcards: Wildcards) -> list[str]:
+        """Their digest."""
+        measured = self.measurement(wildcards)
+        return [layout.reference_logits_digest(wildcards.model)] if measured else []
+
+    def stock(self, wildcards: Wildcards) -> list[str]:
+        """The measurement of the mixture to compare with, if that is a variant too."""
+        model, own = self.model(wildcards), self.variant(wildcards)
+        names = [each.name for each in model.variants.values() if _is_stock_of(each, own)]
+        found = [layout.output(model, name).measurement for name in names[:1]]
+        return found if self.measurement(wildcards) else []
+
+    def measured_options(self, wildcards: Wildcards) -> str:
+        """The measurement and the logits, as options of compare_stock.py."""
+        files = {
+            "--measurement": self.measurement(wildcards),
+            "--reference-logits": self.reference(wildcards),
+            "--logits-recorded": self.reference_digest(wildcards),
+            "--stock": self.stock(wildcards),
+        }
+        return shlex.join(word for name, paths in files.items() for word in (name, *paths) if paths)
 
     def head_option(self, wildcards: Wildcards) -> str:
         """The types of the head, as options."""
@@ -106,9 +140,7 @@ class SearchRules(ImatrixRules):
         return [path for model in self.config.chosen for path in self._compared(model)]
 
     def _compared(self, model: Model) -> list[str]:
-        measured = model.measure and model.measure.text
-        variants = _searched(model) if measured else []
-        return [layout.compared(model.key, each.name) for each in variants]
+        return [layout.compared(model.key, each.name) for each in _searched(model)]
 
     def _errors(self, wildcards: Wildcards, *kinds: str) -> list[str]:
         matrix = layout.matrix_name(self.variant(wildcards).imatrix)
@@ -125,6 +157,13 @@ class SearchRules(ImatrixRules):
                 )
             return self._matrices[wildcards.matrix]
         return self.variant(wildcards).imatrix
+
+
+def _is_stock_of(other: Variant, variant: Variant) -> bool:
+    """Whether another variant is llama.cpp's mixture of the type that `size` names."""
+    is_stock = not (other.searched or other.base or other.recipe)
+    decisive = [(each.head_types, each.imatrix) for each in (other, variant)]
+    return is_stock and other.file_type == variant.size and decisive[0] == decisive[1]
 
 
 def _searched(model: Model) -> list[Variant]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from mtpforge import table
+from mtpforge.gguf import quant_types
 from mtpforge.io.records import UNLESS_NONE, Record
 from mtpforge.measure.measurement import KlDivergence
 
@@ -24,6 +25,32 @@ class Stock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadCost:
+    """What a head takes from the trunk of a file of a given size."""
+
+    types: list[str]
+    bytes: int
+    trunk: dict[str, float]
+    """Another type of the head: the KL divergence of the trunk that is expected beside it, over
+    that of this file. Types that leave too little for the trunk are left out."""
+
+    @property
+    def words(self) -> str:
+        """The same as sentences."""
+        taken = f"The head ({', '.join(self.types)}) takes {table.size(self.bytes)} of the file."
+        others = [f"{_change(share)} with {kind}" for kind, share in self.trunk.items()]
+        if not others:
+            return taken
+        return f"{taken} Expected KL divergence with another head: {', '.join(others)}."
+
+
+def _change(share: float) -> str:
+    if round(100 * share) == 100:
+        return "the same"
+    return f"{share:.2g} times as much" if share >= 2 else f"{share - 1:+.0%}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compared(Record):
     """The result of compare_stock.py for one file."""
 
@@ -33,8 +60,10 @@ class Compared(Record):
     sensitivity: str
     mixture: dict[str, dict[str, int]]
     """Class of tensors: the number of tensors at each type."""
+    head: Annotated[HeadCost | None, UNLESS_NONE] = None
+    """None without a head."""
     kl_divergence: Annotated[KlDivergence | None, UNLESS_NONE] = None
-    """None if the BF16 file could not be run."""
+    """None if it was not measured, or if the BF16 file could not be run."""
     stock: Annotated[Stock | None, UNLESS_NONE] = None
     """None if no mixture of llama.cpp is so small, or nothing was measured."""
 
@@ -42,7 +71,7 @@ class Compared(Record):
     def verdict(self) -> str:
         """Whether the search was worth it, in words."""
         if self.kl_divergence is None:
-            return "not compared, because the BF16 file was not run"
+            return "not compared with llama.cpp's own mixtures: its KL divergence was not measured"
         if self.stock is None:
             return "smaller than all of llama.cpp's own mixtures, so there is nothing to compare"
         own, others = self.kl_divergence, self.stock.kl_divergence
@@ -67,8 +96,9 @@ class Compared(Record):
 
 
 def mixture_table(mixture: Mapping[str, Mapping[str, int]]) -> str:
-    """A Markdown table of the number of tensors at each type by class."""
-    kinds = list(dict.fromkeys(kind for counts in mixture.values() for kind in counts))
+    """A Markdown table of the number of tensors at each type by class, finest type first."""
+    found = dict.fromkeys(kind for counts in mixture.values() for kind in counts)
+    kinds = sorted(found, key=quant_types.bits, reverse=True)
     rows = [("tensors", *kinds)]
     for name, counts in mixture.items():
         rows.append((name, *(str(counts.get(kind, "")) for kind in kinds)))

@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -19,9 +20,11 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.assembly import merged_metadata
 from mtpforge.quantize.llama_quantize import default_and_chosen_types, run, without_vocabulary
 from mtpforge.quantize.mixture import Types
+from mtpforge.quantize.recipe import head_recipe, head_types
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.search import groups
 from mtpforge.search.allocate import Option, allocate
+from mtpforge.search.compared import HeadCost
 from mtpforge.search.errors import Errors
 
 STOCK = (
@@ -29,6 +32,8 @@ STOCK = (
     "Q8_0",
 )  # fmt: skip
 """File types that a size in bytes is compared with."""
+HEADS = ("BF16", "Q8_0", "Q4_K")
+"""Types of a head whose costs are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,8 @@ class Found(Record):
     """Class of tensors: the number of tensors at each type, finest first."""
     stock: Annotated[str | None, UNLESS_NONE] = None
     """The largest file type of llama.cpp that is no larger than asked, to compare with."""
+    head: Annotated[HeadCost | None, UNLESS_NONE] = None
+    """None without a head."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,9 @@ def choose(
 ) -> Types:
     """The types of all tensors with the least loss, in a file of at most these bytes.
 
-    `errors` are those of the candidates; other tensors have the types of `start`. Raises
-    ConfigError if the file cannot be so small, or if a tensor can have none of the candidates.
+    `errors` are those of the candidates, whose order decides nothing; other tensors have the types
+    of `start`. Raises ConfigError if the file cannot be so small, or if a tensor can have none of
+    the candidates.
     """
     source = sizes.source
     units = groups.units(source)
@@ -147,6 +155,52 @@ def _options(
 
 def _bytes(source: Gguf, name: str, kind: str) -> int:
     return aligned(replace(source.tensors[name], type=GGMLQuantizationType[kind]).size)
+
+
+def expected_loss(
+    source: Gguf, types: Types, errors: Sequence[Errors], sensitivities: Mapping[str, float]
+) -> float:
+    """The sum of the losses that these types of the trunk cause."""
+    known = {
+        (name, found.type): found.error for each in errors for name, found in each.tensors.items()
+    }
+    return sum(
+        sensitivities[unit] * known[name, types[name].name]
+        for unit, names in groups.units(source).items()
+        for name in names
+    )
+
+
+def head_cost(
+    sizes: Sizes,
+    types: Types,
+    errors: Sequence[Errors],
+    sensitivities: Mapping[str, float],
+    most: int,
+) -> HeadCost | None:
+    """What the head costs the trunk of the chosen `types`; None without a head."""
+    source = sizes.source
+    own = {types[name].name for name in head_types(source, head_recipe(HEADS[0]))}
+    loss = expected_loss(source, types, errors, sensitivities)
+    if not own or not loss:
+        return None
+    beside = {}
+    for kind in HEADS:
+        with suppress(ConfigError):  # it does not fit
+            other = choose(sizes, _with_head(source, types, kind), errors, sensitivities, most)
+            beside[kind] = expected_loss(source, other, errors, sensitivities) / loss
+    size = sum(_bytes(source, name, types[name].name) for name in source.head.tensors)
+    trunk = {kind: share for kind, share in beside.items() if own != {kind}}
+    return HeadCost(types=sorted(own), bytes=size, trunk=trunk)
+
+
+def _with_head(source: Gguf, types: Types, kind: str) -> Types:
+    head = head_types(source, head_recipe(kind))
+    changed = {
+        name: GGMLQuantizationType[quant_types.effective_type(kind, source.tensors[name].shape[-1])]
+        for name in head
+    }
+    return {**types, **changed}
 
 
 def recipe(source: Gguf, types: Types) -> dict[str, str]:
