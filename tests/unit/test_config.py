@@ -143,6 +143,16 @@ def test_a_low_bit_head_is_warned_of_once(capsys: pytest.CaptureFixture[str]) ->
     assert config_checks.low_bit_heads(parse({**config(head="IQ3_S"), "build": []})) == []
 
 
+def test_a_text_that_is_measured_and_calibrated_on_is_warned_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out, own = "workflow/texts/held-out.txt", {"text": "tests/checkpoints/held-out.txt"}
+    variants = {"Q4_0": {"imatrix": {"text": f"./{held_out}"}}, "Q8_0": {"imatrix": own}}
+    Build(config({"measure": {"text": "default"}, "variants": variants}))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"variants/Q4_0/imatrix/text: {held_out} is also the text that is measured" in line
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -158,6 +168,10 @@ def test_a_low_bit_head_is_warned_of_once(capsys: pytest.CaptureFixture[str]) ->
         (
             {"variants": {"Q8_0": {"imatrix": {"text": "no"}}}},
             "imatrix/text: no such file: no",
+        ),
+        (
+            {"variants": {"Q8_0": {"imatrix": {"text": "."}}}},
+            "imatrix/text: no \\*.txt files in .",
         ),
         (
             {"variants": {"Q8_0": {"imatrix": {"path": "no"}}}},

@@ -144,6 +144,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "quantize.py ": ("{model}", "--type", "Q4_0", "--imatrix", "{matrix}"),
     "quantize_plan.py": ("{bad}", "--type", "Q4_0", "--pieces", "1"),
     "imatrix.py": ("{bad}", "--text", "{text}"),
+    "conversations.py": ("{bad}", "--text", "{text}"),
     "inject.py": ("{bad}", "--head", "{checkpoint}", "--head-type", "Q8_0"),
     "inject.py ": ("{model}", "--head", "{bad}", "--head-type", "Q8_0"),
     "verify.py": ("{bad}", "--checkpoint", "{checkpoint}"),

@@ -28,7 +28,7 @@ REVISION = "0123456789" * 4
 RUNS_LLAMA = {
     "imatrix", "acceptance", "verify", "verify_split", "verify_sidecar", "verify_mmproj",
     "reference_logits", "measure", "search_logits", "sensitivities", "sensitivities_share",
-    "compare", "measure_other",
+    "compare", "measure_other", "conversations",
 }  # fmt: skip
 PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "quantizer", "toolchain", "errors"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}

@@ -11,7 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.fetch import checked_record, local_names
-from mtpforge.rules.local_paths import FileOnDisk
+from mtpforge.rules.local_paths import FileOnDisk, TextPath
 from mtpforge.rules.variant import HubRepository
 
 REVISION = "0" * 40
@@ -23,7 +23,8 @@ WORK = "results/m/work"
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the repository, as if the files that configurations here name were there."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(FileOnDisk, "problem", lambda path: None)
+    for kind in (FileOnDisk, TextPath):
+        monkeypatch.setattr(kind, "problem", lambda path: None)
 
 
 def config(model: dict[str, Any] | None = None, **variant: Any) -> dict[str, Any]:
@@ -241,6 +242,38 @@ def test_variants_share_an_importance_matrix_per_text() -> None:
         build.imatrix_text(wildcards(text="other"))
 
 
+def test_conversations_are_made_of_the_texts_for_a_chat_template(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("b.txt", "a.jsonl", "c.md"):
+        (folder / name).touch()
+    matrix = {"text": str(folder), "chat": True}
+    plain = {"type": "Q4_0", "imatrix": {"text": "default"}}
+    build = Build(config({"variants": {"Q4_K_M": {"imatrix": matrix}, "plain": plain}})).quantize
+    (made,) = build.imatrix_inputs(wildcards())
+    chats = wildcards(text=Path(made).stem)
+    assert chats.text.startswith("texts-") and chats.text.endswith("-chat")
+    assert build.texts(chats) == [str(folder / name) for name in ("a.jsonl", "b.txt")]
+    assert build.imatrix_text(chats) == f"{WORK}/conversations/{chats.text}.txt"
+    assert build.imatrix_text_inputs(chats) == [build.imatrix_text(chats)]
+    assert build.imatrix_text_options(chats) == "--special"
+    given = wildcards(text=Path(build.imatrix_inputs(wildcards("plain"))[0]).stem)
+    assert build.imatrix_text(given) == "workflow/texts/calibration.txt" == build.texts(given)[0]
+    record = layout.local_record("workflow/texts/calibration.txt")
+    assert build.imatrix_text_inputs(given) == [record]
+    assert build.imatrix_text_options(given) == f"--text-recorded {record}"
+    assert [Path(path).stem for path in build.coverages()] == [chats.text, given.text]
+
+
+def test_the_texts_of_a_folder_are_recorded_together(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.jsonl", "c.md"):
+        (tmp_path / name).touch()
+    build = Build(config(imatrix={"text": str(tmp_path), "chat": True})).fetch
+    of_folder = wildcards(place=layout.place(str(tmp_path)))
+    assert build.local_folder(of_folder) == str(tmp_path)
+    assert build.local_names(of_folder) == ["a.jsonl", "b.txt"]
+
+
 def test_a_part_alone_is_quantized_without_recipe_and_imatrix() -> None:
     made = config({"sidecar": "Q6_K"}, tensors={"attn_": "Q8_0"}, imatrix={"path": "my.dat"})
     build = Build(made).quantize
@@ -392,7 +425,7 @@ def test_published_configuration_has_no_local_folders(tmp_path: Path) -> None:
     assert all("secret" not in text for text in found)
     given = json.loads(found[0])
     assert given["source"] == {"path": "Name"} and given["name"] == "Name"
-    assert given["variants"]["Q4_0"]["imatrix"] == {"text": "t"}
+    assert given["variants"]["Q4_0"]["imatrix"] == {"text": "t", "chat": False}
     record = layout.local_record("secret/t")
     assert build.material_inputs(wildcards(stem="Name-Q4_0")) == [record]
     assert build.material_options(wildcards(stem="Name-Q4_0")).endswith(" secret/t")

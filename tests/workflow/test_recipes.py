@@ -71,7 +71,7 @@ def test_the_provenance_has_the_name_and_digest_of_the_text(repository: Reposito
     text = (results / "provenance/tiny-qwen3.5-IQ2_XS.json").read_text()
     definition = json.loads(text)["predicate"]["buildDefinition"]
     variant = definition["externalParameters"]["variants"]["IQ2_XS"]
-    assert variant["imatrix"] == {"text": "calibration.txt"}
+    assert variant["imatrix"] == {"text": "calibration.txt", "chat": False}
     digest = hashlib.sha256((repository.path / TEXT).read_bytes()).hexdigest()
     dependency = {"name": "calibration.txt", "digest": {"sha256": digest}}
     assert dependency in definition["resolvedDependencies"]

@@ -142,6 +142,7 @@ rule summary:
         measurements=build.measurements(),
         compared=build.search.all_compared(),
         others=build.measure.all_others(),
+        coverages=build.quantize.coverages(),
     output:
         "results/summary.md",
     log:
@@ -156,4 +157,5 @@ rule summary:
         "summarize all verified and measured files"
     shell:
         "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
-        " --compared {input.compared:q} --others {input.others:q} --out {output:q} > {log:q} 2>&1"
+        " --compared {input.compared:q} --others {input.others:q}"
+        " --coverages {input.coverages:q} --out {output:q} > {log:q} 2>&1"

@@ -1,7 +1,7 @@
 # From a BF16 GGUF to a quantized one, with the head at its own type.
 # Needs: the converted checkpoint, and llama-quantize.
 # Makes, under results/<model>/work/: quantized/<variant>.gguf; imatrix/<text>.gguf, an importance
-# matrix; trunk/<type>.gguf, a base without a head to inject into; draft/<type>.gguf, the head as
+# matrix, from conversations/<text>.txt with `chat`; coverage/<matrix>.json; trunk/<type>.gguf, a base without a head to inject into; draft/<type>.gguf, the head as
 # a separate draft model; the digests of each file beside it; and manifests/, which lists where to
 # find each finished tensor, and keeps the pieces of unfinished files and hard links to unverified
 # ones.
@@ -30,14 +30,43 @@ rule recipe:
 
 
 # <text> is the name of a text, followed by part of the sha256 of its path.
+rule conversations:
+    input:
+        code=code("conversations.py"),
+        toolchain="resources/toolchain/stamp.json",
+        source=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
+        texts=ancient(build.quantize.texts),
+        text_record=build.quantize.text_record,
+    output:
+        "results/{model}/work/conversations/{text}.txt",
+    log:
+        "logs/{model}/conversations-{text}.log",
+    wildcard_constraints:
+        text="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.threads
+    resources:
+        **asked(build.needs.imatrix),
+        gpu=build.needs.gpu,
+    params:
+        code=digest("conversations.py"),
+        text=build.quantize.text,
+    message:
+        "{wildcards.model}: put {params.text} through the chat template"
+    shell:
+        "python {input.code[0]:q} {input.source:q} --text {params.text:q} --threads {threads}"
+        " --text-recorded {input.text_record:q} --out {output:q} > {log:q} 2>&1"
+
+
 rule imatrix:
     input:
         code=code("imatrix.py"),
         toolchain="resources/toolchain/stamp.json",
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
-        text=ancient(build.quantize.imatrix_text),
-        text_record=build.quantize.imatrix_text_record,
+        text=build.quantize.imatrix_text_inputs,
     output:
         file=temp("results/{model}/work/imatrix/{text}.gguf"),
         digest="results/{model}/work/imatrix/{text}.json",
@@ -55,12 +84,39 @@ rule imatrix:
         gpu=build.needs.gpu,
     params:
         code=digest("imatrix.py"),
+        text=build.quantize.imatrix_text,
+        options=build.quantize.imatrix_text_options,
     message:
-        "{wildcards.model}: importance matrix from {input.text}"
+        "{wildcards.model}: importance matrix from {params.text}"
     shell:
-        "python {input.code[0]:q} {input.source:q} --text {input.text:q} --threads {threads}"
-        " --recorded {input.digests:q} --text-recorded {input.text_record:q} --log {log:q}"
+        "python {input.code[0]:q} {input.source:q} --text {params.text:q} {params.options}"
+        " --threads {threads} --recorded {input.digests:q} --log {log:q}"
         " --digest {output.digest:q} --out {output.file:q} >> {log:q} 2>&1"
+
+
+rule coverage:
+    input:
+        code=code("imatrix_coverage.py"),
+        source=ancient(build.convert.unquantized_file),
+        imatrix=ancient(build.quantize.imatrix_files),
+        imatrix_digest=build.quantize.imatrix_inputs,
+    output:
+        "results/{model}/work/coverage/{matrix}.json",
+    log:
+        "logs/{model}/coverage-{matrix}.log",
+    wildcard_constraints:
+        matrix="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.resolve),
+    params:
+        code=digest("imatrix_coverage.py"),
+        imatrix=build.quantize.imatrix_option,
+    message:
+        "{wildcards.model}: coverage of the importance matrix {wildcards.matrix}"
+    shell:
+        "python {input.code[0]:q} {input.source:q} {params.imatrix} --out {output:q} > {log:q} 2>&1"
 
 
 # <kind> is `quantized` and <name> a variant, or <kind> is `trunk` or `draft` and <name> a type.

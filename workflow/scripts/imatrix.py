@@ -1,5 +1,7 @@
 """Compute an importance matrix of a model from a text, with llama-imatrix.
 
+The texts of a folder are joined in the order of their names.
+
 example: imatrix.py Qwen3.5-4B-BF16.gguf --text calibration.txt --out imatrix.gguf
 """
 
@@ -12,6 +14,7 @@ from pathlib import Path
 from mtpforge import cli, recorded_digests, table
 from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
+from mtpforge.io.text import text_files
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize import imatrix
 
@@ -23,8 +26,13 @@ def main() -> None:
         "model", type=Path, metavar="IN.gguf", help="a BF16 GGUF, with or without a head"
     )
     parser.add_argument(
-        "--text", type=Path, required=True, help="plain text similar to what the model will see"
-    )
+        "--text", type=Path, required=True,
+        help="plain text similar to what the model will see, or a folder of *.txt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--special", action="store_true",
+        help="the text has the model's special tokens, as conversations.py writes it",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True, help="the importance matrix to write, a GGUF"
     )
@@ -34,10 +42,18 @@ def main() -> None:
     programs.add_options(parser, log=True)
     args = parser.parse_args()
     args.model = first_file(args.model)
-    atomic.refuse_overwriting(args.out, args.model, args.text)
-    recorded_digests.check_whole(args.text, args.text_recorded)
-    llama = programs.from_options(args)
-    imatrix.compute(args.model, args.text, args.out, llama=llama, recorded_at=args.recorded)
+    files = text_files(args.text)
+    atomic.refuse_overwriting(args.out, args.model, *files)
+    for path in files:
+        recorded_digests.check_whole(path, args.text_recorded)
+    imatrix.compute(
+        args.model,
+        args.text,
+        args.out,
+        llama=programs.from_options(args),
+        recorded_at=args.recorded,
+        special=args.special,
+    )
     recorded_digests.write_digest(args.digest, args.out)
     print(table.size_of(args.out))
 

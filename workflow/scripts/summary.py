@@ -34,10 +34,20 @@ def main() -> None:
         help="measurements of measure_other.py",
     )  # fmt: skip
     parser.add_argument(
+        "--coverages", type=Path, nargs="*", default=[], metavar="FILE",
+        help="coverage of importance matrices, of imatrix_coverage.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="table, in Markdown"
     )
     args = parser.parse_args()
-    table = summary(args.reports, args.measurements, args.compared, args.others)
+    table = summary(
+        args.reports,
+        args.measurements,
+        compared=args.compared,
+        others=args.others,
+        coverages=args.coverages,
+    )
     atomic.write_text(args.out, table)
     print(f"\n{table}\n{len(args.reports)} files")
 

@@ -18,6 +18,7 @@ from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.gguf.split import parse_size
 from mtpforge.inject.inject import planned_head
+from mtpforge.io.text import text_files
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.job import RUN_BYTES
@@ -318,8 +319,9 @@ class ModelForecast:
         return planned_ggufs.size(planned_ggufs.injected(base, self._head(), _head_recipe(variant)))
 
     def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
-        path = layout.imatrix(self.model.key, matrix.text)
-        tokens = costs.text_tokens(Path(matrix.text).stat().st_size)
+        path = layout.imatrix(self.model.key, matrix)
+        size = sum(each.stat().st_size for each in text_files(Path(matrix.text)))
+        tokens = costs.text_tokens(size)
         step = Step("imatrix", Path(path).stem, path)
         self._add(step, self._run(planned_ggufs.size(source), text=tokens))
 

@@ -105,6 +105,13 @@ class _Named(io.FileIO):
             return super().readall()
 
 
+def text_files(path: Path) -> list[Path]:
+    """The texts of a folder (*.txt and *.jsonl) in the order of their names, or the text itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.iterdir() if each.suffix in (".txt", ".jsonl"))
+
+
 def is_there(path: Path) -> bool:
     """Whether a file that need not exist does. So does a broken link: reading it says so."""
     return os.path.lexists(path)

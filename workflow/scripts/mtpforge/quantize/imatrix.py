@@ -1,6 +1,7 @@
 """Importance matrices: read strictly, and computed from a text with `llama-imatrix`."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_regular
+from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_regular, text_files
 from mtpforge.llama_cpp import memory, process
 from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
@@ -29,19 +30,23 @@ MIN_TOKENS = 2 * CHUNK
 
 
 def compute(
-    model: Path, text: Path, out: Path, llama: LlamaCpp, recorded_at: Path | None = None
+    model: Path,
+    text: Path,
+    out: Path,
+    llama: LlamaCpp,
+    recorded_at: Path | None = None,
+    special: bool = False,
 ) -> None:
     """Run a text (UTF-8) through a GGUF, and write its importance matrix as a GGUF.
 
-    It covers the head if that has one block, which llama-server can draft with, and llama-imatrix
-    is new enough. `recorded_at` are the GGUF's digests (see `recorded`). Raises ConfigError if the
-    text is too short or the GGUF larger than the memory, ToolchainError if llama-imatrix fails,
-    DamagedError if the GGUF has changed.
+    `text` can be a folder, whose texts are joined. `special`: names of special tokens in it stand
+    for these tokens. The head is covered if it has one block, which llama-server can draft with,
+    and llama-imatrix is new enough. `recorded_at` are the GGUF's digests (see `recorded`). Raises
+    ConfigError if the text is too short or the GGUF larger than the memory, ToolchainError if
+    llama-imatrix fails, DamagedError if the GGUF has changed.
     """
     # A token has at least one byte. Checked here because llama-imatrix can fail without a message.
-    with open_regular(text, ConfigError, within=ANYWHERE) as file:
-        start = file.read(JSON_LIMIT)
-    if len(start.strip()) < MIN_TOKENS:
+    if sum(len(start.strip()) for start in _contents(text)) < MIN_TOKENS:
         raise _too_short(text)
     if reason := memory.too_large([model], llama):
         raise ConfigError(
@@ -54,9 +59,10 @@ def compute(
         recorded_digests.reading(model, recorded_at) as opened,
     ):
         folder = Path(name)
-        (folder / text.name).symlink_to(text.resolve())  # the path it is given gets into the file
-        files: list[Argument] = ["-m", model.resolve(), "-f", text.name, "-o", temporary.resolve()]
+        given = _given(text, folder)
+        files: list[Argument] = ["-m", model.resolve(), "-f", given, "-o", temporary.resolve()]
         chunks: list[Argument] = ["-c", CHUNK, "-b", CHUNK, "-ub", CHUNK]
+        chunks += ["--parse-special"] if special else []
         chunks += _HEAD if _covers_head(opened, llama) else ()
         needed = _size(opened)
         with storage.by_program(temporary, needed):
@@ -87,6 +93,14 @@ def check_values(path: Path) -> None:
     for name, row in _rows(path).items():
         if fault := _fault(row):
             raise GgufError(f"{path}: {name} {fault}: compute the importance matrix again")
+
+
+def counts(path: Path) -> dict[str, np.ndarray]:
+    """How much was seen of each tensor: a float64 number for each expert, else a single one.
+
+    The legacy format has a single number for all experts. Raises GgufError.
+    """
+    return {name: _counts(row) for name, row in _rows(path).items()}
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -129,6 +143,35 @@ def _covers_head(opened: Gguf, llama: LlamaCpp) -> bool:
         and why_not_drafting(opened) is None
         and process.knows(llama.find("llama-imatrix"), _HEAD[0])
     )
+
+
+def _contents(text: Path) -> Iterator[bytes]:
+    """The content of each text of a folder, or of the text itself; of a long one, its start.
+
+    Raises ConfigError if there is none, or one is a *.jsonl.
+    """
+    files = text_files(text)
+    if not files:
+        raise ConfigError(f"{text}: has no *.txt files")
+    for path in files:
+        if path.suffix == ".jsonl":
+            raise ConfigError(f"{path}: conversations need the chat template: set `chat: true`")
+        with open_regular(path, ConfigError, within=ANYWHERE) as file:
+            yield file.read(JSON_LIMIT)
+
+
+def _given(text: Path, folder: Path) -> str:
+    """The name in `folder` of a link to the text, or of all texts joined: it gets into the file."""
+    if not text.is_dir():
+        (folder / text.name).symlink_to(text.resolve())
+        return text.name
+    name = f"{text.resolve().name}.txt"
+    with (folder / name).open("wb") as joined:
+        for path in text_files(text):
+            with open_regular(path, ConfigError, within=ANYWHERE) as file:
+                shutil.copyfileobj(file, joined)
+            joined.write(b"\n\n")
+    return name
 
 
 def _too_short(text: Path) -> ConfigError:
@@ -184,7 +227,7 @@ def _gguf_row(opened: Gguf, name: str) -> _Row:
 
 def _fault(row: _Row) -> str | None:
     """A sentence's end that says what is wrong with the numbers of a row; None if nothing is."""
-    counts = np.concatenate([*_numbers(row.counts, row.count_type)]).astype(np.float64)
+    counts = _counts(row)
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         return f"has the counts {counts[:4].tolist()}"
     for sums in _numbers(row.sums):
@@ -196,6 +239,10 @@ def _fault(row: _Row) -> str | None:
         if any(sums.any() for sums in _numbers(place)):
             return f"has sums for expert {expert}, but a count of 0"
     return None
+
+
+def _counts(row: _Row) -> np.ndarray:
+    return np.concatenate([*_numbers(row.counts, row.count_type)]).astype(np.float64)
 
 
 def _numbers(place: FileRange, kind: str = "<f4") -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import serving
 from mtpforge.publish.result import Result
 from mtpforge.report.distances import HEADING
+from mtpforge.report.summary import IMPORTANCE
 from mtpforge.verify.report import Report
 
 _ROWS = 10
@@ -22,12 +23,14 @@ _VERDICTS = 3
 def ending(summary: Path, reports: Sequence[Path]) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
-    Its tables of distances are left out.
+    Its tables of distances and what importance matrices cover are left out.
 
     `reports` are those of the files, in the order of the configuration.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
-    table, _, _ = summary.read_text(encoding="utf-8").partition(f"\n{HEADING}")
+    table = summary.read_text(encoding="utf-8")
+    for heading in (HEADING, IMPORTANCE):
+        table = table.partition(f"\n{heading}")[0]
     lines = [
         *_shortened(table.splitlines(), summary),
         "",

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement
 from mtpforge.measure.others import Other
+from mtpforge.quantize.coverage import Coverage
 from mtpforge.report.distances import distances
 from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
 from mtpforge.verify.report import Report
 
+IMPORTANCE = "Importance matrices"
 COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")
 
 
@@ -19,13 +21,16 @@ def summary(
     measurements: Iterable[Path],
     compared: Iterable[Path] = (),
     others: Iterable[Path] = (),
+    coverages: Iterable[Path] = (),
 ) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
 
     Below are the verdicts on files whose types were found, and tables of distances from BF16.
 
-    Paths are `reports/...`, `measure/...`, `work/compared/...` and, for `others`, `work/others/...`
-    in the folder of a model, which tells files of the same name apart.
+    At the end is what importance matrices cover.
+
+    Paths are `reports/...`, `measure/...`, `work/compared/...`, `work/others/...` and
+    `work/coverage/...` in the folder of a model, which tells files of the same name apart.
     """
     read = {path: Measurement.read(path) for path in measurements}
     measured = {(path.parent.parent, found.file): found for path, found in read.items()}
@@ -41,8 +46,22 @@ def summary(
         rows.append((label(folder, report.file), *cells[1:]))
     judged = [(path.parents[2], Compared.read(path)) for path in compared]
     verdicts = [f"- {label(folder, each.file)}: {each.verdict}\n" for folder, each in judged]
-    below = ["".join(verdicts), distances(read, {path: Other.read(path) for path in others})]
+    below = [
+        "".join(verdicts),
+        distances(read, {path: Other.read(path) for path in others}),
+        _importance(coverages),
+    ]
     return "\n".join([markdown(rows), *filter(None, below)])
+
+
+def _importance(coverages: Iterable[Path]) -> str:
+    """What importance matrices cover; paths are `<folder of a model>/work/coverage/...`."""
+    lines = [
+        f"- {path.parents[2].name}: {sentence}\n"
+        for path in coverages
+        for sentence in Coverage.read(path).sentences
+    ]
+    return "".join([f"{IMPORTANCE}\n\n", *lines]) if lines else ""
 
 
 def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, str, str, str, str]:

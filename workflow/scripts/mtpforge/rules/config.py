@@ -22,6 +22,7 @@ from mtpforge.rules.fields import (
     All,
     Entry,
     FilePath,
+    MeasuredText,
     ModelName,
     OutputName,
     PreTokenizer,
@@ -109,11 +110,11 @@ class MeasureSettings(Entry):
         le=1000,
         description="Warm requests per prompt; their median speed is reported.",
     )
-    text: FilePath | None = Field(
+    text: MeasuredText | None = Field(
         default=None,
         description=(
             "A text of at least 1,024 tokens to measure perplexity and KL divergence from BF16"
-            " on. Without it, neither is measured."
+            " on; `default`: the embedded one. Without it, neither is measured."
         ),
     )
     chunks: int = Field(

@@ -9,7 +9,7 @@ from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model, S3Folder
-from mtpforge.rules.variant import LocalFolder, OwnBase, Variant
+from mtpforge.rules.variant import ImatrixText, LocalFolder, OwnBase, Variant
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """llama.cpp b11434 does not load a repository's file as the model if its name has one of these
@@ -44,7 +44,7 @@ def check(config: Config) -> None:
         _check_files(f"models/{model.key}", model)
     _check_repositories(config)
     _check_outputs(config)
-    for line in low_bit_heads(config):
+    for line in [*low_bit_heads(config), *texts_seen_before(config)]:
         progress.say(line)
 
 
@@ -59,6 +59,24 @@ def low_bit_heads(config: Config) -> list[str]:
                 few = f"a head at {low[0]} ({quant_types.bits(low[0]):.2f} bits) drafts badly"
                 lines.append(f"warning: config.yaml: {path}: {few}: use Q4_K or better")
     return lines
+
+
+def texts_seen_before(config: Config) -> list[str]:
+    """A warning for each chosen variant that is measured on the text of its importance matrix."""
+    lines = []
+    for model in config.chosen:
+        measured = model.measure.text if model.measure else None
+        for variant in model.variants.values():
+            matrix = variant.imatrix
+            if measured and isinstance(matrix, ImatrixText) and _same(matrix.text, measured):
+                path = f"models/{model.key}/variants/{variant.name}/imatrix/text"
+                why = f"{measured} is also the text that is measured, so figures look too good"
+                lines.append(f"warning: config.yaml: {path}: {why}: give another one")
+    return lines
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.normpath(path) == os.path.normpath(other)
 
 
 def _refuse(path: str, message: str) -> None:
@@ -139,7 +157,7 @@ def _check_text(path: str, variant: Variant, model: Model) -> None:
     """A mixture that was found on the measured text would look better than it is."""
     measured = model.measure.text if model.measure else None
     found = variant.searched_text
-    if found and measured and os.path.normpath(found) == os.path.normpath(measured):
+    if found and measured and _same(found, measured):
         _refuse(
             f"{path}/text",
             f"{found} is the text that the file is measured on: give another one for the search",

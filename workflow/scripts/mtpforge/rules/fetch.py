@@ -17,7 +17,7 @@ from mtpforge.hub.listing import Listing
 from mtpforge.io import storage
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model
-from mtpforge.rules.local_paths import PromptsPath
+from mtpforge.rules.local_paths import PromptsPath, TextPath
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
     HubFile,
@@ -276,6 +276,8 @@ def local_folder(path: str) -> Path:
 def local_names(path: str) -> list[str]:
     """The files of a local checkpoint or GGUF, or the file itself, by their names in its folder."""
     folder = Path(path)
+    if isinstance(path, TextPath):
+        return path.names()
     if not folder.is_dir():
         return gguf_files(folder.name)
     others = {"reference.json", *model_files.files_beside(folder)}
@@ -301,7 +303,7 @@ def recorded_donor(model: Model, donor: Source) -> str:
 def tracked_inputs(file: layout.GivenFile | ImatrixText, model: str) -> list[str]:
     """Inputs of a job that reads the file: records and digests, which stand for it."""
     if isinstance(file, ImatrixText):
-        return [layout.imatrix_digest(model, file.text)]
+        return [layout.imatrix_digest(model, file)]
     if isinstance(file, HubFile):
         return [checked_record(file, name) for name in gguf_files(file.file)]
     return [layout.local_record(file.path)]

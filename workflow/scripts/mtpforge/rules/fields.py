@@ -24,7 +24,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
-from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath
+from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath, TextPath
 from mtpforge.s3.address import PATTERN, Address
 
 
@@ -269,6 +269,22 @@ GgufPath = Annotated[
 ]
 _PLAIN_PATH = _matching(r"[^{}]+", "is not a path: it is empty or has braces")
 FilePath = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(FileOnDisk)]
+DEFAULT = "default"
+"""Stands for an embedded text."""
+CALIBRATION = "workflow/texts/calibration.txt"
+HELD_OUT = "workflow/texts/held-out.txt"
+CalibrationTexts = Annotated[
+    str,
+    _HOME,
+    _PLAIN_PATH,
+    AfterValidator(lambda path: TextPath(CALIBRATION if path == DEFAULT else path)),
+]
+MeasuredText = Annotated[
+    str,
+    _HOME,
+    _PLAIN_PATH,
+    AfterValidator(lambda path: FileOnDisk(HELD_OUT if path == DEFAULT else path)),
+]
 Prompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
 ProgramsFolder = Annotated[
     str,

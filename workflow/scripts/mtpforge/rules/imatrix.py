@@ -34,7 +34,7 @@ class ImatrixRules(Stage):
         if imatrix is None:
             return ""
         if isinstance(imatrix, ImatrixText):
-            recorded = layout.imatrix_digest(wildcards.model, imatrix.text)
+            recorded = layout.imatrix_digest(wildcards.model, imatrix)
         else:
             recorded = layout.recorded(imatrix)
         return shlex.join(["--imatrix-recorded", recorded])

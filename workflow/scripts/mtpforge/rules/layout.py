@@ -264,7 +264,7 @@ def matrix_name(matrix: Imatrix | None) -> str:
     if matrix is None:
         return "plain"
     if isinstance(matrix, ImatrixText):
-        return imatrix_name(matrix.text)
+        return imatrix_name(matrix.text) + "-chat" * matrix.chat
     return given_name(matrix)
 
 
@@ -275,18 +275,30 @@ def given_name(file: GivenFile) -> str:
     return place(file.path)
 
 
-def imatrix(model: str, text: str) -> str:
+def imatrix(model: str, matrix: ImatrixText) -> str:
     """The importance matrix that is computed from a text."""
-    return f"{work(model)}/imatrix/{imatrix_name(text)}.gguf"
+    return f"{work(model)}/imatrix/{matrix_name(matrix)}.gguf"
 
 
-def imatrix_digest(model: str, text: str) -> str:
+def imatrix_digest(model: str, matrix: ImatrixText) -> str:
     """Its sha256."""
-    return f"{work(model)}/imatrix/{imatrix_name(text)}.json"
+    return f"{work(model)}/imatrix/{matrix_name(matrix)}.json"
+
+
+def conversations(model: str, matrix: ImatrixText) -> str:
+    """Its text in the model's chat template."""
+    return f"{work(model)}/conversations/{matrix_name(matrix)}.txt"
+
+
+def coverages(model: Model) -> list[str]:
+    """What the importance matrices of a model's variants cover."""
+    matrices = [each.imatrix for each in model.variants.values() if each.imatrix]
+    names = dict.fromkeys(map(matrix_name, matrices))
+    return [f"{work(model.key)}/coverage/{name}.json" for name in names]
 
 
 def imatrix_name(text: str) -> str:
-    """Its name, which is stored in published files, so it must not reveal local folders."""
+    """A name for a text: stored in published files, so it must not reveal local folders."""
     return f"{Path(text).stem}-{sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -409,7 +421,7 @@ def head_checkpoint(source: Source) -> str:
 def local_path(file: GivenFile | ImatrixText, model: str) -> str:
     """The path of a file once it is fetched or made; for a split GGUF, of its first file."""
     if isinstance(file, ImatrixText):
-        return imatrix(model, file.text)
+        return imatrix(model, file)
     if isinstance(file, HubFile):
         return f"{fetched(file)}/{gguf_files(file.file)[0]}"
     return file.path

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.io.text import text_files
 
 
 class LocalPath(str):
@@ -56,6 +57,22 @@ class FileOnDisk(LocalPath):
         path = Path(self)
         problems = (_file_problem(path.parent / name) for name in gguf_files(path.name))
         return next(filter(None, problems), None)
+
+
+class TextPath(LocalPath):
+    """The path of a text, or of a folder of texts."""
+
+    __slots__ = ()
+
+    def names(self) -> list[str]:
+        """The names of its files in their folder."""
+        return [each.name for each in text_files(Path(self))]
+
+    def problem(self) -> str | None:
+        """Why it, or a text in it, cannot be used; None if all can."""
+        found = text_files(Path(self))
+        problems = (_file_problem(each) for each in found)
+        return next(filter(None, problems), None) if found else f"no *.txt files in {self}"
 
 
 def find(value: object, at: str) -> Iterator[tuple[str, LocalPath]]:

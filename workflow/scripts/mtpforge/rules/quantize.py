@@ -8,6 +8,7 @@ from typing import Any
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.io import text
+from mtpforge.io.text import text_files
 from mtpforge.quantize.recipe import as_text
 from mtpforge.rules import layout
 from mtpforge.rules.config import Config
@@ -35,7 +36,8 @@ class QuantizeRules(ImatrixRules):
     def __init__(self, config: Config, checkpoints: Any) -> None:
         super().__init__(config)
         self._checkpoints = checkpoints
-        self._texts = {layout.imatrix_name(text): text for text in _texts(config)}
+        variants = [each for model in config.models.values() for each in model.variants.values()]
+        self._matrices = {layout.matrix_name(each.imatrix): each.imatrix for each in variants}
 
     def recipe(self, wildcards: Wildcards) -> str:
         """A variant's recipe with its sha256; empty without one."""
@@ -46,15 +48,37 @@ class QuantizeRules(ImatrixRules):
         head = self.variant(wildcards).head_types
         return as_text((head.tensors or {}) if head else {})
 
-    def imatrix_text(self, wildcards: Wildcards) -> str:
-        """The text of an importance matrix. Raises ConfigError for one that no variant uses."""
-        if wildcards.text not in self._texts:
-            raise ConfigError(f"config.yaml: no variant uses an importance matrix {wildcards.text}")
-        return self._texts[wildcards.text]
+    def texts(self, wildcards: Wildcards) -> list[str]:
+        """The texts of an importance matrix. Raises ConfigError for one that no variant uses."""
+        return [str(each) for each in text_files(Path(self._computed(wildcards).text))]
 
-    def imatrix_text_record(self, wildcards: Wildcards) -> str:
-        """The record of its content."""
-        return layout.local_record(self.imatrix_text(wildcards))
+    def text(self, wildcards: Wildcards) -> str:
+        """The text, or the folder of all of them."""
+        return self._computed(wildcards).text
+
+    def text_record(self, wildcards: Wildcards) -> str:
+        """The record of their content."""
+        return layout.local_record(self.text(wildcards))
+
+    def imatrix_text(self, wildcards: Wildcards) -> str:
+        """What the model reads: a text, a folder of texts, or conversations made of them."""
+        matrix = self._computed(wildcards)
+        return layout.conversations(wildcards.model, matrix) if matrix.chat else matrix.text
+
+    def imatrix_text_inputs(self, wildcards: Wildcards) -> list[str]:
+        """What tells whether that has changed."""
+        is_chat = self._computed(wildcards).chat
+        return [self.imatrix_text(wildcards) if is_chat else self.text_record(wildcards)]
+
+    def imatrix_text_options(self, wildcards: Wildcards) -> str:
+        """What it is, as options of imatrix.py."""
+        if self._computed(wildcards).chat:
+            return "--special"
+        return shlex.join(["--text-recorded", self.text_record(wildcards)])
+
+    def coverages(self) -> list[str]:
+        """What the importance matrices of all models that are built cover."""
+        return [path for model in self.config.chosen for path in layout.coverages(model)]
 
     def source(self, wildcards: Wildcards) -> str:
         """The BF16 GGUF to quantize."""
@@ -106,6 +130,12 @@ class QuantizeRules(ImatrixRules):
             return []
         return layout.pieces(wildcards.model, wildcards.kind, name=wildcards.name, count=count)
 
+    def _computed(self, wildcards: Wildcards) -> ImatrixText:
+        matrix = self._matrices.get(wildcards.text)
+        if not isinstance(matrix, ImatrixText):
+            raise ConfigError(f"config.yaml: no variant uses an importance matrix {wildcards.text}")
+        return matrix
+
     def _pieces(self, wildcards: Wildcards) -> int:
         if wildcards.kind == "draft":
             return 1
@@ -130,6 +160,8 @@ class QuantizeRules(ImatrixRules):
         return layout.unquantized(self.model(wildcards), part)
 
     def _imatrix(self, wildcards: Wildcards) -> Imatrix | None:
+        if hasattr(wildcards, "matrix"):
+            return self._matrices.get(wildcards.matrix)
         variant = self._variant(wildcards)
         return variant.imatrix if variant else None
 
@@ -139,8 +171,3 @@ def _recipe_file(model: str, variant: Variant) -> str:
     if variant.searched:
         return layout.found(model, variant.name)
     return layout.recipe(model, variant.name)
-
-
-def _texts(config: Config) -> list[str]:
-    variants = [each for model in config.models.values() for each in model.variants.values()]
-    return [each.imatrix.text for each in variants if isinstance(each.imatrix, ImatrixText)]

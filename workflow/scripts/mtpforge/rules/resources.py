@@ -22,7 +22,7 @@ from mtpforge.forecast.costs import Cost, Machine, ProgramSpeed
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
-from mtpforge.io.text import read_json
+from mtpforge.io.text import read_json, text_files
 from mtpforge.llama_cpp import programs
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
@@ -417,7 +417,9 @@ def _bits(kind: str) -> float:
 def _text_size(imatrix: Imatrix | None) -> int:
     """Bytes of the text that an importance matrix is computed from."""
     with suppress(OSError):
-        return Path(imatrix.text).stat().st_size if isinstance(imatrix, ImatrixText) else 0
+        if not isinstance(imatrix, ImatrixText):
+            return 0
+        return sum(each.stat().st_size for each in text_files(Path(imatrix.text)))
     return _TEXT
 
 

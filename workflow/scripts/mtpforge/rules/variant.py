@@ -1,5 +1,6 @@
 """A variant in `config.yaml`: its types, its head, its base and its importance matrix."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -7,6 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import NO_HEAD, default_head
 from mtpforge.rules.fields import (
+    CalibrationTexts,
     Candidates,
     Entry,
     FileName,
@@ -65,9 +67,25 @@ class LocalGguf(Entry):
 class ImatrixText(Entry):
     """An importance matrix that is computed here."""
 
-    text: FilePath = Field(
-        description="Compute it from this plain text, of at least 1,024 tokens, with llama-imatrix."
+    text: CalibrationTexts = Field(
+        description=(
+            "Compute it with llama-imatrix from this text of at least 1,024 tokens, or from the"
+            " *.txt files of a folder, in the order of their names; `default`: the embedded text."
+        ),
+        examples=["calibration.txt", "default"],
     )
+    chat: bool = Field(
+        default=False,
+        description=(
+            "Put the text through the model's chat template: paragraphs become by turns what the"
+            " user says and the model answers, and each line of a *.jsonl is a conversation."
+        ),
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one text, which llama.cpp reads as it is."""
+        return not (self.chat or Path(self.text).is_dir())
 
 
 class LocalFile(Entry):
@@ -285,7 +303,9 @@ class Variant(Entry):
         if not self.searched or self.method == "prior":
             return None
         matrix = self.imatrix
-        return self.text or (matrix.text if isinstance(matrix, ImatrixText) else FileOnDisk(TEXT))
+        if self.text is None and isinstance(matrix, ImatrixText) and matrix.is_plain:
+            return matrix.text
+        return self.text or FileOnDisk(TEXT)
 
     @property
     def foreign(self) -> bool:
