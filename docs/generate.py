@@ -116,8 +116,9 @@ def runtimes() -> str:
         "ik_llama.cpp drafts with `--spec-type mtp` and the same tensors and keys. Its README"
         " advises against F16 tensors.",
         f"LM Studio drafts with an embedded head from {known.LM_STUDIO} on.",
-        f"Ollama {known.OLLAMA} does not load {' and '.join(known.OLLAMA_WITHOUT)} files that"
-        " have a head: make one with `head: none` for it.",
+        f"Ollama drafts with an embedded head from {known.OLLAMA_DRAFTS} on, if the Modelfile has"
+        f" `PARAMETER draft_num_predict N`. {known.OLLAMA} does not load"
+        f" {' and '.join(known.OLLAMA_WITHOUT)} files that have a head.",
     ]
     return markdown(rows, left=4) + "".join(f"\n- {note}" for note in notes) + "\n"
 

@@ -20,13 +20,14 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
 from mtpforge.measure.measurement import KlDivergence, Measurement
-from mtpforge.publish import card, serving
+from mtpforge.publish import card, choice, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.search.compared import Compared, Stock
 from mtpforge.verify.report import Shard
 
 TEMPLATE = ROOT / "workflow" / "templates" / "card.md"
+DETAILS = TEMPLATE.with_name("details.md")
 REVISION = "851bf6e806efd8d0a36b00ddf55e13ccb7b8cd0a"
 ABOUT = {
     "name": "Qwen3.5-4B",
@@ -120,6 +121,12 @@ def make(
     return card.make(model, results or (result(),), path, STAMP, template)
 
 
+def second(*results: Result, template: Path = DETAILS, **about: Any) -> str:
+    """The second page."""
+    model = About.parse(json.dumps({**ABOUT, **about}))
+    return details.make(model, results or (result(),), STAMP, template)
+
+
 def front(text: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text.split("---\n")[1]))
 
@@ -133,7 +140,7 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
-def column(text: str, heading: str, after: str = "## Files") -> list[str]:
+def column(text: str, heading: str, after: str = "## ") -> list[str]:
     headings, _, *lines = rows(_first_table(text, after))
     return [line[headings.index(heading)] for line in lines]
 
@@ -255,37 +262,54 @@ def test_hostile_front_matter_is_dropped(tmp_path: Path, theirs: str) -> None:
 # ── figures ──
 
 
-def test_card_without_measurements_has_no_columns_for_them() -> None:
-    text = make()
-    assert rows(text)[0] == ["file", "size", "bits/weight", "head", "acceptance"]
-    assert rows(text)[2] == ["`Qwen3.5-4B-IQ4_XS.gguf`", "2.70 GB", "4.61", "Q8_0", "81.2%"]
-    assert "Speed and KL divergence were not measured." in text
-    assert "measure/" not in text
+def test_pages_without_measurements_have_no_columns_for_them() -> None:
+    text, more = make(), second()
+    headings, _, row = rows(_first_table(text, "## Files"))
+    assert headings == ["file", "size", "head", "accepted"]
+    assert row == ["[IQ4_XS](Qwen3.5-4B-IQ4_XS.gguf)", "2.7 GB", "Q8_0", "81%"]
+    headings, _, row = rows(_first_table(more, "## All files"))
+    assert headings == ["file", "size", "bits/weight", "head", "acceptance"]
+    name = "[Qwen3.5-4B-IQ4_XS.gguf](Qwen3.5-4B-IQ4_XS.gguf)"
+    assert row == [name, "2.70 GB", "4.61", "Q8_0", "81.2%"]
+    for page in (text, more):
+        assert "Speed and KL divergence were not measured." in page
+        assert "measure/" not in page and "<img" not in page
 
 
-UNRUN = measurement(by_n_max=(), runs=(), prompts={}, verdict="not measured: too large")
+UNRUN = measurement(
+    by_n_max=(),
+    runs=(),
+    prompts={},
+    verdict="not measured: too large",
+    perplexity=None,
+    kl_divergence=None,
+)
 
 
 def test_a_file_that_was_not_run_is_named() -> None:
     large = result("BF16")
     large = replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB"))
-    text = make(replace(large, measured=UNRUN), result(measured=measurement()))
+    results = [replace(large, measured=UNRUN), result(measured=measurement())]
+    text, more = make(*results), second(*results)
     assert "`Qwen3.5-4B-BF16.gguf` was not run before it was published (9 GB do not fit" in text
     assert "Each other file with a head was published only after" in text
-    assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in text
-    assert "### `Qwen3.5-4B-BF16.gguf`" not in text
-    assert column(text, "tok/s") == ["-", "290.0"]
-    assert text.count("Speed was measured on") == 1
+    assert column(text, "tokens/s", "## Files") == ["-", "210 → 290"]
+    assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in more
+    assert "### `Qwen3.5-4B-BF16.gguf`" not in more
+    assert column(more, "tok/s") == ["-", "290.0"]
+    assert more.count("Speed was measured on") == 1
 
 
 def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
     large = result("BF16")
     large = replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB"))
-    text = make(replace(large, measured=UNRUN))
+    large = replace(large, measured=UNRUN)
+    text, more = make(large), second(large)
     assert "was not run" in text and "had drafted" not in text
-    assert "Speed and KL divergence were not measured." in text
-    assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in text
-    assert "Measured with" not in text and "measured on" not in text
+    assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in more
+    for page in (text, more):
+        assert "Speed and KL divergence were not measured." in page
+        assert "Measured with" not in page and "measured on" not in page and "<img" not in page
 
 
 @pytest.mark.parametrize(
@@ -301,8 +325,8 @@ def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
         ("perplexity", ["-", "8.1234"]),
     ],
 )
-def test_file_table_shows_measurements(heading: str, cells: list[str]) -> None:
-    text = make(result("BF16"), result(measured=measurement()))
+def test_table_of_all_files_shows_measurements(heading: str, cells: list[str]) -> None:
+    text = second(result("BF16"), result(measured=measurement()))
     assert column(text, heading) == cells
 
 
@@ -322,19 +346,19 @@ def test_file_table_shows_measurements(heading: str, cells: list[str]) -> None:
     ],
 )
 def test_sweep_table_shows_measurements(heading: str, cells: list[str]) -> None:
-    text = make(result("BF16"), result(measured=measurement()))
+    text = second(result("BF16"), result(measured=measurement()))
     assert column(text, heading, "### `Qwen3.5-4B-IQ4_XS.gguf`") == cells
 
 
 def test_verdict_and_recommended_draft_length_are_shown() -> None:
-    text = make(result("BF16"), result(measured=measurement()))
-    assert "--spec-draft-n-max 2" in text
-    assert "- `Qwen3.5-4B-IQ4_XS.gguf`: what measure.py found.\n" in text
+    results = [result("BF16"), result(measured=measurement())]
+    assert "--spec-draft-n-max 2" in make(*results)
+    assert "- `Qwen3.5-4B-IQ4_XS.gguf`: what measure.py found.\n" in second(*results)
 
 
 def test_kind_of_prompt_named_like_a_column_keeps_its_own_column() -> None:
     runs = (run(0, "speedup"), run(1, "speedup", accepted=90))
-    text = make(result(measured=measurement(1, (10.0, 20.0), runs=runs)))
+    text = second(result(measured=measurement(1, (10.0, 20.0), runs=runs)))
     headings, _, _, drafting = rows(_first_table(text, "### "))
     cells = [cell for name, cell in zip(headings, drafting, strict=True) if name == "speedup"]
     assert cells == ["2.00", "90.0%"]
@@ -351,12 +375,15 @@ def test_commands_serve_with_the_measured_options() -> None:
 
 
 def test_drafting_is_off_if_it_is_slower() -> None:
-    text = make(result(measured=measurement(0, (94.0, 47.6))))
-    assert column(text, "draft length") == ["off"]
-    assert column(text, "tok/s") == ["94.0"]
-    assert column(text, "speedup", "### ") == ["1.00", "0.51"]
+    slower = result(measured=measurement(0, (94.0, 47.6)))
+    text, more = make(slower), second(slower)
+    assert column(text, "draft", "## Files") == ["off"]
+    assert column(text, "tokens/s", "## Files") == ["94"]
+    assert column(more, "draft length") == ["off"]
+    assert column(more, "tok/s") == ["94.0"]
+    assert column(more, "speedup", "### ") == ["1.00", "0.51"]
     assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text
-    assert "--spec-draft" not in text
+    assert "--spec-draft" not in text and "--speculative-draft" not in text
     assert "Drafting is off because it was not faster" in text
 
 
@@ -366,17 +393,17 @@ def test_inputs_of_measurements_are_named() -> None:
     measured = measurement(text=TEXT)
     assert (
         f"\nPerplexity and KL divergence were measured {where} {prompts} (3 warm requests each).\n"
-    ) in make(result(measured=measured))
-    text = make(result(measured=replace(measured, kl_divergence=None, repeats=1)))
+    ) in second(result(measured=measured))
+    text = second(result(measured=replace(measured, kl_divergence=None, repeats=1)))
     assert f"\nPerplexity was measured {where} {prompts} (1 warm request each).\n" in text
-    text = make(result(measured=replace(measured, text=None)))
+    text = second(result(measured=replace(measured, text=None)))
     assert "Perplexity" not in text
     assert f"\n{prompts}" in text
 
 
 def test_number_that_rounds_to_zero_has_no_sign() -> None:
     divergence = replace(DIVERGENCE, mean=-1e-7, p99_9=-0.0)
-    text = make(result(measured=measurement(kl_divergence=divergence)))
+    text = second(result(measured=measurement(kl_divergence=divergence)))
     assert column(text, "KL divergence") == ["0.00000"]
     assert column(text, "KL 99.9%") == ["0.0000"]
 
@@ -417,13 +444,13 @@ def test_commands_use_the_first_quantized_file_that_drafts() -> None:
     ],
 )
 def test_recommended_file_drafts_if_any_does(results: list[Result], variant: str) -> None:
-    found = serving.recommended(results)
+    found = choice.recommended(results)
     assert found is not None
     assert found.name == f"Qwen3.5-4B-{variant}.gguf"
 
 
 def test_sidecar_alone_has_no_recommended_file() -> None:
-    assert serving.recommended([SIDECAR]) is None
+    assert choice.recommended([SIDECAR]) is None
     assert "no complete model" in make(SIDECAR)
 
 
@@ -479,27 +506,49 @@ def test_sidecar_is_for_a_file_without_a_head() -> None:
     ]
 
 
-def test_ollama_commands_use_only_files_that_it_loads() -> None:
+def test_ollama_drafts_with_a_modelfile_and_old_ones_need_a_file_without_a_head() -> None:
     text = make()
-    assert "issue 16282" in text
-    assert "ollama run" not in text
-    text = make(result(), result("none", heads=0))
-    assert "16282" not in text
-    assert "ollama run hf.co/Someone/Qwen3.5-4B-MTP-GGUF:none\n" in text
-    text = make(result(heads=0, head="none"))
-    assert "16282" not in text
-    assert "ollama run hf.co/Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text
+    name = "hf.co/Someone/Qwen3.5-4B-MTP-GGUF:{}"
+    assert f"FROM {name.format('IQ4_XS')}\nPARAMETER draft_num_predict 1\n" in text
+    assert "does not load files of this architecture with a head." in text
+    assert f"it does load `{name.format('none')}`" in make(result(), result("none", heads=0))
+    for model in (result(heads=0, head="none"), result(measured=measurement(0, (9.0, 8.0)))):
+        assert f"\nollama run {name.format('IQ4_XS')}\n" in (text := make(model))
+        assert ("16282" in text) == model.has_head
+        assert "draft_num_predict" not in text
 
 
 def test_ollama_needs_a_tag_and_a_single_file() -> None:
     text = make(result("Q4_0"), result("Q4_0-headless", heads=0))  # the tag Q4_0 matches both
     assert "load the downloaded file in Lemonade and LM Studio." in text
-    assert served(text)[1:] == ["ollama run hf.co/Someone/Qwen3.5-4B-MTP-GGUF:Q4_0-headless"]
+    assert "ollama run" not in text and "In Ollama, import the downloaded file too." in text
     text = make(split_result("BF16"))
     assert "ollama run" not in text
     assert "Ollama does not load split files." in text
-    assert "- `Qwen3.5-4B-BF16/Qwen3.5-4B-BF16-00002-of-00002.gguf`" in text
     assert ":BF16 --spec-type" in text
+    shards = second(split_result("BF16"))
+    assert "- `Qwen3.5-4B-BF16/Qwen3.5-4B-BF16-00002-of-00002.gguf`" in shards
+
+
+def test_other_runtimes_get_the_recommended_settings() -> None:
+    options = ("-fa", "on")
+    text = make(result(measured=measurement(3, options=options)))
+    entry = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    words = "--spec-type draft-mtp --spec-draft-n-max 3"
+    assert entry == {
+        "models": {
+            "Qwen3.5-4B-IQ4_XS": {
+                "cmd": "llama-server --port ${PORT} -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS "
+                f"-fa on {words}"
+            }
+        }
+    }
+    assert f"lemonade run MODEL --llamacpp-args '-fa on {words}'" in served(text)
+    load = "lms load MODEL --speculative-draft-mtp --speculative-draft-max-tokens 3"
+    assert load in served(text)
+    assert "PARAMETER draft_num_predict 3" in served(text)
+    off = served(make(result(measured=measurement(0, (9.0, 8.0)))))
+    assert "lemonade run MODEL --llamacpp-args '--spec-type none'" in off
 
 
 NAMES = [
@@ -528,14 +577,40 @@ NAMES += ["X-Q3_K.GGUF", "mtp-folder/X-MTP-Q5_K.gguf", "X-Q6_K-00002-of-00002.gg
     ],
 )
 def test_tags_resolve_as_in_llama_cpp(tag: str, name: str | None) -> None:
-    assert serving.resolve(tag, NAMES) == name
+    assert choice.resolve(tag, NAMES) == name
 
 
 def test_file_without_a_tag_is_served_by_name() -> None:
-    text = make(result("Q4_K_M", bits_per_weight=4.0), result("Q4_K_M-injected"))
+    text = make(result("Q4_K_M"), result("Q4_K_M-headless", heads=0))
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type"
     assert command in text
     assert "lemonade pull" not in text
+    assert "takes `Qwen3.5-4B-Q4_K_M-headless.gguf` instead." in text
+
+
+def test_the_file_that_llama_cpp_takes_without_a_tag_is_recommended() -> None:
+    """Unless it does not draft, or is not quantized."""
+    first, default = result("IQ4_XS"), result("Q4_K_M")
+    assert choice.recommended([first, default]) is default
+    assert "llama.cpp takes this file too." in make(first, default)
+    assert choice.recommended([first, result("Q4_K_M", heads=0)]) is first
+    split = split_result("Q8_0")
+    assert choice.recommended([first, split]) is split
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "X-Q4_K_M.gguf"], "X-Q4_K_M.gguf"),
+        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "mtp-X-Q4_K_M.gguf"], "X-Q8_0.gguf"),
+        (["X-Q4_0.gguf", "X-IQ4_XS.gguf"], "X-IQ4_XS.gguf"),
+        (["Q/X-Q8_0-00002-of-00002.gguf", "Q/X-Q8_0-00001-of-00002.gguf"],
+         "Q/X-Q8_0-00001-of-00002.gguf"),
+        (["mtp-X-Q8_0.gguf", "README.md"], None),
+    ],
+)  # fmt: skip
+def test_no_tag_resolves_as_in_llama_cpp(names: list[str], name: str | None) -> None:
+    assert choice.without_tag(names) == name
 
 
 def test_names_are_escaped() -> None:
@@ -572,7 +647,7 @@ def test_every_architecture_has_its_runtimes() -> None:
 
 
 def test_recipe_comes_from_the_configuration() -> None:
-    recipe = make().split("```yaml\n")[1].split("```")[0]
+    recipe = second().split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}
 
 
@@ -603,6 +678,9 @@ def test_a_template_that_cannot_be_filled_in_is_refused(
     (tmp_path / "card.md").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"card\.md: .*{reason}"):
         make(template=tmp_path / "card.md")
+    if b"- a list" not in content:  # the second page has no front matter
+        with pytest.raises(ConfigError, match=rf"card\.md: .*{reason}"):
+            second(template=tmp_path / "card.md")
 
 
 def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) -> None:
@@ -621,5 +699,8 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])
     shown = text.replace("\\", "")
     verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
+    assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
+    text = details.make(about, (result(),), STAMP, DETAILS, compared=[found])
+    shown = text.replace("\\", "")
     assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
     assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", shown)

@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 import pytest
 from conftest import Run as RunProgram
 from example_records import DIVERGENCE, MACHINE, measurement, run, total
-from mtpforge.errors import ConfigError
 from mtpforge.gguf import writer
 from mtpforge.gguf.quant_types import UnknownType
 from mtpforge.gguf.reader import TensorInfo
@@ -125,9 +124,35 @@ def test_the_frontier_has_the_files_that_no_smaller_one_equals() -> None:
     assert best == [(1, 0.5), (3, 0.1), (5, 0.05)]
 
 
-def test_distance_figure_needs_a_divergence() -> None:
-    with pytest.raises(ConfigError, match="no KL divergence to draw"):
-        figures.distance([measurement()])
+def test_figures_say_what_was_not_measured() -> None:
+    """Files too large to run must not stop a build at its last step."""
+    unrun = measurement(by_n_max=())
+    assert "KL divergence was not measured." in words(figures.distance([unrun]))
+    assert "Speed was not measured." in words(figures.drafting([unrun]))
+
+
+def test_drafting_figure_has_a_line_per_file_and_marks_what_is_recommended() -> None:
+    files = [measured("M-A.gguf", 1), measured("M-B.gguf", 0), measurement(by_n_max=())]
+    picture = figures.drafting(files)
+    assert {"A", "B", "off", "1", "n_max", "0"} <= set(words(picture))
+    root = ElementTree.fromstring(picture.render())
+    rings = [
+        each for each in root.iter("{http://www.w3.org/2000/svg}circle") if each.get("r") == "8.5"
+    ]
+    assert len(rings) == 2
+    right, left = (float(ring.get("cx", "")) for ring in rings)
+    assert left < right  # off lies left of 1
+
+
+def test_drafting_figure_draws_the_fastest_of_each_length_and_as_many_files_as_it_has_marks() -> (
+    None
+):
+    twice = (total(0, 50.0), total(1, 60.0, 50.0), total(1, 75.0, 50.0))
+    many = [replace(measured(f"M-{n}.gguf", 1), by_n_max=twice) for n in range(14)]
+    picture = figures.drafting(many)
+    assert "Without 2 other files." in words(picture)
+    lines = re.findall(r'<line [^>]*stroke="#(?!d9|1a)[^>]*>', picture.render())
+    assert len(lines) == 12
 
 
 def test_tensors_figure_shows_types_and_errors(built: Path) -> None:

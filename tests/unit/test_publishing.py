@@ -307,7 +307,8 @@ def test_a_file_that_failed_leaves_card_and_sums(
 ) -> None:
     made = build()
     monkeypatch.chdir(tmp_path)
-    described = [Path("results/m/README.md"), Path("results/m/SHA256SUMS")]
+    names = ("README.md", "DETAILS.md", "SHA256SUMS")
+    described = [Path("results/m") / name for name in names]
     described[0].parent.mkdir(parents=True)
     for path in described:
         path.touch()

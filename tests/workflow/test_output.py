@@ -128,5 +128,5 @@ def test_a_failure_names_file_check_and_log_once(repository: Repository, first: 
     text = "\n".join(shown)
     assert text.count(log) == 1 and text.count("fewer than 100%") == 1
     withdrawn = [line for line in shown if line.startswith("removed ")]
-    assert len(withdrawn) == 2  # card and sums
+    assert len(withdrawn) == 3  # both pages of the card, and sums
     assert len(shown) - len(withdrawn) <= 8 + 2 * labels(shown, "start").total()

@@ -27,7 +27,8 @@ TOKEN = "hf_VerySecretToken"
 GGUFS = ["tiny-qwen3.5-BF16.gguf", "tiny-qwen3.5-Q8_0.gguf"]
 REPORTS = [f"reports/{name.replace('gguf', 'json')}" for name in GGUFS]
 STATEMENTS = [f"provenance/{name.replace('gguf', 'json')}" for name in GGUFS]
-PUBLISHED = sorted(["README.md", "SHA256SUMS", *GGUFS, *REPORTS, *STATEMENTS])
+PAGES = ["README.md", "DETAILS.md"]
+PUBLISHED = sorted([*PAGES, "SHA256SUMS", *GGUFS, *REPORTS, *STATEMENTS])
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,7 @@ def test_new_variant_is_uploaded_and_a_removed_one_is_left_alone(
     output = publish(repository, hub)
     assert hub.commits[1:] == [
         [
+            "DETAILS.md",
             "README.md",
             "SHA256SUMS",
             "provenance/tiny-qwen3.5-Q4_0.json",

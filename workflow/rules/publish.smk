@@ -1,9 +1,9 @@
 # Completes a model's folder as a repository for the Hub, and uploads it.
 # Needs: the verified files with their reports and measurements, and the checkpoint's card and
 # digests.
-# Makes, in results/<model>/: README.md, the model card; provenance/, a statement per report that
-# lists the inputs of its files; and SHA256SUMS, the list of all published files, to check
-# downloads.
+# Makes, in results/<model>/: README.md, the model card, and DETAILS.md, its second page;
+# provenance/, a statement per report that lists the inputs of its files; and SHA256SUMS, the list of
+# all published files with the card's pictures, to check downloads.
 # `publish` is not part of `all`. It has no output, so it always asks the Hub or the object storage which
 # files it has, and uploads the others.
 
@@ -73,6 +73,7 @@ rule card:
     input:
         code=code("card.py"),
         template="workflow/templates/card.md",
+        details="workflow/templates/details.md",
         files=ancient(build.publish.files),  # the reports have their sha256
         reports=build.publish.reports,
         measurements=build.measure.measurements,
@@ -80,7 +81,8 @@ rule card:
         checkpoint=build.publish.checkpoint_card_inputs,
         toolchain="resources/toolchain/stamp.json",
     output:
-        "results/{model}/README.md",
+        card="results/{model}/README.md",
+        details="results/{model}/DETAILS.md",
     log:
         "logs/{model}/card.log",
     conda:
@@ -97,7 +99,8 @@ rule card:
         "python {input.code[0]:q} --files {input.files:q} --reports {input.reports:q}"
         " --measurements {input.measurements:q} --compared {input.compared:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
-        " --template {input.template:q} --out {output:q} > {log:q} 2>&1"
+        " --template {input.template:q} --details-template {input.details:q}"
+        " --out {output.card:q} > {log:q} 2>&1"
 
 
 rule sums:
@@ -107,7 +110,8 @@ rule sums:
         reports=build.publish.reports,
         statements=build.publish.statements,
         measurements=build.measure.measurements,
-        card="results/{model}/README.md",
+        pages=["results/{model}/README.md", "results/{model}/DETAILS.md"],
+        pictures=build.publish.pictures,
     output:
         "results/{model}/SHA256SUMS",
     log:
@@ -122,7 +126,8 @@ rule sums:
         "{wildcards.model}: list all published files"
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
-        " --others {input.card:q} {input.statements:q} {input.measurements:q} > {log:q} 2>&1"
+        " --others {input.pages:q} {input.pictures:q} {input.statements:q} {input.measurements:q}"
+        " > {log:q} 2>&1"
 
 
 # snakemake --cores 1 publish [--config dry_run=true]

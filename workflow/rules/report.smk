@@ -28,7 +28,7 @@ rule plot:
     log:
         "logs/{model}/plot-{figure}.log",
     wildcard_constraints:
-        figure="speed|acceptance|distance",
+        figure="speed|acceptance|distance|drafting",
     conda:
         "../../envs/run.yaml"
     resources:

@@ -1,4 +1,4 @@
-"""Write the model card of a results folder from its reports and measurements.
+"""Write the model card of a results folder, and DETAILS.md, from reports and measurements.
 
 example: card.py --files F.gguf --reports report.json --toolchain stamp.json --out README.md \\
              --about '{"name": "F", "source": {"path": "F"}, "variants": {}}'
@@ -11,22 +11,22 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from pathlib import Path
 
 from mtpforge import cli
-from mtpforge.gguf import file_names, reader
+from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
-from mtpforge.publish import card
+from mtpforge.publish import card, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.search.compared import Compared
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "templates" / "card.md"
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
 
 def main() -> None:
-    """Parse the command line and write the card."""
+    """Parse the command line and write both pages."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--files", type=Path, nargs="+", required=True, metavar="FILE",
@@ -57,21 +57,31 @@ def main() -> None:
         help="stamp of llama.cpp's programs",
     )  # fmt: skip
     parser.add_argument(
-        "--template", type=Path, default=TEMPLATE, metavar="FILE",
+        "--template", type=Path, default=TEMPLATES / "card.md", metavar="FILE",
         help="template of the card (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="card, in Markdown")
+    parser.add_argument(
+        "--details-template", type=Path, default=TEMPLATES / "details.md", metavar="FILE",
+        help="template of the second page (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE",
+        help=f"card, in Markdown; {details.NAME} is written beside it",
+    )  # fmt: skip
     args = parser.parse_args()
     results = read_results(args.files, args.reports, args.measurements)
     stamp = Stamp.read(args.toolchain)
+    compared = list(map(Compared.read, args.compared))
     text = card.make(
         args.about,
         results,
-        compared=list(map(Compared.read, args.compared)),
+        compared=compared,
         checkpoint_card=args.checkpoint_card,
         stamp=stamp,
         template=args.template,
     )
+    second = details.make(args.about, results, stamp, args.details_template, compared)
+    atomic.write_text(args.out.with_name(details.NAME), second)
     atomic.write_text(args.out, text)
 
 
@@ -87,7 +97,7 @@ def read_results(files: list[Path], reports: list[Path], measurements: list[Path
         Result(
             report,
             measured.get(path.name.replace(".split.json", ".json")),
-            reader.read(file_names.first_file(file)),
+            split.read(file_names.first_file(file)),
         )
         for file, path, report in zip(files, reports, read, strict=True)
     ]

@@ -1,5 +1,6 @@
 """Markdown tables that are also readable as plain text, and sizes and times in words."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,21 @@ from mtpforge.errors import printable
 def size(count: int) -> str:
     """Bytes for people, in powers of ten as the Hub shows them."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def rounded(value: float) -> str:
+    """A number in two digits of sense, without an exponent."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    digits = 1 - math.floor(math.log10(abs(value)))
+    shown = round(value, digits)
+    decimals = 1 - math.floor(math.log10(abs(shown)))
+    return f"{shown:.{max(decimals, 0)}f}"
+
+
+def rounded_size(count: int) -> str:
+    """Bytes in two digits of sense."""
+    return f"{rounded(count / 1e9)} GB" if count >= 995e6 else f"{rounded(count / 1e6)} MB"
 
 
 def size_of(path: Path) -> str:

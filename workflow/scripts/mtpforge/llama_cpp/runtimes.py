@@ -62,5 +62,9 @@ OLLAMA = "0.24.0 (its issue 16282)"
 OLLAMA_WITHOUT = ("qwen35", "qwen35moe")
 """Architectures whose files this Ollama does not load if they have a head."""
 
+OLLAMA_DRAFTS = "0.30.0"
+"""First Ollama that runs GGUFs with llama-server, and drafts with an embedded head if the Modelfile
+has `draft_num_predict`: from its source and documentation."""
+
 LM_STUDIO = "0.4.14"
 """First version that drafts with an embedded head."""

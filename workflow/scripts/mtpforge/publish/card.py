@@ -1,42 +1,35 @@
-"""The model card of a results folder: a README with front matter for the Hub.
+"""The model card of a results folder: a README with front matter for the Hub, and a second page.
 
-All its figures come from reports and measurements. Text from a checkpoint's card is checked and
+All figures come from reports and measurements. Text from a checkpoint's card is checked and
 escaped.
 """
 
-import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from huggingface_hub import ModelCard
 
-from mtpforge.errors import ConfigError, VerificationError
+from mtpforge.errors import VerificationError
 from mtpforge.gguf import template_warnings
-from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
 from mtpforge.llama_cpp.stamp import Stamp
-from mtpforge.measure.measurement import Measurement
-from mtpforge.publish import tables
+from mtpforge.publish import choice, details, memory, tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
+from mtpforge.publish.pages import any_drafts, filled, machine, sentences, sources, toolchain
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving
-from mtpforge.search.compared import Compared, mixture_table
+from mtpforge.search.compared import Compared
+from mtpforge.table import rounded_size
 from mtpforge.verify.metadata import templates_in
 
-_FAULTS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template can raise."""
+PICTURES = {
+    "distance": "File size against KL divergence from BF16",
+    "drafting": "Speed against draft length",
+}
+"""Figures of the card, with what they show."""
 
 
 def make(
@@ -52,13 +45,9 @@ def make(
     Raises ConfigError if the template cannot be read or filled in; VerificationError if the front
     matter does not read back as it was written.
     """
-    data = front_matter(about, read_front_matter(checkpoint_card))
-    values = _values(about, results) | {"toolchain": _toolchain(stamp), "found": _found(compared)}
-    try:
-        card = ModelCard.from_template(data, template_str=_read_template(template), **values)
-    except _FAULTS as error:
-        raise ConfigError(f"{template}: cannot be filled in ({error})") from None
-    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+    data = front_matter(about, read_front_matter(checkpoint_card), results)
+    values = _values(about, results) | {"toolchain": toolchain(stamp), "found": _found(compared)}
+    text = filled(template, values, data)
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
         raise VerificationError(
             f"{about.title}: the card's front matter does not read back as it was written"
@@ -66,63 +55,131 @@ def make(
     return text
 
 
-def _read_template(path: Path) -> str:
-    return read_text(path, ConfigError, most=TEMPLATE_LIMIT, within=ANYWHERE)
-
-
 def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
     """The values that templates/card.md fills in."""
-    measured = [(result.name, result.measured) for result in results if result.measured]
-    swept = [(name, found) for name, found in measured if found.by_n_max]
-    measurements = [found for _, found in swept]
+    choices = choice.by_memory(results)
     return {
         "title": escape(about.title),
         "origin": about.origin,
         "head": about.head,
-        "drafts": any(result.drafts and not result.report.not_run for result in results),
+        "drafts": any_drafts(results),
+        "pictures": _pictures(results),
         "not_drafting": _not_drafting(results),
         "not_run": _not_run(results),
         "template": _template(results),
-        "files": tables.files(results).rstrip(),
-        "split": _split(results),
-        "measured": bool(measurements),
-        "machines": _sentences(map(_machine, measurements)),
-        "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
-        "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
-        "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in swept],
+        "by_memory": tables.by_memory(choices, results, about.name).rstrip() if choices else "",
+        "reckoned": " ".join(filter(None, [_RECKONED, _slots(results), _head_cost(results)])),
+        "files": tables.files(results, about.name).rstrip(),
+        "legend": _legend(results),
+        "details": details.NAME,
+        "measured": any(result.measured for result in results),
         "runtime": runtime(results),
         "serving": serving(results, about),
-        "sources": "\n".join(f"- {source}" for source in about.sources),
-        "recipe": _recipe(about),
+        "sources": sources(about),
     }
 
 
+# ── pictures and files ──
+
+
+def _pictures(results: Sequence[Result]) -> str:
+    """The figures that show something, side by side on the Hub."""
+    measured = [result.measured for result in results if result.measured]
+    shown = {
+        "distance": any(found.kl_divergence for found in measured),
+        "drafting": any(found.by_n_max for found in measured),
+    }
+    return "\n".join(
+        f'<img src="plots/{name}.svg" alt="{PICTURES[name]}" width="335">'
+        for name, is_shown in shown.items()
+        if is_shown
+    )
+
+
+_RECKONED = (
+    "These needs are reckoned, not measured: the file, 8,192 tokens of context (`--ctx-size 8192`) "
+    "with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), and 1 GB for "
+    "llama.cpp's buffers."
+)
+
+
+def _slots(results: Sequence[Result]) -> str:
+    """How much memory fewer requests at a time save, if that can be seen in two digits."""
+    best = choice.recommended(results)
+    kept = memory.context(best.gguf) if best else None
+    if best is None or kept is None or choice.slots(best) == 1:
+        return ""
+    length = choice.draft_length(best)
+    saved = kept.states(choice.slots(best), length) - kept.states(1, length)
+    if saved < max(0.02 * best.report.bytes, 50e6):
+        return ""
+    return (
+        f"llama-server serves {choice.slots(best)} requests at a time: `--parallel 1` saves "
+        f"{rounded_size(saved)}."
+    )
+
+
+def _head_cost(results: Sequence[Result]) -> str:
+    """What drafting costs in memory with the file to start with; empty if it cannot."""
+    best = choice.recommended(results)
+    sidecars = (result for result in results if result.is_sidecar)
+    head = best if best and best.drafts else next(sidecars, None)
+    kept = memory.context(best.gguf) if best else None
+    if best is None or head is None or kept is None:
+        return ""
+    weights = head.report.bytes if head.is_sidecar else memory.head_bytes(head.gguf)
+    slots, length = choice.slots(best), choice.draft_length(best) or head.gguf.draft_length
+    rest = kept.head_cache + kept.states(slots, length) - kept.states(slots, 0)
+    return (
+        f"The head takes {rounded_size(weights)} of {code(head.name)}, and drafting "
+        f"{rounded_size(rest)} more while it runs."
+    )
+
+
+def _legend(results: Sequence[Result]) -> str:
+    """What the columns of the files' table mean."""
+    measured = [result.measured for result in results if result.measured]
+    known = {
+        "head: type of its tensors": any(result.has_head for result in results),
+        "accepted: share of drafts accepted in verification": any(
+            result.report.acceptance is not None for result in results
+        ),
+        "tokens/s: without → with drafting": any(found.by_n_max for found in measured),
+        "draft: how many tokens to draft ahead": any(found.by_n_max for found in measured),
+        "KL: mean KL divergence from BF16, lower is better": any(
+            found.kl_divergence for found in measured
+        ),
+    }
+    words = "; ".join(text for text, shown in known.items() if shown)
+    swept = [found for found in measured if found.by_n_max]
+    missing = not swept and not any(found.kl_divergence for found in measured)
+    parts = [
+        f"{words[0].upper()}{words[1:]}." if words else "",
+        "Speed and KL divergence were not measured." if missing else "",
+        sentences(map(machine, swept)),
+    ]
+    return " ".join(filter(None, parts))
+
+
 def _found(compared: Iterable[Compared]) -> str:
-    """The verdict and the mixture of each file whose types were found."""
-    return "\n\n".join(
-        f"{code(each.file)} has types that were found for its size: {escape(each.verdict)}. "
-        f"How much a tensor matters was {_METHODS.get(each.sensitivity, '')}. "
-        f"{escape(each.head.words) if each.head else ''} Matrices by type:\n\n"
-        f"{mixture_table({escape(name): row for name, row in each.mixture.items()})}".rstrip()
+    """The verdict on each file whose types were found."""
+    return "\n".join(
+        f"- {code(each.file)} has types that were found for its size: {escape(each.verdict)}."
         for each in compared
     )
 
 
-_METHODS = {
-    "class": "measured by class of tensors and by layer",
-    "tensor": "measured for each",
-    "prior": "taken from measurements of other models",
-}
+# ── what there is to say ──
 
 
 def _not_drafting(results: Iterable[Result]) -> str:
     """Why heads of these files do not draft; empty if all do."""
-    return _sentences(f"{escape(why)}." for result in results if (why := result.why_not_drafting))
+    return sentences(f"{escape(why)}." for result in results if (why := result.why_not_drafting))
 
 
 def _not_run(results: Iterable[Result]) -> str:
     """Which files were published without being run, and why; empty if none."""
-    return _sentences(
+    return sentences(
         f"{code(result.name)} was not run before it was published ({escape(why)}), but its tensors "
         "were compared with those of the checkpoint."
         for result in results
@@ -133,66 +190,4 @@ def _not_run(results: Iterable[Result]) -> str:
 def _template(results: Iterable[Result]) -> str:
     """Warnings of names in chat templates that only an attack needs."""
     found = (template_warnings.warning(templates_in(result.gguf).values()) for result in results)
-    return _sentences(f"Warning: {escape(words)}." for words in found if words)
-
-
-def _split(results: Iterable[Result]) -> str:
-    """The shards of all split files, as a list."""
-    split = [result.shards for result in results if len(result.shards) > 1]
-    return "\n".join(f"- {code(shard)}" for shards in split for shard in shards)
-
-
-def _machine(measured: Measurement) -> str:
-    """The llama.cpp, options and machine of a measurement."""
-    threads = f"{measured.threads} thread{'s' * (measured.threads != 1)}"
-    options = [code(shlex.join(measured.options))] if measured.options else []
-    setup = ", ".join([f"llama.cpp {escape(measured.llama_cpp)}", threads, *options])
-    names = [measured.machine.processor, *measured.machine.devices]
-    machine = ", ".join(escape(name) for name in names if name)
-    return f"Measured with {setup}{' on ' * bool(machine)}{machine}."
-
-
-def _texts(measurements: Sequence[Measurement]) -> str:
-    """The texts on which perplexity was measured."""
-    compared = any(found.kl_divergence for found in measurements)
-    what = "Perplexity and KL divergence were" if compared else "Perplexity was"
-    texts = {found.text for found in measurements if found.text}
-    return _sentences(
-        f"{what} measured on {code(text.name)} (sha256 {code(text.sha256)}, "
-        f"up to {text.chunks} chunks of 512 tokens)."
-        for text in texts
-    )
-
-
-def _prompts(measurements: Iterable[Measurement]) -> str:
-    """The prompts on which speed was measured."""
-    return _sentences(
-        f"Speed was measured on prompts of these kinds: {escape(', '.join(sorted(found.prompts)))} "
-        f"({found.repeats} warm request{'s' * (found.repeats != 1)} each)."
-        for found in measurements
-    )
-
-
-def _sentences(found: Iterable[str]) -> str:
-    """Sentences in alphabetical order, without repeats."""
-    return " ".join(sorted(set(found)))
-
-
-def _toolchain(stamp: Stamp) -> str:
-    """Version, build and commit of llama.cpp, as far as they are known."""
-    known = [stamp.llama_cpp, stamp.build, stamp.commit]
-    return escape(" ".join(part for part in known if part and part != "0"))
-
-
-def _recipe(about: About) -> str:
-    """The variants as in config.yaml, without options that are off."""
-    recipe = _without_false({"variants": about.variants})
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
-
-
-def _without_false(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_false(value) if isinstance(value, Mapping) else value
-        for key, value in entry.items()
-        if value is not False
-    }
+    return sentences(f"Warning: {escape(words)}." for words in found if words)

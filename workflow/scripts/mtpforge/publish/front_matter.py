@@ -1,16 +1,19 @@
 """Front matter of the model card, which the Hub reads: base model, license, tags."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from mtpforge.errors import CheckpointError
+from mtpforge.errors import CheckpointError, printable
 from mtpforge.io import text
+from mtpforge.measure.measurement import Measurement, Text
 from mtpforge.publish.card_config import About
+from mtpforge.publish.result import Result
 
 TAGS = ("gguf", "mtp", "speculative-decoding")
 _COPIED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -32,8 +35,13 @@ def read_front_matter(path: Path) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value}
 
 
-def front_matter(about: About, checkpoint: Mapping[str, Any]) -> ModelCardData:
-    """The front matter of our card; `checkpoint` is what `read_front_matter` returned."""
+def front_matter(
+    about: About, checkpoint: Mapping[str, Any], results: Sequence[Result] = ()
+) -> ModelCardData:
+    """The front matter of our card; `checkpoint` is what `read_front_matter` returned.
+
+    Perplexity and KL divergence of `results` are in it as the Hub's evaluation results.
+    """
     data = dict(checkpoint)
     if repositories := [trunk.repo for trunk in about.trunks if trunk.repo]:
         names = list(dict.fromkeys(repositories))
@@ -43,7 +51,42 @@ def front_matter(about: About, checkpoint: Mapping[str, Any]) -> ModelCardData:
     if about.repo:
         data["quantized_by"] = about.repo.split("/")[0]
     data["tags"] = list(dict.fromkeys([*data.get("tags", ()), *TAGS]))
+    if found := [*_evaluations(results)]:
+        data |= {"model_name": about.title, "eval_results": found}
     return ModelCardData(**data)
+
+
+def _evaluations(results: Sequence[Result]) -> Iterator[EvalResult]:
+    """What was measured on a text, file by file."""
+    for result in results:
+        if result.measured and result.measured.text:
+            for name, value in _metrics(result.measured):
+                yield _evaluation(result, result.measured.text, name, value)
+
+
+def _metrics(measured: Measurement) -> Iterator[tuple[str, float]]:
+    """Names and values of the metrics; those that JSON cannot hold are left out."""
+    divergence = measured.kl_divergence
+    found = {
+        "Perplexity": measured.perplexity,
+        "KL divergence": divergence.mean if divergence else None,
+    }
+    for name, value in found.items():
+        if value is not None and math.isfinite(value):
+            yield name, round(value, 6)
+
+
+def _evaluation(result: Result, text: Text, name: str, value: float) -> EvalResult:
+    """One metric of one file, on a text that is not on the Hub."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="text",
+        dataset_name=printable(text.name),
+        dataset_args={"sha256": text.sha256, "chunks": text.chunks},
+        metric_type=name.lower().replace(" ", "_"),
+        metric_name=f"{name} ({printable(result.name)})",
+        metric_value=value,
+    )
 
 
 def _load(path: Path) -> Mapping[str, Any]:

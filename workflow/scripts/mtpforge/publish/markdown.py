@@ -4,6 +4,7 @@ import html
 import re
 import shlex
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from mtpforge.errors import printable
 
@@ -18,6 +19,11 @@ def escape(text: str) -> str:
 def code(text: str) -> str:
     """Text as inline code. Backticks are dropped from it."""
     return f"`{_line(text).replace('`', '')}`"
+
+
+def link(text: str, path: str) -> str:
+    """A link to a file of the same repository."""
+    return f"[{escape(text)}]({quote(path)})"
 
 
 def _line(text: str) -> str:

@@ -15,7 +15,7 @@ class Result:
     report: Report
     measured: Measurement | None
     gguf: Gguf
-    """The file, or the first shard."""
+    """The file, or all shards as one."""
 
     @property
     def name(self) -> str:

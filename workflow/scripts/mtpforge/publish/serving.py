@@ -9,15 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import yaml
+
 from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
+from mtpforge.publish.choice import draft_length, recommended, resolve, without_tag
 from mtpforge.publish.markdown import code, shell
 from mtpforge.publish.result import Result
 
 NO_REPOSITORY = "OWNER/NAME-MTP-GGUF"
-_NOT_A_MODEL = re.compile("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
-_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 def runtime(results: Sequence[Result]) -> str:
@@ -60,36 +61,12 @@ def serving(results: Sequence[Result], about: About) -> str:
     lines = [
         *_llama_server(files, result),
         *(line for sidecar in files.sidecars for line in _sidecar(files, sidecar)),
+        *_llama_swap(files, result),
         *_lemonade(files, result),
         *_lm_studio(files, result),
         *_ollama(files, result),
     ]
     return "\n".join(lines)
-
-
-def recommended(results: Iterable[Result]) -> Result | None:
-    """The file to start with: the first quantized model that drafts, or the first that comes close.
-
-    A file that drafts comes before one that does not, then a quantized one before BF16.
-    """
-    models = [result for result in results if result.is_model]
-    candidates = [model for model in models if model.drafts] or models
-    quantized = [model for model in candidates if model.report.bits_per_weight < 16]
-    return next(iter(quantized or candidates), None)
-
-
-def resolve(tag: str, names: Iterable[str]) -> str | None:
-    """The file that `-hf repo:TAG` selects in llama.cpp b11434; None if it finds none."""
-    matches = re.compile(f"{tag}[.-]", re.IGNORECASE)
-    return next(filter(matches.search, filter(_can_be_selected, sorted(names))), None)
-
-
-def _can_be_selected(name: str) -> bool:
-    """Whether llama.cpp takes a file for a model, or for the first shard of one."""
-    if not name.endswith(".gguf") or _NOT_A_MODEL.search(name.rpartition("/")[2]):
-        return False
-    shard = _SHARD.search(name)
-    return shard is None or int(shard[1]) == 1
 
 
 @dataclass(frozen=True)
@@ -119,8 +96,12 @@ class _Repository:
     @cached_property
     def tags(self) -> Mapping[str, str | None]:
         """File name of a model -> its variant's name, if `-hf repo:TAG` selects this file by it."""
-        names = [shard for result in self.results for shard in result.shards]
-        return {model.name: self._tag(model, names) for model in self.models}
+        return {model.name: self._tag(model, self.paths) for model in self.models}
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The paths of all files, with the shards of split ones."""
+        return [shard for result in self.results for shard in result.shards]
 
     def _tag(self, model: Result, names: Sequence[str]) -> str | None:
         tag = model.name.removesuffix(".gguf").removeprefix(f"{self.model_name}-")
@@ -139,10 +120,27 @@ def _llama_server(files: _Repository, result: Result) -> list[str]:
         lines += _downloaded(files, result, beside=towers, options=options)
         lines += _own_head_first(files, result)
     else:
-        tag = files.tags[result.name]
-        which = [f"{files.name}:{tag}"] if tag else [files.name, "--hf-file", result.shards[0]]
-        lines += shell(["llama-server", "-hf", *which, *options])
+        lines += shell(["llama-server", *_from_hub(files, result), *options])
+        lines += _without_tag(files, result)
     return [*lines, *_other_files(files)]
+
+
+def _from_hub(files: _Repository, result: Result) -> list[str]:
+    """The options of llama-server that download a file."""
+    tag = files.tags[result.name]
+    if tag:
+        return ["-hf", f"{files.name}:{tag}"]
+    return ["-hf", files.name, "--hf-file", result.shards[0]]
+
+
+def _without_tag(files: _Repository, result: Result) -> list[str]:
+    """Which file llama.cpp takes without a tag."""
+    default = without_tag(files.paths)
+    if default is None or len(files.models) == 1:
+        return []
+    if default == result.shards[0]:
+        return ["Without a tag (`-hf REPOSITORY`), llama.cpp takes this file too."]
+    return [f"Without a tag (`-hf REPOSITORY`), llama.cpp takes {code(default)} instead."]
 
 
 def _own_head_first(files: _Repository, result: Result) -> list[str]:
@@ -172,9 +170,8 @@ def server_options(model: Result) -> list[str]:
 
     Without a measurement it drafts as far ahead as in verification: the number of head blocks.
     """
-    if not model.drafts or model.n_max == 0:
-        return model.options
-    return [*model.options, *_drafting(model.n_max or model.gguf.draft_length)]
+    length = draft_length(model)
+    return [*model.options, *_drafting(length)] if length else model.options
 
 
 def _drafting(n_max: int) -> list[str]:
@@ -243,11 +240,23 @@ def _sidecar(files: _Repository, sidecar: Result) -> list[str]:
 # ── other runtimes ──
 
 
+def _llama_swap(files: _Repository, result: Result) -> list[str]:
+    """An entry of llama-swap's configuration; none if the file has to be downloaded before."""
+    if files.sidecars:
+        return []
+    command = shlex.join([*_from_hub(files, result), *server_options(result)])
+    entry = {"cmd": f"llama-server --port ${{PORT}} {command}"}
+    models = {"models": {result.name.removesuffix(".gguf"): entry}}
+    text = yaml.safe_dump(models, allow_unicode=True, width=1000).rstrip()
+    return ["llama-swap, in its `config.yaml`:", "", "```yaml", text, "```", ""]
+
+
 def _lemonade(files: _Repository, result: Result) -> list[str]:
     tag = files.tags[result.name]
     if not tag or files.sidecars:
         return []
-    options = server_options(result)
+    off = ["--spec-type", "none"] if result.drafts and not draft_length(result) else []
+    options = [*server_options(result), *off]  # it drafts with every head unless told otherwise
     arguments = ["--llamacpp-args", shlex.join(options)] if options else []
     return [
         "Lemonade (`lemonade list` prints the name to use as MODEL):",
@@ -260,21 +269,49 @@ def _lemonade(files: _Repository, result: Result) -> list[str]:
 
 
 def _lm_studio(files: _Repository, result: Result) -> list[str]:
+    """Commands that download and load a file. LM Studio drafts only if it is told to."""
     tag = files.tags[result.name]
     if not tag:
         return ["No tag selects this file: load the downloaded file in Lemonade and LM Studio.", ""]
-    return ["LM Studio:", "", *shell(["lms", "get", f"{HUB}/{files.name}@{tag}"])]
+    get = ["lms", "get", f"{HUB}/{files.name}@{tag}"]
+    length = draft_length(result)
+    if not length:
+        return ["LM Studio:", "", *shell(get)]
+    options = ["--speculative-draft-mtp", "--speculative-draft-max-tokens", str(length)]
+    return [
+        "LM Studio (`lms ls` prints the name to use as MODEL):",
+        "",
+        *shell(get, ["lms", "load", "MODEL", *options]),
+    ]
 
 
 def _ollama(files: _Repository, result: Result) -> list[str]:
-    """A command for the file, or for the first without a head; or why there is none."""
-    refused = result.has_head and result.gguf.architecture in runtimes.OLLAMA_WITHOUT
-    for each in [*([] if refused else [result]), *files.headless]:
-        if len(each.shards) == 1 and (tag := files.tags[each.name]):
-            command = ["ollama", "run", f"hf.co/{files.name}:{tag}"]
-            return ["Ollama, which does not draft with the head:", "", *shell(command)]
+    """Commands for the file, or for the first without a head; or why there are none."""
+    tag = files.tags[result.name]
+    length = draft_length(result)
     if len(result.shards) > 1:
         return ["Ollama does not load split files."]
-    if refused:
-        return [f"Ollama {runtimes.OLLAMA} does not load files of this architecture with a head."]
-    return ["In Ollama, import the downloaded file too."]
+    if not tag:
+        return ["In Ollama, import the downloaded file too.", *_old_ollama(files, result)]
+    name = f"hf.co/{files.name}:{tag}"
+    if not length:
+        return ["Ollama:", "", *shell(["ollama", "run", name]), *_old_ollama(files, result)]
+    modelfile = ["```", f"FROM {name}", f"PARAMETER draft_num_predict {length}", "```", ""]
+    return [
+        f"Ollama {runtimes.OLLAMA_DRAFTS} or newer drafts if its Modelfile says so:",
+        "",
+        *modelfile,
+        *shell(["ollama", "create", "MODEL", "-f", "Modelfile"], ["ollama", "run", "MODEL"]),
+        *_old_ollama(files, result),
+    ]
+
+
+def _old_ollama(files: _Repository, result: Result) -> list[str]:
+    """That old versions do not load files with a head, and which file they do load."""
+    if not (result.has_head and result.gguf.architecture in runtimes.OLLAMA_WITHOUT):
+        return []
+    refused = f"Ollama {runtimes.OLLAMA} does not load files of this architecture with a head"
+    for each in files.headless:
+        if len(each.shards) == 1 and (tag := files.tags[each.name]):
+            return [f"{refused}; it does load `hf.co/{files.name}:{tag}`, which has none."]
+    return [f"{refused}."]

@@ -1,4 +1,4 @@
-"""Tables of the model card: one row per file, and per file one row per draft length.
+"""Tables of the model card and of its second page: of the files, and of each by draft length.
 
 A cell is None if its value is unknown. A column without any value is left out.
 """
@@ -7,18 +7,39 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from mtpforge.measure.measurement import KlDivergence, Measurement, Run, Total
-from mtpforge.publish.markdown import code, escape
+from mtpforge.publish import memory
+from mtpforge.publish.choice import Choice, labels
+from mtpforge.publish.markdown import escape, link
 from mtpforge.publish.result import Result
-from mtpforge.table import markdown, size
+from mtpforge.table import markdown, rounded, rounded_size, size
 
 Row = TypeVar("Row")
 Column = tuple[str, Callable[[Row], str | None]]
 """Heading, and the cell of a row."""
 
 
-def files(results: Sequence[Result]) -> str:
-    """The table of all files."""
-    return _table(FILES, results)
+def files(results: Sequence[Result], model_name: str) -> str:
+    """The table of the card: all files, with as many columns and digits as people read."""
+    label = labels(results, model_name)
+    name: Column[Result] = ("file", lambda result: link(label[result.name], result.shards[0]))
+    return _table([name, *FILES], results)
+
+
+def details(results: Sequence[Result]) -> str:
+    """The table of the second page: all files with all that is known."""
+    return _table(DETAILS, results)
+
+
+def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: str) -> str:
+    """The table of the files to take, by the memory that there is."""
+    label = labels(results, model_name)
+    file: Column[Choice] = (
+        "file",
+        lambda each: (
+            link(label[each.result.name], each.result.shards[0]) if each.result else "none fits"
+        ),
+    )
+    return _table([BY_MEMORY, file, *NEEDED], choices, left=2)
 
 
 def sweep(measured: Measurement) -> str:
@@ -27,10 +48,10 @@ def sweep(measured: Measurement) -> str:
     return _table([*SWEEP, _cold_acceptance(measured), BY_POSITION, *by_kind], measured.by_n_max)
 
 
-def _table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
+def _table(columns: Sequence[Column[Row]], rows: Sequence[Row], left: int = 1) -> str:
     cells = [[heading, *(cell(row) for row in rows)] for heading, cell in columns]
     known = [column for column in cells if any(column[1:])]
-    return markdown([[cell or "-" for cell in line] for line in zip(*known, strict=True)])
+    return markdown([[cell or "-" for cell in line] for line in zip(*known, strict=True)], left)
 
 
 # ── cells ──
@@ -48,6 +69,28 @@ def _size(count: int | None) -> str | None:
 def _speed(result: Result, n_max: int) -> str | None:
     total = result.at(n_max)
     return _number(total.tokens_per_second if total else None, ".1f")
+
+
+def _speeds(result: Result) -> str | None:
+    """Tokens per second without drafting and with the recommended draft length."""
+    off = result.at(0)
+    best = result.at(result.n_max or 0)
+    speeds = [rounded(total.tokens_per_second) for total in (off, best) if total]
+    return " → ".join(dict.fromkeys(speeds)) or None
+
+
+def _small_divergence(result: Result) -> str | None:
+    """The mean divergence in two digits; 0 if it has none before the fifth decimal place."""
+    found = result.measured.kl_divergence if result.measured else None
+    return None if found is None else rounded(found.mean) if found.mean >= 5e-6 else "0"
+
+
+def _needed(kind: str) -> Callable[[Choice], str | None]:
+    def cell(choice: Choice) -> str | None:
+        needed = choice.needed(kind)
+        return None if needed is None else rounded_size(needed)
+
+    return cell
 
 
 def _draft_length(n_max: int | None) -> str | None:
@@ -82,7 +125,22 @@ def _acceptance(runs: Iterable[Run]) -> str | None:
 # ── columns ──
 
 FILES: tuple[Column[Result], ...] = (
-    ("file", lambda result: code(result.name).replace("|", r"\|")),
+    ("size", lambda result: rounded_size(result.report.bytes)),
+    ("head", lambda result: escape(result.report.head)),
+    ("accepted", lambda result: _number(result.report.acceptance, ".0%")),
+    ("tokens/s", _speeds),
+    ("draft", lambda result: _draft_length(result.n_max)),
+    ("KL", _small_divergence),
+)
+"""Beside the file's name: narrow enough for the width of a card on the Hub."""
+
+BY_MEMORY: Column[Choice] = ("memory", lambda choice: escape(choice.memory))
+NEEDED: tuple[Column[Choice], ...] = tuple(
+    (f"needs, {kind} cache", _needed(kind)) for kind in memory.CACHE_TYPES
+)
+
+DETAILS: tuple[Column[Result], ...] = (
+    ("file", lambda result: link(result.name, result.shards[0])),
     ("size", lambda result: size(result.report.bytes)),
     ("bits/weight", lambda result: _number(result.report.bits_per_weight, ".2f")),
     ("head", lambda result: escape(result.report.head)),

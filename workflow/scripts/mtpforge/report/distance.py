@@ -5,7 +5,6 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from mtpforge.errors import ConfigError
 from mtpforge.measure.measurement import Measurement
 from mtpforge.report.svg import AXIS, CHARACTER, FAINT, GRID, INK, WIDTH, Point, Svg, ticks
 from mtpforge.search.compared import Compared
@@ -22,7 +21,7 @@ def distance(measured: Sequence[Measurement], compared: Sequence[Compared] = ())
     """One point per file, and per mixture of llama.cpp that a file was compared with.
 
     The divergence axis is logarithmic, with 0 at the bottom. Files without a measured divergence
-    are left out. Raises ConfigError if there are no others.
+    are left out.
     """
     svg = Svg(
         "Size and distance from BF16",
@@ -31,9 +30,8 @@ def distance(measured: Sequence[Measurement], compared: Sequence[Compared] = ())
     )
     files = _files(measured, {each.file for each in compared})
     if not files:
-        raise ConfigError(
-            "no KL divergence to draw: measure with `--text` and `--reference-logits`"
-        )
+        svg.paragraph("KL divergence was not measured.")
+        return svg
     files += _mixtures(compared, files)
     if compared:
         svg.legend(_SERIES)

@@ -8,7 +8,7 @@ from mtpforge.errors import ForgeError
 from mtpforge.gguf import reader
 from mtpforge.llama_cpp.programs import DEFAULT_FOLDER
 from mtpforge.measure.measurement import Measurement
-from mtpforge.publish import serving
+from mtpforge.publish import choice, serving
 from mtpforge.publish.result import Result
 from mtpforge.report.distances import HEADING
 from mtpforge.report.summary import IMPORTANCE
@@ -62,7 +62,7 @@ def _serve(reports: Sequence[Path]) -> list[str]:
     """The command for the file to start with; none if no file is a whole model."""
     try:
         results = [_read(report) for report in reports]
-        best = serving.recommended(results)
+        best = choice.recommended(results)
         options = serving.server_options(best) if best else []
     except (ForgeError, OSError):  # deleted or changed since
         return []

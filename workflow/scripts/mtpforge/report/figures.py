@@ -1,9 +1,10 @@
-"""Figures of measurements: speed, and acceptance."""
+"""Figures of measurements: speed, acceptance, and those of other modules."""
 
 from collections.abc import Callable, Sequence
 
 from mtpforge.measure.measurement import Measurement, Run, Total
 from mtpforge.report.distance import distance
+from mtpforge.report.drafting import drafting
 from mtpforge.report.svg import AXIS, BLUE, BOLD, GREY, GRID, INK, PLAIN, WIDTH, Svg
 
 _LEFT = 40
@@ -49,6 +50,7 @@ FIGURES: dict[str, Callable[[Sequence[Measurement]], Svg]] = {
     "speed": speed,
     "acceptance": acceptance,
     "distance": distance,
+    "drafting": drafting,
 }
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from mtpforge.errors import printable
+
 WIDTH = 360
 CHARACTER = 7.4
 """Width of a character at size 12 in the widest font that a reader may have."""
@@ -61,7 +63,7 @@ class Svg:
         """One line with its baseline at `y`; `anchor` is the part of it at `x`."""
         self._parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" font-size="{font.size:g}" fill="{font.fill}"'
-            f' text-anchor="{anchor}" font-weight="{font.weight}">{escape(words)}</text>'
+            f' text-anchor="{anchor}" font-weight="{font.weight}">{escape(printable(words))}</text>'
         )
 
     def heading(self, words: str) -> None:
@@ -94,6 +96,13 @@ class Svg:
             ' stroke-width="1.5"/>'
         )
 
+    def circle(self, x: float, y: float) -> None:
+        """A circle around a mark."""
+        self._parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8.5" fill="none" stroke="{INK}"'
+            ' stroke-width="1.5"/>'
+        )
+
     def mark(self, x: float, y: float, series: int, size: float = 4.5) -> None:
         """The mark of a series, by its number."""
         fill, shape = MARKS[series % len(MARKS)]
@@ -110,7 +119,7 @@ class Svg:
         """The names of the series with their marks, on as many lines as they need."""
         self.y += 8
         x = 16.0
-        for series, name in enumerate(names):
+        for series, name in enumerate(_cut(name) for name in names):
             if series and x + 10 + CHARACTER * len(name) > WIDTH:
                 x = 16.0
                 self.y += 16
@@ -127,7 +136,7 @@ class Svg:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
             f' width="{WIDTH}" height="{height}"'
             ' font-family="system-ui, Helvetica, Arial, sans-serif" role="img">'
-            f"<title>{escape(self.title)}</title>"
+            f"<title>{escape(printable(self.title))}</title>"
             f'<rect width="{WIDTH}" height="{height}" fill="white"/>\n{parts}\n</svg>\n'
         )
 
@@ -152,6 +161,12 @@ def ticks(top: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(top)) if top > 0 else 1.0
     step = next(step * factor for factor in (0.2, 0.5, 1.0, 2.0, 5.0) if top / (step * factor) <= 5)
     return [step * number for number in range(math.ceil(top / step - 1e-9) + 1)]
+
+
+def _cut(name: str) -> str:
+    """A name that fits a line of the legend."""
+    most = int((WIDTH - 30) / CHARACTER)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _wrapped(words: str, size: float) -> Iterator[str]:

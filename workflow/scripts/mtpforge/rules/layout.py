@@ -28,6 +28,8 @@ from mtpforge.rules.variant import (
 
 GivenFile: TypeAlias = LocalGguf | HubGguf | LocalFile | HubFile
 """A file that was not made here: a base or an importance matrix."""
+CARD_FIGURES = ("distance", "drafting")
+"""The figures of measurements that the model card shows."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,16 @@ def card(model: Model) -> str:
     return f"{folder(model.key)}/README.md"
 
 
+def details(model: Model) -> str:
+    """The second page of the model card."""
+    return f"{folder(model.key)}/DETAILS.md"
+
+
+def pictures(model: Model) -> list[str]:
+    """The figures that the card shows."""
+    return [plot(model, figure) for figure in measured_figures(model) if figure in CARD_FIGURES]
+
+
 def sums(model: Model) -> str:
     """The list of all published files; it is made last."""
     return f"{folder(model.key)}/SHA256SUMS"
@@ -151,6 +163,14 @@ def sums(model: Model) -> str:
 def plot(model: Model, figure: str) -> str:
     """A figure of the report."""
     return f"{folder(model.key)}/plots/{figure}.svg"
+
+
+def measured_figures(model: Model) -> list[str]:
+    """The figures of a model's measurements; none without `measure`."""
+    if model.measure is None:
+        return []
+    compared = model.measure.text and any(map(model.has_unquantized, model.variants.values()))
+    return [*(["distance"] if compared else []), "drafting", "speed", "acceptance"]
 
 
 # ── intermediate files ──

@@ -81,6 +81,10 @@ class PublishRules(Stage):
         card = self.checkpoint_card(wildcards)
         return [card] if Path(card).exists() else []
 
+    def pictures(self, wildcards: Wildcards) -> list[str]:
+        """The figures that the card shows."""
+        return layout.pictures(self.model(wildcards))
+
     def about(self, wildcards: Wildcards) -> str:
         """The part of a model's configuration that its card shows, as JSON."""
         model = self.model(wildcards)
@@ -190,7 +194,8 @@ class PublishRules(Stage):
                 for path in (each.file, each.report, each.statement, each.measurement)
             }
             if missing & published:
-                for path in map(Path, (layout.sums(model), layout.card(model))):
+                pages = (layout.sums(model), layout.card(model), layout.details(model))
+                for path in map(Path, pages):
                     if path.exists():
                         path.unlink()
                         say(f"removed {path}: not all of its files are there")

@@ -13,15 +13,8 @@ class ReportRules(Stage):
         return [
             layout.plot(model, figure)
             for model in self.config.chosen
-            for figure in [*_measured(model), *_tensors(model)]
+            for figure in [*layout.measured_figures(model), *_tensors(model)]
         ]
-
-
-def _measured(model: Model) -> list[str]:
-    if model.measure is None:
-        return []
-    compared = model.measure.text and any(map(model.has_unquantized, model.variants.values()))
-    return ["speed", "acceptance", *(["distance"] if compared else [])]
 
 
 def _tensors(model: Model) -> list[str]:

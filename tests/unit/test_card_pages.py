@@ -1,0 +1,148 @@
+"""Both pages of a card as readers and the Hub see them: widths, links, pictures, metadata."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import hub_page
+import pytest
+import yaml
+from browser import CHROMIUM, Browser
+from example_records import TEXT
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from mtpforge.publish.result import Result
+from mtpforge.report import figures
+from test_card import SIDECAR, front, make, measurement, result, second, split_result
+
+NAMES = (
+    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "IQ3_XXS-mix-injected", "UD-Q2_K_XL-mine",
+)  # fmt: skip
+HOSTILE = "a|b `x` <img src=x onerror=alert(1)> [c](d) ](e) --- $m$ ~~s~~ é\u202e"
+
+
+def many() -> list[Result]:
+    """Files with the widest cells that a real repository has."""
+    return [
+        result(
+            name,
+            measured=replace(
+                measurement(2, (1234.5, 2345.6, 2500.4)), file=f"Qwen3.5-4B-{name}.gguf"
+            ),
+            head="BF16/Q8_0",
+            bytes=123_456_789_012,
+        )
+        for name in NAMES
+    ]
+
+
+def html(text: str) -> str:
+    return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(text))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt install chromium)")
+def test_the_card_fits_the_hub(tmp_path: Path) -> None:
+    """Measured with DejaVu Sans, which is wider than the Hub's font."""
+    measured = [found for each in many() if (found := each.measured)]
+    (tmp_path / "plots").mkdir()
+    for name in ("distance", "drafting"):
+        (tmp_path / "plots" / f"{name}.svg").write_text(figures.FIGURES[name](measured).render())
+    (tmp_path / "README.md").write_text(make(*many()))
+    hub_page.write(tmp_path / "README.md", tmp_path / "README.html")
+    with Browser(1280, 900) as browser:
+        browser.open(tmp_path / "README.html")
+        widths = browser.run(
+            "[...document.querySelectorAll('table, img')].map("
+            "each => each.getBoundingClientRect().right)"
+        )
+        loaded = browser.run("[...document.images].map(each => each.complete && each.naturalWidth)")
+        tops = browser.run("[...document.images].map(each => each.getBoundingClientRect().bottom)")
+        assert browser.problems == []
+    assert loaded == [360, 360]
+    assert len(widths) == 3
+    assert max(widths) <= hub_page.WIDTH
+    assert abs(tops[0] - tops[1]) < 1  # side by side
+
+
+def test_the_table_of_files_has_at_most_eight_columns_and_two_digits() -> None:
+    table = make(*many()).split("## Files")[1].split("## ")[0]
+    headings, _, *lines = [
+        line.strip("| ").split("|") for line in table.splitlines() if "|" in line
+    ]
+    assert len(headings) <= 8
+    cells = [cell.strip() for line in lines for cell in line[1:]]
+    for number in re.findall(r"\d[\d.]*", " ".join(cells).replace("BF16/Q8_0", "")):
+        assert len(number.replace(".", "").strip("0")) <= 2, number
+
+
+def test_the_sections_come_in_the_order_in_which_people_read() -> None:
+    text = make(*many())
+    order = ["<img", "## Files", "## Run it", "## How it was made"]
+    assert sorted(order, key=text.index) == order
+    assert "by draft length" not in text.split("## How it was made")[0]
+    assert second(*many()).count("by draft length") == len(NAMES)
+
+
+def test_links_name_published_files() -> None:
+    results = [*many(), split_result("Q3_K_M"), SIDECAR]
+    published = {shard for each in results for shard in each.shards}
+    published |= {"README.md", "DETAILS.md", "plots/distance.svg", "plots/drafting.svg"}
+    linked = set()
+    for page in (make(*results), second(*results)):
+        targets = re.findall(r'(?:href|src)="([^"]+)"', html(page))
+        linked |= {unquote(each) for each in targets if not each.startswith("http")}
+    assert linked == published - {"Qwen3.5-4B-Q3_K_M/Qwen3.5-4B-Q3_K_M-00002-of-00002.gguf"}
+
+
+def test_evaluations_are_in_the_hubs_form() -> None:
+    text = make(*many(), result("none", measured=measurement(text=TEXT, perplexity=float("inf"))))
+    data = ModelCard(text).data
+    assert data.model_name == "Qwen3.5-4B-MTP-GGUF"
+    assert [(each.metric_type, each.metric_value) for each in data.eval_results] == [
+        ("kl_divergence", 0.01234)
+    ]  # without its text, a figure has no meaning, and JSON has no infinity
+    both = make(result(measured=measurement(text=TEXT)))
+    (model,) = front(both)["model-index"]
+    (found,) = model["results"]
+    assert found["task"] == {"type": "text-generation"}
+    assert found["dataset"]["name"] == TEXT.name
+    assert found["dataset"]["args"] == {"sha256": TEXT.sha256, "chunks": TEXT.chunks}
+    assert [each["name"] for each in found["metrics"]] == [
+        "Perplexity (Qwen3.5-4B-IQ4_XS.gguf)",
+        "KL divergence (Qwen3.5-4B-IQ4_XS.gguf)",
+    ]
+    again = ModelCard(both)
+    assert yaml.safe_load(again.data.to_yaml()) == front(both)
+
+
+@pytest.mark.parametrize("heads", [0, 1])
+@pytest.mark.parametrize("measured", [None, measurement(text=TEXT)])
+def test_hostile_names_break_neither_page(measured: Any, heads: int) -> None:
+    name = f"{HOSTILE}.gguf"
+    hostile = result(file=name, measured=measured, heads=heads, head="<b>|")
+    about: dict[str, Any] = {"name": HOSTILE, "source": {"path": HOSTILE}, "publish": {}}
+    for page in (make(hostile, **about), second(hostile, **about)):
+        body = page.split("\n---\n", 1)[-1]
+        shown = html(body)
+        tags = re.findall(r"<[^>]*>", shown)
+        assert [each for each in tags if " onerror" in each or " src=x" in each] == []
+        assert not {"<b>", "<s>", "<hr />"} & set(tags)
+        links = {unquote(each) for each in re.findall('href="([^"]*)"', shown)}
+        assert {each for each in links if not each.startswith("https://")} <= {
+            name, "README.md", "DETAILS.md",
+        }  # fmt: skip
+        for table in re.findall(r"<table>.*?</table>", shown, re.DOTALL):
+            lines = [len(re.findall("<t[hd]", row)) for row in table.split("<tr>")[1:]]
+            assert len(set(lines)) == 1
+    if measured:
+        assert ModelCard(make(hostile, **about)).data.eval_results
+
+
+def test_hostile_names_break_no_picture() -> None:
+    for name in (HOSTILE, "x" * 300, "\x00\x1b]0;x\x07", "]]>", "&amp;"):
+        found = replace(measurement(2, (9.0, 12.0, 18.0)), file=f"{name}.gguf")
+        for figure in figures.FIGURES.values():
+            ElementTree.fromstring(figure([found]).render())

@@ -1,0 +1,143 @@
+"""Which file to take: by the memory that there is, and if nothing else is known."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mtpforge.publish import memory
+from mtpforge.publish.result import Result
+
+MEMORIES = (8, 12, 16, 24, 48)
+"""Gigabytes of common graphics cards and computers."""
+_DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
+_NOT_A_MODEL = re.compile("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+_LONGEST_LABEL = 24
+_SLOT_OPTIONS = ("-np", "--parallel")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The file to take with one or several sizes of memory; None if none fits."""
+
+    memory: str
+    result: Result | None
+
+    def needed(self, cache: str) -> int | None:
+        """The memory that it needs with a type of cache."""
+        return None if self.result is None else needed(self.result, cache)
+
+
+def recommended(results: Iterable[Result]) -> Result | None:
+    """The file to start with: that which llama.cpp takes without a tag, if it is one of the best.
+
+    Else the first of these. A file that drafts is better than one that does not, then a quantized
+    one than BF16.
+    """
+    found = [*results]
+    candidates = _candidates(found)
+    default = without_tag(shard for result in found for shard in result.shards)
+    chosen = [each for each in candidates if each.shards[0] == default]
+    return next(iter(chosen or candidates), None)
+
+
+def by_memory(results: Sequence[Result]) -> list[Choice]:
+    """The best file that fits each size of memory; empty if the need of none is known.
+
+    The best has the smallest KL divergence, or is the largest if not all were measured.
+    """
+    candidates = [each for each in _candidates(results) if needed(each) is not None]
+    best = {memory: _best(candidates, memory * 10**9) for memory in MEMORIES}
+    if not candidates:
+        return []
+    choices: list[Choice] = []
+    for memory_size, result in best.items():
+        first = memory_size
+        if choices and choices[-1].result is result:
+            first = int(choices.pop().memory.split()[0])
+        words = f"{first} GB" if first == memory_size else f"{first} to {memory_size} GB"
+        choices.append(Choice(words, result))
+    return choices
+
+
+def needed(result: Result, cache: str = "f16") -> int | None:
+    """The memory that llama-server needs for a file with 8K context; None if it is not known."""
+    kept = memory.context(result.gguf)
+    if kept is None:
+        return None
+    length = draft_length(result)
+    head = kept.head_cache if length else 0
+    states = kept.states(slots(result), length)
+    return result.report.bytes + kept.cache(cache) + states + head + memory.BUFFERS
+
+
+def draft_length(result: Result) -> int:
+    """How far ahead a file is to draft: as measured, else as in its verification; 0 if not."""
+    if not result.drafts:
+        return 0
+    return result.gguf.draft_length if result.n_max is None else result.n_max
+
+
+def slots(result: Result) -> int:
+    """The requests that llama-server serves at a time with the options that were measured."""
+    for option, value in zip(result.options, result.options[1:], strict=False):
+        if option in _SLOT_OPTIONS and value.isdecimal() and int(value):
+            return min(int(value), 1 << 10)
+    return memory.SLOTS
+
+
+def resolve(tag: str, names: Iterable[str]) -> str | None:
+    """The file that `-hf repo:TAG` selects in llama.cpp b11434; None if it finds none."""
+    matches = re.compile(f"{tag}[.-]", re.IGNORECASE)
+    return next(filter(matches.search, filter(_can_be_selected, sorted(names))), None)
+
+
+def without_tag(names: Iterable[str]) -> str | None:
+    """The file that `-hf repo` selects in llama.cpp b11434; None if it finds none."""
+    found = [*filter(_can_be_selected, sorted(names))]
+    tagged = [name for tag in _DEFAULT_TAGS if (name := resolve(tag, found))]
+    return next(iter(tagged or found), None)
+
+
+def labels(results: Iterable[Result], model_name: str) -> Mapping[str, str]:
+    """Name of a file -> a short one for tables, without the model's name and the ending."""
+    found: dict[str, str] = {}
+    for result in results:
+        label = _shortened(result.name, model_name)
+        taken = label in found.values()
+        found[result.name] = f"{label} ({len(found) + 1})" if taken else label
+    return found
+
+
+def _shortened(name: str, model_name: str) -> str:
+    label = name.removesuffix(".gguf").replace(f"{model_name}-", "", 1)
+    half = _LONGEST_LABEL // 2
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:half]}…{label[1 - half :]}"
+
+
+def _candidates(results: Iterable[Result]) -> list[Result]:
+    models = [result for result in results if result.is_model]
+    drafting = [model for model in models if model.drafts] or models
+    return [model for model in drafting if model.report.bits_per_weight < 16] or drafting
+
+
+def _best(candidates: Sequence[Result], most: int) -> Result | None:
+    fitting = [each for each in candidates if (needed(each) or most + 1) <= most]
+    found = [each.measured.kl_divergence for each in candidates if each.measured]
+    is_measured = len(found) == len(candidates) and all(found)
+
+    def worse(result: Result) -> tuple[float, int]:
+        divergence = result.measured.kl_divergence if result.measured else None
+        if is_measured and divergence:
+            return max(divergence.mean, 0.0), result.report.bytes
+        return 0.0, -result.report.bytes
+
+    return min(fitting, key=worse, default=None)
+
+
+def _can_be_selected(name: str) -> bool:
+    """Whether llama.cpp takes a file for a model, or for the first shard of one."""
+    if not name.endswith(".gguf") or _NOT_A_MODEL.search(name.rpartition("/")[2]):
+        return False
+    shard = _SHARD.search(name)
+    return shard is None or int(shard[1]) == 1

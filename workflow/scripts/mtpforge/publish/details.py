@@ -1,0 +1,112 @@
+"""The second page of a model card: all figures, the measurements by draft length, the recipe."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.measure.measurement import Measurement
+from mtpforge.publish import tables
+from mtpforge.publish.card_config import About
+from mtpforge.publish.markdown import code, escape
+from mtpforge.publish.pages import any_drafts, filled, machine, sentences, sources, toolchain
+from mtpforge.publish.result import Result
+from mtpforge.search.compared import Compared, mixture_table
+
+NAME = "DETAILS.md"
+
+
+def make(
+    about: About,
+    results: Sequence[Result],
+    stamp: Stamp,
+    template: Path,
+    compared: Sequence[Compared] = (),
+) -> str:
+    """The second page: all figures and the recipe. Raises ConfigError."""
+    values = _values(about, results) | {
+        "toolchain": toolchain(stamp),
+        "found": _mixtures(compared),
+    }
+    return filled(template, values)
+
+
+def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
+    """The values that templates/details.md fills in."""
+    measured = [(result.name, result.measured) for result in results if result.measured]
+    swept = [(name, found) for name, found in measured if found.by_n_max]
+    measurements = [found for _, found in swept]
+    return {
+        "title": escape(about.title),
+        "files": tables.details(results).rstrip(),
+        "drafts": any_drafts(results),
+        "split": _split(results),
+        "measured": bool(measurements),
+        "machines": sentences(map(machine, measurements)),
+        "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
+        "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
+        "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in swept],
+        "sources": sources(about),
+        "recipe": _recipe(about),
+    }
+
+
+def _mixtures(compared: Iterable[Compared]) -> str:
+    """The verdict and the mixture of each file whose types were found."""
+    return "\n\n".join(
+        f"{code(each.file)} has types that were found for its size: {escape(each.verdict)}. "
+        f"How much a tensor matters was {_METHODS.get(each.sensitivity, '')}. "
+        f"{escape(each.head.words) if each.head else ''} Matrices by type:\n\n"
+        f"{mixture_table({escape(name): row for name, row in each.mixture.items()})}".rstrip()
+        for each in compared
+    )
+
+
+_METHODS = {
+    "class": "measured by class of tensors and by layer",
+    "tensor": "measured for each",
+    "prior": "taken from measurements of other models",
+}
+
+
+def _split(results: Iterable[Result]) -> str:
+    """The shards of all split files, as a list."""
+    split = [result.shards for result in results if len(result.shards) > 1]
+    return "\n".join(f"- {code(shard)}" for shards in split for shard in shards)
+
+
+def _texts(measurements: Sequence[Measurement]) -> str:
+    """The texts on which perplexity was measured."""
+    compared = any(found.kl_divergence for found in measurements)
+    what = "Perplexity and KL divergence were" if compared else "Perplexity was"
+    texts = {found.text for found in measurements if found.text}
+    return sentences(
+        f"{what} measured on {code(text.name)} (sha256 {code(text.sha256)}, "
+        f"up to {text.chunks} chunks of 512 tokens)."
+        for text in texts
+    )
+
+
+def _prompts(measurements: Iterable[Measurement]) -> str:
+    """The prompts on which speed was measured."""
+    return sentences(
+        f"Speed was measured on prompts of these kinds: {escape(', '.join(sorted(found.prompts)))} "
+        f"({found.repeats} warm request{'s' * (found.repeats != 1)} each)."
+        for found in measurements
+    )
+
+
+def _recipe(about: About) -> str:
+    """The variants as in config.yaml, without options that are off."""
+    recipe = _without_false({"variants": about.variants})
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _without_false(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_false(value) if isinstance(value, Mapping) else value
+        for key, value in entry.items()
+        if value is not False
+    }

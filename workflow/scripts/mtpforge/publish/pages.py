@@ -1,0 +1,79 @@
+"""What both pages of a model card share: templates, and sentences on its sources."""
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCard, ModelCardData
+
+from mtpforge.errors import ConfigError
+from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
+from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.measure.measurement import Measurement
+from mtpforge.publish.card_config import About
+from mtpforge.publish.markdown import code, escape
+from mtpforge.publish.result import Result
+
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise."""
+
+
+def filled(template: Path, values: Mapping[str, Any], data: ModelCardData | None = None) -> str:
+    """A template with its values, and with front matter if there is any.
+
+    Raises ConfigError if the template cannot be read or filled in.
+    """
+    content = _read(template)
+    try:
+        if data is None:
+            text = jinja2.Template(content).render(values)
+        else:
+            text = str(ModelCard.from_template(data, template_str=content, **values))
+    except _FAULTS as error:
+        raise ConfigError(f"{template}: cannot be filled in ({error})") from None
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _read(path: Path) -> str:
+    return read_text(path, ConfigError, most=TEMPLATE_LIMIT, within=ANYWHERE)
+
+
+def any_drafts(results: Iterable[Result]) -> bool:
+    """Whether llama-server drafted with any file."""
+    return any(result.drafts and not result.report.not_run for result in results)
+
+
+def sources(about: About) -> str:
+    """The list of everything that files are made from."""
+    return "\n".join(f"- {source}" for source in about.sources)
+
+
+def sentences(found: Iterable[str]) -> str:
+    """Sentences in alphabetical order, without repeats."""
+    return " ".join(sorted(set(found)))
+
+
+def machine(measured: Measurement) -> str:
+    """The llama.cpp, options and machine of a measurement."""
+    threads = f"{measured.threads} thread{'s' * (measured.threads != 1)}"
+    options = [code(shlex.join(measured.options))] if measured.options else []
+    setup = ", ".join([f"llama.cpp {escape(measured.llama_cpp)}", threads, *options])
+    names = [measured.machine.processor, *measured.machine.devices]
+    machine = ", ".join(escape(name) for name in names if name)
+    return f"Measured with {setup}{' on ' * bool(machine)}{machine}."
+
+
+def toolchain(stamp: Stamp) -> str:
+    """Version, build and commit of llama.cpp, as far as they are known."""
+    known = [stamp.llama_cpp, stamp.build, stamp.commit]
+    return escape(" ".join(part for part in known if part and part != "0"))
