@@ -10,10 +10,17 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
 COMPILE := uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--custom-compile-command "make lock"
 
-# PyTorch's CPU build (Linux x86-64, Python 3.11) is on PyTorch's own index, where `make lock` does not
-# look; the ordinary Linux wheel brings gigabytes of GPU libraries. Tell pip where the CPU build is
-# before `make converter`: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
-TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+# PyTorch's CPU build for Linux is on PyTorch's own index, where `make lock` does not look; the ordinary
+# wheel brings gigabytes of GPU libraries. Its wheels for Python 3.11 to 3.14 on x86-64 and on ARM:
+TORCH_CPU := \
+	6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \
+	4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2 \
+	3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6 \
+	d20fa53ee744502fa4c69818a720b05ca0d37abd055d4f6e66cae155114bc691 \
+	84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7 \
+	6f307c2c32d764ffc6ff6893b801fad6d4752f3e67966cb8abf1843427c02604 \
+	0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d \
+	ca021f9eb2f8345c83fa03e3a04587308afb8df71bd472670b3ece00df58621c
 
 .DEFAULT_GOAL := all
 .PHONY: all quant inject add publish plan report setup setup-test cluster s3 toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
@@ -142,7 +149,10 @@ lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the n
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
 	@for name in run test cluster s3 converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
 	@awk '/^torch==[0-9.]+ \\$$/ { \
-			print $$1 "+cpu ; sys_platform == \047linux\047 \\\n    --hash=sha256:$(TORCH_CPU)"; \
+			printf $$1 "+cpu ; sys_platform == \047linux\047"; \
+			split("$(TORCH_CPU)", hashes); \
+			for (i = 1; i in hashes; i++) printf " \\\n    --hash=sha256:" hashes[i]; \
+			print ""; \
 			$$0 = $$1 " ; sys_platform != \047linux\047 \\" } \
 		{ print }' envs/converter.txt > envs/converter.txt.part
 	@mv envs/converter.txt.part envs/converter.txt

@@ -53,7 +53,7 @@ ALLOWED = {
     "mtpforge/llama_cpp/server.py: json.loads": "an answer, which `server` limits",
     "mtpforge/llama_cpp/server.py: log.open": OF_A_PROGRAM,
     "mtpforge/llama_cpp/server.py: status.read_text": OF_THE_SYSTEM,
-    "mtpforge/llama_cpp/toolchain.py: stamp.read_text": OF_THIS_PACKAGE,
+    "mtpforge/llama_cpp/environment.py: stamp.read_text": OF_THIS_PACKAGE,
     "mtpforge/measure/speed.py: info.read_text": OF_THE_SYSTEM,
     "mtpforge/measure/speed.py: log.read_text": OF_A_PROGRAM,
     "mtpforge/publish/bucket.py: path.open": BINARY,

@@ -9,8 +9,6 @@ import fcntl
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +19,9 @@ from pathlib import Path
 from mtpforge import progress
 from mtpforge.errors import RecordError, ToolchainError
 from mtpforge.io import storage
-from mtpforge.io.atomic import replacing, write_text
+from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import digest_of
-from mtpforge.io.text import ANYWHERE, YAML_LIMIT, read_text
+from mtpforge.llama_cpp import environment
 from mtpforge.llama_cpp.compilation import (
     PROGRAMS,
     Pin,
@@ -33,7 +31,6 @@ from mtpforge.llama_cpp.compilation import (
     download,
     machine,
     read_pin,
-    tail,
     unpack,
 )
 from mtpforge.llama_cpp.installed import is_noted, libraries, note_converter
@@ -185,7 +182,7 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     try:
         _install_source(pin, requirement, folder / "source")
         with storage.by_program(folder / "written", CONVERTER_SIZE, build=True):
-            _install_environment(lock, folder / "environment", is_noted(folder, "environment/lib"))
+            environment.set_up(lock, folder / "environment", is_noted(folder, "environment/lib"))
         note_converter(folder)
     except OSError as error:
         raise storage.explain(error, needed=CONVERTER_SIZE) from None
@@ -291,23 +288,3 @@ def _install_source(pin: Pin, requirement: Path, target: Path) -> None:
         target.mkdir(parents=True)
         for name in SOURCE:
             shutil.move(source / name, target / name)
-
-
-def _install_environment(lock: Path, target: Path, unchanged: bool) -> None:
-    """Set up an environment, unless the one in `target` was made there from the same lock."""
-    pins = read_text(lock, ToolchainError, YAML_LIMIT, within=ANYWHERE)
-    stamp, made = target / "lock.txt", f"{target.absolute()}\n{pins}"
-    python = target / "bin" / "python"
-    if unchanged and python.exists() and stamp.exists() and stamp.read_text("utf-8") == made:
-        return
-    progress.say(f"setting up {target} from {lock}")
-    create = [sys.executable, "-m", "venv", "--clear", str(target)]
-    pip = [str(python), "-m", "pip", "install", "-qq"]
-    pip += ["--disable-pip-version-check", "--require-hashes", "-r", str(lock)]
-    for command in (create, pip):
-        ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if ended.returncode:
-            hint = "\nPyTorch's CPU build must be known to pip: set PIP_FIND_LINKS or "
-            hint = f"{hint}PIP_EXTRA_INDEX_URL" if "torch" in ended.stderr else ""
-            raise ToolchainError(f"cannot set up {target}:\n{tail(ended.stderr, 5)}{hint}")
-    write_text(stamp, made)
