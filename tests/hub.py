@@ -37,7 +37,10 @@ def is_large(path: Path) -> bool:
 
 @dataclass
 class Fault:
-    """Spoils `times` answers with a file's content (all if negative), after `skip` good ones."""
+    """Spoils `times` answers with a file's content (all if negative), after `skip` good ones.
+
+    Steps of an upload have names too: create, preupload, batch, put, verify, commit.
+    """
 
     kind: str
     times: int = 1
@@ -211,8 +214,18 @@ class _Answering(BaseHTTPRequestHandler):
             self.answer(
                 b"", "text/plain", 429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)}
             )
+        elif self.fails(name, "busy for hours"):
+            self.answer(b"", "text/plain", 429, {"Retry-After": "7300"})
         elif self.fails(name, "broken"):
             self.answer(b"", "text/plain", 500)
+        elif self.fails(name, "unheard"):
+            self.close_connection = True
+        elif self.fails(name, "full"):
+            said = "Private repository storage limit reached, please upgrade your plan"
+            self.answer(b"", "text/plain", 403, {"X-Error-Message": said})
+        elif self.fails(name, "denied"):
+            said = "Forbidden: you must have write access to this repository"
+            self.answer(b"", "text/plain", 403, {"X-Error-Message": said})
         else:
             return False
         return True
@@ -285,14 +298,13 @@ class _Handler(_Answering):
             return None
         for name, folder in self.hub.repositories.items():
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
-                if path in (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}"):
+                asked = (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}")
+                if path in asked and not self.is_hidden(name):
                     return (
                         self.refused("api")
                         or self.gate(name)
                         or self.model_info(name, folder, commit)
                     )
-            if path == f"/api/models/{name}/tree/main" and not self.is_hidden(name):
-                return self.refused("api") or self.say(self.tree(folder))
             for prefix in (
                 f"/{name}/resolve/{COMMIT}/",
                 f"/api/resolve-cache/models/{name}/{COMMIT}/",
@@ -323,6 +335,8 @@ class _Handler(_Answering):
         if not (token := self.headers.get("Authorization")):
             return self.answer(b"", "text/plain", 401)
         self.hub.tokens.append((self.where, token))
+        if self.is_elsewhere(path) or self.refused(re.sub(r"/main$", "", path).rpartition("/")[2]):
+            return None
         if path == "/api/repos/create":
             return self.create(json.loads(content))
         for name, folder in self.hub.repositories.items():
@@ -439,26 +453,6 @@ class _Handler(_Answering):
     def is_hidden(self, name: str) -> bool:
         return name in self.hub.private and not self.headers.get("Authorization")
 
-    def tree(self, folder: Path) -> list[dict[str, object]]:
-        found: list[dict[str, object]] = []
-        for path in sorted(folder.rglob("*")):
-            entry: dict[str, object] = {
-                "type": "directory",
-                "path": str(path.relative_to(folder)),
-                "oid": "0" * 40,
-                "size": 0,
-            }
-            if path.is_file():
-                size, digest = path.stat().st_size, self.hub.digest(path)
-                large = {"oid": "0" * 40, "lfs": {"oid": digest, "size": size, "pointerSize": 134}}
-                entry |= {
-                    "type": "file",
-                    "size": size,
-                    **(large if is_large(path) else {"oid": digest}),
-                }
-            found.append(entry)
-        return found
-
     def gate(self, name: str) -> bool:
         """Answer that a token is needed, if it is missing."""
         token = self.headers.get("Authorization")
@@ -540,6 +534,8 @@ class _CdnHandler(_Answering):
                 self.hub.stopping.wait(60)
                 self.close_connection = True
                 return None
+        if self.refused("put"):
+            return None
         if hashlib.sha256(b"".join(parts)).hexdigest() != oid:
             return self.answer(b"", "text/plain", 400)
         self.hub.object(oid).parent.mkdir(exist_ok=True)

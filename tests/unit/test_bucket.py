@@ -375,3 +375,16 @@ def test_a_model_goes_to_one_place() -> None:
     there, same = ({**MODEL, "publish": {"url": f"s3://my-bucket/a{end}"}} for end in ("", "/"))
     with pytest.raises(ConfigError, match="b/publish/url: s3://my-bucket/a is the folder of a"):
         Build({"models": {"a": there, "b": same}})
+
+
+def test_one_file_is_uploaded_before_the_rest(
+    store: Store, requests: Requests, tmp_path: Path
+) -> None:
+    (tmp_path / LARGE).write_bytes(b"content")
+    files = {LARGE: hashlib.sha256(b"content").hexdigest()}
+    assert bucket.send(tmp_path, ADDRESS, files) == 1
+    assert requests.sent() == [LARGE]
+    assert bucket.send(tmp_path, ADDRESS, files) == 0 and requests.sent() == []
+    (tmp_path / LARGE).write_bytes(b"changed")
+    with pytest.raises(VerificationError, match="changed after"):
+        bucket.send(tmp_path, ADDRESS, {LARGE: "0" * 64})

@@ -148,6 +148,25 @@ def test_the_disk_holds_each_file_once(toolchain: Path) -> None:
     assert both.kept == sizes["tiny-qwen3.5-BF16"] + 2 * sizes["tiny-qwen3.5-Q8_0"]
 
 
+def test_of_files_that_pass_through_the_disk_holds_one(toolchain: Path) -> None:
+    publish = {"repo": "O/N", "when": "verified", "delete_after": True}
+    variants: dict[str, Any] = {
+        "BF16": {},
+        "Q8_0": {},
+        "Q4_0": {},
+        "own": {"base": {"type": "Q8_0"}},
+    }
+    stay = forecast(toolchain, variants=variants)
+    sizes = {file.name: file.bytes for file in stay.files}
+    passing = forecast(toolchain, variants=variants, publish=publish)
+    others = sizes["tiny-qwen3.5-Q8_0"] + sizes["tiny-qwen3.5-Q4_0"]
+    assert sizes["tiny-qwen3.5-own"] > sizes["tiny-qwen3.5-Q8_0"]
+    assert stay.passing == 0 and passing.passing == others
+    assert passing.kept == stay.kept - others and passing.peak == stay.peak - others
+    split = forecast(toolchain, split="2M", variants={"Q8_0": {}, "Q4_0": {}}, publish=publish)
+    assert split.passing == 2 * sizes["tiny-qwen3.5-Q4_0"]  # each is copied into its shards
+
+
 def test_pieces_take_scratch_space(toolchain: Path) -> None:
     found = forecast(toolchain, variants={"Q4_K_M": {"pieces": 3}})
     assert found.files[0].pieces == 3 and found.peak > found.kept

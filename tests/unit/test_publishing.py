@@ -11,7 +11,7 @@ from pathlib import Path
 import example_records
 import pytest
 import yaml
-from conftest import Run
+from conftest import CHECKPOINTS, Run
 from mtpforge.errors import ConfigError, VerificationError
 from mtpforge.hub.fetch_records import FetchRecord
 from mtpforge.io import ranges
@@ -292,6 +292,68 @@ def test_repositories_are_private_by_default() -> None:
     assert made.publish.upload_options(None) == "--private results/m O/N"
     made = build(publish={"repo": "O/N", "private": False})
     assert made.publish.upload_options(None) == "--public results/m O/N"
+
+
+EARLY = {"repo": "O/N", "when": "verified"}
+
+
+def test_each_file_is_uploaded_early_if_asked() -> None:
+    assert build(publish={"repo": "O/N"}).publish.uploads(None) == ["results/m/SHA256SUMS"]
+    early = build(publish=EARLY, measure={}).publish
+    names = [f"results/m/work/uploaded/tiny-qwen3.5-{kind}.json" for kind in ("BF16", "Q8_0")]
+    assert early.uploads(None) == ["results/m/SHA256SUMS", *names]
+    at = At(stem="tiny-qwen3.5-Q8_0")
+    assert early.examined(at) == [
+        "results/m/reports/tiny-qwen3.5-Q8_0.json", "results/m/measure/tiny-qwen3.5-Q8_0.json"
+    ]  # fmt: skip
+    assert early.place_option(at) == "--private O/N"
+    assert early.present(At()) == early.needed(At()) == early.files(At())
+    assert early.priority == 0 and "results/m/README.md" in early.folders()
+    s3 = build(publish={"url": "s3://bucket/x", "when": "verified", "delete_after": True}).publish
+    assert s3.place_option(at) == "--s3 s3://bucket/x --stand-in"
+
+
+def test_files_that_are_deleted_have_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = str(Path(str(MODEL["prompts"])).absolute())
+    given = {"source": {"path": str(CHECKPOINTS / "tiny-qwen3.5")}, "prompts": prompts}
+    variants = {"BF16": {}, "Q8_0": {"split": "2M"}, "own": {"base": {"type": "Q4_0"}}}
+    publish = {**EARLY, "delete_after": True}
+    made = build(**given, publish=publish, variants=variants)
+    monkeypatch.chdir(tmp_path)
+    uploaded = "results/m/work/uploaded/tiny-qwen3.5"
+    assert made.publish.present(At()) == [
+        f"{uploaded}-BF16.header", f"{uploaded}-Q8_0", f"{uploaded}-own.header"
+    ]  # fmt: skip
+    assert made.publish.needed(At())[1] == f"{uploaded}-Q8_0.split.json"
+    assert [
+        made.publish.unneeded(At(stem=f"tiny-qwen3.5-{stem}")).split()
+        for stem in ("BF16", "Q8_0.split", "own")
+    ] == [
+        ["results/m/tiny-qwen3.5-BF16.gguf"],  # the converted file stays
+        ["results/m/tiny-qwen3.5-Q8_0", "results/m/work/quantized/Q8_0.gguf"],
+        ["results/m/tiny-qwen3.5-own.gguf", "results/m/work/injected/own.gguf"],
+    ]
+    assert "results/m/README.md" not in made.publish.folders()  # it comes with the upload
+    assert len(made.files()) == 3
+    note = Path(f"{uploaded}-own.deleted")
+    note.parent.mkdir(parents=True)
+    note.touch()
+    assert "results/m/tiny-qwen3.5-own.gguf" not in made.files() and len(made.files()) == 2
+    drawn = At(variant="own", base="tiny-qwen3.5")
+    assert made.measure.drawn(drawn) == f"{uploaded}-own.header"
+    dry = Build({"models": {"m": {**MODEL, **given, "publish": publish, "variants": variants}},
+                 "dry_run": "true"}).publish  # fmt: skip
+    assert dry.uploads(None) == ["results/m/SHA256SUMS"]
+    assert dry.present(At())[::2] == ["results/m/tiny-qwen3.5-BF16.gguf", f"{uploaded}-own.header"]
+
+
+def test_only_early_files_can_be_deleted() -> None:
+    with pytest.raises(ConfigError, match="publish/delete_after: needs `when: verified`"):
+        build(publish={"repo": "O/N", "delete_after": True})
+    with pytest.raises(ConfigError, match="publish/when: 'verifed': must be"):
+        build(publish={"repo": "O/N", "when": "verifed"})
 
 
 def test_dry_run_uploads_nothing() -> None:

@@ -84,6 +84,7 @@ rule measure:
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
+    priority: 2 * build.publish.priority
     resources:
         **asked(build.needs.measure),
         download=lambda _: 1000 if workflow.local_exec else 0,  # all, so that none runs beside it

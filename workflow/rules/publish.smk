@@ -9,6 +9,8 @@
 
 
 localrules:
+    upload,
+    delete,
     publish,
 
 
@@ -69,12 +71,66 @@ rule provenance:
         " --locks {input.locks:q} --code {params.programs:q} --out {output:q} > {log:q} 2>&1"
 
 
+# With `publish: {when: verified}`, which `publish` asks for.
+rule upload:
+    input:
+        code=code("publish_file.py"),
+        file=ancient(build.publish.file),
+        examined=build.publish.examined,
+    output:
+        "results/{model}/work/uploaded/{stem}.json",
+    log:
+        "logs/{model}/upload-{stem}.log",
+    wildcard_constraints:
+        stem="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    threads: build.needs.uploading
+    priority: 3 * build.publish.priority
+    resources:
+        **asked(build.needs.publish, beside=True),
+        processors=build.needs.uploading_processors,
+        download=1,  # so that none runs beside a measurement
+        upload=1,
+    params:
+        code=digest("publish_file.py"),
+        place=build.publish.place_option,
+    message:
+        "{wildcards.model}: upload {wildcards.stem}"
+    shell:
+        "python {input.code[0]:q} {input.examined[0]:q} {params.place} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+# With `delete_after`. A job of its own: a killed one only has to delete again.
+rule delete:
+    input:
+        "results/{model}/work/uploaded/{stem}.json",
+    output:
+        touch("results/{model}/work/uploaded/{stem}.deleted"),
+    log:
+        "logs/{model}/delete-{stem}.log",
+    wildcard_constraints:
+        stem="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    priority: 4 * build.publish.priority
+    resources:
+        **asked(build.needs.small),
+    params:
+        paths=build.publish.unneeded,
+    message:
+        "{wildcards.model}: delete {wildcards.stem}, which is uploaded"
+    shell:
+        "rm -rf {params.paths} 2> {log:q}"
+
+
 rule card:
     input:
         code=code("card.py"),
         template="workflow/templates/card.md",
         details="workflow/templates/details.md",
-        files=ancient(build.publish.files),  # the reports have their sha256
+        files=ancient(build.publish.needed),  # the reports have their sha256
         reports=build.publish.reports,
         measurements=build.measure.measurements,
         compared=build.search.compared,
@@ -91,12 +147,13 @@ rule card:
         **asked(build.needs.small),
     params:
         code=digest("card.py"),
+        files=build.publish.present,
         about=build.publish.about,
         checkpoint=build.publish.checkpoint_card,
     message:
         "{wildcards.model}: write the model card"
     shell:
-        "python {input.code[0]:q} --files {input.files:q} --reports {input.reports:q}"
+        "python {input.code[0]:q} --files {params.files:q} --reports {input.reports:q}"
         " --measurements {input.measurements:q} --compared {input.compared:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
         " --template {input.template:q} --details-template {input.details:q}"
@@ -106,7 +163,7 @@ rule card:
 rule sums:
     input:
         code=code("sums.py"),
-        files=ancient(build.publish.files),
+        files=ancient(build.publish.needed),
         reports=build.publish.reports,
         statements=build.publish.statements,
         measurements=build.measure.measurements,

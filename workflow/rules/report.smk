@@ -45,7 +45,7 @@ rule plot:
 rule plot_tensors:
     input:
         code=code("plot.py"),
-        file=ancient(build.measure.file),
+        file=ancient(build.measure.drawn),
         report=build.measure.report,
     output:
         report(

@@ -57,6 +57,7 @@ rule verify:
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
+    priority: build.publish.priority
     resources:
         **asked(build.needs.verify),
         gpu=build.needs.gpu,

@@ -93,6 +93,12 @@ class Plan:
                 self.notes.append(f"note: results that are there count as current: {error}")
         for each in self.forecasts:
             each.settle(self.reruns)
+            if each.passing:
+                more = table.size(each.passing)
+                self.notes.append(
+                    f"note: {each.model.key}: `make publish` deletes each file once it is "
+                    f"uploaded; with `make` alone, {more} more are on the disk"
+                )
         self.network = network_rate(cache, constants.ENDPOINT, self.downloads.rate)
 
     def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast:

@@ -31,6 +31,9 @@ from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
 from mtpforge.search import groups
 from mtpforge.search.settings import CHUNKS, PROBE, STEP
 
+_OF_ONE_VARIANT = ("quantized", "injected")
+"""Folders of files that only a published one is made of."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -113,8 +116,18 @@ class ModelForecast:
 
     @property
     def kept(self) -> int:
-        """Bytes that the steps which are not done will keep on the disk."""
-        return sum(step.kept for step in self._left)
+        """Bytes that the steps which are not done will keep on the disk at the same time."""
+        return sum(step.kept for step in self._left) - self.passing
+
+    @property
+    def passing(self) -> int:
+        """Bytes of files that are uploaded and deleted before the next one is made."""
+        if not self.model.passing:
+            return 0
+        made = [step for step in self._left if Path(step.path).parent.name in _OF_ONE_VARIANT]
+        copies = [step for step in self._left if step.stage == "verify"]
+        sizes = [[step.kept for step in steps] for steps in (made, copies)]
+        return sum(sum(each) - max(each, default=0) for each in sizes)
 
     @property
     def peak(self) -> int:

@@ -5,6 +5,7 @@ Files are not bounded here: `ranged_reads` and `download` know their sizes.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -22,14 +23,15 @@ SECONDS = 120.0
 @cache
 def bound() -> None:
     """Let huggingface_hub refuse answers beyond the limits; once for each process."""
-    set_client_factory(_client)
+    set_client_factory(client)
 
 
-def _client() -> httpx2.Client:
-    client = default_client_factory()
-    client.headers["Accept-Encoding"] = "identity"
-    client.event_hooks = {**client.event_hooks, "response": [_check]}
-    return client
+def client() -> httpx2.Client:
+    """A client of huggingface_hub that does so."""
+    made = default_client_factory()
+    made.headers["Accept-Encoding"] = "identity"
+    made.event_hooks = {**made.event_hooks, "response": [_check]}
+    return made
 
 
 def _check(response: httpx2.Response) -> None:
@@ -39,7 +41,9 @@ def _check(response: httpx2.Response) -> None:
         return
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise DownloadError(f"{url}: the answer is compressed, which was not asked for")
-    content = b"".join(_bounded(response, str(url)))
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    with closing(response.stream):  # or its connection stays taken
+        content = b"".join(_bounded(response, str(url)))
     if "json" in response.headers.get("Content-Type", ""):
         text.check_json(Path(url.path), content, DownloadError, entries=text.MANY_ENTRIES)
     response.stream = httpx2.ByteStream(content)

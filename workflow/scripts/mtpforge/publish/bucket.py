@@ -6,7 +6,7 @@ which the service compares; an interrupted upload continues with the parts that 
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 
 from mtpforge import progress
 from mtpforge.errors import UploadError, VerificationError
-from mtpforge.publish.sums import SUMS
-from mtpforge.publish.upload import UploadPlan, listed
+from mtpforge.publish import receipts
+from mtpforge.publish.sums import SUMS, Sums
+from mtpforge.publish.upload import UploadPlan, gone, listed
 from mtpforge.s3 import client
 from mtpforge.s3.address import Address
 
@@ -36,12 +37,7 @@ def compare(folder: Path, address: Address) -> UploadPlan:
     sums = listed(folder)
     bucket = _Bucket(address)
     there = bucket.sizes()
-    sizes = {name: (folder / name).stat().st_size for name in sums}
-    missing = [
-        (name, sizes[name])
-        for name, digest in sums.items()
-        if there.get(name) != sizes[name] or bucket.noted(name) != digest
-    ]
+    missing = bucket.missing(folder, sums, there)
     foreign = sorted(there.keys() - sums.keys())
     found = UploadPlan(folder, str(address), exists=True, missing=missing, foreign=foreign)
     return replace(found, where="bucket")
@@ -56,6 +52,18 @@ def upload(plan: UploadPlan) -> None:
     sums = listed(plan.folder)  # in the order of the list, which comes last itself
     for name, _ in plan.missing:
         bucket.send(name, plan.folder / name, sums[name])
+
+
+def send(folder: Path, address: Address, files: Sums) -> int:
+    """Upload those of `files` that the bucket lacks, before the rest of the folder; how many.
+
+    Raises VerificationError if one differs from its digest, UploadError.
+    """
+    bucket = _Bucket(address)
+    missing = bucket.missing(folder, files, bucket.sizes())
+    for name, _ in missing:
+        bucket.send(name, folder / name, files[name])
+    return len(missing)
 
 
 class _Stale(Exception):
@@ -99,6 +107,19 @@ class _Bucket:
                 for page in pages
                 for entry in page.get("Contents", [])
             }
+
+    def missing(self, folder: Path, files: Sums, there: Mapping[str, int]) -> list[tuple[str, int]]:
+        """Those of `files` that the bucket lacks, with their bytes; `there` are its sizes."""
+        sent = receipts.known(folder)
+        found = []
+        for name, digest in files.items():
+            here = (folder / name).is_file()
+            size = (folder / name).stat().st_size if here else sent[name].bytes
+            if there.get(name) != size or self.noted(name) != digest:
+                if not here:
+                    raise gone(folder, name, str(self._address))
+                found.append((name, size))
+        return found
 
     def noted(self, name: str) -> str:
         """The sha256 that was noted with a file; empty if it was not uploaded from here."""

@@ -14,8 +14,8 @@ from mtpforge.gguf import reader
 from mtpforge.io.atomic import write_text
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import YAML_LIMIT, read_text
-from mtpforge.publish import provenance
-from mtpforge.verify.report import Report
+from mtpforge.publish import provenance, receipts
+from mtpforge.verify.report import Report, Shard
 
 SUMS = "SHA256SUMS"
 SLACK = 10.0
@@ -32,18 +32,22 @@ Sums = dict[str, str]
 def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Sums:
     """The files to publish: those that the verification reports cover, the reports, and `others`.
 
-    Digests of GGUFs come from the reports. Raises VerificationError if a file has changed since.
+    Digests of GGUFs come from the reports. A file that has been uploaded need not be there. Raises
+    VerificationError if a file has changed since.
     """
     sums: Sums = {}
+    sent = receipts.known(folder)
     for path in reports:
         for name, size, digest in Report.read(path).published:
+            sums[name] = digest
+            if not (folder / name).exists() and sent.get(name) == Shard(name, size, digest):
+                continue
             if (folder / name).stat().st_size != size:
                 raise VerificationError(
                     f"{folder / name}: its size differs from that in {path.name}: "
                     "delete it and run again"
                 )
             check_unchanged_since(folder / name, digest, path)
-            sums[name] = digest
         sums[path.relative_to(folder).as_posix()] = digest_of(path)
     sums |= {path.relative_to(folder).as_posix(): digest_of(path) for path in others}
     return dict(sorted(sums.items()))
@@ -78,9 +82,18 @@ def read_sums(path: Path) -> Sums:
 def check(folder: Path) -> list[str]:
     """The problems of a results folder, file by file; only what the folder contains is needed.
 
-    Raises VerificationError if it has no list.
+    Files that were uploaded and deleted here are no problem. Raises VerificationError if it has no
+    list.
     """
     sums = read_sums(folder / SUMS)
+    sent = receipts.known(folder)
+    away = {
+        name
+        for name, digest in sums.items()
+        if name in sent and sent[name].sha256 == digest and not (folder / name).exists()
+    }
+    for name in sorted(away):
+        progress.say(f"{name}: not here: it was uploaded, and deleted then")
     problems: list[str] = []
     if not any(name.endswith(".gguf") for name in sums):
         problems.append(f"{SUMS}: lists no GGUF: is it truncated?")
@@ -88,6 +101,8 @@ def check(folder: Path) -> list[str]:
     done = 0
     with progress.bar(folder.name) as show:
         for name, digest in sums.items():
+            if name in away:
+                continue
             problems += _check_file(folder / name, name, digest)
             done += sizes.get(name, 0)
             show(done, sum(sizes.values()))

@@ -6,23 +6,29 @@ streams the files, and keeps what an interrupted upload has sent.
 
 import glob
 import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoSibling
 
+from mtpforge import table
 from mtpforge.errors import UploadError, VerificationError
-from mtpforge.hub.retry import Retry, explain
+from mtpforge.hub import answers
+from mtpforge.hub.retry import LONGEST_WAIT, Retry, explain, requested_wait
 from mtpforge.io.ranges import digest_of
 from mtpforge.progress import say
+from mtpforge.publish import receipts
 from mtpforge.publish.sums import (
     SUMS,
     Sums,
@@ -32,7 +38,7 @@ from mtpforge.publish.sums import (
     unlisted,
 )
 
-MESSAGE = "Upload of {} files by mtpforge"
+MESSAGE = "Upload of {} by mtpforge"
 _FAILURES = (
     HfHubHTTPError,
     HFValidationError,
@@ -78,11 +84,7 @@ def compare(folder: Path, repo: str) -> UploadPlan:
     """
     sums = listed(folder)
     uploaded = _uploaded(repo)
-    missing = [
-        (name, (folder / name).stat().st_size)
-        for name, digest in sums.items()
-        if not _is_uploaded(folder / name, digest, (uploaded or {}).get(name))
-    ]
+    missing = _missing(folder, sums, uploaded or {}, repo)
     foreign = sorted((uploaded or {}).keys() - sums.keys() - {".gitattributes"})
     return UploadPlan(folder, repo, exists=uploaded is not None, missing=missing, foreign=foreign)
 
@@ -92,39 +94,41 @@ def upload(plan: UploadPlan, private: bool) -> str:
 
     Raises VerificationError before anything is sent if a file differs from the list; UploadError.
     """
-    api = HfApi()
     names = [name for name, _ in plan.missing]
-    _check_again(plan.folder, names)
-    try:
-        if not plan.exists:
-            api.create_repo(plan.repo, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=plan.repo,
-            folder_path=plan.folder,
-            allow_patterns=[glob.escape(name) for name in names],
-            commit_message=MESSAGE.format(len(names)),
-        )
-    except _FAILURES as error:
-        cause = error.__cause__ or error
-        why = explain(cause if isinstance(cause, Exception) else error)
-        raise UploadError(
-            f"{plan.repo}: {why}: run again, which continues from what was uploaded"
-        ) from None
-    if left := compare(plan.folder, plan.repo).missing:
-        wrong = ", ".join(name for name, _ in left)
-        raise UploadError(f"{plan.repo}: missing or different after the upload: {wrong}: run again")
-    return str(done.commit_url)
+    sums = read_sums(plan.folder / SUMS)
+    _check_again(plan.folder, {name: sums[name] for name in names if name in sums})
+    address = _commit(plan, private)
+    _check_arrived(plan.repo, compare(plan.folder, plan.repo).missing)
+    return address
+
+
+def send(folder: Path, repo: str, files: Sums, private: bool) -> int:
+    """Upload those of `files` that the repository lacks, before the rest of the folder.
+
+    Returns how many they are. Raises VerificationError before anything is sent if one differs from
+    its digest; UploadError, also unless the Hub reports the sha256 of each at the end.
+    """
+    uploaded = _uploaded(repo)
+    missing = _missing(folder, files, uploaded or {}, repo)
+    if missing:
+        _check_again(folder, {name: files[name] for name, _ in missing})
+        plan = UploadPlan(folder, repo, exists=uploaded is not None, missing=missing, foreign=[])
+        _commit(plan, private)
+        _check_arrived(repo, _missing(folder, files, _uploaded(repo) or {}, repo))
+    return len(missing)
 
 
 def listed(folder: Path) -> Sums:
     """The listed files and, last, the list itself.
 
-    Raises VerificationError if one is missing or changed.
+    Raises VerificationError if one is changed, or missing though it has not been uploaded.
     """
     path = folder / SUMS
-    sums = read_sums(path)
+    sums, sent = read_sums(path), receipts.known(folder)
     for name, digest in sums.items():
         if not (folder / name).is_file():
+            if name in sent and sent[name].sha256 == digest:
+                continue
             raise VerificationError(
                 f"{folder / name}: missing, though {SUMS} lists it: run snakemake again"
             )
@@ -133,32 +137,140 @@ def listed(folder: Path) -> Sums:
     return {**sums, SUMS: digest_of(path)}
 
 
-def _check_again(folder: Path, names: list[str]) -> None:
-    """Hash every file once more, because an upload cannot always be undone."""
-    for name, digest in read_sums(folder / SUMS).items():
-        if name in names:
-            check_unchanged(folder / name, digest, folder / SUMS)
+def gone(folder: Path, name: str, repo: str) -> UploadError:
+    """That a file is neither here nor there."""
+    return UploadError(
+        f"{repo}: {name} is not there any more, nor here: delete {folder / receipts.FOLDER} and "
+        "run again, which makes it anew"
+    )
 
 
-def _uploaded(repo: str) -> dict[str, RepoFile] | None:
-    """The files of a repository; None if there is none that we may see. Raises DownloadError."""
+def _missing(
+    folder: Path, files: Sums, uploaded: Mapping[str, RepoSibling], repo: str
+) -> list[tuple[str, int]]:
+    """Those of `files` that the repository lacks, with their bytes."""
+    missing = [
+        name for name in files if not _is_uploaded(folder / name, files[name], uploaded.get(name))
+    ]
+    for name in missing:
+        if not (folder / name).is_file():
+            raise gone(folder, name, repo)
+    return [(name, (folder / name).stat().st_size) for name in missing]
 
-    def ask() -> dict[str, RepoFile] | None:
+
+def _commit(plan: UploadPlan, private: bool) -> str:
+    """Send the missing files as one commit; its URL. huggingface_hub tries requests again."""
+    _watch()
+    api = HfApi()
+    names = [name for name, _ in plan.missing]
+    about = names[0] if len(names) == 1 else f"{len(names)} files"
+    try:
+        if not plan.exists:
+            api.create_repo(plan.repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=plan.repo,
+            folder_path=plan.folder,
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message=MESSAGE.format(about),
+        )
+    except _FAILURES as error:
+        # That of one file is the cause of another error.
+        cause = error if hasattr(error, "response") else error.__cause__ or error
+        if isinstance(cause, UploadError):  # of `_refuse_long_wait`
+            raise cause from None
+        why = _explain(cause if isinstance(cause, Exception) else error)
+        raise UploadError(f"{plan.repo}: {why}") from None
+    return str(done.commit_url)
+
+
+def _explain(error: Exception) -> str:
+    """Why an upload failed, and what to do."""
+    again = "run again, which continues from what was uploaded"
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else 0
+    said = str(getattr(error, "server_message", None) or "").strip()[:300]
+    if status == 429 and response is not None:
+        return _rate_limited(response, said)
+    if status in (402, 403, 413) and re.search(r"(?i)storage|quota|too large|exceed", said):
+        return (
+            f"the Hub takes no more: {said}: free space or buy some "
+            "(https://huggingface.co/settings/billing; private repositories have less than public "
+            f"ones: `private: false`), then {again}"
+        )
+    if status == 403:
+        return (
+            f"your token cannot write there{f' ({said})' if said else ''}: take one with write "
+            "access to it from https://huggingface.co/settings/tokens"
+        )
+    return f"{re.sub(r'[?][^ ]*', '', explain(error))[:300]}: {again}"  # no signed address
+
+
+def _rate_limited(response: httpx2.Response, said: str = "") -> str:
+    seconds = requested_wait(response.headers)
+    wait = f"in {table.duration(seconds)}" if seconds > 0 else "in an hour"
+    about = f" ({said})" if said else ""
+    return (
+        f"the Hub limits requests and commits{about}: run again {wait}, which continues from what "
+        "was uploaded"
+    )
+
+
+@cache
+def _watch() -> None:
+    """Let huggingface_hub not wait in silence for longer than we would; once for each process."""
+    set_client_factory(_client)
+
+
+def _client() -> httpx2.Client:
+    client = answers.client()
+    client.event_hooks["response"].insert(0, _refuse_long_wait)
+    return client
+
+
+def _refuse_long_wait(response: httpx2.Response) -> None:
+    """Raise UploadError for an answer that asks to wait for long."""
+    if response.status_code == 429 and requested_wait(response.headers) > LONGEST_WAIT:
+        raise UploadError(f"{response.url.host}: {_rate_limited(response)}")
+
+
+def _check_arrived(repo: str, missing: list[tuple[str, int]]) -> None:
+    if missing:
+        wrong = ", ".join(name for name, _ in missing)
+        raise UploadError(f"{repo}: missing or different after the upload: {wrong}: run again")
+
+
+def _check_again(folder: Path, files: Sums) -> None:
+    """Hash files once more, because an upload cannot always be undone."""
+    for name, digest in files.items():
+        check_unchanged(folder / name, digest, folder / SUMS)
+
+
+def _uploaded(repo: str) -> dict[str, RepoSibling] | None:
+    """The files of a repository; None if there is none that we may see. Raises DownloadError.
+
+    One request without retries of its own, so that `Retry` is the only loop.
+    """
+    _watch()
+
+    def ask() -> dict[str, RepoSibling] | None:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            tree = HfApi().list_repo_tree(repo, recursive=True)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
         except RepositoryNotFoundError:
             return None
+        return {entry.rfilename: entry for entry in info.siblings or ()}
 
     return Retry(repo).call(ask)
 
 
-def _is_uploaded(path: Path, digest: str, entry: RepoFile | None) -> bool:
+def _is_uploaded(path: Path, digest: str, entry: RepoSibling | None) -> bool:
     """Whether the repository has a file's bytes: by sha256 if it uses LFS, else by git id."""
-    if entry is None or entry.size != path.stat().st_size:
+    if entry is None:
         return False
     if entry.lfs is not None:
         return bool(entry.lfs.sha256 == digest)
+    if not path.is_file() or entry.size != path.stat().st_size:
+        return False
     content = path.read_bytes()
     blob = b"blob %d\0" % len(content) + content
     return bool(entry.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest())

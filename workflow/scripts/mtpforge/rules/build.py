@@ -47,8 +47,13 @@ class Build:
         return [layout.folder(model.key) for model in self.config.chosen]
 
     def files(self) -> list[str]:
-        """All published files, or the folders of split ones."""
-        return [output.file for output in self.outputs()]
+        """All published files, or the folders of split ones; not those that are away."""
+        away = {key for key, model in self.config.models.items() if model.passing}
+        return [
+            output.file
+            for output in self.outputs()
+            if not (output.model in away and output.is_away)
+        ]
 
     def reports(self) -> list[str]:
         """Their reports, in the same order."""

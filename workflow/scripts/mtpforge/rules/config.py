@@ -7,7 +7,7 @@ JSON schema for editors comes from `schema`.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -135,7 +135,32 @@ class MeasureSettings(Entry):
     )
 
 
-class HubTarget(Entry):
+class Upload(Entry):
+    """When a model's files are uploaded, and whether they stay."""
+
+    when: Literal["built", "verified"] = Field(
+        default="built",
+        description=(
+            "`built`: upload the model once all of its files are there. `verified`: each file as"
+            " soon as it has passed, and card, sums and provenance at the end."
+        ),
+    )
+    delete_after: bool = Field(
+        default=False,
+        description=(
+            "For small disks, with `when: verified`: delete each file here once its repository or"
+            " bucket reports its sha256."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_when(self) -> Self:
+        if self.delete_after and self.when != "verified":
+            refuse("needs `when: verified`, or all files are on the disk first", "delete_after")
+        return self
+
+
+class HubTarget(Upload):
     """The repository of the Hub that a model is uploaded to."""
 
     repo: Repository = Field(
@@ -148,7 +173,7 @@ class HubTarget(Entry):
     )
 
 
-class S3Folder(Entry):
+class S3Folder(Upload):
     """The folder in object storage that a model is uploaded to."""
 
     url: S3Url = Field(
@@ -393,6 +418,16 @@ class Model(Entry):
             if each.converted and each.part == part
         }
         return sizes.pop() if len(sizes) == 1 and self.native else None
+
+    @property
+    def early(self) -> bool:
+        """Whether each file is uploaded as soon as it has passed."""
+        return self.publish is not None and self.publish.when == "verified"
+
+    @property
+    def passing(self) -> bool:
+        """Whether it is deleted then."""
+        return self.publish is not None and self.publish.delete_after
 
     @property
     def part(self) -> str:

@@ -14,6 +14,7 @@ from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.publish import receipts
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import (
     HubFile,
@@ -25,6 +26,8 @@ from mtpforge.rules.variant import (
     LocalGguf,
     Source,
 )
+
+UPLOADED = receipts.FOLDER.as_posix()
 
 GivenFile: TypeAlias = LocalGguf | HubGguf | LocalFile | HubFile
 """A file that was not made here: a base or an importance matrix."""
@@ -73,6 +76,26 @@ class Output:
     def statement(self) -> str:
         """The statement of its provenance."""
         return f"{folder(self.model)}/provenance/{self._report_name}"
+
+    @property
+    def receipt(self) -> str:
+        """That it was uploaded before the rest of its folder."""
+        return f"{folder(self.model)}/{UPLOADED}/{self._report_name}"
+
+    @property
+    def stand_in(self) -> str:
+        """What stands in for it once it is deleted."""
+        return str(receipts.stand_in(Path(self.file)))
+
+    @property
+    def deleted(self) -> str:
+        """The note that it was deleted after that."""
+        return f"{self.receipt.removesuffix('.json')}.deleted"
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it was uploaded and deleted."""
+        return Path(self.deleted).exists() and not Path(self.file).exists()
 
     @property
     def measurement(self) -> str:

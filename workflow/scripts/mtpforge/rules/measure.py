@@ -24,6 +24,11 @@ class MeasureRules(Stage):
         self.check_base(wildcards, self.variant(wildcards))
         return self._output(wildcards).file
 
+    def drawn(self, wildcards: Wildcards) -> str:
+        """The same, or what stands in for it."""
+        file, output = self.file(wildcards), self._output(wildcards)
+        return output.stand_in if self.model(wildcards).passing and output.is_away else file
+
     def report(self, wildcards: Wildcards) -> str:
         """The report of its verification."""
         return self._output(wildcards).report

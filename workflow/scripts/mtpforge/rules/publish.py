@@ -11,7 +11,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.progress import say
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
-from mtpforge.rules.config import Config, Model, S3Folder
+from mtpforge.rules.config import Config, HubTarget, Model, S3Folder
 from mtpforge.rules.fetch import FetchRules, checked_record, tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
@@ -53,6 +53,22 @@ class PublishRules(Stage):
         """A model's files, including the folders of split ones."""
         return [output.file for output in layout.outputs(self.model(wildcards))]
 
+    def present(self, wildcards: Wildcards) -> list[str]:
+        """The same; what stands in for each that is deleted once it is uploaded."""
+        model = self.model(wildcards)
+        return [
+            output.stand_in if self._passes(model, output) else output.file
+            for output in layout.outputs(model)
+        ]
+
+    def needed(self, wildcards: Wildcards) -> list[str]:
+        """What must be made before these are there."""
+        model = self.model(wildcards)
+        return [
+            output.receipt if self._passes(model, output) else output.file
+            for output in layout.outputs(model)
+        ]
+
     def reports(self, wildcards: Wildcards) -> list[str]:
         """Their reports, in the same order."""
         return [output.report for output in layout.outputs(self.model(wildcards))]
@@ -89,6 +105,8 @@ class PublishRules(Stage):
         """The part of a model's configuration that its card shows, as JSON."""
         model = self.model(wildcards)
         part = _dump(model, *OF_BUILD, "publish") | {"variants": _variants(model, *model.variants)}
+        for key in ("when", "delete_after"):
+            part.get("publish", {}).pop(key, None)
         variants = model.variants.values()
         bases = [each.base for each in variants if each.base and model.adopts(each)]
         heads = [model.donor(each) for each in variants if each.head_types]
@@ -169,14 +187,16 @@ class PublishRules(Stage):
     # ── upload ──
 
     def folders(self) -> list[str]:
-        """The other files of each model's folder: statements, card, and sums, which are last."""
+        """The other files of each model's folder: statements, card, and sums, which are last.
+
+        Card and sums of a model whose files are deleted come with its upload.
+        """
         return [
             path
             for model in self.config.chosen
             for path in (
                 *(output.statement for output in layout.outputs(model)),
-                layout.card(model),
-                layout.sums(model),
+                *(() if model.passing else (layout.card(model), layout.sums(model))),
             )
         ]
 
@@ -201,19 +221,69 @@ class PublishRules(Stage):
                         say(f"removed {path}: not all of its files are there")
 
     def uploads(self, wildcards: object) -> list[str]:
-        """The same for models that are to be uploaded."""
-        return [layout.sums(model) for model in self.config.chosen if model.publish]
+        """The sums of models that are to be uploaded, and the receipts of files that were."""
+        found = []
+        for model in self.config.chosen:
+            found += [layout.sums(model)] * bool(model.publish)
+            for output in layout.outputs(model) if model.early and not self._is_dry else ():
+                found += [output.receipt, *([output.deleted] if model.passing else [])]
+        return found
 
     def upload_options(self, wildcards: object) -> str:
         """Folders and where to upload them, as options of publish.py."""
-        options = ["--dry-run"] if self.config.dry_run in (True, "true") else []
+        options = ["--dry-run"] if self._is_dry else []
         for model in self.config.chosen:
-            if isinstance(model.publish, S3Folder):
-                options += ["--s3", layout.folder(model.key), model.publish.url]
-            elif model.publish:
-                visibility = "--private" if model.publish.private else "--public"
-                options += [visibility, layout.folder(model.key), model.publish.repo]
+            if model.publish:
+                option, place = _place(model.publish)
+                options += [option, layout.folder(model.key), place]
         return shlex.join(options)
+
+    # ── upload of each file ──
+
+    @property
+    def priority(self) -> int:
+        """Of what brings a file on to its upload, if the disk must not fill up with files."""
+        return int(any(model.passing for model in self.config.chosen))
+
+    def file(self, wildcards: Wildcards) -> str:
+        """The file to upload, or the folder of a split one."""
+        return self._output(wildcards).file
+
+    def examined(self, wildcards: Wildcards) -> list[str]:
+        """Its report, and its measurement if there will be one."""
+        output = self._output(wildcards)
+        measured = output.variant and self.model(wildcards).measure
+        return [output.report, *([output.measurement] if measured else [])]
+
+    def place_option(self, wildcards: Wildcards) -> str:
+        """Where to upload it, as options of publish_file.py."""
+        model = self.model(wildcards)
+        if model.publish is None:
+            raise ConfigError(f"config.yaml: models/{model.key}/publish: missing")
+        return shlex.join([*_place(model.publish), *(["--stand-in"] if model.passing else [])])
+
+    def unneeded(self, wildcards: Wildcards) -> str:
+        """What is deleted after that: the file, and its name before verification, for a shell."""
+        model, output = self.model(wildcards), self._output(wildcards)
+        paths = [output.file]
+        variant = model.variants.get(output.variant)
+        if variant and not variant.converted:  # or other variants are made of it
+            paths.append(layout.candidate(model, output.variant).file)
+        return shlex.join(paths)
+
+    @property
+    def _is_dry(self) -> bool:
+        return self.config.dry_run in (True, "true")
+
+    def _passes(self, model: Model, output: layout.Output) -> bool:
+        """Whether only a stand-in is sure to be there. Nothing is uploaded by a dry run."""
+        return model.passing and (output.is_away or not self._is_dry)
+
+    def _output(self, wildcards: Wildcards) -> layout.Output:
+        for output in layout.outputs(self.model(wildcards)):
+            if Path(output.report).stem == wildcards.stem:
+                return output
+        raise ConfigError(f"{wildcards.model} has no file {wildcards.stem}")
 
     def _programs(self, wildcards: Wildcards) -> list[str]:
         model = self.model(wildcards)
@@ -225,10 +295,7 @@ class PublishRules(Stage):
 
     def _variant(self, wildcards: Wildcards) -> str:
         """The variant that a report is about; empty for a sidecar or a vision tower."""
-        for output in layout.outputs(self.model(wildcards)):
-            if Path(output.report).name == f"{wildcards.stem}.json":
-                return output.variant
-        raise ConfigError(f"{wildcards.model} has no file {wildcards.stem}")
+        return self._output(wildcards).variant
 
     def _materials(self, wildcards: Wildcards) -> list[tuple[dict[str, Any], list[str]]]:
         """The other inputs: their part of the configuration with the role, and their files."""
@@ -262,6 +329,13 @@ class PublishRules(Stage):
         hub = [base for base in bases if isinstance(base, HubGguf)]
         only = len(hub) == len(bases) and len({layout.commit(base) for base in hub}) == 1
         return hub[0] if only and not model.uses_source else None
+
+
+def _place(publish: HubTarget | S3Folder) -> tuple[str, str]:
+    """The option that says what kind of place this is, and its name."""
+    if isinstance(publish, S3Folder):
+        return "--s3", publish.url
+    return "--private" if publish.private else "--public", publish.repo
 
 
 def _given(imatrix: ImatrixText | layout.GivenFile) -> layout.GivenFile:

@@ -41,6 +41,8 @@ from mtpforge.search.settings import CHUNKS, STEP
 
 DOWNLOADS = 2
 """How many can run at a time, unless the profile says otherwise."""
+UPLOADS = 1
+"""As long as a commit is made, a repository takes no other."""
 UNKNOWN = 20 << 30
 """Bytes at BF16 of a checkpoint that is not listed yet."""
 _HEAD = 0.05
@@ -96,6 +98,8 @@ def free_downloads(workflow: Any) -> None:
     if "download" not in workflow.global_resources:
         workflow.global_resources["download"] = DOWNLOADS
     downloads = workflow.global_resources["download"].value
+    if "upload" not in workflow.global_resources:
+        workflow.global_resources["upload"] = UPLOADS
     workflow.global_resources["processors"] = cores
     workflow.global_resources["_cores"] = 2 * cores + downloads
     most = workflow.resource_settings.max_threads
@@ -305,6 +309,17 @@ class ResourceRules(Stage):
         text = costs.CHUNK * (model.measure.chunks if model.measure else 0)
         size = sizes.get(wildcards.place, UNKNOWN)
         return _needs(costs.run(size, self._machine, text=text))
+
+    def uploading(self, wildcards: Wildcards) -> int:
+        """Threads of an upload: all if its file is deleted then, so that no other is made before.
+
+        Else it runs beside other jobs, as downloads do.
+        """
+        return self.threads(wildcards) if self.model(wildcards).passing else 1
+
+    def uploading_processors(self, wildcards: Wildcards, threads: int) -> int:
+        """The processors that it keeps from other jobs."""
+        return threads if self.model(wildcards).passing else 0
 
     def publish(self, _: Wildcards) -> Needs:
         """Uploading, for as long as it takes."""

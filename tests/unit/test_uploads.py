@@ -1,0 +1,320 @@
+"""Uploads to a Hub on loopback by the real client: file by file, and each way to be refused."""
+
+import hashlib
+import shutil
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import example_records
+import pytest
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from hub import Fault, Hub, serve
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from mtpforge.errors import DamagedError, DownloadError, UploadError, VerificationError
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
+from mtpforge.hub import retry
+from mtpforge.io.ranges import digest_of
+from mtpforge.publish import receipts, sums, upload
+from mtpforge.publish.sums import Sums
+from mtpforge.verify import published
+from mtpforge.verify.report import Report, Shard
+
+REPO = "Owner/name"
+NAMES = ("a-Q4_0.gguf", "a-Q8_0.gguf")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with serve({}, tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(running: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The Hub without any repository."""
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    (tmp_path / "objects").mkdir()
+    running.new, running.rejects_tokens = tmp_path, False
+    for state in (running.repositories, running.faults, running.received, running.digests):
+        state.clear()
+    for seen in (running.requests, running.commits):
+        seen.clear()
+    running.private.clear()
+    return running
+
+
+@pytest.fixture(autouse=True)
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long each loop waits, without waiting."""
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    assert _http.time is retry.time
+    return waits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A results folder with two verified files, and no list yet."""
+    (tmp_path / "results/reports").mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        write(tmp_path / "results", name, bytes([number]) * 1000)
+    return tmp_path / "results"
+
+
+def write(folder: Path, name: str, content: bytes) -> Report:
+    (folder / name).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    report = example_records.report(name, bytes=len(content), sha256=digest)
+    report.write(folder / "reports" / f"{Path(name).stem}.json")
+    return report
+
+
+def files(folder: Path, *names: str) -> Sums:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def send(folder: Path, *names: str) -> int:
+    return upload.send(folder, REPO, files(folder, *names), private=True)
+
+
+def refused(folder: Path, *names: str) -> str:
+    with pytest.raises(UploadError) as error:
+        send(folder, *(names or NAMES[:1]))
+    assert "hf_token" not in str(error.value) and len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+# ── what is sent ──
+
+
+def test_each_file_is_a_commit_and_is_sent_once(hub: Hub, folder: Path) -> None:
+    assert [send(folder, name) for name in NAMES] == [1, 1]
+    assert hub.commits == [[name] for name in NAMES] and hub.private == {REPO}
+    received = Counter(hub.received)
+    assert [send(folder, name) for name in NAMES] == [0, 0]
+    assert hub.received == received and len(hub.commits) == 2
+
+
+def test_what_arrived_before_a_kill_is_not_sent_again(hub: Hub, folder: Path) -> None:
+    """The object is there, and the commit failed."""
+    hub.faults["commit"] = [Fault("broken")]
+    assert "run again, which continues" in refused(folder)
+    (digest,) = hub.received
+    assert send(folder, NAMES[0]) == 1
+    assert hub.received[digest] == 1000 and hub.commits == [[NAMES[0]]]
+
+
+def test_a_file_that_changed_is_not_sent(hub: Hub, folder: Path) -> None:
+    expected = files(folder, NAMES[0])
+    (folder / NAMES[0]).write_bytes(bytes(1001))
+    with pytest.raises(VerificationError, match="changed after"):
+        upload.send(folder, REPO, expected, private=True)
+    assert hub.commits == [] and not hub.received
+
+
+def test_a_file_with_another_sha256_there_is_sent(hub: Hub, folder: Path) -> None:
+    send(folder, NAMES[0])
+    write(folder, NAMES[0], b"x" * 1000)  # of the same size
+    assert send(folder, NAMES[0]) == 1
+    assert (hub.repositories[REPO] / NAMES[0]).read_bytes() == b"x" * 1000
+
+
+def test_the_hub_must_report_the_sha256(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "digest", lambda path: "f" * 64)
+    assert f"missing or different after the upload: {NAMES[0]}" in refused(folder)
+
+
+# ── refusals ──
+
+
+@pytest.mark.parametrize("step", ["create", "preupload", "batch", "put", "commit"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("full", ("storage limit reached", "settings/billing", "run again")),
+        ("denied", ("your token cannot write there", "must have write access", "settings/tokens")),
+        ("busy for hours", ("limits requests and commits", "run again in 2 h 1 min")),
+    ],
+)
+def test_a_refusal_says_what_to_do(
+    hub: Hub, folder: Path, slept: list[float], step: str, kind: str, words: tuple[str, ...]
+) -> None:
+    hub.faults[step] = [Fault(kind, times=-1)]
+    said = refused(folder)
+    assert all(word in said for word in words), said
+    assert sum(slept) == 0
+
+
+@pytest.mark.parametrize("step", ["preupload", "batch", "put"])
+@pytest.mark.parametrize(("kind", "wait"), [("busy", 2), ("broken", 1), ("unheard", 1)])
+def test_a_passing_fault_is_tried_again(
+    hub: Hub, folder: Path, slept: list[float], step: str, kind: str, wait: float
+) -> None:
+    hub.faults[step] = [Fault(kind)]
+    assert send(folder, NAMES[0]) == 1
+    assert slept == [wait]
+
+
+def test_a_limit_of_commits_says_when_to_go_on(hub: Hub, folder: Path) -> None:
+    hub.faults["commit"] = [Fault("busy")]
+    assert "run again in 1.0 s, which continues from what was uploaded" in refused(folder)
+    assert send(folder, NAMES[0]) == 1
+
+
+def test_a_revoked_token_is_told_from_a_missing_one(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.rejects_tokens = True
+    with pytest.raises(DownloadError, match="your token was rejected"):
+        send(folder, NAMES[0])
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
+    assert "access denied: set HF_TOKEN" in refused(folder)
+
+
+# ── one loop of retries ──
+
+
+@pytest.mark.parametrize("kind", ["broken", "busy", "unheard"])
+def test_requests_are_retried_by_one_loop(
+    hub: Hub, folder: Path, slept: list[float], kind: str
+) -> None:
+    hub.repositories[REPO] = folder
+    hub.faults["api"] = [Fault(kind, times=-1)]
+    with pytest.raises(DownloadError, match=f"gave up after {retry.TRIES} tries"):
+        send(folder, NAMES[0])
+    assert hub.requests == [f"GET /api/models/{REPO}"] * retry.TRIES
+    assert slept == [retry.FIRST_WAIT * 2**i for i in range(retry.TRIES - 1)]
+
+
+def test_without_a_network_each_address_is_tried_six_times(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                connections.append(1)
+                connection.close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        with pytest.raises(DownloadError, match="gave up after 6 tries"):
+            send(folder, NAMES[0])
+        server.shutdown(socket.SHUT_RDWR)
+    assert len(connections) == retry.TRIES
+
+
+def test_answers_give_their_connections_back(hub: Hub, folder: Path) -> None:
+    """There are a hundred in all."""
+    send(folder, NAMES[0])
+    for _ in range(101):
+        assert upload._uploaded(REPO)
+
+
+# ── files that are deleted after they were uploaded ──
+
+
+def gguf(path: Path) -> Path:
+    info = TensorInfo("x", (4096,), GGMLQuantizationType.F32)
+    metadata = {"general.architecture": Value.of("qwen35", GGUFValueType.STRING)}
+    writer.write(path, metadata, [(info, [memoryview(bytes(4 * 4096))])])
+    return path
+
+
+@pytest.fixture
+def sent(folder: Path) -> tuple[Path, Report]:
+    """A file with a receipt and a stand-in."""
+    path = gguf(folder / NAMES[0])
+    report = write(folder, path.name, path.read_bytes())
+    receipts.write_stand_in(folder, report)
+    receipt = receipts.Receipt(place=REPO, files=receipts.shards(report))
+    receipt.write(receipts.path_of(path))
+    return path, report
+
+
+def test_a_stand_in_has_the_header_and_the_size(sent: tuple[Path, Report]) -> None:
+    path, report = sent
+    kept = receipts.stand_in(path)
+    read, whole = reader.read(kept), reader.read(path)
+    assert read.metadata == whole.metadata and read.tensors == whole.tensors
+    assert kept.stat().st_size == path.stat().st_size and not list(kept.parent.glob("*.gguf"))
+    path.unlink()
+    published.check([(kept, report)])
+    other = write(path.parent, path.name, b"another")
+    with pytest.raises(DamagedError, match="about another file"):
+        published.check([(kept, other)])
+
+
+def test_a_split_file_has_a_stand_in_for_each_shard(folder: Path) -> None:
+    (folder / "b").mkdir()
+    names = [f"b-0000{number}-of-00002.gguf" for number in (1, 2)]
+    shards = [gguf(folder / "b" / name) for name in names]
+    files = tuple(Shard(each.name, each.stat().st_size, digest_of(each)) for each in shards)
+    report = example_records.report("b", files=files)
+    receipts.write_stand_in(folder, report)
+    receipt = receipts.Receipt(place=REPO, files=receipts.shards(report))
+    receipt.write(receipts.path_of(folder / "b"))
+    kept = receipts.stand_in(folder / "b")
+    assert [reader.read(kept / name).tensors.keys() for name in names] == [{"x"}] * 2
+    published.check([(kept, report)])
+    assert set(receipts.known(folder)) == {f"b/{name}" for name in names}
+
+
+def test_a_deleted_file_is_listed_and_need_not_be_here(
+    sent: tuple[Path, Report], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, report = sent
+    folder, reports = path.parent, [path.parent / "reports/a-Q4_0.json"]
+    path.unlink()
+    found = sums.collect(folder, reports, [])
+    assert found[path.name] == report.sha256
+    sums.write_sums(folder / "SHA256SUMS", found)
+    assert upload.listed(folder).keys() == {*found, "SHA256SUMS"}
+    problems = sums.check(folder)
+    assert not any("missing" in line for line in problems)
+    assert f"{path.name}: not here: it was uploaded" in capsys.readouterr().err
+    shutil.rmtree(folder / "work")
+    assert f"{path.name}: missing" in sums.check(folder)
+    with pytest.raises(VerificationError, match="missing, though"):
+        upload.listed(folder)
+    with pytest.raises(FileNotFoundError):
+        sums.collect(folder, reports, [])
+
+
+def test_the_rest_follows_without_the_file_unless_the_hub_lost_it(
+    hub: Hub, sent: tuple[Path, Report]
+) -> None:
+    path, _ = sent
+    folder = path.parent
+    send(folder, path.name)
+    path.unlink()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    listed = sums.collect(folder, [folder / "reports/a-Q4_0.json"], [folder / "README.md"])
+    sums.write_sums(folder / "SHA256SUMS", listed)
+    plan = upload.compare(folder, REPO)
+    small = ["README.md", "SHA256SUMS", "reports/a-Q4_0.json"]
+    assert sorted(name for name, _ in plan.missing) == small
+    upload.upload(plan, private=True)
+    assert hub.commits == [[path.name], small]
+    assert upload.compare(folder, REPO).missing == []
+    (hub.repositories[REPO] / path.name).unlink()
+    with pytest.raises(UploadError, match="is not there any more, nor here"):
+        upload.compare(folder, REPO)

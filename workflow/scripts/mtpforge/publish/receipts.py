@@ -1,0 +1,74 @@
+"""Files that were uploaded one by one: a receipt for each, and what stands in for deleted ones.
+
+Both lie in `work/uploaded/` of a results folder. A stand-in has the header of its file, and a hole
+as large as the tensors: card and figures need no more.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mtpforge.errors import DamagedError
+from mtpforge.gguf import reader
+from mtpforge.io import atomic, ranges
+from mtpforge.io.records import Record
+from mtpforge.verify.report import Report, Shard
+
+FOLDER = Path("work", "uploaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt(Record):
+    """The repository or bucket that has these files, named by their paths in the results folder."""
+
+    written_by: ClassVar[str] = "publish_file.py"
+    place: str
+    files: tuple[Shard, ...]
+
+
+def path_of(file: Path) -> Path:
+    """The receipt of a published file, or of the folder of a split one."""
+    name = f"{file.stem}.json" if file.suffix == ".gguf" else f"{file.name}.split.json"
+    return file.parent / FOLDER / name
+
+
+def stand_in(file: Path) -> Path:
+    """What stands in for a published file, or for the folder of a split one."""
+    name = f"{file.stem}.header" if file.suffix == ".gguf" else file.name
+    return file.parent / FOLDER / name
+
+
+def shards(report: Report) -> tuple[Shard, ...]:
+    """The files that a report is about, by their paths in the results folder."""
+    return tuple(Shard(name, size, digest) for name, size, digest in report.published)
+
+
+def known(folder: Path) -> dict[str, Shard]:
+    """What has been uploaded of a results folder, by path in it. Raises RecordError."""
+    receipts = map(Receipt.read, sorted((folder / FOLDER).glob("*.json")))
+    return {shard.name: shard for receipt in receipts for shard in receipt.files}
+
+
+def write_stand_in(folder: Path, report: Report) -> None:
+    """Keep the headers of the files of a report. Raises GgufError, StorageError."""
+    for name, size, _ in report.published:
+        kept = folder / FOLDER / name if report.files else stand_in(folder / name)
+        header = reader.header_range(reader.read(folder / name))
+        with atomic.replacing(kept, needed=header.size) as written, written.open("r+b") as out:
+            ranges.Sink(out.fileno()).append([header])
+            out.truncate(size)
+
+
+def is_stand_in(file: Path) -> bool:
+    """Whether this is a stand-in, or the folder of those of a split file."""
+    return file.parent.parts[-2:] == FOLDER.parts
+
+
+def check_stand_in(file: Path, report: Report) -> None:
+    """Raise DamagedError unless the receipt beside a stand-in is for the files of the report."""
+    name = f"{file.stem}.json" if file.suffix == ".header" else f"{file.name}.split.json"
+    receipt = file.with_name(name)
+    if Receipt.read(receipt).files != shards(report):
+        raise DamagedError(
+            f"{receipt}: is about another file than its report: delete it and run again"
+        )
