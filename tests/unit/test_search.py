@@ -97,6 +97,36 @@ def test_classes_and_layers() -> None:
     assert len(layers["blk.0"]) == 6
 
 
+LEFT_ALONE = (
+    "ffn_gate_inp", "ffn_gate_tid2eid", "altup_proj", "laurel_l", "ssm_conv1d", "shortconv.conv",
+    "indexer.k_proj", "time_mix_w1", "time_mix_v2", "time_mix_lerp_fused", "attn_rel_b",
+)  # fmt: skip
+QUANTIZED = (
+    "attn_q_a", "attn_kv_a_mqa", "attn_k_b", "ffn_gate_up_exps", "time_mix_key", "attn_qkv",
+    "indexer.attn_q_b", "inp_gate", "shortconv.in_proj", "cross_attn_q",
+)  # fmt: skip
+
+
+def test_the_matrices_that_llama_quantize_leaves_alone_are_in_no_group() -> None:
+    """Also those of architectures without a head, which a search meets."""
+    names = [f"blk.0.{name}.weight" for name in (*LEFT_ALONE, *QUANTIZED)]
+    names += ["token_embd.weight", "position_embd.weight", "token_types.weight"]
+    names += ["per_layer_model_proj.weight", "per_layer_token_embd.weight"]
+    infos = {name: TensorInfo(name, (64, 256), Kind.BF16) for name in names}
+    numbers = {"block_count": 1, "context_length": 64, "embedding_length": 256}
+    numbers |= {"feed_forward_length": 64, "attention.head_count": 1, "vocab_size": 64}
+    metadata = {"general.architecture": Value.of("llama", GGUFValueType.STRING)}
+    for key, number in numbers.items():
+        metadata[f"llama.{key}"] = Value.of(number, GGUFValueType.UINT32)
+    epsilon = Value.of(1e-5, GGUFValueType.FLOAT32)
+    metadata["llama.attention.layer_norm_rms_epsilon"] = epsilon
+    ranges = {name: FileRange(Path("in.gguf"), 0, info.size) for name, info in infos.items()}
+    source = Gguf(Path("in.gguf"), metadata, infos, ranges)
+    types = found.stock_types(source, QuantizeRequest("Q8_0"), LlamaCpp(BIN, threads=1))
+    assert groups.matrices(source) == [name for name in names if types[name] is not Kind.BF16]
+    assert all(f"blk.0.{name}.weight" in groups.matrices(source) for name in QUANTIZED)
+
+
 # ── errors ──
 
 
