@@ -32,7 +32,9 @@ def run(n_max: int, kind: str, state: str = "warm", accepted: int = 0) -> Run:
     drafts = 100 if n_max else 0
     return Run(
         n_max=n_max,
+        p_min=0.0,
         kind=kind,
+        form="raw",
         state=state,
         repeats=1,
         tokens_per_second=(1.0,),
@@ -49,6 +51,8 @@ def total(n_max: int, speed: float, off: float = 0, acceptance: float = 0.65) ->
     """The speed of all prompts; `off` is that without drafting. Half as fast when cold."""
     return Total(
         n_max=n_max,
+        p_min=0.0,
+        repeats=3,
         tokens_per_second=speed,
         spread=(speed - 1, speed + 1),
         cold_tokens_per_second=speed / 2,
@@ -75,7 +79,11 @@ def measurement(file: str = "x.gguf", **values: Any) -> Measurement:
         "n_predict": 200,
         "runs": tuple(run(0, kind) for kind in KINDS),
         "by_n_max": (total(0, 50.0),),
+        "by_kind": (),
+        "steady": True,
+        "waiting": 0.01,
         "recommended_n_max": 0,
+        "recommended_p_min": 0.0,
         "verdict": "no head",
         "memory_bytes": None,
         "perplexity": None,

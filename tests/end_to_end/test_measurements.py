@@ -27,27 +27,60 @@ def measured(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
     for variant in ("BF16", "IQ3_S-mix"):
         done = run(
             "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2,
-            "--threads", 1, "--serve=-fa on", "--prompts", CHECKPOINTS / MODEL / "prompts",
-            "--reference-logits", folder / "logits", "--out", folder / f"{variant}.json",
+            "--p-min", "0.75,0", "--forms", "raw,chat", "--threads", 1, "--serve=-fa on",
+            "--prompts", CHECKPOINTS / MODEL / "prompts", "--reference-logits", folder / "logits",
+            "--out", folder / f"{variant}.json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     return {**found, "stdout": done.stdout}
 
 
-def test_every_n_max_and_kind_is_measured_cold_and_warm(measured: dict[str, Any]) -> None:
-    runs = measured["IQ3_S-mix"]["runs"]
-    assert [(run["n_max"], run["kind"], run["state"], run["repeats"]) for run in runs] == [
-        (n_max, kind, state, repeats)
-        for kind in ("code", "prose", "structured")
-        for n_max in (0, 1, 2)
-        for state, repeats in (("cold", 1), ("warm", 2))
-    ]
-    for run in runs:
+def pair(entry: dict[str, Any]) -> tuple[int, float]:
+    return entry["n_max"], entry["p_min"]
+
+
+def test_every_pair_is_measured_cold_and_warm_with_each_kind(measured: dict[str, Any]) -> None:
+    found = measured["IQ3_S-mix"]
+    pairs = [(0, 0), (1, 0), (1, 0.75), (2, 0), (2, 0.75)]
+    assert [pair(total) for total in found["by_n_max"]] == pairs
+    raw = [run for run in found["runs"] if run["form"] == "raw"]
+    assert [(pair(run), run["kind"], run["state"]) for run in raw] == [
+        (each, kind, state)
+        for each in pairs
+        for state, kind in (
+            ("cold", "code"), ("warm", "code"), ("warm", "prose"), ("warm", "structured"),
+        )
+    ]  # fmt: skip
+    for run in found["runs"]:
         low, high = run["spread"]
         assert 0 < low <= run["median"] <= high and len(run["tokens_per_second"]) == run["repeats"]
         assert len(run["by_position"]) == run["n_max"]
         assert (run["drafts"] > 0) == (run["n_max"] > 0) == (run["acceptance"] is not None)
+
+
+def test_the_fastest_pair_alternates_with_no_drafting_in_all_forms(
+    measured: dict[str, Any],
+) -> None:
+    found = measured["IQ3_S-mix"]
+    kinds = [(kind, form) for kind in ("code", "prose", "structured") for form in ("raw", "chat")]
+    assert [(each["kind"], each["form"]) for each in found["by_kind"]] == kinds
+    (fastest,) = {pair(each) for each in found["by_kind"]}
+    rounds = {pair(total): total["repeats"] for total in found["by_n_max"]}
+    assert rounds[fastest] == rounds[0, 0] == 2
+    assert all(each["without"] > 0 and each["acceptance"] > 0.3 for each in found["by_kind"])
+    share = found["waiting"]
+    assert share is None or 0 <= share < 1
+
+
+def test_a_higher_p_min_drafts_fewer_tokens_and_more_are_accepted(
+    measured: dict[str, Any],
+) -> None:
+    totals = {pair(total): total for total in measured["IQ3_S-mix"]["by_n_max"]}
+    for n_max in (1, 2):
+        every, sure = totals[n_max, 0], totals[n_max, 0.75]
+        drafts = [total["drafts"] / total["repeats"] for total in (every, sure)]
+        assert drafts[1] < 0.95 * drafts[0] and sure["acceptance"] > every["acceptance"]
 
 
 def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> None:
@@ -60,12 +93,13 @@ def test_acceptance_equals_that_of_verification(measured: dict[str, Any], built:
     report = json.loads(
         (built / "results" / MODEL / "reports" / f"{MODEL}-IQ3_S-mix.json").read_text()
     )
-    assert total["n_max"] == 1 and total["drafts"] == pytest.approx(2 * report["drafts"], rel=0.02)
+    drafts = total["drafts"] / total["repeats"]
+    assert pair(total) == (1, 0) and drafts == pytest.approx(report["drafts"], rel=0.02)
     assert total["acceptance"] == pytest.approx(report["acceptance"], abs=0.02)
 
 
 def test_positions_add_up_to_the_acceptance(measured: dict[str, Any]) -> None:
-    one, two = measured["IQ3_S-mix"]["by_n_max"][1:]
+    one, _, two, _ = measured["IQ3_S-mix"]["by_n_max"][1:]
     assert one["by_position"] == [pytest.approx(one["acceptance"], abs=0.01)]
     assert sum(two["by_position"]) / 2 == pytest.approx(two["acceptance"], abs=0.02)
     assert two["by_position"][0] > two["by_position"][1] > 0
@@ -73,10 +107,14 @@ def test_positions_add_up_to_the_acceptance(measured: dict[str, Any]) -> None:
 
 def test_the_recommendation_follows_from_the_figures(measured: dict[str, Any]) -> None:
     found = measured["IQ3_S-mix"]
-    fastest = max(found["by_n_max"], key=lambda entry: entry["tokens_per_second"])
-    if fastest["n_max"] == 0 or fastest["spread"][0] <= found["by_n_max"][0]["spread"][1]:
-        fastest = found["by_n_max"][0]
-    assert found["recommended_n_max"] == fastest["n_max"]
+    compared = pair(found["by_kind"][0])
+    off, *others = found["by_n_max"]
+    (best,) = [total for total in others if pair(total) == compared]
+    expected = compared if best["spread"][0] > off["spread"][1] else (0, 0)
+    if not found["steady"]:
+        expected = (None, None)
+        assert {total["speedup"] for total in found["by_n_max"]} == {None}
+    assert (found["recommended_n_max"], found["recommended_p_min"]) == expected
     assert f"{MODEL}-IQ3_S-mix.gguf: {found['verdict']}" in measured["stdout"]
 
 
@@ -145,7 +183,7 @@ def test_make_has_measured_each_file(built: Path, model: str) -> None:
             found["file"] == f"{stem}.gguf"
             and found["bytes"] == (results / f"{stem}.gguf").stat().st_size
         )
-        assert [entry["n_max"] for entry in found["by_n_max"]] == [0, 1, 2]
+        assert [entry["n_max"] for entry in found["by_n_max"]] == [0, 1, 1, 2, 2]
     assert abs(measured[f"{model}-BF16"]["kl_divergence"]["mean"]) < 1e-5
     divergences = {stem: found["kl_divergence"]["mean"] for stem, found in measured.items()}
     assert divergences[f"{model}-Q8_0"] < divergences[f"{model}-Q4_K_M"]

@@ -17,8 +17,10 @@ from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure import perplexity
+from mtpforge.measure.cases import Case
 from mtpforge.measure.measurement import Run as MeasuredRun
 from mtpforge.measure.measurement import Total
+from mtpforge.measure.pairs import Pair
 from mtpforge.measure.recommendation import recommend
 from mtpforge.measure.speed import by_position, combine, describe_machine, make_run
 from mtpforge.rules.build import Build
@@ -53,9 +55,13 @@ Same top p: 98.039 ± 0.307 %
 """
 
 
-def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0) -> Total:
+def total(
+    n_max: int, low: float, speed: float, high: float, off: float = 100.0, p_min: float = 0.0
+) -> Total:
     return Total(
         n_max=n_max,
+        p_min=p_min,
+        repeats=3,
         tokens_per_second=speed,
         spread=(low, high),
         cold_tokens_per_second=speed,
@@ -71,38 +77,60 @@ def total(n_max: int, low: float, speed: float, high: float, off: float = 100.0)
 OFF = total(0, 98, 100, 102)
 
 
-def test_the_fastest_is_recommended() -> None:
-    totals = [OFF, total(1, 150, 155, 160), total(2, 180, 190, 191), total(3, 120, 130, 140)]
-    assert recommend(totals, 3) == (
-        2,
-        "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 2, 100.0 without",
+def test_a_pair_that_is_faster_in_each_round_is_recommended() -> None:
+    best = total(6, 180, 190, 191, p_min=0.75)
+    verdict = (
+        "1.90 times as fast as without drafting: 190.0 tokens/s with n_max 6, p_min 0.75,"
+        " 100.0 without"
     )
+    assert recommend([OFF, total(1, 150, 155, 160), best], best, 0.01) == (6, 0.75, verdict, True)
 
 
 def test_a_slow_head_is_not_recommended() -> None:
-    recommended, verdict = recommend([OFF, total(1, 50, 51, 53), total(2, 40, 41, 43)], 3)
-    assert recommended == 0
+    best = total(1, 50, 51, 53)
     speeds = "51.0 tokens/s with n_max 1, 100.0 without"
-    assert verdict == f"slower than without drafting: {speeds}: leave drafting off"
+    verdict = f"slower than without drafting: {speeds}: leave drafting off"
+    assert recommend([OFF, best], best, None) == (0, 0, verdict, True)
 
 
-@pytest.mark.parametrize("drafting", [(90, 101, 130), (101, 110, 120), (95, 99, 99)])
+@pytest.mark.parametrize("drafting", [(90, 101, 110), (101, 110, 120), (95, 99, 99)])
 def test_nothing_is_recommended_within_the_spread(drafting: tuple[float, float, float]) -> None:
-    recommended, verdict = recommend([OFF, total(1, *drafting)], 3)
-    assert recommended == 0
-    assert verdict.startswith("no faster than without drafting, given the spread")
+    best = total(1, *drafting)
+    advice = recommend([OFF, best], best, None)
+    assert advice.n_max == 0
+    assert advice.verdict.startswith("no faster than without drafting, given the spread")
+
+
+@pytest.mark.parametrize(
+    ("off", "drafting", "waiting", "reason"),
+    [
+        ((98, 100, 102), (150, 155, 160), 0.34, "took processors from llama-server for 34% of"),
+        ((60, 100, 102), (150, 155, 160), 0.01, "60.0 to 102.0 tokens/s without drafting:"),
+        ((98, 100, 102), (105, 155, 160), None, "105.0 to 160.0 tokens/s with n_max 2, p_min 0.5:"),
+        ((98, 100, 102), (30, 41, 50), None, "30.0 to 50.0 tokens/s with n_max 2, p_min 0.5:"),
+    ],
+)
+def test_nothing_is_claimed_on_a_busy_machine(
+    off: tuple[float, float, float],
+    drafting: tuple[float, float, float],
+    waiting: float | None,
+    reason: str,
+) -> None:
+    best = total(2, *drafting, p_min=0.5)
+    advice = recommend([total(0, *off), best], best, waiting)
+    assert advice[:2] == (None, None) and not advice.steady
+    assert advice.verdict.startswith("not steady: ") and reason in advice.verdict
 
 
 def test_nothing_is_recommended_without_a_head() -> None:
-    assert recommend([OFF], 3) == (0, "no head to draft with")
+    assert recommend([OFF], None, 0.9)[:3] == (0, 0, "no head to draft with")
 
 
-def test_nothing_is_recommended_after_one_repeat_or_without_drafts() -> None:
-    fast = total(1, 150, 155, 160)
-    dead = replace(fast, drafts=0)
-    assert recommend([OFF, fast], 1)[0] == 0
-    assert recommend([OFF, dead], 3) == (0, "nothing was drafted: the head is dead")
-    assert recommend([OFF, replace(total(2, 180, 190, 200), drafts=0), fast], 3)[0] == 1
+def test_nothing_is_recommended_after_one_round_or_without_drafts() -> None:
+    once = replace(total(1, 150, 155, 160), repeats=1)
+    assert recommend([OFF, once], once, None).n_max == 0
+    dead = replace(total(1, 150, 155, 160), drafts=0)
+    assert recommend([OFF, dead], dead, None).verdict == "nothing was drafted: the head is dead"
 
 
 def test_acceptance_by_position_is_read_for_each_request() -> None:
@@ -122,9 +150,10 @@ def runs_of(
         Completion("", [1, 2], speed, drafts, accepted) for speed, drafts, accepted, _ in parts
     ]
     rates = [part[3] for part in parts]
+    case, tried = Case(kind, "raw", ""), Pair(n_max, 0.5)
     return [
-        make_run(kind, "cold", n_max, answers[:1], rates[:1]),
-        make_run(kind, "warm", n_max, answers[1:], rates[1:]),
+        make_run(case, tried, "cold", answers[:1], rates[:1]),
+        make_run(case, tried, "warm", answers[1:], rates[1:]),
     ]
 
 
@@ -132,21 +161,23 @@ def test_kinds_are_weighted_by_equal_numbers_of_tokens() -> None:
     """1 s for 60 tokens of one kind and 2 s for 60 of the other: 120 in 3 s."""
     cold = (1.0, 0, 0, [])
     runs = runs_of(0, "code", cold, (10.0, 0, 0, []), (20.0, 0, 0, []), (30.0, 0, 0, []))
-    off = combine(runs, 0, None)
-    assert (off.tokens_per_second, off.spread, off.acceptance, off.speedup) == (
+    off = combine(runs, Pair(0, 0), None)
+    assert (off.tokens_per_second, off.spread, off.acceptance, off.speedup, off.repeats) == (
         20.0,
         (10.0, 30.0),
         None,
         1.0,
+        3,
     )
     runs = runs_of(2, "code", cold, (60.0, 30, 27, [1.0, 0.8]))
     runs += runs_of(2, "prose", cold, (30.0, 10, 3, [0.6, 0.0]))
-    found = combine(runs, 2, off)
+    pair = Pair(2, 0.5)
+    found = combine(runs, pair, off)
     assert (found.tokens_per_second, found.cold_tokens_per_second, found.speedup) == (40, 1, 2)
     assert (found.drafts, found.accepted, found.acceptance) == (40, 30, 0.75)
     assert found.by_position == (0.9, 0.6)
     runs += runs_of(2, "structured", cold, (30.0, 10, 3, []))  # its positions were not logged
-    assert combine(runs, 2, off).by_position == (0.9, 0.6)
+    assert combine(runs, pair, off).by_position == (0.9, 0.6)
 
 
 def test_the_output_of_llama_perplexity_is_read() -> None:
@@ -243,7 +274,16 @@ def test_the_held_out_text_is_generated_by_the_grammar() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--n-max", "0"], ["--n-max", "1,x"], ["--repeats", "0"], ["--prompts", "."]]
+    "arguments",
+    [
+        ["--n-max", "0"],
+        ["--n-max", "1,x"],
+        ["--repeats", "0"],
+        ["--prompts", "."],
+        ["--p-min", "1"],
+        ["--minutes", "0"],
+        ["--forms", "raw,spoken"],
+    ],
 )
 def test_invalid_options_are_refused(run, tmp_path: Path, arguments: list[str]) -> None:
     done = run("measure.py", tmp_path / "none.gguf", "--out", tmp_path / "out.json", *arguments)
@@ -288,7 +328,8 @@ def test_configured_options_reach_the_measurement() -> None:
     ]
     assert (
         made.measure.options(wildcards())
-        == "--report results/m/reports/tiny-qwen3.5-Q8_0.json --n-max 1,2,3,4 --repeats 3"
+        == "--report results/m/reports/tiny-qwen3.5-Q8_0.json --n-max 1,2,3,4,6"
+        " --p-min 0,0.75 --repeats 3 --minutes 60 --forms raw,chat,thinking"
         and made.measure.logits(wildcards()) == []
     )
     made = build({"n_max": [2], "repeats": 1, "text": "README.md"}, split="48G")
@@ -298,7 +339,10 @@ def test_configured_options_reach_the_measurement() -> None:
     assert report == "--report results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     assert [each for each in options if "recorded" not in each] == [
         "n-max 2",
+        "p-min 0,0.75",
         "repeats 1",
+        "minutes 60",
+        "forms raw,chat,thinking",
         "text README.md",
         "chunks 16",
         f"reference-logits {logits}",
@@ -306,7 +350,7 @@ def test_configured_options_reach_the_measurement() -> None:
     assert made.measure.file(wildcards()) == "results/m/tiny-qwen3.5-Q8_0"
     assert made.measure.report(wildcards()) == "results/m/reports/tiny-qwen3.5-Q8_0.split.json"
     made = build({"n_max": [2], "serve": ["-fa", "on", "--chat-template-kwargs", '{"a": 1}']})
-    *_, served = made.measure.options(wildcards()).partition("--n-max 2 --repeats 3 ")
+    *_, served = made.measure.options(wildcards()).partition("--forms raw,chat,thinking ")
     assert shlex.split(shlex.split(served)[0].removeprefix("--serve=")) == [
         "-fa",
         "on",
@@ -340,6 +384,10 @@ def test_a_fetched_head_alone_is_not_compared_with_bf16(tmp_path: Path) -> None:
         ({"n_max": []}, "models/m/measure/n_max"),
         ({"n_max": [0]}, "models/m/measure/n_max/0"),
         ({"repeats": 0}, "models/m/measure/repeats"),
+        ({"p_min": [1]}, "models/m/measure/p_min/0"),
+        ({"p_min": [0.5, 0.5]}, "models/m/measure/p_min: 0.5 is listed twice"),
+        ({"forms": ["spoken"]}, "models/m/measure/forms/0"),
+        ({"prompts": "nowhere"}, "models/m/measure/prompts: no \\*.txt files in nowhere"),
         ({"text": "nowhere.txt"}, "models/m/measure/text: no such file: nowhere.txt"),
     ],
 )

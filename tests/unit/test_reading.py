@@ -51,6 +51,7 @@ ALLOWED = {
     "mtpforge/llama_cpp/memory.py: place.read_text": OF_THE_SYSTEM,
     "mtpforge/llama_cpp/programs.py: log.read_text": OF_A_PROGRAM,
     "mtpforge/llama_cpp/server.py: json.loads": "an answer, which `server` limits",
+    "mtpforge/llama_cpp/server.py: (task / 'schedstat').read_text": OF_THE_SYSTEM,
     "mtpforge/llama_cpp/server.py: log.open": OF_A_PROGRAM,
     "mtpforge/llama_cpp/server.py: status.read_text": OF_THE_SYSTEM,
     "mtpforge/llama_cpp/environment.py: stamp.read_text": OF_THIS_PACKAGE,

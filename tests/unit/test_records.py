@@ -31,7 +31,9 @@ REPORT: dict[str, Any] = {
 OPTIONAL = ("errors", "errors_by_type", "trunk", "drafts", "accepted", "acceptance", "files")
 RUN = {
     "n_max": 0,
+    "p_min": 0.0,
     "kind": "code",
+    "form": "raw",
     "state": "cold",
     "repeats": 1,
     "tokens_per_second": [10.5],
@@ -44,6 +46,8 @@ RUN = {
 }
 TOTAL = {
     "n_max": 0,
+    "p_min": 0.0,
+    "repeats": 1,
     "tokens_per_second": 10.5,
     "spread": [10.5, 10.5],
     "cold_tokens_per_second": 10.5,
@@ -62,6 +66,16 @@ DIVERGENCE = {
     "same_top": 0.9,
     "same_top_error": 0.02,
 }
+KIND = {
+    "kind": "code",
+    "form": "chat",
+    "n_max": 2,
+    "p_min": 0.75,
+    "tokens_per_second": 20.5,
+    "without": 10.5,
+    "speedup": None,
+    "acceptance": 0.9,
+}
 MEASUREMENT: dict[str, Any] = {
     "file": "x.gguf",
     "bytes": 10,
@@ -74,7 +88,11 @@ MEASUREMENT: dict[str, Any] = {
     "n_predict": 200,
     "runs": [RUN],
     "by_n_max": [TOTAL],
+    "by_kind": [KIND],
+    "steady": True,
+    "waiting": None,
     "recommended_n_max": 0,
+    "recommended_p_min": 0.0,
     "verdict": "no head",
     "memory_bytes": None,
     "perplexity": 4.5,

@@ -70,7 +70,7 @@ rule measure:
         report=ancient(build.measure.report),  # only verified files are measured
         settings="results/{model}/work/measuring.json",
         digests=build.verify.digests,
-        prompts=build.verify.prompt_files,
+        prompts=build.measure.prompt_files,
         text=ancient(build.measure.text),
         text_record=build.measure.text_records,
         logits=ancient(build.measure.logits),
@@ -91,7 +91,7 @@ rule measure:
         gpu=build.needs.gpu,
     params:
         code=digest("measure.py"),
-        prompts=build.verify.prompts,
+        prompts=build.measure.prompts,
         options=build.measure.options,
     message:
         "{wildcards.model}: measure {wildcards.variant}"

@@ -1,6 +1,7 @@
-"""Measure a GGUF in llama-server: decoding speed and acceptance at each n_max, memory, perplexity.
+"""Measure a GGUF in llama-server: speed, acceptance by n_max and p_min, memory, perplexity.
 
 If drafting makes decoding slower, the report says so and recommends no drafting (n_max `off`).
+If the speeds are not steady, because other programs run, nothing is recommended.
 A file larger than the memory is not run, and the report says so.
 
 example: measure.py Qwen3.5-4B-IQ4_XS.gguf --n-max 1,2,3,4 --out measure.json
@@ -24,8 +25,9 @@ from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp import memory, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
+from mtpforge.measure.cases import FORMS
 from mtpforge.measure.measurement import KlDivergence, Text
-from mtpforge.measure.speed import measure
+from mtpforge.measure.speed import Settings, measure
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
 
@@ -50,8 +52,7 @@ def main() -> None:
         measure(
             first,
             {} if reason else texts,
-            n_max=args.n_max,
-            repeats=args.repeats,
+            Settings(args.n_max, args.p_min, args.repeats, args.minutes, args.forms),
             llama=llama,
             options=args.serve,
         ),
@@ -79,12 +80,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, required=True, help="the measurement, as JSON")
     parser.add_argument(
-        "--n-max", type=_numbers, default=(1, 2, 3, 4), metavar="N,N",
-        help="numbers of tokens to draft ahead (default: 1,2,3,4)",
+        "--n-max", type=_numbers, default=(1, 2, 3, 4, 6), metavar="N,N",
+        help="numbers of tokens to draft ahead (default: 1,2,3,4,6)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--p-min", type=_probabilities, default=(0.0, 0.75), metavar="P,P",
+        help="probabilities below which no token is drafted (default: 0,0.75)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=_positive, default=60, metavar="N",
+        help="try no further pairs when rounds would end later (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--forms", type=_forms, default=FORMS, metavar="FORM,FORM",
+        help="forms of prompts: raw, chat, thinking (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=_positive, default=3, metavar="N",
-        help="warm requests for each prompt and n_max (default: %(default)s)",
+        help="rounds of the fastest pair and of no drafting (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--report", type=Path, metavar="FILE",
@@ -92,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     recorded_digests.add_option(parser, "--logits-recorded", "--reference-logits")
     recorded_digests.add_option(parser, "--text-recorded", "--text")
-    prompts.add_option(parser)
+    prompts.add_option(parser, prompts.MEASURED)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
         help="measure perplexity on this text; with --reference-logits, the text of the logits",
@@ -137,6 +150,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
+
+
+def _probabilities(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    if not all(0 <= value < 1 for value in values):
+        raise ValueError
+    return values
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    forms = tuple(text.split(","))
+    if not set(forms) <= set(FORMS):
+        raise ValueError
+    return forms
 
 
 def _numbers(text: str) -> tuple[int, ...]:

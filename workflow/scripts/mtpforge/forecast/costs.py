@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mtpforge.llama_cpp import memory
-from mtpforge.prompts import EQUAL, N_PREDICT
+from mtpforge.prompts import EQUAL, N_PREDICT, answer_tokens
 from mtpforge.search.settings import CHUNKS, SMALL, STEP
 
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
@@ -90,14 +90,14 @@ def acceptance_tokens(prompts: int) -> int:
     return prompts * N_PREDICT
 
 
-def measure_servers(prompts: int, n_max: int) -> int:
-    """Starts of llama-server to measure `n_max` draft lengths, and no drafting."""
-    return prompts * (n_max + 1)
+def measure_rounds(pairs: int, repeats: int) -> int:
+    """Starts of llama-server: some pairs are tried, then the fastest and no drafting alternate."""
+    return min(pairs, 8 + pairs // 4) + 2 * repeats - 1
 
 
-def measure_tokens(servers: int, repeats: int) -> int:
-    """Tokens that these servers generate, cold and then warm."""
-    return servers * (repeats + 1) * N_PREDICT
+def measure_tokens(rounds: int, prompts: int) -> int:
+    """Tokens that these servers generate, a prompt twice."""
+    return rounds * (prompts + 1) * answer_tokens(prompts)
 
 
 def text_tokens(size: int) -> int:

@@ -99,6 +99,7 @@ class ModelForecast:
         self._llama = llama
         self._machine = machine
         self._prompts = len(prompts.read_prompts(Path(model.prompts)))
+        self._measured_prompts = len(prompts.read_prompts(Path(model.measured_prompts)))
         self._base_size = base_size
         self._parts: dict[str, Gguf] = {}
         for variant in model.variants.values():
@@ -389,8 +390,9 @@ class ModelForecast:
         if not self._fits(size):
             self._add(step, Cost())
             return
-        servers = costs.measure_servers(self._prompts, len(settings.n_max))
-        tokens = costs.measure_tokens(servers, settings.repeats)
+        pairs = len(settings.n_max) * len(settings.p_min)
+        servers = costs.measure_rounds(pairs, settings.repeats)
+        tokens = costs.measure_tokens(servers, self._measured_prompts)
         run = self._run(size, tokens, text=text, servers=servers)
         self._add(replace(step, servers=servers), run)
 

@@ -129,6 +129,36 @@ class Server:
         answer = self.ask(path, {"messages": messages, "max_tokens": 1}, 1)
         return _Answer(path, answer).part("usage").count("prompt_tokens")
 
+    def in_chat(self, text: str, *, thinking: bool) -> str:
+        """The prompt that the model's chat template makes of a user's message.
+
+        Raises ToolchainError.
+        """
+        messages = [{"role": "user", "content": text}]
+        options = {"messages": messages, "chat_template_kwargs": {"enable_thinking": thinking}}
+        return _Answer("/apply-template", self.ask("/apply-template", options)).need("prompt", str)
+
+    def context(self) -> int:
+        """The most tokens that a prompt and its answer can have together. Raises ToolchainError."""
+        settings = _Answer("/props", self.ask("/props")).part("default_generation_settings")
+        return settings.count("n_ctx")
+
+    def processor_time(self) -> tuple[int, int] | None:
+        """Nanoseconds that its threads ran, and that they waited for a processor; None if unknown.
+
+        The accounting of Linux's scheduler, which some kernels lack.
+        """
+        tasks = Path(f"/proc/{self.child.pid}/task")
+        ran = waited = 0
+        try:
+            for task in tasks.iterdir():
+                fields = (task / "schedstat").read_text().split()
+                ran += int(fields[0])
+                waited += int(fields[1])
+        except (OSError, ValueError, IndexError):
+            return None
+        return ran, waited
+
     def peak_memory(self) -> int | None:
         """Peak resident size in bytes, mapped pages of the file included; None without /proc."""
         status = Path(f"/proc/{self.child.pid}/status")

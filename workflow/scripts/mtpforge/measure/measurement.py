@@ -8,7 +8,7 @@ from pydantic import Field
 from mtpforge.io.records import UNLESS_NONE, Record
 
 Spread = tuple[float, float]
-"""Tokens per second of the slowest and of the fastest repeat."""
+"""Tokens per second of the slowest and of the fastest round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,19 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Repeated requests with one prompt and one n_max; `state` is cold or warm."""
+    """Requests with one prompt and one pair of n_max and p_min; `state` is cold or warm."""
 
     n_max: int
     """Tokens drafted ahead; 0: no drafting."""
+    p_min: float
+    """Probability below which no token is drafted, 0 to 1."""
     kind: str
     """Kind of prompt: code, prose, structured."""
+    form: str
+    """raw; or by the model's chat template: chat (without thinking), thinking."""
     state: str
     repeats: int
+    """Rounds, each with a server of its own."""
     tokens_per_second: tuple[float, ...]
     """One for each repeat, of decoding alone."""
     median: float
@@ -44,9 +49,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Total:
-    """All kinds of prompts at one n_max: warm, except for `cold_tokens_per_second`."""
+    """All kinds of prompts at one n_max and p_min: warm, except `cold_tokens_per_second`."""
 
     n_max: int
+    p_min: float
+    repeats: int
+    """Rounds; a pair that was clearly slower than another has one."""
     tokens_per_second: float
     spread: Spread
     cold_tokens_per_second: float
@@ -54,10 +62,27 @@ class Total:
     accepted: int
     acceptance: float | None
     by_position: tuple[float, ...]
-    speedup: float
-    """tokens_per_second relative to that without drafting"""
+    speedup: float | None
+    """tokens_per_second relative to that without drafting; None if the speeds were not steady"""
     memory_bytes: int | None
     """Peak resident size of llama-server, mapped pages of the file included; None without /proc."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindSpeed:
+    """One kind of prompt in one form, with the fastest pair and without drafting."""
+
+    kind: str
+    form: str
+    n_max: int
+    """The fastest pair; 0 if nothing was drafted."""
+    p_min: float
+    tokens_per_second: float
+    without: float
+    """Tokens per second without drafting."""
+    speedup: float | None
+    """None if nothing was drafted, the form was measured once, or the speeds were not steady."""
+    acceptance: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +129,23 @@ class Measurement(Record):
     prompts: dict[str, str]
     """Kind of prompt: sha256 of its text."""
     repeats: int
-    """Warm requests for each prompt and n_max."""
+    """Rounds of the fastest pair and of no drafting."""
     n_predict: int
     """Tokens generated in each request."""
     runs: tuple[Run, ...]
     by_n_max: tuple[Total, ...]
-    """In ascending order of n_max; the first is without drafting. Empty for a file too large to
-    run: `verdict` says so."""
-    recommended_n_max: int
+    """In ascending order of n_max and p_min; the first is without drafting. Empty for a file too
+    large to run: `verdict` says so."""
+    by_kind: tuple[KindSpeed, ...]
+    steady: bool
+    """Whether the speeds of the rounds agree, and no other program took processors."""
+    waiting: float | None
+    """Share of the time in which llama-server's threads waited for a processor; None if unknown."""
+    recommended_n_max: int | None
+    """0: no drafting. None if speeds were not steady or not measured."""
+    recommended_p_min: float | None
     verdict: str
-    """The reason for the recommended n_max, in words."""
+    """The reason for the recommendation, in words."""
     memory_bytes: int | None
     perplexity: float | None
     kl_divergence: KlDivergence | None
@@ -124,6 +156,11 @@ class Measurement(Record):
         """The file's name without .gguf."""
         return self.file.removesuffix(".gguf")
 
-    def at(self, n_max: int) -> Total | None:
-        """The total at one n_max, None if that was not measured."""
-        return next((total for total in self.by_n_max if total.n_max == n_max), None)
+    def at(self, n_max: int, p_min: float | None = None) -> Total | None:
+        """The total of a pair, None if that was not measured. Without p_min: of the fastest."""
+        found = [
+            total
+            for total in self.by_n_max
+            if total.n_max == n_max and p_min in (None, total.p_min)
+        ]
+        return max(found, key=lambda total: total.tokens_per_second, default=None)

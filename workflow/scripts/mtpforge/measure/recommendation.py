@@ -1,33 +1,78 @@
-"""The recommended n_max: how far ahead to draft, judged by speed and its spread."""
+"""The recommended pair of n_max and p_min, judged by speed and its spread.
+
+Nothing is recommended, and no speedup claimed, if the speeds are not steady: then another program
+took processors, or the rounds disagree, and what looks faster may only have run at a quieter time.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from mtpforge.measure.measurement import Total
 
+UNEVEN = 1.25
+"""Highest ratio of the fastest to the slowest round that counts as steady."""
+WAITING = 0.15
+"""Highest share of the time that llama-server's threads may wait for a processor."""
 
-def recommend(by_n_max: Sequence[Total], repeats: int) -> tuple[int, str]:
-    """The n_max to serve with, and why.
 
-    It is the fastest one if its slowest repeat beats the fastest repeat without drafting, else 0.
+class Advice(NamedTuple):
+    """The pair to serve with (n_max 0: without drafting; None: unknown), and why."""
+
+    n_max: int | None
+    p_min: float | None
+    verdict: str
+    steady: bool = True
+
+
+def recommend(totals: Sequence[Total], best: Total | None, waiting: float | None) -> Advice:
+    """The pair to serve with: `best` if its slowest round beats the fastest without drafting.
+
+    `totals` begin with that without drafting; `best` is the fastest of the others. `waiting` is the
+    share of the time that threads waited for a processor.
     """
-    if not by_n_max:
-        return 0, "not measured"
-    off, *others = by_n_max
-    if not others:
-        return 0, "no head to draft with"
-    drafting = [total for total in others if total.drafts]
-    if not drafting:
-        return 0, "nothing was drafted: the head is dead"
-    if repeats < 2:
-        return (
-            0,
-            "measured once, so the spread is unknown: leave drafting off, or repeat more often",
+    if not totals:
+        return Advice(None, None, "not measured")
+    if best is None:
+        return _off("no head to draft with")
+    if not best.drafts:
+        return _off("nothing was drafted: the head is dead")
+    if best.repeats < 2:
+        return _off(
+            "measured once, so the spread is unknown: leave drafting off, or repeat more often"
         )
-    best = max(drafting, key=lambda total: total.tokens_per_second)
-    with_drafting = f"{best.tokens_per_second:.1f} tokens/s with n_max {best.n_max}"
+    if reason := _unsteady([totals[0], best], waiting):
+        verdict = f"not steady: {reason}: measure again on a quiet machine"
+        return Advice(None, None, verdict, steady=False)
+    return _compare(totals[0], best)
+
+
+def pair(n_max: int, p_min: float) -> str:
+    """Such as `n_max 6, p_min 0.75`; without p_min if that is 0, llama-server's default."""
+    return f"n_max {n_max}" + f", p_min {p_min:g}" * (p_min > 0)
+
+
+def _off(verdict: str) -> Advice:
+    return Advice(0, 0.0, verdict)
+
+
+def _compare(off: Total, best: Total) -> Advice:
+    with_drafting = f"{best.tokens_per_second:.1f} tokens/s with {pair(best.n_max, best.p_min)}"
     speeds = f"{with_drafting}, {off.tokens_per_second:.1f} without"
     if best.spread[0] > off.spread[1]:
-        return best.n_max, f"{best.speedup:.2f} times as fast as without drafting: {speeds}"
+        verdict = f"{best.speedup:.2f} times as fast as without drafting: {speeds}"
+        return Advice(best.n_max, best.p_min, verdict)
     if best.spread[1] < off.spread[0]:
-        return 0, f"slower than without drafting: {speeds}: leave drafting off"
-    return 0, f"no faster than without drafting, given the spread: {speeds}: leave drafting off"
+        return _off(f"slower than without drafting: {speeds}: leave drafting off")
+    return _off(f"no faster than without drafting, given the spread: {speeds}: leave drafting off")
+
+
+def _unsteady(totals: Sequence[Total], waiting: float | None) -> str:
+    """Why these speeds cannot be compared; empty if they can."""
+    if waiting is not None and waiting > WAITING:
+        return f"other programs took processors from llama-server for {waiting:.0%} of the time"
+    for total in totals:
+        low, high = total.spread
+        if high > UNEVEN * low:
+            label = f"with {pair(total.n_max, total.p_min)}" if total.n_max else "without drafting"
+            return f"{low:.1f} to {high:.1f} tokens/s {label}"
+    return ""

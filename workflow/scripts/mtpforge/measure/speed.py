@@ -1,14 +1,18 @@
 """Decoding speed of a GGUF with and without drafting, and acceptance of its drafts.
 
-Each kind of prompt and each n_max (tokens drafted ahead; 0: no drafting) gets its own llama-server.
-Its first request is **cold**: the server starts without its usual warm-up, so the process has not
-touched the weights. The prompt is processed before the first token is decoded, which loads all
-weights of a dense model, or the experts that the prompt uses. The page cache is not cleared, and
-holds a file that was just written: disk speed is not measured. The next requests are **warm**: the
-same prompt, without prompt cache. All are greedy, at p_min 0.
+A round is one llama-server with one pair of n_max (tokens drafted ahead; 0: no drafting) and p_min,
+and one request for each prompt. llama-server takes the pair when it starts, not with a request. So
+that a change in the machine's speed affects all pairs, none has its rounds one after the other: the
+search for the fastest pair takes turns, and in the end the fastest and no drafting alternate.
 
-Speeds are llama-server's own, of decoding alone. Speeds of several kinds are combined by their
-harmonic mean: the speed at the same number of tokens of each kind.
+The first request of a pair's first round is **cold**: the server starts without its usual warm-up,
+so the process has not touched the weights. The prompt is processed before the first token is
+decoded, which loads all weights of a dense model, or the experts that the prompt uses. The page
+cache is not cleared, and holds a file that was just written: disk speed is not measured. All others
+are **warm**: in later rounds, a few tokens come first. All are greedy, and without prompt cache.
+
+Speeds are llama-server's own, of decoding alone. Speeds of several prompts are combined by their
+harmonic mean: the speed at the same number of tokens of each.
 
 Acceptance by position comes from llama-server's log at verbosity 4: the share of verified drafts in
 which this position, and therefore all before it, was accepted. It is empty if a build does not log
@@ -22,6 +26,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import harmonic_mean, median
 
@@ -30,52 +35,56 @@ from mtpforge.errors import ToolchainError
 from mtpforge.gguf import split
 from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.llama_cpp.server import Completion, serve
-from mtpforge.measure.measurement import Machine, Measurement, Run, Spread, Total
-from mtpforge.measure.recommendation import recommend
-from mtpforge.prompts import N_PREDICT
+from mtpforge.llama_cpp.server import Completion, Server, serve
+from mtpforge.measure import cases as prepared
+from mtpforge.measure.cases import FORMS, Case, Cases
+from mtpforge.measure.measurement import KindSpeed, Machine, Measurement, Run, Spread, Total
+from mtpforge.measure.pairs import OFF, Pair, Search
+from mtpforge.measure.recommendation import WAITING, Advice, pair, recommend
+from mtpforge.prompts import answer_tokens
 
 LOG_LIMIT = 5.0
 """Seconds that llama-server's log may lag behind its answers."""
+_WARM_UP = 16
+"""Tokens of a later round's first request."""
 _BY_POSITION = re.compile(r"acc per pos = \(([0-9., ]+)\)")
 _OPTIONS = ("--ctx-size", "4096", "--no-warmup", "--verbosity", "4")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: the grid of pairs, rounds of the fastest, and limits."""
+
+    n_max: Sequence[int]
+    p_min: Sequence[float]
+    repeats: int
+    minutes: float = float("inf")
+    """No further pair is tried when the rounds that must follow would end later than this."""
+    forms: Sequence[str] = FORMS
 
 
 def measure(
     path: Path,
     prompts: Mapping[str, str],
-    n_max: Sequence[int],
-    repeats: int,
+    settings: Settings,
     llama: LlamaCpp,
     options: Sequence[str] = (),
 ) -> Measurement:
-    """Measure a GGUF (the first file of a split one) on `prompts`, by kind. Raises ForgeError.
+    """Measure a GGUF (the first file of a split one) on `prompts`, by name. Raises ForgeError.
 
-    Each n_max gets `repeats` warm requests for each prompt. `options` go to llama-server, which is
-    not started without prompts.
+    `options` go to llama-server, which is not started without prompts.
     """
     shards = split.shards(path)
-    whole = split.joined(shards)
-    can_draft = bool(whole.head_blocks) and converter_architectures.why_not_drafting(whole) is None
+    prepared.check_kinds(prompts)
+    bench = Bench(path, prompts, settings=settings, llama=llama, options=options)
     version = llama.version("llama-server")
     machine = describe_machine(llama)
-    runs: list[Run] = []
-    peaks: dict[int, list[int]] = {
-        ahead: [] for ahead in sorted({0, *(n_max if can_draft else ())}) if prompts
-    }
-    left = progress.Left()
-    # Prompts outermost: a change in the machine's speed then affects every n_max.
-    for number, (kind, prompt) in enumerate(prompts.items(), 1):
-        for ahead, memory in peaks.items():
-            more = left.of(len(runs) / 2, len(prompts) * len(peaks))  # a cold and a warm run each
-            progress.say(
-                f"{path.name}: {kind} ({number} of {len(prompts)}), n_max {ahead or 'off'}{more}"
-            )
-            session = _Session(path, kind, prompt=prompt, n_max=ahead, llama=llama)
-            runs += session.run(repeats, options)
-            memory += session.memory
-    totals = _totals(path.name, runs, peaks)
-    recommended, verdict = recommend(totals, repeats)
+    if prompts:
+        _sweep(bench)
+    totals = bench.totals()
+    advice = bench.advice()
+    for total in totals:
+        print(f"{path.name}: {_line(total)}", flush=True)
     return Measurement(
         file=path.name,
         bytes=sum(shard.path.stat().st_size for shard in shards),
@@ -83,13 +92,17 @@ def measure(
         options=tuple(options),
         llama_cpp=str(version),
         machine=machine,
-        prompts={kind: _digest(prompt) for kind, prompt in prompts.items()},
-        repeats=repeats,
-        n_predict=N_PREDICT,
-        runs=tuple(runs),
-        by_n_max=tuple(totals),
-        recommended_n_max=recommended,
-        verdict=verdict,
+        prompts={prepared.kind_and_form(name)[0]: _digest(text) for name, text in prompts.items()},
+        repeats=settings.repeats,
+        n_predict=bench.tokens,
+        runs=tuple(bench.runs()),
+        by_n_max=tuple(_claimed(totals, steady=advice.steady)),
+        by_kind=tuple(bench.by_kind(steady=advice.steady)),
+        steady=advice.steady,
+        waiting=bench.waiting(),
+        recommended_n_max=advice.n_max,
+        recommended_p_min=advice.p_min,
+        verdict=advice.verdict,
         memory_bytes=max(filter(None, (total.memory_bytes for total in totals)), default=None),
         perplexity=None,
         kl_divergence=None,
@@ -97,16 +110,18 @@ def measure(
 
 
 def make_run(
-    kind: str, state: str, n_max: int, answers: Sequence[Completion], by_position: list[list[float]]
+    case: Case, tried: Pair, state: str, answers: Sequence[Completion], shares: list[list[float]]
 ) -> Run:
-    """Make a run from these answers; `by_position` has the acceptance of each answer."""
+    """Make a run from these answers; `shares` has the acceptance by position of each answer."""
     speeds = tuple(round(answer.tokens_per_second, 2) for answer in answers)
     drafts = sum(answer.drafts for answer in answers)
     accepted = sum(answer.accepted for answer in answers)
-    weighted = [(answer.drafts, each) for answer, each in zip(answers, by_position, strict=True)]
+    weighted = [(answer.drafts, each) for answer, each in zip(answers, shares, strict=True)]
     return Run(
-        n_max=n_max,
-        kind=kind,
+        n_max=tried.n_max,
+        p_min=tried.p_min,
+        kind=case.kind,
+        form=case.form,
         state=state,
         repeats=len(answers),
         tokens_per_second=speeds,
@@ -133,19 +148,21 @@ def by_position(log: str, drafts: Sequence[int]) -> list[list[float]]:
 
 
 def combine(
-    runs: Sequence[Run], n_max: int, off: Total | None, memory_bytes: int | None = None
+    runs: Sequence[Run], tried: Pair, off: Total | None, memory_bytes: int | None = None
 ) -> Total:
-    """Combine all kinds at one n_max; `off` is the total without drafting, unless this is it."""
-    warm = [run for run in runs if (run.n_max, run.state) == (n_max, "warm")]
-    cold = [run for run in runs if (run.n_max, run.state) == (n_max, "cold")]
-    repeats = zip(*(run.tokens_per_second for run in warm), strict=True)
-    speeds = [round(harmonic_mean(repeat), 2) for repeat in repeats]
+    """Combine the runs of one pair; `off` is the total without drafting, unless this is it."""
+    warm = [run for run in runs if run.state == "warm"]
+    cold = [run for run in runs if run.state == "cold"]
+    rounds = zip(*(run.tokens_per_second for run in warm), strict=True)
+    speeds = [round(harmonic_mean(each), 2) for each in rounds]
     speed = round(median(speeds), 2)
     spread: Spread = (min(speeds), max(speeds))
     drafts = sum(run.drafts for run in warm)
     accepted = sum(run.accepted for run in warm)
     return Total(
-        n_max=n_max,
+        n_max=tried.n_max,
+        p_min=tried.p_min,
+        repeats=len(speeds),
         tokens_per_second=speed,
         spread=spread,
         cold_tokens_per_second=round(harmonic_mean([run.median for run in cold]), 2),
@@ -167,46 +184,214 @@ def describe_machine(llama: LlamaCpp) -> Machine:
     return Machine(processor=processor, processors=os.cpu_count(), devices=llama.devices())
 
 
-class _Session:
-    """One llama-server: its first, cold request, and the warm ones after it."""
+@dataclass
+class _Round:
+    """The answers of one server, each with its acceptance by position."""
 
-    def __init__(self, path: Path, kind: str, prompt: str, n_max: int, llama: LlamaCpp) -> None:
+    answers: dict[Case, tuple[Completion, list[float]]]
+    memory: int | None
+    """Peak resident size, if /proc tells it."""
+    times: tuple[int, int] | None
+    """Nanoseconds that threads ran, and that they waited for a processor."""
+    cold: dict[Case, tuple[Completion, list[float]]] = field(default_factory=dict)
+
+
+class Bench:
+    """The rounds of one file."""
+
+    def __init__(
+        self,
+        path: Path,
+        prompts: Mapping[str, str],
+        settings: Settings,
+        llama: LlamaCpp,
+        options: Sequence[str],
+    ) -> None:
         self.path = path
-        self.kind = kind
-        self.prompt = prompt
-        self.n_max = n_max
+        self.prompts = prompts
+        self.settings = settings
         self.llama = llama
-        self.memory: list[int] = []
-        """Peak resident size, if /proc tells it."""
+        self.options = options
+        self.gguf = split.joined(split.shards(path))
+        self.tokens = answer_tokens(len(prompts))
+        self.cases = Cases([], [])
+        self.rounds: dict[Pair, list[_Round]] = {}
+        self.best = OFF
+        """The pair that is compared with no drafting."""
+        self.start = time.monotonic()
 
-    def run(self, repeats: int, more: Sequence[str]) -> list[Run]:
-        """Start the server, send the requests: a cold and a warm run. Raises ToolchainError."""
+    @property
+    def can_draft(self) -> bool:
+        """Whether llama-server can draft with the file's head."""
+        why_not = converter_architectures.why_not_drafting(self.gguf)
+        return bool(self.gguf.head_blocks) and why_not is None
+
+    def round(self, tried: Pair, *, more: bool = False) -> float:
+        """Measure a pair once: tokens per second, 0 if it should draft and does not.
+
+        `more`: in all forms. Raises ToolchainError.
+        """
+        progress.say(f"{self.path.name}: {pair(*tried) if tried.n_max else 'without drafting'}")
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "server.log"
-            options = [*_OPTIONS, *more, *self._drafting()]
-            # A user's options, such as a long context, may need more memory than a file does.
-            with serve(self.llama, self.path, log=log, options=options, memory=not more) as server:
-                answers = [server.completion(self.prompt, N_PREDICT) for _ in range(1 + repeats)]
-                self.memory = [peak for peak in [server.peak_memory()] if peak is not None]
-                positions = _positions(log, [answer.drafts for answer in answers])
-        if any(len(answer.tokens) < 2 or not answer.tokens_per_second for answer in answers):
-            raise ToolchainError(
-                f"llama-server generated nothing from the prompt {self.kind!r}: nothing to measure"
-            )
-        return [
-            make_run(
-                self.kind, "cold", n_max=self.n_max, answers=answers[:1], by_position=positions[:1]
-            ),
-            make_run(
-                self.kind, "warm", n_max=self.n_max, answers=answers[1:], by_position=positions[1:]
-            ),
-        ]
+            found = self._round(tried, more=more, log=log)
+        self.rounds.setdefault(tried, []).append(found)
+        answers = [found.answers[case][0] for case in self.cases.main]
+        if tried.n_max and not any(answer.drafts for answer in answers):
+            return 0.0
+        return harmonic_mean([answer.tokens_per_second for answer in answers])
 
-    def _drafting(self) -> list[str]:
-        if not self.n_max:
-            return []
-        ahead = ["--spec-draft-n-max", str(self.n_max), "--spec-draft-p-min", "0"]
-        return ["--spec-type", "draft-mtp", *ahead]
+    def has_time(self, rounds: int) -> bool:
+        """Whether there is time for so many rounds."""
+        done = sum(map(len, self.rounds.values()))
+        spent = time.monotonic() - self.start
+        return spent * (1 + rounds / max(1, done)) <= self.settings.minutes * 60
+
+    def totals(self) -> list[Total]:
+        """The totals of all pairs, in ascending order; the first is without drafting."""
+        totals: list[Total] = []
+        main = {(case.kind, case.form) for case in self.cases.main}
+        runs = [run for run in self.runs() if (run.kind, run.form) in main]
+        for tried in sorted(self.rounds):
+            own = [run for run in runs if (run.n_max, run.p_min) == tried]
+            memory = max(filter(None, (each.memory for each in self._last(tried))), default=None)
+            totals.append(
+                combine(own, tried, off=totals[0] if totals else None, memory_bytes=memory)
+            )
+        return totals
+
+    def runs(self) -> list[Run]:
+        """The runs of all pairs, cold and warm."""
+        runs: list[Run] = []
+        for tried in sorted(self.rounds):
+            last = self._last(tried)
+            cold = [self.rounds[tried][0].cold]
+            for state, rounds in (("cold", cold), ("warm", [each.answers for each in last])):
+                for case in [*self.cases.main, *self.cases.more]:
+                    found = [each[case] for each in rounds if case in each]
+                    if found:
+                        answers, shares = zip(*found, strict=True)
+                        runs.append(make_run(case, tried, state, answers, list(shares)))
+        return runs
+
+    def by_kind(self, *, steady: bool) -> list[KindSpeed]:
+        """Each kind in each form, with the fastest pair and without drafting."""
+        warm = [run for run in self.runs() if run.state == "warm"]
+        without = {(run.kind, run.form): run.median for run in warm if run.n_max == 0}
+        own = [
+            _kind_speed(run, without[run.kind, run.form], steady=steady)
+            for run in warm
+            if (run.n_max, run.p_min) == self.best and (run.kind, run.form) in without
+        ]
+        return sorted(own, key=lambda each: (each.kind, FORMS.index(each.form)))
+
+    def advice(self) -> Advice:
+        """The pair to serve with."""
+        totals = self.totals()
+        best = [total for total in totals[1:] if (total.n_max, total.p_min) == self.best]
+        return recommend(totals, best[0] if best else None, self.waiting())
+
+    def waiting(self) -> float | None:
+        """Share of the time that threads waited for a processor while comparing the fastest."""
+        times = [each.times for tried in {OFF, self.best} for each in self._last(tried)]
+        known = [each for each in times if each is not None]
+        total = sum(ran + waited for ran, waited in known)
+        return round(sum(waited for _, waited in known) / total, 3) if total else None
+
+    def _last(self, tried: Pair) -> list[_Round]:
+        """The rounds that count: the last ones, after any that were not steady."""
+        return self.rounds.get(tried, [])[-self.settings.repeats :]
+
+    def _round(self, tried: Pair, *, more: bool, log: Path) -> _Round:
+        # A user's options, such as a long context, may need more memory than a file does.
+        options = [*_OPTIONS, *self.options, *_drafting(tried)]
+        limited = not self.options
+        with serve(self.llama, self.path, log=log, options=options, memory=limited) as server:
+            cases = self._cases(server, more=more)
+            first = tried not in self.rounds
+            answers = [
+                server.completion(cases[0].prompt, self.tokens if first else _WARM_UP),
+                *(server.completion(case.prompt, self.tokens) for case in cases),
+            ]
+            memory = server.peak_memory()
+            times = server.processor_time()
+            shares = _positions(log, [answer.drafts for answer in answers])
+        found = list(zip(answers, shares, strict=True))
+        warm = {case: each for case, each in zip(cases, found[1:], strict=True) if _counts(each[0])}
+        if short := [case for case in self.cases.main if case not in warm]:
+            self._leave_out(short, tried)
+            return self._round(tried, more=more, log=log)
+        return _Round(warm, memory, times, cold={cases[0]: found[0]} if first else {})
+
+    def _leave_out(self, short: Sequence[Case], tried: Pair) -> None:
+        """Leave out messages that the model has no answer to. Raises ToolchainError for others."""
+        kept = [case for case in self.cases.main if case not in short]
+        texts = [case for case in short if case.form == "raw"]
+        if texts or tried in self.rounds or tried != OFF or not kept:
+            kind = (texts or short)[0].kind
+            raise ToolchainError(
+                f"llama-server generated nothing from the prompt {kind!r}: nothing to measure"
+            )
+        progress.say(
+            f"left out, because the model answers nothing: {', '.join(c.kind for c in short)}"
+        )
+        self.cases = self.cases._replace(main=kept)
+
+    def _cases(self, server: Server, *, more: bool) -> list[Case]:
+        if not self.cases.main:
+            self.cases = prepared.prepare(
+                server,
+                self.prompts,
+                self.settings.forms,
+                self.tokens,
+                has_template="tokenizer.chat_template" in self.gguf.metadata,
+            )
+        return [*self.cases.main, *(self.cases.more if more else ())]
+
+
+def _sweep(bench: Bench) -> None:
+    """Find the fastest pair, and confirm it by turns with no drafting.
+
+    They take turns again if their rounds disagree, unless other programs are the reason.
+    """
+    left = bench.settings.repeats - 1
+    bench.round(OFF, more=not left)
+    if not bench.can_draft:
+        for index in range(left):
+            bench.round(OFF, more=index == left - 1)
+        return
+    search = Search(
+        bench.settings.n_max,
+        bench.settings.p_min,
+        bench.round,
+        may_go_on=lambda: bench.has_time(1 + 2 * left),
+    )
+    bench.best = search.fastest()
+    _confirm(bench, left)
+    busy = (bench.waiting() or 0) > WAITING
+    if not (bench.advice().steady or busy) and bench.has_time(2 * left + 2):
+        progress.say(f"{bench.path.name}: not steady: measured again")
+        _confirm(bench, left + 1)
+
+
+def _confirm(bench: Bench, rounds: int) -> None:
+    """Measure the fastest pair and no drafting by turns: in all forms at last."""
+    for index in range(rounds):
+        turns = (OFF, bench.best) if index % 2 else (bench.best, OFF)
+        for tried in turns:
+            bench.round(tried, more=index == rounds - 1)
+
+
+def _drafting(tried: Pair) -> list[str]:
+    if not tried.n_max:
+        return []
+    ahead = ["--spec-draft-n-max", str(tried.n_max), "--spec-draft-p-min", f"{tried.p_min:g}"]
+    return ["--spec-type", "draft-mtp", *ahead]
+
+
+def _counts(answer: Completion) -> bool:
+    """Whether there is a speed."""
+    return len(answer.tokens) > 1 and answer.tokens_per_second > 0
 
 
 def _positions(log: Path, drafts: Sequence[int]) -> list[list[float]]:
@@ -220,21 +405,30 @@ def _positions(log: Path, drafts: Sequence[int]) -> list[list[float]]:
         time.sleep(0.05)
 
 
-def _totals(name: str, runs: Sequence[Run], peaks: Mapping[int, Sequence[int]]) -> list[Total]:
-    totals: list[Total] = []
-    for n_max, memory in peaks.items():
-        off = totals[0] if totals else None
-        totals.append(combine(runs, n_max, off=off, memory_bytes=max(memory, default=None)))
-        print(f"{name}: {_line(totals[-1])}", flush=True)
-    return totals
+def _claimed(totals: Sequence[Total], *, steady: bool) -> list[Total]:
+    """The totals, without speedups if the speeds were not steady."""
+    return [total if steady else replace(total, speedup=None) for total in totals]
+
+
+def _kind_speed(run: Run, without: float, *, steady: bool) -> KindSpeed:
+    claimed = run.n_max and run.repeats > 1
+    return KindSpeed(
+        kind=run.kind,
+        form=run.form,
+        n_max=run.n_max,
+        p_min=run.p_min,
+        tokens_per_second=run.median,
+        without=without,
+        speedup=round(run.median / without, 3) if steady and claimed else None,
+        acceptance=run.acceptance,
+    )
 
 
 def _line(total: Total) -> str:
     low, high = total.spread
-    text = f"n_max {total.n_max}: {total.tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f})"
-    if total.acceptance is not None:
-        text += f", {total.speedup:.2f} times without, {total.acceptance:.1%} accepted"
-    return text
+    label = pair(total.n_max, total.p_min) if total.n_max else "without drafting"
+    text = f"{label}: {total.tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f})"
+    return text if total.acceptance is None else f"{text}, {total.acceptance:.1%} accepted"
 
 
 def _share(accepted: int, drafts: int) -> float | None:

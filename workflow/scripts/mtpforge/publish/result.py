@@ -56,9 +56,17 @@ class Result:
 
     @property
     def n_max(self) -> int | None:
-        """The recommended draft length (0: no drafting); None if speed was not measured."""
+        """The recommended draft length (0: no drafting); None if it is not known.
+
+        That is if speed was not measured, or was not steady.
+        """
         found = self.measured
         return found.recommended_n_max if found and found.by_n_max else None
+
+    @property
+    def p_min(self) -> float:
+        """The probability below which no token should be drafted."""
+        return (self.measured.recommended_p_min if self.measured else None) or 0.0
 
     @property
     def options(self) -> list[str]:
@@ -66,5 +74,9 @@ class Result:
         return [] if self.measured is None else list(self.measured.options)
 
     def at(self, n_max: int) -> Total | None:
-        """The speed and acceptance at one draft length; None if that was not measured."""
-        return None if self.measured is None else self.measured.at(n_max)
+        """The speed and acceptance at one draft length; None if that was not measured.
+
+        The recommended length is taken with the recommended `p_min`, others with their fastest.
+        """
+        p_min = self.p_min if n_max == self.n_max else None
+        return None if self.measured is None else self.measured.at(n_max, p_min)

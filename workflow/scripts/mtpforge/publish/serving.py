@@ -159,7 +159,8 @@ def _why(result: Result) -> str:
     if not result.drafts:
         return f"{server}, without drafting:"
     if result.n_max is None:
-        return f"{server}. Speed was not measured, so the draft length is that of verification:"
+        why = "not measured" if result.measured is None else "not steady when measured"
+        return f"{server}. Speed was {why}, so the draft length is that of verification:"
     if result.n_max == 0:
         return f"{server}. Drafting is off because it was not faster when measured:"
     return f"{server} and the draft length that was fastest when measured:"
@@ -171,11 +172,12 @@ def server_options(model: Result) -> list[str]:
     Without a measurement it drafts as far ahead as in verification: the number of head blocks.
     """
     length = draft_length(model)
-    return [*model.options, *_drafting(length)] if length else model.options
+    return [*model.options, *_drafting(length, model.p_min)] if length else model.options
 
 
-def _drafting(n_max: int) -> list[str]:
-    return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max)]
+def _drafting(n_max: int, p_min: float = 0.0) -> list[str]:
+    stop = ["--spec-draft-p-min", f"{p_min:g}"] if p_min else []
+    return ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), *stop]
 
 
 def _downloaded(

@@ -157,6 +157,7 @@ DETAILS: tuple[Column[Result], ...] = (
 
 SWEEP: tuple[Column[Total], ...] = (
     ("draft length", lambda total: _draft_length(total.n_max)),
+    ("p_min", lambda total: f"{total.p_min:g}" if total.p_min else None),
     ("tok/s", lambda total: f"{total.tokens_per_second:.1f}"),
     ("range", lambda total: "-".join(f"{speed:.1f}" for speed in total.spread)),
     ("cold tok/s", lambda total: _number(total.cold_tokens_per_second, ".1f")),
@@ -173,11 +174,15 @@ def _cold_acceptance(measured: Measurement) -> Column[Total]:
     cold = [run for run in measured.runs if run.state == "cold"]
     return (
         "cold acceptance",
-        lambda total: _acceptance(run for run in cold if run.n_max == total.n_max),
+        lambda total: _acceptance(run for run in cold if _is_of(run, total)),
     )
 
 
 def _of_kind(measured: Measurement, kind: str) -> Column[Total]:
     """The acceptance on prompts of one kind."""
     warm = [run for run in measured.runs if run.state == "warm" and run.kind == kind]
-    return escape(kind), lambda total: _acceptance(run for run in warm if run.n_max == total.n_max)
+    return escape(kind), lambda total: _acceptance(run for run in warm if _is_of(run, total))
+
+
+def _is_of(run: Run, total: Total) -> bool:
+    return (run.n_max, run.p_min) == (total.n_max, total.p_min)

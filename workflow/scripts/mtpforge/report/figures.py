@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from mtpforge.measure.measurement import Measurement, Run, Total
+from mtpforge.measure.recommendation import pair
 from mtpforge.report.distance import distance
 from mtpforge.report.drafting import drafting
 from mtpforge.report.svg import AXIS, BLUE, BOLD, GREY, GRID, INK, PLAIN, WIDTH, Svg
 
-_LEFT = 40
+_LEFT = 52
 _RIGHT = 262  # values stand to the right of it
 _PERCENTS = (0, 25, 50, 75, 100)
 _MARK_HEIGHT = 8
@@ -17,7 +18,7 @@ def speed(measured: Sequence[Measurement]) -> Svg:
     """A bar of tokens per second for each n_max, with its spread and, as a ring, the cold start."""
     svg = Svg(
         "Decoding speed",
-        "Tokens per second by n_max. Bar: warm. Thin line: slowest to fastest repeat. "
+        "Tokens per second by n_max / p_min. Bar: warm. Thin line: slowest to fastest round. "
         f"Ring: cold start. On {_machine(measured[0])}.",
     )
     totals = [total for found in measured for total in found.by_n_max]
@@ -26,7 +27,9 @@ def speed(measured: Sequence[Measurement]) -> Svg:
     for found in measured:
         svg.heading(found.stem)
         for total in found.by_n_max:
-            _speed_row(svg, total, top, recommended=total.n_max == found.recommended_n_max)
+            tried = (total.n_max, total.p_min)
+            recommended = tried == (found.recommended_n_max, found.recommended_p_min)
+            _speed_row(svg, total, top, recommended=recommended)
         svg.paragraph(_advice(found), PLAIN)
     return svg
 
@@ -36,7 +39,7 @@ def acceptance(measured: Sequence[Measurement]) -> Svg:
     kinds = sorted({run.kind for found in measured for run in found.runs})
     svg = Svg(
         "Acceptance",
-        "Share of drafted tokens that were accepted, by n_max. Right: all kinds of prompts.",
+        "Share of drafted tokens that were accepted, by n_max / p_min. Right: all kinds.",
     )
     svg.legend(kinds)
     for found in measured:
@@ -71,7 +74,7 @@ def _speed_row(svg: Svg, total: Total, top: float, *, recommended: bool) -> None
     font = BOLD if recommended else PLAIN
     value = total.tokens_per_second
     middle = svg.y + 8
-    svg.text(_LEFT - 6, svg.y + 12, str(total.n_max or "off"), font=font, anchor="end")
+    svg.text(_LEFT - 6, svg.y + 12, _label(total), font=font, anchor="end")
     svg.rect(
         _LEFT,
         svg.y + 1,
@@ -84,15 +87,23 @@ def _speed_row(svg: Svg, total: Total, top: float, *, recommended: bool) -> None
     svg.ring(_across(total.cold_tokens_per_second / top), middle)
     number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
     svg.text(_RIGHT + 45, svg.y + 12, number, font=font, anchor="end")
-    if total.n_max:
+    if total.n_max and total.speedup is not None:
         svg.text(WIDTH - 6, svg.y + 12, f"{total.speedup:.2f}×", font=font, anchor="end")
     svg.y += 19
 
 
 def _advice(found: Measurement) -> str:
-    n_max = found.recommended_n_max
-    advice = f"n_max {n_max}" if n_max else "no drafting"
+    n_max, p_min = found.recommended_n_max, found.recommended_p_min
+    if n_max is None or p_min is None:
+        return found.verdict
+    advice = pair(n_max, p_min) if n_max else "no drafting"
     return f"recommended: {advice} ({found.verdict.split(':')[0]})"
+
+
+def _label(total: Total) -> str:
+    """Such as `off`, `4`, or `4 / .75` with p_min."""
+    stop = f" / {total.p_min:g}".replace("0.", ".") if total.p_min else ""
+    return f"{total.n_max or 'off'}{stop}"
 
 
 # ── acceptance ──
@@ -105,16 +116,18 @@ def _acceptance_of(svg: Svg, found: Measurement, kinds: Sequence[str]) -> None:
     _percent_grid(svg, svg.y + height * len(drafting))
     for total in drafting:
         middle = svg.y + height / 2
-        svg.text(_LEFT - 6, middle + 4, str(total.n_max), anchor="end")
+        svg.text(_LEFT - 6, middle + 4, _label(total), anchor="end")
         for run in found.runs:
-            if run.n_max == total.n_max and run.state == "warm":
+            own = (run.n_max, run.p_min) == (total.n_max, total.p_min)
+            if own and run.state == "warm":
                 _acceptance_mark(svg, run, kinds=kinds, middle=middle)
         svg.text(_RIGHT + 18, middle + 4, f"{total.acceptance:.1%}")
         svg.y += height
     svg.y += 18
     if positions := drafting[-1].by_position:
         shares = ", ".join(f"{share:.0%}" for share in positions)
-        svg.paragraph(f"by position at n_max {drafting[-1].n_max}: {shares}", PLAIN)
+        last = pair(drafting[-1].n_max, drafting[-1].p_min)
+        svg.paragraph(f"by position at {last}: {shares}", PLAIN)
 
 
 def _percent_grid(svg: Svg, bottom: float) -> None:

@@ -73,7 +73,7 @@ def row(report: Report, measured: Measurement | None) -> tuple[str, str, str, st
         report.head or "-",
         acceptance(report),
         speed(measured) if measured else "-",
-        str(measured.recommended_n_max or "off") if measured and measured.by_n_max else "-",
+        drafting(measured) if measured else "-",
     )
 
 
@@ -87,9 +87,19 @@ def acceptance(report: Report) -> str:
     return "-" if report.head in ("none", "") else "not possible"
 
 
+def drafting(measured: Measurement) -> str:
+    """The recommended n_max, with p_min if that is not 0."""
+    if measured.recommended_n_max is None:
+        return "-"
+    stop = f", p_min {measured.recommended_p_min:g}" if measured.recommended_p_min else ""
+    return f"{measured.recommended_n_max or 'off'}{stop}"
+
+
 def speed(measured: Measurement) -> str:
-    """Tokens per second without drafting and at the fastest n_max, even if that is slower."""
+    """Tokens per second without drafting and with the fastest pair, even if that is slower."""
     if not measured.by_n_max:
         return "not run"
+    if not measured.steady:
+        return "not steady"
     off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
     return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"

@@ -16,6 +16,7 @@ from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.io import text
+from mtpforge.measure.cases import FORMS, Form
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,
@@ -93,22 +94,58 @@ Chosen = Annotated[
 ]
 
 
+_VERIFIED = "workflow/prompts"
+_MEASURED = "workflow/prompts/measured"
+
+
 class MeasureSettings(Entry):
     """Measurements of each file of a model."""
 
     n_max: Annotated[list[Annotated[int, Field(ge=1, le=64)]], AfterValidator(unique)] = Field(
-        default=[1, 2, 3, 4],
+        default=[1, 2, 3, 4, 6],
         min_length=1,
         description=(
-            "Draft lengths to measure (llama-server's --spec-draft-n-max). Speed without"
-            " drafting is always measured too."
+            "Draft lengths to try (llama-server's --spec-draft-n-max). Speed without drafting is"
+            " always measured too."
+        ),
+    )
+    p_min: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], AfterValidator(unique)] = Field(
+        default=[0, 0.75],
+        min_length=1,
+        description=(
+            "Probabilities to try, below which no token is drafted (--spec-draft-p-min). With a"
+            " high one, longer drafts pay off."
         ),
     )
     repeats: int = Field(
         default=3,
         ge=1,
         le=1000,
-        description="Warm requests per prompt; their median speed is reported.",
+        description=(
+            "Rounds in which the fastest pair of `n_max` and `p_min` and no drafting take turns;"
+            " their median speed is reported."
+        ),
+    )
+    minutes: int = Field(
+        default=60,
+        ge=1,
+        description="Budget for each file: no further pair is tried if the rounds would exceed it.",
+    )
+    forms: Annotated[list[Form], AfterValidator(unique)] = Field(
+        default=list(FORMS),
+        min_length=1,
+        description=(
+            "Forms of prompts: as they are, and by the model's chat template without and with"
+            " thinking, if it has them."
+        ),
+    )
+    prompts: Prompts | None = Field(
+        default=None,
+        description=(
+            "Folder of prompts, one KIND.txt each; KIND.chat.txt and KIND.thinking.txt go through"
+            " the chat template first. Default: the model's, or nine kinds that come with mtpforge."
+        ),
+        examples=["my-prompts"],
     )
     text: MeasuredText | None = Field(
         default=None,
@@ -258,7 +295,7 @@ class Model(Entry):
         ),
     )
     prompts: Prompts = Field(
-        default="workflow/prompts",
+        default=_VERIFIED,
         validate_default=True,
         description="Folder of *.txt prompts that every file must draft on.",
     )
@@ -321,6 +358,12 @@ class Model(Entry):
     def key(self) -> str:
         """Its key under `models`."""
         return self._key
+
+    @property
+    def measured_prompts(self) -> str:
+        """The folder of prompts to measure with."""
+        own = self.measure.prompts if self.measure else None
+        return own or (_MEASURED if self.prompts == _VERIFIED else self.prompts)
 
     @property
     def base_name(self) -> str:

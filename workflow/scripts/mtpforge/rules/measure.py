@@ -42,6 +42,14 @@ class MeasureRules(Stage):
         """The record of its content."""
         return [layout.local_record(text) for text in self.text(wildcards)]
 
+    def prompts(self, wildcards: Wildcards) -> str:
+        """The folder of prompts."""
+        return self.model(wildcards).measured_prompts
+
+    def prompt_files(self, wildcards: Wildcards) -> list[str]:
+        """The prompts in it."""
+        return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+
     def logits(self, wildcards: Wildcards) -> list[str]:
         """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""
         model = self.model(wildcards)
@@ -59,7 +67,7 @@ class MeasureRules(Stage):
 
     def decisive(self, wildcards: Wildcards) -> str:
         """Code, settings and prompts of all measurements of a model, as JSON."""
-        prompts = read_prompts(Path(self.model(wildcards).prompts))
+        prompts = read_prompts(Path(self.prompts(wildcards)))
         settings = self._settings(wildcards).model_dump()
         found = {f"{kind}.txt": sha256(text.encode()).hexdigest() for kind, text in prompts.items()}
         return json.dumps({"code": digest("measure.py"), **settings, "prompts": found})
@@ -68,8 +76,10 @@ class MeasureRules(Stage):
         """The measurements to make, as options of measure.py."""
         settings = self._settings(wildcards)
         report = self.report(wildcards)
-        n_max = ",".join(map(str, settings.n_max))
-        options = ["--report", report, "--n-max", n_max, "--repeats", str(settings.repeats)]
+        options = ["--report", report, "--n-max", ",".join(map(str, settings.n_max))]
+        options += ["--p-min", ",".join(f"{value:g}" for value in settings.p_min)]
+        options += ["--repeats", str(settings.repeats), "--minutes", str(settings.minutes)]
+        options += ["--forms", ",".join(settings.forms)]
         if settings.serve:
             options += [f"--serve={shlex.join(settings.serve)}"]
         if settings.text:

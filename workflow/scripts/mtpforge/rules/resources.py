@@ -296,8 +296,9 @@ class ResourceRules(Stage):
         """Running a variant many times."""
         settings = self.model(wildcards).measure
         assert settings is not None
-        servers = costs.measure_servers(self._prompts(wildcards), len(settings.n_max))
-        tokens = costs.measure_tokens(servers, settings.repeats)
+        servers = costs.measure_rounds(len(settings.n_max) * len(settings.p_min), settings.repeats)
+        prompts = _count_prompts(self.model(wildcards).measured_prompts)
+        tokens = costs.measure_tokens(servers, prompts)
         text = costs.CHUNK * settings.chunks
         size = self._size(wildcards)
         return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
