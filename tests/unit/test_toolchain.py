@@ -17,16 +17,20 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
-from mtpforge.errors import ToolchainError
+from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp import installed, programs
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
 from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.runtimes import PINNED
 from mtpforge.llama_cpp.toolchain import is_whole
+from mtpforge.rules.config import parse
+from mtpforge.rules.resources import ResourceRules
 
 PROGRAM = Path(__file__).parents[2] / "workflow" / "scripts" / "toolchain.py"
 
@@ -601,3 +605,60 @@ def test_another_pin_is_written_with_its_sha256_and_tag(tmp_path: Path) -> None:
         f"# stand-in vendors b77\nstand-in==77.0 --hash=sha256:{clone.sha256}\n"
     )
     assert constant.read_text() == 'PINNED = "b77"\nBROKEN = "b66 to b67"\n'
+
+
+# ── CUDA ──
+
+
+def script(path: Path, line: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_cuda_is_a_build_of_its_own_for_the_gpus_here(tmp_path: Path) -> None:
+    """A CMake that only notes what it is given: no CUDA toolkit is needed."""
+    files = archive_files()
+    files["llama.cpp/CMakeLists.txt"] = CMAKE_LISTS.replace(
+        "foreach", 'message("given ${GGML_CUDA} ${CMAKE_CUDA_COMPILER}")\n'
+        'if(NOT GGML_CUDA)\nmessage(FATAL_ERROR "without CUDA")\nendif()\nforeach', 1
+    )  # fmt: skip
+    clone = Clone(tmp_path / "clone", files)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    nvcc = script(tools / "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.131'")
+    script(tools / "nvidia-smi", "printf '9.0\\n8.6\\n9.0\\n'")
+    path = f"{tools}:{os.environ['PATH']}"
+    code, said = clone.run("out", "--cuda", PATH=path)
+    assert code == 0, said
+    stamp = clone.stamp()
+    assert stamp["compiler"].endswith(", CUDA 12.4.131")
+    assert {"-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=86;90"} <= set(stamp["flags"])
+    assert str(tools) not in json.dumps(stamp)
+    code, said = clone.run("out", "--cuda", CUDACXX=str(nvcc), PATH=path)
+    assert code == 0 and "using the build in" in said
+    code, said = clone.run("plain", PATH=path)
+    assert code == 1 and "without CUDA" in said
+
+
+def test_cuda_without_nvcc_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
+    clone = Clone(tmp_path / "clone")
+    code, said = clone.run("out", "--cuda", CUDACXX=str(tmp_path / "none"))
+    assert code == 1 and said.startswith("error: no nvcc, which `cuda: true` needs: install")
+    broken = script(tmp_path / "broken", "exit 1")
+    code, said = clone.run("out", "--cuda", CUDACXX=str(broken))
+    assert code == 1 and "does not say its version" in said
+    assert not list(clone.cache.rglob("*.build"))
+
+
+def test_cuda_is_a_setting_without_bin_dir(tmp_path: Path) -> None:
+    model = {"source": {"path": "x"}, "variants": {"BF16": {}}}
+    config = {"models": {"m": model}, "toolchain": {"llama_cpp": {"cuda": True}}}
+    needs = ResourceRules(parse(config))
+    plain = ResourceRules(parse({"models": {"m": model}}))
+    wildcards: Any = SimpleNamespace(model="m")
+    assert needs.gpu(wildcards) == 1 and plain.gpu(wildcards) == 0
+    assert needs.toolchain(wildcards).seconds > plain.toolchain(wildcards).seconds
+    config["toolchain"]["llama_cpp"]["bin_dir"] = str(tmp_path)
+    with pytest.raises(ConfigError, match="toolchain/llama_cpp/cuda: the programs in bin_dir"):
+        parse(config)

@@ -29,11 +29,12 @@ rule quantizer:
         code=digest("toolchain.py"),
         pins=pins("envs/llama.cpp.txt"),
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
+        cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
         "quantizer: build llama-quantize (once per user), or link it"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q} --quantizer"
+        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda} --quantizer"
         " > {log:q} 2>&1"
 
 
@@ -58,11 +59,12 @@ rule toolchain:
         code=digest("toolchain.py"),
         pins=pins("envs/llama.cpp.txt"),
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
+        cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
         "toolchain: build the other programs of llama.cpp (once per user), or link them"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}"
+        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
         " > {log:q} 2>&1"
 
 

@@ -184,7 +184,8 @@ def _forecast(key: str) -> dict[str, Any]:
 
 def _first(config: Config) -> str:
     """The compilation of llama.cpp, if it comes first."""
-    there = PROGRAMS.exists() or config.toolchain.llama_cpp.bin_dir or cached(REQUIREMENT)
+    given = config.toolchain.llama_cpp
+    there = PROGRAMS.exists() or given.bin_dir or cached(REQUIREMENT, given.cuda)
     return "" if there else ", after llama.cpp is built (some 10 minutes)"
 
 

@@ -230,10 +230,10 @@ def _programs(args: Namespace, build: Build) -> LlamaCpp:
     llama = programs.from_options(args)
     if args.bin != programs.DEFAULT_FOLDER or planned_ggufs.is_exact(llama):
         return llama
-    bin_dir = build.config.toolchain.llama_cpp.bin_dir
+    given = build.config.toolchain.llama_cpp
     with suppress(ToolchainError):  # no compiler, which the build will say
-        entry = None if bin_dir else cached(REQUIREMENT)
-        folder = entry / "bin" if entry else Path(bin_dir or args.bin).expanduser()
+        entry = None if given.bin_dir else cached(REQUIREMENT, given.cuda)
+        folder = entry / "bin" if entry else Path(given.bin_dir or args.bin).expanduser()
         return replace(llama, folder=folder)
     return llama
 

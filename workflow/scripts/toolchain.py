@@ -39,6 +39,7 @@ def main() -> None:
         metavar="DIR",
         help="link the programs in this folder, build nothing",
     )
+    parser.add_argument("--cuda", action="store_true", help="build for NVIDIA's GPUs, with nvcc")
     parser.add_argument(
         "--quantizer", action="store_true", help="only the programs that quantization needs"
     )
@@ -48,7 +49,8 @@ def main() -> None:
     if args.bin_dir:
         stamp = adopt(Path(args.bin_dir).expanduser(), args.bin, programs)
     else:
-        stamp = install(built(args.requirement, args.jobs, programs), args.bin, programs)
+        entry = built(args.requirement, args.jobs, programs, cuda=args.cuda)
+        stamp = install(entry, args.bin, programs)
     stamp.write(args.out)
     print(f"llama.cpp {stamp.llama_cpp} ({stamp.commit[:9]})")
 

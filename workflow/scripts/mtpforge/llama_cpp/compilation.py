@@ -48,10 +48,21 @@ FLAGS = (
     "-DGIT_EXE=OFF",
 )
 
+CUDA_FLAGS = (
+    "-DGGML_CUDA=ON",
+    "-DCMAKE_CUDA_COMPILER={nvcc}",
+    # Without the driver's library, the programs start on machines without a GPU too.
+    "-DGGML_CUDA_NO_VMM=ON",
+)
+NO_NVCC = (
+    "no nvcc, which `cuda: true` needs: install the CUDA toolkit, put its bin folder on PATH or "
+    "set CUDACXX, or remove `cuda` from toolchain.llama_cpp in config.yaml"
+)
 NO_COMPILER = (
     "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "macOS: xcode-select --install)"
 )
+_USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 _QUIET_PIP = ("-m", "pip", "--disable-pip-version-check", "-q")
 
 
@@ -79,10 +90,23 @@ class Recipe:
     flags: tuple[str, ...] = FLAGS
     programs: tuple[str, ...] = PROGRAMS
 
+    @property
+    def cuda(self) -> bool:
+        """Whether the programs can use NVIDIA's GPUs."""
+        return "-DGGML_CUDA=ON" in self.flags
+
     def key(self) -> str:
         """The name of the build in the cache."""
         ingredients = [self.archive_sha256, self.compiler, self.machine, self.flags, self.programs]
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+
+
+def recipe_of(pin: Pin, cuda: bool = False) -> Recipe:
+    """The recipe of all programs on this machine. Raises ToolchainError without compilers."""
+    if not cuda:
+        return Recipe(pin.sha256, compiler(), machine())
+    flags = (*FLAGS, *CUDA_FLAGS, *_architectures())
+    return Recipe(pin.sha256, f"{compiler()}, {_cuda_version()}", machine(), flags)
 
 
 def read_pin(requirement: Path) -> Pin:
@@ -106,6 +130,42 @@ def compiler() -> str:
     cxx = _compiler("c++", os.environ.get("CXX"), ("c++", "g++", "clang++"))
     c = _compiler("c", os.environ.get("CC"), ("cc", "gcc", "clang"))
     return cxx if c == cxx else f"C {c}, C++ {cxx}"
+
+
+def nvcc() -> str:
+    """The CUDA compiler: that of CUDACXX, on PATH, or in the usual place. Raises ToolchainError."""
+    chosen = os.environ.get("CUDACXX")
+    for command in [chosen] if chosen else ["nvcc", _USUAL_NVCC]:
+        if found := shutil.which(command):
+            return found
+    raise ToolchainError(NO_NVCC)
+
+
+def _cuda_version() -> str:
+    said = _said([nvcc(), "--version"])
+    version = re.search(r"release [\d.]+, V([\d.]+)", said)
+    if version is None:
+        raise ToolchainError(f"{nvcc()}: does not say its version: set CUDACXX to a working nvcc")
+    return f"CUDA {version[1]}"
+
+
+def _architectures() -> list[str]:
+    """The flag for the GPUs of this machine; without one, llama.cpp builds for all, for hours."""
+    said = _said(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    found = sorted(
+        {line.replace(".", "") for line in re.findall(r"^\d+\.\d+$", said, re.MULTILINE)}
+    )
+    return [f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(found)}"] if found else []
+
+
+def _said(command: list[str]) -> str:
+    """What a program prints; empty if it cannot be run, or fails."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        ended = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+        )
+        return ended.stdout if ended.returncode == 0 else ""
+    return ""
 
 
 def machine() -> str:
@@ -155,7 +215,11 @@ def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path)
     cmake = _tool("cmake")
     ninja = _tool("ninja")
     configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
-    configure += [flag.replace("{work}", str(work)) for flag in recipe.flags]
+    places = {"{work}": str(work), "{nvcc}": nvcc() if recipe.cuda else ""}
+    for flag in recipe.flags:
+        for name, place in places.items():
+            flag = flag.replace(name, place)
+        configure.append(flag)
     # An archive has no commit, so the programs name the tag; its number is the build's.
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={tag}"]
     configure += [f"-DLLAMA_BUILD_NUMBER={tag.removeprefix('b')}"]

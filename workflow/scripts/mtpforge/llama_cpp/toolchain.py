@@ -27,10 +27,9 @@ from mtpforge.llama_cpp.compilation import (
     Pin,
     Recipe,
     compile_programs,
-    compiler,
     download,
-    machine,
     read_pin,
+    recipe_of,
     unpack,
 )
 from mtpforge.llama_cpp.installed import is_noted, libraries, note_converter
@@ -43,6 +42,8 @@ SOURCE = ("convert_hf_to_gguf.py", "conversion", "gguf-py")
 
 BUILD_SIZE = 500_000_000
 """Bytes of disk that a build takes."""
+CUDA_SIZE = 3_000_000_000
+"""The same with CUDA."""
 CONVERTER_SIZE = 1_000_000_000
 """Bytes of disk that the environment of llama.cpp's converter takes."""
 _POLL = 0.5
@@ -57,20 +58,22 @@ def cache_root() -> Path:
     return cache.absolute() / "mtpforge" / "llama.cpp"
 
 
-def cached(requirement: Path) -> Path | None:
+def cached(requirement: Path, cuda: bool = False) -> Path | None:
     """The cache entry of the pinned llama.cpp, if it is built. Raises ToolchainError."""
-    entry = cache_root() / Recipe(read_pin(requirement).sha256, compiler(), machine()).key()
+    entry = cache_root() / recipe_of(read_pin(requirement), cuda).key()
     return entry if is_whole(entry) else None
 
 
-def built(requirement: Path, jobs: int, programs: tuple[str, ...] = PROGRAMS) -> Path:
+def built(
+    requirement: Path, jobs: int, programs: tuple[str, ...] = PROGRAMS, cuda: bool = False
+) -> Path:
     """A cache entry with programs of the pinned llama.cpp, built if it is missing.
 
     It has `bin/` and `stamp.json`, and the converter in `source/` if it has all programs. A build
     goes on from where another left off, of fewer programs or killed. Raises ToolchainError.
     """
     pin = read_pin(requirement)
-    whole = Recipe(pin.sha256, compiler(), machine())
+    whole = recipe_of(pin, cuda)
     recipe = replace(whole, programs=programs)
     if found := _finished(recipe, whole):
         progress.say(f"llama.cpp: using the build in {found}")
@@ -87,7 +90,7 @@ def built(requirement: Path, jobs: int, programs: tuple[str, ...] = PROGRAMS) ->
             return _build(pin, requirement, recipe=whole, tree=Path(scratch), jobs=jobs)
     except OSError as error:
         raise ToolchainError(
-            f"cannot build llama.cpp: {storage.explain(error, tree, BUILD_SIZE)}; set "
+            f"cannot build llama.cpp: {storage.explain(error, tree, _size(whole))}; set "
             "MTPFORGE_CACHE to use another folder"
         ) from error
 
@@ -205,8 +208,8 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, tree: Path, jobs: int) -
     """
     entry = cache_root() / recipe.key()
     try:
-        storage.require(tree, BUILD_SIZE)
-        with storage.by_program(tree / "written", BUILD_SIZE, build=True):
+        storage.require(tree, _size(recipe))
+        with storage.by_program(tree / "written", _size(recipe), build=True):
             _unpack(pin, requirement, tree)
             log = tree.parent / f"{entry.name}.log"
             compile_programs(tree, recipe, tag=pin.tag, jobs=jobs, log=log)
@@ -216,6 +219,10 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, tree: Path, jobs: int) -
         raise
     shutil.rmtree(tree if recipe.programs == PROGRAMS else tree / "torn", ignore_errors=True)
     return entry
+
+
+def _size(recipe: Recipe) -> int:
+    return CUDA_SIZE if recipe.cuda else BUILD_SIZE
 
 
 def _unpack(pin: Pin, requirement: Path, tree: Path) -> None:

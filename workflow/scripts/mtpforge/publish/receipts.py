@@ -54,7 +54,7 @@ def write_stand_in(folder: Path, report: Report) -> None:
     for name, size, _ in report.published:
         kept = folder / FOLDER / name if report.files else stand_in(folder / name)
         header = reader.header_range(reader.read(folder / name))
-        with atomic.replacing(kept, needed=header.size) as written, written.open("r+b") as out:
+        with atomic.replacing(kept, needed=header.size) as written, written.open("wb") as out:
             ranges.Sink(out.fileno()).append([header])
             out.truncate(size)
 

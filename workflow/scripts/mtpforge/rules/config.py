@@ -492,6 +492,19 @@ class LlamaCppPrograms(Entry):
             " Empty: build the pinned source."
         ),
     )
+    cuda: bool = Field(
+        default=False,
+        description=(
+            "Build the pinned source for NVIDIA's GPUs, those of this machine if it has any. It"
+            " needs nvcc."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_cuda(self) -> Self:
+        if self.cuda and self.bin_dir:
+            refuse("the programs in bin_dir are built already: remove one of the two", "cuda")
+        return self
 
 
 class Toolchain(Entry):

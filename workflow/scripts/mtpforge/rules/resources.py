@@ -146,8 +146,8 @@ class ResourceRules(Stage):
 
     def gpu(self, _: Wildcards) -> int:
         """The GPUs of a job that runs a model: one if the programs can use one."""
-        folder = self.config.toolchain.llama_cpp.bin_dir
-        return int(bool(folder) and _uses_cuda(Path(folder)))
+        given = self.config.toolchain.llama_cpp
+        return int(given.cuda or (bool(given.bin_dir) and _uses_cuda(Path(given.bin_dir))))
 
     def small(self, _: Wildcards) -> Needs:
         """A job that reads and writes small files."""
@@ -158,7 +158,8 @@ class ResourceRules(Stage):
         if self.config.toolchain.llama_cpp.bin_dir:
             return Needs()
         threads = self.threads(wildcards)
-        return Needs(_PYTHON + threads * _COMPILER, _BUILD, 3 * 3600 / threads)
+        hours = 24 if self.config.toolchain.llama_cpp.cuda else 3
+        return Needs(_PYTHON + threads * _COMPILER, _BUILD, hours * 3600 / threads)
 
     def converter(self, _: Wildcards) -> Needs:
         """The environment of llama.cpp's converter, with torch."""
