@@ -76,9 +76,10 @@ cluster: setup ## the same, plus what runs jobs with SLURM (docs/cluster.md)
 s3: setup ## the same, plus what uploads to object storage (docs/publishing.md)
 	$(call install,.venv,s3)
 
-report: all ## build, then write report.html: pictures of speed, acceptance and errors, the job graph, run times
+report: all ## build, then write report.html: the table, pictures of speed, acceptance and errors, run times
 	@$(ACTIVE) snakemake --cores $(CORES) plots
-	@$(ACTIVE) snakemake --report report.html --report-stylesheet workflow/report/report.css plots
+	@$(ACTIVE) PYTHONPATH=workflow/scripts snakemake --reporter mtpforge --report-mtpforge-path report.html \
+		--report-mtpforge-stylesheet-path workflow/report/report.css plots
 	@echo "wrote report.html"
 
 plan: toolchain ## forecast downloads, sizes, disk, memory and time of config.yaml; MODELS="a b" for some models

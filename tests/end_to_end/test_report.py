@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import MODELS, ROOT, Snakemake
+from conftest import MODELS, ROOT, SCRIPTS, Snakemake
 
-FIGURES = ("speed", "acceptance", "distance", "tensors of Q4_K_M")
+FIGURES = ("speed", "acceptance", "distance", "drafting", "tensors of Q4_K_M")
+OPTIONS = "--reporter mtpforge --report-mtpforge-path {} --report-mtpforge-stylesheet-path {} plots"
 STYLE = "workflow/report/report.css"
 
 
@@ -14,7 +15,9 @@ STYLE = "workflow/report/report.css"
 def report(built: Path, snakemake: Snakemake, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "report.html"
     snakemake("plots")
-    snakemake("plots", "--report", str(out), "--report-stylesheet", STYLE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SCRIPTS))
+        snakemake(*OPTIONS.format(out, STYLE).split())
     return out
 
 
@@ -22,7 +25,8 @@ def test_report_is_one_file_that_loads_nothing(report: Path) -> None:
     page = report.read_text()
     loads = ("<script src=", '<link rel="stylesheet" href="http', "@import url(http")
     assert [each for each in loads if each in page] == []
-    assert f"--report-stylesheet {STYLE} plots" in (ROOT / "Makefile").read_text()
+    recipe = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
+    assert f"snakemake {OPTIONS.format('report.html', STYLE)}" in recipe
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt install chromium)")
@@ -33,6 +37,10 @@ def test_all_figures_can_be_opened(report: Path, width: int, height: int) -> Non
         browser.wait("document.body.innerText.includes('measurements of each published file')")
         text = browser.run("document.body.innerText")
         assert [model for model in MODELS if model not in text] == []
+        opening = browser.run("[...document.querySelectorAll('.grow img')].length")
+        assert opening == 2 * len(MODELS)
+        assert browser.run("document.querySelectorAll('.grow td').length") >= 7 * 2 * len(MODELS)
+        assert not browser.run("!!document.querySelector('#rulegraph')")
         browser.click(MODELS[0])
         for figure in FIGURES:
             box = show(browser, figure)

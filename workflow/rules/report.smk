@@ -1,7 +1,7 @@
 # Figures of measurements and tensors, for `make report`.
 # Needs: measurements, verified files and their reports.
-# Makes: results/<model>/plots/*.svg, which `snakemake --report report.html plots` puts into one
-# page, with the graph and the run times.
+# Makes: results/<model>/plots/*.svg, which `make report` puts into one page, with the table of files,
+# the graph of the rules and the run times.
 
 
 report: "../report/workflow.rst"
