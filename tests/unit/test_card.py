@@ -392,10 +392,10 @@ def test_inputs_of_measurements_are_named() -> None:
     prompts = "Speed was measured on prompts of these kinds: code, prose"
     measured = measurement(text=TEXT)
     assert (
-        f"\nPerplexity and KL divergence were measured {where} {prompts} (3 warm requests each).\n"
+        f"\nPerplexity and KL divergence were measured {where} {prompts} (3 rounds).\n"
     ) in second(result(measured=measured))
     text = second(result(measured=replace(measured, kl_divergence=None, repeats=1)))
-    assert f"\nPerplexity was measured {where} {prompts} (1 warm request each).\n" in text
+    assert f"\nPerplexity was measured {where} {prompts} (1 round).\n" in text
     text = second(result(measured=replace(measured, text=None)))
     assert "Perplexity" not in text
     assert f"\n{prompts}" in text

@@ -156,6 +156,11 @@ class Measurement(Record):
         """The file's name without .gguf."""
         return self.file.removesuffix(".gguf")
 
+    def warm(self, kind: str) -> list[Run]:
+        """The warm runs of a kind of prompt, in the form that all pairs were measured with."""
+        runs = [run for run in self.runs if (run.kind, run.state) == (kind, "warm")]
+        return [run for run in runs if run.form == runs[0].form]  # that form is the first
+
     def at(self, n_max: int, p_min: float | None = None) -> Total | None:
         """The total of a pair, None if that was not measured. Without p_min: of the fastest."""
         found = [

@@ -8,6 +8,7 @@ import yaml
 
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.recommendation import pair
 from mtpforge.publish import tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.markdown import code, escape
@@ -47,7 +48,15 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "machines": sentences(map(machine, measurements)),
         "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
         "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
-        "sweeps": [(code(name), tables.sweep(found).rstrip()) for name, found in swept],
+        "sweeps": [
+            (
+                code(name),
+                _fastest(found),
+                tables.sweep(found).rstrip(),
+                tables.kinds(found).rstrip(),
+            )
+            for name, found in swept
+        ],
         "sources": sources(about),
         "recipe": _recipe(about),
     }
@@ -93,9 +102,14 @@ def _prompts(measurements: Iterable[Measurement]) -> str:
     """The prompts on which speed was measured."""
     return sentences(
         f"Speed was measured on prompts of these kinds: {escape(', '.join(sorted(found.prompts)))} "
-        f"({found.repeats} warm request{'s' * (found.repeats != 1)} each)."
+        f"({found.repeats} round{'s' * (found.repeats != 1)})."
         for found in measurements
     )
+
+
+def _fastest(measured: Measurement) -> str:
+    """The pair that all kinds of prompts were compared with."""
+    return next((pair(each.n_max, each.p_min) for each in measured.by_kind), "")
 
 
 def _recipe(about: About) -> str:

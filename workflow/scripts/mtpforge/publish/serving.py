@@ -159,7 +159,8 @@ def _why(result: Result) -> str:
     if not result.drafts:
         return f"{server}, without drafting:"
     if result.n_max is None:
-        why = "not measured" if result.measured is None else "not steady when measured"
+        measured = result.measured and result.measured.by_n_max
+        why = "not steady when measured" if measured else "not measured"
         return f"{server}. Speed was {why}, so the draft length is that of verification:"
     if result.n_max == 0:
         return f"{server}. Drafting is off because it was not faster when measured:"

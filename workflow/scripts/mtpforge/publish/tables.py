@@ -6,7 +6,7 @@ A cell is None if its value is unknown. A column without any value is left out.
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from mtpforge.measure.measurement import KlDivergence, Measurement, Run, Total
+from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement, Run, Total
 from mtpforge.publish import memory
 from mtpforge.publish.choice import Choice, labels
 from mtpforge.publish.markdown import escape, link
@@ -48,6 +48,15 @@ def sweep(measured: Measurement) -> str:
     return _table([*SWEEP, _cold_acceptance(measured), BY_POSITION, *by_kind], measured.by_n_max)
 
 
+def kinds(measured: Measurement) -> str:
+    """The table of one file by kind of prompt: the fastest pair against no drafting.
+
+    Empty if nothing was drafted.
+    """
+    drafted = [each for each in measured.by_kind if each.n_max]
+    return _table(KINDS, drafted) if drafted else ""
+
+
 def _table(columns: Sequence[Column[Row]], rows: Sequence[Row], left: int = 1) -> str:
     cells = [[heading, *(cell(row) for row in rows)] for heading, cell in columns]
     known = [column for column in cells if any(column[1:])]
@@ -67,12 +76,16 @@ def _size(count: int | None) -> str | None:
 
 
 def _speed(result: Result, n_max: int) -> str | None:
+    if result.measured and not result.measured.steady:
+        return "not steady"
     total = result.at(n_max)
     return _number(total.tokens_per_second if total else None, ".1f")
 
 
 def _speeds(result: Result) -> str | None:
     """Tokens per second without drafting and with the recommended draft length."""
+    if result.measured and not result.measured.steady:
+        return "not steady"
     off = result.at(0)
     best = result.at(result.n_max or 0)
     speeds = [rounded(total.tokens_per_second) for total in (off, best) if total]
@@ -95,6 +108,10 @@ def _needed(kind: str) -> Callable[[Choice], str | None]:
 
 def _draft_length(n_max: int | None) -> str | None:
     return None if n_max is None else str(n_max or "off")
+
+
+def _threshold(p_min: float) -> str | None:
+    return f"{p_min:g}" if p_min else None
 
 
 def _perplexity(result: Result) -> str | None:
@@ -130,6 +147,7 @@ FILES: tuple[Column[Result], ...] = (
     ("accepted", lambda result: _number(result.report.acceptance, ".0%")),
     ("tokens/s", _speeds),
     ("draft", lambda result: _draft_length(result.n_max)),
+    ("p_min", lambda result: _threshold(result.p_min)),
     ("KL", _small_divergence),
 )
 """Beside the file's name: narrow enough for the width of a card on the Hub."""
@@ -147,6 +165,7 @@ DETAILS: tuple[Column[Result], ...] = (
     ("acceptance", lambda result: _number(result.report.acceptance, ".1%")),
     ("tok/s", lambda result: _speed(result, result.n_max or 0)),
     ("draft length", lambda result: _draft_length(result.n_max)),
+    ("p_min", lambda result: _threshold(result.p_min)),
     ("tok/s without drafting", lambda result: _speed(result, 0)),
     ("memory", _memory),
     ("perplexity", _perplexity),
@@ -157,12 +176,21 @@ DETAILS: tuple[Column[Result], ...] = (
 
 SWEEP: tuple[Column[Total], ...] = (
     ("draft length", lambda total: _draft_length(total.n_max)),
-    ("p_min", lambda total: f"{total.p_min:g}" if total.p_min else None),
+    ("p_min", lambda total: _threshold(total.p_min)),
     ("tok/s", lambda total: f"{total.tokens_per_second:.1f}"),
+    ("rounds", lambda total: str(total.repeats)),
     ("range", lambda total: "-".join(f"{speed:.1f}" for speed in total.spread)),
     ("cold tok/s", lambda total: _number(total.cold_tokens_per_second, ".1f")),
     ("speedup", lambda total: _number(total.speedup, ".2f")),
     ("acceptance", lambda total: _number(total.acceptance, ".1%")),
+)
+KINDS: tuple[Column[KindSpeed], ...] = (
+    ("prompt", lambda each: escape(each.kind)),
+    ("form", lambda each: escape(each.form)),
+    ("tok/s without drafting", lambda each: f"{each.without:.1f}"),
+    ("tok/s", lambda each: f"{each.tokens_per_second:.1f}"),
+    ("speedup", lambda each: _number(each.speedup, ".2f")),
+    ("acceptance", lambda each: _number(each.acceptance, ".1%")),
 )
 BY_POSITION: Column[Total] = (
     "by position",
@@ -180,7 +208,7 @@ def _cold_acceptance(measured: Measurement) -> Column[Total]:
 
 def _of_kind(measured: Measurement, kind: str) -> Column[Total]:
     """The acceptance on prompts of one kind."""
-    warm = [run for run in measured.runs if run.state == "warm" and run.kind == kind]
+    warm = measured.warm(kind)
     return escape(kind), lambda total: _acceptance(run for run in warm if _is_of(run, total))
 
 

@@ -15,15 +15,17 @@ _HEIGHT = 240
 def drafting(measured: Sequence[Measurement]) -> Svg:
     """A line per file: tokens per second by n_max, each with the fastest other options.
 
-    Files that were not run are left out, and those for which there are no more marks.
+    Files that were not run or whose speed was not steady are left out, and those for which there
+    are no more marks.
     """
     svg = Svg(
         "Speed by draft length",
         "Tokens per second, warm, by tokens drafted ahead (n_max). Ring: recommended.",
     )
-    files = [found for found in measured if found.by_n_max]
+    files = [found for found in measured if found.by_n_max and found.steady]
     if not files:
-        svg.paragraph("Speed was not measured.")
+        unsteady = any(found.by_n_max for found in measured)
+        svg.paragraph(f"Speed was not {'steady' if unsteady else 'measured'}.")
         return svg
     shown = files[: len(MARKS)]
     prefix = len(common_prefix([found.stem for found in files])) if len(files) > 1 else 0

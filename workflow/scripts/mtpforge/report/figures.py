@@ -117,9 +117,8 @@ def _acceptance_of(svg: Svg, found: Measurement, kinds: Sequence[str]) -> None:
     for total in drafting:
         middle = svg.y + height / 2
         svg.text(_LEFT - 6, middle + 4, _label(total), anchor="end")
-        for run in found.runs:
-            own = (run.n_max, run.p_min) == (total.n_max, total.p_min)
-            if own and run.state == "warm":
+        for run in [run for kind in kinds for run in found.warm(kind)]:
+            if (run.n_max, run.p_min) == (total.n_max, total.p_min):
                 _acceptance_mark(svg, run, kinds=kinds, middle=middle)
         svg.text(_RIGHT + 18, middle + 4, f"{total.acceptance:.1%}")
         svg.y += height
