@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 PROFILE ?= default
-LEAN := $(if $(filter lean,$(PROFILE)),--lean)
+LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
 # `exec`, so that a signal to make reaches the program and not a shell around it.
 ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
@@ -39,7 +39,7 @@ define install
 	}
 endef
 
-all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean is for small disks
+all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean or shards is for small disks
 	@($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) 2> /dev/null) || true
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
 

@@ -1,7 +1,8 @@
-"""Measure the disk that a build takes at its peak, as usual and with profiles/lean.
+"""Measure the disk that a build takes at its peak, as usual and with profiles/lean and shards.
 
 Builds a split BF16 file and a quant of a checkpoint with random weights from a Hub on loopback,
-with real Snakemake, up to verification, which takes no disk. Both builds must make the same bytes.
+with real Snakemake, up to verification, which takes no disk. All builds must make the same bytes;
+shard by shard, there is no BF16 file. Compares each peak with what plan.py forecasts.
 
 example: lean.py --layers 8 --out results/bench/lean.json
 """
@@ -29,6 +30,7 @@ SETTINGS = checkpoint.QWEN3_5_2B | {
     "hidden_size": 1024, "intermediate_size": 3584, "vocab_size": VOCABULARY
 }  # fmt: skip
 QUANT = "Q4_K_M"
+PROFILES = ("default", "lean", "shards")
 WORK = "results/bench/work"
 
 
@@ -43,12 +45,16 @@ def main() -> None:
     settings = SETTINGS | {"num_hidden_layers": args.layers}
     source = checkpoint.write_checkpoint(args.scratch / "source", settings)
     with serve({"Owner/Bench": source}) as hub:
-        found = {name: measure(name, args.scratch / name, hub) for name in ("default", "lean")}
-    if found["lean"].pop("sha256") != found["default"].pop("sha256"):
-        sys.exit("the two builds made different bytes")
+        found = {name: measure(name, args.scratch / name, hub) for name in PROFILES}
+    usual = found["default"]
+    made = {name: each.pop("sha256") for name, each in found.items()}
+    if made["lean"] != made["default"] or not made["shards"].items() <= made["default"].items():
+        sys.exit("the builds made different bytes")
+    for each in found.values():
+        each["ratio"] = round(each["peak"] / usual["peak"], 3)
+        each["forecast"] = round(each["planned"] / each["peak"], 3)
     shards = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    ratio = found["lean"]["peak"] / found["default"]["peak"]
-    result = {"shards": shards, **found, "ratio": round(ratio, 3)}
+    result = {"checkpoint": shards, **found}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_json(args.out, result)
     print(json.dumps(result, indent=1))
@@ -61,15 +67,16 @@ def measure(profile: str, folder: Path, hub: Hub) -> dict[str, Any]:
     for name in ("Snakefile", "workflow", "profiles", "envs"):
         (folder / name).symlink_to(ROOT / name)
     source = {"repo": "Owner/Bench", "revision": COMMIT}
-    variants = {"BF16": {"split": "100M"}, QUANT: {}}
+    variants = {**({} if profile == "shards" else {"BF16": {"split": "100M"}}), QUANT: {}}
     config = {
         "toolchain": {"llama_cpp": {"bin_dir": str(ROOT / "resources/toolchain/bin")}},
         "models": {"bench": {"source": source, "tokenizer_pre": "qwen35", "variants": variants}},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home")}
+    planned = forecast(folder, profile, os.environ | variables)
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", f"profiles/{profile}"]
     command += ["--cores", "2", "--quiet", "--", f"{WORK}/quantized/{QUANT}.gguf"]
-    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home")}
     peak = 0
     with subprocess.Popen(command, cwd=folder, env=os.environ | variables) as build:
         ended = threading.Event()
@@ -78,9 +85,20 @@ def measure(profile: str, folder: Path, hub: Hub) -> dict[str, Any]:
             ended.wait(0.05)
     if build.returncode:
         sys.exit(f"{folder}: the build failed")
-    made = sorted([*(folder / WORK).rglob("*.gguf")])
+    made = sorted(
+        [*(folder / WORK / "split").rglob("*.gguf"), folder / WORK / f"quantized/{QUANT}.gguf"]
+    )
     digests = {str(path.relative_to(folder)): sha256(path) for path in made}
-    return {"peak": peak, "end": taken(folder), "sha256": digests}
+    return {"planned": planned, "peak": peak, "end": taken(folder), "sha256": digests}
+
+
+def forecast(folder: Path, profile: str, variables: dict[str, str]) -> int:
+    """The peak that plan.py forecasts."""
+    command = [sys.executable, "workflow/scripts/plan.py", "--json"]
+    command += [] if profile == "default" else ["--lean", profile]
+    command += ["--bin", str(ROOT / "resources/toolchain/bin")]
+    done = subprocess.run(command, cwd=folder, env=variables, check=True, stdout=subprocess.PIPE)
+    return int(json.loads(done.stdout)["peak"])
 
 
 def taken(folder: Path) -> int:

@@ -81,3 +81,58 @@ def test_shards_of_another_model_stay() -> None:
     assert options(build({}, other={**other, "source": elsewhere})) == {"all": "--free"}
     only_head = {"source": elsewhere, "variants": {"Q8_0": {}}, "head_from": SOURCE}
     assert options(build({}, other=only_head)) == {"all": "--free"}
+
+
+TEXT = "workflow/texts/mixed.txt"
+QUANTS: dict[str, Any] = {"variants": {"Q8_0": {}, "Q4_K_M": {"head": "Q6_K"}}}
+NOT_BY_SHARDS: dict[str, tuple[dict[str, Any], str]] = {
+    "BF16": ({"variants": {"BF16": {}, "Q8_0": {}}}, "a BF16 file is published"),
+    "own base": (
+        {"variants": {"x": INJECTED}, "max_acceptance_drop": 1}, "a base is made of its trunk"
+    ),
+    "search": (
+        {"variants": {"x": {"bits": 5}}}, "a search of types reads its BF16 file"
+    ),
+    "text": (
+        {"variants": {"Q4_0": {"imatrix": {"text": TEXT}}}}, "its importance matrix is computed"
+    ),
+    "divergence": ({**QUANTS, "measure": {"text": TEXT}}, "KL divergence is measured"),
+    "sidecar": ({**QUANTS, "sidecar": "Q8_0"}, "its sidecar is verified with"),
+    "local": (
+        {**QUANTS, "source": {"path": "tests/checkpoints/tiny-qwen3.5"}}, "no whole checkpoint"
+    ),
+}  # fmt: skip
+
+
+def test_quants_alone_are_made_shard_by_shard() -> None:
+    for model in (QUANTS, {**QUANTS, **TUNED}, {**QUANTS, "measure": {"n_max": [1]}}):
+        made = build(model, lean="shards")
+        given = made.config.models["m"]
+        assert lean.by_shards(made.config, given)
+        (note,) = lean.notes(made.config, given)
+        assert "acceptance of quants is not compared with that of BF16" in note
+        option = options(made)["all"]
+        assert option.startswith("--free --threads 1 --quantize ") and option.count("folder") == 2
+        assert not lean.by_shards(build(model).config, given)
+        names: Any = SimpleNamespace(file="model.safetensors", **SOURCE)
+        assert made.fetch.sparse(names) == "--sparse"
+        assert made.fetch.sparse(SimpleNamespace(file="config.json", **SOURCE)) == ""  # type: ignore[arg-type]
+        assert build(model).fetch.sparse(names) == ""
+
+
+@pytest.mark.parametrize("name", NOT_BY_SHARDS)
+def test_what_needs_bf16_is_not_made_shard_by_shard(name: str) -> None:
+    model, reason = NOT_BY_SHARDS[name]
+    made = build(model, lean="shards")
+    given = made.config.models["m"]
+    assert lean.why_not_by_shards(made.config, given).startswith(reason)
+    assert not lean.by_shards(made.config, given)
+    assert options(made) == options(build(model))  # the first form, if that is possible
+    (note,) = lean.notes(made.config, given)
+    assert reason in note
+
+
+def test_a_model_that_shares_its_head_is_not_made_shard_by_shard() -> None:
+    only_head = {"source": {**SOURCE, "revision": "2" * 40}, "variants": {"Q8_0": {}}}
+    made = build(QUANTS, lean="shards", other={**only_head, "head_from": SOURCE})
+    assert not lean.by_shards(made.config, made.config.models["m"])

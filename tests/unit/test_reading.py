@@ -63,6 +63,8 @@ ALLOWED = {
     "mtpforge/report/ending.py: summary.read_text": OF_THIS_PACKAGE,
     "mtpforge/s3/download.py: partial.open": BINARY,
     "mtpforge/quantize/imatrix.py: np.fromfile": BINARY,
+    "mtpforge/hub/sparse.py: path.open": BINARY,
+    "mtpforge/quantize/whole_piece.py: path.open": BINARY,
     "mtpforge/rules/code.py: (SCRIPTS.parents[1] / path).read_bytes": OF_THIS_PACKAGE,
     "mtpforge/rules/code.py: (SCRIPTS.parents[1] / path).read_text": OF_THIS_PACKAGE,
     "mtpforge/rules/code.py: path.read_text": OF_THIS_PACKAGE,

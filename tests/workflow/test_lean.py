@@ -1,4 +1,7 @@
-"""With `profiles/lean` a build frees its shards, and gives the same verified files."""
+"""With `profiles/lean` a build frees its shards, and gives the same verified files.
+
+With `profiles/shards` it fetches, converts and quantizes them one by one.
+"""
 
 import json
 import shutil
@@ -16,6 +19,7 @@ SHARD = "model-00001-of-00004.safetensors"
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 TOKENS = 8192
 LEAN = ("--workflow-profile", "profiles/lean")
+BY_SHARDS = ("--workflow-profile", "profiles/shards")
 
 
 def write_padded(folder: Path) -> None:
@@ -57,3 +61,34 @@ def test_a_lean_build_frees_its_shards_and_gives_the_same_files(
     for name, expected in (("BF16", "a"), ("Q4_K_M", "b")):
         made = copy.path / f"results/lean/{MODEL}-{name}.gguf"
         assert made.read_bytes() == (tmp_path / expected).read_bytes()
+
+
+def test_a_build_shard_by_shard_gives_the_same_files_without_bf16(
+    tmp_path: Path, run: Run, toolchain: Path
+) -> None:
+    write_padded(tmp_path / MODEL)
+    copy = Repository(tmp_path / "repository", toolchain)
+    source = {"repo": REPO, "revision": COMMIT}
+    variants = {"Q8_0": {}, "Q4_K_M": {"head": "Q6_K", "tensors": {"attn_": "Q5_K"}}}
+    copy.config["models"] = {
+        "lean": {**CONFIG["models"][MODEL], "source": source, "variants": variants}
+    }
+    copy.write_config()
+    with serve({REPO: tmp_path / MODEL}) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = copy.snakemake(*BY_SHARDS, **environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert copy.pending() == {}  # by the default profile too, and without the Hub
+    bf16 = (copy.path / "results/lean/work/convert/all.gguf").stat()
+    assert bf16.st_blocks * 512 < 0.7 * bf16.st_size  # 64 KB of each tensor are much of so few
+    run("convert.py", tmp_path / MODEL, "--tokenizer-pre", "qwen35", "--out", tmp_path / "a")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("attn_: Q5_K")
+    mixed = ("--type", "Q4_K_M", "--head", "Q6_K", "--tensors", recipe)
+    for name, options in (("Q8_0", ("--type", "Q8_0", "--head", "Q8_0")), ("Q4_K_M", mixed)):
+        usual = (*options, "--threads", 1, "--bin", toolchain)
+        run("quantize.py", tmp_path / "a", *usual, "--out", tmp_path / name)
+        made = copy.path / f"results/lean/{MODEL}-{name}.gguf"
+        assert made.read_bytes() == (tmp_path / name).read_bytes()
+        report = (copy.path / f"results/lean/reports/{MODEL}-{name}.json").read_text()
+        assert "not compared: BF16 was not run: it was freed while it was quantized" in report

@@ -6,7 +6,27 @@
 # Rules that read the GGUF take its digests as an input, and the GGUF itself as `ancient`: Snakemake
 # compares small files by content but large ones by time, and the published BF16 file is a hard link
 # to this one.
-# The resource `free` is an option that frees shards (profiles/lean): a parameter would rerun.
+# The resource `free` is options that free shards (profiles/lean), and `program` the one that knows
+# them: parameters would rerun. For the same reason `ready` is a checkpoint and no input: a conversion
+# that also quantizes (profiles/shards) waits for it.
+
+
+checkpoint ready:
+    input:
+        toolchain="resources/toolchain/stamp.json",
+        imatrix=build.convert.matrices,
+    output:
+        "results/{model}/work/ready.txt",
+    log:
+        "logs/{model}/ready.log",
+    conda:
+        "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
+    message:
+        "{wildcards.model}: all is there to quantize while converting"
+    shell:
+        "touch {output:q} 2> {log:q}"
 
 
 rule convert:
@@ -25,8 +45,10 @@ rule convert:
         part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
+    threads: build.needs.convert_threads
     resources:
         **asked(build.needs.convert),
+        program=build.convert.program,
         free=build.convert.free,
     params:
         code=digest("convert.py"),
@@ -38,7 +60,7 @@ rule convert:
     message:
         "{wildcards.model}: convert the checkpoint ({wildcards.part})"
     shell:
-        "python {input.code[0]:q} {params.checkpoint:q} --part {wildcards.part}"
+        "python {resources.program:q} {params.checkpoint:q} --part {wildcards.part}"
         " {params.options} {params.norms} {params.recorded} --resume {params.code}"
         " {resources.free} --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"

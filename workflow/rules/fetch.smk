@@ -83,6 +83,7 @@ rule fetch:
     resources:
         **asked(build.needs.fetch, beside=True),
         download=1,
+        sparse=build.fetch.sparse,  # no parameter, which would rerun
     params:
         code=digest("fetch.py"),
         folder=build.fetch.folder,
@@ -91,7 +92,7 @@ rule fetch:
         "fetch {wildcards.file} of {wildcards.repo}"
     shell:
         "python {input.code[0]:q} {input.listing:q} {wildcards.file:q} --folder {params.folder:q}"
-        " --head {params.head:q} --out {output:q} > {log:q} 2>&1"
+        " --head {params.head:q} {resources.sparse} --out {output:q} > {log:q} 2>&1"
 
 
 rule fetch_head:

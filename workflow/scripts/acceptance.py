@@ -13,9 +13,11 @@ from mtpforge import cli, prompts, recorded_digests
 from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
-from mtpforge.verify.report import accepted_drafts
+from mtpforge.verify.report import Acceptance, accepted_drafts
 from mtpforge.verify.request import Request
 from mtpforge.verify.running import measure_acceptance
+
+FREED = "BF16 was not run: it was freed while it was quantized (lean: shards)"
 
 
 def main() -> None:
@@ -27,6 +29,11 @@ def main() -> None:
     parser.add_argument(
         "--target", type=Path, metavar="GGUF", help="the model that FILE drafts for, if it is one"
     )
+    parser.add_argument(
+        "--freed",
+        action="store_true",
+        help="FILE was freed while it was quantized (lean: shards): only record that it cannot run",
+    )
     prompts.add_option(parser)
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")
@@ -34,6 +41,10 @@ def main() -> None:
     args.file = first_file(args.file)
     args.target = args.target and first_file(args.target)
     atomic.refuse_overwriting(args.out, args.file)
+    if args.freed:
+        Acceptance(skipped=FREED).write(args.out)
+        print(f"not measured: {FREED}")
+        return
     texts = list(prompts.read_prompts(args.prompts).values())
     llama = programs.from_options(args)
     request = Request(

@@ -8,6 +8,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from mtpforge import cli, recorded_digests, table
@@ -28,8 +29,19 @@ PART = (
 
 def main() -> None:
     """Parse the command line and convert."""
-    parser = _parser()
-    args = parser.parse_args()
+    parser = options(__doc__)
+    run(parser, parser.parse_args())
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    on_the_way: Callable[[Journal, int], None] | None = None,
+) -> None:
+    """Convert as the options of `options` say.
+
+    If shards are freed, `on_the_way` gets the journal and the bytes of the result before that.
+    """
     if args.free is not None and not (args.resume and args.recorded and args.recorded.is_dir()):
         parser.error("--free needs --resume, and the records of a fetched checkpoint (--recorded)")
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
@@ -37,6 +49,8 @@ def main() -> None:
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
     checkpoint.refetch = refetch.from_hub(args.checkpoint, args.recorded)
     freeing = _freeing(args, checkpoint, journal) if journal and args.free is not None else None
+    if on_the_way and freeing and journal:
+        on_the_way(journal, freeing.size)
     checkpoint.chat_template = args.chat_template
     options = {"part": args.part, "tokenizer_pre": args.tokenizer_pre}
     writing = split.Writing(args.split, journal)
@@ -54,8 +68,9 @@ def main() -> None:
     print(table.size_of(args.out) + (note and f"; {note}"))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser(__doc__)
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """The parser of the command line, of a program with this docstring."""
+    parser = cli.parser(doc)
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -121,7 +136,8 @@ def _journal(args: argparse.Namespace) -> Journal:
         folders.append(args.recorded)
         shards = args.checkpoint.glob("*.safetensors")
         fetched = [path for path in shards if (args.recorded / f"{path.name}.json").exists()]
-    options = {name: str(value) for name, value in vars(args).items() if name != "free"}
+    given = vars(args).items()
+    options = {name: str(value) for name, value in given if name not in ("free", "threads")}
     origin = {"code": args.resume, "options": options, "inputs": inputs(folders, fetched)}
     return Journal(args.out, origin)
 

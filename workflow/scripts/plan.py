@@ -19,7 +19,7 @@ from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import constants
 from mtpforge import cli, table
@@ -29,15 +29,17 @@ from mtpforge.forecast import planned_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.reruns import Reruns, asking
-from mtpforge.forecast.steps import ModelForecast
+from mtpforge.forecast.steps import ModelForecast, ShardByShardForecast
 from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root, cached
 from mtpforge.rules import entry_files, lean
 from mtpforge.rules.build import Build
-from mtpforge.rules.config import Config, Model, read_file
+from mtpforge.rules.config import SHARDS, Config, Model, read_file
 
 REQUIREMENT = Path("envs/llama.cpp.txt")
+LEAN: dict[str, Literal[True, "shards"]] = {"lean": True, "shards": SHARDS}
+_LEAST = "see if `make PROFILE=shards plan` needs less"
 _PATIENCE = 30
 """Seconds for the first line of `make`, which must not wait for a network that is down."""
 
@@ -55,8 +57,10 @@ def main() -> None:
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--totals", action="store_true", help="print only the totals")
     parser.add_argument(
-        "--lean", action="store_true", help="forecast a build with profiles/lean (`lean: true`)"
-    )
+        "--lean", nargs="?", const="lean", choices=LEAN,
+        help="forecast a build with profiles/lean (`lean: true`) or profiles/shards "
+        "(`lean: shards`)",
+    )  # fmt: skip
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
@@ -64,7 +68,7 @@ def main() -> None:
         signal.alarm(_PATIENCE)
     build = _build(args.config)
     llama = _programs(args, build)
-    build.config.lean = args.lean or build.config.is_lean
+    build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
     plan = Plan(args.config, build.config, _chosen(args.config, args.models, build), llama)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
@@ -103,13 +107,14 @@ class Plan:
 
     def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast:
         try:
-            if self.config.is_lean and (reason := lean.why_not(self.config, model)):
-                self.notes.append(f"note: {model.key}: no shards are freed: {reason}")
+            self.notes += lean.notes(self.config, model)
             outline = self.downloads.outline(model)
             self.downloads.free(model.compare)
             if model.chat_template:
                 outline.chat_template = chat_templates.given(model.chat_template)
-            return ModelForecast(
+            is_by_shards = lean.by_shards(self.config, model)
+            kind = ShardByShardForecast if is_by_shards else ModelForecast
+            return kind(
                 model,
                 outline,
                 llama,
@@ -129,8 +134,10 @@ class Plan:
         scratch = max((each.scratch for each in self.forecasts), default=0)
         fetch = self.downloads.fetch(self.reruns)
         freed, before = self._freed()
+        by_shards, shards = self._by_shards()
         peak = kept + scratch + fetch
-        lean_peak = max(peak - freed, fetch + before) if freed else peak
+        while_converting = fetch - min(shards, fetch) + max(before, by_shards)
+        lean_peak = max(peak - freed, while_converting) if freed else peak
         steps = [step for each in self.forecasts for step in each.steps]
         left = [step for step in steps if not step.done]
         largest = max(left, key=lambda step: step.memory, default=None)
@@ -156,9 +163,18 @@ class Plan:
 
     def _freed(self) -> tuple[int, int]:
         """Bytes of shards that a lean build frees, and the most that a conversion writes before."""
-        pairs = ((each, lean.freed(self.config, each.model)) for each in self.forecasts)
-        found = [(0, 0), *(each.freed(frees.part) for each, frees in pairs if frees)]
-        return sum(freed for freed, _ in found), max(before for _, before in found)
+        found = [each.freed(part) for each, part in self._freeing()]
+        return sum(freed for freed, _ in found), max((before for _, before in found), default=0)
+
+    def _by_shards(self) -> tuple[int, int]:
+        """The most that a conversion shard by shard takes, and bytes of the shards of all these."""
+        found = [each.by_shards(part) for each, part in self._freeing()]
+        return max((most for most, _ in found), default=0), sum(shards for _, shards in found)
+
+    def _freeing(self) -> list[tuple[ModelForecast, str]]:
+        """The models whose shards are freed, and the part whose conversion does it."""
+        pairs = [(each, lean.freed(self.config, each.model)) for each in self.forecasts]
+        return [(each, frees.part) for each, frees in pairs if frees]
 
 
 def as_table(forecast: ModelForecast) -> str:
@@ -214,13 +230,13 @@ def _advice(about: dict[str, Any]) -> str:
     """How to build with less disk."""
     peak = about["lean_peak"]
     if peak < about["peak"]:
-        enough = "" if peak <= about["free"] else ", which is still too much"
+        enough = "" if peak <= about["free"] else f", which is still too much: {_LEAST}"
         return (
             f"`make PROFILE=lean`, or `--workflow-profile profiles/lean`, takes "
             f"{table.size(peak)} at its peak{enough}: see docs/sizing.md#disk"
         )
     return (
-        "free the checkpoints and intermediates of other models "
+        f"{_LEAST}, or free the checkpoints and intermediates of other models "
         "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
     )
 

@@ -17,7 +17,7 @@ from mtpforge import local_files
 from mtpforge.errors import DamagedError, GgufError, RecordError
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.reader import Gguf
-from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, read_record
+from mtpforge.hub.fetch_records import DIGESTS, FetchRecord, HeadRecord, read_record
 from mtpforge.io import atomic, integrity
 from mtpforge.io.integrity import HEADER, WHOLE, Part
 from mtpforge.io.ranges import FileRange, digest_of
@@ -34,12 +34,16 @@ class Recorded:
         self, root: Path, files: Mapping[str, Digests], advice: str = integrity.AGAIN
     ) -> None:
         self._root = root.resolve()
-        self._files = files
+        self._files = dict(files)
         self._advice = advice
 
     def knows(self, path: Path) -> bool:
         """Whether a file of the folder has digests."""
         return self._name(path) in self._files
+
+    def learn(self, name: str, digests: Digests) -> None:
+        """Add digests of a file that has been downloaded again."""
+        self._files[name] = {**self._digests_of(name), **digests}
 
     def parts(self, path: Path, places: Mapping[str, FileRange]) -> list[Part]:
         """Parts of a file with their digests; without one where there is nothing to compare.
@@ -216,7 +220,7 @@ def _inside(root: Path, folder: Path) -> Path:
 
 def _of_records(folder: Path, root: Path) -> Recorded:
     files: dict[str, Digests] = {}
-    for path in folder.rglob("*.json"):
+    for path in [*folder.rglob("*.json"), *(folder.parent / DIGESTS).rglob("*.json")]:
         record = read_record(path)
         if isinstance(record, FetchRecord):
             files[record.name] = {WHOLE: record.sha256, **record.digests}

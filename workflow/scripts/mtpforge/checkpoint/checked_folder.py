@@ -1,6 +1,6 @@
 """Checks the files of a checkpoint against their recorded digests while they are read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +53,16 @@ class CheckedFolder:
         """What is left of a tensor that was freed; None if it is whole."""
         shard = self.freed.get(tensor.shard)
         return shard.tensors.get(tensor.name) if shard else None
+
+    def never_whole(self, shard: str) -> bool:
+        """Whether a shard has not been downloaded as a whole yet."""
+        return shard in self.freed and self.freed[shard].never_whole
+
+    def refetched(self, shard: str, digests: Mapping[str, str]) -> None:
+        """Take note of a shard that is whole again, and of the sha256 of its tensors."""
+        del self.freed[shard]
+        if self._known:
+            self._known.learn(shard, digests)
 
     def check(self) -> None:
         """Raise DamagedError if one of them has changed."""

@@ -99,8 +99,8 @@ class Checkpoint(Outline):
         self.beside = sorted(set(weight_files(folder)) - weights.files)
         """Other safetensors files in the folder: adapters, optimizer states, other sets."""
         self.norms = norms
-        self.refetch: Callable[[str], None] | None = None
-        """Downloads a shard again whose weights were freed."""
+        self.refetch: Callable[[str], Mapping[str, str]] | None = None
+        """Downloads a shard again whose weights were freed; the digests of its tensors."""
         self._maps: dict[str, Bytes] = {}
 
     @property
@@ -117,18 +117,25 @@ class Checkpoint(Outline):
             return self.digest(one) == self.digest(other)
         return all(map(np.array_equal, self._slices(one), self._slices(other)))
 
-    def require(self, tensors: Iterable[CheckpointTensor | None]) -> None:
-        """Download again the shards of tensors that were freed. Raises CheckpointError."""
-        freed = {each.shard for each in filter(None, tensors) if self.integrity.kept(each)}
+    def require(self, tensors: Iterable[CheckpointTensor | None], to_convert: bool = False) -> None:
+        """Download again the shards of tensors that were freed. Raises CheckpointError.
+
+        `to_convert` them, their shards must have been whole once: only then is their digest known.
+        """
+        freed = {
+            each.shard
+            for each in filter(None, tensors)
+            if self.integrity.kept(each) or (to_convert and self.integrity.never_whole(each.shard))
+        }
         for shard in sorted(freed):
             if self.refetch is None:
                 raise CheckpointError(
                     f"{self.directory / shard}: its weights were freed once they were converted "
                     "(profiles/lean), and are needed again: delete it and its record, and run again"
                 )
-            self.refetch(shard)
+            digests = self.refetch(shard)
             self._maps.pop(shard, None)
-            del self.integrity.freed[shard]
+            self.integrity.refetched(shard, digests)
 
     def array(self, tensor: CheckpointTensor) -> np.ndarray:
         """Return a read-only view of the tensor; BF16 and FP8 as raw integers.

@@ -8,7 +8,9 @@ Files that have another name, such as one in the Hub's cache, belong to the user
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 
@@ -24,13 +26,13 @@ from mtpforge.convert.tensor_names import EMBEDDINGS, OUTPUT
 from mtpforge.convert.values import merged, places
 from mtpforge.hub import freed
 from mtpforge.hub.freed import FreedShard, Kept
+from mtpforge.hub.refetch import Refetch
 from mtpforge.io import holes
 from mtpforge.io.journal import STEP, Journal
 from mtpforge.io.ranges import sha256_of_parts
 from mtpforge.verify.sample import sample_rows
 
-_SMALL = 1 << 16
-"""Bytes; smaller tensors stay: norms and constants decide how others are converted."""
+_SMALL = freed.SMALL
 STEPS = 32
 """How often a conversion frees something, at least."""
 _WORTH = 0.5
@@ -54,17 +56,20 @@ class Freeing:
             for tensor in item.tensors:
                 self._items[tensor.name].append(item)
         self._sources = {item.row.name: item.tensors for item in planned}
-        self._size = sum(item.info.size for item in planned)
+        self.size = sum(item.info.size for item in planned)
+        """Bytes of the tensors that are written."""
         candidates = self._candidates(planned, others)
         self._left = {tensor.name: tensor for tensor in candidates}
         self._missing = {name: {i.row.name for i in self._items[name]} for name in self._left}
         self._said: set[str] = set()
         self._sampled: tuple[ConvertedTensor | None, dict[str, np.ndarray] | None] = None, None
         self._unused = [each for name, each in self._left.items() if not self._items[name]]
+        if download := checkpoint.refetch:
+            checkpoint.refetch = partial(self._refetched, download)
 
     def attach(self, journal: Journal) -> None:
         """Let a journal say what has been converted, and how often."""
-        journal.step = min(STEP, self._size // STEPS)
+        journal.step = min(STEP, self.size // STEPS)
         journal.listed = self.converted
         largest = max((tensor.size for tensor in self._left.values()), default=0)
         whole = [
@@ -91,6 +96,16 @@ class Freeing:
         """Free the rest, once the converted file has its name."""
         kept = self._checkpoint.integrity.kept
         self._free([tensor for tensor in self._left.values() if not kept(tensor)])
+
+    def _refetched(self, download: Refetch, shard: str) -> Mapping[str, str]:
+        """Download a shard, and free what nothing needs of it with the next step."""
+        digests = download(shard)
+        self._unused += [
+            tensor
+            for name, tensor in self._left.items()
+            if tensor.shard == shard and not self._missing[name]
+        ]
+        return digests
 
     def _candidates(
         self, planned: list[ConvertedTensor], others: Iterable[str]
@@ -137,7 +152,7 @@ class Freeing:
             left = sum(size for _, size in ranges)
             if tensor.name not in found and left <= (1 - _WORTH) * tensor.size:
                 found[tensor.name] = Kept(ranges, sha256_of_parts(path, ranges))
-        after = FreedShard(found)
+        after = replace(freed_before, tensors=found)
         if after != freed_before:
             after.write(freed.record(self._recorded, shard))
             self._checkpoint.integrity.freed[shard] = after

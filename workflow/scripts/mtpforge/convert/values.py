@@ -30,7 +30,7 @@ def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None =
 
     Slices are computed by that many threads, or one for each processor, up to `MOST_THREADS`.
     """
-    checkpoint.require([*item.tensors, *item.scales])
+    checkpoint.require([*item.tensors, *item.scales], to_convert=True)
     checkpoint.integrity.add([*item.tensors, *item.scales])
     is_copy = item.row.change is identity and item.row.type is BF16
     if is_copy and all(tensor.dtype == "BF16" for tensor in item.tensors):

@@ -9,9 +9,10 @@ from pathlib import Path
 from mtpforge import prompts
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.convert.donor_head import OWN
 from mtpforge.convert.freeing import STEPS
 from mtpforge.errors import GgufError, ToolchainError
-from mtpforge.forecast import costs, planned_ggufs, upstream_ggufs
+from mtpforge.forecast import by_shards, costs, planned_ggufs, upstream_ggufs
 from mtpforge.forecast.costs import Cost, Machine
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types, reader
@@ -82,6 +83,8 @@ class ModelForecast:
     `base_size` returns the bytes of a variant's base from elsewhere.
     """
 
+    is_by_shards = False
+
     def __init__(
         self,
         model: Model,
@@ -102,6 +105,7 @@ class ModelForecast:
         self._measured_prompts = len(prompts.read_prompts(Path(model.measured_prompts)))
         self._base_size = base_size
         self._parts: dict[str, Gguf] = {}
+        self._quants: list[Gguf] = []
         for variant in model.variants.values():
             self._add_variant(variant)
         if model.sidecar:
@@ -152,6 +156,18 @@ class ModelForecast:
         made = self._part(part)
         largest = max(info.size for info in made.tensors.values())
         return int(freed), largest + planned_ggufs.size(made) // STEPS
+
+    def by_shards(self, part: str) -> tuple[int, int]:
+        """The most bytes on the disk while a part is converted shard by shard, and of its shards.
+
+        Both are 0 if the model is not built so, or the part is converted already.
+        """
+        path = layout.unquantized(self.model, part).file
+        if not self.is_by_shards or all(step.path != path for step in self._left):
+            return 0, 0
+        own = OWN.get(part, part) if self.model.head_from else part
+        most = by_shards.peak(self._outline, own, self._part(part), self._quants)
+        return most, sum(each.size for each in self._outline.tensors.values())
 
     @property
     def scratch(self) -> int:
@@ -267,6 +283,8 @@ class ModelForecast:
     def _add_conversion(self, name: str, path: str, made: Gguf) -> None:
         size = planned_ggufs.size(made)
         cost = costs.convert(size, self._machine)
+        if self.is_by_shards:
+            cost = replace(cost, kept=by_shards.left_of(made))
         if not self.model.native or name == "mmproj":
             largest = max(info.size for info in made.tensors.values())
             cost = costs.convert_upstream(size, self._machine, largest=largest)
@@ -285,6 +303,7 @@ class ModelForecast:
         )
         covered = variant.imatrix is not None
         made = self._quantized(source, request, covered)
+        self._quants.append(made)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
         self._quantize("quantized", variant.name, source, made, pieces=pieces)
         return _wanted(variant, made) or planned_ggufs.size(made), pieces
@@ -307,6 +326,8 @@ class ModelForecast:
             largest=largest,
             scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
         )
+        if self.is_by_shards:  # its piece becomes the file
+            cost = replace(cost, scratch=0)
         self._add(Step("quantize", name, path, pieces=pieces), cost)
 
     def _default_pieces(self, source: Gguf, made: Gguf) -> int:
@@ -375,7 +396,7 @@ class ModelForecast:
     def _acceptance(self) -> None:
         parts = ("draft", "trunk") if self.model.drafter else ("all",)
         size = sum(map(self._convert, parts))
-        if self._fits(size):
+        if self._fits(size) and not self.is_by_shards:
             step = Step("acceptance", "BF16", layout.acceptance(self.model.key), servers=1)
             self._add(step, self._run(size, costs.acceptance_tokens(self._prompts)))
 
@@ -393,7 +414,6 @@ class ModelForecast:
         pairs = len(settings.n_max) * len(settings.p_min)
         servers = costs.measure_rounds(pairs, settings.repeats)
         tokens = costs.measure_tokens(servers, self._measured_prompts)
-        text += costs.task_tokens(settings.task_files)
         run = self._run(size, tokens, text=text, servers=servers)
         self._add(replace(step, servers=servers), run)
 
@@ -471,6 +491,12 @@ class ModelForecast:
         took = float(record["s"])
         worked = record.get("cpu_time")  # a short job has none
         return took, float(took if worked is None else worked)
+
+
+class ShardByShardForecast(ModelForecast):
+    """That of a model which is built shard by shard (see `lean.by_shards`)."""
+
+    is_by_shards = True
 
 
 def _head_recipe(variant: Variant) -> Recipe:

@@ -178,8 +178,9 @@ class _Keeper:
     def intact(self, whole: Gguf) -> set[str]:
         """The tensors whose bytes still have the journal's digests; it forgets the others."""
         known = {name: whole.ranges[name] for name in self._journal.digests if name in whole.ranges}
-        found = hashes(known)
-        changed = [name for name in known if found[name] != self._journal.digests[name]]
+        settled = known.keys() & set(self._journal.settled())
+        found = hashes({name: known[name] for name in known if name not in settled})
+        changed = [name for name in found if found[name] != self._journal.digests[name]]
         self._journal.forget(changed)
         kept = known.keys() - set(changed)
         self._journal.tell(kept)
@@ -191,11 +192,12 @@ class _Keeper:
         self._size += sum(info.size for info in infos)
         return self._size >= self._journal.step
 
-    def add(self, whole: Gguf, descriptor: int) -> None:
+    def add(self, whole: Gguf, descriptor: int, are_last: bool = False) -> None:
         """Flush and check what has been written, and add it to the journal."""
         os.fsync(descriptor)
         self._check(whole.path)
-        self._journal.add(hashes({name: whole.ranges[name] for name in self._new}), self._size)
+        written = hashes({name: whole.ranges[name] for name in self._new})
+        self._journal.add(written, self._size, are_last)
         self._new, self._size = [], 0
 
 
@@ -228,7 +230,7 @@ def _write(
             if keeper and keeper.wrote(infos):
                 keeper.add(whole, descriptor)
         if keeper:
-            keeper.add(whole, descriptor)
+            keeper.add(whole, descriptor, are_last=True)
     finally:
         os.close(descriptor)
     return whole

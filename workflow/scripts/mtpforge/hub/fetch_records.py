@@ -13,6 +13,8 @@ from mtpforge.io import atomic, text
 
 VERIFIED, FIRST_USE = "verified", "trusted on first use"
 """Standings of a head's tensor: its whole shard had the right sha256, or was never seen."""
+DIGESTS = "digests"
+"""The folder of such records, beside that of the others: see `digests_record`."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ class HeadRecord:
                 for tensor in self.tensors.values()
             )
         )
+
+
+def digests_record(records: Path, name: str) -> Path:
+    """The record of a file that is downloaded after its record in the folder `records` was written.
+
+    It has digests that the other lacks, which is an input of jobs and must not change.
+    """
+    return records.parent / DIGESTS / f"{name}.json"
 
 
 def recorded_bytes(path: Path) -> int:

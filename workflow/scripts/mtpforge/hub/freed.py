@@ -1,5 +1,7 @@
 """Records of fetched shards whose weights were freed once they were converted (profiles/lean).
 
+Or whose weights have not been downloaded yet (`lean: shards`).
+
 Such a shard keeps its size, its header, and the rows that verification compares. Its record lies in
 `freed/`, beside the folder of the records of downloads, and is there before anything is freed.
 """
@@ -13,6 +15,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from mtpforge.errors import RecordError
 from mtpforge.io import atomic, text
 
+SMALL = 1 << 16
+"""Bytes; smaller tensors stay: norms and constants decide how others are converted."""
 _FOLDER = "freed"
 
 
@@ -31,6 +35,8 @@ class FreedShard:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     tensors: dict[str, Kept] = field(default_factory=dict)
+    never_whole: bool = False
+    """Whether the shard has not been downloaded yet (see `sparse`), so nothing proves its bytes."""
 
     def write(self, path: Path) -> None:
         """Write the record as JSON, and flush it to the disk."""

@@ -41,6 +41,18 @@ class Journal:
         """Bytes that `listed` frees meanwhile, so the disk need not have them."""
         self.listed: Callable[[Collection[str]], None] | None = None
         """What is called with parts that a kill does not lose any more."""
+        self.settled: Callable[[], Collection[str]] = tuple
+        """Parts from which everything has been made, so their bytes may have been freed."""
+
+    @property
+    def temporary(self) -> Path:
+        """The file or folder whose parts it lists."""
+        return self._temporary
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a journal, once it is started."""
+        return bool(self._active)
 
     def depends_on(self, **origin: Any) -> None:
         """Add to the origin, before `start`."""
@@ -50,18 +62,22 @@ class Journal:
         """Load what an earlier run left, once `temporary` is locked; False if nothing."""
         if self._active is None:
             self._active = temporary.resolve() == self._temporary
+            if self._active and temporary.is_file() and not temporary.stat().st_size:
+                self.remove()  # it is a new file: the old one has got its name, or is gone
             self.digests = self._read() if self._active else {}
         return bool(self.digests)
 
-    def add(self, digests: Mapping[str, str], size: int) -> None:
+    def add(self, digests: Mapping[str, str], size: int, are_last: bool = False) -> None:
         """Note parts of `size` bytes that have been flushed to the disk.
 
-        They are listed once they, and those added before, make a step.
+        They are listed once they, and those added before, make a step; the last ones of a file if
+        there is a `listed`.
         """
         self.digests |= digests
         self._waiting |= digests
         self._size += size
-        if self._active and self._size >= self.step:
+        is_due = self._size >= self.step or (are_last and self.listed is not None)
+        if self._active and is_due:
             self._append(json.dumps(entry) for entry in self._waiting.items())
             listed, self._waiting, self._size = self._waiting, {}, 0
             self.tell(listed)

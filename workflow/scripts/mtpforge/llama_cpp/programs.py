@@ -145,12 +145,17 @@ def _word(argument: Argument) -> str:
     return str(argument)
 
 
-def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
-    """Add --bin and --threads, and --log if the program keeps one."""
+def add_folder_option(parser: argparse.ArgumentParser) -> None:
+    """Add --bin."""
     parser.add_argument(
         "--bin", type=cli.installed, default=str(DEFAULT_FOLDER), metavar="DIR",
         help="folder of llama.cpp's programs (default: %(default)s)",
     )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser, log: bool = False) -> None:
+    """Add --bin and --threads, and --log if the program keeps one."""
+    add_folder_option(parser)
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="threads (default: all processors)"
     )

@@ -23,6 +23,10 @@ RUN_BYTES = 1 << 27
 """Source bytes copied for one run of llama-quantize. A matrix of experts may have more. Larger runs
 need more disk and memory, smaller ones more runs."""
 
+_DAMAGED = (
+    "delete it and run again (a build with `lean: shards` frees the weights that it has quantized)"
+)
+
 TABLE_FACTOR = 8
 """A type whose tables take long to compute gets runs that take this many times as long."""
 
@@ -120,8 +124,9 @@ class QuantizeJob:
     def _recorded(self, names: Iterable[str]) -> list[integrity.Part]:
         """Tensors of the source, with the digests that the plan has of them."""
         tensors = self.plan.tensors
+        places = self.source.ranges
         return [
-            integrity.Part(name, self.source.ranges[name], tensors[name].source) for name in names
+            integrity.Part(name, places[name], tensors[name].source, _DAMAGED) for name in names
         ]
 
     def _run_limit(self, name: str) -> int:

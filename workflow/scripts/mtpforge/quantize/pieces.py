@@ -5,6 +5,7 @@ one plain run of llama-quantize.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.manifest import Manifest
 from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.quantize.reuse import find_reusable, report, reusable_for_piece, worth_reusing
+from mtpforge.quantize.whole_piece import find_whole
 
 
 def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> dict[str, str]:
@@ -23,16 +25,20 @@ def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> di
 
     Returns its digests, as `reader.digests` does. Raises ToolchainError if llama-quantize fails.
     """
-    with (
-        atomic.scratch_folder(out) as scratch,
-        atomic.replacing(out, needed=job.size) as temporary,
-    ):
+    with atomic.scratch_folder(out) as scratch:
         reusable = find_reusable(job, reuse, scratch) if reuse else {}
-        if reusable and worth_reusing(job, reusable):
-            return assemble(job, reusable, out=temporary, scratch=scratch)
-        written = job.quantize_tensors(job.source.tensors, temporary, scratch)
-        report({}, job.plan.tensors)
-        return reader.digests_of(written, job.llama.processors)
+        finished = find_whole(job, reusable, scratch)
+        with atomic.replacing(out, needed=None if finished else job.size) as temporary:
+            if finished:
+                temporary.unlink()  # a link cannot replace a file
+                os.link(finished.path, temporary)
+                report(reusable, job.plan.tensors)
+                return finished.digests
+            if reusable and worth_reusing(job, reusable):
+                return assemble(job, reusable, out=temporary, scratch=scratch)
+            written = job.quantize_tensors(job.source.tensors, temporary, scratch)
+            report({}, job.plan.tensors)
+            return reader.digests_of(written, job.llama.processors)
 
 
 def quantize_piece(

@@ -88,6 +88,8 @@ def parse(config: Mapping[str, Any]) -> "Config":
         raise ConfigError(f"config.yaml: {_explain(error.errors())}") from None
 
 
+SHARDS: Literal["shards"] = "shards"
+"""The value of `lean` that builds shard by shard."""
 Chosen = Annotated[
     Annotated[All, form("all")] | Annotated[list[str], AfterValidator(unique), form("list")],
     by_type("all", "list"),
@@ -96,23 +98,6 @@ Chosen = Annotated[
 
 _VERIFIED = "workflow/prompts"
 _MEASURED = "workflow/prompts/measured"
-
-
-class TaskFiles(Entry):
-    """Files of tasks with known answers, in the forms that llama-perplexity reads."""
-
-    hellaswag: FilePath | None = Field(
-        default=None, description="HellaSwag: six lines a task; 400 random tasks of the file."
-    )
-    winogrande: FilePath | None = Field(default=None, description="Winogrande, as CSV.")
-    multiple_choice: FilePath | None = Field(
-        default=None, description="Multiple choice, in llama-perplexity's binary form."
-    )
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The files that are given, by kind."""
-        return {kind: path for kind, path in self if path}
 
 
 class MeasureSettings(Entry):
@@ -180,11 +165,6 @@ class MeasureSettings(Entry):
             " disk per chunk with a vocabulary of 248,320 tokens."
         ),
     )
-    tasks: TaskFiles | None = Field(
-        default=None,
-        description="Tasks with known answers; the share of right ones is measured.",
-        examples=[{"hellaswag": "hellaswag_val_full.txt"}],
-    )
     serve: list[ServeOption] = Field(
         default_factory=list,
         description=(
@@ -192,11 +172,6 @@ class MeasureSettings(Entry):
         ),
         examples=[["-ngl", "999", "-fa", "on"]],
     )
-
-    @property
-    def task_files(self) -> list[str]:
-        """The files of tasks."""
-        return list(self.tasks.files.values()) if self.tasks else []
 
 
 class Upload(Entry):
@@ -569,11 +544,12 @@ class Config(Entry):
             " `--cores` and `--max-threads` lower it. Another number reruns nothing."
         ),
     )
-    lean: Literal[False, True, "false", "true"] = Field(
+    lean: Literal[False, True, "false", "true", "shards"] = Field(
         default=False,
         description=(
             "Free the shards of fetched checkpoints as they are converted, for small disks; see"
-            " docs/sizing.md. Turning it on or off reruns nothing."
+            " docs/sizing.md. `shards`: also fetch them one by one, quantize them on the way, and"
+            " keep no BF16 file. Changing it reruns nothing."
         ),
     )
     memory: Size | None = Field(
@@ -621,7 +597,7 @@ class Config(Entry):
     @property
     def is_lean(self) -> bool:
         """Whether shards are freed; on a command line, every value is a text."""
-        return self.lean in (True, "true")
+        return self.lean in (True, "true", SHARDS)
 
     @property
     def chosen(self) -> list[Model]:

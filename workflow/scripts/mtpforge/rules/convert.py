@@ -1,10 +1,16 @@
 """Stage `convert`: from a checkpoint to BF16 GGUFs."""
 
+import json
 import re
 import shlex
+from typing import Any
 
 from mtpforge.rules import layout, lean
+from mtpforge.rules.code import code
+from mtpforge.rules.config import Model
+from mtpforge.rules.fetch import tracked_inputs
 from mtpforge.rules.stage import Stage, Wildcards
+from mtpforge.rules.variant import Variant
 
 
 class ConvertRules(Stage):
@@ -28,15 +34,31 @@ class ConvertRules(Stage):
             options += ["--head-recorded", shlex.quote(recorded)]
         return " ".join(options)
 
-    def free(self, wildcards: Wildcards) -> str:
-        """The option that frees fetched shards as they are converted, if the build is lean.
+    def free(self, wildcards: Wildcards, threads: int = 1) -> str:
+        """The options that free fetched shards as they are converted, if the build is lean.
 
-        It is no parameter: the bytes are the same.
+        They are no parameter: the bytes are the same.
         """
-        found = lean.freed(self.config, self.model(wildcards)) if self.config.is_lean else None
+        model = self.model(wildcards)
+        found = lean.freed(self.config, model) if self.config.is_lean else None
         if found is None or found.part != wildcards.part:
             return ""
-        return " ".join(["--free", *found.others])
+        options = ["--free", *found.others]
+        if lean.by_shards(self.config, model):
+            wanted = [_wanted(model, variant) for variant in model.variants.values()]
+            options += ["--threads", str(threads), "--quantize", *map(json.dumps, wanted)]
+        return shlex.join(options)
+
+    def program(self, wildcards: Wildcards) -> str:
+        """The program: the one that also quantizes runs the other, and is not tracked either."""
+        model = self.model(wildcards)
+        by_shards = lean.by_shards(self.config, model)
+        return code("convert_and_quantize.py" if by_shards else "convert.py")[0]
+
+    def matrices(self, wildcards: Wildcards) -> list[str]:
+        """Records of the importance matrices that a build shard by shard quantizes with."""
+        given = [each.imatrix for each in self.model(wildcards).variants.values()]
+        return [path for each in given if each for path in tracked_inputs(each, wildcards.model)]
 
     def split_options(self, wildcards: Wildcards) -> str:
         """The same for a part that is written in several files."""
@@ -66,3 +88,16 @@ class ConvertRules(Stage):
     def _unquantized(self, wildcards: Wildcards) -> layout.Intermediate:
         model = self.model(wildcards)
         return layout.unquantized(model, model.part)
+
+
+def _wanted(model: Model, variant: Variant) -> dict[str, Any]:
+    """A variant as convert_and_quantize.py takes it."""
+    types, matrix = variant.head_types, variant.imatrix
+    return {
+        "folder": layout.pieces_folder(model.key, "quantized", variant.name),
+        "type": variant.file_type,
+        "head": types.type if types else "",
+        "head_tensors": (types.tensors or {}) if types else {},
+        "tensors": variant.recipe,
+        "imatrix": layout.local_path(matrix, model.key) if matrix else "",
+    }

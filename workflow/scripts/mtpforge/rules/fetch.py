@@ -15,7 +15,7 @@ from mtpforge.gguf.file_names import gguf_files
 from mtpforge.hub.fetch_records import recorded_bytes
 from mtpforge.hub.listing import Listing
 from mtpforge.io import storage
-from mtpforge.rules import layout, local_paths
+from mtpforge.rules import layout, lean, local_paths
 from mtpforge.rules.config import Config, Model
 from mtpforge.rules.local_paths import PromptsPath, TextPath
 from mtpforge.rules.stage import Stage, Wildcards
@@ -91,8 +91,24 @@ class FetchRules(Stage):
             return []
         return head_inputs(model.source) if model.head_only else self._whole(model.source)
 
+    def sparse(self, wildcards: Wildcards) -> str:
+        """The option that leaves the large tensors of a shard to a conversion shard by shard.
+
+        It is no parameter: what conversion makes is the same.
+        """
+        models = self.config.models.values()
+        wanted = any(
+            _is(model.source, wildcards) for model in models if lean.by_shards(self.config, model)
+        )
+        return "--sparse" if wanted and wildcards.file.endswith(".safetensors") else ""
+
     def conversion_inputs(self, wildcards: Wildcards) -> list[str]:
-        """Inputs of a job that converts a part of the checkpoint."""
+        """Inputs of a job that converts a part of the checkpoint.
+
+        One that also quantizes waits for what it needs, which is no input: see the rule `ready`.
+        """
+        if lean.by_shards(self.config, self.model(wildcards)):
+            self._checkpoints.ready.get(model=wildcards.model)
         if wildcards.part in ("all", "draft"):
             return self.sidecar_inputs(wildcards)
         return [*self.checkpoint_inputs(wildcards), *_template(self.model(wildcards))]

@@ -351,6 +351,11 @@ def pieces(model: str, kind: str, name: str, count: int) -> list[str]:
     return [f"{beginning}/{number}-of-{count}.json" for number in range(1, count + 1)]
 
 
+def pieces_folder(model: str, kind: str, name: str) -> str:
+    """The folder of the pieces themselves, whose manifests make them known."""
+    return f"{work(model)}/manifests/pieces/{kind}/{name}"
+
+
 def unverified(model: str, variant: str) -> str:
     """A second name of a quantized variant, which keeps its tensors until it is verified."""
     return f"{work(model)}/manifests/quantized/{variant}.gguf"

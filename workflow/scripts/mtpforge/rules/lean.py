@@ -1,14 +1,16 @@
 """Which fetched shards a build with `lean` frees as they are converted.
 
-A shard can be freed if one conversion reads all of it, and others only the head.
+A shard can be freed if one conversion reads all of it, and others only the head. `lean: shards`
+builds a model shard by shard if only its quants are made of its BF16 file, which is never whole on
+the disk then.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mtpforge.rules import layout
-from mtpforge.rules.config import Config, Model
-from mtpforge.rules.variant import HubRepository, OwnBase
+from mtpforge.rules.config import SHARDS, Config, Model
+from mtpforge.rules.variant import HubRepository, ImatrixText, OwnBase
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,55 @@ def freed(config: Config, model: Model) -> Freed | None:
     parts = _parts(model)
     part = "all" if "all" in parts else "trunk"
     return Freed(part, tuple(sorted(parts - {part})))
+
+
+def by_shards(config: Config, model: Model) -> bool:
+    """Whether a model is built shard by shard."""
+    return config.lean == SHARDS and not why_not_by_shards(config, model)
+
+
+def why_not_by_shards(config: Config, model: Model) -> str:
+    """Why a model cannot be built shard by shard; empty if it can."""
+    if reason := why_not(config, model):
+        return reason
+    variants = model.variants.values()
+    needing = {
+        "a BF16 file is published": any(each.converted for each in variants),
+        "a base is made of its trunk": any(each.base for each in variants),
+        "a search of types reads its BF16 file": any(each.searched for each in variants),
+        "its importance matrix is computed with its BF16 file": any(
+            isinstance(each.imatrix, ImatrixText) for each in variants
+        ),
+        "KL divergence is measured from its BF16 file": bool(model.measure and model.measure.text),
+        "its sidecar is verified with its BF16 file": model.sidecar is not None,
+        "it has variants with and without a head": len({each.part for each in variants}) > 1,
+    }
+    found = [reason for reason, applies in needing.items() if applies]
+    return found[0] if found else _other_head(config, model)
+
+
+def notes(config: Config, model: Model) -> list[str]:
+    """What a lean build of a model leaves out, or why it needs more disk than it could."""
+    if not config.is_lean:
+        return []
+    if reason := why_not(config, model):
+        return [f"note: {model.key}: no shards are freed: {reason}"]
+    if by_shards(config, model):
+        left_out = "the acceptance of quants is not compared with that of BF16"
+        return [f"note: {model.key}: shard by shard, without a BF16 file: {left_out}"]
+    reason = why_not_by_shards(config, model) if config.lean == SHARDS else ""
+    return [f"note: {model.key}: not shard by shard: {reason}"] if reason else []
+
+
+def _other_head(config: Config, model: Model) -> str:
+    """A model that takes only the head of the same checkpoint, which whole shards confirm."""
+    assert isinstance(model.source, HubRepository)
+    commit = layout.commit(model.source)
+    for other in config.models.values():
+        sources = [each for each, _ in other.conversions() if isinstance(each, HubRepository)]
+        if other is not model and commit in map(layout.commit, sources):
+            return f"{other.key} has the head of the same checkpoint"
+    return ""
 
 
 def why_not(config: Config, model: Model) -> str:

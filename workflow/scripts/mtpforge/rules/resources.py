@@ -11,7 +11,7 @@ import math
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json, text_files
 from mtpforge.llama_cpp import programs
-from mtpforge.rules import layout
+from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import listed
 from mtpforge.rules.stage import Stage, Wildcards
@@ -55,6 +55,8 @@ _BUILD = 4 << 30
 """Disk of llama.cpp's build, or of the converter's environment."""
 _LARGEST_TENSOR = 10 << 30
 _EMBEDDINGS = 4 << 30
+_SHARD = 20 << 30
+"""Bytes that a build shard by shard holds at most besides its results."""
 _MIXTURE = 1.5
 """Bits per weight that a file can have beyond its main type: embeddings, output and head."""
 _VOCABULARY = 300_000
@@ -144,6 +146,11 @@ class ResourceRules(Stage):
         """Threads of jobs that can use many."""
         return self.config.threads or programs.processors()
 
+    def convert_threads(self, wildcards: Wildcards) -> int:
+        """Threads of a conversion: one, unless it also quantizes."""
+        by_shards = lean.by_shards(self.config, self.model(wildcards))
+        return self.threads(wildcards) if by_shards else 1
+
     def gpu(self, _: Wildcards) -> int:
         """The GPUs of a job that runs a model: one if the programs can use one."""
         given = self.config.toolchain.llama_cpp
@@ -192,7 +199,13 @@ class ResourceRules(Stage):
     def convert(self, wildcards: Wildcards) -> Needs:
         """The checkpoint at BF16, or a part of it."""
         size = _of_part(self._weights(wildcards), wildcards.part)
-        return _needs(costs.convert(size, self._machine))
+        cost = costs.convert(size, self._machine)
+        model = self.model(wildcards)
+        if lean.by_shards(self.config, model):
+            cost = replace(cost, kept=_SHARD)
+            for variant in model.variants.values():
+                cost += self._quantize(size, _types(variant))
+        return _needs(cost)
 
     def convert_upstream(self, wildcards: Wildcards) -> Needs:
         """The same in torch, which converts a tensor at a time."""
@@ -258,18 +271,7 @@ class ResourceRules(Stage):
             self.find(wildcards.model, wildcards.name) if wildcards.kind == "quantized" else None
         )
         types = _types(variant) if variant else [wildcards.name]
-        source = _of_part(weights, wildcards.kind)
-        size = source / 16 * max(map(_bits, types))
-        seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
-        cost = costs.quantize(
-            source,
-            size,
-            self._machine,
-            cpu_seconds=source / 2e9 * seconds,
-            largest=_largest(weights),
-            scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
-        )
-        return _needs(cost)
+        return _needs(self._quantize(_of_part(weights, wildcards.kind), types))
 
     def inject(self, wildcards: Wildcards) -> Needs:
         """A copy of the base with a head."""
@@ -300,7 +302,7 @@ class ResourceRules(Stage):
         servers = costs.measure_rounds(len(settings.n_max) * len(settings.p_min), settings.repeats)
         prompts = _count_prompts(self.model(wildcards).measured_prompts)
         tokens = costs.measure_tokens(servers, prompts)
-        text = costs.CHUNK * settings.chunks + costs.task_tokens(settings.task_files)
+        text = costs.CHUNK * settings.chunks
         size = self._size(wildcards)
         return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
 
@@ -334,6 +336,19 @@ class ResourceRules(Stage):
         """A slow one, whose memory keeps no file."""
         threads = self.config.threads or programs.processors()
         return Machine(threads, 0, disk=_DISK, bandwidth=_BANDWIDTH, programs=_PROGRAMS)
+
+    def _quantize(self, source: float, types: list[str]) -> Cost:
+        """Quantizing so many bytes at BF16 to a mixture of these types."""
+        size = source / 16 * max(map(_bits, types))
+        seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
+        return costs.quantize(
+            source,
+            size,
+            self._machine,
+            cpu_seconds=source / 2e9 * seconds,
+            largest=_largest(source),
+            scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
+        )
 
     def _prompts(self, wildcards: Wildcards) -> int:
         return _count_prompts(self.model(wildcards).prompts)

@@ -1,0 +1,177 @@
+"""Quantizes a BF16 file while it is converted, so that it is never whole on the disk.
+
+Each variant has one piece, with all its tensors in the places that they will have in the finished
+file. Tensors are put there once they are converted, and then listed in the manifest of the piece,
+from which a killed run goes on. Once all pieces have a tensor, it is freed in the BF16 file, except
+for its first bytes, by which a plan knows its source.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mtpforge import progress
+from mtpforge.errors import GgufError
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.reader import Gguf
+from mtpforge.io import atomic, holes, storage
+from mtpforge.io.journal import Journal
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.quantize.assembly import merged_metadata
+from mtpforge.quantize.job import QuantizeJob
+from mtpforge.quantize.llama_quantize import choose_types
+from mtpforge.quantize.manifest import Manifest
+from mtpforge.quantize.plan import SAMPLE, make_plan
+from mtpforge.quantize.request import QuantizeRequest
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to make: the folder of its piece (see `pieces`), and what it should be."""
+
+    folder: Path
+    request: QuantizeRequest
+
+
+class Quantizing:
+    """The pieces of the files that are made of a BF16 file while it is converted."""
+
+    def __init__(self, wanted: Sequence[Wanted], llama: LlamaCpp) -> None:
+        self._wanted = wanted
+        self._llama = llama
+        self._pieces: list[_Piece] = []
+
+    def attach(self, journal: Journal, size: int) -> None:
+        """Let a journal say which tensors of the BF16 file, of `size` bytes, are converted.
+
+        They are quantized before anything else that follows from that.
+        """
+        folder = journal.temporary.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not holes.are_supported(folder):
+            progress.say("the BF16 file stays: this file system cannot free a part of a file")
+            return
+        then = journal.listed
+
+        def listed(names: Collection[str]) -> None:
+            self._converted(journal, names)
+            if then:
+                then(names)
+
+        journal.listed = listed
+        journal.settled = lambda: self._go_on(journal)
+        journal.spare = size  # each step checks what it writes
+
+    def _go_on(self, journal: Journal) -> set[str]:
+        """Find the tensors that all pieces have already; called once, before the first step.
+
+        Raises ConfigError for impossible types, StorageError if the files will not fit.
+        """
+        if not journal.is_kept:
+            return set()
+        source = reader.read(journal.temporary)
+        self._pieces = [_Piece(each, source, self._llama) for each in self._wanted]
+        for piece in self._pieces:
+            piece.resume(journal.digests)
+        missing = sum(piece.missing for piece in self._pieces)
+        storage.require(self._pieces[0].path, missing)
+        return set.intersection(*(piece.done for piece in self._pieces))
+
+    def _converted(self, journal: Journal, names: Collection[str]) -> None:
+        """Quantize tensors, and then free them."""
+        digests = {name: journal.digests[name] for name in names}
+        for piece in self._pieces:
+            piece.add(digests)
+        places = reader.read(journal.temporary).ranges
+        found = [places[name] for name in names]
+        rest = [(each.offset + SAMPLE, each.size - SAMPLE) for each in found if each.size > SAMPLE]
+        holes.punch(journal.temporary, rest)
+
+
+class _Job(QuantizeJob):
+    """A job whose plan is made here, while its source is still growing."""
+
+    def __post_init__(self) -> None:
+        """There is no other plan, and no digest of the whole source, to compare with."""
+
+
+class _Piece:
+    """The piece of one file."""
+
+    def __init__(self, wanted: Wanted, source: Gguf, llama: LlamaCpp) -> None:
+        self.path = wanted.folder / "whole.gguf"
+        self._manifest = self.path.with_suffix(".json")
+        self._whole: Gguf | None = None
+        self._digests: dict[str, str] = {}
+        types = choose_types(source, wanted.request, llama)
+        unknown = dict.fromkeys(["header", *source.tensors], "")
+        plan = make_plan(source, unknown, types, wanted.request, llama)
+        self._job = _Job(plan, source, llama, wanted.request.imatrix)
+
+    @property
+    def done(self) -> set[str]:
+        """The tensors that it has."""
+        return set(self._digests)
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the tensors that it does not have."""
+        names = self._job.source.tensors.keys() - self.done
+        return sum(self._job.target_info(name).size for name in names)
+
+    def resume(self, sources: Mapping[str, str]) -> None:
+        """Take over what a killed run has made of tensors with these digests."""
+        self._note(sources)
+        if not self.path.is_file():
+            return
+        # A second name is that of a finished file, or of one that is just being made of it.
+        whole = self._read() if self.path.stat().st_nlink == 1 else None
+        if whole is None:
+            self.path.unlink()
+            return
+        entries = Manifest.read(self._manifest).by_key()
+        keys = self._job.plan.keys()
+        known = {name: entries[keys[name]] for name in sources if keys[name] in entries}
+        found = reader.hashes(
+            {name: whole.ranges[name] for name in known}, self._job.llama.processors
+        )
+        self._whole = whole
+        self._digests = {name: found[name] for name in known if found[name] == known[name].sha256}
+
+    def add(self, sources: Mapping[str, str]) -> None:
+        """Quantize tensors with these digests, and list them once they are on the disk."""
+        names = [name for name in sources if name not in self._digests]
+        if not names:
+            return
+        self._note(sources)
+        with atomic.scratch_folder(self.path) as scratch:
+            for batch in self._job.batches(names):
+                made = self._job.quantize_tensors(batch, scratch / "made.gguf", scratch)
+                self._put(made, batch)
+        atomic.sync(self.path)
+        Manifest.of(self._job.plan, self._digests, [self.path]).write(self._manifest)
+
+    def _put(self, made: Gguf, names: Collection[str]) -> None:
+        infos = [self._job.target_info(name) for name in self._job.plan.tensors]
+        with storage.naming(self.path, self._job.size):
+            if self._whole is None:
+                metadata = merged_metadata(self._job.source, made)
+                self._whole = writer.lay_out(self.path, metadata, infos)
+            for name in names:
+                writer.put(self._whole, name, [made.ranges[name]])
+        places = {name: made.ranges[name] for name in names}
+        self._digests |= reader.hashes(places, self._job.llama.processors)
+
+    def _note(self, sources: Mapping[str, str]) -> None:
+        """Complete the plan with the digests of tensors that are converted."""
+        tensors = self._job.plan.tensors
+        tensors |= {name: replace(tensors[name], source=sources[name]) for name in sources}
+
+    def _read(self) -> Gguf | None:
+        """What a killed run has left; None if it was made with other types, or has no header."""
+        try:
+            found = reader.read(self.path)
+        except GgufError:
+            return None
+        wanted = [self._job.target_info(name) for name in self._job.plan.tensors]
+        return found if list(found.tensors.values()) == wanted else None
