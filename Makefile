@@ -53,9 +53,9 @@ quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0
 	@$(if $(and $(REPO),$(TYPE)),,echo "error: make quant REPO=OWNER/NAME TYPE=IQ4_XS" >&2; exit 2)
 	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --type "$(TYPE)" $(OPTIONS) --build
 
-inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [YES=1]
+inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [REPLACE=1] [YES=1]
 	@$(if $(and $(BASE),$(SOURCE)),,echo "error: make inject BASE=FILE.gguf SOURCE=OWNER/NAME" >&2; exit 2)
-	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(OPTIONS) --build
+	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(if $(filter 1,$(REPLACE)),--replace-head) $(OPTIONS) --build
 
 add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=desk|publisher] [PUBLISH=YOU/NAME]
 	@$(if $(REPO),,echo "error: make add REPO=OWNER/NAME" >&2; exit 2)

@@ -20,12 +20,15 @@ import numpy as np
 import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT, SCRIPTS
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from hub import COMMIT, Fault, Hub, serve
 from layouts import Tensors, four_bit, read_shard, read_tensors, write_checkpoint, write_shard
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.errors import DownloadError
-from mtpforge.gguf import reader
+from mtpforge.gguf import reader, writer
+from mtpforge.gguf.metadata import Value
+from mtpforge.gguf.reader import TensorInfo
 from mtpforge.hub import ranged_reads
 from mtpforge.hub.listing import Listing
 from mtpforge.rules.build import Build
@@ -812,3 +815,49 @@ def test_a_path_outside_the_folder_is_refused(client: Client, name: str) -> None
 
 def test_a_file_that_is_not_in_the_commit_is_refused(client: Client) -> None:
     client.refused(client.fetch("model.gguf"), "has no file model.gguf", name="model.gguf")
+
+
+# ── bases ──
+
+
+def write_base(path: Path, *blocks: int) -> Path:
+    """A GGUF with tensors in these blocks, of three of which the last is the head."""
+    metadata = {
+        "general.architecture": Value.of("qwen35", GGUFValueType.STRING),
+        "qwen35.block_count": Value.of(3, GGUFValueType.UINT32),
+        "qwen35.nextn_predict_layers": Value.of(1, GGUFValueType.UINT32),
+        "long": Value.of("x" * (3 << 20), GGUFValueType.STRING),
+    }
+    infos = [
+        TensorInfo(f"blk.{block}.attn_q.weight", (32, 32), GGMLQuantizationType.Q8_0)
+        for block in blocks
+    ]
+    path.parent.mkdir(exist_ok=True)
+    writer.write(path, metadata, [(info, [memoryview(bytes(info.size))]) for info in infos])
+    return path
+
+
+def test_a_base_with_a_head_is_noticed_before_anything_is_built(
+    client: Client, tmp_path: Path
+) -> None:
+    with_head = write_base(tmp_path / "base" / "x-Q8_0.gguf", 0, 1, 2)
+    lost = write_base(tmp_path / "base" / "x-Q4_0.gguf", 0, 1)
+    client.hub.repositories["Owner/base"] = with_head.parent
+    said = "x-Q8_0.gguf: has a head already (1 tensors, Q8_0), so nothing is built"
+    for base in ("Owner/base:Q8_0", with_head):
+        done = client.run("add.py", client.source, "--base", base)
+        assert done.returncode == 1 and said in done.stderr, done.stderr
+        done = client.run("add.py", client.source, "--base", base, "--replace-head")
+        assert done.returncode == 0 and "replace_head: true" in done.stdout, done.stderr
+    for base in ("Owner/base:Q4_0", lost):
+        assert client.run("add.py", client.source, "--base", base).returncode == 0
+    del client.hub.repositories["Owner/base"]
+
+
+def test_of_a_base_only_the_header_is_read(client: Client, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base" / "x-Q8_0.gguf", *range(3), *range(3, 3000))
+    client.hub.repositories["Owner/base"] = base.parent
+    done = client.run("add.py", client.source, "--base", "Owner/base:Q8_0")
+    assert "has a head already" in done.stderr
+    assert (3 << 20) < client.hub.sent[base.name] < base.stat().st_size - (1 << 20)
+    del client.hub.repositories["Owner/base"]

@@ -76,6 +76,9 @@ def _arguments() -> Namespace:
         help="inject the head into this GGUF: FILE.gguf, OWNER/NAME:FILE.gguf, OWNER/NAME:TYPE, or"
         " the address of its page",
     )  # fmt: skip
+    parser.add_argument(
+        "--replace-head", action="store_true", help="the base of --base may have a head already"
+    )
     parser.add_argument("--head", metavar="TYPE", help="type of the head (default: Q8_0)")
     parser.add_argument(
         "--imatrix", metavar="TEXT",
@@ -117,6 +120,10 @@ def _variants(args: Namespace, source: Source) -> Variants:
     if args.base:
         label, base = proposal.base(address.gguf(args.base))
         variants: Variants = {label: {"base": base}}
+        if args.replace_head:
+            variants[label]["replace_head"] = True
+        else:
+            proposal.refuse_head(base)
     elif args.type and source.packed and args.type.upper() != "NVFP4":
         raise ConfigError(f"{source.label}: is packed as NVFP4, and stays so: set TYPE=NVFP4")
     elif args.type:

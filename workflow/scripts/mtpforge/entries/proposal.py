@@ -16,8 +16,9 @@ from mtpforge.entries import presets
 from mtpforge.entries.address import Address, close
 from mtpforge.entries.presets import Variants
 from mtpforge.errors import CheckpointError, DownloadError, GgufError
+from mtpforge.gguf import head, split
 from mtpforge.gguf.file_names import file_model, gguf_files, parts_of
-from mtpforge.hub import download
+from mtpforge.hub import download, headers
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import current_name, list_commit, model_info
 
@@ -146,6 +147,22 @@ def base(given: Address | Path) -> tuple[str, dict[str, str]]:
     listing = pinned(given)
     file = _file(listing, str(given.file))
     return _label(file), {"repo": listing.repo, "file": file, "revision": listing.revision}
+
+
+def refuse_head(pinned_base: Mapping[str, str]) -> None:
+    """Raise GgufError for a base that has a head already, before anything is fetched or built."""
+    if "path" in pinned_base:
+        found = split.read(Path(pinned_base["path"]))
+        name = pinned_base["path"]
+    else:
+        listing = list_commit(pinned_base["repo"], pinned_base["revision"])
+        found, name = headers.read(listing, pinned_base["file"]), pinned_base["file"]
+    if has := found.head.tensors:
+        types = "/".join(sorted(head.types_of(found.head)))
+        raise GgufError(
+            f"{name}: has a head already ({len(has)} tensors, {types}), so nothing is built: serve "
+            "it as it is, or replace its head with REPLACE=1 (`replace_head: true`)"
+        )
 
 
 def _file(listing: Listing, wanted: str) -> str:

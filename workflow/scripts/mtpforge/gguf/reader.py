@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
@@ -172,7 +172,19 @@ def read(path: Path) -> Gguf:
     """Open a GGUF and check its whole structure against the file. Raises GgufError."""
     path = Path(path)
     with open_file(path) as file:
-        return _Parser(path, file).parse()
+        return read_from(path, file, os.fstat(file.fileno()).st_size)
+
+
+class Readable(Protocol):
+    """What is read from its start."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next bytes, at most this many; none at the end."""
+
+
+def read_from(path: Path, file: Readable, size: int) -> Gguf:
+    """The same of a file of `size` bytes that is open, perhaps elsewhere; `path` names it."""
+    return _Parser(path, file, size).parse()
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -252,10 +264,10 @@ def hashes(places: Mapping[str, FileRange], threads: int | None = None) -> dict[
 class _Parser:
     """A cursor over the header, which is read as far as it is needed."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: Readable, size: int) -> None:
         self.path = path
         self.file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = size
         self.buffer = bytearray()
         self.position = 0
         self.items = 0

@@ -53,6 +53,7 @@ CUDA_FLAGS = (
     "-DCMAKE_CUDA_COMPILER={nvcc}",
     # Without the driver's library, the programs start on machines without a GPU too.
     "-DGGML_CUDA_NO_VMM=ON",
+    "-DGGML_CUDA_NCCL=OFF",  # whether it is installed is not in the recipe
 )
 NO_NVCC = (
     "no nvcc, which `cuda: true` needs: install the CUDA toolkit, put its bin folder on PATH or "
