@@ -357,7 +357,9 @@ def test_configured_options_reach_the_measurement() -> None:
         "--chat-template-kwargs",
         '{"a": 1}',
     ]
-    for own in ("--spec-draft-n-max", "-m", "--port", "--host"):
+    build({"serve": ["--spec-draft-ngl", "99", "--spec-draft-sampling", "probabilistic"]})
+    drafting = ("--spec-type", "--spec-draft-n-max", "--spec-draft-p-min", "--draft-p-min")
+    for own in (*drafting, "-m", "--port", "--host"):
         with pytest.raises(ConfigError, match="measure/serve/0"):
             build({"serve": [own, "1"]})
 

@@ -100,7 +100,8 @@ def _check_sidecar(name: str) -> None:
 
 
 _OWN_OPTIONS = (
-    r"-m|-md|-mu|-hf.*|-np|--model.*|--hf-.*|--parallel|--host|--port|--api-key.*|--spec-.*"
+    r"-m|-md|-mu|-hf.*|-np|--model.*|--hf-.*|--parallel|--host|--port|--api-key.*"
+    r"|--spec-(type|default|synth-.*|ngram-.*|draft-([np]-.*|hf|model))|--draft.*"
     r"|--log-.*|-lv|-v|--verbos.*"
 )
 
