@@ -64,7 +64,8 @@ def prepare(
         found = _in_forms(server, text, has_template=has_template)
         wanted = {form: prompt for form, prompt in found.items() if form in forms} or found
         main = natural if natural in wanted else next(iter(wanted))
-        if len(server.tokenize(wanted[main])) + tokens > limit:
+        longest = max(len(server.tokenize(prompt)) for prompt in wanted.values())
+        if longest + tokens > limit:
             progress.say(f"prompt {name}: left out, too long for llama-server's context of {limit}")
             continue
         cases.main.append(Case(kind, main, wanted.pop(main)))
