@@ -19,6 +19,10 @@ RECORDS = {
     r"verify-{model}-(?P<variant>.+)": "verify",
     r"reference-logits": "logits",
     r"measure-{model}-(?P<variant>.+)": "measure",
+    r"errors-[^-]+-(?P<type>.+)": "errors",
+    r"search_logits-.+": "search_logits",
+    r"sensitivities-.+-(?P<method>class|tensor)": "sensitivities",
+    r"compare-(?P<variant>.+)": "compare",
 }
 
 

@@ -24,7 +24,7 @@ def measured(built: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "at most 0.00 GB, for 2 chunks of 512 tokens and 1,280 logits a token" in done.stdout
-    for variant in ("BF16", "IQ3_S-mix"):
+    for variant in ("BF16", "IQ4_XS"):
         done = run(
             "measure.py", results / f"{MODEL}-{variant}.gguf", "--n-max", "2,1", "--repeats", 2,
             "--p-min", "0.75,0", "--forms", "raw,chat", "--threads", 1, "--serve=-fa on",
@@ -41,7 +41,7 @@ def pair(entry: dict[str, Any]) -> tuple[int, float]:
 
 
 def test_every_pair_is_measured_cold_and_warm_with_each_kind(measured: dict[str, Any]) -> None:
-    found = measured["IQ3_S-mix"]
+    found = measured["IQ4_XS"]
     pairs = [(0, 0), (1, 0), (1, 0.75), (2, 0), (2, 0.75)]
     assert [pair(total) for total in found["by_n_max"]] == pairs
     raw = [run for run in found["runs"] if run["form"] == "raw"]
@@ -62,7 +62,7 @@ def test_every_pair_is_measured_cold_and_warm_with_each_kind(measured: dict[str,
 def test_the_fastest_pair_alternates_with_no_drafting_in_all_forms(
     measured: dict[str, Any],
 ) -> None:
-    found = measured["IQ3_S-mix"]
+    found = measured["IQ4_XS"]
     kinds = [(kind, form) for kind in ("code", "prose", "structured") for form in ("raw", "chat")]
     assert [(each["kind"], each["form"]) for each in found["by_kind"]] == kinds
     (fastest,) = {pair(each) for each in found["by_kind"]}
@@ -76,7 +76,7 @@ def test_the_fastest_pair_alternates_with_no_drafting_in_all_forms(
 def test_a_higher_p_min_drafts_fewer_tokens_and_more_are_accepted(
     measured: dict[str, Any],
 ) -> None:
-    totals = {pair(total): total for total in measured["IQ3_S-mix"]["by_n_max"]}
+    totals = {pair(total): total for total in measured["IQ4_XS"]["by_n_max"]}
     for n_max in (1, 2):
         every, sure = totals[n_max, 0], totals[n_max, 0.75]
         drafts = [total["drafts"] / total["repeats"] for total in (every, sure)]
@@ -84,14 +84,14 @@ def test_a_higher_p_min_drafts_fewer_tokens_and_more_are_accepted(
 
 
 def test_the_options_of_the_server_are_recorded(measured: dict[str, Any]) -> None:
-    assert measured["IQ3_S-mix"]["options"] == ["-fa", "on"]
+    assert measured["IQ4_XS"]["options"] == ["-fa", "on"]
 
 
 def test_acceptance_equals_that_of_verification(measured: dict[str, Any], built: Path) -> None:
     """Prompts and lengths are the same, so with one draft token repeats draft like verification."""
-    total = measured["IQ3_S-mix"]["by_n_max"][1]
+    total = measured["IQ4_XS"]["by_n_max"][1]
     report = json.loads(
-        (built / "results" / MODEL / "reports" / f"{MODEL}-IQ3_S-mix.json").read_text()
+        (built / "results" / MODEL / "reports" / f"{MODEL}-IQ4_XS.json").read_text()
     )
     drafts = total["drafts"] / total["repeats"]
     assert pair(total) == (1, 0) and drafts == pytest.approx(report["drafts"], rel=0.02)
@@ -99,14 +99,14 @@ def test_acceptance_equals_that_of_verification(measured: dict[str, Any], built:
 
 
 def test_positions_add_up_to_the_acceptance(measured: dict[str, Any]) -> None:
-    one, _, two, _ = measured["IQ3_S-mix"]["by_n_max"][1:]
+    one, _, two, _ = measured["IQ4_XS"]["by_n_max"][1:]
     assert one["by_position"] == [pytest.approx(one["acceptance"], abs=0.01)]
     assert sum(two["by_position"]) / 2 == pytest.approx(two["acceptance"], abs=0.02)
     assert two["by_position"][0] > two["by_position"][1] > 0
 
 
 def test_the_recommendation_follows_from_the_figures(measured: dict[str, Any]) -> None:
-    found = measured["IQ3_S-mix"]
+    found = measured["IQ4_XS"]
     compared = pair(found["by_kind"][0])
     off, *others = found["by_n_max"]
     (best,) = [total for total in others if pair(total) == compared]
@@ -115,7 +115,7 @@ def test_the_recommendation_follows_from_the_figures(measured: dict[str, Any]) -
         expected = (None, None)
         assert {total["speedup"] for total in found["by_n_max"]} == {None}
     assert (found["recommended_n_max"], found["recommended_p_min"]) == expected
-    assert f"{MODEL}-IQ3_S-mix.gguf: {found['verdict']}" in measured["stdout"]
+    assert f"{MODEL}-IQ4_XS.gguf: {found['verdict']}" in measured["stdout"]
 
 
 def test_memory_is_at_least_the_size_of_the_weights(measured: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def test_memory_is_at_least_the_size_of_the_weights(measured: dict[str, Any]) ->
 
 
 def test_kl_divergence_is_zero_for_bf16_and_not_for_a_quant(measured: dict[str, Any]) -> None:
-    itself, mixed = measured["BF16"]["kl_divergence"], measured["IQ3_S-mix"]["kl_divergence"]
+    itself, mixed = measured["BF16"]["kl_divergence"], measured["IQ4_XS"]["kl_divergence"]
     assert abs(itself["mean"]) < 1e-5 and itself["same_top"] > 0.999
     assert mixed["mean"] > 1e-4 and mixed["p99.9"] > mixed["mean"] and mixed["same_top"] < 1
     assert mixed["maximum"] >= mixed["p99.9"] and mixed["mean"] > mixed["mean_error"] > 0

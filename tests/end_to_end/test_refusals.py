@@ -141,7 +141,7 @@ SHOWN_BY_DIGESTS = {
         r"blk\.1\.ffn_up_exps",
         flip_bit,
         MOE,
-        "IQ3_S-mix",
+        "IQ4_XS",
     ),
     "a bit of an unquantized trunk": Fault(
         "bytes: blk.2.ffn_up.weight differs", r"blk\.2\.ffn_up\.", flip_bit, variant="BF16"
@@ -165,7 +165,7 @@ SHOWN_BY_DIGESTS = {
 def asked(built: Path, model: str, variant: str, digests: bool = False) -> tuple[object, ...]:
     """Options that the rules use for a variant; `digests` adds those for its bytes."""
     work = built / "results" / model / "work"
-    kind = {"IQ3_S-mix": "IQ3_S", INJECTED: "Q4_K_M"}.get(variant, variant)
+    kind = {INJECTED: "Q4_K_M"}.get(variant, variant)
     record = work / ("injected" if variant == INJECTED else "quantized") / f"{variant}.json"
     option = (
         "--trunk" if variant == INJECTED else "--digests",

@@ -1,6 +1,7 @@
 """`make` builds twelve files that match config.yaml, load in llama.cpp and draft."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,17 @@ from mtpforge.gguf import head, reader
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import serve
+from mtpforge.quantize.recipe import by_recipe, read_recipe
+from mtpforge.search.compared import Compared
 from tokenizers import Tokenizer
 
-VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "IQ3_S-mix", "Q4_K_M-injected")
+VARIANTS = ("BF16", "Q8_0", "Q4_K_M", "IQ4_XS", "Q4_K_M-auto", "Q4_K_M-injected")
 HEADS = {
     "BF16": "BF16",
     "Q8_0": "BF16",
     "Q4_K_M": "Q8_0",
     "IQ4_XS": "Q8_0",
-    "IQ3_S-mix": "BF16",
+    "Q4_K_M-auto": "Q8_0",
     "Q4_K_M-injected": "Q8_0",
 }
 
@@ -59,12 +62,28 @@ def test_the_summary_has_a_line_for_each_file(built: Path) -> None:
         assert f"Distance from BF16: {model}, on at most" in summary
 
 
-def test_a_recipe_decides_the_types_it_names(built: Path) -> None:
-    tensors = reader.read(result(built, "tiny-qwen3.5", "IQ3_S-mix")).tensors
-    assert tensors["blk.0.attn_qkv.weight"].type.name == "Q6_K"
-    assert tensors["blk.0.ssm_out.weight"].type.name == "Q8_0"
-    assert tensors["blk.0.ffn_up.weight"].type.name == "IQ3_S"
-    assert tensors["token_embd.weight"].type.name == "Q6_K"
+@pytest.mark.parametrize("model", MODELS)
+def test_a_variant_with_a_size_has_the_types_that_were_found(built: Path, model: str) -> None:
+    path = result(built, model, "Q4_K_M-auto")
+    work = built / "results" / model / "work"
+    tensors = reader.read(path).tensors
+    recipe = by_recipe(tensors, read_recipe(work / "found/Q4_K_M-auto.yaml"))
+    assert len(recipe) > 10
+    assert recipe.items() <= {name: info.type.name for name, info in tensors.items()}.items()
+    compared = Compared.read(work / "compared/Q4_K_M-auto.json")
+    stock = result(built, model, "Q4_K_M").stat().st_size
+    assert compared.stock and compared.stock.bytes == stock
+    assert 0.99 * stock <= compared.bytes == path.stat().st_size <= stock
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_found_recipe_is_better_than_stock_and_that_is_said(built: Path, model: str) -> None:
+    results = built / "results" / model
+    compared = Compared.read(results / "work/compared/Q4_K_M-auto.json")
+    assert re.match(r"-\d+% KL divergence at the size of Q4_K_M \(0", compared.verdict)
+    line = f"- {model}-Q4_K_M-auto.gguf: {compared.verdict}"
+    assert line in (built / "results/summary.md").read_text().splitlines()
+    assert compared.verdict in (results / "README.md").read_text().replace("\\", "")
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -47,7 +47,7 @@ def entries() -> set[type[Entry]]:
 def test_the_configuration_of_the_repository_is_valid() -> None:
     build = Build(yaml.safe_load((ROOT / "config.yaml").read_text()))
     assert len(build.files()) == 12
-    assert "results/tiny-qwen3.5/tiny-qwen3.5-IQ3_S-mix.gguf" in build.files()
+    assert "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M-auto.gguf" in build.files()
     others = build.config.models.keys() - {model.key for model in build.config.chosen}
     assert {"qwen3.5-4b", "qwen3.5-35b-a3b"} <= others
 
