@@ -44,7 +44,7 @@ rule reference_logits:
 # of how to measure.
 rule measuring:
     input:
-        text_record=build.measure.text_records,
+        records=build.measure.records,
     output:
         "results/{model}/work/measuring.json",
     log:
@@ -58,7 +58,7 @@ rule measuring:
     message:
         "{wildcards.model}: note how to measure"
     shell:
-        "{{ printf '%s\\n' {params.settings:q} && cat /dev/null {input.text_record:q}; }}"
+        "{{ printf '%s\\n' {params.settings:q} && cat /dev/null {input.records:q}; }}"
         " > {output:q} 2> {log:q}"
 
 
@@ -72,7 +72,7 @@ rule measure:
         digests=build.verify.digests,
         prompts=build.measure.prompt_files,
         text=ancient(build.measure.text),
-        text_record=build.measure.text_records,
+        records=build.measure.records,
         logits=ancient(build.measure.logits),
         logits_digest=build.measure.logits_digests,
     output:

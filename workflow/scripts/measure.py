@@ -24,9 +24,9 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp import memory, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.measure import perplexity
+from mtpforge.measure import perplexity, tasks
 from mtpforge.measure.cases import FORMS
-from mtpforge.measure.measurement import KlDivergence, Text
+from mtpforge.measure.measurement import KlDivergence, Score, Text
 from mtpforge.measure.speed import Settings, measure
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
@@ -45,6 +45,9 @@ def main() -> None:
     split.read(first)  # checks it before llama.cpp's programs read it
     recorded_digests.check_whole(args.reference_logits, args.logits_recorded)
     recorded_digests.check_whole(args.text, args.text_recorded)
+    for kind, path, recorded in args.task:
+        tasks.check(kind, Path(path))
+        recorded_digests.check_whole(Path(path), Path(recorded) if recorded else None)
     reason = memory.too_large([first], llama)
     value, divergence = (None, None) if reason else _perplexity(args, first, llama)
     texts = prompts.read_prompts(args.prompts)
@@ -60,6 +63,7 @@ def main() -> None:
         perplexity=value,
         kl_divergence=divergence,
         text=_text(args),
+        tasks={} if reason else _scores(args, first, llama),
     )
     if reason:
         found = replace(found, verdict=f"not measured: {reason}")
@@ -119,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         help="measure KL divergence from these logits of reference_logits.py",
     )  # fmt: skip
     parser.add_argument(
+        "--task", nargs=3, action="append", default=[], metavar=("KIND", "FILE", "RECORDED"),
+        help="score on tasks: hellaswag, winogrande or multiple_choice, the file, and the digests "
+        "recorded of it by local_files.py, or an empty word",
+    )  # fmt: skip
+    parser.add_argument(
         "--serve", type=shlex.split, default=[], metavar="OPTIONS",
         help='further options of llama-server: --serve="-fa on"',
     )  # fmt: skip
@@ -137,6 +146,10 @@ def _perplexity(
     if args.text:
         return perplexity.of_text(model, args.text, chunks=args.chunks, llama=llama), None
     return None, None
+
+
+def _scores(args: argparse.Namespace, model: Path, llama: LlamaCpp) -> dict[str, Score]:
+    return {kind: tasks.score(kind, model, Path(path), llama) for kind, path, _ in args.task}
 
 
 def _text(args: argparse.Namespace) -> Text | None:

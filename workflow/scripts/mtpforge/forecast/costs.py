@@ -4,6 +4,7 @@ A forecast knows exact sizes and this machine; what jobs ask for follows from ro
 machine.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,12 @@ def measured_tokens(text: Path, chunks: int) -> int:
     with suppress(OSError):  # it may be made later
         chunks = min(chunks, -(-text_tokens(text.stat().st_size) // CHUNK))
     return chunks * CHUNK
+
+
+def task_tokens(files: Iterable[str]) -> int:
+    """About the tokens that files of tasks with known answers take, at most."""
+    sizes = [Path(file).stat().st_size for file in files if Path(file).exists()]
+    return 2 * sum(map(text_tokens, sizes))  # Winogrande reads each sentence twice
 
 
 def logits_size(tokens: int, vocabulary: int) -> int:

@@ -414,6 +414,7 @@ class ModelForecast:
         pairs = len(settings.n_max) * len(settings.p_min)
         servers = costs.measure_rounds(pairs, settings.repeats)
         tokens = costs.measure_tokens(servers, self._measured_prompts)
+        text += costs.task_tokens(settings.task_files)
         run = self._run(size, tokens, text=text, servers=servers)
         self._add(replace(step, servers=servers), run)
 

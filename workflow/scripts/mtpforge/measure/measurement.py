@@ -1,6 +1,6 @@
 """The measurement of a file, as JSON: speed and acceptance, memory, perplexity."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -114,6 +114,17 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score:
+    """The score on tasks with known answers."""
+
+    tasks: int
+    share: float
+    """Of right answers, 0 to 1."""
+    error: float
+    """Standard error of the share."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement(Record):
     """The results of measure.py for one file."""
 
@@ -150,6 +161,10 @@ class Measurement(Record):
     perplexity: float | None
     kl_divergence: KlDivergence | None
     text: Annotated[Text | None, UNLESS_NONE] = None
+    tasks: Annotated[dict[str, Score], Field(exclude_if=lambda scores: not scores)] = field(
+        default_factory=dict
+    )
+    """Kind of tasks: hellaswag, winogrande, multiple_choice."""
 
     @property
     def stem(self) -> str:

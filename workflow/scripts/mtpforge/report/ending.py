@@ -10,8 +10,8 @@ from mtpforge.llama_cpp.programs import DEFAULT_FOLDER
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import choice, serving
 from mtpforge.publish.result import Result
-from mtpforge.report.distances import HEADING
-from mtpforge.report.summary import IMPORTANCE
+from mtpforge.report import distances, scores
+from mtpforge.report import summary as summary_page
 from mtpforge.verify.report import Report
 
 _ROWS = 10
@@ -23,13 +23,13 @@ _VERDICTS = 3
 def ending(summary: Path, reports: Sequence[Path]) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
-    Its tables of distances and what importance matrices cover are left out.
+    Its tables of distances and scores, and what importance matrices cover, are left out.
 
     `reports` are those of the files, in the order of the configuration.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
     table = summary.read_text(encoding="utf-8")
-    for heading in (HEADING, IMPORTANCE):
+    for heading in (distances.HEADING, scores.HEADING, summary_page.IMPORTANCE):
         table = table.partition(f"\n{heading}")[0]
     lines = [
         *_shortened(table.splitlines(), summary),

@@ -8,6 +8,7 @@ from mtpforge.measure.measurement import Measurement
 from mtpforge.measure.others import Other
 from mtpforge.quantize.coverage import Coverage
 from mtpforge.report.distances import distances
+from mtpforge.report.scores import scores
 from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
 from mtpforge.verify.report import Report
@@ -25,9 +26,8 @@ def summary(
 ) -> str:
     """A Markdown table with a row for each report, and its speed if it was measured.
 
-    Below are the verdicts on files whose types were found, and tables of distances from BF16.
-
-    At the end is what importance matrices cover.
+    Below are the verdicts on files whose types were found, tables of distances from BF16 and of
+    scores, and what importance matrices cover.
 
     Paths are `reports/...`, `measure/...`, `work/compared/...`, `work/others/...` and
     `work/coverage/...` in the folder of a model, which tells files of the same name apart.
@@ -49,6 +49,7 @@ def summary(
     below = [
         "".join(verdicts),
         distances(read, {path: Other.read(path) for path in others}),
+        scores(read),
         _importance(coverages),
     ]
     return "\n".join([markdown(rows), *filter(None, below)])

@@ -100,6 +100,23 @@ _VERIFIED = "workflow/prompts"
 _MEASURED = "workflow/prompts/measured"
 
 
+class TaskFiles(Entry):
+    """Files of tasks with known answers, in the forms that llama-perplexity reads."""
+
+    hellaswag: FilePath | None = Field(
+        default=None, description="HellaSwag: six lines a task; 400 random tasks of the file."
+    )
+    winogrande: FilePath | None = Field(default=None, description="Winogrande, as CSV.")
+    multiple_choice: FilePath | None = Field(
+        default=None, description="Multiple choice, in llama-perplexity's binary form."
+    )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that are given, by kind."""
+        return {kind: path for kind, path in self if path}
+
+
 class MeasureSettings(Entry):
     """Measurements of each file of a model."""
 
@@ -165,6 +182,11 @@ class MeasureSettings(Entry):
             " disk per chunk with a vocabulary of 248,320 tokens."
         ),
     )
+    tasks: TaskFiles | None = Field(
+        default=None,
+        description="Tasks with known answers; the share of right ones is measured.",
+        examples=[{"hellaswag": "hellaswag_val_full.txt"}],
+    )
     serve: list[ServeOption] = Field(
         default_factory=list,
         description=(
@@ -172,6 +194,11 @@ class MeasureSettings(Entry):
         ),
         examples=[["-ngl", "999", "-fa", "on"]],
     )
+
+    @property
+    def task_files(self) -> list[str]:
+        """The files of tasks."""
+        return list(self.tasks.files.values()) if self.tasks else []
 
 
 class Upload(Entry):

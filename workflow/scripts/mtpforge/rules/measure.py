@@ -42,6 +42,12 @@ class MeasureRules(Stage):
         """The record of its content."""
         return [layout.local_record(text) for text in self.text(wildcards)]
 
+    def records(self, wildcards: Wildcards) -> list[str]:
+        """The same, and the records of files of tasks."""
+        tasks = self._settings(wildcards).tasks
+        files = tasks.files.values() if tasks else ()
+        return [*self.text_records(wildcards), *map(layout.local_record, files)]
+
     def prompts(self, wildcards: Wildcards) -> str:
         """The folder of prompts."""
         return self.model(wildcards).measured_prompts
@@ -85,6 +91,8 @@ class MeasureRules(Stage):
         if settings.text:
             options += ["--text", settings.text, "--chunks", str(settings.chunks)]
             options += ["--text-recorded", layout.local_record(settings.text)]
+        for kind, path in settings.tasks.files.items() if settings.tasks else ():
+            options += ["--task", kind, path, layout.local_record(path)]
         for logits in self.logits(wildcards):
             digest = layout.reference_logits_digest(wildcards.model)
             options += ["--reference-logits", logits, "--logits-recorded", digest]

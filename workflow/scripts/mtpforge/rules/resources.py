@@ -302,7 +302,7 @@ class ResourceRules(Stage):
         servers = costs.measure_rounds(len(settings.n_max) * len(settings.p_min), settings.repeats)
         prompts = _count_prompts(self.model(wildcards).measured_prompts)
         tokens = costs.measure_tokens(servers, prompts)
-        text = costs.CHUNK * settings.chunks
+        text = costs.CHUNK * settings.chunks + costs.task_tokens(settings.task_files)
         size = self._size(wildcards)
         return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
 
