@@ -40,7 +40,7 @@ def test_all_figures_can_be_opened(report: Path, width: int, height: int) -> Non
         opening = browser.run("[...document.querySelectorAll('.grow img')].length")
         assert opening == 2 * len(MODELS)
         assert browser.run("document.querySelectorAll('.grow td').length") >= 7 * 2 * len(MODELS)
-        assert not browser.run("!!document.querySelector('#rulegraph')")
+        assert not browser.run("!!document.querySelector('div#rulegraph')")
         browser.click(MODELS[0])
         for figure in FIGURES:
             box = show(browser, figure)
