@@ -81,6 +81,7 @@ def test_the_summary() -> None:
 def test_the_figure_of_speed() -> None:
     text = words(figures.speed([measured(steady=True)]))
     assert "1.41×" in text and "recommended: n_max 6, p_min 0.75" in text
+    assert "by kind of prompt, n_max 6, p_min 0.75: code 1.41×" in text
     text = words(figures.speed([measured(steady=False)]))
     assert "×" not in text and "not steady" in text and "recommended" not in text
 

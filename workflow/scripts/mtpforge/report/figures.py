@@ -31,6 +31,9 @@ def speed(measured: Sequence[Measurement]) -> Svg:
             recommended = tried == (found.recommended_n_max, found.recommended_p_min)
             _speed_row(svg, total, top, recommended=recommended)
         svg.paragraph(_advice(found), PLAIN)
+        if kinds := [each for each in found.by_kind if each.speedup is not None]:
+            gains = ", ".join(f"{each.kind} {each.speedup:.2f}×" for each in kinds)
+            svg.paragraph(f"by kind of prompt, {pair(kinds[0].n_max, kinds[0].p_min)}: {gains}")
     return svg
 
 
