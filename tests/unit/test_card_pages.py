@@ -1,5 +1,6 @@
 """Both pages of a card as readers and the Hub see them: widths, links, pictures, metadata."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,26 @@ import hub_page
 import pytest
 import yaml
 from browser import CHROMIUM, Browser
-from example_records import TEXT
+from example_records import DIVERGENCE, STAMP, TEXT
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from mtpforge.measure.measurement import Other, Score
+from mtpforge.publish import details
+from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.report import figures
-from test_card import SIDECAR, front, make, measurement, result, second, split_result
+from mtpforge.report.distance import distance
+from test_card import (
+    ABOUT,
+    DETAILS,
+    SIDECAR,
+    front,
+    make,
+    measurement,
+    result,
+    second,
+    split_result,
+)
 
 NAMES = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "IQ3_XXS-mix-injected", "UD-Q2_K_XL-mine",
@@ -30,7 +45,9 @@ def many() -> list[Result]:
         result(
             name,
             measured=replace(
-                measurement(2, (1234.5, 2345.6, 2500.4)), file=f"Qwen3.5-4B-{name}.gguf"
+                measurement(2, (1234.5, 2345.6, 2500.4)),
+                file=f"Qwen3.5-4B-{name}.gguf",
+                recommended_p_min=0.75,
             ),
             head="BF16/Q8_0",
             bytes=123_456_789_012,
@@ -146,3 +163,47 @@ def test_hostile_names_break_no_picture() -> None:
         found = replace(measurement(2, (9.0, 12.0, 18.0)), file=f"{name}.gguf")
         for figure in figures.FIGURES.values():
             ElementTree.fromstring(figure([found]).render())
+
+
+def test_other_peoples_files_are_shown_beside_ours() -> None:
+    moved = replace(DIVERGENCE, mean=0.02, mean_error=0.001, maximum=3.5)
+    others = [
+        Other(name="Some|one/X-GGUF/M-`b`.gguf", bytes=10**9, llama_cpp="b1", kl_divergence=moved),
+        Other(name="bad.gguf", bytes=1, llama_cpp="b1", problem="of <another> model"),
+    ]
+    measured = replace(measurement(2), file="M-a.gguf", bytes=2 * 10**9)
+    about = About.parse(json.dumps(ABOUT))
+    page = details.make(about, [result(measured=measured)], STAMP, DETAILS, others=others)
+    shown = page.split("## Beside other people's files")[1]
+    assert r"| `Some\|one/X-GGUF/M-b.gguf`" in shown
+    assert "0.02000 ± 0.00100 | 0.5678 |   3.500" in shown
+    assert "- `bad.gguf`: not compared: of &lt;another&gt; model" in shown
+    assert "Beside other" not in second()
+    second_file = replace(measured, file="M-c.gguf", bytes=3 * 10**9)
+    picture = distance([measured, second_file], others=others).render()
+    assert ">`b` (Some|one)<" in picture and ">not made here<" in picture
+    assert "not made here" not in distance([measured, second_file]).render()
+
+
+def test_scores_on_tasks_are_on_the_second_page_and_in_the_metadata() -> None:
+    tasks = {"multiple_choice": Score(tasks=1000, share=0.4567891, error=0.016)}
+    made = result(measured=measurement(2, tasks=tasks))
+    assert " multiple choice |" in second(made)
+    assert "45.7% ± 1.6% of 1,000" in second(made)
+    (found,) = ModelCard(make(made)).data.eval_results
+    assert (found.metric_type, found.metric_value) == ("accuracy", 0.456789)
+    assert found.dataset_name == "multiple choice" and found.dataset_args == {"tasks": 1000}
+
+
+def test_p_min_is_given_to_those_that_know_it() -> None:
+    text = make(result(measured=measurement(3, recommended_p_min=0.75)))
+    words = "--spec-draft-n-max 3 --spec-draft-p-min 0.75"
+    assert text.count(words) == 3  # llama-server, llama-swap, Lemonade
+    assert "--speculative-draft-min-continue-probability 0.75\n" in text
+    assert "newer drafts if its Modelfile says so, but has no p_min:" in text
+
+
+def test_speed_that_was_not_steady_has_no_picture() -> None:
+    text = make(result(measured=measurement(2, steady=False, recommended_n_max=None)))
+    assert "plots/distance.svg" in text and "plots/drafting.svg" not in text
+    assert "not steady" in text

@@ -16,8 +16,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import others, perplexity
-from mtpforge.measure.measurement import KlDivergence
-from mtpforge.measure.others import Other
+from mtpforge.measure.measurement import KlDivergence, Other
 from mtpforge.report.distances import distances
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build

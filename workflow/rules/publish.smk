@@ -134,6 +134,7 @@ rule card:
         reports=build.publish.reports,
         measurements=build.measure.measurements,
         compared=build.search.compared,
+        others=build.measure.others,
         checkpoint=build.publish.checkpoint_card_inputs,
         toolchain="resources/toolchain/stamp.json",
     output:
@@ -154,7 +155,8 @@ rule card:
         "{wildcards.model}: write the model card"
     shell:
         "python {input.code[0]:q} --files {params.files:q} --reports {input.reports:q}"
-        " --measurements {input.measurements:q} --compared {input.compared:q} --about {params.about:q}"
+        " --measurements {input.measurements:q} --compared {input.compared:q}"
+        " --others {input.others:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
         " --template {input.template:q} --details-template {input.details:q}"
         " --out {output.card:q} > {log:q} 2>&1"

@@ -18,6 +18,7 @@ rule plot:
         code=code("plot.py"),
         measurements=build.measure.measurements,
         compared=build.search.compared,
+        others=build.measure.others,
     output:
         report(
             "results/{model}/plots/{figure}.svg",
@@ -39,7 +40,8 @@ rule plot:
         "{wildcards.model}: draw {wildcards.figure}"
     shell:
         "python {input.code[0]:q} {wildcards.figure} {input.measurements:q}"
-        " --compared {input.compared:q} --out {output:q} > {log:q} 2>&1"
+        " --compared {input.compared:q} --others {input.others:q} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule plot_tensors:

@@ -14,7 +14,7 @@ from mtpforge import cli
 from mtpforge.gguf import file_names, split
 from mtpforge.io import atomic
 from mtpforge.llama_cpp.stamp import Stamp
-from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.publish import card, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
@@ -43,6 +43,10 @@ def main() -> None:
     parser.add_argument(
         "--compared", type=Path, nargs="*", default=[], metavar="FILE",
         help="files of compare_stock.py",
+    )  # fmt: skip
+    parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], metavar="FILE",
+        help="files of measure_other.py",
     )  # fmt: skip
     parser.add_argument(
         "--about", type=About.parse, required=True, metavar="JSON",
@@ -80,7 +84,14 @@ def main() -> None:
         stamp=stamp,
         template=args.template,
     )
-    second = details.make(args.about, results, stamp, args.details_template, compared)
+    second = details.make(
+        args.about,
+        results,
+        compared=compared,
+        others=list(map(Other.read, args.others)),
+        stamp=stamp,
+        template=args.details_template,
+    )
     atomic.write_text(args.out.with_name(details.NAME), second)
     atomic.write_text(args.out, text)
 

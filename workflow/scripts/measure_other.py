@@ -19,6 +19,7 @@ from mtpforge.gguf.file_names import first_file
 from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.measure import others
+from mtpforge.measure.measurement import Other
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     print(said(found))
 
 
-def said(found: others.Other) -> str:
+def said(found: Other) -> str:
     """The result in a line."""
     if found.kl_divergence is None:
         return f"warning: {found.name}: not compared: {found.problem}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mtpforge import cli, errors
 from mtpforge.io import atomic
-from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.report.distance import distance
 from mtpforge.report.figures import FIGURES
 from mtpforge.report.svg import Svg
@@ -35,6 +35,10 @@ def main() -> None:
         help="for `distance`: comparisons of compare_stock.py",
     )  # fmt: skip
     parser.add_argument(
+        "--others", type=Path, nargs="*", default=[], metavar="FILE",
+        help="for `distance`: files of measure_other.py",
+    )  # fmt: skip
+    parser.add_argument(
         "--file", type=Path, metavar="F.gguf",
         help="for `tensors`: the GGUF, or the folder of a split one",
     )  # fmt: skip
@@ -49,7 +53,8 @@ def draw(args: argparse.Namespace) -> Svg:
         return draw_tensors(args.records[0], args.file)
     measured = [Measurement.read(path) for path in args.records]
     if args.figure == "distance":
-        return distance(measured, [Compared.read(path) for path in args.compared])
+        compared = [Compared.read(path) for path in args.compared]
+        return distance(measured, compared, [Other.read(path) for path in args.others])
     return FIGURES[args.figure](measured)
 
 

@@ -1,4 +1,4 @@
-"""The measurement of a file, as JSON: speed and acceptance, memory, perplexity."""
+"""Measurements as JSON: of a file, and of one that was not made here."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -184,3 +184,23 @@ class Measurement(Record):
             if total.n_max == n_max and p_min in (None, total.p_min)
         ]
         return max(found, key=lambda total: total.tokens_per_second, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other(Record):
+    """The results of measure_other.py for one file that was not made here."""
+
+    written_by: ClassVar[str] = "measure_other.py"
+    name: str
+    """OWNER/NAME/FILE.gguf of a file from the Hub, FILE.gguf of a local one."""
+    revision: Annotated[str | None, UNLESS_NONE] = None
+    """The commit of a file from the Hub."""
+    bytes: int
+    """With all shards"""
+    bits_per_weight: float | None = None
+    """None if the file cannot be read."""
+    llama_cpp: Annotated[str, Field(alias="llama.cpp")]
+    perplexity: float | None = None
+    kl_divergence: KlDivergence | None = None
+    problem: Annotated[str | None, UNLESS_NONE] = None
+    """Why there are no figures, in words."""

@@ -1,10 +1,7 @@
 """Other people's quantizations of a model: their distance from the same BF16 file, as JSON."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar
-
-from pydantic import Field
 
 from mtpforge import recorded_digests
 from mtpforge.errors import GgufError, ToolchainError
@@ -12,31 +9,10 @@ from mtpforge.gguf import split
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import match
-from mtpforge.io.records import UNLESS_NONE, Record
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
-from mtpforge.measure.measurement import KlDivergence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Other(Record):
-    """The results of measure_other.py for one file that was not made here."""
-
-    written_by: ClassVar[str] = "measure_other.py"
-    name: str
-    """OWNER/NAME/FILE.gguf of a file from the Hub, FILE.gguf of a local one."""
-    revision: Annotated[str | None, UNLESS_NONE] = None
-    """The commit of a file from the Hub."""
-    bytes: int
-    """With all shards"""
-    bits_per_weight: float | None = None
-    """None if the file cannot be read."""
-    llama_cpp: Annotated[str, Field(alias="llama.cpp")]
-    perplexity: float | None = None
-    kl_divergence: KlDivergence | None = None
-    problem: Annotated[str | None, UNLESS_NONE] = None
-    """Why there are no figures, in words."""
+from mtpforge.measure.measurement import Other
 
 
 def measure(

@@ -87,7 +87,7 @@ def _pictures(results: Sequence[Result]) -> str:
     measured = [result.measured for result in results if result.measured]
     shown = {
         "distance": any(found.kl_divergence for found in measured),
-        "drafting": any(found.by_n_max for found in measured),
+        "drafting": any(found.by_n_max and found.steady for found in measured),
     }
     return "\n".join(
         f'<img src="plots/{name}.svg" alt="{PICTURES[name]}" width="335">'

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mtpforge.llama_cpp.stamp import Stamp
-from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.measure.recommendation import pair
 from mtpforge.publish import tables
 from mtpforge.publish.card_config import About
@@ -25,11 +25,17 @@ def make(
     stamp: Stamp,
     template: Path,
     compared: Sequence[Compared] = (),
+    others: Sequence[Other] = (),
 ) -> str:
-    """The second page: all figures and the recipe. Raises ConfigError."""
+    """The second page: all figures and the recipe. Raises ConfigError.
+
+    `compared` are files whose types were found, `others` are other people's.
+    """
     values = _values(about, results) | {
         "toolchain": toolchain(stamp),
         "found": _mixtures(compared),
+        "others": tables.others(results, others).rstrip() if others else "",
+        "not_compared": _not_compared(others),
     }
     return filled(template, values)
 
@@ -60,6 +66,15 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "sources": sources(about),
         "recipe": _recipe(about),
     }
+
+
+def _not_compared(others: Iterable[Other]) -> str:
+    """Why there are no figures of some other files."""
+    return "\n".join(
+        f"- {code(each.name)}: not compared: {escape(each.problem)}"
+        for each in others
+        if each.problem
+    )
 
 
 def _mixtures(compared: Iterable[Compared]) -> str:

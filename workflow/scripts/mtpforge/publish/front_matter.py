@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mtpforge.errors import CheckpointError, printable
 from mtpforge.io import text
-from mtpforge.measure.measurement import Measurement, Text
+from mtpforge.measure.measurement import Measurement, Score, Text
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 
@@ -57,11 +57,14 @@ def front_matter(
 
 
 def _evaluations(results: Sequence[Result]) -> Iterator[EvalResult]:
-    """What was measured on a text, file by file."""
+    """What was measured on a text or on tasks, file by file."""
     for result in results:
         if result.measured and result.measured.text:
             for name, value in _metrics(result.measured):
                 yield _evaluation(result, result.measured.text, name, value)
+        if result.measured:
+            for kind, score in result.measured.tasks.items():
+                yield _tasks(result, kind, score)
 
 
 def _metrics(measured: Measurement) -> Iterator[tuple[str, float]]:
@@ -86,6 +89,19 @@ def _evaluation(result: Result, text: Text, name: str, value: float) -> EvalResu
         metric_type=name.lower().replace(" ", "_"),
         metric_name=f"{name} ({printable(result.name)})",
         metric_value=value,
+    )
+
+
+def _tasks(result: Result, kind: str, score: Score) -> EvalResult:
+    """The score of one file on one kind of tasks."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=kind,
+        dataset_name=kind.replace("_", " "),
+        dataset_args={"tasks": score.tasks},
+        metric_type="accuracy",
+        metric_name=f"Accuracy ({printable(result.name)})",
+        metric_value=round(score.share, 6),
     )
 
 

@@ -281,6 +281,8 @@ def _lm_studio(files: _Repository, result: Result) -> list[str]:
     if not length:
         return ["LM Studio:", "", *shell(get)]
     options = ["--speculative-draft-mtp", "--speculative-draft-max-tokens", str(length)]
+    if result.p_min:
+        options += ["--speculative-draft-min-continue-probability", f"{result.p_min:g}"]
     return [
         "LM Studio (`lms ls` prints the name to use as MODEL):",
         "",
@@ -300,8 +302,9 @@ def _ollama(files: _Repository, result: Result) -> list[str]:
     if not length:
         return ["Ollama:", "", *shell(["ollama", "run", name]), *_old_ollama(files, result)]
     modelfile = ["```", f"FROM {name}", f"PARAMETER draft_num_predict {length}", "```", ""]
+    other = ", but has no p_min" if result.p_min else ""
     return [
-        f"Ollama {runtimes.OLLAMA_DRAFTS} or newer drafts if its Modelfile says so:",
+        f"Ollama {runtimes.OLLAMA_DRAFTS} or newer drafts if its Modelfile says so{other}:",
         "",
         *modelfile,
         *shell(["ollama", "create", "MODEL", "-f", "Modelfile"], ["ollama", "run", "MODEL"]),

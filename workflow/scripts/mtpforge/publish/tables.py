@@ -6,11 +6,12 @@ A cell is None if its value is unknown. A column without any value is left out.
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement, Run, Total
+from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement, Other, Run, Total
 from mtpforge.publish import memory
 from mtpforge.publish.choice import Choice, labels
-from mtpforge.publish.markdown import escape, link
+from mtpforge.publish.markdown import code, escape, link
 from mtpforge.publish.result import Result
+from mtpforge.report import distances, scores
 from mtpforge.table import markdown, rounded, rounded_size, size
 
 Row = TypeVar("Row")
@@ -27,7 +28,25 @@ def files(results: Sequence[Result], model_name: str) -> str:
 
 def details(results: Sequence[Result]) -> str:
     """The table of the second page: all files with all that is known."""
-    return _table(DETAILS, results)
+    measured = [result.measured for result in results if result.measured]
+    kinds = dict.fromkeys(kind for found in measured for kind in found.tasks)
+    return _table([*DETAILS, *map(_score, kinds)], results)
+
+
+def others(results: Sequence[Result], theirs: Sequence[Other]) -> str:
+    """The table of distances from BF16, of our files and of other people's."""
+    rows = [
+        (link(result.name, result.shards[0]), result.report.bytes, found)
+        for result in results
+        if (found := result.measured.kl_divergence if result.measured else None)
+    ]
+    rows += [
+        (code(other.name).replace("|", r"\|"), other.bytes, other.kl_divergence)
+        for other in theirs
+        if other.kl_divergence
+    ]
+    cells = [(name, size(count), *distances.cells(found)) for name, count, found in rows]
+    return markdown([distances.COLUMNS[:-1], *cells])
 
 
 def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: str) -> str:
@@ -123,7 +142,7 @@ def _memory(result: Result) -> str | None:
 
 
 def _divergence(
-    value: Callable[[KlDivergence], float], form: str
+    value: Callable[[KlDivergence], float | None], form: str
 ) -> Callable[[Result], str | None]:
     def cell(result: Result) -> str | None:
         found = result.measured.kl_divergence if result.measured else None
@@ -171,6 +190,7 @@ DETAILS: tuple[Column[Result], ...] = (
     ("perplexity", _perplexity),
     ("KL divergence", _divergence(lambda found: found.mean, ".5f")),
     ("KL 99.9%", _divergence(lambda found: found.p99_9, ".4f")),
+    ("KL maximum", _divergence(lambda found: found.maximum, ".3f")),
     ("same top token", _divergence(lambda found: found.same_top, ".1%")),
 )
 
@@ -214,3 +234,13 @@ def _of_kind(measured: Measurement, kind: str) -> Column[Total]:
 
 def _is_of(run: Run, total: Total) -> bool:
     return (run.n_max, run.p_min) == (total.n_max, total.p_min)
+
+
+def _score(kind: str) -> Column[Result]:
+    """The share of right answers to tasks of one kind."""
+
+    def cell(result: Result) -> str | None:
+        found = result.measured.tasks.get(kind) if result.measured else None
+        return scores.cell(found) if found else None
+
+    return kind.replace("_", " "), cell

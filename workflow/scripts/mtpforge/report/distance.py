@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from mtpforge.measure.measurement import Measurement
+from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.report.svg import AXIS, CHARACTER, FAINT, GRID, INK, WIDTH, Point, Svg, ticks
 from mtpforge.search.compared import Compared
 
@@ -14,11 +14,16 @@ _RIGHT = WIDTH - 16.0
 _HEIGHT = 240
 _SMALLEST = 1e-6
 """Divergence that counts as 0."""
-_SERIES = ("file", "types found", "llama.cpp's mixture")
+_SERIES = ("file", "types found", "llama.cpp's mixture", "not made here")
+_LONGEST_LABEL = 26
 
 
-def distance(measured: Sequence[Measurement], compared: Sequence[Compared] = ()) -> Svg:
-    """One point per file, and per mixture of llama.cpp that a file was compared with.
+def distance(
+    measured: Sequence[Measurement],
+    compared: Sequence[Compared] = (),
+    others: Sequence[Other] = (),
+) -> Svg:
+    """One point per file, per mixture of llama.cpp and per other file that it is compared with.
 
     The divergence axis is logarithmic, with 0 at the bottom. Files without a measured divergence
     are left out.
@@ -32,9 +37,9 @@ def distance(measured: Sequence[Measurement], compared: Sequence[Compared] = ())
     if not files:
         svg.paragraph("KL divergence was not measured.")
         return svg
-    files += _mixtures(compared, files)
-    if compared:
-        svg.legend(_SERIES)
+    files += _mixtures(compared, files) + _others(others, measured)
+    if max(file.series for file in files) or compared:
+        svg.legend(_SERIES[: 4 if others else 3])
     scale = _Scale.of(files, top=svg.y + 8)
     _draw_axes(svg, scale)
     places = [scale.place(file) for file in frontier(files)]
@@ -79,11 +84,31 @@ def frontier(files: Sequence[File]) -> list[File]:
 def _files(measured: Sequence[Measurement], found: Container[str]) -> list[File]:
     """The files with a measured divergence; rounding can make it negative, which counts as 0."""
     drawn = [(each, each.kl_divergence.mean) for each in measured if each.kl_divergence]
-    prefix = len(common_prefix([each.stem for each, _ in drawn])) if drawn else 0
+    prefix = len(_prefix(measured))
     return [
         File(each.stem[prefix:], each.bytes, max(moved, 0.0), series=int(each.file in found))
         for each, moved in drawn
     ]
+
+
+def _prefix(measured: Sequence[Measurement]) -> str:
+    """What the names of the files that are drawn begin with."""
+    names = [each.stem for each in measured if each.kl_divergence]
+    return common_prefix(names) if names else ""
+
+
+def _others(others: Sequence[Other], measured: Sequence[Measurement]) -> list[File]:
+    """Other people's files, labelled with what is not the model's name, and with the owner."""
+    prefix = _prefix(measured)
+    found = []
+    for other in others:
+        if other.kl_divergence:
+            owner, _, name = other.name.rpartition("/")
+            label = name.removesuffix(".gguf").removeprefix(prefix)
+            label = f"{label} ({owner.partition('/')[0]})" if owner else label
+            moved = max(other.kl_divergence.mean, 0.0)
+            found.append(File(label[:_LONGEST_LABEL], other.bytes, moved, series=3))
+    return found
 
 
 def _mixtures(compared: Sequence[Compared], files: Sequence[File]) -> list[File]:

@@ -4,8 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mtpforge.measure.measurement import KlDivergence, Measurement, Text
-from mtpforge.measure.others import Other
+from mtpforge.measure.measurement import KlDivergence, Measurement, Other, Text
 from mtpforge.table import markdown, size
 
 HEADING = "Distance from BF16"

@@ -4,8 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from mtpforge.measure.measurement import Measurement
-from mtpforge.measure.others import Other
+from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.quantize.coverage import Coverage
 from mtpforge.report.distances import distances
 from mtpforge.report.scores import scores
