@@ -62,9 +62,9 @@ class Repository:
             env={**os.environ, **environment},
         )
 
-    def pending(self) -> Counter[str]:
+    def pending(self, target: str = "all") -> Counter[str]:
         """Number of jobs of each rule that a run would have, without `all`."""
-        done = self.snakemake("--dry-run")
+        done = self.snakemake("--dry-run", target=target)
         assert done.returncode == 0, done.stderr
         table = re.search(
             r"Job stats:\njob +count\n-+ +-+\n(.*?)\ntotal ", done.stdout + done.stderr, re.DOTALL

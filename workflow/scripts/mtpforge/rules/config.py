@@ -596,7 +596,7 @@ class Config(Entry):
             "Recipes by name, which a variant's `tensors` can refer to. A recipe maps patterns to"
             " tensor types; the first pattern found in a tensor's name wins."
         ),
-        examples=[{"attention-first": {"attn_": "Q6_K", "token_embd|output": "Q6_K"}}],
+        examples=[{"mine": {"attn_": "Q6_K", "token_embd|output": "Q6_K"}}],
     )
     models: dict[ModelName, Model] = Field(
         description="The models, by names of your choice; a model's files go to results/NAME."

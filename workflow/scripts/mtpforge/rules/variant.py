@@ -183,7 +183,7 @@ class Variant(Entry):
             "Tensor types by pattern, or the name of a recipe under `recipes`; the first pattern"
             " found in a tensor's name wins."
         ),
-        examples=["attention-first", {"attn_": "Q6_K", "ssm_": "Q8_0"}],
+        examples=["mine", {"attn_": "Q6_K", "ssm_": "Q8_0"}],
     )
     size: Target | None = Field(
         default=None,
