@@ -2,7 +2,8 @@
 
 For both tiny checkpoints at the sizes of four types, with an importance matrix for both sides. The
 KL divergence from BF16 is measured on held-out.txt; matrix and sensitivities are from other text.
-Ends with 1 if a target is missed.
+First it tells what errors and all runs by tensor take, and how much of that is llama.cpp: in
+CPU time, which other programs on the machine hardly change. Ends with 1 if a target is missed.
 
 example: recipes.py --out results/bench/recipes.json
 """
@@ -10,6 +11,7 @@ example: recipes.py --out results/bench/recipes.json
 import argparse
 import json
 import math
+import resource
 import sys
 import tempfile
 import time
@@ -48,6 +50,10 @@ TARGETS = {
     ("tiny-qwen3.5-moe", "class"): 0.35,
 }
 """The most that the geometric mean of found over stock KL divergence may be."""
+MOST_SECONDS = 180
+"""The most that errors and runs by tensor may take on two cores."""
+LEAST_SHARE = 0.9
+"""The least share of their CPU time that must be llama.cpp's."""
 METHODS = ("tensor", "class", "prior")
 HELD_OUT_CHUNKS = 16
 
@@ -71,17 +77,53 @@ def main() -> None:
     args = parser.parse_args()
     llama = LlamaCpp(ROOT / "resources/toolchain/bin", args.threads)
     figures: dict[str, Ratios] = {}
+    times: dict[str, Times] = {}
     for name in args.model or MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            start = time.monotonic()
             search = Bench(name, Path(folder), llama)
-            search.prepare()
-            print(f"{name}: errors and sensitivities in {table.duration(time.monotonic() - start)}")
+            times[name] = search.measure()
+            print(f"{name}: errors and runs by tensor: {times[name]}", flush=True)
             figures[name] = search.ratios()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
     print(shown(figures))
-    sys.exit("\n".join(missed(figures)) or 0)
+    sys.exit("\n".join([*too_slow(times), *missed(figures)]) or 0)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds by the clock, and CPU seconds of this process and of the programs that it ran."""
+
+    clock: float
+    own: float
+    programs: float
+
+    @classmethod
+    def now(cls) -> "Times":
+        """Those since this process started."""
+        own, programs = (
+            used.ru_utime + used.ru_stime
+            for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
+        return cls(time.monotonic(), own, programs)
+
+    def __sub__(self, earlier: "Times") -> "Times":
+        """Those in between."""
+        return Times(
+            self.clock - earlier.clock, self.own - earlier.own, self.programs - earlier.programs
+        )
+
+    @property
+    def share(self) -> float:
+        """That of llama.cpp in the CPU time."""
+        return self.programs / (self.own + self.programs)
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"{table.duration(self.clock)}, {self.own + self.programs:.0f} CPU seconds, "
+            f"{self.share:.0%} of them in llama.cpp"
+        )
 
 
 @dataclass(frozen=True)
@@ -114,11 +156,11 @@ class Bench:
         return {kind: measure_errors(self.source, kind, self.matrix, self.llama) for kind in kinds}
 
     @cached_property
-    def sensitivities(self) -> dict[str, dict[str, float]]:
-        """The sensitivity of each unit, by method."""
+    def search(self) -> probes.Search:
+        """What a search needs first."""
         text = self.folder / "search.txt"
         text.write_text(corpus.held_out_text(seed=22), encoding="utf-8")
-        search = probes.Search(
+        return probes.Search(
             self.source,
             logits=self.logits(text, CHUNKS),
             matrix=self.matrix,
@@ -126,6 +168,18 @@ class Bench:
             keep=self.folder / "kept",
             identity=self.name,
         )
+
+    def measure(self) -> Times:
+        """The errors, and the runs by tensor, which are kept."""
+        search, start = self.search, Times.now()
+        assert self.errors
+        probes.measure(search, "tensor")
+        return Times.now() - start
+
+    @cached_property
+    def sensitivities(self) -> dict[str, dict[str, float]]:
+        """The sensitivity of each unit, by method."""
+        search = self.search
         units = groups.units(self.source)
         errors = {name: each.error for name, each in self.errors[PROBE].tensors.items()}
         by_tensor = probes.measure(search, "tensor").kl_divergence
@@ -146,10 +200,6 @@ class Bench:
         path = self.folder / f"{text.stem}.logits"
         perplexity.reference_logits(self.source.path, text, path, chunks=chunks, llama=self.llama)
         return path
-
-    def prepare(self) -> None:
-        """What a search needs once."""
-        assert self.sensitivities
 
     def ratios(self) -> Ratios:
         """All methods at all sizes."""
@@ -202,6 +252,15 @@ def shown(figures: Mapping[str, Ratios]) -> str:
             end = (f"{mean(ratios):.3f}", f"{target:.2f}" if target else "-", f"{least:.4f}")
             rows.append((model, method, *cells, *end))
     return table.markdown(rows, left=2)
+
+
+def too_slow(times: Mapping[str, Times]) -> Iterator[str]:
+    """The models whose errors and runs take too long, or too long outside of llama.cpp."""
+    for model, took in times.items():
+        if (took.own + took.programs) / 2 > MOST_SECONDS:
+            yield f"{model}: errors and runs by tensor take over {MOST_SECONDS} s on two cores"
+        if took.share < LEAST_SHARE:
+            yield f"{model}: {took.share:.0%} of the time is llama.cpp's, not {LEAST_SHARE:.0%}"
 
 
 def missed(figures: Mapping[str, Ratios]) -> Iterator[str]:
