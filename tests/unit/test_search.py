@@ -17,20 +17,21 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, RecordError, ToolchainError
-from mtpforge.gguf import reader, writer
+from mtpforge.gguf import reader, split, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.io.ranges import FileRange
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
-from mtpforge.quantize.llama_quantize import quantize
+from mtpforge.quantize.llama_quantize import quantize, run
 from mtpforge.quantize.recipe import by_recipe, head_recipe, read_recipe
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
-from mtpforge.search import errors, found, groups, probes, sensitivity
+from mtpforge.search import errors, exchange, found, groups, probes, sensitivity
 from mtpforge.search.compared import Compared, Stock, mixture_table
 from mtpforge.search.errors import Errors, TensorError
+from mtpforge.search.exchange import Exchange
 
 SHAPES = {
     "token_embd.weight": (512, 256),
@@ -265,11 +266,13 @@ class Runs:
         self.depends_on_group = depends_on_group
         self.types: list[set[str]] = []
         monkeypatch.setattr(probes, "_check", lambda search: None)
-        monkeypatch.setattr(probes, "run", self.quantize)
+        monkeypatch.setattr(Exchange, "write", lambda *_: Exchange(Path("shards"), {}))
+        monkeypatch.setattr(Exchange, "link", self.link)
         monkeypatch.setattr(probes.perplexity, "mean_divergence", self.perplexity)
 
-    def quantize(self, source: Gguf, out: Path, types: dict[str, Kind], **_: Any) -> None:
-        self.types.append({name for name, kind in types.items() if kind is Kind.Q3_K})
+    def link(self, names: list[str], folder: Path) -> Path:
+        self.types.append(set(names))
+        return folder / "model.gguf"
 
     def perplexity(self, *_: Any) -> float:
         self.count += 1
@@ -347,6 +350,29 @@ def test_a_class_that_is_a_whole_layer_is_tried_once(
     ]  # fmt: skip
 
 
+def test_exchanged_shards_are_the_model_with_some_tensors_quantized(tmp_path: Path) -> None:
+    native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "in.gguf", "all", "qwen35")
+    source = reader.read(tmp_path / "in.gguf")
+    llama = LlamaCpp(BIN, threads=1)
+    names = ["blk.1.ffn_gate.weight", "blk.1.ffn_up.weight", "token_embd.weight"]
+    types = dict.fromkeys(groups.matrices(source), Kind.Q3_K)
+    for folder in ("shards", "one", "none"):
+        (tmp_path / folder).mkdir()
+    shards = Exchange.write(source, tmp_path / "shards", types, None, llama)
+    written = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    assert written < exchange.disk(source, types)
+    asked = {name: info.known_type for name, info in source.tensors.items()}
+    asked |= dict.fromkeys(names, Kind.Q3_K)
+    run(source, tmp_path / "right.gguf", asked, "Q4_K_M", None, llama)
+    right = reader.read(tmp_path / "right.gguf")
+    made = split.read(shards.link(names, tmp_path / "one"))
+    assert {name: info.type for name, info in made.tensors.items()} == asked
+    assert reader.hashes(made.ranges) == reader.hashes(right.ranges)
+    plain = split.read(shards.link([], tmp_path / "none"))
+    assert reader.hashes(plain.ranges) == reader.hashes(source.ranges)
+    assert plain.metadata == source.metadata
+
+
 def test_results_of_another_model_or_text_are_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -370,10 +396,11 @@ def test_only_the_group_is_quantized_and_classes_come_before_layers(
 class RunsOfSomeLength(Runs):
     """Runs whose result depends on the group alone, and that end in another order each time."""
 
-    def quantize(self, source: Gguf, out: Path, types: dict[str, Kind], **_: Any) -> None:
-        tried = sorted(name for name, kind in types.items() if kind is Kind.Q3_K)
-        Path(out).with_suffix(".txt").write_text(json.dumps(tried))
+    def link(self, names: list[str], folder: Path) -> Path:
+        made = folder / "model.gguf"
+        made.with_suffix(".txt").write_text(json.dumps(sorted(names)))
         time.sleep(Random().uniform(0, 0.01))
+        return made
 
     def perplexity(self, *given: Any) -> float:
         tried = json.loads(given[0].with_suffix(".txt").read_text())

@@ -22,6 +22,7 @@ _CONVERT_MEMORY = 330 << 20
 _UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
 _TORCH = 350 << 20  # besides the largest tensor, of which there are up to three copies
 _TORCH_START = 5  # CPU seconds to load it
+_PROBED = 1.5  # a BF16 file, and for a while two at 3 or 4 bits
 _QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
 
 FREED = 0.95
@@ -167,13 +168,15 @@ def errors(source: float, machine: Machine, cpu_seconds: float) -> Cost:
 
 
 def sensitivities(size: float, machine: Machine, runs: int) -> Cost:
-    """Quantize some tensors of a file and run it over a text, `runs` times.
+    """Write a file once, and run it over a text with some tensors quantized, `runs` times.
 
     A small file is run on one thread, so several at a time.
     """
-    one = copy(size, machine) + run(size, machine, text=CHUNK * CHUNKS)
+    one = run(size, machine, text=CHUNK * CHUNKS)
     at_a_time = machine.threads if size < SMALL else 1
-    return Cost(at_a_time * one.memory, scratch=at_a_time * size, seconds=runs * one.seconds)
+    written = _PROBED * size
+    seconds = copy(written, machine).seconds + runs * one.seconds
+    return Cost(at_a_time * one.memory, scratch=written, seconds=seconds)
 
 
 def run(

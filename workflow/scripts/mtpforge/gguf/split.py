@@ -233,7 +233,7 @@ def write(
         for number, group in enumerate(planned):
             if files[number].exists():  # finished before a kill
                 files[number].rename(temporary.usual_name(files[number], "part"))
-            own, entries = _shard(whole, group, number, len(planned))
+            own, entries = one_shard(whole, group, number, len(planned))
             shard = [(info, payloads[info.name]) for info in entries]
             writer.write(files[number], own, shard, check, journal)
 
@@ -316,12 +316,12 @@ def check_target(source: Path, folder: Path, stem: str) -> None:
 
 def _write(source: Gguf, planned: list[list[TensorInfo]], files: list[Path]) -> None:
     for number, infos in enumerate(planned):
-        metadata, entries = _shard(source, infos, number, len(files))
+        metadata, entries = one_shard(source, infos, number, len(files))
         tensors = [(info, [source.ranges[info.name]]) for info in entries]
         writer.write(files[number], metadata, tensors)
 
 
-def _shard(
+def one_shard(
     source: Gguf, infos: list[TensorInfo], number: int, count: int
 ) -> tuple[dict[str, Value], list[TensorInfo]]:
     """The metadata of shard `number`, counted from 0, and its tensors; a single file keeps both."""

@@ -19,9 +19,10 @@ from mtpforge.io.records import Record
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
-from mtpforge.quantize.llama_quantize import checked_rows, run
-from mtpforge.search import groups
-from mtpforge.search.errors import FILE_TYPE, check_rows
+from mtpforge.quantize.llama_quantize import checked_rows
+from mtpforge.search import exchange, groups
+from mtpforge.search.errors import check_rows
+from mtpforge.search.exchange import Exchange
 from mtpforge.search.settings import CHUNKS, PROBE, SMALL
 
 
@@ -114,45 +115,38 @@ def _check(search: Search) -> None:
 
 def _results(search: Search, todo: Sequence[Sequence[str]]) -> Iterator[None]:
     """Try groups, several at a time if the model is small; a failure ends the others."""
-    size = sum(info.size for info in search.source.tensors.values())
-    workers = search.llama.processors if size < SMALL else 1
-    _say_before(len(todo), workers, size)
-    if workers == 1:
-        yield from map(_try(search), todo)
-        return
-    one = replace(search, llama=replace(search.llama, threads=1))
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield from pool.map(_try(one), todo)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _say_before(runs: int, workers: int, size: int) -> None:
-    """Print what a search takes."""
-    if not runs:
+    if not todo:
         progress.say("no runs, because all results are kept")
         return
+    source = search.source
+    size = sum(info.size for info in source.tensors.values())
+    workers = search.llama.processors if size < SMALL else 1
+    types = dict(_probed(source, groups.matrices(source)))
+    _say_before(len(todo), workers, size, exchange.disk(source, types))
+    with atomic.scratch_folder(search.kept(["shards", *todo[0]])) as folder:
+        shards = Exchange.write(source, folder, types, search.matrix, search.llama)
+        if workers == 1:
+            yield from map(_try(search, shards), todo)
+            return
+        one = replace(search, llama=replace(search.llama, threads=1))
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield from pool.map(_try(one, shards), todo)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _say_before(runs: int, workers: int, size: int, disk: int) -> None:
+    """Print what a search takes."""
     at_a_time = f"{workers} at a time" if workers > 1 else "one at a time"
-    needed = table.size(workers * memory.needed(size))
-    disk = table.size(workers * size)
-    progress.say(f"{runs} runs of {CHUNKS} chunks, {at_a_time}: {needed} of memory, {disk} of disk")
+    needed = f"{table.size(workers * memory.needed(size))} of memory, {table.size(disk)} of disk"
+    progress.say(f"{runs} runs of {CHUNKS} chunks, {at_a_time}: {needed}")
 
 
-def _try(search: Search) -> Callable[[Sequence[str]], None]:
+def _try(search: Search, shards: Exchange) -> Callable[[Sequence[str]], None]:
     def measure_one(names: Sequence[str]) -> None:
         with atomic.scratch_folder(search.kept(names)) as folder:
-            made = folder / "probe.gguf"
-            types = {name: info.known_type for name, info in search.source.tensors.items()}
-            types |= dict(_probed(search.source, names))
-            run(
-                search.source,
-                made,
-                types=types,
-                file_type=FILE_TYPE,
-                matrix=search.matrix,
-                llama=search.llama,
-            )
+            made = shards.link(names, folder)
             try:
                 moved = perplexity.mean_divergence(made, search.logits, search.llama)
             except ToolchainError as error:
