@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from mtpforge.report import figures
 from mtpforge.report.distance import distance
 from test_card import (
     ABOUT,
+    BASE,
     DETAILS,
+    DONORS,
     SIDECAR,
+    beside,
     front,
     make,
     measurement,
@@ -41,14 +45,14 @@ HOSTILE = "a|b `x` <img src=x onerror=alert(1)> [c](d) ](e) --- $m$ ~~s~~ é\u20
 
 def many() -> list[Result]:
     """Files with the widest cells that a real repository has."""
+    swept = measurement(2, (1234.5, 2345.6, 2500.4))
+    off, *drafting = swept.by_n_max
+    pairs = (off, *(replace(each, p_min=0.75) for each in drafting))
+    swept = replace(swept, by_n_max=pairs, recommended_p_min=0.75)
     return [
         result(
             name,
-            measured=replace(
-                measurement(2, (1234.5, 2345.6, 2500.4)),
-                file=f"Qwen3.5-4B-{name}.gguf",
-                recommended_p_min=0.75,
-            ),
+            measured=replace(swept, file=f"Qwen3.5-4B-{name}.gguf"),
             head="BF16/Q8_0",
             bytes=123_456_789_012,
         )
@@ -86,6 +90,7 @@ def test_the_card_fits_the_hub(tmp_path: Path) -> None:
 
 def test_the_table_of_files_has_at_most_eight_columns_and_two_digits() -> None:
     table = make(*many()).split("## Files")[1].split("## ")[0]
+    assert "1200 → 2500" in table
     headings, _, *lines = [
         line.strip("| ").split("|") for line in table.splitlines() if "|" in line
     ]
@@ -207,3 +212,36 @@ def test_speed_that_was_not_steady_has_no_picture() -> None:
     text = make(result(measured=measurement(2, steady=False, recommended_n_max=None)))
     assert "plots/distance.svg" in text and "plots/drafting.svg" not in text
     assert "not steady" in text
+
+
+TOWER = beside("mmproj-Qwen3.5-4B-F16.gguf", "clip")
+MIXED = {
+    "one": [result()],
+    "BF16 alone": [result("BF16")],
+    "no heads": [result(heads=0, head="none"), result("Q8_0", heads=0, head="none")],
+    "a sidecar alone": [SIDECAR],
+    "a sidecar for a file without a head": [result(heads=0, head="none"), SIDECAR],
+    "a sidecar and a vision tower": [result(measured=measurement(2)), SIDECAR, TOWER],
+    "split": [split_result("Q4_K_M"), split_result("BF16")],
+    "some measured": [result("BF16"), result(measured=measurement(0, (9.0, 8.0)))],
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("about", [{}, {"source": None, "bases": [BASE], "donors": DONORS}])
+def test_every_kind_of_repository_has_both_pages(kind: str, about: dict[str, Any]) -> None:
+    results = MIXED[kind]
+    text, more = make(*results, **about), second(*results, **about)
+    assert ModelCard(text).data.base_model_relation == "quantized"
+    published = {shard for each in results for shard in each.shards}
+    for page in (text, more):
+        assert "None" not in page and "\n\n\n" not in page and "{{" not in page
+        linked = {unquote(each) for each in re.findall(r'href="([^"]+)"', html(page))}
+        own = {each for each in linked if not each.startswith("https://")}
+        assert own - {"README.md", "DETAILS.md"} <= published
+        assert len(own & published) == len(results)
+    blocks = [each.content for each in MarkdownIt().parse(text) if each.type == "fence"]
+    for line in "".join(each for each in blocks if "cmd:" not in each).splitlines():
+        assert shlex.split(line)[0] in {
+            "llama-server", "hf", "lemonade", "lms", "ollama", "FROM", "PARAMETER",
+        }  # fmt: skip

@@ -99,7 +99,7 @@ def _pictures(results: Sequence[Result]) -> str:
 _RECKONED = (
     "These needs are reckoned, not measured: the file, 8,192 tokens of context (`--ctx-size 8192`) "
     "with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), and 1 GB for "
-    "llama.cpp's buffers."
+    "llama.cpp's buffers. What does not fit a graphics card stays in main memory and is slower."
 )
 
 
