@@ -113,6 +113,13 @@ def test_quants_alone_are_made_shard_by_shard() -> None:
         assert "acceptance of quants is not compared with that of BF16" in note
         option = options(made)["all"]
         assert option.startswith("--free --threads 1 --quantize ") and option.count("folder") == 2
+        programs = [
+            made.convert.program(SimpleNamespace(model="m", part=part))  # type: ignore[arg-type]
+            for part in ("all", "head")
+        ]
+        assert [path.rpartition("/")[2] for path in programs] == [
+            "convert_and_quantize.py", "convert.py"
+        ]  # fmt: skip
         assert not lean.by_shards(build(model).config, given)
         names: Any = SimpleNamespace(file="model.safetensors", **SOURCE)
         assert made.fetch.sparse(names) == "--sparse"

@@ -51,9 +51,8 @@ class ConvertRules(Stage):
 
     def program(self, wildcards: Wildcards) -> str:
         """The program: the one that also quantizes runs the other, and is not tracked either."""
-        model = self.model(wildcards)
-        by_shards = lean.by_shards(self.config, model)
-        return code("convert_and_quantize.py" if by_shards else "convert.py")[0]
+        also = "--quantize" in self.free(wildcards)
+        return code("convert_and_quantize.py" if also else "convert.py")[0]
 
     def matrices(self, wildcards: Wildcards) -> list[str]:
         """Records of the importance matrices that a build shard by shard quantizes with."""
