@@ -231,6 +231,31 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
     (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),
     (config({"source": {"path": "here/."}}), "models/m/source/path: 'here/.' must not .* end"),
+    (
+        config({"source": {"path": str(ROOT / "tests/checkpoints/tiny-qwen35")}}),
+        r"no such folder: .*/tiny-qwen35; did you mean tiny-qwen3.5\?",
+    ),
+    *(
+        (
+            config({"source": {key: text, **pin}} if key else {"source": text}),
+            rf"models/m/source.*: .*{said}Owner/Name",
+        )
+        for key, pin, said in (
+            ("path", {}, "did you mean `repo: "),
+            ("repo", {"revision": REVISION}, r"did you mean "),
+            ("", {}, "such as `{repo: "),
+        )
+        for text in ("https://huggingface.co/Owner/Name", "hf.co/Owner/Name/tree/main?x")
+    ),
+    (config({"publish": "Owner/Name"}), "models/m/publish: .* such as `{repo: Owner/Name}`"),
+    (config({"publish": "s3://bucket/x"}), "models/m/publish: .* such as `{url: s3://bucket/x}`"),
+    (config({"sidecar": "q8_0"}), r"models/m/sidecar: .*; did you mean Q8_0\?"),
+    (config({"split": "48GB"}), r"models/m/split: '48GB' .*; did you mean 48G\?"),
+    (config({"variants": {"x": {"size": "11 gb", "text": "x"}}}), r"x/size: .* did you mean 11G\?"),
+    (config({"variants": {"x": {"size": "q4_k_m", "text": "x"}}}), r"did you mean Q4_K_M\?"),
+    (config({"variants": {"iq4_xs": {}}}), r"variants/iq4_xs: .*, did you mean IQ4_XS\?"),
+    (config(head="None"), r"'None'; did you mean none\?"),
+    ({**config(), "build": ["M"]}, r"build: there is no model 'M': .*; did you mean m\?"),
     (config({"source": {"path": "a{b}/c"}}), "models/m/source/path: 'a{b}/c' must not have braces"),
     (
         config({"source": {"path": "~/here"}}),

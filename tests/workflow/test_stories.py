@@ -74,6 +74,24 @@ def test_nothing_is_built_without_an_answer(copy: Repository, hub: Hub) -> None:
     assert not (copy.path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("make quant REPO={hub}/Qwen/Qwen3.5-4B/tree/main TYPE=iq4_xs", "set YES=1"),
+        ("make quant REPO=Qwen/Qwen3.5-4B@main TYPE=IQ4XS", "did you mean IQ4_XS?"),
+        ("make quant REPO=Qwen3.5-4B TYPE=IQ4_XS", "is not a repository: write OWNER/NAME"),
+        ("make quant REPO=./ckpt/ TYPE=IQ4_XS", "./ckpt/: no such folder"),
+        ("make inject BASE=OWNER/NAME-GGUF:q4km SOURCE=Qwen/Qwen3.5-4B", "it has quants/Qwen3.5"),
+    ],
+)
+def test_input_as_people_write_it_is_taken_or_answered(
+    line: str, said: str, copy: Repository, hub: Hub
+) -> None:
+    done = make(line.replace("{hub}", hub.endpoint), copy, hub)
+    assert done.returncode == 2 and said in done.stderr, done.stdout + done.stderr
+    assert list((copy.path / "config.d").glob("*")) == []
+
+
 def test_one_command_makes_a_quant_with_a_head(copy: Repository, hub: Hub) -> None:
     (line,) = QUANT
     done = make(line, copy, hub, YES="1")

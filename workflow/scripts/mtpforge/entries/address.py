@@ -1,8 +1,6 @@
 """Repositories, checkpoints and GGUFs as people write them: names, web addresses, paths."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from huggingface_hub import constants
 
 from mtpforge.errors import ConfigError
 from mtpforge.hub.listing import REPOSITORY
+from mtpforge.suggest import close
 
 _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
 _PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
@@ -55,13 +54,6 @@ def gguf(text: str) -> Address | Path:
     if address.file is None:
         raise ConfigError(f"{text[:200]!r} names no file: write OWNER/NAME:FILE.gguf")
     return address
-
-
-def close(name: str, names: Iterable[str]) -> str:
-    """A question for the name that was probably meant; empty if there is none."""
-    by_lower = {each.lower(): each for each in names}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
-    return f"; did you mean {by_lower[found[0]]}?" if found else ""
 
 
 def _on_page(text: str) -> Address | None:

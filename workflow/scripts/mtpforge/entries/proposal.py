@@ -13,7 +13,7 @@ from mtpforge.checkpoint.model_files import head_names
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import convertible
 from mtpforge.entries import presets
-from mtpforge.entries.address import Address, close
+from mtpforge.entries.address import Address
 from mtpforge.entries.presets import Variants
 from mtpforge.errors import CheckpointError, DownloadError, GgufError
 from mtpforge.gguf import head, split
@@ -21,6 +21,7 @@ from mtpforge.gguf.file_names import file_model, gguf_files, parts_of
 from mtpforge.hub import download, headers
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import current_name, list_commit, model_info
+from mtpforge.suggest import close
 
 SPLIT = "48G"
 """The Hub refuses files above 50 GB."""

@@ -4,6 +4,7 @@ Start at `parse`. Checks that involve several keys, or files on disk, are in `co
 JSON schema for editors comes from `schema`.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from mtpforge import suggest
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
@@ -207,8 +209,8 @@ class Upload(Entry):
     when: Literal["built", "verified"] = Field(
         default="built",
         description=(
-            "`built`: upload the model once all of its files are there. `verified`: each file as"
-            " soon as it has passed, and card, sums and provenance at the end."
+            "Upload the model once all of its files are there (`built`), or each file as soon as it"
+            " has passed, and card, sums and provenance at the end (`verified`)."
         ),
     )
     delete_after: bool = Field(
@@ -662,6 +664,16 @@ def _message(error: ErrorDetails) -> str:
     return error["msg"].replace("Input should be", f"{value}: must be") + _advice(error)
 
 
+def _as_entry(given: str, message: str) -> str:
+    """The key and value that a text was probably meant for."""
+    keys = re.findall(r"\w+", message.partition("keys ")[2])
+    if "url" in keys and given.startswith("s3://"):
+        return f"url: {given}"
+    repo = suggest.repository(given)
+    key = "repo" if repo and "repo" in keys else "path" if "path" in keys else keys[0]
+    return f"{key}: {repo if key == 'repo' and repo else given}"
+
+
 def _advice(error: ErrorDetails) -> str:
     """The right form, for mistakes that are made often."""
     given = error["input"]
@@ -675,5 +687,5 @@ def _advice(error: ErrorDetails) -> str:
     if given is False and "head" in error["loc"]:
         return "; `none` leaves the head out"
     if isinstance(given, str) and "exactly one of the keys" in error["msg"]:
-        return f", such as `{{path: {given}}}`"
+        return f", such as `{{{_as_entry(given, error['msg'])}}}`"
     return ""

@@ -10,6 +10,7 @@ from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Config, Model, S3Folder
 from mtpforge.rules.variant import ImatrixText, LocalFolder, OwnBase, Variant
+from mtpforge.suggest import close
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """llama.cpp b11434 does not load a repository's file as the model if its name has one of these
@@ -241,7 +242,8 @@ def _check_chosen(config: Config) -> None:
     for name in config.models if config.build == "all" else config.build:
         if name not in config.models:
             known = ", ".join(config.models) or "none"
-            _refuse("build", f"there is no model {name!r}: models has {known}")
+            meant = close(name, config.models)
+            _refuse("build", f"there is no model {name!r}: models has {known}{meant}")
 
 
 def _check_files(path: str, model: Model) -> None:

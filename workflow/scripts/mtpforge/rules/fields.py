@@ -26,6 +26,7 @@ from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
 from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath, TextPath
 from mtpforge.s3.address import PATTERN, Address
+from mtpforge.suggest import close, repository
 
 
 class Entry(BaseModel):
@@ -89,6 +90,8 @@ def _matching(pattern: str, why: str, correct: Callable[[str], str] | None = Non
 
 
 def _check_head(name: str) -> None:
+    if name.lower() == NO_HEAD != name:
+        raise ConfigError(f"unknown tensor type {name!r}; did you mean {NO_HEAD}?")
     if name != NO_HEAD:
         quant_types.check_tensor_type(name)
 
@@ -96,7 +99,8 @@ def _check_head(name: str) -> None:
 def _check_sidecar(name: str) -> None:
     if name not in SIDECAR_TYPES:
         known = ", ".join(SIDECAR_TYPES)
-        raise ConfigError(f"a sidecar cannot have type {name!r}: use one of {known}")
+        meant = close(name, SIDECAR_TYPES)
+        raise ConfigError(f"a sidecar cannot have type {name!r}: use one of {known}{meant}")
 
 
 _OWN_OPTIONS = (
@@ -123,8 +127,14 @@ def check_target(size: str) -> None:
         except ConfigError:
             raise ConfigError(
                 f"{size[:100]!r} is not a size: write a whole number of M or G, such as 11G, or a "
-                "type, such as Q4_K_M"
+                f"type, such as Q4_K_M{_meant(size)}"
             ) from None
+
+
+def _meant(size: str) -> str:
+    amount = _size_in(size)
+    is_amount = re.fullmatch(_AMOUNT, amount)
+    return f"; did you mean {amount}?" if is_amount else close(size, quant_types.PUBLISHED)
 
 
 def _plain_name(name: str) -> str:
@@ -133,8 +143,7 @@ def _plain_name(name: str) -> str:
 
 def _repository_in(address: str) -> str:
     """The repository that a page of the Hub belongs to."""
-    path = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", address)
-    return "/".join(re.split(r"[/?#]", path)[:2])
+    return repository(address) or address.rstrip("/")
 
 
 def _size_in(text: str) -> str:
@@ -233,6 +242,7 @@ GgufName = Annotated[
         _FILE_PATH + r"\.gguf(\.part[0-9]+of[0-9]+)?",
         "is not a GGUF of a repository: write NAME.gguf, NAME-00001-of-0000N.gguf or"
         " NAME.gguf.part1ofN, after its folder: FOLDER/NAME.gguf",
+        lambda page: re.sub(r"^.*/(blob|resolve|tree)/[^/]+/|[?#].*$", "", page),
     ),
 ]
 FileRevision = Annotated[

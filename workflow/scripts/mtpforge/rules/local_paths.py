@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from mtpforge import suggest
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io.text import text_files
 
@@ -32,7 +33,11 @@ class FolderPath(LocalPath):
     def problem(self) -> str | None:
         """Why it cannot be used; None if it can."""
         folder = Path(self).expanduser()
-        return None if folder.is_dir() else f"no such folder: {self}"
+        if folder.is_dir():
+            return None
+        repo = suggest.repository(self)
+        meant = f"; did you mean `repo: {repo}`?" if repo else suggest.beside(folder)
+        return f"no such folder: {self}{meant}"
 
 
 class PromptsPath(LocalPath):
@@ -92,5 +97,7 @@ def find(value: object, at: str) -> Iterator[tuple[str, LocalPath]]:
 
 def _file_problem(path: Path) -> str | None:
     if not path.is_file():
-        return f"not a regular file: {path}" if path.exists() else f"no such file: {path}"
+        if path.exists():
+            return f"not a regular file: {path}"
+        return f"no such file: {path}{suggest.beside(path)}"
     return None if os.access(path, os.R_OK) else f"cannot be read: {path}"
