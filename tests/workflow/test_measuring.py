@@ -69,6 +69,7 @@ def test_only_a_new_variant_is_measured(repository: Repository) -> None:
         "quantize": 1,
         "verify": 1,
         "measure": 1,
+        "plot": 2,
         "summary": 1,
         **described(1),
     }
@@ -80,8 +81,11 @@ def test_only_a_new_variant_is_measured(repository: Repository) -> None:
 @pytest.mark.parametrize(
     ("edited", "pending"),
     [
-        ("measure.py", {"measuring": 1, "measure": 2, "summary": 1, **described(0)}),
-        ("mtpforge/measure/speed.py", {"measuring": 1, "measure": 2, "summary": 1, **described(0)}),
+        ("measure.py", {"measuring": 1, "measure": 2, "plot": 2, "summary": 1, **described(0)}),
+        (
+            "mtpforge/measure/speed.py",
+            {"measuring": 1, "measure": 2, "plot": 2, "summary": 1, **described(0)},
+        ),
         ("verify.py", {"verify": 1, "verify_split": 1, "summary": 1, **described(2)}),
         (
             "mtpforge/measure/perplexity.py",
@@ -89,6 +93,7 @@ def test_only_a_new_variant_is_measured(repository: Repository) -> None:
                 "measuring": 1,
                 "reference_logits": 1,
                 "measure": 2,
+                "plot": 2,
                 "summary": 1,
                 **described(0),
             },
@@ -124,7 +129,13 @@ def test_another_n_max_measures_again(repository: Repository) -> None:
         MODEL: {**before[MODEL], "measure": {**MEASURED["measure"], "n_max": [1, 2]}}
     }
     repository.write_config()
-    assert repository.pending() == {"measuring": 1, "measure": 2, "summary": 1, **described(0)}
+    assert repository.pending() == {
+        "measuring": 1,
+        "measure": 2,
+        "plot": 2,
+        "summary": 1,
+        **described(0),
+    }
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}
