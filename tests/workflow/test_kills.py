@@ -42,6 +42,7 @@ STAGES = {
     "materials": ".*: list the checkpoint's files",
     "recipe": ".*: recipe of",
     "imatrix": ".*: importance matrix",
+    "coverage": ".*: coverage of",
     "reference_logits": ".*: BF16 logits",
     "acceptance": ".*: acceptance of",
     "plan_types": ".*: plan ",

@@ -34,6 +34,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     jobs = {
         "convert": 2,
         "imatrix": 1,
+        "coverage": 1,
         "recipe": 4,
         "plan_types": 4,
         "quantize": 4,
@@ -104,6 +105,7 @@ def test_an_edited_text_reruns_its_matrix_and_variants(repository: Repository) -
     text.write_text(before + "another line\n")
     assert repository.pending() == {
         "imatrix": 1,
+        "coverage": 1,
         "plan_types": 3,
         "quantize": 3,
         "verify": 3,

@@ -51,21 +51,26 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ties")
     copy = Repository(folder / "repository", BIN)
     shutil.copy(ROOT / "tests/checkpoints/held-out.txt", copy.path / "text.txt")
-    for name in ("base-00001-of-00002.gguf", "base-00002-of-00002.gguf", "given.gguf"):
+    given = ("base-00001-of-00002.gguf", "base-00002-of-00002.gguf", "given.gguf", "others.gguf")
+    for name in (*given, "texts/a.txt"):
+        (copy.path / name).parent.mkdir(exist_ok=True)
         (copy.path / name).touch()
     checkpoint = {"path": "tests/checkpoints/tiny-qwen3.5"}
     variants = {
         "BF16": {},
         "Q8_0": {"split": "500M"},
         "IQ2_S": {"imatrix": {"text": "text.txt"}},
+        "chat": {"type": "IQ2_S", "imatrix": {"text": "texts", "chat": True}},
         "IQ2_M": {"imatrix": {"path": "given.gguf"}, "pieces": 2},
         "mine": {"base": {"type": "Q4_0"}},
         "theirs": {"base": {"path": "base-00001-of-00002.gguf"}, "head_from": checkpoint},
     }
     measure = {"text": "text.txt", "n_max": [1]}
+    measure |= {"tasks": {"winogrande": "text.txt"}}
     model = {**CONFIG["models"]["tiny-qwen3.5"], "measure": measure, "variants": variants}
     upstream = {**model, "converter": "llama.cpp", "mmproj": True, "variants": {"BF16": {}}}
-    models = {"native": {**model, "sidecar": "Q8_0"}, "upstream": {**upstream, "sidecar": "Q8_0"}}
+    native = {**model, "compare": [{"path": "others.gguf"}]}
+    models = {"native": {**native, "sidecar": "Q8_0"}, "upstream": {**upstream, "sidecar": "Q8_0"}}
     copy.config["models"] = models
     copy.write_config()
     done = subprocess.run(

@@ -108,6 +108,7 @@ rule measure_other:
         toolchain="resources/toolchain/stamp.json",
         records=build.measure.other_inputs,
         model=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
         logits=ancient("results/{model}/work/logits/reference.bin"),
         logits_digest="results/{model}/work/logits/reference.json",
     output:

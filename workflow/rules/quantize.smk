@@ -98,6 +98,7 @@ rule coverage:
     input:
         code=code("imatrix_coverage.py"),
         source=ancient(build.convert.unquantized_file),
+        digests=build.convert.unquantized_digests,
         imatrix=ancient(build.quantize.imatrix_files),
         imatrix_digest=build.quantize.imatrix_inputs,
     output:
