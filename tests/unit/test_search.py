@@ -550,7 +550,8 @@ def hash_of(name: str) -> int:
 
 def test_a_file_that_cannot_be_so_small_is_refused() -> None:
     most = sizes().of(all_at("Q4_K")) - 1
-    with pytest.raises(ConfigError, match="cannot fit"):
+    said = f"in.gguf: cannot fit into {most:,} bytes: .* make {most + 1:,}: ask for a larger file"
+    with pytest.raises(ConfigError, match=said):
         found.choose(sizes(), all_at("Q4_K"), measured_errors(), dict.fromkeys(UNITS, 1.0), most)
 
 

@@ -28,10 +28,18 @@ from mtpforge.search.compared import HeadCost
 from mtpforge.search.errors import Errors
 
 STOCK = (
-    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K",
+    "Q2_K",
+    "Q3_K_S",
+    "Q3_K_M",
+    "IQ4_XS",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
     "Q8_0",
-)  # fmt: skip
-"""File types that a size in bytes is compared with."""
+)
+"""File types that a size in bytes is compared with. Q3_K_L, as large as IQ4_XS, is worse."""
 HEADS = ("BF16", "Q8_0", "Q4_K")
 """Types of a head whose costs are compared."""
 
@@ -129,6 +137,13 @@ def choose(
             raise ConfigError(f"{source.path}: {unit} can have none of the candidates: add one")
     names = [name for members in units.values() for name in members]
     fixed = sizes.of(start) - sum(_bytes(source, name, start[name].name) for name in names)
+    least = fixed + sum(min(option.bytes for option in found) for found in options)
+    if least > most:
+        raise ConfigError(
+            f"{source.path}: cannot fit into {most:,} bytes: with this head, the smallest "
+            f"candidates make {least:,}: ask for a larger file, or give smaller candidates or a "
+            "smaller head"
+        )
     chosen = allocate(options, most - fixed)
     by_type = {each.type: each for each in errors}
     types = dict(start)
