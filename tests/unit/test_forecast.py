@@ -182,6 +182,26 @@ def test_a_file_to_compare_with_takes_the_logits_and_a_run(toolchain: Path, tmp_
     assert steps["measure_other"].name == Path(layout.others(found.model)[0]).stem
 
 
+def test_a_mixture_to_compare_with_is_made_and_run_unless_it_is_a_variant(
+    toolchain: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_bytes(b"x" * 4000)
+    auto: dict[str, Any] = {"auto": {"size": "Q4_0", "sensitivity": "prior"}}
+
+    def compare(**entries: Any) -> tuple[float, int, int, bool]:
+        found = forecast(toolchain, **entries)
+        (step,) = [step for step in found.steps if step.stage == "compare"]
+        return step.reckoned, step.scratch, step.kept, step.path.endswith("compared/auto.json")
+
+    made = compare(variants=auto, measure={"text": "text"})
+    for entries in (
+        {"variants": auto},
+        {"variants": {**auto, "Q4_0": {}}, "measure": {"text": "text"}},
+    ):
+        assert compare(**entries) == (MACHINE.start, 0, 0, True)
+    assert made[0] > MACHINE.start and made[1] > 1e6 and made[2:] == (0, True)
+
+
 def test_a_fetched_file_to_compare_with_is_not_kept(tmp_path: Path) -> None:
     file = HubGguf(repo="Some/Body", file="a.gguf", revision=COMMIT)
     listing = tmp_path / layout.commit(file) / "files.json"

@@ -28,6 +28,7 @@ from mtpforge.quantize.recipe import Recipe, head_recipe
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.config import Model
+from mtpforge.rules.search import stock_of
 from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
 from mtpforge.search import groups
 from mtpforge.search.settings import CHUNKS, PROBE, STEP
@@ -306,6 +307,8 @@ class ModelForecast:
         self._quants.append(made)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
         self._quantize("quantized", variant.name, source, made, pieces=pieces)
+        if variant.searched:
+            self._compare(variant, source, made)
         return _wanted(variant, made) or planned_ggufs.size(made), pieces
 
     def _quantized(self, source: Gguf, request: QuantizeRequest, covered: bool = False) -> Gguf:
@@ -377,6 +380,25 @@ class ModelForecast:
             runs = len(groups.tried(source, by))
             step = Step("sensitivities", f"{matrix}-{Path(path).stem}", path)
             self._add(step, costs.sensitivities(size, self._machine, runs))
+
+    def _compare(self, variant: Variant, source: Gguf, stock: Gguf) -> None:
+        """llama.cpp's own mixture, which is made and measured unless it is a variant too."""
+        settings, size = self.model.measure, planned_ggufs.size(stock)
+        cost = Cost()
+        is_made = stock_of(self.model, variant) is None and self._fits(size)
+        if settings and settings.text and is_made:
+            made = costs.quantize(
+                planned_ggufs.size(source),
+                size,
+                self._machine,
+                cpu_seconds=planned_ggufs.quantize_seconds(source, stock),
+                largest=max(info.size for info in source.tensors.values()),
+                scratch=size,
+            )
+            text = costs.measured_tokens(Path(settings.text), settings.chunks)
+            cost = replace(made, kept=0) + self._run(size, text=text)
+        path = layout.compared(self.model.key, variant.name)
+        self._add(Step("compare", variant.name, path), cost)
 
     def _verify(self, variant: Variant, size: int) -> None:
         output = layout.output(self.model, variant.name)

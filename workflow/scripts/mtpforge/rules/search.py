@@ -110,10 +110,11 @@ class SearchRules(ImatrixRules):
 
     def stock(self, wildcards: Wildcards) -> list[str]:
         """The measurement of the mixture to compare with, if that is a variant too."""
-        model, own = self.model(wildcards), self.variant(wildcards)
-        names = [each.name for each in model.variants.values() if _is_stock_of(each, own)]
-        found = [layout.output(model, name).measurement for name in names[:1]]
-        return found if self.measurement(wildcards) else []
+        model = self.model(wildcards)
+        stock = stock_of(model, self.variant(wildcards))
+        if stock is None or not self.measurement(wildcards):
+            return []
+        return [layout.output(model, stock.name).measurement]
 
     def measured_options(self, wildcards: Wildcards) -> str:
         """The measurement and the logits, as options of compare_stock.py."""
@@ -159,11 +160,17 @@ class SearchRules(ImatrixRules):
         return self.variant(wildcards).imatrix
 
 
-def _is_stock_of(other: Variant, variant: Variant) -> bool:
-    """Whether another variant is llama.cpp's mixture of the type that `size` names."""
-    is_stock = not (other.searched or other.base or other.recipe)
-    decisive = [(each.head_types, each.imatrix) for each in (other, variant)]
-    return is_stock and other.file_type == variant.size and decisive[0] == decisive[1]
+def stock_of(model: Model, variant: Variant) -> Variant | None:
+    """The variant that is llama.cpp's mixture of the type that the `size` of another names."""
+
+    def decisive(each: Variant) -> tuple[object, ...]:
+        return each.head_types, each.imatrix
+
+    for other in model.variants.values():
+        is_stock = not (other.searched or other.base or other.recipe)
+        if is_stock and other.file_type == variant.size and decisive(other) == decisive(variant):
+            return other
+    return None
 
 
 def _searched(model: Model) -> list[Variant]:
