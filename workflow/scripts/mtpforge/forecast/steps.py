@@ -127,8 +127,11 @@ class ModelForecast:
 
     @property
     def passing(self) -> int:
-        """Bytes of files that are uploaded and deleted before the next one is made."""
-        if not self.model.passing:
+        """Bytes of files that are uploaded and deleted before the next one is made.
+
+        Shard by shard, all are made at the same time.
+        """
+        if self.is_by_shards or not self.model.passing:
             return 0
         made = [step for step in self._left if Path(step.path).parent.name in _OF_ONE_VARIANT]
         copies = [step for step in self._left if step.stage == "verify"]
