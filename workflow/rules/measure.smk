@@ -81,10 +81,10 @@ rule measure:
         "logs/{model}/measure-{base}-{variant}.log",
     benchmark:
         "benchmarks/{model}/measure-{base}-{variant}.jsonl"
+    priority: 2 * build.publish.priority
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
-    priority: 2 * build.publish.priority
     resources:
         **asked(build.needs.measure),
         download=lambda _: 1000 if workflow.local_exec else 0,  # all, so that none runs beside it

@@ -83,10 +83,10 @@ rule upload:
         "logs/{model}/upload-{stem}.log",
     wildcard_constraints:
         stem="[^/]+",
+    priority: 3 * build.publish.priority
     conda:
         "../../envs/run.yaml"
     threads: build.needs.uploading
-    priority: 3 * build.publish.priority
     resources:
         **asked(build.needs.publish, beside=True),
         processors=build.needs.uploading_processors,
@@ -112,9 +112,9 @@ rule delete:
         "logs/{model}/delete-{stem}.log",
     wildcard_constraints:
         stem="[^/]+",
+    priority: 4 * build.publish.priority
     conda:
         "../../envs/run.yaml"
-    priority: 4 * build.publish.priority
     resources:
         **asked(build.needs.small),
     params:

@@ -56,10 +56,10 @@ rule verify:
         "logs/{model}/verify-{base}-{variant}.log",
     benchmark:
         "benchmarks/{model}/verify-{base}-{variant}.jsonl"
+    priority: build.publish.priority
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
-    priority: build.publish.priority
     resources:
         **asked(build.needs.verify),
         gpu=build.needs.gpu,
