@@ -61,6 +61,7 @@ ALLOWED = {
     "mtpforge/publish/card.py: yaml.safe_load": OF_THIS_PACKAGE,
     "mtpforge/publish/upload.py: path.read_bytes": OF_THIS_PACKAGE,
     "mtpforge/report/ending.py: summary.read_text": OF_THIS_PACKAGE,
+    "mtpforge/report/page.py: path.read_bytes": OF_THIS_PACKAGE,
     "mtpforge/s3/download.py: partial.open": BINARY,
     "mtpforge/quantize/imatrix.py: np.fromfile": BINARY,
     "mtpforge/hub/sparse.py: path.open": BINARY,
