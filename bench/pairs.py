@@ -1,7 +1,7 @@
 """Compare the search for the fastest pair of n_max and p_min with a sweep of the whole grid.
 
 The sweep measures each pair in three rounds, and the best median wins. The pair that the search
-finds and the sweep's best then take turns for five rounds, which no choice has seen.
+finds and the sweep's best, if they differ, then take turns for nine rounds, which neither has seen.
 
 example: pairs.py results/tiny-qwen3.5/tiny-qwen3.5-Q8_0.gguf --out results/bench/pairs.json
 """
@@ -28,7 +28,7 @@ from mtpforge.measure.speed import Bench, Settings  # noqa: E402
 N_MAX = (1, 2, 3, 4, 5, 6, 8, 10)
 P_MIN = (0.0, 0.25, 0.5, 0.75, 0.9)
 ROUNDS = 3
-TURNS = 5
+TURNS = 9
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ def compare(path: Path, texts: Mapping[str, str], llama: LlamaCpp) -> Compared:
     end = time.monotonic()
     swept = max(speeds, key=lambda pair: median(speeds[pair]))
     bench.best = searched
-    turns = [(bench.round(searched), bench.round(swept)) for _ in range(TURNS)]
     result = Compared(
         file=path.name,
         swept=swept,
         searched=searched,
-        share=round(median(a for a, _ in turns) / median(b for _, b in turns), 3),
+        share=1.0 if searched == swept else _share(bench, searched, swept),
         sweep_rounds=ROUNDS * (1 + len(speeds)),
         search_rounds=rounds,
         sweep_seconds=round(end - middle, 1),
@@ -107,6 +106,15 @@ def _sweep(bench: Bench) -> dict[Pair, list[float]]:
         for pair in pairs:
             speeds[pair].append(bench.round(pair))
     return speeds
+
+
+def _share(bench: Bench, one: Pair, other: Pair) -> float:
+    """The speed of a pair over that of another."""
+    speeds: dict[Pair, list[float]] = {one: [], other: []}
+    for number in range(TURNS):
+        for pair in (one, other) if number % 2 else (other, one):
+            speeds[pair].append(bench.round(pair))
+    return round(median(speeds[one]) / median(speeds[other]), 3)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from mtpforge.measure.measurement import Total
 
 UNEVEN = 1.25
 """Highest ratio of the fastest to the slowest round that counts as steady."""
-WAITING = 0.15
+WAITING = 0.2
 """Highest share of the time that llama-server's threads may wait for a processor."""
 
 

@@ -192,7 +192,7 @@ class _Round:
     memory: int | None
     """Peak resident size, if /proc tells it."""
     times: tuple[int, int] | None
-    """Nanoseconds that threads ran, and that they waited for a processor."""
+    """Nanoseconds that threads ran for its requests, and that they waited for a processor."""
     cold: dict[Case, tuple[Completion, list[float]]] = field(default_factory=dict)
 
 
@@ -309,12 +309,13 @@ class Bench:
         with serve(self.llama, self.path, log=log, options=options, memory=limited) as server:
             cases = self._cases(server, more=more)
             first = tried not in self.rounds
+            before = server.processor_time()
             answers = [
                 server.completion(cases[0].prompt, self.tokens if first else _WARM_UP),
                 *(server.completion(case.prompt, self.tokens) for case in cases),
             ]
             memory = server.peak_memory()
-            times = server.processor_time()
+            times = _since(before, server.processor_time())
             shares = _positions(log, [answer.drafts for answer in answers])
         found = list(zip(answers, shares, strict=True))
         warm = {case: each for case, each in zip(cases, found[1:], strict=True) if _counts(each[0])}
@@ -387,6 +388,13 @@ def _drafting(tried: Pair) -> list[str]:
         return []
     ahead = ["--spec-draft-n-max", str(tried.n_max), "--spec-draft-p-min", f"{tried.p_min:g}"]
     return ["--spec-type", "draft-mtp", *ahead]
+
+
+def _since(before: tuple[int, int] | None, after: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The times between two moments, if both are known."""
+    if before is None or after is None:
+        return None
+    return max(after[0] - before[0], 0), max(after[1] - before[1], 0)
 
 
 def _counts(answer: Completion) -> bool:
