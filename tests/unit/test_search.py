@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+import yaml
 from conftest import BIN, CHECKPOINTS, ROOT
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
@@ -24,7 +25,7 @@ from mtpforge.io.ranges import FileRange
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
 from mtpforge.quantize.llama_quantize import quantize, run
-from mtpforge.quantize.recipe import by_recipe, head_recipe, read_recipe
+from mtpforge.quantize.recipe import as_text, by_recipe, head_recipe, read_recipe
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
@@ -628,6 +629,18 @@ def test_a_size_makes_the_recipe() -> None:
     assert options.endswith("--head Q8_0 --head-tensors results/m/work/head-recipes/found.yaml")
     assert "--sensitivities" in options and "Q3_K.json" in options
     assert len(made.search.errors(wildcards())) == 6
+
+
+def test_a_recipe_that_is_pasted_is_the_one_that_was_found() -> None:
+    """Also one of a model with a thousand matrices."""
+    recipe = found.recipe(model(), all_at("Q6_K"))
+    recipe |= {rf"^blk\.{number}\.attn_q\.weight$": "Q4_K" for number in range(1000)}
+    written = as_text(recipe)
+    pasted = build(type="Q4_K_M", tensors=yaml.safe_load(written))
+    assert pasted.quantize.recipe(wildcards()) == written
+    options = build(size="Q4_K_M").quantize.options(wildcards())
+    given = options.replace("work/found/found.yaml", "work/recipes/found.yaml")
+    assert pasted.quantize.options(wildcards()) == given
 
 
 def test_another_size_has_the_same_errors_and_sensitivities() -> None:
