@@ -52,6 +52,8 @@ def test_options_that_do_not_exist(program: str, argument: str) -> None:
         ("measure", "a", "--out", "b", "--repeats"),
         ("measure", "a", "--out", "b", "--n-max"),
         ("quantize", "a", "--out", "b", "--plan", "c", "--piece"),
+        ("sensitivity", "a", "--logits", "b", "--keep", "c", "--out", "d", "--piece"),
+        ("allocate", "a", "--type", "Q8_0", "--errors", "b", "--out", "c", "--bits"),
         ("plot",),
     ],
     ids=" ".join,

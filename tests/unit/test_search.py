@@ -556,6 +556,12 @@ def test_a_file_that_cannot_be_so_small_is_refused() -> None:
         found.choose(sizes(), all_at("Q4_K"), measured_errors(), dict.fromkeys(UNITS, 1.0), most)
 
 
+def test_more_bytes_than_the_finest_candidate_takes_give_that_one() -> None:
+    flat = dict.fromkeys(UNITS, 1.0)
+    types = found.choose(sizes(), all_at("Q4_K"), measured_errors(), flat, most=10**15)
+    assert types == all_at("Q8_0")
+
+
 def test_sizes_are_those_of_the_files_that_llama_quantize_makes(tmp_path: Path) -> None:
     native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "in.gguf", "all", "qwen35")
     source = reader.read(tmp_path / "in.gguf")

@@ -12,6 +12,7 @@ import sys
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import argparse
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--size", metavar="S", help="the file's: 11G, 900M, or a type of the same size"
     )
-    size.add_argument("--bits", type=float, metavar="B", help="the same in bits per weight")
+    size.add_argument(
+        "--bits", type=bits_per_weight, metavar="B", help="the same in bits per weight"
+    )
     parser.add_argument(
         "--errors", type=Path, nargs="+", required=True, metavar="FILE",
         help="of each candidate, from quantization_errors.py",
@@ -95,6 +98,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write size and mixture, and what to compare with",
     )
+
+
+def bits_per_weight(text: str) -> float:
+    """Parse --bits."""
+    with suppress(ValueError):
+        if 1 <= (bits := float(text)) <= 16:
+            return bits
+    raise argparse.ArgumentTypeError("must be a number from 1 to 16, such as 3.5")
 
 
 def bytes_wanted(
