@@ -123,8 +123,8 @@ class Build:
         wanted = [
             json.dumps({**VARIANTS[name], "folder": str(self.piece(name))}) for name in VARIANTS
         ]
-        options = ("--threads", 1, "--bin", self.programs, "--free", "--quantize", *wanted)
-        self.convert(convert_and_quantize, *options)
+        programs = ("--threads", 1, "--bin", self.programs, "--reuse", self.folder / "results")
+        self.convert(convert_and_quantize, *programs, "--free", "--quantize", *wanted)
 
     def piece(self, name: str) -> Path:
         return self.work / "manifests/pieces/quantized" / name
@@ -139,7 +139,9 @@ class Build:
         call(quantize_plan, *usual, *types, "--digests", self.digests, "--out", planned)
         out = self.work / f"{name}.gguf"
         reused = ("--plan", planned, "--reuse", self.folder / "results", "--out", out)
-        call(quantize, *usual, *reused, "--digests", out.with_suffix(".json"))
+        manifest = self.work / f"manifests/quantized/{name}.json"
+        digests = out.with_suffix(".json")
+        call(quantize, *usual, *reused, "--digests", digests, "--manifest", manifest)
         return out
 
     def content(self) -> dict[str, bytes]:
@@ -234,8 +236,25 @@ def test_a_finished_piece_becomes_the_file_without_a_copy(fetched: Build) -> Non
     assert file.samefile(made)
     before = file.read_bytes()
     fetched.bf16.unlink()  # a conversion that starts again does not write into the file
+    (fetched.work / "manifests/quantized/Q8_0.json").unlink()
     fetched.convert_by_shards()
     assert file.read_bytes() == before == made.read_bytes() and not file.samefile(made)
+
+
+def test_another_variant_later_makes_only_that(
+    fetched: Build, right: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.delitem(VARIANTS, "mix")
+        fetched.convert_by_shards()
+        fetched.quantize("Q8_0")
+    shutil.rmtree(fetched.piece("Q8_0"))  # as the rule does
+    with pytest.raises(DamagedError, match="`lean: shards`"):
+        fetched.quantize("mix")
+    fetched.bf16.unlink()
+    fetched.convert_by_shards()
+    assert [path.parent.name for path in fetched.folder.rglob("whole.gguf")] == ["mix"]
+    assert fetched.content() == right
 
 
 def test_it_goes_on_after_each_kill(

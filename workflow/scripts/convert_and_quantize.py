@@ -35,18 +35,25 @@ def main() -> None:
         metavar="JSON",
         help="the files to make: folder of the piece, type, head, head_tensors, tensors, imatrix",
     )
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        metavar="FOLDER",
+        help="leave out tensors of finished files whose manifests lie in FOLDER",
+    )
     programs.add_folder_option(parser)
     args = parser.parse_args()
     if args.free is None:
         parser.error("--quantize needs --free")
     llama = programs.from_options(args)
     llama.find("llama-quantize")  # missing, it would be noticed after the first gigabyte
-    quantizing = Quantizing(list(map(_wanted, args.quantize)), llama)
-    del args.quantize, args.bin  # they do not change what is converted
+    wanted = [_wanted(entry, args.reuse) for entry in args.quantize]
+    quantizing = Quantizing(wanted, llama)
+    del args.quantize, args.bin, args.reuse  # they do not change what is converted
     convert.run(parser, args, quantizing.attach)
 
 
-def _wanted(entry: dict[str, Any]) -> Wanted:
+def _wanted(entry: dict[str, Any], reuse: Path | None) -> Wanted:
     """A file as the rules describe it. Raises ConfigError."""
     try:
         kind, head = str(entry["type"]), str(entry.get("head", ""))
@@ -58,7 +65,7 @@ def _wanted(entry: dict[str, Any]) -> Wanted:
             recipe=_recipe(entry.get("tensors", {})),
             imatrix=Path(matrix) if matrix else None,
         )
-        return Wanted(Path(entry["folder"]), request)
+        return Wanted(Path(entry["folder"]), request, reuse)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--quantize: malformed ({error!r})") from None
 

@@ -23,14 +23,19 @@ from mtpforge.quantize.llama_quantize import choose_types
 from mtpforge.quantize.manifest import Manifest
 from mtpforge.quantize.plan import SAMPLE, make_plan
 from mtpforge.quantize.request import QuantizeRequest
+from mtpforge.quantize.reuse import find_reusable
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file to make: the folder of its piece (see `pieces`), and what it should be."""
+    """A file to make: the folder of its piece (see `pieces`), and what it should be.
+
+    Tensors that finished files under `reuse` hold are not made again.
+    """
 
     folder: Path
     request: QuantizeRequest
+    reuse: Path | None = None
 
 
 class Quantizing:
@@ -73,7 +78,7 @@ class Quantizing:
         self._pieces = [_Piece(each, source, self._llama) for each in self._wanted]
         for piece in self._pieces:
             piece.resume(journal.digests)
-        missing = sum(piece.missing for piece in self._pieces)
+        missing = sum(piece.missing for piece in self._pieces if not piece.may_be_finished)
         storage.require(self._pieces[0].path, missing)
         return set.intersection(*(piece.done for piece in self._pieces))
 
@@ -103,6 +108,8 @@ class _Piece:
         self._manifest = self.path.with_suffix(".json")
         self._whole: Gguf | None = None
         self._digests: dict[str, str] = {}
+        self._reused: set[str] = set()
+        self._reuse = wanted.reuse
         types = choose_types(source, wanted.request, llama)
         unknown = dict.fromkeys(["header", *source.tensors], "")
         plan = make_plan(source, unknown, types, wanted.request, llama)
@@ -110,8 +117,14 @@ class _Piece:
 
     @property
     def done(self) -> set[str]:
-        """The tensors that it has."""
-        return set(self._digests)
+        """The tensors that it has, or need not have."""
+        return self._digests.keys() | self._reused
+
+    @property
+    def may_be_finished(self) -> bool:
+        """Whether there is a manifest of the file, as the rules name it."""
+        folder = self.path.parent
+        return Path(*folder.parts[:-3], folder.parent.name, f"{folder.name}.json").exists()
 
     @property
     def missing(self) -> int:
@@ -122,6 +135,7 @@ class _Piece:
     def resume(self, sources: Mapping[str, str]) -> None:
         """Take over what a killed run has made of tensors with these digests."""
         self._note(sources)
+        self._find_finished(sources)
         if not self.path.is_file():
             return
         # A second name is that of a finished file, or of one that is just being made of it.
@@ -140,16 +154,28 @@ class _Piece:
 
     def add(self, sources: Mapping[str, str]) -> None:
         """Quantize tensors with these digests, and list them once they are on the disk."""
-        names = [name for name in sources if name not in self._digests]
+        self._note(sources)
+        self._find_finished(sources.keys() - self.done)
+        names = [name for name in sources if name not in self.done]
         if not names:
             return
-        self._note(sources)
         with atomic.scratch_folder(self.path) as scratch:
             for batch in self._job.batches(names):
                 made = self._job.quantize_tensors(batch, scratch / "made.gguf", scratch)
                 self._put(made, batch)
         atomic.sync(self.path)
         Manifest.of(self._job.plan, self._digests, [self.path]).write(self._manifest)
+
+    def _find_finished(self, names: Collection[str]) -> None:
+        """Find out which of these tensors a finished file holds, intact."""
+        if self._reuse is None or not names:
+            return
+        with atomic.scratch_folder(self.path) as scratch:
+            found = find_reusable(self._job, self._reuse, scratch)
+            others = {name: found[name] for name in names if name in found}
+            self._reused |= {
+                name for name, each in others.items() if not each.in_piece and each.is_intact()
+            }
 
     def _put(self, made: Gguf, names: Collection[str]) -> None:
         infos = [self._job.target_info(name) for name in self._job.plan.tensors]

@@ -46,7 +46,8 @@ class ConvertRules(Stage):
         options = ["--free", *found.others]
         if lean.by_shards(self.config, model):
             wanted = [_wanted(model, variant) for variant in model.variants.values()]
-            options += ["--threads", str(threads), "--quantize", *map(json.dumps, wanted)]
+            options += ["--threads", str(threads), "--reuse", "results"]
+            options += ["--quantize", *map(json.dumps, wanted)]
         return shlex.join(options)
 
     def program(self, wildcards: Wildcards) -> str:
