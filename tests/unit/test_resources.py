@@ -202,7 +202,8 @@ def test_jobs_ask_for_more_than_is_forecast(
         base_size=lambda _: 0,
     ).steps
     stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
-    assert {step.stage for step in steps} == stages | {"errors", "search_logits", "sensitivities"}
+    search = {"errors", "search_logits", "sensitivities", "compare"}
+    assert {step.stage for step in steps} == stages | search
     for step in steps:
         variant = step.name.removeprefix("35b-")
         kind = Path(step.path).parent.name

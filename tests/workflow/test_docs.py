@@ -18,7 +18,10 @@ from snakemake.cli import get_argument_parser
 sys.path.insert(0, str(DOCS))
 import generate
 
-OTHER_PROGRAMS = ("export", "ls", "curl", "model_signing", "cosign", "sha256sum", ".ci/run")
+OTHER_PROGRAMS = (
+    *("export", "ls", "curl", "model_signing", "cosign", "sha256sum", ".ci/run"),
+    *("buildah", "docker"),
+)
 """Programs whose options are not checked here; test_tour runs those of README and tour."""
 
 
