@@ -39,7 +39,12 @@ def main() -> None:
 def _recipe() -> compilation.Recipe:
     pin = compilation.read_pin(REQUIREMENT)
     return compilation.Recipe(
-        pin.sha256, compilation.compiler(), compilation.machine(), programs=PROGRAMS
+        pin.sha256,
+        compilation.compiler(),
+        compilation.machine(),
+        flags=compilation.PLAIN_FLAGS,
+        programs=PROGRAMS,
+        targets="",
     )
 
 

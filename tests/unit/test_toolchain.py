@@ -171,6 +171,8 @@ RECIPE = Recipe("0" * 64, "GNU 12.2.0", "Linux x86_64", ("-DA=1", "-DB=2"), ("x"
         {"flags": ("-DA=1",)},
         {"flags": ("-DA=1-DB=2",)},
         {"programs": ("x",)},
+        {"targets": "# none"},
+        {"targets": ""},
     ],
 )
 def test_the_key_depends_on_every_ingredient(change: dict) -> None:

@@ -28,7 +28,7 @@ PROGRAMS = (
     "llama-perplexity",
 )
 
-FLAGS = (
+PLAIN_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
     "-DGGML_NATIVE=OFF",  # one build for every node of a cluster
@@ -47,6 +47,42 @@ FLAGS = (
     "-DGIT_EXECUTABLE=OFF",
     "-DGIT_EXE=OFF",
 )
+FLAGS = (*PLAIN_FLAGS, "-DCMAKE_PROJECT_llama.cpp_INCLUDE={work}/targets.cmake")
+
+TARGETS = """\
+function(build_less)
+  # llama-quantize needs little of llama-common, whose other files take minutes to compile.
+  set(core common fit imatrix-loader json log ngram-cache ngram-map ngram-mod reasoning-budget
+      sampling speculative trie unicode)
+  list(TRANSFORM core APPEND ".cpp")
+  get_target_property(others llama-common SOURCES)
+  list(REMOVE_ITEM others ${core})
+  set_property(TARGET llama-common PROPERTY SOURCES ${others})
+  list(TRANSFORM core PREPEND "${CMAKE_SOURCE_DIR}/common/")
+  find_package(Threads REQUIRED)
+  add_library(common-core STATIC ${core})
+  target_include_directories(common-core PUBLIC "${CMAKE_SOURCE_DIR}/common")
+  target_link_libraries(common-core PUBLIC llama-common-base llama vendor::nlohmann
+      vendor::sheredom Threads::Threads)
+  target_link_libraries(llama-common PUBLIC common-core)
+  foreach(target llama-quantize-impl llama-gguf-split)
+    set_property(TARGET ${target} PROPERTY LINK_LIBRARIES common-core)
+    set_property(TARGET ${target} PROPERTY INTERFACE_LINK_LIBRARIES common-core)
+  endforeach()
+  # Small files that spend their time on the same headers; llama.cpp does so with src/models.
+  compile_as_one(llama-common common/parsers)
+  compile_as_one(mtmd tools/mtmd/models)
+endfunction()
+
+function(compile_as_one target folder)
+  file(GLOB sources "${CMAKE_SOURCE_DIR}/${folder}/*.cpp")
+  set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES UNITY_GROUP one)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+endfunction()
+
+cmake_language(DEFER CALL build_less)
+"""
+"""CMake runs this after llama.cpp's own CMakeLists.txt. It changes no code of a program."""
 
 CUDA_FLAGS = (
     "-DGGML_CUDA=ON",
@@ -90,6 +126,7 @@ class Recipe:
     machine: str
     flags: tuple[str, ...] = FLAGS
     programs: tuple[str, ...] = PROGRAMS
+    targets: str = TARGETS
 
     @property
     def cuda(self) -> bool:
@@ -99,6 +136,7 @@ class Recipe:
     def key(self) -> str:
         """The name of the build in the cache."""
         ingredients = [self.archive_sha256, self.compiler, self.machine, self.flags, self.programs]
+        ingredients += [self.targets] if self.targets else []
         return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
 
 
@@ -215,6 +253,7 @@ def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path)
     """
     cmake = _tool("cmake")
     ninja = _tool("ninja")
+    (work / "targets.cmake").write_text(recipe.targets, encoding="utf-8")
     configure = [cmake, "-S", str(work / "llama.cpp"), "-B", str(work / "build"), "-G", "Ninja"]
     places = {"{work}": str(work), "{nvcc}": nvcc() if recipe.cuda else ""}
     for flag in recipe.flags:
@@ -225,11 +264,13 @@ def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path)
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={tag}"]
     configure += [f"-DLLAMA_BUILD_NUMBER={tag.removeprefix('b')}"]
     build = [ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs]
+    # llama.cpp compiles with ccache if it is there, which then finds what another folder compiled.
+    environment = build_environment() | {"CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
     with log.open("w", encoding="utf-8") as out:
         progress.say("llama.cpp: configuring")
-        _run_logged(configure, log, out.fileno())
+        _run_logged(configure, log, out.fileno(), environment)
         progress.say(f"llama.cpp: compiling on {jobs} cores")
-        _run_logged(build, log, out.fileno())
+        _run_logged(build, log, out.fileno(), environment)
     log.unlink()
 
 
@@ -257,11 +298,11 @@ def _tool(name: str) -> str:
     return found
 
 
-def _run_logged(command: list[str], log: Path, out: int) -> None:
+def _run_logged(command: list[str], log: Path, out: int, environment: dict[str, str]) -> None:
     """Run a command with its output in `log`, and show Ninja's step every ten seconds."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
     # Open files that may be inherited are: the lock of the folder.
-    with running(command, **pipes, close_fds=False, env=build_environment()) as process:
+    with running(command, **pipes, close_fds=False, env=environment) as process:
         shown = ""
         while True:
             with suppress(subprocess.TimeoutExpired):
