@@ -135,11 +135,16 @@ def inputs(folders: Iterable[Path], without: Collection[Path] = ()) -> dict[str,
     """Size and times of the files in these folders: other ones mean another file.
 
     The time of the last change of status is among them, because no program can set it back.
-    Files `without` are left out: others stand for them.
+    Temporary files are none, such as a download that was interrupted. Files `without` are left out
+    too: others stand for them.
     """
     found = [path for folder in folders if folder.is_dir() for path in folder.absolute().iterdir()]
     left_out = {path.absolute() for path in without}
-    return {str(path): _about(path) for path in sorted({*found} - left_out) if path.is_file()}
+    return {
+        str(path): _about(path)
+        for path in sorted({*found} - left_out)
+        if path.is_file() and not (path.name.startswith(".") and path.suffix == _PART)
+    }
 
 
 def beside(temporary: Path) -> Path:
