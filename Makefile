@@ -4,6 +4,8 @@ PYTHON ?= python3
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 PROFILE ?= default
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
+# `--config` replaces that of a profile.
+LEAN_CONFIG := $(if $(filter lean,$(PROFILE)),lean=true,$(if $(filter shards,$(PROFILE)),lean=shards))
 # `exec`, so that a signal to make reaches the program and not a shell around it.
 ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
@@ -62,7 +64,8 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --preset "$(or $(PRESET),desk)" $(OPTIONS) --write
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
-	@$(ACTIVE) snakemake --cores $(CORES) publish $(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
+	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
+		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true $(LEAN_CONFIG))
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
