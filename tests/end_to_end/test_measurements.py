@@ -168,7 +168,8 @@ def test_a_file_without_a_head_is_measured_without_drafting(
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert {run["n_max"] for run in found["runs"]} == {0} == {found["recommended_n_max"]}
-    assert found["verdict"] == "no head to draft with" and found["perplexity"] is None
+    assert found["verdict"].startswith("no head that llama.cpp can draft with")
+    assert found["perplexity"] is None
 
 
 @pytest.mark.parametrize("model", MODELS)

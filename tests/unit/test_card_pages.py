@@ -205,7 +205,16 @@ def test_p_min_is_given_to_those_that_know_it() -> None:
     words = "--spec-draft-n-max 3 --spec-draft-p-min 0.75"
     assert text.count(words) == 3  # llama-server, llama-swap, Lemonade
     assert "--speculative-draft-min-continue-probability 0.75\n" in text
-    assert "newer drafts if its Modelfile says so, but has no p_min:" in text
+
+
+def test_ollama_drafts_as_far_as_is_faster_without_p_min() -> None:
+    without = measurement(3, (100.0, 90.0, 120.0, 110.0)).by_n_max
+    surer = replace(without[3], p_min=0.75, tokens_per_second=150.0, speedup=1.5)
+    measured = measurement(3, recommended_p_min=0.75, by_n_max=(*without, surer))
+    assert "PARAMETER draft_num_predict 2\n" in make(result(measured=measured))
+    slower = tuple(replace(total, speedup=min(total.speedup or 1, 0.9)) for total in without)
+    text = make(result(measured=replace(measured, by_n_max=(*slower, surer))))
+    assert "draft_num_predict" not in text and "\nollama run hf.co/" in text
 
 
 def test_speed_that_was_not_steady_has_no_picture() -> None:

@@ -50,8 +50,8 @@ def test_each_prompt_is_natural_in_one_form_and_compared_in_the_others() -> None
 
 def test_a_template_without_thinking_has_two_forms() -> None:
     main, more = made(Server(thinks=False))
-    assert main == [("code", "raw"), ("review", "chat"), ("sum", "raw")]
-    assert more == [("code", "chat"), ("review", "raw"), ("sum", "chat")]
+    assert main == [("code", "raw"), ("review", "chat"), ("sum", "chat")]
+    assert more == [("code", "chat"), ("review", "raw"), ("sum", "raw")]
 
 
 @pytest.mark.parametrize("values", [{"has_template": False}, {"server": Server(works=False)}])

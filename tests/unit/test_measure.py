@@ -22,7 +22,7 @@ from mtpforge.measure.measurement import Run as MeasuredRun
 from mtpforge.measure.measurement import Total
 from mtpforge.measure.pairs import Pair
 from mtpforge.measure.recommendation import recommend
-from mtpforge.measure.speed import by_position, combine, describe_machine, make_run
+from mtpforge.measure.speed import _since, by_position, combine, describe_machine, make_run
 from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))
@@ -123,14 +123,35 @@ def test_nothing_is_claimed_on_a_busy_machine(
 
 
 def test_nothing_is_recommended_without_a_head() -> None:
-    assert recommend([OFF], None, 0.9)[:3] == (0, 0, "no head to draft with")
+    verdict = "no head that llama.cpp can draft with"
+    assert recommend([OFF], None, 0.1) == (0, 0, verdict, True)
+    busy = recommend([OFF], None, 0.9)
+    assert busy.n_max == 0 and not busy.steady
+    assert busy.verdict.startswith(f"{verdict}; not steady: ")
 
 
-def test_nothing_is_recommended_after_one_round_or_without_drafts() -> None:
+def test_nothing_is_known_after_one_round() -> None:
     once = replace(total(1, 150, 155, 160), repeats=1)
-    assert recommend([OFF, once], once, None).n_max == 0
+    advice = recommend([OFF, once], once, None)
+    assert advice.n_max is None and advice.steady and "measured once" in advice.verdict
+    assert not recommend([OFF, once], once, 0.9).steady
+
+
+def test_nothing_is_recommended_without_drafts() -> None:
     dead = replace(total(1, 150, 155, 160), drafts=0)
     assert recommend([OFF, dead], dead, None).verdict == "nothing was drafted: the head is dead"
+    wary = replace(dead, p_min=0.9)
+    assert recommend([OFF, wary], wary, None) == (
+        *(0, 0, "nothing was drafted with p_min 0.9: lower it"), True,
+    )  # fmt: skip
+
+
+def test_the_thread_that_waited_most_counts_if_it_computes() -> None:
+    """One of eight that a program holds up slows every token; a logging thread does not."""
+    before = {str(number): (50, 50) for number in range(7)}
+    after = {str(number): (1050, 50) for number in range(7)} | {"7": (600, 400), "log": (9, 900)}
+    assert _since(before, after) == (600, 400)
+    assert _since({}, {}) is None and _since(before, before) is None
 
 
 def test_acceptance_by_position_is_read_for_each_request() -> None:

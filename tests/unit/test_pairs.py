@@ -70,6 +70,13 @@ def test_a_grid_of_one_pair_and_one_row_are_searched() -> None:
     assert Search(LENGTHS, [0], speed).fastest() == row
 
 
+@pytest.mark.parametrize("p_min", [[0, 0.25, 0.5, 0.75], [0, 0.2, 0.4, 0.6, 0.8, 0.9]])
+def test_the_highest_p_min_is_tried(p_min: list[float]) -> None:
+    """Its neighbours are slower than those of the others, so no path leads to it."""
+    search = Search(LENGTHS, p_min, lambda pair: 1 + 9 * (pair.p_min == p_min[-1]))
+    assert search.fastest().p_min == p_min[-1]
+
+
 def test_without_time_only_the_first_pair_is_measured() -> None:
     search = Search(LENGTHS, THRESHOLDS, lambda pair: 1.0, may_go_on=lambda: False)
     assert search.fastest() == next(iter(search.speeds)) and len(search.speeds) == 1

@@ -143,21 +143,20 @@ class Server:
         settings = _Answer("/props", self.ask("/props")).part("default_generation_settings")
         return settings.count("n_ctx")
 
-    def processor_time(self) -> tuple[int, int] | None:
-        """Nanoseconds that its threads ran, and that they waited for a processor; None if unknown.
+    def processor_time(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds that each thread ran, and that it waited for a processor; empty if unknown.
 
         The accounting of Linux's scheduler, which some kernels lack.
         """
         tasks = Path(f"/proc/{self.child.pid}/task")
-        ran = waited = 0
+        found: dict[str, tuple[int, int]] = {}
         try:
             for task in tasks.iterdir():
-                fields = (task / "schedstat").read_text().split()
-                ran += int(fields[0])
-                waited += int(fields[1])
-        except (OSError, ValueError, IndexError):
-            return None
-        return ran, waited
+                ran, waited, _ = map(int, (task / "schedstat").read_text().split())
+                found[task.name] = ran, waited
+        except (OSError, ValueError):
+            return {}
+        return found
 
     def peak_memory(self) -> int | None:
         """Peak resident size in bytes, mapped pages of the file included; None without /proc."""

@@ -63,7 +63,7 @@ def prepare(
         kind, natural = kind_and_form(name)
         found = _in_forms(server, text, has_template=has_template)
         wanted = {form: prompt for form, prompt in found.items() if form in forms} or found
-        main = natural if natural in wanted else next(iter(wanted))
+        main = next(form for form in (natural, "chat", *FORMS) if form in wanted)
         longest = max(len(server.tokenize(prompt)) for prompt in wanted.values())
         if longest + tokens > limit:
             progress.say(f"prompt {name}: left out, too long for llama-server's context of {limit}")

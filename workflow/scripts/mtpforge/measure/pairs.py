@@ -64,7 +64,8 @@ class Search:
         step = 2 if len(self.n_max) < 8 else 3
         lengths = self.n_max[1::step] or self.n_max
         half = max(1, len(self.p_min) // 2)
-        return [Pair(*each) for each in product(lengths, self.p_min[::half])]
+        ends = sorted({*self.p_min[::half], self.p_min[-1]})
+        return [Pair(*each) for each in product(lengths, ends)]
 
     def _new_neighbours(self, pair: Pair) -> list[Pair]:
         """Those not yet measured of a pair's neighbours in the grid.

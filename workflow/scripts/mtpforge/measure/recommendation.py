@@ -16,7 +16,10 @@ WAITING = 0.2
 
 
 class Advice(NamedTuple):
-    """The pair to serve with (n_max 0: without drafting; None: unknown), and why."""
+    """The pair to serve with (n_max 0: without drafting; None: unknown), and why.
+
+    `steady`: whether the speeds can be compared.
+    """
 
     n_max: int | None
     p_min: float | None
@@ -32,23 +35,29 @@ def recommend(totals: Sequence[Total], best: Total | None, waiting: float | None
     """
     if not totals:
         return Advice(None, None, "not measured")
-    if best is None:
-        return _off("no head to draft with")
-    if not best.drafts:
-        return _off("nothing was drafted: the head is dead")
+    reason = _unsteady([totals[0], *filter(None, [best])], waiting)
+    unsteady = f"not steady: {reason}: measure again on a quiet machine" if reason else ""
+    if best is None or not best.drafts:
+        verdicts = [_why_no_drafts(best), unsteady]
+        return Advice(0, 0.0, "; ".join(filter(None, verdicts)), steady=not unsteady)
+    if unsteady:
+        return Advice(None, None, unsteady, steady=False)
     if best.repeats < 2:
-        return _off(
-            "measured once, so the spread is unknown: leave drafting off, or repeat more often"
-        )
-    if reason := _unsteady([totals[0], best], waiting):
-        verdict = f"not steady: {reason}: measure again on a quiet machine"
-        return Advice(None, None, verdict, steady=False)
+        return Advice(None, None, "measured once, so the spread is unknown: repeat more often")
     return _compare(totals[0], best)
 
 
 def pair(n_max: int, p_min: float) -> str:
     """Such as `n_max 6, p_min 0.75`; without p_min if that is 0, llama-server's default."""
     return f"n_max {n_max}" + f", p_min {p_min:g}" * (p_min > 0)
+
+
+def _why_no_drafts(best: Total | None) -> str:
+    if best is None:
+        return "no head that llama.cpp can draft with"
+    if best.p_min:
+        return f"nothing was drafted with p_min {best.p_min:g}: lower it"
+    return "nothing was drafted: the head is dead"
 
 
 def _off(verdict: str) -> Advice:

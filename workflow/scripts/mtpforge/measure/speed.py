@@ -244,8 +244,9 @@ class Bench:
     def has_time(self, rounds: int) -> bool:
         """Whether there is time for so many rounds."""
         done = sum(map(len, self.rounds.values()))
+        forms = 2 * len(self.cases.more) / max(1, len(self.cases.main))  # the last of each pair
         spent = time.monotonic() - self.start
-        return spent * (1 + rounds / max(1, done)) <= self.settings.minutes * 60
+        return spent * (1 + (rounds + forms) / max(1, done)) <= self.settings.minutes * 60
 
     def totals(self) -> list[Total]:
         """The totals of all pairs, in ascending order; the first is without drafting."""
@@ -390,11 +391,25 @@ def _drafting(tried: Pair) -> list[str]:
     return ["--spec-type", "draft-mtp", *ahead]
 
 
-def _since(before: tuple[int, int] | None, after: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The times between two moments, if both are known."""
-    if before is None or after is None:
-        return None
-    return max(after[0] - before[0], 0), max(after[1] - before[1], 0)
+def _since(
+    before: Mapping[str, tuple[int, int]], after: Mapping[str, tuple[int, int]]
+) -> tuple[int, int] | None:
+    """How long the thread that waited most ran and waited between two moments; None if unknown.
+
+    Each token waits for the slowest of the threads that compute it, so a mean over many threads
+    would hide one. Threads that ran for less than half as long as the busiest compute nothing.
+    """
+    times = [
+        (ran - before.get(thread, (0, 0))[0], waited - before.get(thread, (0, 0))[1])
+        for thread, (ran, waited) in after.items()
+    ]
+    most = max((ran for ran, _ in times), default=0)
+    return max((each for each in times if 2 * each[0] >= most > 0), key=_share_waited, default=None)
+
+
+def _share_waited(times: tuple[int, int]) -> float:
+    ran, waited = times
+    return waited / (ran + waited)
 
 
 def _counts(answer: Completion) -> bool:

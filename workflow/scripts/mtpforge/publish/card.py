@@ -129,11 +129,12 @@ def _head_cost(results: Sequence[Result]) -> str:
         return ""
     weights = head.report.bytes if head.is_sidecar else memory.head_bytes(head.gguf)
     slots, length = choice.slots(best), choice.draft_length(best) or head.gguf.draft_length
+    takes = f"The head takes {rounded_size(weights)} of {code(head.name)}"
+    if head.is_sidecar:
+        return f"{takes}."
     rest = kept.head_cache + kept.states(slots, length) - kept.states(slots, 0)
-    return (
-        f"The head takes {rounded_size(weights)} of {code(head.name)}, and drafting "
-        f"{rounded_size(rest)} more while it runs."
-    )
+    included = ", which the table includes" if choice.draft_length(best) else ""
+    return f"{takes}, and drafting {rounded_size(rest)} more while it runs{included}."
 
 
 def _legend(results: Sequence[Result]) -> str:

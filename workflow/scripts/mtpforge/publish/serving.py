@@ -159,8 +159,9 @@ def _why(result: Result) -> str:
     if not result.drafts:
         return f"{server}, without drafting:"
     if result.n_max is None:
-        measured = result.measured and result.measured.by_n_max
-        why = "not steady when measured" if measured else "not measured"
+        why = "not measured"
+        if result.measured and result.measured.by_n_max:
+            why = "measured only once" if result.measured.steady else "not steady when measured"
         return f"{server}. Speed was {why}, so the draft length is that of verification:"
     if result.n_max == 0:
         return f"{server}. Drafting is off because it was not faster when measured:"
@@ -221,10 +222,13 @@ def _other_lengths(files: _Repository) -> str:
     """How the drafting options of the other files differ; empty if they do not."""
     if len({tuple(server_options(model)) for model in files.models}) == 1:
         return ""
-    options = "`--spec-type draft-mtp --spec-draft-n-max N`"
+    options = "--spec-type draft-mtp --spec-draft-n-max N"
+    if any(model.p_min for model in files.models):
+        ahead = f"draft length and p_min to those in the table (`{options} --spec-draft-p-min P`"
+        return f", and {ahead}; no p_min if it has none, none of them if drafting is off)"
     if any(model.measured for model in files.models):
-        return f", and the draft length to that in the table ({options}; neither if it is off)"
-    return f". Drop {options} if the file has no head"
+        return f", and the draft length to that in the table (`{options}`; neither if it is off)"
+    return f". Drop `{options}` if the file has no head"
 
 
 def _sidecar(files: _Repository, sidecar: Result) -> list[str]:
@@ -293,7 +297,7 @@ def _lm_studio(files: _Repository, result: Result) -> list[str]:
 def _ollama(files: _Repository, result: Result) -> list[str]:
     """Commands for the file, or for the first without a head; or why there are none."""
     tag = files.tags[result.name]
-    length = draft_length(result)
+    length = _length_without_p_min(result)
     if len(result.shards) > 1:
         return ["Ollama does not load split files."]
     if not tag:
@@ -302,14 +306,22 @@ def _ollama(files: _Repository, result: Result) -> list[str]:
     if not length:
         return ["Ollama:", "", *shell(["ollama", "run", name]), *_old_ollama(files, result)]
     modelfile = ["```", f"FROM {name}", f"PARAMETER draft_num_predict {length}", "```", ""]
-    other = ", but has no p_min" if result.p_min else ""
     return [
-        f"Ollama {runtimes.OLLAMA_DRAFTS} or newer drafts if its Modelfile says so{other}:",
+        f"Ollama {runtimes.OLLAMA_DRAFTS} or newer drafts if its Modelfile says so:",
         "",
         *modelfile,
         *shell(["ollama", "create", "MODEL", "-f", "Modelfile"], ["ollama", "run", "MODEL"]),
         *_old_ollama(files, result),
     ]
+
+
+def _length_without_p_min(result: Result) -> int:
+    """How far ahead to draft without p_min, which Ollama has not; 0 if that is not faster."""
+    if not result.p_min:
+        return draft_length(result)
+    totals = result.measured.by_n_max if result.measured else ()
+    faster = [total for total in totals if not total.p_min and (total.speedup or 0) > 1]
+    return max(faster, key=lambda total: total.tokens_per_second).n_max if faster else 0
 
 
 def _old_ollama(files: _Repository, result: Result) -> list[str]:

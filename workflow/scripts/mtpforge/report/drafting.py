@@ -31,7 +31,7 @@ def drafting(measured: Sequence[Measurement]) -> Svg:
     prefix = len(common_prefix([found.stem for found in files])) if len(files) > 1 else 0
     svg.legend([found.stem[prefix:] for found in shown])
     if len(shown) < len(files):
-        svg.paragraph(f"Without {len(files) - len(shown)} other files.")
+        svg.paragraph(f"Not shown: {len(files) - len(shown)} more.")
     scale = _Scale.of(shown, top=svg.y + 8)
     _draw_axes(svg, scale)
     for series, found in enumerate(shown):
