@@ -241,6 +241,13 @@ def test_a_finished_piece_becomes_the_file_without_a_copy(fetched: Build) -> Non
     assert file.read_bytes() == before == made.read_bytes() and not file.samefile(made)
 
 
+def test_a_variant_is_its_own_piece_beside_pieces_with_the_same_tensors(fetched: Build) -> None:
+    fetched.convert_by_shards()
+    assert all(
+        fetched.quantize(name).samefile(fetched.piece(name) / "whole.gguf") for name in VARIANTS
+    )
+
+
 def test_another_variant_later_makes_only_that(
     fetched: Build, right: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,10 +57,14 @@ def find_reusable(job: QuantizeJob, folder: Path, scratch: Path) -> Reusable:
     """
     keys = job.plan.keys()
     found: Reusable = {}
+    held: list[tuple[dict[str, ManifestEntry], Manifest]] = []
     for path in _manifests(folder):
         manifest = Manifest.read(path)
         entries = manifest.by_key()
         wanted = {name: entries[key] for name, key in keys.items() if key in entries}
+        held.append((wanted, manifest))
+    # First those with all tensors: such a file may be linked as a whole.
+    for wanted, manifest in sorted(held, key=lambda each: each[0].keys() != keys.keys()):
         for file in _existing(manifest.files):
             if wanted.keys() <= found.keys():
                 break
