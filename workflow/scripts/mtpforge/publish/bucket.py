@@ -114,6 +114,8 @@ class _Bucket:
         found = []
         for name, digest in files.items():
             here = (folder / name).is_file()
+            if not here and name not in sent:
+                raise gone(folder, name, str(self._address))
             size = (folder / name).stat().st_size if here else sent[name].bytes
             if there.get(name) != size or self.noted(name) != digest:
                 if not here:

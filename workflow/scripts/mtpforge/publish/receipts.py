@@ -45,8 +45,14 @@ def shards(report: Report) -> tuple[Shard, ...]:
 
 def known(folder: Path) -> dict[str, Shard]:
     """What has been uploaded of a results folder, by path in it. Raises RecordError."""
-    receipts = map(Receipt.read, sorted((folder / FOLDER).glob("*.json")))
-    return {shard.name: shard for receipt in receipts for shard in receipt.files}
+    return {shard.name: shard for receipt in _receipts(folder).values() for shard in receipt.files}
+
+
+def listing(folder: Path, name: str) -> Path | None:
+    """The receipt that lists a file, by its path in the results folder. Raises RecordError."""
+    found = _receipts(folder).items()
+    lists = (path for path, receipt in found if any(each.name == name for each in receipt.files))
+    return next(lists, None)
 
 
 def write_stand_in(folder: Path, report: Report) -> None:
@@ -72,3 +78,7 @@ def check_stand_in(file: Path, report: Report) -> None:
         raise DamagedError(
             f"{receipt}: is about another file than its report: delete it and run again"
         )
+
+
+def _receipts(folder: Path) -> dict[Path, Receipt]:
+    return {path: Receipt.read(path) for path in sorted((folder / FOLDER).glob("*.json"))}

@@ -139,9 +139,10 @@ def listed(folder: Path) -> Sums:
 
 def gone(folder: Path, name: str, repo: str) -> UploadError:
     """That a file is neither here nor there."""
+    receipt = receipts.listing(folder, name)
+    delete = f"delete {receipt} and " if receipt else ""
     return UploadError(
-        f"{repo}: {name} is not there any more, nor here: delete {folder / receipts.FOLDER} and "
-        "run again, which makes it anew"
+        f"{repo}: {name} is not there any more, nor here: {delete}run again, which makes it anew"
     )
 
 
