@@ -17,7 +17,7 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import others, perplexity
 from mtpforge.measure.measurement import KlDivergence, Other
-from mtpforge.report.distances import distances
+from mtpforge.report.distance_tables import distances
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.local_paths import FileOnDisk

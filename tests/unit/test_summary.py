@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import Run
 from example_records import TEXT, measurement, report, total
 from mtpforge.measure.measurement import KlDivergence
-from mtpforge.report import distances, summary
+from mtpforge.report import distance_tables, summary
 
 DIVERGENCE = KlDivergence(
     mean=0.00426,
@@ -84,6 +84,6 @@ def test_distances_from_bf16_are_below_the_files_of_each_model(tmp_path: Path) -
 
 
 def test_a_measurement_of_an_older_version_has_no_errors() -> None:
-    assert distances.cells(KlDivergence(mean=-1e-7, p99_9=0.1, same_top=1.0)) == (
+    assert distance_tables.cells(KlDivergence(mean=-1e-7, p99_9=0.1, same_top=1.0)) == (
         "0.00000", "0.1000", "-", "100.00%"
     )  # fmt: skip

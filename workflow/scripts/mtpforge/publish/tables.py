@@ -11,7 +11,7 @@ from mtpforge.publish import memory
 from mtpforge.publish.choice import Choice, labels
 from mtpforge.publish.markdown import code, escape, link
 from mtpforge.publish.result import Result
-from mtpforge.report import distances, scores
+from mtpforge.report import distance_tables, scores
 from mtpforge.table import markdown, rounded, rounded_size, size
 
 Row = TypeVar("Row")
@@ -45,8 +45,8 @@ def others(results: Sequence[Result], theirs: Sequence[Other]) -> str:
         for other in theirs
         if other.kl_divergence
     ]
-    cells = [(name, size(count), *distances.cells(found)) for name, count, found in rows]
-    return markdown([distances.COLUMNS[:-1], *cells])
+    cells = [(name, size(count), *distance_tables.cells(found)) for name, count, found in rows]
+    return markdown([distance_tables.COLUMNS[:-1], *cells])
 
 
 def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: str) -> str:

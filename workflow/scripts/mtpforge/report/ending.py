@@ -10,7 +10,7 @@ from mtpforge.llama_cpp.programs import DEFAULT_FOLDER
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import choice, serving
 from mtpforge.publish.result import Result
-from mtpforge.report import distances, scores
+from mtpforge.report import distance_tables, scores
 from mtpforge.report import summary as summary_page
 from mtpforge.verify.report import Report
 
@@ -29,7 +29,7 @@ def ending(summary: Path, reports: Sequence[Path]) -> str:
     """
     folders = sorted({str(report.parent.parent) for report in reports})
     table = summary.read_text(encoding="utf-8")
-    for heading in (distances.HEADING, scores.HEADING, summary_page.IMPORTANCE):
+    for heading in (distance_tables.HEADING, scores.HEADING, summary_page.IMPORTANCE):
         table = table.partition(f"\n{heading}")[0]
     lines = [
         *_shortened(table.splitlines(), summary),

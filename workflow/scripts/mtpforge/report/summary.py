@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.quantize.coverage import Coverage
-from mtpforge.report.distances import distances
+from mtpforge.report.distance_tables import distances
 from mtpforge.report.scores import scores
 from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
