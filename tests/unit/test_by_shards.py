@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -20,13 +20,12 @@ import quantize_plan
 from conftest import CHECKPOINTS
 from hub import COMMIT, Hub, serve
 from huggingface_hub import close_session, constants
+from kill_points import Faults, Killed
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import freeing
 from mtpforge.errors import CheckpointError, DamagedError, DownloadError
 from mtpforge.gguf import reader, writer
 from mtpforge.hub import download, freed, resolve, retry
-from mtpforge.hub.freed import FreedShard
-from mtpforge.io import holes
 from mtpforge.io.journal import Journal
 from mtpforge.quantize import as_converted, plan
 from mtpforge.quantize.job import QuantizeJob
@@ -45,10 +44,8 @@ SMALL = 1 << 12
 """Bytes; larger tensors are freed here."""
 KILLS = int(os.environ.get("MTPFORGE_KILLS", "3"))
 """Points at which a conversion is killed; 0: all."""
-
-
-class Killed(BaseException):
-    """What stops a conversion at once: nothing but the operating system cleans up."""
+KILLED = ((Manifest, "write"), (download, "download"), (writer, "put"))
+"""Further calls at which one is killed."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,30 +55,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freed, "SMALL", SMALL)
     monkeypatch.setattr(plan, "SAMPLE", SMALL)
     monkeypatch.setattr(as_converted, "SAMPLE", SMALL)
-
-
-class Faults:
-    """Kills a conversion at a point: before a journal, manifest, record, hole or download."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left = 0
-        self.passed = 0
-        for owner, name in (
-            (holes, "_punch"), (FreedShard, "write"), (Journal, "_append"), (Journal, "remove"),
-            (Manifest, "write"), (download, "download"), (freeing.Freeing, "finish"),
-            (writer, "put"),
-        ):  # fmt: skip
-            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
-
-    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            self.passed += 1
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
-            return real(*arguments, **named)
-
-        return call
 
 
 def call(program: Any, *arguments: object) -> None:
@@ -267,7 +240,7 @@ def test_another_variant_later_makes_only_that(
 def test_it_goes_on_after_each_kill(
     fetched: Build, right: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    faults = Faults(monkeypatch)
+    faults = Faults(monkeypatch, KILLED)
     copies = (Build(fetched.folder.with_name(f"{n}"), fetched.programs) for n in count())
 
     def copied() -> Build:

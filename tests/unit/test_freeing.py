@@ -6,15 +6,14 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import convert
 import pytest
 from conftest import CHECKPOINTS
 from huggingface_hub import constants
+from kill_points import Faults, Killed
 from layouts import write_layout
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
@@ -24,10 +23,8 @@ from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import first_file
 from mtpforge.hub import download, retry
 from mtpforge.hub.fetch_records import FetchRecord
-from mtpforge.hub.freed import FreedShard
 from mtpforge.hub.listing import File, Listing
 from mtpforge.io import holes
-from mtpforge.io.journal import Journal
 from mtpforge.io.ranges import digest_of
 from mtpforge.verify import sample, tensors
 from mtpforge.verify.request import Request
@@ -38,34 +35,6 @@ SMALL = 1 << 12
 """Weights; larger tensors are compared by sample here."""
 KILLS = int(os.environ.get("MTPFORGE_KILLS", "4"))
 """Points at which a conversion is killed; 0: all."""
-
-
-class Killed(BaseException):
-    """What stops a conversion at once: nothing but the operating system cleans up."""
-
-
-class Faults:
-    """Raises an error at a point of a conversion: before a journal or record, before each hole."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left = 0
-        self.error: BaseException = Killed()
-        self.passed = 0
-        for owner, name in (
-            (holes, "_punch"), (FreedShard, "write"), (Journal, "_append"), (Journal, "remove"),
-            (freeing.Freeing, "finish"),
-        ):  # fmt: skip
-            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
-
-    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            self.passed += 1
-            self.left -= 1
-            if self.left == 0:
-                raise self.error
-            return real(*arguments, **named)
-
-        return call
 
 
 class Fetched:
