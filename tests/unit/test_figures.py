@@ -150,7 +150,7 @@ def test_drafting_figure_draws_the_fastest_of_each_length_and_as_many_files_as_i
     twice = (total(0, 50.0), total(1, 60.0, 50.0), total(1, 75.0, 50.0))
     many = [replace(measured(f"M-{n}.gguf", 1), by_n_max=twice) for n in range(14)]
     picture = figures.drafting(many)
-    assert "Without 2 other files." in words(picture)
+    assert "Not shown: 2 more." in words(picture)
     lines = re.findall(r'<line [^>]*stroke="#(?!d9|1a)[^>]*>', picture.render())
     assert len(lines) == 12
 
