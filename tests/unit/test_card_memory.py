@@ -14,7 +14,7 @@ from mtpforge.io.ranges import FileRange
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import choice, memory
 from mtpforge.publish.result import Result
-from test_card import make, measurement, split_result
+from test_card import beside, make, measurement, split_result
 from test_card import result as report_result
 
 GB = 10**9
@@ -120,15 +120,58 @@ def test_reckoned_as_llama_server_b11434_says() -> None:
 )
 def test_cached_values_of_other_architectures(keys: dict[str, Any], values: int) -> None:
     found = memory.context(gguf(keys))
-    assert found is not None and found.values == values
+    assert found is not None and found.values == memory.TOKENS * values
     assert (found.state > 0) == ("ssm.state_size" in keys)
+
+
+GEMMA = {
+    "block_count": 60,
+    "embedding_length": 5376,
+    "attention.head_count": 32,
+    "attention.head_count_kv": ([16] * 5 + [4]) * 10,
+    "attention.key_length": 512,
+    "attention.value_length": 512,
+    "attention.key_length_swa": 256,
+    "attention.value_length_swa": 256,
+    "attention.sliding_window": 1024,
+    "attention.sliding_window_pattern": ([True] * 5 + [False]) * 10,
+    "attention.shared_kv_layers": 0,
+}
+"""As Gemma 4 31B."""
+
+
+def test_sliding_windows_cache_only_their_window() -> None:
+    """llama.cpp b11434 has one window for each request and a batch of 512, in steps of 256."""
+    full, slid = memory.TOKENS * 10 * 4 * 2 * 512, 50 * 16 * 2 * 256
+    for slots, cells in ((4, 4 * 1024 + 512), (1, 1024 + 512), (64, memory.TOKENS)):
+        found = memory.context(gguf(GEMMA), slots)
+        assert found is not None and found.values == full + cells * slid
+    odd = memory.context(gguf({**GEMMA, "attention.sliding_window": 1}), 1)
+    assert odd is not None and odd.values == full + 768 * slid
+
+
+def test_without_a_list_of_windows_all_tokens_are_reckoned() -> None:
+    for change in ({"attention.sliding_window": 0}, {"attention.sliding_window_pattern": 6}):
+        found = memory.context(gguf({**GEMMA, **change}))
+        assert found is not None
+        assert found.values >= memory.TOKENS * 10 * 4 * 2 * 512 + memory.TOKENS * 50 * 16 * 2 * 256
+
+
+def test_blocks_that_share_a_cache_have_none_of_their_own() -> None:
+    some, none = (
+        memory.context(gguf({**GEMMA, "attention.shared_kv_layers": count})) for count in (18, 60)
+    )
+    whole = memory.context(gguf(GEMMA))
+    assert some and none and whole
+    assert some.values == whole.values * 42 // 60
+    assert none.values == 0
 
 
 def test_recurrent_blocks_of_other_kinds_have_a_state() -> None:
     kda = {**MLA, "attention.head_count_kv": [0, 1, 0], "kda.head_dim": 16}
     found = memory.context(gguf(kda))
     assert found is not None
-    assert found.values == 576
+    assert found.values == memory.TOKENS * 576
     assert found.state == 2 * 4 * 8 * 16 * (3 * 3 + 16)
     one = {**HYBRID, "attention.head_count_kv": [0, 0, 0, 2, 2], "feed_forward_length": 9}
     del one["full_attention_interval"]
@@ -147,6 +190,8 @@ def test_recurrent_blocks_of_other_kinds_have_a_state() -> None:
         {"attention.key_length": True},
         {"nextn_predict_layers": 9},
         {"ssm.inner_size": None},
+        {"attention.sliding_window": True},
+        {"attention.shared_kv_layers": True},
     ],
 )
 def test_nothing_is_reckoned_from_metadata_that_does_not_tell(change: dict[str, Any]) -> None:
@@ -204,6 +249,32 @@ def test_needs_are_said_to_be_reckoned() -> None:
     # 6 of the states; 4 states, and the head's cache
     assert "serves 4 requests at a time: `--parallel 1` saves 940 MB." in table
     assert "The head takes 1.0 MB of `Qwen3.5-4B-Q4_K_M.gguf`, and drafting 660 MB more" in table
+
+
+def test_a_vision_tower_is_loaded_beside_each_file() -> None:
+    tower = beside("mmproj-Qwen3.5-4B-F16.gguf", "clip")
+    tower = replace(tower, report=replace(tower.report, bytes=round(0.9 * GB)))
+    alone, seeing = choice.by_memory(quants()), choice.by_memory([*quants(), tower])
+    for before, after in zip(alone[1:], seeing[1:], strict=True):
+        assert (after.needed("f16") or 0) - (before.needed("f16") or 0) == 0.9 * GB
+    tight = result("Q4_K_M", 13.0)
+    assert choice.by_memory([tight])[-1].memory == "16 to 48 GB"
+    assert choice.by_memory([tight, tower])[-1].memory == "24 to 48 GB"
+    text = make(*quants(), tower)
+    assert "the file, the vision tower of 900 MB (`--no-mmproj` leaves it out), 8,192" in text
+
+
+def test_commands_have_the_context_that_is_reckoned_with() -> None:
+    text = make(*quants())
+    assert text.count("--ctx-size 8192 --spec-type draft-mtp") == 3
+    assert "commands below set this context with `--ctx-size 8192`" in text
+    assert "`--cache-ram 0`" in text
+    for given in (("-c", "4096"), ("--ctx-size", "4096")):
+        text = make(result("Q4_0", 1.0, measurement(2, options=given)))
+        assert f"{' '.join(given)} --spec-type" in text and "--ctx-size 8192" not in text
+    for longest, given in ((4096, False), (8192, False), (262144, True)):
+        keys = {**REAL, "context_length": longest}
+        assert ("--ctx-size" in make(result("Q4_0", 1.0, keys=keys))) == given
 
 
 def test_slots_are_those_of_the_measured_options() -> None:

@@ -20,7 +20,7 @@ from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.pages import any_drafts, filled, machine, sentences, sources, toolchain
 from mtpforge.publish.result import Result
-from mtpforge.publish.serving import runtime, serving
+from mtpforge.publish.serving import runtime, serving, sets_context
 from mtpforge.search.compared import Compared
 from mtpforge.table import rounded_size
 from mtpforge.verify.metadata import templates_in
@@ -68,7 +68,9 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "not_run": _not_run(results),
         "template": _template(results),
         "by_memory": tables.by_memory(choices, results, about.name).rstrip() if choices else "",
-        "reckoned": " ".join(filter(None, [_RECKONED, _slots(results), _head_cost(results)])),
+        "reckoned": " ".join(
+            filter(None, [_reckoned(results), _slots(results), _head_cost(results)])
+        ),
         "files": tables.files(results, about.name).rstrip(),
         "legend": _legend(results),
         "details": details.NAME,
@@ -96,21 +98,33 @@ def _pictures(results: Sequence[Result]) -> str:
     )
 
 
-_RECKONED = (
-    "These needs are reckoned, not measured: the file, 8,192 tokens of context (`--ctx-size 8192`) "
-    "with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), and 1 GB for "
-    "llama.cpp's buffers. What does not fit a graphics card stays in main memory and is slower."
+def _reckoned(results: Sequence[Result]) -> str:
+    """What the needs are reckoned from, and what is not in them."""
+    best = choice.recommended(results)
+    size = choice.tower_bytes(results)
+    tower = f"the vision tower of {rounded_size(size)} (`--no-mmproj` leaves it out), "
+    return (
+        f"These needs are reckoned, not measured: the file, {tower if size else ''}8,192 tokens of "
+        "context with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), "
+        f"and 1 GB for llama.cpp's buffers. {_CONTEXT if best and sets_context(best) else ''}"
+        "llama-server also keeps earlier prompts in main memory, up to 8 GiB of them: "
+        "`--cache-ram 0` turns that off. What does not fit on a graphics card stays in main memory "
+        "and is slower."
+    )
+
+
+_CONTEXT = (
+    "The llama-server commands below set this context with `--ctx-size 8192`: raise it for longer "
+    "texts. Without it, llama-server may reserve the longest context that the model can take. "
 )
 
 
 def _slots(results: Sequence[Result]) -> str:
     """How much memory fewer requests at a time save, if that can be seen in two digits."""
     best = choice.recommended(results)
-    kept = memory.context(best.gguf) if best else None
-    if best is None or kept is None or choice.slots(best) == 1:
+    if best is None or choice.slots(best) == 1:
         return ""
-    length = choice.draft_length(best)
-    saved = kept.states(choice.slots(best), length) - kept.states(1, length)
+    saved = (choice.needed(best) or 0) - (choice.needed(best, at_a_time=1) or 0)
     if saved < max(0.02 * best.report.bytes, 50e6):
         return ""
     return (
@@ -124,7 +138,7 @@ def _head_cost(results: Sequence[Result]) -> str:
     best = choice.recommended(results)
     sidecars = (result for result in results if result.is_sidecar)
     head = best if best and best.drafts else next(sidecars, None)
-    kept = memory.context(best.gguf) if best else None
+    kept = memory.context(best.gguf, choice.slots(best)) if best else None
     if best is None or head is None or kept is None:
         return ""
     weights = head.report.bytes if head.is_sidecar else memory.head_bytes(head.gguf)

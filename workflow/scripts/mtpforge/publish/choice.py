@@ -22,10 +22,13 @@ class Choice:
 
     memory: str
     result: Result | None
+    tower: int = 0
+    """Bytes of the vision tower that is loaded beside it."""
 
     def needed(self, cache: str) -> int | None:
         """The memory that it needs with a type of cache."""
-        return None if self.result is None else needed(self.result, cache)
+        found = None if self.result is None else needed(self.result, cache)
+        return None if found is None else found + self.tower
 
 
 def recommended(results: Iterable[Result]) -> Result | None:
@@ -47,7 +50,8 @@ def by_memory(results: Sequence[Result]) -> list[Choice]:
     The best has the smallest KL divergence, or is the largest if not all were measured.
     """
     candidates = [each for each in _candidates(results) if needed(each) is not None]
-    best = {memory: _best(candidates, memory * 10**9) for memory in MEMORIES}
+    tower = tower_bytes(results)
+    best = {memory: _best(candidates, memory * 10**9 - tower) for memory in MEMORIES}
     if not candidates:
         return []
     choices: list[Choice] = []
@@ -56,18 +60,27 @@ def by_memory(results: Sequence[Result]) -> list[Choice]:
         if choices and choices[-1].result is result:
             first = int(choices.pop().memory.split()[0])
         words = f"{first} GB" if first == memory_size else f"{first} to {memory_size} GB"
-        choices.append(Choice(words, result))
+        choices.append(Choice(words, result, tower))
     return choices
 
 
-def needed(result: Result, cache: str = "f16") -> int | None:
-    """The memory that llama-server needs for a file with 8K context; None if it is not known."""
-    kept = memory.context(result.gguf)
+def tower_bytes(results: Iterable[Result]) -> int:
+    """The size of the vision tower, of the largest if there are several; 0 without one."""
+    return max((each.report.bytes for each in results if each.gguf.is_vision), default=0)
+
+
+def needed(result: Result, cache: str = "f16", at_a_time: int | None = None) -> int | None:
+    """The memory that llama-server needs for a file with 8K context; None if it is not known.
+
+    `at_a_time` requests are served instead of as many as the options say.
+    """
+    count = at_a_time or slots(result)
+    kept = memory.context(result.gguf, count)
     if kept is None:
         return None
     length = draft_length(result)
     head = kept.head_cache if length else 0
-    states = kept.states(slots(result), length)
+    states = kept.states(count, length)
     return result.report.bytes + kept.cache(cache) + states + head + memory.BUFFERS
 
 

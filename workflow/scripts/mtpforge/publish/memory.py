@@ -1,8 +1,9 @@
 """The memory that llama-server needs for a file, reckoned from its size and metadata.
 
-llama.cpp keeps keys and values of each token for the blocks with attention, and for recurrent
-blocks a state of fixed size per request, with one more copy per drafted token. The head has a
-cache of its own. Sliding windows and shared caches are not looked at: they need less.
+llama.cpp keeps keys and values of each token for the blocks with attention, of the last tokens only
+for those with a sliding window, and none for those that share another's. For recurrent blocks it
+keeps a state of fixed size per request, with one more copy per drafted token. The head has a cache
+of its own. Windows that the metadata does not list by block are reckoned as full attention.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ BUFFERS = 10**9
 CACHE_TYPES = {"f16": 2.0, "q8_0": 34 / 32}
 """Bytes of a value in the cache."""
 _F32 = 4
+_BATCH, _STEP = 512, 256
+"""Tokens that llama.cpp caches beside a sliding window, and of which its size is a multiple."""
 _MOST = 1 << 40
 """No number that enters a sum is larger in a real model."""
 
@@ -29,7 +32,7 @@ class Context:
     """What a model keeps while it runs."""
 
     values: int
-    """Cached values of each token: keys and values of all blocks of the trunk."""
+    """Cached values of 8K tokens: keys and values of all blocks of the trunk."""
     head_values: int
     """The same of the head."""
     state: int
@@ -37,7 +40,7 @@ class Context:
 
     def cache(self, kind: str) -> int:
         """Bytes of the trunk's cache at a type of `CACHE_TYPES`."""
-        return round(TOKENS * self.values * CACHE_TYPES[kind])
+        return round(self.values * CACHE_TYPES[kind])
 
     def states(self, slots: int, draft_length: int) -> int:
         """Bytes of all states: each drafted token may have to be taken back."""
@@ -46,13 +49,16 @@ class Context:
     @property
     def head_cache(self) -> int:
         """Bytes of the head's cache, which stays at f16 if that of the trunk is smaller."""
-        return round(TOKENS * self.head_values * CACHE_TYPES["f16"])
+        return round(self.head_values * CACHE_TYPES["f16"])
 
 
-def context(gguf: Gguf) -> Context | None:
-    """What a model keeps; None if its metadata does not tell, or contradicts itself."""
+def context(gguf: Gguf, slots: int = SLOTS) -> Context | None:
+    """What a model keeps; None if its metadata does not tell, or contradicts itself.
+
+    `slots` are the requests that are served at a time: each has a sliding window of its own.
+    """
     try:
-        return _context(gguf)
+        return _context(gguf, slots)
     except GgufError:
         return None
 
@@ -62,13 +68,14 @@ def head_bytes(gguf: Gguf) -> int:
     return sum(place.size for place in gguf.head.ranges.values())
 
 
-def _context(gguf: Gguf) -> Context:
+def _context(gguf: Gguf, slots: int) -> Context:
     blocks = _number(gguf, "block_count")
     if blocks > len(gguf.tensors):
         raise GgufError(f"{gguf.path}: {blocks} blocks in a file of {len(gguf.tensors)} tensors")
     trunk = blocks - len(gguf.head_blocks)
     recurrent = _recurrent(gguf, blocks, trunk)
-    values = [0 if recurrent[block] else each for block, each in enumerate(_values(gguf, blocks))]
+    cached = _values(gguf, blocks, slots)
+    values = [0 if recurrent[block] else each for block, each in enumerate(cached)]
     return Context(
         values=sum(values[:trunk]),
         head_values=sum(values[trunk:]),
@@ -76,16 +83,36 @@ def _context(gguf: Gguf) -> Context:
     )
 
 
-def _values(gguf: Gguf, blocks: int) -> list[int]:
-    """The cached values of each token by block. With latent attention (MLA) there are only keys."""
+def _values(gguf: Gguf, blocks: int, slots: int) -> list[int]:
+    """The cached values of all tokens by block. With latent attention (MLA) there are only keys."""
     heads = _by_block(gguf, "attention.head_count", blocks)
     kv_heads = _by_block(gguf, "attention.head_count_kv", blocks, heads)
     width = _number(gguf, "embedding_length") // max(*heads, 1)
     keys = _number(gguf, "attention.key_length", width)
-    latent = _number(gguf, "attention.key_length_mla", 0) > 0
-    both = keys if latent else keys + _number(gguf, "attention.value_length", width)
+    values = _number(gguf, "attention.value_length", width)
+    sliding_keys = _number(gguf, "attention.key_length_swa", keys)
+    sliding_values = _number(gguf, "attention.value_length_swa", values)
+    if _number(gguf, "attention.key_length_mla", 0):
+        values = sliding_values = 0
     indexer = _number(gguf, "attention.indexer.key_length", 0)
-    return [count * both + indexer if count else 0 for count in kv_heads]
+    window, slides = _windows(gguf, blocks, slots)
+    kinds = [(TOKENS, keys + values), (window, sliding_keys + sliding_values)]
+    owners = blocks - _number(gguf, "attention.shared_kv_layers", 0)
+    cached = []
+    for block, count in enumerate(kv_heads):
+        tokens, both = kinds[slides[block]]
+        cached.append(tokens * (count * both + indexer) if count and block < owners else 0)
+    return cached
+
+
+def _windows(gguf: Gguf, blocks: int, slots: int) -> tuple[int, list[bool]]:
+    """The tokens that a sliding window caches, and whether each block has one."""
+    size = _number(gguf, "attention.sliding_window", 0)
+    listed = gguf.get(f"{gguf.architecture}.attention.sliding_window_pattern")
+    if not size or not isinstance(listed, list):
+        return TOKENS, [False] * blocks
+    tokens = -(-(slots * size + _BATCH) // _STEP) * _STEP
+    return min(tokens, TOKENS), [bool(each) for each in _of_length(gguf, listed, blocks)]
 
 
 def _recurrent(gguf: Gguf, blocks: int, trunk: int) -> list[bool]:

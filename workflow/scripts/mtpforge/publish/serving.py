@@ -14,8 +14,9 @@ import yaml
 from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
-from mtpforge.publish.choice import draft_length, recommended, resolve, without_tag
+from mtpforge.publish.choice import draft_length, needed, recommended, resolve, without_tag
 from mtpforge.publish.markdown import code, shell
+from mtpforge.publish.memory import TOKENS
 from mtpforge.publish.result import Result
 
 NO_REPOSITORY = "OWNER/NAME-MTP-GGUF"
@@ -169,12 +170,29 @@ def _why(result: Result) -> str:
 
 
 def server_options(model: Result) -> list[str]:
-    """The options that a model was measured with, and those for drafting if it should draft.
+    """The options that a model was measured with, its context, and drafting if it should draft.
 
     Without a measurement it drafts as far ahead as in verification: the number of head blocks.
     """
     length = draft_length(model)
-    return [*model.options, *_drafting(length, model.p_min)] if length else model.options
+    return [*_options(model), *(_drafting(length, model.p_min) if length else ())]
+
+
+def sets_context(model: Result) -> bool:
+    """Whether its commands have to name the context that its need is reckoned for.
+
+    Without a number, llama-server may take the longest of the model, which can need more memory
+    than all the rest.
+    """
+    if {"-c", "--ctx-size"} & {*model.options} or needed(model) is None:
+        return False
+    longest = model.gguf.get(f"{model.gguf.architecture}.context_length")
+    return not isinstance(longest, int) or longest > TOKENS
+
+
+def _options(model: Result) -> list[str]:
+    context = ["--ctx-size", str(TOKENS)] if sets_context(model) else []
+    return [*model.options, *context]
 
 
 def _drafting(n_max: int, p_min: float = 0.0) -> list[str]:
@@ -239,7 +257,7 @@ def _sidecar(files: _Repository, sidecar: Result) -> list[str]:
     )
     text = f"The sidecar {code(sidecar.name)} is the head as a separate draft model, for {which}"
     # No speed is measured with a sidecar: draft as far ahead as in its verification.
-    options = [*(model or sidecar).options, *_drafting(sidecar.gguf.draft_length)]
+    options = [*(_options(model) if model else ()), *_drafting(sidecar.gguf.draft_length)]
     commands = _downloaded(files, model, beside=[("-md", sidecar)], options=options)
     return [f"{text}:" if model else f"{text} (MODEL):", "", *commands]
 
