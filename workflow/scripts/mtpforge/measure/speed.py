@@ -175,6 +175,11 @@ def combine(
     )
 
 
+def draft_lengths(wanted: Sequence[int], blocks: int) -> list[int]:
+    """The draft lengths that differ: with several blocks in its head, a model drafts one each."""
+    return sorted({min(length, blocks) if blocks > 1 else length for length in wanted})
+
+
 def describe_machine(llama: LlamaCpp) -> Machine:
     """The processor, the number of processors, and the devices that llama.cpp sees."""
     info = Path("/proc/cpuinfo")
@@ -363,7 +368,7 @@ def _sweep(bench: Bench) -> None:
             bench.round(OFF, more=index == left - 1)
         return
     search = Search(
-        bench.settings.n_max,
+        draft_lengths(bench.settings.n_max, blocks=len(bench.gguf.head_blocks)),
         bench.settings.p_min,
         bench.round,
         may_go_on=lambda: bench.has_time(1 + 2 * left),
