@@ -65,6 +65,9 @@ def test_a_line_of_a_jsonl_is_a_conversation(tmp_path: Path) -> None:
     asked = {"role": "user", "content": "Hi", "id": 3}
     chats.write_text(json.dumps({"messages": [asked], "source": "x"}) + "\n\n")
     assert list(conversations.conversations(chats)) == [[{"role": "user", "content": "Hi"}]]
+    asked["content"] = "Hi\u2028there"
+    chats.write_text(json.dumps({"messages": [asked]}, ensure_ascii=False), encoding="utf-8")
+    assert next(conversations.conversations(chats))[0]["content"] == "Hi\u2028there"
     for line, message in (
         ("{}", "chats.jsonl:1: has no list of `messages`"),
         ('{"messages": []}', "has no list of `messages`"),

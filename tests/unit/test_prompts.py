@@ -1,5 +1,6 @@
 """Prompts are the same on any system."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,25 @@ def on_windows(folder: Path) -> Path:
     return folder
 
 
-def decisive(folder: Path) -> str:
+def decisive(prompts: Path) -> str:
     """What decides the measurements of a model."""
-    model = {"source": {"path": str(folder)}, "prompts": str(folder), "measure": {}}
+    folder = prompts if prompts.is_dir() else prompts.parent
+    model = {"source": {"path": str(folder)}, "prompts": str(prompts), "measure": {}}
     build = Build({"models": {"m": {**model, "variants": {"BF16": {}}}}})
     return build.measure.decisive(SimpleNamespace(model="m"))
+
+
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+
+
+def write_questions(path: Path, *questions: tuple[str, ...]) -> Path:
+    """A *.jsonl of questions: category and turns."""
+    lines = [
+        json.dumps({"question_id": n, "category": category, "turns": turns}, ensure_ascii=False)
+        for n, (category, *turns) in enumerate(questions)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def test_prompts_of_a_checkout_on_windows_are_the_same(tmp_path: Path) -> None:
@@ -43,3 +58,45 @@ def test_a_prompt_that_is_too_large_is_refused_before_jobs_run(tmp_path: Path) -
     (tmp_path / "a.txt").write_bytes(b"a" * (5 << 20))
     with pytest.raises(ConfigError, match=r"a\.txt: larger than 4 MB"):
         decisive(tmp_path)
+
+
+def test_a_benchmark_gives_the_first_question_of_each_category(tmp_path: Path) -> None:
+    """Lines as in SPEED-Bench; other categories than the first may come between."""
+    path = write_questions(
+        tmp_path / "qualitative.jsonl",
+        ("coding", "Sort\u2028a list."),
+        ("math", PLACEHOLDER),
+        ("coding", "Reverse a list."),
+        ("math", "Solve x + 1 = 2.", "And x + 2 = 2?"),
+    )
+    expected = {"coding.chat": "Sort\u2028a list.", "math.chat": "Solve x + 1 = 2."}
+    assert read_prompts(path) == expected
+    (tmp_path / "poem.txt").write_text("Roses are")
+    assert read_prompts(tmp_path) == {"poem": "Roses are", **expected}
+
+
+def test_a_benchmark_is_measured_like_a_folder_of_prompts(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "questions.jsonl", ("coding", "Sort."), ("math", "Add."))
+    before = decisive(path)
+    write_questions(path, ("coding", "Sort."), ("math", "Add."), ("math", "More."))
+    assert decisive(path) == before
+    write_questions(path, ("coding", "Sort."), ("math", "Subtract."))
+    assert decisive(path) != before
+
+
+def test_questions_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "a.jsonl", ("qa", PLACEHOLDER), ("coding", "Sort."))
+    with pytest.raises(ConfigError, match=r"a\.jsonl: the questions of 'qa' .*prepare script"):
+        read_prompts(path)
+    for line, message in (
+        ({"turns": ["x"]}, "a.jsonl:1: needs a `category`"),
+        ({"category": "../x", "turns": ["x"]}, "needs a `category`"),
+        ({"category": "qa"}, "needs `turns`"),
+        ({"category": "qa", "turns": [{"content": "x"}]}, "needs `turns`"),
+    ):
+        path.write_text(json.dumps(line))
+        with pytest.raises(ConfigError, match=message):
+            read_prompts(path)
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match=r"no \*\.txt or \*\.jsonl prompts there"):
+        read_prompts(path)

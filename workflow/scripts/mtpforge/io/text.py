@@ -181,6 +181,19 @@ def parse_json(
     return value
 
 
+def read_json_lines(path: Path, error: Failure) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The objects in a *.jsonl that the user has named, each with its FILE:LINE for messages.
+
+    Raises as `read_text` and `parse_json` do.
+    """
+    # Not splitlines: text in JSON may have other line breaks, such as U+2028, as they are.
+    lines = read_text(path, error, within=ANYWHERE).split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = Path(f"{path}:{number}")
+            yield where, parse_json(where, line, error)
+
+
 def member(values: Mapping[str, Any], key: str, kind: type[T], place: str) -> T | None:
     """The value of a key that has one type in JSON; None if it is missing or null.
 

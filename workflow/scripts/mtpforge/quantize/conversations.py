@@ -43,13 +43,11 @@ def rendered(model: Gguf, files: Iterable[Path], llama: LlamaCpp) -> str:
 
 def conversations(path: Path) -> Iterator[Messages]:
     """The conversations of a text. Raises ConfigError if it is a malformed *.jsonl."""
-    content = text.read_text(path, ConfigError, most=text.JSON_LIMIT, within=text.ANYWHERE)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.strip():
-                yield _messages(path, number, line)
+        for where, line in text.read_json_lines(path, ConfigError):
+            yield _messages(where, line)
         return
-    paragraphs = list(_paragraphs(content))
+    paragraphs = list(_paragraphs(text.read_text(path, ConfigError, within=text.ANYWHERE)))
     for start in range(0, len(paragraphs), TURNS):
         turns = enumerate(paragraphs[start : start + TURNS])
         yield [{"role": _ROLES[1 + turn % 2], "content": said} for turn, said in turns]
@@ -70,10 +68,9 @@ def _paragraphs(content: str) -> Iterator[str]:
         yield "\n".join(lines)
 
 
-def _messages(path: Path, number: int, line: str) -> Messages:
+def _messages(where: Path, line: dict[str, Any]) -> Messages:
     """The messages in a line of a *.jsonl; other fields than role and content are left out."""
-    where = Path(f"{path}:{number}")
-    messages = text.parse_json(where, line, ConfigError).get("messages")
+    messages = line.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f"{where}: has no list of `messages`")
     return [_message(where, each) for each in messages]

@@ -164,9 +164,10 @@ class MeasureSettings(Entry):
         default=None,
         description=(
             "Folder of prompts, one KIND.txt each; KIND.chat.txt and KIND.thinking.txt go through"
-            " the chat template first. Default: the model's, or nine kinds that come with mtpforge."
+            " the chat template first. Or a *.jsonl with `category` and `turns`, such as"
+            " SPEED-Bench's. Default: the model's, or nine kinds that come with mtpforge."
         ),
-        examples=["my-prompts"],
+        examples=["my-prompts", "speed-bench/qualitative.jsonl"],
     )
     text: MeasuredText | None = Field(
         default=None,
@@ -328,7 +329,9 @@ class Model(Entry):
     prompts: Prompts = Field(
         default=_VERIFIED,
         validate_default=True,
-        description="Folder of *.txt prompts that every file must draft on.",
+        description=(
+            "Folder of *.txt prompts that every file must draft on, or a *.jsonl as in `measure`."
+        ),
     )
     min_acceptance: float = Field(
         default=0.1,

@@ -40,18 +40,6 @@ class FolderPath(LocalPath):
         return f"no such folder: {self}{meant}"
 
 
-class PromptsPath(LocalPath):
-    """The path of a folder of prompts."""
-
-    __slots__ = ()
-
-    def problem(self) -> str | None:
-        """Why it cannot be used; None if it can."""
-        prompts = sorted(Path(self).glob("*.txt"))
-        problems = (_file_problem(path) for path in prompts)
-        return next(filter(None, problems), None) if prompts else f"no *.txt files in {self}"
-
-
 class FileOnDisk(LocalPath):
     """The path of a file; of a split GGUF, that of its first one."""
 
@@ -78,6 +66,12 @@ class TextPath(LocalPath):
         found = text_files(Path(self))
         problems = (_file_problem(each) for each in found)
         return next(filter(None, problems), None) if found else f"no *.txt files in {self}"
+
+
+class PromptsPath(TextPath):
+    """The path of a folder of prompts, or of a *.jsonl of them."""
+
+    __slots__ = ()
 
 
 def find(value: object, at: str) -> Iterator[tuple[str, LocalPath]]:

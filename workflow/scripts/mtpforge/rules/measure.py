@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
+from mtpforge.io.text import text_files
 from mtpforge.prompts import read_prompts
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest
@@ -49,12 +50,12 @@ class MeasureRules(Stage):
         return [*self.text_records(wildcards), *map(layout.local_record, files)]
 
     def prompts(self, wildcards: Wildcards) -> str:
-        """The folder of prompts."""
+        """The prompts, a folder or a *.jsonl."""
         return self.model(wildcards).measured_prompts
 
     def prompt_files(self, wildcards: Wildcards) -> list[str]:
-        """The prompts in it."""
-        return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+        """Their files."""
+        return [str(path) for path in text_files(Path(self.prompts(wildcards)))]
 
     def logits(self, wildcards: Wildcards) -> list[str]:
         """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""

@@ -24,6 +24,7 @@ from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json, text_files
 from mtpforge.llama_cpp import programs
+from mtpforge.prompts import read_prompts
 from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import listed
@@ -457,7 +458,7 @@ def _text_size(imatrix: Imatrix | None) -> int:
 
 @lru_cache
 def _count_prompts(folder: str) -> int:
-    return len(list(Path(folder).glob("*.txt")))
+    return len(read_prompts(Path(folder)))
 
 
 @lru_cache

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from mtpforge.gguf import quant_types
+from mtpforge.io.text import text_files
 from mtpforge.rules import layout, lean
 from mtpforge.rules.fetch import recorded, recorded_donor
 from mtpforge.rules.stage import Stage, Wildcards
@@ -92,12 +93,12 @@ class VerifyRules(Stage):
         return f"{self.options(wildcards)} --split {size}"
 
     def prompts(self, wildcards: Wildcards) -> str:
-        """The folder of prompts to draft on."""
+        """The prompts, a folder or a *.jsonl to draft on."""
         return self.model(wildcards).prompts
 
     def prompt_files(self, wildcards: Wildcards) -> list[str]:
-        """The prompts in it."""
-        return sorted(str(path) for path in Path(self.prompts(wildcards)).glob("*.txt"))
+        """Their files."""
+        return [str(path) for path in text_files(Path(self.prompts(wildcards)))]
 
     # ── acceptance of the BF16 file ──
 
