@@ -22,14 +22,7 @@ from mtpforge.measure.measurement import Run as MeasuredRun
 from mtpforge.measure.measurement import Total
 from mtpforge.measure.pairs import Pair
 from mtpforge.measure.recommendation import recommend
-from mtpforge.measure.speed import (
-    _since,
-    by_position,
-    combine,
-    describe_machine,
-    draft_lengths,
-    make_run,
-)
+from mtpforge.measure.speed import _since, by_position, combine, describe_machine, make_run
 from mtpforge.rules.build import Build
 
 sys.path.insert(0, str(CHECKPOINTS))
@@ -151,13 +144,6 @@ def test_nothing_is_recommended_without_drafts() -> None:
     assert recommend([OFF, wary], wary, None) == (
         *(0, 0, "nothing was drafted with p_min 0.9: lower it"), True,
     )  # fmt: skip
-
-
-def test_a_head_of_several_blocks_drafts_no_further_than_it_has_blocks() -> None:
-    """llama.cpp b11434 takes n_max for as many; one block drafts again from its own output."""
-    assert draft_lengths([1, 2, 3, 4, 6], blocks=3) == [1, 2, 3]
-    assert draft_lengths([4, 6], blocks=3) == [3]
-    assert draft_lengths([1, 8], blocks=1) == [1, 8]
 
 
 def test_the_thread_that_waited_most_counts_if_it_computes() -> None:

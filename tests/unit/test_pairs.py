@@ -11,6 +11,7 @@ from mtpforge.measure.cases import Case, Cases
 from mtpforge.measure.pairs import OFF, Pair, Search
 from mtpforge.measure.recommendation import Advice
 from mtpforge.measure.speed import Bench, Settings, _Round, _sweep
+from test_card import gguf
 
 LENGTHS = [1, 2, 3, 4, 5, 6, 8, 10]
 THRESHOLDS = [0, 0.25, 0.5, 0.75, 0.9]
@@ -85,8 +86,15 @@ def test_without_time_only_the_first_pair_is_measured() -> None:
 class Simulated(Bench):
     """A bench whose rounds take simulated time, on a machine that other programs slow down."""
 
-    def __init__(self, speed: Surface, load: Callable[[float], float], minutes: float = 60) -> None:
+    def __init__(
+        self,
+        speed: Surface,
+        load: Callable[[float], float],
+        minutes: float = 60,
+        blocks: int = 1,
+    ) -> None:
         self.path = Path("x.gguf")
+        self.gguf = gguf("x.gguf", heads=blocks)
         self.settings = Settings(LENGTHS, THRESHOLDS, repeats=3, minutes=minutes)
         self.cases = Cases([Case("code", "raw", "")], [])
         self.rounds = {}
@@ -111,6 +119,15 @@ class Simulated(Bench):
     def found(self) -> Advice:
         _sweep(self)
         return self.advice()
+
+
+def test_a_head_of_several_blocks_drafts_no_further_than_it_has_blocks() -> None:
+    """llama.cpp b11434 cuts n_max to their number; one block drafts on from its own output."""
+    for blocks, tried in ((1, set(LENGTHS)), (2, {1, 2})):
+        bench = Simulated(lambda pair: 100.0 + pair.n_max, lambda _: 1.0, blocks=blocks)
+        bench.found()
+        assert {pair.n_max for pair in bench.rounds} <= tried | {0}
+        assert bench.best.n_max == max(tried)
 
 
 def bursts(seed: int) -> Callable[[float], float]:
