@@ -17,10 +17,10 @@ from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure import perplexity
-from mtpforge.measure.cases import Case
 from mtpforge.measure.measurement import Run as MeasuredRun
 from mtpforge.measure.measurement import Total
 from mtpforge.measure.pairs import Pair
+from mtpforge.measure.prompt_forms import Case
 from mtpforge.measure.recommendation import recommend
 from mtpforge.measure.speed import _since, by_position, combine, describe_machine, make_run
 from mtpforge.rules.build import Build

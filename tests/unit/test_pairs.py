@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from mtpforge.llama_cpp.server import Completion
-from mtpforge.measure.cases import Case, Cases
 from mtpforge.measure.pairs import OFF, Pair, Search
+from mtpforge.measure.prompt_forms import Case, Cases
 from mtpforge.measure.recommendation import Advice
 from mtpforge.measure.speed import Bench, Settings, _Round, _sweep
 from test_card import gguf

@@ -25,8 +25,8 @@ from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp import memory, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity, tasks
-from mtpforge.measure.cases import FORMS
 from mtpforge.measure.measurement import KlDivergence, Score, Text
+from mtpforge.measure.prompt_forms import FORMS
 from mtpforge.measure.speed import Settings, measure
 from mtpforge.verify import published
 from mtpforge.verify.report import Report

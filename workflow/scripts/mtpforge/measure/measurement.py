@@ -138,7 +138,7 @@ class Measurement(Record):
     """Version and commit"""
     machine: Machine
     prompts: dict[str, str]
-    """Kind of prompt: sha256 of its text."""
+    """Kind of prompt: sha256 of its text; without kinds that were left out."""
     repeats: int
     """Rounds of the fastest pair and of no drafting."""
     n_predict: int

@@ -25,7 +25,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import harmonic_mean, median
@@ -36,10 +36,10 @@ from mtpforge.gguf import split
 from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion, Server, serve
-from mtpforge.measure import cases as prepared
-from mtpforge.measure.cases import FORMS, Case, Cases
+from mtpforge.measure import prompt_forms
 from mtpforge.measure.measurement import KindSpeed, Machine, Measurement, Run, Spread, Total
 from mtpforge.measure.pairs import OFF, Pair, Search
+from mtpforge.measure.prompt_forms import FORMS, Case, Cases
 from mtpforge.measure.recommendation import WAITING, Advice, pair, recommend
 from mtpforge.prompts import answer_tokens
 
@@ -75,13 +75,13 @@ def measure(
     `options` go to llama-server, which is not started without prompts.
     """
     shards = split.shards(path)
-    prepared.check_kinds(prompts)
+    prompt_forms.check_kinds(prompts)
     bench = Bench(path, prompts, settings=settings, llama=llama, options=options)
     version = llama.version("llama-server")
     machine = describe_machine(llama)
     if prompts:
         _sweep(bench)
-    totals = bench.totals()
+    totals, runs = bench.totals(), tuple(bench.runs())
     advice = bench.advice()
     for total in totals:
         print(f"{path.name}: {_line(total)}", flush=True)
@@ -92,10 +92,10 @@ def measure(
         options=tuple(options),
         llama_cpp=str(version),
         machine=machine,
-        prompts={prepared.kind_and_form(name)[0]: _digest(text) for name, text in prompts.items()},
+        prompts=_digests(prompts, runs),
         repeats=settings.repeats,
         n_predict=bench.tokens,
-        runs=tuple(bench.runs()),
+        runs=runs,
         by_n_max=tuple(_claimed(totals, steady=advice.steady)),
         by_kind=tuple(bench.by_kind(steady=advice.steady)),
         steady=advice.steady,
@@ -331,22 +331,26 @@ class Bench:
         return _Round(warm, memory, times, cold={cases[0]: found[0]} if first else {})
 
     def _leave_out(self, short: Sequence[Case], tried: Pair) -> None:
-        """Leave out messages that the model has no answer to. Raises ToolchainError for others."""
-        kept = [case for case in self.cases.main if case not in short]
-        texts = [case for case in short if case.form == "raw"]
-        if texts or tried in self.rounds or tried != OFF or not kept:
-            kind = (texts or short)[0].kind
+        """Leave out prompts that the model has no answer to: a base model may end a text at once.
+
+        Raises ToolchainError if no prompt is left, or drafting is the reason.
+        """
+        kinds = ", ".join(case.kind for case in short)
+        if tried in self.rounds or tried != OFF:
             raise ToolchainError(
-                f"llama-server generated nothing from the prompt {kind!r}: nothing to measure"
+                f"llama-server generated nothing from {kinds}, and something before: try again"
             )
-        progress.say(
-            f"left out, because the model answers nothing: {', '.join(c.kind for c in short)}"
-        )
+        kept = [case for case in self.cases.main if case not in short]
+        if not kept:
+            raise ToolchainError(
+                f"llama-server generated nothing from any prompt ({kinds}): nothing to measure"
+            )
+        progress.say(f"left out, because the model answers nothing: {kinds}")
         self.cases = self.cases._replace(main=kept)
 
     def _cases(self, server: Server, *, more: bool) -> list[Case]:
         if not self.cases.main:
-            self.cases = prepared.prepare(
+            self.cases = prompt_forms.prepare(
                 server,
                 self.prompts,
                 self.settings.forms,
@@ -472,5 +476,12 @@ def _mean_by_position(parts: Sequence[tuple[int, Sequence[float]]]) -> tuple[flo
     return tuple(round(total / weight, 3) for total in sums)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digests(prompts: Mapping[str, str], runs: Iterable[Run]) -> dict[str, str]:
+    """The sha256 of the prompts that were measured, by kind."""
+    kinds = {run.kind for run in runs}
+    by_kind = {prompt_forms.kind_and_form(name)[0]: text for name, text in prompts.items()}
+    return {
+        kind: hashlib.sha256(text.encode()).hexdigest()
+        for kind, text in by_kind.items()
+        if kind in kinds
+    }

@@ -18,7 +18,7 @@ from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import file_model, repository_model
 from mtpforge.io import text
-from mtpforge.measure.cases import FORMS, Form
+from mtpforge.measure.prompt_forms import FORMS, Form
 from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,

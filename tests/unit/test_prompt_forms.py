@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from mtpforge import prompts
 from mtpforge.errors import ConfigError, ToolchainError
-from mtpforge.measure.cases import check_kinds, kind_and_form, prepare
+from mtpforge.measure.prompt_forms import check_kinds, kind_and_form, prepare
 
 TEXTS = {"code": "def f", "review.chat": "Review:", "sum.thinking": "2 + 2?"}
 
