@@ -10,7 +10,7 @@ from example_records import measurement
 from mtpforge.convert import native
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.measure import tasks
+from mtpforge.measure import perplexity, tasks
 from mtpforge.measure.measurement import Score
 from mtpforge.measure.perplexity import NoFiguresError
 from mtpforge.report.scores import scores
@@ -81,6 +81,26 @@ def test_output_that_was_cut_off_is_requested_again(
     monkeypatch.setattr(LlamaCpp, "perplexity", lambda *_: "nothing")
     with pytest.raises(ConfigError, match="finds no hellaswag task in it"):
         tasks.score("hellaswag", Path("F.gguf"), tmp_path / "h.txt", LlamaCpp())
+
+
+def test_a_long_run_is_repeated_only_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log is lost at the end of a run of moments; a run of hours fails for another reason."""
+    (tmp_path / "h.txt").write_text("x")
+    clock, runs = [0.0], []
+
+    def run(*_: Any) -> str:
+        clock[0] += 3600
+        runs.append(clock[0])
+        return HELLASWAG[:-60]
+
+    monkeypatch.setattr(LlamaCpp, "perplexity", run)
+    monkeypatch.setattr(perplexity.time, "monotonic", lambda: clock[0])
+    with pytest.raises(NoFiguresError):
+        tasks.score("hellaswag", Path("F.gguf"), tmp_path / "h.txt", LlamaCpp())
+    assert len(runs) == 3
+    with pytest.raises(NoFiguresError):
+        perplexity.of_text(Path("F.gguf"), tmp_path / "h.txt", 1, LlamaCpp())
+    assert len(runs) == 6
 
 
 def test_a_file_that_cannot_be_of_its_kind_is_refused(tmp_path: Path) -> None:

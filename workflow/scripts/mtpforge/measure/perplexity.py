@@ -5,6 +5,8 @@
 
 import re
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtpforge.errors import ConfigError, ToolchainError
@@ -17,6 +19,9 @@ from mtpforge.measure.measurement import KlDivergence
 CONTEXT = 512
 """Tokens of a chunk; its second half is scored."""
 ATTEMPTS = 30
+_LEAST_ATTEMPTS = 3
+_PATIENCE = 60.0
+"""Seconds after which only the least attempts are made: long runs seldom lose their log."""
 _HEADER = struct.Struct("<8s3i")
 """Of logits: magic, tokens of a chunk, tokens of the vocabulary, chunks."""
 _NUMBER = r"(-?[0-9]{1,30}\.[0-9]{1,30})"
@@ -145,18 +150,30 @@ def figures(printed: str, patterns: dict[str, str]) -> dict[str, float]:
     return {name: float(match[1]) + 0.0 for name, match in found.items() if match}
 
 
+def attempts() -> Iterator[int]:
+    """Attempts to get the whole output of llama-perplexity.
+
+    It ends without waiting for its own log (llama.cpp issue 22142): on a busy machine the last
+    lines for a tiny model can be lost.
+    """
+    start = time.monotonic()
+    for attempt in range(ATTEMPTS):
+        if attempt >= _LEAST_ATTEMPTS and time.monotonic() - start > _PATIENCE:
+            return
+        yield attempt
+
+
 def _figures(
     model: Path, options: list[Argument], patterns: dict[str, str], llama: LlamaCpp
 ) -> dict[str, float]:
     """Run llama-perplexity until its last lines are complete.
 
-    It ends without waiting for its own log (llama.cpp issue 22142): on a busy machine the last
-    lines for a tiny model can be lost.
+    See `attempts`.
     """
     last = list(patterns.values())[-1]
     # "perf_context_print" comes after all figures.
     enough = re.compile(rf"{last}|perf_context_print|{_NOT_NUMBERS.pattern}", re.MULTILINE)
-    for _ in range(ATTEMPTS):
+    for _ in attempts():
         printed = _run(model, options, llama)
         if enough.search(printed):
             break

@@ -13,7 +13,7 @@ from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.io.text import ANYWHERE, open_regular
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import Score
-from mtpforge.measure.perplexity import ATTEMPTS, CONTEXT, NoFiguresError
+from mtpforge.measure.perplexity import CONTEXT, NoFiguresError, attempts
 
 KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "hellaswag": (("--hellaswag", "-f"), r"selecting ([0-9]{1,9}) (?:randomized )?tasks"),
@@ -34,7 +34,7 @@ def score(kind: str, model: Path, tasks: Path, llama: LlamaCpp) -> Score:
     options, said = KINDS[kind]
     check(kind, tasks)
     arguments: list[Argument] = ["-m", model, "--ctx-size", CONTEXT, *options, tasks]
-    for _ in range(ATTEMPTS):  # it ends without waiting for its own log, as in `perplexity`
+    for _ in attempts():
         printed = llama.perplexity(arguments)
         if found := parse(printed, said):
             return found
