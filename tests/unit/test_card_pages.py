@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from mtpforge.measure.measurement import Other, Score
 from mtpforge.publish import details
 from mtpforge.publish.card_config import About
+from mtpforge.publish.markdown import escape
 from mtpforge.publish.result import Result
 from mtpforge.report import figures
 from mtpforge.report.distance import distance
@@ -40,7 +41,8 @@ from test_card import (
 NAMES = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "IQ3_XXS-mix-injected", "UD-Q2_K_XL-mine",
 )  # fmt: skip
-HOSTILE = "a|b `x` <img src=x onerror=alert(1)> [c](d) ](e) --- $m$ ~~s~~ é\u202e"
+HOSTILE = "a|b `x` <img src=x onerror=alert(1)> [c](d) ](e) --- $m$ ~~s~~ é\u202e \\"
+HOSTILE += "__u__ _v_ *w* https://evil.example www.evil.example a@evil.example"
 
 
 def many() -> list[Result]:
@@ -151,7 +153,8 @@ def test_hostile_names_break_neither_page(measured: Any, heads: int) -> None:
         shown = html(body)
         tags = re.findall(r"<[^>]*>", shown)
         assert [each for each in tags if " onerror" in each or " src=x" in each] == []
-        assert not {"<b>", "<s>", "<hr />"} & set(tags)
+        assert not {"<b>", "<s>", "<hr />", "<em>", "<strong>"} & set(tags)
+        assert re.search(r"https?://evil|www\.evil|\w@evil", _outside_code(body)) is None
         links = {unquote(each) for each in re.findall('href="([^"]*)"', shown)}
         assert {each for each in links if not each.startswith("https://")} <= {
             name, "README.md", "DETAILS.md",
@@ -161,6 +164,21 @@ def test_hostile_names_break_neither_page(measured: Any, heads: int) -> None:
             assert len(set(lines)) == 1
     if measured:
         assert ModelCard(make(hostile, **about)).data.eval_results
+
+
+def _outside_code(text: str) -> str:
+    """What GitHub's Markdown, and so the Hub's, looks for addresses in."""
+    prose = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\]\([^)]*\)", "]", prose)
+
+
+@pytest.mark.parametrize(
+    "name", ["Q4_K_M", "UD-Q2_K_XL", "snake_case_name", "b11434", "12:30", "file.gguf", "a.b@c"]
+)
+def test_names_of_files_are_shown_as_they_are(name: str) -> None:
+    assert html(escape(name)) == f"<p>{name}</p>\n"
+    if "@" not in name:
+        assert escape(name) == name
 
 
 def test_hostile_names_break_no_picture() -> None:

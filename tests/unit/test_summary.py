@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import Run
 from example_records import TEXT, measurement, report, total
 from mtpforge.measure.measurement import KlDivergence
-from mtpforge.report import distance_tables, summary
+from mtpforge.report import distance_tables, page, summary
 
 DIVERGENCE = KlDivergence(
     mean=0.00426,
@@ -81,6 +81,24 @@ def test_distances_from_bf16_are_below_the_files_of_each_model(tmp_path: Path) -
         "4.0319",
     ]
     assert others[2].startswith("Distance from BF16: b,")
+
+
+def test_a_bar_in_a_name_stays_in_its_cell(tmp_path: Path) -> None:
+    name = r"a|b | c\|d.gguf"
+    for part in ("reports", "measure"):
+        (tmp_path / "m" / part).mkdir(parents=True)
+    report(name).write(tmp_path / "m/reports/x.json")
+    measured = measurement(name, text=TEXT, kl_divergence=DIVERGENCE)
+    measured.write(tmp_path / "m/measure/x.json")
+    made = summary.summary(
+        [tmp_path / "m/reports/x.json"], [tmp_path / "m/measure/x.json"], (), (), ()
+    )
+    rows = [line for line in made.splitlines() if line.startswith("| a")]
+    assert [row.split(" | ")[0] for row in rows] == [
+        r"| a\|b \| c\|d.gguf", r"| a\|b \| c\|d",
+    ]  # fmt: skip
+    (tmp_path / "summary.md").write_text(made)
+    assert r"<td>a|b | c|d.gguf</td>" in page.table(tmp_path / "summary.md")
 
 
 def test_a_measurement_of_an_older_version_has_no_errors() -> None:

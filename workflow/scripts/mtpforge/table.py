@@ -1,10 +1,14 @@
 """Markdown tables that are also readable as plain text, and sizes and times in words."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtpforge.errors import printable
+
+
+_BAR = re.compile(r"(?<!\\)\|")
 
 
 def size(count: int) -> str:
@@ -46,8 +50,11 @@ def duration(seconds: float) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, header first; the first `left` columns are left-aligned, the rest right."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    """A Markdown table, header first; the first `left` columns are left-aligned, the rest right.
+
+    Bars in a cell are escaped, unless they are already.
+    """
+    rows = [[_BAR.sub(r"\|", printable(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:

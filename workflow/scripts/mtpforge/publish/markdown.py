@@ -8,7 +8,12 @@ from urllib.parse import quote
 
 from mtpforge.errors import printable
 
-_MARKUP = re.compile(r"([\\`*\[\]|~$]|\b_\B|\B_\b)")
+_MARKUP = re.compile(
+    r"([\\`*\[\]|~$@]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # not within a word, where it marks nothing
+    r"|:(?=//)|(?<=www)\.)",  # or the Hub makes links of addresses
+    re.IGNORECASE,
+)
 
 
 def escape(text: str) -> str:

@@ -41,7 +41,7 @@ def others(results: Sequence[Result], theirs: Sequence[Other]) -> str:
         if (found := result.measured.kl_divergence if result.measured else None)
     ]
     rows += [
-        (code(other.name).replace("|", r"\|"), other.bytes, other.kl_divergence)
+        (code(other.name), other.bytes, other.kl_divergence)
         for other in theirs
         if other.kl_divergence
     ]

@@ -67,5 +67,5 @@ def _table(rows: list[str]) -> str:
 
 
 def _row(line: str, kind: str) -> str:
-    cells = (escape(cell.strip()) for cell in line.strip("| ").split(" | "))
+    cells = (escape(cell.strip().replace(r"\|", "|")) for cell in line.strip("| ").split(" | "))
     return f"<tr>{''.join(f'<{kind}>{cell}</{kind}>' for cell in cells)}</tr>"
