@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mtpforge.errors import printable
 
-
 _BAR = re.compile(r"(?<!\\)\|")
 
 
