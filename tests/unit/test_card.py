@@ -646,6 +646,20 @@ def test_every_architecture_has_its_runtimes() -> None:
     assert max(builds) < int(runtimes.PINNED[1:])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("qwen35", "use llama.cpp b9180 or newer; b9495 or newer recommended (fixes"),
+        ("qwen4exp", "use llama.cpp newer than b11312. Builds"),
+        ("deepseek4", "use llama.cpp of 2 August 2026 or newer. Builds"),
+        ("step35", "use llama.cpp b9480 (with three blocks b9745) or newer. Builds"),
+    ],
+)
+def test_the_llama_cpp_that_drafts_is_named(architecture: str, words: str) -> None:
+    made = replace(result(), gguf=gguf("x.gguf", architecture))
+    assert f"To draft with a `{architecture}` model, {words}" in make(made)
+
+
 def test_recipe_comes_from_the_configuration() -> None:
     recipe = second().split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}

@@ -61,7 +61,7 @@ def test_the_sidecar_is_the_drafter(tmp_path: Path, toolchain: Path) -> None:
     assert any("gemma-assistant" in str(each) for each in inputs["resolvedDependencies"])
     card = (results / "README.md").read_text()
     assert "-md mtp-gemma-Q8_0.gguf --spec-type draft-mtp --spec-draft-n-max 1" in card
-    assert "drafts with `gemma4-assistant`: b9551" in card
+    assert "draft with a `gemma4-assistant` model, use llama.cpp b9551 (for" in card
     assert "instead of the file's own head" not in card
 
 

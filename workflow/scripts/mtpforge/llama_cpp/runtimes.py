@@ -22,6 +22,12 @@ class Runtime:
     ik_llama_cpp: tuple[int, ...] | None = ()
     """Pull requests of ik_llama.cpp; empty if it does not draft with it, None if unknown."""
 
+    @property
+    def least(self) -> str:
+        """The llama.cpp that drafts, such as "b9180 or newer"."""
+        first, separator, more = self.llama_cpp.partition("; ")
+        return f"{first}{'' if first.startswith('newer') else ' or newer'}{separator}{more}"
+
 
 _QWEN35 = "b9180; b9495 or newer recommended (fixes which hidden state the head gets)"
 
@@ -34,19 +40,19 @@ RUNTIMES: dict[str, Runtime] = {
         ik_llama_cpp=(1698, 1745),
     ),
     "qwen3next": Runtime("b10238", (25589,)),
-    "qwen4exp": Runtime("after b11312", (27742, 28243), ik_llama_cpp=None),
+    "qwen4exp": Runtime("newer than b11312", (27742, 28243), ik_llama_cpp=None),
     "glm4moe": Runtime("b10603", (26534,), ik_llama_cpp=(1270,)),
     "deepseek2": Runtime("b10251", (24868,), counted=True, ik_llama_cpp=None),
     "glm-dsa": Runtime("b10174", (25980,), counted=True, ik_llama_cpp=(1890,)),
     "deepseek32": Runtime("b10237", (26457,)),
-    "deepseek4": Runtime("that of 2 August 2026", (25784,)),
-    "step35": Runtime("b9480, with three blocks b9745", (23274, 24340), ik_llama_cpp=None),
+    "deepseek4": Runtime("of 2 August 2026", (25784,)),
+    "step35": Runtime("b9480 (with three blocks b9745)", (23274, 24340), ik_llama_cpp=None),
     "nemotron_h_moe": Runtime("b10344", (26725,)),
     "mimo2": Runtime("b10184", (26228,), counted=True),
     "hy_v3": Runtime("b9993", (25395,)),
-    "cohere2moe": Runtime("after b9626", (24260,)),
+    "cohere2moe": Runtime("newer than b9626", (24260,)),
     "bailingmoe3": Runtime("b10470", (26608,), ik_llama_cpp=None),
-    "gemma4-assistant": Runtime("b9551, for E2B and E4B b9568", (23398, 24282), ik_llama_cpp=None),
+    "gemma4-assistant": Runtime("b9551 (for E2B and E4B b9568)", (23398, 24282), ik_llama_cpp=None),
     "bailingmoe2": Runtime(),
     "exaone-moe": Runtime(),
     "glm5-next": Runtime(),

@@ -44,11 +44,11 @@ def _first_versions(results: Iterable[Result]) -> str:
         return ""
     known = runtimes.RUNTIMES.get(name)
     if known and known.llama_cpp:
-        first = f"First llama.cpp build that drafts with {code(name)}: {known.llama_cpp}"
+        least = f"To draft with a {code(name)} model, use llama.cpp {known.least}"
     else:
-        first = f"Older llama.cpp builds cannot draft with {code(name)}"
+        least = f"Older llama.cpp builds cannot draft with a {code(name)} model"
     return (
-        f"{first}. Builds {runtimes.BROKEN} fail when drafting. "
+        f"{least}. Builds {runtimes.BROKEN} fail when drafting. "
         f"LM Studio needs version {runtimes.LM_STUDIO} or newer."
     )
 
