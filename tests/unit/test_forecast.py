@@ -172,6 +172,12 @@ def test_pieces_take_scratch_space(toolchain: Path) -> None:
     assert found.files[0].pieces == 3 and found.peak > found.kept
 
 
+def test_a_file_that_is_found_takes_the_bytes_that_are_asked_for(toolchain: Path) -> None:
+    found = forecast(toolchain, variants={"1M": {"size": "1M", "sensitivity": "prior"}})
+    (step,) = [step for step in found.steps if step.stage == "quantize"]
+    assert step.kept == found.files[0].bytes == 10**6
+
+
 def test_a_file_to_compare_with_takes_the_logits_and_a_run(toolchain: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs.gguf").touch()
     (tmp_path / "text").write_bytes(b"x" * 4000)

@@ -556,6 +556,18 @@ def test_a_file_that_cannot_be_so_small_is_refused() -> None:
         found.choose(sizes(), all_at("Q4_K"), measured_errors(), dict.fromkeys(UNITS, 1.0), most)
 
 
+def test_a_smaller_head_is_advised_only_if_there_is_a_head() -> None:
+    def refusal(source: Gguf) -> str:
+        of_source, start = found.Sizes(source, METADATA), all_at("Q4_K")
+        with pytest.raises(ConfigError) as error:
+            found.choose(of_source, start, measured_errors(), dict.fromkeys(UNITS, 1.0), most=1)
+        return str(error.value)
+
+    assert refusal(model()).endswith("or give smaller candidates or a smaller head")
+    trunk = replace(model(), tensors=model().trunk.tensors)
+    assert refusal(trunk).endswith("or give smaller candidates") and "head" not in refusal(trunk)
+
+
 def test_more_bytes_than_the_finest_candidate_takes_give_that_one() -> None:
     flat = dict.fromkeys(UNITS, 1.0)
     types = found.choose(sizes(), all_at("Q4_K"), measured_errors(), flat, most=10**15)

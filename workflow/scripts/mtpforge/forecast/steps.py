@@ -309,18 +309,22 @@ class ModelForecast:
         made = self._quantized(source, request, covered)
         self._quants.append(made)
         pieces = variant.pieces or self.model.pieces or self._default_pieces(source, made)
-        self._quantize("quantized", variant.name, source, made, pieces=pieces)
+        size = _wanted(variant, made) or planned_ggufs.size(made)
+        self._quantize("quantized", variant.name, source, made, pieces=pieces, size=size)
         if variant.searched:
             self._compare(variant, source, made)
-        return _wanted(variant, made) or planned_ggufs.size(made), pieces
+        return size, pieces
 
     def _quantized(self, source: Gguf, request: QuantizeRequest, covered: bool = False) -> Gguf:
         if self.about:  # llama-quantize needs all metadata
             return planned_ggufs.estimated(source, request)
         return planned_ggufs.quantized(source, request, self._llama, covered)
 
-    def _quantize(self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int) -> None:
-        size = planned_ggufs.size(made)
+    def _quantize(
+        self, kind: str, name: str, source: Gguf, made: Gguf, pieces: int, size: int = 0
+    ) -> None:
+        """The file has `size` bytes if its types are not those of `made`."""
+        size = size or planned_ggufs.size(made)
         largest = max(info.size for info in source.tensors.values())
         copied = min(max(RUN_BYTES, largest), planned_ggufs.largest_piece(source, made, pieces))
         path = layout.quantized(self.model.key, kind, name).file

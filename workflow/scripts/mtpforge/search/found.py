@@ -139,10 +139,11 @@ def choose(
     fixed = sizes.of(start) - sum(_bytes(source, name, start[name].name) for name in names)
     least = fixed + sum(min(option.bytes for option in found) for found in options)
     if least > most:
+        has_head = bool(source.head.tensors)
+        with_head, or_head = ("with this head, ", " or a smaller head") if has_head else ("", "")
         raise ConfigError(
-            f"{source.path}: cannot fit into {most:,} bytes: with this head, the smallest "
-            f"candidates make {least:,}: ask for a larger file, or give smaller candidates or a "
-            "smaller head"
+            f"{source.path}: cannot fit into {most:,} bytes: {with_head}the smallest candidates "
+            f"make {least:,}: ask for a larger file, or give smaller candidates{or_head}"
         )
     chosen = allocate(options, most - fixed)
     by_type = {each.type: each for each in errors}
