@@ -1,7 +1,7 @@
 # `make` installs a locked environment into .venv and builds config.yaml; `make help` lists the rest.
 
 PYTHON ?= python3
-CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+CORES ?= $(shell $(PYTHON) workflow/scripts/mtpforge/processors.py)
 PROFILE ?= default
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
 # `--config` replaces that of a profile.

@@ -25,11 +25,11 @@ CHECKPOINTS = ROOT / "tests/checkpoints"
 sys.path[:0] = [str(ROOT / "workflow/scripts"), str(CHECKPOINTS)]
 
 import corpus  # noqa: E402
-from mtpforge import table  # noqa: E402
+from mtpforge import processors, table  # noqa: E402
 from mtpforge.convert import native  # noqa: E402
 from mtpforge.gguf import reader  # noqa: E402
 from mtpforge.gguf.reader import Gguf  # noqa: E402
-from mtpforge.llama_cpp.programs import LlamaCpp, processors  # noqa: E402
+from mtpforge.llama_cpp.programs import LlamaCpp  # noqa: E402
 from mtpforge.measure import perplexity  # noqa: E402
 from mtpforge.quantize import imatrix  # noqa: E402
 from mtpforge.quantize.llama_quantize import run  # noqa: E402
@@ -73,7 +73,7 @@ def main() -> None:
         help="JSON of all figures (default: %(default)s)",
     )
     parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
-    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--threads", type=int, default=processors.available())
     args = parser.parse_args()
     llama = LlamaCpp(ROOT / "resources/toolchain/bin", args.threads)
     figures: dict[str, Ratios] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import CHECKPOINTS, Run
 from example_records import measurement, report
+from mtpforge import processors
 from mtpforge.io.text import read_json
 from mtpforge.llama_cpp import memory, process
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -28,8 +29,8 @@ def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int
         (tmp_path / "own").write_text(own)
         return memory.usable()
 
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(processors, "OWN_CGROUP", tmp_path / "own")
     for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
     return usable

@@ -11,13 +11,14 @@ from typing import Any
 import hostile_text
 import pytest
 from conftest import CHECKPOINTS, ROOT
+from mtpforge import processors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.forecast.costs import Machine
 from mtpforge.forecast.steps import ModelForecast
 from mtpforge.hub.listing import File, Listing
 from mtpforge.llama_cpp import memory
-from mtpforge.llama_cpp.programs import LlamaCpp, processors
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.rules import resources
 from mtpforge.rules.build import Build
 from mtpforge.rules.resources import UNKNOWN, Needs
@@ -198,7 +199,7 @@ def test_jobs_ask_for_more_than_is_forecast(
         build.config.models["large"],
         Checkpoint(tmp_path / "35b"),
         LlamaCpp(Path("none")),
-        machine=Machine(threads=processors(), memory=200 << 30, disk=1e9, bandwidth=1e10),
+        machine=Machine(threads=processors.available(), memory=200 << 30, disk=1e9, bandwidth=1e10),
         base_size=lambda _: 0,
     ).steps
     stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
@@ -226,7 +227,7 @@ def test_no_job_asks_for_more_than_the_largest_node_has(
 
 
 def test_threads_are_those_of_the_machine_or_the_configuration(large: Path) -> None:
-    assert Build(CONFIG).needs.threads(wildcards()) == processors()
+    assert Build(CONFIG).needs.threads(wildcards()) == processors.available()
     assert Build({**CONFIG, "threads": 5}).needs.threads(wildcards()) == 5
 
 

@@ -411,7 +411,7 @@ class RunsOfSomeLength(Runs):
 def test_the_recipe_is_the_same_for_any_path_order_and_number_of_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 4)
+    monkeypatch.setattr("mtpforge.processors.available", lambda: 4)
     RunsOfSomeLength(monkeypatch)
     units = groups.units(model())
     most = sizes().of(all_at("Q6_K"))
@@ -428,7 +428,7 @@ def test_the_recipe_is_the_same_for_any_path_order_and_number_of_cores(
 def test_a_failure_ends_runs_that_have_not_begun(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 2)
+    monkeypatch.setattr("mtpforge.processors.available", lambda: 2)
     runs = Runs(monkeypatch, fail_at=1)
     with pytest.raises(ToolchainError, match="killed"):
         probes.measure(search(tmp_path, threads=2), "tensor")

@@ -10,10 +10,9 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
-import os
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, processors
 from mtpforge.llama_cpp.compilation import PROGRAMS
 from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.toolchain import adopt, built, install
@@ -31,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the stamp, as JSON")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="cores to compile on"
+        "--jobs", type=int, default=processors.available(), metavar="N", help="cores to compile on"
     )
     parser.add_argument(
         "--bin-dir",

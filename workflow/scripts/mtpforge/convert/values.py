@@ -1,6 +1,5 @@
 """Values of converted tensors: read from the checkpoint in slices, transformed, and encoded."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +8,7 @@ from functools import partial
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from mtpforge import processors
 from mtpforge.checkpoint import fp8
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.families.family import BF16, F32, identity, unchanged
@@ -38,7 +38,7 @@ def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None =
             for block in blocks(view):
                 yield checkpoint.locate(block) or block.data
     else:
-        yield from _computed(checkpoint, item, threads or min(os.cpu_count() or 1, MOST_THREADS))
+        yield from _computed(checkpoint, item, threads or min(processors.available(), MOST_THREADS))
     checkpoint.release()
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from mtpforge import processors
 from mtpforge.errors import GgufError
 from mtpforge.gguf.metadata import SCALARS, U32, U64, Value
 from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES, UnknownType
@@ -257,7 +258,7 @@ def digests_of(opened: Gguf, threads: int | None = None) -> dict[str, str]:
 
 def hashes(places: Mapping[str, FileRange], threads: int | None = None) -> dict[str, str]:
     """The sha256 of each range, computed in parallel."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or processors.available()) as pool:
         return dict(zip(places, pool.map(sha256, places.values()), strict=True))
 
 

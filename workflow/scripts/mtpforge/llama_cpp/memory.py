@@ -10,12 +10,11 @@ from mtpforge import table
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.processors import group_files
 
 EXTRA = 4 << 30
 """Most bytes that llama-server needs besides 1.3 times its file; small files need less."""
 _LEAST = 1 << 29
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def usable() -> int:
@@ -55,19 +54,7 @@ def room(size: int, memory: int, llama: LlamaCpp) -> int:
 
 def _cgroup_limits() -> Iterator[int]:
     """The limits of this process's groups and of those around them, of both versions."""
-    places = [_CGROUPS / "memory.max", _CGROUPS / "memory/memory.limit_in_bytes"]
-    with suppress(OSError, UnicodeError):
-        for line in _OWN_CGROUP.read_text(encoding="utf-8").splitlines():
-            number, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            first = number == "0" and not controllers
-            if not first and "memory" not in controllers.split(","):
-                continue
-            root = _CGROUPS if first else _CGROUPS / "memory"
-            name = "memory.max" if first else "memory.limit_in_bytes"
-            group = Path(path.lstrip("/"))
-            places += [root / each / name for each in (group, *group.parents)]
-    for place in places:
+    for place in group_files("memory", "memory.max", "memory.limit_in_bytes"):
         with suppress(OSError, ValueError):
             yield int(place.read_text(encoding="ascii"))
 

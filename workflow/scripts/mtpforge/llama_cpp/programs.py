@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, processors
 from mtpforge.errors import ToolchainError
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import member, read_json
@@ -31,13 +31,6 @@ getting that much can take longer than quantizing."""
 Argument = str | int | Path
 
 
-def processors() -> int:
-    """The processors of this machine that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class LlamaCpp:
     """A folder of llama.cpp's programs, their threads (0: all processors), and a log to extend."""
@@ -49,8 +42,8 @@ class LlamaCpp:
     @property
     def processors(self) -> int:
         """The number of threads that programs really use: never more than there are processors."""
-        available = processors()
-        return min(self.threads or available, available)
+        most = processors.available()
+        return min(self.threads or most, most)
 
     def find(self, name: str) -> Path:
         """The path of a program.

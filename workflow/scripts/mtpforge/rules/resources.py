@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mtpforge import processors
 from mtpforge.errors import ForgeError
 from mtpforge.forecast import costs
 from mtpforge.forecast.costs import Cost, Machine, ProgramSpeed
@@ -23,7 +24,6 @@ from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json, text_files
-from mtpforge.llama_cpp import programs
 from mtpforge.prompts import read_prompts
 from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
@@ -145,7 +145,7 @@ class ResourceRules(Stage):
 
     def threads(self, _: Wildcards) -> int:
         """Threads of jobs that can use many."""
-        return self.config.threads or programs.processors()
+        return self.config.threads or processors.available()
 
     def convert_threads(self, wildcards: Wildcards) -> int:
         """Threads of a conversion: one, unless it also quantizes."""
@@ -335,7 +335,7 @@ class ResourceRules(Stage):
     @cached_property
     def _machine(self) -> Machine:
         """A slow one, whose memory keeps no file."""
-        threads = self.config.threads or programs.processors()
+        threads = self.config.threads or processors.available()
         return Machine(threads, 0, disk=_DISK, bandwidth=_BANDWIDTH, programs=_PROGRAMS)
 
     def _quantize(self, source: float, types: list[str]) -> Cost:

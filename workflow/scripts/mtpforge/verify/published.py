@@ -1,9 +1,9 @@
 """Checks published files against the sha256 in the reports of their verification."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from mtpforge import processors
 from mtpforge.io import integrity
 from mtpforge.publish import receipts
 from mtpforge.verify.report import Report
@@ -22,4 +22,4 @@ def check(published: Iterable[tuple[Path, Report]]) -> None:
         parts += [
             integrity.whole(file.parent / name, digest) for name, _, digest in report.published
         ]
-    integrity.check(parts, os.cpu_count() or 1)
+    integrity.check(parts, processors.available())
