@@ -22,14 +22,18 @@ from hub import COMMIT, Hub, serve
 from huggingface_hub import close_session, constants
 from kill_points import Faults, Killed
 from mtpforge.checkpoint.checkpoint import Checkpoint
-from mtpforge.convert import freeing
+from mtpforge.convert import freeing, native
 from mtpforge.errors import CheckpointError, DamagedError, DownloadError
 from mtpforge.gguf import reader, writer
 from mtpforge.hub import download, freed, resolve, retry
 from mtpforge.io.journal import Journal
+from mtpforge.io.ranges import sha256
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import as_converted, plan
+from mtpforge.quantize.as_converted import Wanted
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.manifest import Manifest
+from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.verify import sample, tensors
 from mtpforge.verify.request import Request
 from mtpforge.verify.source import open_source
@@ -303,6 +307,60 @@ def test_a_damaged_piece_is_made_again(fetched: Build, right: dict[str, bytes]) 
     fetched.bf16.unlink()
     fetched.convert_by_shards()
     assert fetched.content() == right
+
+
+def test_pieces_outlive_the_bf16_file(
+    fetched: Build, right: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged or deleted one is made again, but not what was quantized of it."""
+    fetched.convert_by_shards()
+    fetched.bf16.unlink()
+    made: list[str] = []
+    real = QuantizeJob.quantize_tensors
+
+    def quantize_tensors(job: QuantizeJob, names: Collection[str], *places: Path) -> reader.Gguf:
+        made.extend(names)
+        return real(job, names, *places)
+
+    monkeypatch.setattr(QuantizeJob, "quantize_tensors", quantize_tensors)
+    faults = Faults(monkeypatch)
+    faults.left = 20
+    with pytest.raises(Killed):
+        fetched.convert_by_shards()
+    faults.left = 0
+    fetched.convert_by_shards()
+    assert made == []
+    assert fetched.content() == right
+
+
+def test_a_tensor_that_is_converted_to_other_bytes_is_made_again(
+    tmp_path: Path, toolchain: Path
+) -> None:
+    native.convert(CHECKPOINTS / MODEL, tmp_path / "bf16.gguf", "all", "qwen35")
+    source, name = reader.read(tmp_path / "bf16.gguf"), "blk.0.ffn_up.weight"
+    wanted = Wanted(tmp_path / "manifests", QuantizeRequest("Q8_0"))
+    piece = as_converted._Piece(wanted, source, LlamaCpp(toolchain, threads=1))
+    made = []
+    for content in (None, bytes(source.tensors[name].size)):
+        if content:
+            with source.path.open("r+b") as file:
+                file.seek(source.ranges[name].offset)
+                file.write(content)
+        piece.add({name: sha256(source.ranges[name])})
+        (entry,) = Manifest.read(piece.path.with_suffix(".json")).tensors
+        assert entry.sha256 == sha256(reader.read(piece.path).ranges[name])
+        made.append(entry)
+    assert made[0].key != made[1].key and made[0].sha256 != made[1].sha256
+
+
+def test_nothing_to_quantize_still_frees_bf16(fetched: Build, right: dict[str, bytes]) -> None:
+    """All variants are published and deleted, and only a plan needs the file."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in list(VARIANTS):
+            patched.delitem(VARIANTS, name)
+        fetched.convert_by_shards()
+    assert fetched.digests.read_bytes() == right["digests"]
+    assert taken(fetched.bf16) < 0.35 * fetched.bf16.stat().st_size
 
 
 def test_another_mixture_needs_another_conversion(fetched: Build) -> None:

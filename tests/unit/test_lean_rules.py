@@ -1,11 +1,17 @@
 """Which conversions free the shards of a fetched checkpoint, and what a forecast says of it."""
 
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from mtpforge.rules import lean
+from mtpforge.quantize.manifest import Manifest
+from mtpforge.quantize.plan import PlannedTensor, QuantizePlan
+from mtpforge.rules import layout, lean
 from mtpforge.rules.build import Build
 from mtpforge.rules.local_paths import FileOnDisk
 
@@ -128,6 +134,33 @@ def test_quants_alone_are_made_shard_by_shard() -> None:
         assert made.fetch.sparse(names) == "--sparse"
         assert made.fetch.sparse(SimpleNamespace(file="config.json", **SOURCE)) == ""  # type: ignore[arg-type]
         assert build(model).fetch.sparse(names) == ""
+
+
+def test_what_is_published_and_deleted_is_not_quantized_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another file is planned now, such as after an upgrade of llama.cpp."""
+    publish = {"repo": "Owner/Name-GGUF", "when": "verified", "delete_after": True}
+    made = build({**QUANTS, "publish": publish}, lean="shards")
+    monkeypatch.chdir(tmp_path)
+    tensors = {"x": PlannedTensor("Q8_0", "BF16 32 32", source="1" * 64, row="")}
+    plan = QuantizePlan("Q8_0", "", "", "", "", toolchain="2" * 64, tensors=tensors)
+    work = Path("results/m/work")
+    deleted = Path(layout.output(made.config.models["m"], "Q8_0").deleted)
+
+    def quantized() -> list[str]:
+        words = shlex.split(options(made)["all"])
+        wanted = map(json.loads, words[words.index("--quantize") + 1 :])
+        return [Path(each["folder"]).name for each in wanted]
+
+    plan.write(work / "plans/quantized/Q8_0.json")
+    Manifest.of(plan, {"x": "3" * 64}, []).write(work / "manifests/quantized/Q8_0.json")
+    assert quantized() == ["Q8_0", "Q4_K_M"]
+    deleted.parent.mkdir(parents=True)
+    deleted.touch()
+    assert quantized() == ["Q4_K_M"]
+    replace(plan, toolchain="4" * 64).write(work / "plans/quantized/Q8_0.json")
+    assert quantized() == ["Q8_0", "Q4_K_M"]
 
 
 @pytest.mark.parametrize("name", NOT_BY_SHARDS)

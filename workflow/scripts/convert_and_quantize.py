@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--quantize",
         type=cli.json_object,
-        nargs="+",
+        nargs="*",
         required=True,
         metavar="JSON",
         help="the files to make: folder of the piece, type, head, head_tensors, tensors, imatrix",

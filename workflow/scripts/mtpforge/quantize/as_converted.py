@@ -20,7 +20,7 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.assembly import merged_metadata
 from mtpforge.quantize.job import QuantizeJob
 from mtpforge.quantize.llama_quantize import choose_types
-from mtpforge.quantize.manifest import Manifest
+from mtpforge.quantize.manifest import Manifest, ManifestEntry
 from mtpforge.quantize.plan import SAMPLE, make_plan
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.quantize.reuse import find_reusable
@@ -79,8 +79,9 @@ class Quantizing:
         for piece in self._pieces:
             piece.resume(journal.digests)
         missing = sum(piece.missing for piece in self._pieces if not piece.may_be_finished)
-        storage.require(self._pieces[0].path, missing)
-        return set.intersection(*(piece.done for piece in self._pieces))
+        if missing:
+            storage.require(self._pieces[0].path, missing)
+        return set(journal.digests).intersection(*(piece.done for piece in self._pieces))
 
     def _converted(self, journal: Journal, names: Collection[str]) -> None:
         """Quantize tensors, and then free them."""
@@ -107,6 +108,7 @@ class _Piece:
         self.path = wanted.folder / "whole.gguf"
         self._manifest = self.path.with_suffix(".json")
         self._whole: Gguf | None = None
+        self._earlier: dict[str, ManifestEntry] = {}
         self._digests: dict[str, str] = {}
         self._reused: set[str] = set()
         self._reuse = wanted.reuse
@@ -128,43 +130,52 @@ class _Piece:
 
     @property
     def missing(self) -> int:
-        """Bytes of the tensors that it does not have."""
-        names = self._job.source.tensors.keys() - self.done
-        return sum(self._job.target_info(name).size for name in names)
+        """Bytes that it lacks on the disk."""
+        names = self._job.source.tensors.keys() - self._reused
+        there = 512 * self.path.stat().st_blocks if self.path.is_file() else 0
+        return max(0, sum(self._job.target_info(name).size for name in names) - there)
 
     def resume(self, sources: Mapping[str, str]) -> None:
-        """Take over what a killed run has made of tensors with these digests."""
-        self._note(sources)
-        self._find_finished(sources)
-        if not self.path.is_file():
-            return
-        # A second name is that of a finished file, or of one that is just being made of it.
-        whole = self._read() if self.path.stat().st_nlink == 1 else None
-        if whole is None:
-            self.path.unlink()
-            return
-        entries = Manifest.read(self._manifest).by_key()
-        keys = self._job.plan.keys()
-        known = {name: entries[keys[name]] for name in sources if keys[name] in entries}
-        found = reader.hashes(
-            {name: whole.ranges[name] for name in known}, self._job.llama.processors
-        )
-        self._whole = whole
-        self._digests = {name: found[name] for name in known if found[name] == known[name].sha256}
+        """Open what an earlier run has left, and take over tensors with these digests."""
+        if self.path.is_file():
+            # A second name is that of a finished file, or of one that is just being made of it.
+            self._whole = self._read() if self.path.stat().st_nlink == 1 else None
+            if self._whole is None:
+                self.path.unlink()
+            else:
+                self._earlier = Manifest.read(self._manifest).by_key()
+        self._take_over(sources)
 
     def add(self, sources: Mapping[str, str]) -> None:
         """Quantize tensors with these digests, and list them once they are on the disk."""
-        self._note(sources)
-        self._find_finished(sources.keys() - self.done)
+        self._take_over(sources)
         names = [name for name in sources if name not in self.done]
-        if not names:
-            return
-        with atomic.scratch_folder(self.path) as scratch:
-            for batch in self._job.batches(names):
-                made = self._job.quantize_tensors(batch, scratch / "made.gguf", scratch)
-                self._put(made, batch)
-        atomic.sync(self.path)
-        Manifest.of(self._job.plan, self._digests, [self.path]).write(self._manifest)
+        if names:
+            with atomic.scratch_folder(self.path) as scratch:
+                for batch in self._job.batches(names):
+                    made = self._job.quantize_tensors(batch, scratch / "made.gguf", scratch)
+                    self._put(made, batch)
+            atomic.sync(self.path)
+        if self._whole is not None:
+            self._list()
+
+    def _list(self) -> None:
+        """Write the manifest; tensors that are not converted again yet stay in it."""
+        made = Manifest.of(self._job.plan, self._digests, [self.path])
+        waiting = {name for name, each in self._job.plan.tensors.items() if not each.source}
+        left = [each for each in self._earlier.values() if each.name in waiting]
+        replace(made, tensors=[*made.tensors, *left]).write(self._manifest)
+
+    def _take_over(self, sources: Mapping[str, str]) -> None:
+        """Find out which of the tensors with these digests need not be made."""
+        self._note(sources)
+        new = sources.keys() - self.done
+        keys = self._job.plan.keys()
+        known = {name: self._earlier[keys[name]] for name in new if keys[name] in self._earlier}
+        places = self._whole.ranges if self._whole else {}
+        found = reader.hashes({name: places[name] for name in known}, self._job.llama.processors)
+        self._digests |= {name: found[name] for name in known if found[name] == known[name].sha256}
+        self._find_finished(new - self._digests.keys())
 
     def _find_finished(self, names: Collection[str]) -> None:
         """Find out which of these tensors a finished file holds, intact."""
@@ -189,8 +200,14 @@ class _Piece:
         self._digests |= reader.hashes(places, self._job.llama.processors)
 
     def _note(self, sources: Mapping[str, str]) -> None:
-        """Complete the plan with the digests of tensors that are converted."""
+        """Complete the plan with the digests of tensors that are converted.
+
+        What was made of a tensor with another digest is forgotten.
+        """
         tensors = self._job.plan.tensors
+        changed = {name for name in sources if tensors[name].source not in ("", sources[name])}
+        self._reused -= changed
+        self._digests = {name: self._digests[name] for name in self._digests.keys() - changed}
         tensors |= {name: replace(tensors[name], source=sources[name]) for name in sources}
 
     def _read(self) -> Gguf | None:

@@ -3,8 +3,11 @@
 import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+from mtpforge.quantize.manifest import Manifest
+from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.rules import layout, lean
 from mtpforge.rules.code import code
 from mtpforge.rules.config import Model
@@ -45,7 +48,8 @@ class ConvertRules(Stage):
             return ""
         options = ["--free", *found.others]
         if lean.by_shards(self.config, model):
-            wanted = [_wanted(model, variant) for variant in model.variants.values()]
+            variants = model.variants.values()
+            wanted = [_wanted(model, each) for each in variants if not _is_published(model, each)]
             options += ["--threads", str(threads), "--reuse", "results"]
             options += ["--quantize", *map(json.dumps, wanted)]
         return shlex.join(options)
@@ -88,6 +92,20 @@ class ConvertRules(Stage):
     def _unquantized(self, wildcards: Wildcards) -> layout.Intermediate:
         model = self.model(wildcards)
         return layout.unquantized(model, model.part)
+
+
+def _is_published(model: Model, variant: Variant) -> bool:
+    """Whether a file was uploaded and deleted, and is still the one that is planned.
+
+    Its plan is that of the last conversion. Should this one give other tensors, its job fails, and
+    the next conversion makes it.
+    """
+    key, name = model.key, variant.name
+    if not (model.passing and layout.output(model, name).is_away):
+        return False
+    plan = Path(layout.work(key), f"plans/quantized/{name}.json")
+    made = Manifest.read(Path(layout.unverified(key, name)).with_suffix(".json"))
+    return plan.exists() and {*QuantizePlan.read(plan).keys().values()} <= made.by_key().keys()
 
 
 def _wanted(model: Model, variant: Variant) -> dict[str, Any]:
