@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mtpforge import progress
+from mtpforge import progress, table
 from mtpforge.errors import RecordError, ToolchainError
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
@@ -210,7 +210,7 @@ def _build(pin: Pin, requirement: Path, recipe: Recipe, tree: Path, jobs: int) -
     try:
         storage.require(tree, _size(recipe))
         with storage.by_program(tree / "written", _size(recipe), build=True):
-            _unpack(pin, requirement, tree)
+            _unpack(pin, requirement, recipe, tree)
             log = tree.parent / f"{entry.name}.log"
             compile_programs(tree, recipe, tag=pin.tag, jobs=jobs, log=log)
         _move_into_place(_result(recipe, tree, pin.tag), entry)
@@ -225,10 +225,12 @@ def _size(recipe: Recipe) -> int:
     return CUDA_SIZE if recipe.cuda else BUILD_SIZE
 
 
-def _unpack(pin: Pin, requirement: Path, tree: Path) -> None:
+def _unpack(pin: Pin, requirement: Path, recipe: Recipe, tree: Path) -> None:
     """Download and unpack the source, unless an earlier run has done so."""
     if not (tree / "llama.cpp").exists():
-        progress.say("llama.cpp: building, once per user: 500 MB of disk")
+        progress.say(
+            f"llama.cpp: building, once per user: {table.rounded_size(_size(recipe))} of disk"
+        )
         shutil.rmtree(tree, ignore_errors=True)
         unpack(download(pin, requirement, tree), tree / "new")
         (tree / "new").rename(tree / "llama.cpp")
