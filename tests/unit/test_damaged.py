@@ -331,6 +331,20 @@ def test_no_program_gets_away_with_reading_a_damaged_model(copy: Copy, place: st
         copy.refuses("all.gguf", work, program)
 
 
+def test_errors_are_measured_without_hashing_the_whole_model(copy: Copy) -> None:
+    """They read a sixteenth of it once a type, and quantize.py hashes all of it."""
+    model, digests = in_workflow(copy.folder / "all.gguf")
+    given = (model, "--type", "Q4_K", "--recorded", digests, "--bin", BIN, "--threads", 1)
+
+    def measure(name: str) -> None:
+        call("quantization_errors", *given, "--out", copy.folder / name)
+
+    copy.damage("all.gguf", "tensor")
+    measure("errors.json")
+    copy.damage("all.gguf", "header")
+    copy.refuses("all.gguf", lambda: measure("more.json"), "more.json")
+
+
 @pytest.mark.parametrize("place", ["tensor", "truncated"])
 def test_a_damaged_importance_matrix_is_not_planned_with(copy: Copy, place: str) -> None:
     matrix, digest = in_workflow(copy.folder / "imatrix.gguf")
