@@ -435,6 +435,47 @@ def test_a_failure_ends_runs_that_have_not_begun(
     assert runs.count < len(UNITS)
 
 
+def test_time_left_is_said_once_as_many_runs_have_ended_as_begin_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When the first of two ends, the other is nearly done."""
+    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 2)
+    monkeypatch.setattr(probes.progress.Left, "due", lambda self: True)
+    Runs(monkeypatch, depends_on_group=True)
+    probes.measure(search(tmp_path, threads=2), "class")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("8 runs of 4 chunks, 2 at a time: ")
+    assert said[1] == "2 of 8 runs" and said[-1] == "8 of 8 runs"
+
+
+@pytest.mark.parametrize(
+    ("quiet", "said"), [(False, "llama-perplexity: ETA 2 minutes\n"), (True, "")]
+)
+def test_the_progress_of_one_run_does_not_hide_that_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    quiet: bool,
+    said: str,
+) -> None:
+    monkeypatch.setattr("mtpforge.progress._INTERVAL", 0.0)
+    program = tmp_path / "llama-perplexity"
+    program.write_text("#!/bin/sh\necho ETA 2 minutes")
+    program.chmod(0o755)
+    assert LlamaCpp(tmp_path, quiet=quiet).perplexity([]) == "ETA 2 minutes\n"
+    assert capsys.readouterr().err == said
+
+
+def test_no_more_runs_at_a_time_than_fit_into_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 64)
+    monkeypatch.setattr(probes.memory, "usable", lambda: 2 << 30)
+    Runs(monkeypatch, depends_on_group=True)
+    probes.measure(search(tmp_path, threads=64), "class")
+    assert capsys.readouterr().err.startswith("8 runs of 4 chunks, 3 at a time: ")
+
+
 # ── the recipe ──
 
 BITS = {"Q4_K": 0.005, "Q6_K": 0.0004, "Q8_0": 0.00003}

@@ -173,7 +173,9 @@ def sensitivities(size: float, machine: Machine, runs: int) -> Cost:
     A small file is run on one thread, so several at a time.
     """
     one = run(size, machine, text=CHUNK * CHUNKS)
-    at_a_time = machine.threads if size < SMALL else 1
+    at_a_time = 1
+    if size < SMALL:
+        at_a_time = memory.at_a_time(int(size), machine.threads, machine.memory)
     written = _PROBED * size
     seconds = copy(written, machine).seconds + runs * one.seconds
     return Cost(at_a_time * one.memory, scratch=written, seconds=seconds)

@@ -30,6 +30,11 @@ def needed(size: int) -> int:
     return int(1.3 * size) + min(EXTRA, _LEAST + 5 * size)
 
 
+def at_a_time(size: int, threads: int, memory: int) -> int:
+    """How many programs of one thread can run files of `size` bytes at a time: at least one."""
+    return max(1, min(threads, memory // needed(size)))
+
+
 def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
     """Why GGUFs, with all their shards, are not to be run here; None if they fit into the memory.
 

@@ -38,6 +38,8 @@ class LlamaCpp:
     folder: Path = DEFAULT_FOLDER
     threads: int = 0
     log: Path | None = None
+    quiet: bool = False
+    """Whether llama-perplexity shows no progress: of one run in many, it says little."""
 
     @property
     def processors(self) -> int:
@@ -78,10 +80,13 @@ class LlamaCpp:
 
     def perplexity(self, arguments: Iterable[Argument]) -> str:
         """Run llama-perplexity; returns its output. Raises ToolchainError."""
-        command = [self.find("llama-perplexity"), "--threads", self.processors, *arguments]
+        program = self.find("llama-perplexity")
+        command = list(map(_word, [program, "--threads", self.processors, *arguments]))
+        if self.quiet:
+            return process.outputs([command], Path())[0]
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "log"
-            process.call(list(map(_word, command)), log)
+            process.call(command, log)
             return log.read_text(encoding="utf-8", errors="replace")
 
     def gguf_split(self, arguments: Iterable[Argument]) -> None:

@@ -80,8 +80,9 @@ def measure(search: Search, by: groups.By, piece: int = 1, pieces: int = 1) -> S
     missing = {search.kept(names): names for names in found.values()}
     todo = [names for path, names in missing.items() if not path.exists()]
     left = progress.Left()
-    for number, _ in enumerate(_results(search, todo), 1):
-        if left.due():
+    workers = _workers(search)
+    for number, _ in enumerate(_results(search, todo, workers), 1):
+        if number >= workers and left.due():
             progress.say(f"{number} of {len(todo)} runs{left.of(number, len(todo))}")
     results = {name: _Kept.read(search.kept(names)) for name, names in found.items()}
     return Sensitivities(
@@ -113,18 +114,29 @@ def _check(search: Search) -> None:
         )
 
 
-def _results(search: Search, todo: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Try groups, several at a time if the model is small; a failure ends the others."""
+def _workers(search: Search) -> int:
+    """The number of runs at a time: several if the model is small."""
+    size = _size(search.source)
+    if size >= SMALL:
+        return 1
+    return memory.at_a_time(size, search.llama.processors, memory.usable())
+
+
+def _size(source: Gguf) -> int:
+    return sum(info.size for info in source.tensors.values())
+
+
+def _results(search: Search, todo: Sequence[Sequence[str]], workers: int) -> Iterator[None]:
+    """Try groups, `workers` at a time; a failure ends the others."""
     if not todo:
         progress.say("no runs, because all results are kept")
         return
     source = search.source
-    size = sum(info.size for info in source.tensors.values())
-    workers = search.llama.processors if size < SMALL else 1
     types = dict(_probed(source, groups.matrices(source)))
-    _say_before(len(todo), workers, size, exchange.disk(source, types))
+    _say_before(len(todo), workers, _size(source), exchange.disk(source, types))
     with atomic.scratch_folder(search.kept(["shards", *todo[0]])) as folder:
         shards = Exchange.write(source, folder, types, search.matrix, search.llama)
+        search = replace(search, llama=replace(search.llama, quiet=True))
         if workers == 1:
             yield from map(_try(search, shards), todo)
             return
