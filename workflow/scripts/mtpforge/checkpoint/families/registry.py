@@ -13,4 +13,6 @@ def family_of(architecture: str) -> Family:
         if architecture in family.huggingface_architectures:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.huggingface_architectures)
-    raise CheckpointError(f"unknown architecture {architecture}: mtpforge converts {known}")
+    raise CheckpointError(
+        f"unknown architecture {architecture}: mtpforge converts models with an MTP head: {known}"
+    )
