@@ -23,6 +23,7 @@ from mtpforge.measure.measurement import KlDivergence, Measurement
 from mtpforge.publish import card, choice, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
+from mtpforge.quantize.coverage import Coverage
 from mtpforge.search.compared import Compared, Stock
 from mtpforge.verify.report import Shard
 
@@ -124,7 +125,7 @@ def make(
 def second(*results: Result, template: Path = DETAILS, **about: Any) -> str:
     """The second page."""
     model = About.parse(json.dumps({**ABOUT, **about}))
-    return details.make(model, results or (result(),), STAMP, template)
+    return details.make(model, results or (result(),), template)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -660,6 +661,67 @@ def test_the_llama_cpp_that_drafts_is_named(architecture: str, words: str) -> No
     assert f"To draft with a `{architecture}` model, {words}" in make(made)
 
 
+def test_types_are_explained_if_there_is_a_choice() -> None:
+    text = make(result("BF16"), result("Q8_0"), result("UD-Q4_K_XL"), result("IQ2_M"))
+    assert (
+        "By type: BF16 is not quantized; Q8 is as good in practice; Q4 is the usual compromise of "
+        "size and quality; IQ2 loses a lot, for when nothing else fits."
+    ) in text
+    assert "IQ4 is smaller than Q4 at about its quality" in make(result("Q4_0"), result("IQ4_XS"))
+    for results in ([result()], [result("Q4_K_M"), result("Q4_K_S")], [result("a"), result("b")]):
+        assert "By type" not in make(*results)
+
+
+def test_a_download_is_checked_without_mtpforge() -> None:
+    text = make()
+    assert "`sha256sum --check --ignore-missing SHA256SUMS`" in text
+    assert "make check-results" not in text
+
+
+def test_memory_is_explained_where_it_is_shown() -> None:
+    measured = measurement()
+    assert "Memory is the largest resident size of llama-server" in second(
+        result(measured=measured)
+    )
+    without = second(result(measured=replace(measured, memory_bytes=None)))
+    assert "resident" not in without and "resident" not in second()
+
+
+MATRIX = Coverage(
+    matrix="calibration.txt", tokens=98_304, matrices=426, missing=(), experts=0, unseen={}
+)
+
+
+def test_importance_matrices_are_named_with_what_they_cover(tmp_path: Path) -> None:
+    matrices = [
+        {"text": "calibration.txt", "chat": False},
+        {"text": "chats", "chat": True},
+        {"path": "theirs.gguf"},
+        {"repo": "Owner/Name", "file": "imatrix.dat", "revision": "1" * 40},
+    ]
+    unseen = replace(MATRIX, missing=("a", "b"), experts=10_240, unseen={"3": 12})
+    about = About.parse(json.dumps({**ABOUT, "matrices": matrices})).covered(
+        [MATRIX, unseen, replace(MATRIX, experts=8), replace(MATRIX, tokens=None)]
+    )
+    text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE)
+    assert [line for line in text.splitlines() if line.startswith("- Importance")] == [
+        "- Importance matrix: from `calibration.txt`; covers 426 of 426 matrices in 98,304 tokens",
+        "- Importance matrix: from `chats`, put through the chat template; "
+        "covers 424 of 426 matrices in 98,304 tokens, and 10,228 of 10,240 experts",
+        "- Importance matrix: `theirs.gguf`; "
+        "covers 426 of 426 matrices in 98,304 tokens, and all 8 experts",
+        "- Importance matrix: `imatrix.dat` of [Owner/Name](https://huggingface.co/Owner/Name); "
+        "covers 426 of 426 matrices",
+    ]
+    assert "Importance" not in make()
+
+
+def test_sources_and_verdicts_are_said_once() -> None:
+    text, more = make(), second()
+    for words in ("- Checkpoint: ", "- llama.cpp: "):
+        assert words in text and words not in more
+
+
 def test_recipe_comes_from_the_configuration() -> None:
     recipe = second().split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == {"variants": {"BF16": {}, "IQ4_XS": {"head": "Q8_0"}}}
@@ -714,7 +776,7 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     shown = text.replace("\\", "")
     verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
     assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
-    text = details.make(about, (result(),), STAMP, DETAILS, compared=[found])
-    shown = text.replace("\\", "")
-    assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
-    assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", shown)
+    text = details.make(about, (result(),), DETAILS, compared=[found])
+    assert "`Qwen3.5-4B-auto`: how much a tensor matters was measured by class" in text
+    assert verdict not in text.replace("\\", "")  # it is in the card
+    assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", text)

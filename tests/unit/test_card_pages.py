@@ -13,7 +13,7 @@ import hub_page
 import pytest
 import yaml
 from browser import CHROMIUM, Browser
-from example_records import DIVERGENCE, STAMP, TEXT
+from example_records import DIVERGENCE, TEXT
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from mtpforge.measure.measurement import Other, Score
@@ -23,6 +23,7 @@ from mtpforge.publish.markdown import escape
 from mtpforge.publish.result import Result
 from mtpforge.report import figures
 from mtpforge.report.distance import distance
+from pages import anchors
 from test_card import (
     ABOUT,
     BASE,
@@ -110,15 +111,26 @@ def test_the_sections_come_in_the_order_in_which_people_read() -> None:
     assert second(*many()).count("by draft length") == len(NAMES)
 
 
-def test_links_name_published_files() -> None:
+def test_links_name_published_files_and_sections_of_the_other_page(tmp_path: Path) -> None:
     results = [*many(), split_result("Q3_K_M"), SIDECAR]
     published = {shard for each in results for shard in each.shards}
     published |= {"README.md", "DETAILS.md", "plots/distance.svg", "plots/drafting.svg"}
-    linked = set()
+    linked, sections = set(), set()
     for page in (make(*results), second(*results)):
         targets = re.findall(r'(?:href|src)="([^"]+)"', html(page))
-        linked |= {unquote(each) for each in targets if not each.startswith("http")}
+        own = [unquote(each) for each in targets if not each.startswith("http")]
+        linked |= {each.partition("#")[0] for each in own}
+        sections |= {each for each in own if "#" in each}
     assert linked == published - {"Qwen3.5-4B-Q3_K_M/Qwen3.5-4B-Q3_K_M-00002-of-00002.gguf"}
+    assert sections == {
+        "DETAILS.md#all-files", "DETAILS.md#drafting", "DETAILS.md#recipe",
+        "README.md#how-it-was-made",
+    }  # fmt: skip
+    for name, page in (("DETAILS.md", second(*results)), ("README.md", make(*results))):
+        (tmp_path / name).write_text(page)
+        there = {f"{name}#{anchor}" for anchor in anchors(tmp_path / name)}
+        assert {each for each in sections if each.startswith(name)} <= there
+    assert "#drafting" not in make() and "## Drafting" not in second()
 
 
 def test_evaluations_are_in_the_hubs_form() -> None:
@@ -156,7 +168,7 @@ def test_hostile_names_break_neither_page(measured: Any, heads: int) -> None:
         assert not {"<b>", "<s>", "<hr />", "<em>", "<strong>"} & set(tags)
         assert re.search(r"https?://evil|www\.evil|\w@evil", _outside_code(body)) is None
         links = {unquote(each) for each in re.findall('href="([^"]*)"', shown)}
-        assert {each for each in links if not each.startswith("https://")} <= {
+        assert {each.partition("#")[0] for each in links if not each.startswith("https://")} <= {
             name, "README.md", "DETAILS.md",
         }  # fmt: skip
         for table in re.findall(r"<table>.*?</table>", shown, re.DOTALL):
@@ -196,7 +208,7 @@ def test_other_peoples_files_are_shown_beside_ours() -> None:
     ]
     measured = replace(measurement(2), file="M-a.gguf", bytes=2 * 10**9)
     about = About.parse(json.dumps(ABOUT))
-    page = details.make(about, [result(measured=measured)], STAMP, DETAILS, others=others)
+    page = details.make(about, [result(measured=measured)], DETAILS, others=others)
     shown = page.split("## Beside other people's files")[1]
     assert r"| `Some\|one/X-GGUF/M-b.gguf`" in shown
     assert "0.02000 ± 0.00100 | 0.5678 |   3.500" in shown
@@ -264,7 +276,7 @@ def test_every_kind_of_repository_has_both_pages(kind: str, about: dict[str, Any
     for page in (text, more):
         assert "None" not in page and "\n\n\n" not in page and "{{" not in page
         linked = {unquote(each) for each in re.findall(r'href="([^"]+)"', html(page))}
-        own = {each for each in linked if not each.startswith("https://")}
+        own = {each.partition("#")[0] for each in linked if not each.startswith("https://")}
         assert own - {"README.md", "DETAILS.md"} <= published
         assert len(own & published) == len(results)
     blocks = [each.content for each in MarkdownIt().parse(text) if each.type == "fence"]

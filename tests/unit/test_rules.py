@@ -410,6 +410,17 @@ def test_published_configuration_has_patterns_but_no_pieces() -> None:
         assert variant["tensors"] == {"pieces": "Q6_K"} and "pieces" not in variant
 
 
+def test_importance_matrices_are_listed_in_the_order_of_their_coverages() -> None:
+    chat = {"text": "b.txt", "chat": True}
+    entries = [{"text": "a.txt"}, chat, {"text": "a.txt"}, {"path": "secret/c.gguf"}]
+    variants = {f"Q{n}_K": {"type": "Q4_0", "imatrix": each} for n, each in enumerate(entries)}
+    publish = Build(config({"variants": variants})).publish
+    assert json.loads(publish.about(wildcards()))["matrices"] == [
+        {"text": "a.txt", "chat": False}, {"text": "b.txt", "chat": True}, {"path": "c.gguf"},
+    ]  # fmt: skip
+    assert len(publish.coverages(wildcards())) == 3
+
+
 def test_published_configuration_has_no_local_folders(tmp_path: Path) -> None:
     (tmp_path / "secret/Name").mkdir(parents=True)
     source = {"path": str(tmp_path / "secret/Name")}

@@ -135,6 +135,7 @@ rule card:
         measurements=build.measure.measurements,
         compared=build.search.compared,
         others=build.measure.others,
+        coverages=build.publish.coverages,
         checkpoint=build.publish.checkpoint_card_inputs,
         toolchain="resources/toolchain/stamp.json",
     output:
@@ -156,7 +157,7 @@ rule card:
     shell:
         "python {input.code[0]:q} --files {params.files:q} --reports {input.reports:q}"
         " --measurements {input.measurements:q} --compared {input.compared:q}"
-        " --others {input.others:q} --about {params.about:q}"
+        " --others {input.others:q} --coverages {input.coverages:q} --about {params.about:q}"
         " --checkpoint-card {params.checkpoint:q} --toolchain {input.toolchain:q}"
         " --template {input.template:q} --details-template {input.details:q}"
         " --out {output.card:q} > {log:q} 2>&1"

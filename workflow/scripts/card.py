@@ -18,6 +18,7 @@ from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.publish import card, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
+from mtpforge.quantize.coverage import Coverage
 from mtpforge.search.compared import Compared
 from mtpforge.verify import published
 from mtpforge.verify.report import Report
@@ -43,6 +44,10 @@ def main() -> None:
     parser.add_argument(
         "--compared", type=Path, nargs="*", default=[], metavar="FILE",
         help="files of compare_stock.py",
+    )  # fmt: skip
+    parser.add_argument(
+        "--coverages", type=Path, nargs="*", default=[], metavar="FILE",
+        help="files of imatrix_coverage.py, in the order of the configuration's matrices",
     )  # fmt: skip
     parser.add_argument(
         "--others", type=Path, nargs="*", default=[], metavar="FILE",
@@ -74,22 +79,21 @@ def main() -> None:
     )  # fmt: skip
     args = parser.parse_args()
     results = read_results(args.files, args.reports, args.measurements)
-    stamp = Stamp.read(args.toolchain)
     compared = list(map(Compared.read, args.compared))
+    about = args.about.covered(map(Coverage.read, args.coverages)) if args.coverages else args.about
     text = card.make(
-        args.about,
+        about,
         results,
         compared=compared,
         checkpoint_card=args.checkpoint_card,
-        stamp=stamp,
+        stamp=Stamp.read(args.toolchain),
         template=args.template,
     )
     second = details.make(
-        args.about,
+        about,
         results,
         compared=compared,
         others=list(map(Other.read, args.others)),
-        stamp=stamp,
         template=args.details_template,
     )
     atomic.write_text(args.out.with_name(details.NAME), second)

@@ -4,6 +4,7 @@ All figures come from reports and measurements. Text from a checkpoint's card is
 escaped.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mtpforge.publish import choice, details, memory, tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
-from mtpforge.publish.pages import any_drafts, filled, machine, sentences, sources, toolchain
+from mtpforge.publish.pages import any_drafts, filled, machine, sentences, toolchain
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving, sets_context
 from mtpforge.search.compared import Compared
@@ -46,7 +47,10 @@ def make(
     matter does not read back as it was written.
     """
     data = front_matter(about, read_front_matter(checkpoint_card), results)
-    values = _values(about, results) | {"toolchain": toolchain(stamp), "found": _found(compared)}
+    values = _values(about, results) | {
+        "toolchain": toolchain(stamp),
+        "found": _found(compared),
+    }
     text = filled(template, values, data)
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
         raise VerificationError(
@@ -75,9 +79,10 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "legend": _legend(results),
         "details": details.NAME,
         "measured": any(result.measured for result in results),
+        "swept": any(result.measured and result.measured.by_n_max for result in results),
         "runtime": runtime(results),
         "serving": serving(results, about),
-        "sources": sources(about),
+        "sources": "\n".join(f"- {source}" for source in about.sources),
     }
 
 
@@ -170,10 +175,36 @@ def _legend(results: Sequence[Result]) -> str:
     missing = not swept and not any(found.kl_divergence for found in measured)
     parts = [
         f"{words[0].upper()}{words[1:]}." if words else "",
+        _types(results),
         "Speed and KL divergence were not measured." if missing else "",
         sentences(map(machine, swept)),
     ]
     return " ".join(filter(None, parts))
+
+
+_QUALITY = {
+    "BF16": "is not quantized",
+    "Q8": "is as good in practice",
+    "Q6": "loses hardly anything",
+    "Q5": "loses little",
+    "Q4": "is the usual compromise of size and quality",
+    "IQ4": "is smaller than Q4 at about its quality, but slower on processors",
+    "Q3": "loses noticeably",
+    "IQ3": "loses noticeably, and is slower on processors",
+    "Q2": "loses a lot, for when nothing else fits",
+    "IQ2": "loses a lot, for when nothing else fits",
+    "IQ1": "loses most, for when nothing else fits",
+}
+"""What each kind of type means for the choice of a file."""
+_KIND = re.compile(rf"(?<![A-Z0-9])({'|'.join(_QUALITY)})(?![A-Z0-9])")
+
+
+def _types(results: Iterable[Result]) -> str:
+    """What the types in the names of the models mean; empty if there is no choice of them."""
+    names = (result.name for result in results if result.is_model)
+    kinds = {found[1] for name in names if (found := _KIND.search(name))}
+    words = "; ".join(f"{kind} {words}" for kind, words in _QUALITY.items() if kind in kinds)
+    return f"By type: {words}." if len(kinds) > 1 else ""
 
 
 def _found(compared: Iterable[Compared]) -> str:

@@ -1,13 +1,14 @@
 """The part of a model's configuration that its card shows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mtpforge.errors import ConfigError
 from mtpforge.io.text import parse_json
 from mtpforge.publish.markdown import code, escape
+from mtpforge.quantize.coverage import Coverage
 
 HUB = "https://huggingface.co"
 
@@ -55,6 +56,8 @@ class About:
     """The checkpoints that heads are from, if not from the model's own."""
     chat_template: str | None = None
     """The name of the file whose chat template stands in place of the checkpoint's."""
+    matrices: tuple[str, ...] = ()
+    """Markdown: what each importance matrix is, or is from, and what it covers if that is known."""
     own_head: bool = False
     """Whether any file has the head of the model's own checkpoint."""
 
@@ -77,8 +80,14 @@ class About:
             bases=tuple(Checkpoint(**base) for base in entry.get("bases", ())),
             donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
             chat_template=entry.get("chat_template"),
+            matrices=tuple(map(_matrix, entry.get("matrices", ()))),
             own_head=entry.get("own_head", False),
         )
+
+    def covered(self, coverages: Iterable[Coverage]) -> Self:
+        """With what the importance matrices cover, in the same order."""
+        both = zip(self.matrices, coverages, strict=True)
+        return replace(self, matrices=tuple(f"{words}; {found.covers}" for words, found in both))
 
     @property
     def title(self) -> str:
@@ -111,4 +120,14 @@ class About:
         lines = [f"{kind}: {found.exact}" for kind, all_of in kinds for found in all_of]
         if self.chat_template:
             lines.append(f"Chat template: a local file, {code(self.chat_template)}")
-        return lines
+        return lines + [f"Importance matrix: {words}" for words in self.matrices]
+
+
+def _matrix(entry: Mapping[str, Any]) -> str:
+    """What an importance matrix of the configuration is, or is computed from."""
+    if "text" in entry:
+        how = ", put through the chat template" if entry["chat"] else ""
+        return f"from {code(entry['text'])}{how}"
+    if "repo" in entry:
+        return f"{code(entry['file'])} of {Checkpoint(entry['repo']).link}"
+    return code(entry["path"])

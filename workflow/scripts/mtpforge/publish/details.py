@@ -6,13 +6,12 @@ from typing import Any
 
 import yaml
 
-from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.measure.recommendation import pair
 from mtpforge.publish import tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.markdown import code, escape
-from mtpforge.publish.pages import any_drafts, filled, machine, sentences, sources, toolchain
+from mtpforge.publish.pages import any_drafts, filled, machine, sentences
 from mtpforge.publish.result import Result
 from mtpforge.search.compared import Compared, mixture_table
 
@@ -22,7 +21,6 @@ NAME = "DETAILS.md"
 def make(
     about: About,
     results: Sequence[Result],
-    stamp: Stamp,
     template: Path,
     compared: Sequence[Compared] = (),
     others: Sequence[Other] = (),
@@ -32,7 +30,6 @@ def make(
     `compared` are files whose types were found, `others` are other people's.
     """
     values = _values(about, results) | {
-        "toolchain": toolchain(stamp),
         "found": _mixtures(compared),
         "others": tables.others(results, others).rstrip() if others else "",
         "not_compared": _not_compared(others),
@@ -51,6 +48,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "drafts": any_drafts(results),
         "split": _split(results),
         "measured": bool(measurements),
+        "memory": any(found.memory_bytes for found in measurements),
         "machines": sentences(map(machine, measurements)),
         "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
         "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
@@ -63,7 +61,6 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
             )
             for name, found in swept
         ],
-        "sources": sources(about),
         "recipe": _recipe(about),
     }
 
@@ -78,10 +75,9 @@ def _not_compared(others: Iterable[Other]) -> str:
 
 
 def _mixtures(compared: Iterable[Compared]) -> str:
-    """The verdict and the mixture of each file whose types were found."""
+    """The mixture of each file whose types were found."""
     return "\n\n".join(
-        f"{code(each.file)} has types that were found for its size: {escape(each.verdict)}. "
-        f"How much a tensor matters was {_METHODS.get(each.sensitivity, '')}. "
+        f"{code(each.file)}: how much a tensor matters was {_METHODS.get(each.sensitivity, '')}. "
         f"{escape(each.head.words) if each.head else ''} Matrices by type:\n\n"
         f"{mixture_table({escape(name): row for name, row in each.mixture.items()})}".rstrip()
         for each in compared

@@ -1,4 +1,4 @@
-"""What both pages of a model card share: templates, and sentences on its sources."""
+"""What both pages of a model card share: templates, and sentences."""
 
 import re
 import shlex
@@ -13,7 +13,6 @@ from mtpforge.errors import ConfigError
 from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_text
 from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
-from mtpforge.publish.card_config import About
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
 
@@ -51,11 +50,6 @@ def _read(path: Path) -> str:
 def any_drafts(results: Iterable[Result]) -> bool:
     """Whether llama-server drafted with any file."""
     return any(result.drafts and not result.report.not_run for result in results)
-
-
-def sources(about: About) -> str:
-    """The list of everything that files are made from."""
-    return "\n".join(f"- {source}" for source in about.sources)
 
 
 def sentences(found: Iterable[str]) -> str:

@@ -35,11 +35,18 @@ class Coverage(Record):
     """Block: how many of its experts no token has reached; blocks without any are left out."""
 
     @property
+    def covers(self) -> str:
+        """How many matrices and experts it covers, in one line."""
+        never = sum(self.unseen.values())
+        share = (
+            f"{self.experts - never:,} of {self.experts:,}" if never else f"all {self.experts:,}"
+        )
+        return f"{self._matrices}, and {share} experts" if self.experts else self._matrices
+
+    @property
     def sentences(self) -> list[str]:
         """What it covers, and what the rest means for the quantized files."""
-        found = self.matrices - len(self.missing)
-        seen = f" in {self.tokens:,} tokens" if self.tokens else ""
-        lines = [f"{self.matrix}: covers {found:,} of {self.matrices:,} matrices{seen}"]
+        lines = [f"{self.matrix}: {self._matrices if self.unseen else self.covers}"]
         if self.missing:
             lines.append(
                 f"{self._missing} without a row: quantized as without an importance matrix, so "
@@ -51,9 +58,13 @@ class Coverage(Record):
                 "chosen: they are quantized as if all of their inputs mattered equally; a longer "
                 "or more varied text reaches more of them"
             )
-        elif self.experts:
-            lines[0] += f", and all {self.experts:,} experts"
         return lines
+
+    @property
+    def _matrices(self) -> str:
+        found = self.matrices - len(self.missing)
+        seen = f" in {self.tokens:,} tokens" if self.tokens else ""
+        return f"covers {found:,} of {self.matrices:,} matrices{seen}"
 
     @property
     def _missing(self) -> str:

@@ -333,11 +333,15 @@ def conversations(model: str, matrix: ImatrixText) -> str:
     return f"{work(model)}/conversations/{matrix_name(matrix)}.txt"
 
 
+def matrices(model: Model) -> dict[str, Imatrix]:
+    """The importance matrices of a model's variants, by name."""
+    found = [each.imatrix for each in model.variants.values() if each.imatrix]
+    return {matrix_name(each): each for each in found}
+
+
 def coverages(model: Model) -> list[str]:
-    """What the importance matrices of a model's variants cover."""
-    matrices = [each.imatrix for each in model.variants.values() if each.imatrix]
-    names = dict.fromkeys(map(matrix_name, matrices))
-    return [f"{work(model.key)}/coverage/{name}.json" for name in names]
+    """What they cover."""
+    return [f"{work(model.key)}/coverage/{name}.json" for name in matrices(model)]
 
 
 def imatrix_name(text: str) -> str:

@@ -101,6 +101,10 @@ class PublishRules(Stage):
         """The figures that the card shows."""
         return layout.pictures(self.model(wildcards))
 
+    def coverages(self, wildcards: Wildcards) -> list[str]:
+        """What the importance matrices cover, in the order of `about`."""
+        return layout.coverages(self.model(wildcards))
+
     def about(self, wildcards: Wildcards) -> str:
         """The part of a model's configuration that its card shows, as JSON."""
         model = self.model(wildcards)
@@ -114,6 +118,8 @@ class PublishRules(Stage):
         donors = [donor for donor in heads if donor]
         part |= {"bases": _dumped(bases), "donors": _dumped(donors), "name": model.base_name}
         part["own_head"] = None in heads
+        matrices = layout.matrices(model).values()
+        part["matrices"] = [each.model_dump() for each in matrices]
         if not model.uses_source:
             part["source"] = None
         return json.dumps(_without_folders(part))
