@@ -23,7 +23,6 @@ rule acceptance:
     resources:
         **asked(build.needs.acceptance),
         gpu=build.needs.gpu,
-        freed=build.verify.freed_option,
     params:
         code=digest("acceptance.py"),
         prompts=build.verify.prompts,
@@ -32,7 +31,7 @@ rule acceptance:
         "{wildcards.model}: acceptance of the BF16 file, to compare quantizations with"
     shell:
         "python {input.code[0]:q} {input.file[0]:q} {params.target} --prompts {params.prompts:q}"
-        " --threads {threads} --recorded {input.digests[0]:q} {resources.freed} --out {output:q}"
+        " --threads {threads} --recorded {input.digests[0]:q} --out {output:q}"
         " > {log:q} 2>&1"
 
 

@@ -29,11 +29,6 @@ def main() -> None:
     parser.add_argument(
         "--target", type=Path, metavar="GGUF", help="the model that FILE drafts for, if it is one"
     )
-    parser.add_argument(
-        "--freed",
-        action="store_true",
-        help="FILE was freed while it was quantized (lean: shards): only record that it cannot run",
-    )
     prompts.add_option(parser)
     programs.add_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="the acceptance, as JSON")
@@ -41,7 +36,7 @@ def main() -> None:
     args.file = first_file(args.file)
     args.target = args.target and first_file(args.target)
     atomic.refuse_overwriting(args.out, args.file)
-    if args.freed:
+    if args.recorded and recorded_digests.is_freed(args.recorded):
         Acceptance(skipped=FREED).write(args.out)
         print(f"not measured: {FREED}")
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import convert
-from mtpforge import cli
+from mtpforge import cli, recorded_digests
 from mtpforge.errors import ConfigError
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize.as_converted import Quantizing, Wanted
@@ -51,6 +51,8 @@ def main() -> None:
     quantizing = Quantizing(wanted, llama)
     del args.quantize, args.bin, args.reuse  # they do not change what is converted
     convert.run(parser, args, quantizing.attach)
+    if args.digests and quantizing.has_freed:
+        recorded_digests.mark_freed(args.digests)
 
 
 def _wanted(entry: dict[str, Any], reuse: Path | None) -> Wanted:

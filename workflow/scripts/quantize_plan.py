@@ -68,6 +68,7 @@ def main() -> None:
     recorded_digests.check_whole(args.imatrix, args.imatrix_recorded)
     types = choose_types(source, asked, llama)
     digests = read_json(args.digests) if args.digests else reader.digests_of(source)
+    digests.pop(recorded_digests.FREED, None)
     plan = make_plan(source, digests, types=types, request=asked, llama=llama)
     if args.pieces:
         atomic.write_json(args.pieces, piece_count(plan, llama, args.machines))

@@ -27,6 +27,10 @@ Digests = Mapping[str, str]
 """The sha256 of the parts of one file by name: `header` and tensors, or `file` for all of it."""
 
 
+FREED = "freed"
+"""Beside the digests of a BF16 file that was freed while it was quantized (`lean: shards`)."""
+
+
 class Recorded:
     """The recorded digests of the files in a folder, by their names in it."""
 
@@ -173,6 +177,16 @@ def write_digest(path: Path | None, file: Path) -> None:
     """Record the sha256 of a whole file as JSON, if `path` asks for it."""
     if path:
         atomic.write_json(path, {"sha256": digest_of(file)})
+
+
+def mark_freed(path: Path) -> None:
+    """Note with its digests that a BF16 file was freed, so that others follow if it is not."""
+    atomic.write_json(path, {**read_json(path, within=ANYWHERE), FREED: "lean: shards"})
+
+
+def is_freed(path: Path) -> bool:
+    """Whether `mark_freed` noted that."""
+    return path.is_file() and FREED in read_json(path, within=ANYWHERE)
 
 
 def _parts(

@@ -45,6 +45,8 @@ class Quantizing:
         self._wanted = wanted
         self._llama = llama
         self._pieces: list[_Piece] = []
+        self.has_freed = False
+        """Whether the BF16 file is not whole."""
 
     def attach(self, journal: Journal, size: int) -> None:
         """Let a journal say which tensors of the BF16 file, of `size` bytes, are converted.
@@ -92,6 +94,7 @@ class Quantizing:
         found = [places[name] for name in names]
         rest = [(each.offset + SAMPLE, each.size - SAMPLE) for each in found if each.size > SAMPLE]
         holes.punch(journal.temporary, rest)
+        self.has_freed = True
 
 
 class _Job(QuantizeJob):

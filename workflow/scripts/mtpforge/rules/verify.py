@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mtpforge.gguf import quant_types
 from mtpforge.io.text import text_files
-from mtpforge.rules import layout, lean
+from mtpforge.rules import layout
 from mtpforge.rules.fetch import recorded, recorded_donor
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import HubRepository, Source
@@ -105,10 +105,6 @@ class VerifyRules(Stage):
     def measured(self, wildcards: Wildcards) -> list[str]:
         """The BF16 file with the head; a drafter is followed by the model that it drafts for."""
         return [made.file for made in self._measured(wildcards)]
-
-    def freed_option(self, wildcards: Wildcards) -> str:
-        """The option that says that there is no BF16 file to run; no parameter, as in `convert`."""
-        return "--freed" if lean.by_shards(self.config, self.model(wildcards)) else ""
 
     def measured_digests(self, wildcards: Wildcards) -> list[str]:
         """The digests of their tensors."""
