@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from hub import COMMIT, Fault, Hub, serve
 from layouts import read_tensors, write_checkpoint, write_layout, write_shard
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.checkpoint.safetensors import CheckpointTensor
-from mtpforge.hub import fetch_records, head
+from mtpforge.hub import fetch_records, freed, head
+from mtpforge.hub.fetch_records import FetchRecord, HeadRecord, HeadTensor
+from mtpforge.hub.freed import FreedShard
 from mtpforge.verify.digests import head_source
 from sparse import write_35b
 
@@ -317,6 +320,25 @@ def test_a_head_is_trusted_on_first_use_until_whole_shards_verify_it(client: Cli
         fetch_records.FIRST_USE: len(tensors) - confirmed,
         fetch_records.VERIFIED: confirmed,
     }
+
+
+def test_a_shard_confirms_a_head_only_by_what_it_had_when_it_was_whole(tmp_path: Path) -> None:
+    """One that was laid out from ranges has a record too (`lean: shards`)."""
+    name, records = "a.safetensors", tmp_path / "records"
+    tensor = HeadTensor(name, 4, "1" * 64, fetch_records.FIRST_USE)
+    head = HeadRecord("a/b", "0" * 40, {"large": tensor, "small": tensor})
+    sparse = FetchRecord(name, 9, "2" * 64, digests={"small": tensor.sha256})
+    sparse.write(records / f"{name}.json")
+    FreedShard(never_whole=True).write(freed.record(records, name))
+    assert head.count_standings(records) == {fetch_records.FIRST_USE: 2}
+    FreedShard().write(freed.record(records, name))
+    for large, expected in (
+        ("3" * 64, {fetch_records.FIRST_USE: 1, fetch_records.VERIFIED: 1}),
+        (tensor.sha256, {fetch_records.VERIFIED: 2}),
+    ):
+        whole = replace(sparse, digests={**sparse.digests, "large": large})
+        whole.write(fetch_records.digests_record(records, name))
+        assert head.count_standings(records) == expected
 
 
 def test_a_whole_shard_exposes_a_wrong_listing(client: Client) -> None:

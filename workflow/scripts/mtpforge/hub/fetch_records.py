@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mtpforge.errors import DownloadError
+from mtpforge.hub import freed
 from mtpforge.io import atomic, text
 
 VERIFIED, FIRST_USE = "verified", "trusted on first use"
@@ -72,17 +74,14 @@ class HeadRecord:
     def count_standings(self, records: Path) -> dict[str, int]:
         """Count the tensors by standing today; `records` is the folder of the files' records.
 
-        A whole shard gets a record there only after it has confirmed the head's tensors.
+        Those that a whole shard had with the same sha256 are verified.
         """
-        confirmed = {
-            tensor.shard
-            for tensor in self.tensors.values()
-            if (records / f"{tensor.shard}.json").exists()
-        }
+        shards = {tensor.shard for tensor in self.tensors.values()}
+        proven = {shard: _proven(records, shard) for shard in shards}
         return dict(
             Counter(
-                VERIFIED if tensor.shard in confirmed else tensor.standing
-                for tensor in self.tensors.values()
+                VERIFIED if proven[tensor.shard].get(name) == tensor.sha256 else tensor.standing
+                for name, tensor in self.tensors.items()
             )
         )
 
@@ -93,6 +92,18 @@ def digests_record(records: Path, name: str) -> Path:
     It has digests that the other lacks, which is an input of jobs and must not change.
     """
     return records.parent / DIGESTS / f"{name}.json"
+
+
+def _proven(records: Path, shard: str) -> Mapping[str, str]:
+    """The digests that a shard had while it was whole; none if it never was (see `sparse`)."""
+    left = freed.record(records, shard)
+    if left.exists() and freed.read(left).never_whole:
+        return {}
+    for path in (digests_record(records, shard), records / f"{shard}.json"):
+        if path.exists():
+            record = read_record(path)
+            return record.digests if isinstance(record, FetchRecord) else {}
+    return {}
 
 
 def recorded_bytes(path: Path) -> int:
