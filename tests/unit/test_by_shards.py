@@ -27,7 +27,7 @@ from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import freeing, native
 from mtpforge.errors import CheckpointError, DamagedError, DownloadError
 from mtpforge.gguf import reader, writer
-from mtpforge.hub import download, freed, resolve, retry
+from mtpforge.hub import download, freed, resolve, retry, sparse
 from mtpforge.io.journal import Journal
 from mtpforge.io.ranges import sha256
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -409,6 +409,25 @@ def test_weights_that_were_never_downloaded_are_not_taken_for_zeros(fetched: Bui
     checkpoint.array(small)  # to plan
     with pytest.raises(CheckpointError, match="needed again"):
         checkpoint.require([small], to_convert=True)
+
+
+def test_a_damaged_shard_that_was_freed_is_downloaded_whole(fetched: Build) -> None:
+    """Its conversion does not run again, and verification needs what is left of it."""
+    fetched.convert_by_shards()
+    shard = fetched.shards[0]
+    shard.unlink()  # as the error says
+    (fetched.recorded / f"{shard.name}.json").unlink()
+    fetched.fetch("--sparse")
+    checkpoint = Checkpoint(fetched.checkpoint, recorded=fetched.recorded)
+    for tensor in checkpoint.tensors.values():
+        if tensor.shard == shard.name:
+            checkpoint.array(tensor)
+
+
+def test_a_shard_can_be_the_first_file_of_its_folder(hub: Hub, tmp_path: Path) -> None:
+    listing = resolve.list_commit(REPO, COMMIT)
+    shards = [name for name in listing.checkpoint_files() if name.endswith(".safetensors")]
+    assert all(sparse.is_possible(listing, name, tmp_path / "not/there") for name in shards)
 
 
 def test_shards_that_are_here_stay(hub: Hub, tmp_path: Path, toolchain: Path) -> None:

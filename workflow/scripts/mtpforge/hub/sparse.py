@@ -17,7 +17,7 @@ from mtpforge.hub.fetch_records import FetchRecord
 from mtpforge.hub.freed import FreedShard, Kept
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.ranged_reads import RemoteFile
-from mtpforge.io import atomic, holes
+from mtpforge.io import atomic, holes, storage
 from mtpforge.io.ranges import sha256
 
 _GAP = 1 << 20
@@ -27,15 +27,19 @@ _MOST = 16 << 20
 
 
 def is_possible(listing: Listing, name: str, folder: Path) -> bool:
-    """Whether a file is a shard that is not here yet, and whose ranges the disk can free."""
+    """Whether a file is a shard that is not here yet, and whose ranges the disk can free.
+
+    Nor was it freed: its conversion would not run again, and verification reads what was left.
+    """
     tensors = _tensors_of(listing, name)
-    is_here = (folder / name).exists() and not freed.record(folder, name).exists()
+    left = freed.record(folder, name)
+    is_here = not freed.read(left).never_whole if left.exists() else (folder / name).exists()
     return (
         bool(tensors)
         and listing.files[name].lfs
         and not is_here
         and not download.cached(listing, name).exists()
-        and holes.are_supported(folder)
+        and holes.are_supported(storage.existing(folder))
     )
 
 
