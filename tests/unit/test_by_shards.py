@@ -1,5 +1,7 @@
 """Built shard by shard, quants have the same bytes, whatever interrupts the build."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -378,6 +380,18 @@ def test_digests_say_whether_bf16_can_be_run(fetched: Build) -> None:
     fetched.convert(convert, "--free")
     assert fetched.digests.read_bytes() != before
     assert not recorded_digests.is_freed(fetched.digests)
+
+
+def test_without_file_locks_bf16_stays(
+    fetched: Build, right: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    fetched.convert_by_shards()
+    assert not recorded_digests.is_freed(fetched.digests)
+    assert fetched.content() == right
 
 
 def test_another_mixture_needs_another_conversion(fetched: Build) -> None:

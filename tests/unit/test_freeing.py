@@ -1,6 +1,7 @@
 """Shards are freed as they are converted, and verification finds in them what it compares."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -18,13 +19,19 @@ from layouts import write_layout
 from mtpforge.checkpoint import safetensors
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import freeing
-from mtpforge.errors import CheckpointError, DamagedError, DownloadError, RecordError
+from mtpforge.errors import (
+    CheckpointError,
+    DamagedError,
+    DownloadError,
+    RecordError,
+    StorageError,
+)
 from mtpforge.gguf import reader, split
 from mtpforge.gguf.file_names import first_file
 from mtpforge.hub import download, retry
 from mtpforge.hub.fetch_records import FetchRecord
 from mtpforge.hub.listing import File, Listing
-from mtpforge.io import holes
+from mtpforge.io import holes, storage
 from mtpforge.io.ranges import digest_of
 from mtpforge.verify import sample, tensors
 from mtpforge.verify.request import Request
@@ -245,6 +252,31 @@ def test_what_another_conversion_needs_stays(fetched: Fetched) -> None:
     fetched.out = fetched.results / "draft.gguf"
     fetched.options = ["--part", "draft"]
     fetched.convert()
+
+
+@dense
+def test_without_file_locks_all_of_it_must_fit(
+    original: Fetched,
+    fetched: Fetched,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """There is no journal then, so nothing is freed before the end, and a message says so."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    room = int(0.9 * original.out.stat().st_size)
+    with monkeypatch.context() as full:
+        full.setattr(storage, "file_system", lambda _: "ext4")
+        full.setattr(storage, "room", lambda _: room)
+        with pytest.raises(StorageError, match="not enough space"):
+            fetched.convert()
+    fetched.convert()
+    assert "nothing is freed before the end" in capsys.readouterr().err
+    assert fetched.content() == original.content()
+    assert fetched.taken() < 0.45 * fetched.size
 
 
 def largest(made: Fetched) -> safetensors.CheckpointTensor:

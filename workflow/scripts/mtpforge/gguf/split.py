@@ -223,10 +223,11 @@ def write(
     planned = plan(whole, limit)
     check_target(folder.parent, folder, folder.name)
     payloads = {info.name: payload for info, payload in tensors}
-    needed = writer.size(metadata, list(infos.values())) - (journal.spare if journal else 0)
+    needed = writer.size(metadata, list(infos.values()))
+    spare = journal.spare if journal else 0
     keep = journal.keeps if journal else False
-    with replacing_folder(folder.resolve(), needed, keep=keep) as written:
-        if journal and not journal.start(written):
+    with replacing_folder(folder.resolve(), needed - spare, keep=keep) as written:
+        if journal and not writer.start(journal, written, needed):
             for left in written.iterdir():
                 leftovers.delete(left)
         files = [written / name for name in shard_names(folder.name, len(planned))]

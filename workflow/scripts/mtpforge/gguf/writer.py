@@ -45,18 +45,32 @@ def write(
     lists are kept, and others are added to it after `check`. Raises GgufError if a payload does not
     have the size of its tensor, StorageError if the file does not fit on the disk.
     """
-    needed = size(metadata, [info for info, _ in tensors]) - (journal.spare if journal else 0)
+    needed = size(metadata, [info for info, _ in tensors])
+    spare = journal.spare if journal else 0
     shared = _shareable(tensors, path)
     with (
-        replacing(path, journal.keeps if journal else False, needed, shared) as temporary,
+        replacing(path, journal.keeps if journal else False, needed - spare, shared) as temporary,
         progress.bar(path.name) as show,
     ):
         keeper = _Keeper(journal, check) if journal else None
         if journal:
-            journal.start(temporary)
+            start(journal, temporary, needed, shared)
         _write(temporary, metadata, tensors=tensors, show=show, keeper=keeper)
         if not keeper:
             check(temporary)
+
+
+def start(journal: Journal, temporary: Path, needed: int, shared: int = 0) -> bool:
+    """Start a journal of a file of `needed` bytes, as its `start` does.
+
+    Raises StorageError if there will be none, and the disk cannot hold what it would free.
+    """
+    found = journal.start(temporary)
+    if journal.spare and not journal.is_kept:
+        progress.say("nothing is freed before the end: file locks do not work on this file system")
+        journal.spare = 0
+        storage.require(temporary, needed, shared)
+    return found
 
 
 def write_scratch(path: Path, metadata: Mapping[str, Value], tensors: Tensors) -> Gguf:
