@@ -295,6 +295,39 @@ def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:
     assert quick.servers == 2 + 4 + 2 * 3 - 1
 
 
+def test_a_server_starts_for_each_proof(toolchain: Path, tmp_path: Path) -> None:
+    """Drafting and not; once without a head or for a vision tower; once more in several files."""
+    variants = {"Q8_0": {}, "Q4_0": {"head": "none"}, "Q4_K_M": {"split": "1M"}}
+    found = forecast(toolchain, variants=variants)
+    proofs = {step.name: step for step in found.steps if step.stage == "verify"}
+    servers = {name.removeprefix(f"{MODEL}-"): step.servers for name, step in proofs.items()}
+    assert servers == {"Q8_0": 2, "Q4_0": 1, "Q4_K_M": 3}
+    assert proofs[f"{MODEL}-Q4_0"].reckoned < proofs[f"{MODEL}-Q8_0"].reckoned
+    text = str(CHECKPOINTS / "held-out.txt")
+    again = forecast(toolchain, variants=variants, measure={"text": text})
+    loaded = {step.name: step.reckoned for step in again.steps if step.stage == "verify"}
+    assert all(loaded[name] > step.reckoned for name, step in proofs.items())
+
+
+def test_measuring_without_a_head_has_no_search(toolchain: Path) -> None:
+    measured = {"variants": {"Q8_0": {}, "Q4_0": {"head": "none"}}, "measure": {"repeats": 3}}
+    steps = forecast(toolchain, **measured).steps
+    servers = [step.servers for step in steps if step.stage == "measure"]
+    assert servers[0] > 10 and servers[1] == 3
+
+
+def test_measuring_is_bounded_by_its_minutes(toolchain: Path) -> None:
+    slow = replace(MACHINE, bandwidth=1e8)
+    grid = {"n_max": [1, 2, 3, 4, 5, 6, 8], "p_min": [0, 0.25, 0.5, 0.75]}
+
+    def reckoned(minutes: int) -> float:
+        measured = {"measure": {**grid, "minutes": minutes}}
+        steps = forecast(toolchain, slow, **measured).steps
+        return max(step.reckoned for step in steps if step.stage == "measure")
+
+    assert reckoned(60) > 15 * 60 > 11 * 60 > reckoned(10) > 5 * 60
+
+
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))

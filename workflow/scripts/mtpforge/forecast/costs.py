@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mtpforge.llama_cpp import memory
-from mtpforge.prompts import EQUAL, N_PREDICT, answer_tokens
+from mtpforge.prompts import EQUAL, N_PREDICT
 from mtpforge.search.settings import CHUNKS, SMALL, STEP
 
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
@@ -35,12 +36,14 @@ CHUNK = 512
 class ProgramSpeed:
     """The default is what two virtual x86-64 cores took.
 
-    `server`: seconds to start and end llama-server, besides reading the weights; `token`: seconds
-    that a token takes at least; `quantize`: times the known cost of types.
+    `server`: seconds to start and end llama-server, and that its first request takes longer,
+    besides reading the weights; `token`: seconds that a token takes at least, requests included;
+    `drafted`: the same with drafting; `quantize`: times the known cost of types.
     """
 
-    server: float = 0.25
+    server: float = 0.3
     token: float = 0.6e-3
+    drafted: float = 0.9e-3
     quantize: float = 1.0
 
 
@@ -63,6 +66,14 @@ class Machine:
         return size / self.disk if 2 * size > self.memory else 0.0
 
 
+class Tokens(NamedTuple):
+    """Tokens that llama.cpp generates one by one, those that it drafts, and those of a text."""
+
+    single: float = 0
+    drafted: float = 0
+    text: float = 0
+
+
 @dataclass(frozen=True)
 class Cost:
     """Bytes of memory and of the result, further bytes of disk while the job runs, and seconds."""
@@ -82,24 +93,14 @@ class Cost:
         )
 
 
-def verify_tokens(prompts: int) -> int:
-    """Tokens that verification generates, drafting and without."""
-    return prompts * (N_PREDICT + EQUAL)
-
-
-def acceptance_tokens(prompts: int) -> int:
-    """Tokens that the BF16 file generates for comparison."""
+def verified_tokens(prompts: int) -> int:
+    """Tokens that verification generates, with drafting if there is a head."""
     return prompts * N_PREDICT
 
 
-def measure_rounds(pairs: int, repeats: int) -> int:
-    """Starts of llama-server: some pairs are tried, then the fastest and no drafting alternate."""
-    return min(pairs, 8 + pairs // 4) + 2 * repeats - 1
-
-
-def measure_tokens(rounds: int, prompts: int) -> int:
-    """Tokens that these servers generate, a prompt twice."""
-    return rounds * (prompts + 1) * answer_tokens(prompts)
+def equal_tokens(prompts: int) -> int:
+    """Tokens that it generates without drafting, to compare the text."""
+    return prompts * EQUAL
 
 
 def text_tokens(size: int) -> int:
@@ -172,7 +173,7 @@ def sensitivities(size: float, machine: Machine, runs: int) -> Cost:
 
     A small file is run on one thread, so several at a time.
     """
-    one = run(size, machine, text=CHUNK * CHUNKS)
+    one = run(size, machine, Tokens(text=CHUNK * CHUNKS))
     at_a_time = 1
     if size < SMALL:
         at_a_time = memory.at_a_time(int(size), machine.threads, machine.memory)
@@ -184,15 +185,18 @@ def sensitivities(size: float, machine: Machine, runs: int) -> Cost:
 def run(
     size: float,
     machine: Machine,
-    tokens: float = 0,
-    text: float = 0,
+    tokens: Tokens,
     servers: int = 1,
     share: float = 1,
 ) -> Cost:
-    """Run a file in llama.cpp: `tokens` one by one, then a text; each reads a share of the file."""
+    """Run a file in llama.cpp. Each token reads a share of the file, and each start all of it."""
     speed = machine.programs
     read = size * share / machine.bandwidth
-    one = max(speed.token, read)
     batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
-    seconds = tokens * one + text * batched + servers * speed.server
+    seconds = (
+        tokens.single * max(speed.token, read)
+        + tokens.drafted * max(speed.drafted, read)
+        + tokens.text * batched
+        + servers * (speed.server + size / machine.bandwidth)
+    )
     return Cost(memory.needed(int(size)), seconds=seconds + machine.reading(size))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from mtpforge import prompts
@@ -12,8 +13,8 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.convert.donor_head import OWN
 from mtpforge.convert.freeing import STEPS
 from mtpforge.errors import GgufError, ToolchainError
-from mtpforge.forecast import by_shards, costs, planned_ggufs, upstream_ggufs
-from mtpforge.forecast.costs import Cost, Machine
+from mtpforge.forecast import by_shards, costs, planned_ggufs, sweep, upstream_ggufs
+from mtpforge.forecast.costs import Cost, Machine, Tokens
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf import quant_types, reader
 from mtpforge.gguf.reader import Gguf
@@ -21,7 +22,9 @@ from mtpforge.gguf.split import parse_size
 from mtpforge.inject.inject import planned_head
 from mtpforge.io.text import text_files
 from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.prompts import N_PREDICT
 from mtpforge.quantize.job import RUN_BYTES
 from mtpforge.quantize.piece_count import PIECE_SECONDS
 from mtpforge.quantize.recipe import Recipe, head_recipe
@@ -235,9 +238,8 @@ class ModelForecast:
         """A file that is verified with a part of the checkpoint."""
         about = self.about or not head
         self.files.append(PlannedFile(output.stem, size, head, about=about))
-        step = Step("verify", output.stem, output.report, servers=2)
-        tokens = costs.verify_tokens(self._prompts)
-        self._add(step, self._run(self._convert(part), tokens, servers=2))
+        servers, cost = self._proof(self._convert(part), drafts=head > 0, tokens=head > 0)
+        self._add(Step("verify", output.stem, output.report, servers=servers), cost)
 
     @property
     def about(self) -> bool:
@@ -368,7 +370,7 @@ class ModelForecast:
         size = sum(each.stat().st_size for each in text_files(Path(matrix.text)))
         tokens = costs.text_tokens(size)
         step = Step("imatrix", Path(path).stem, path)
-        self._add(step, self._run(planned_ggufs.size(source), text=tokens))
+        self._add(step, self._run(planned_ggufs.size(source), Tokens(text=tokens)))
 
     def _search(self, variant: Variant, source: Gguf) -> None:
         """Errors of each candidate, and sensitivities unless they are taken from a table."""
@@ -403,7 +405,7 @@ class ModelForecast:
                 scratch=size,
             )
             text = costs.measured_tokens(Path(settings.text), settings.chunks)
-            cost = replace(made, kept=0) + self._run(size, text=text)
+            cost = replace(made, kept=0) + self._run(size, Tokens(text=text))
         path = layout.compared(self.model.key, variant.name)
         self._add(Step("compare", variant.name, path), cost)
 
@@ -413,21 +415,48 @@ class ModelForecast:
         if own and not variant.unquantized and self.model.max_acceptance_drop < 1:
             self._acceptance()
         quantized = variant.foreign or variant.file_type not in quant_types.UNQUANTIZED
-        servers = 2 if quantized or self._fits(size) else 0
-        cost = costs.compare(planned_ggufs.size(self._part(variant.part)), self._machine)
-        if servers:
-            cost += self._run(size, costs.verify_tokens(self._prompts), servers=servers)
+        servers, run = 0, Cost()
+        if quantized or self._fits(size):
+            servers, run = self._proof(size, drafts=self._drafting_blocks(variant) > 0)
+            if self.model.measure and self.model.measure.text:
+                run += self._run(size, Tokens())  # llama-perplexity has to load it too
+            if self._in_several_files(variant, size):
+                servers += 1
+                run += self._run(size, Tokens(drafted=N_PREDICT))
+        cost = costs.compare(planned_ggufs.size(self._part(variant.part)), self._machine) + run
         linked = variant.converted and self.model.conversion_split(variant.part)
         if output.split and not linked:
             cost += costs.copy(size, self._machine)
         self._add(Step("verify", output.stem, output.report, servers=servers), cost)
+
+    def _in_several_files(self, variant: Variant, size: int) -> bool:
+        limit = variant.split or self.model.split
+        return bool(limit) and size > parse_size(limit or "")
+
+    def _proof(self, size: int, *, drafts: bool, tokens: bool = True) -> tuple[int, Cost]:
+        """How often verification starts llama-server, and its cost: twice with a head that drafts.
+
+        Without `tokens`, it generates next to nothing.
+        """
+        made = costs.verified_tokens(self._prompts) if tokens else 0
+        if not drafts:
+            return 1, self._run(size, Tokens(made))
+        equal = costs.equal_tokens(self._prompts)
+        return 2, self._run(size, Tokens(equal, made), servers=2)
+
+    def _drafting_blocks(self, variant: Variant) -> int:
+        """The blocks of the head that llama-server drafts with; 0 if it cannot."""
+        if variant.head_types is None:
+            return 0
+        head = self._head()
+        return 0 if why_not_drafting(head) else len(head.head_blocks)
 
     def _acceptance(self) -> None:
         parts = ("draft", "trunk") if self.model.drafter else ("all",)
         size = sum(map(self._convert, parts))
         if self._fits(size) and not self.is_by_shards:
             step = Step("acceptance", "BF16", layout.acceptance(self.model.key), servers=1)
-            self._add(step, self._run(size, costs.acceptance_tokens(self._prompts)))
+            self._add(step, self._run(size, Tokens(drafted=costs.verified_tokens(self._prompts))))
 
     def _measure(self, variant: Variant, size: int) -> None:
         settings = self.model.measure
@@ -440,12 +469,13 @@ class ModelForecast:
         if not self._fits(size):
             self._add(step, Cost())
             return
-        pairs = len(settings.n_max) * len(settings.p_min)
-        servers = costs.measure_rounds(pairs, settings.repeats)
-        tokens = costs.measure_tokens(servers, self._measured_prompts)
+        blocks = self._drafting_blocks(variant)
+        planned = sweep.sweep(settings, self._measured_prompts, blocks)
+        rounds, cost = sweep.cost(planned, settings.minutes, size, self._machine, self._share)
         text += costs.task_tokens(settings.task_files)
-        run = self._run(size, tokens, text=text, servers=servers)
-        self._add(replace(step, servers=servers), run)
+        if text:
+            cost += self._run(size, Tokens(text=text))
+        self._add(replace(step, servers=rounds.servers), cost)
 
     def _measure_other(self, size: int, path: str) -> None:
         """Somebody else's file, which is fetched for it."""
@@ -453,7 +483,7 @@ class ModelForecast:
         assert settings is not None and settings.text is not None
         text = costs.measured_tokens(Path(settings.text), settings.chunks)
         self._logits(text)
-        cost = self._run(size, text=text) if self._fits(size) else Cost()
+        cost = self._run(size, Tokens(text=text)) if self._fits(size) else Cost()
         self._add(Step("measure_other", Path(path).stem, path), cost)
 
     def _logits(self, tokens: int) -> None:
@@ -473,7 +503,7 @@ class ModelForecast:
             return
         vocabulary = whole.tensors["token_embd.weight"].shape[0]
         kept = costs.logits_size(tokens, vocabulary)
-        self._add(step, self._run(size, text=tokens) + Cost(kept=kept))
+        self._add(step, self._run(size, Tokens(text=tokens)) + Cost(kept=kept))
 
     def _fits(self, size: int) -> bool:
         """Whether a file is run: BF16 files and measurements may be left out."""
@@ -481,10 +511,14 @@ class ModelForecast:
             return size <= memory.room(size, self._machine.memory, self._llama)
         return False
 
-    def _run(self, size: int, tokens: int = 0, text: int = 0, servers: int = 1) -> Cost:
-        """Running a file of this size in llama.cpp: `tokens` one by one, then a text."""
-        share = planned_ggufs.share_per_token(self._part("trunk"))
-        return costs.run(size, self._machine, tokens, text=text, servers=servers, share=share)
+    def _run(self, size: int, tokens: Tokens, servers: int = 1) -> Cost:
+        """Running a file of this size in llama.cpp."""
+        return costs.run(size, self._machine, tokens, servers, self._share)
+
+    @cached_property
+    def _share(self) -> float:
+        """The share of a file that is read for a token."""
+        return planned_ggufs.share_per_token(self._part("trunk"))
 
     def _add(self, step: Step, cost: Cost) -> None:
         if all(step.path != other.path for other in self.steps):

@@ -45,7 +45,7 @@ from mtpforge.prompts import answer_tokens
 
 LOG_LIMIT = 5.0
 """Seconds that llama-server's log may lag behind its answers."""
-_WARM_UP = 16
+WARM_UP = 16
 """Tokens of a later round's first request."""
 _BY_POSITION = re.compile(r"acc per pos = \(([0-9., ]+)\)")
 _OPTIONS = ("--ctx-size", "4096", "--no-warmup", "--verbosity", "4")
@@ -317,7 +317,7 @@ class Bench:
             first = tried not in self.rounds
             before = server.processor_time()
             answers = [
-                server.completion(cases[0].prompt, self.tokens if first else _WARM_UP),
+                server.completion(cases[0].prompt, self.tokens if first else WARM_UP),
                 *(server.completion(case.prompt, self.tokens) for case in cases),
             ]
             memory = server.peak_memory()

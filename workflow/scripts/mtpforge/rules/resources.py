@@ -18,8 +18,8 @@ from typing import Any
 
 from mtpforge import processors
 from mtpforge.errors import ForgeError
-from mtpforge.forecast import costs
-from mtpforge.forecast.costs import Cost, Machine, ProgramSpeed
+from mtpforge.forecast import costs, sweep
+from mtpforge.forecast.costs import Cost, Machine, ProgramSpeed, Tokens
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
@@ -66,7 +66,7 @@ _TEXT = 500_000
 _DISK = 12e6
 _NETWORK = 2e6
 """Slow, in bytes a second."""
-_PROGRAMS = ProgramSpeed(server=30, token=0.03, quantize=3)
+_PROGRAMS = ProgramSpeed(server=30, token=0.03, drafted=0.03, quantize=3)
 """Those of a slow machine."""
 _BANDWIDTH = 1.3e9
 """Bytes of weights that it reads a second, to make tokens."""
@@ -222,7 +222,7 @@ class ResourceRules(Stage):
         size = self._weights(wildcards)
         texts = [each.imatrix for each in self.model(wildcards).variants.values()]
         tokens = costs.text_tokens(max(map(_text_size, texts)))
-        return _needs(costs.run(size, self._machine, text=tokens) + Cost(kept=0.01 * size))
+        return _needs(costs.run(size, self._machine, Tokens(text=tokens)) + Cost(kept=0.01 * size))
 
     def logits(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over the measured text."""
@@ -253,7 +253,7 @@ class ResourceRules(Stage):
             largest=_largest(weights),
             scratch=size,
         )
-        return _needs(cost + costs.run(size, self._machine, text=tokens))
+        return _needs(cost + costs.run(size, self._machine, Tokens(text=tokens)))
 
     def sensitivities(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file for each class and layer, or for each tensor.
@@ -281,8 +281,8 @@ class ResourceRules(Stage):
     def acceptance(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file, and a drafter for it."""
         size = (1 + _HEAD) * self._weights(wildcards)
-        tokens = costs.acceptance_tokens(self._prompts(wildcards))
-        return _needs(costs.run(size, self._machine, tokens))
+        tokens = costs.verified_tokens(self._prompts(wildcards))
+        return _needs(costs.run(size, self._machine, Tokens(drafted=tokens)))
 
     def verify(self, wildcards: Wildcards) -> Needs:
         """Comparing a variant with its checkpoint, and running it twice."""
@@ -300,12 +300,12 @@ class ResourceRules(Stage):
         """Running a variant many times."""
         settings = self.model(wildcards).measure
         assert settings is not None
-        servers = costs.measure_rounds(len(settings.n_max) * len(settings.p_min), settings.repeats)
         prompts = _count_prompts(self.model(wildcards).measured_prompts)
-        tokens = costs.measure_tokens(servers, prompts)
+        planned = sweep.sweep(settings, prompts, blocks=1)
         text = costs.CHUNK * settings.chunks + costs.task_tokens(settings.task_files)
         size = self._size(wildcards)
-        return _needs(costs.run(size, self._machine, tokens, text=text, servers=servers))
+        _, cost = sweep.cost(planned, settings.minutes, size, self._machine)
+        return _needs(cost + costs.run(size, self._machine, Tokens(text=text)))
 
     def measure_other(self, wildcards: Wildcards) -> Needs:
         """Running somebody else's file over the measured text."""
@@ -313,7 +313,7 @@ class ResourceRules(Stage):
         sizes = {layout.given_name(each): _given(each) for each in model.compare}
         text = costs.CHUNK * (model.measure.chunks if model.measure else 0)
         size = sizes.get(wildcards.place, UNKNOWN)
-        return _needs(costs.run(size, self._machine, text=text))
+        return _needs(costs.run(size, self._machine, Tokens(text=text)))
 
     def uploading(self, wildcards: Wildcards) -> int:
         """Threads of an upload: all if its file is deleted then, so that no other is made before.
@@ -355,14 +355,17 @@ class ResourceRules(Stage):
         return _count_prompts(self.model(wildcards).prompts)
 
     def _verify(self, wildcards: Wildcards, size: float) -> Cost:
-        tokens = costs.verify_tokens(self._prompts(wildcards))
-        run = costs.run(size, self._machine, tokens, servers=2)
+        prompts = self._prompts(wildcards)
+        equal, drafted = costs.equal_tokens(prompts), costs.verified_tokens(prompts)
+        run = costs.run(size, self._machine, Tokens(equal, drafted), servers=2)
         return run + costs.compare(self._weights(wildcards), self._machine)
 
     def _logits(self, wildcards: Wildcards, chunks: int) -> Needs:
         tokens = costs.CHUNK * chunks
         kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
-        return _needs(costs.run(self._weights(wildcards), self._machine, text=tokens) + kept)
+        return _needs(
+            costs.run(self._weights(wildcards), self._machine, Tokens(text=tokens)) + kept
+        )
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""
