@@ -322,7 +322,7 @@ def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
         ("memory", ["-", "3.00 GB"]),
         ("KL divergence", ["-", "0.01234"]),
         ("KL 99.9%", ["-", "0.5678"]),
-        ("same top token", ["-", "95.1%"]),
+        ("same first choice", ["-", "95.1%"]),
         ("perplexity", ["-", "8.1234"]),
     ],
 )
@@ -349,6 +349,16 @@ def test_table_of_all_files_shows_measurements(heading: str, cells: list[str]) -
 def test_sweep_table_shows_measurements(heading: str, cells: list[str]) -> None:
     text = second(result("BF16"), result(measured=measurement()))
     assert column(text, heading, "### `Qwen3.5-4B-IQ4_XS.gguf`") == cells
+
+
+def test_the_columns_of_the_card_are_explained_if_they_are_there() -> None:
+    swept = measurement(2, recommended_p_min=0.75)
+    words = ("draft: how many tokens", "p_min: drafting stops at")
+    for measured, shown in ((swept, (1, 1)), (measurement(2), (1, 0)), (UNRUN, (0, 0))):
+        text = make(result(measured=measured))
+        assert tuple(text.count(each) for each in words) == shown
+    unsteady = replace(swept, steady=False, recommended_n_max=None, recommended_p_min=None)
+    assert words[0] not in make(result(measured=unsteady))
 
 
 def test_verdict_and_recommended_draft_length_are_shown() -> None:
@@ -664,10 +674,12 @@ def test_the_llama_cpp_that_drafts_is_named(architecture: str, words: str) -> No
 def test_types_are_explained_if_there_is_a_choice() -> None:
     text = make(result("BF16"), result("Q8_0"), result("UD-Q4_K_XL"), result("IQ2_M"))
     assert (
-        "By type: BF16 is not quantized; Q8 is as good in practice; Q4 is the usual compromise of "
-        "size and quality; IQ2 loses a lot, for when nothing else fits."
+        "By type: BF16 is not quantized; Q8 is practically as good as BF16; Q4 is the usual "
+        "compromise between size and quality; IQ2 loses a lot: for when nothing else fits."
     ) in text
-    assert "IQ4 is smaller than Q4 at about its quality" in make(result("Q4_0"), result("IQ4_XS"))
+    assert "IQ4 is a little smaller than Q4 and about as good" in make(
+        result("Q4_0"), result("IQ4_XS")
+    )
     for results in ([result()], [result("Q4_K_M"), result("Q4_K_S")], [result("a"), result("b")]):
         assert "By type" not in make(*results)
 
@@ -775,7 +787,8 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])
     shown = text.replace("\\", "")
     verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
-    assert f"`Qwen3.5-4B-auto` has types that were found for its size: {verdict}" in shown
+    found_by = "[found by a search](DETAILS.md#found-types)"
+    assert f"The types in `Qwen3.5-4B-auto` were {found_by}: {verdict}" in shown
     text = details.make(about, (result(),), DETAILS, compared=[found])
     assert "`Qwen3.5-4B-auto`: how much a tensor matters was measured by class" in text
     assert verdict not in text.replace("\\", "")  # it is in the card

@@ -72,9 +72,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "not_run": _not_run(results),
         "template": _template(results),
         "by_memory": tables.by_memory(choices, results, about.name).rstrip() if choices else "",
-        "reckoned": " ".join(
-            filter(None, [_reckoned(results), _slots(results), _head_cost(results)])
-        ),
+        "reckoned": "\n".join(f"- {sentence}" for sentence in _reckoned(results) if sentence),
         "files": tables.files(results, about.name).rstrip(),
         "legend": _legend(results),
         "details": details.NAME,
@@ -103,24 +101,27 @@ def _pictures(results: Sequence[Result]) -> str:
     )
 
 
-def _reckoned(results: Sequence[Result]) -> str:
-    """What the needs are reckoned from, and what is not in them."""
+def _reckoned(results: Sequence[Result]) -> list[str]:
+    """What the needs are reckoned from, what changes them, and what is not in them."""
     best = choice.recommended(results)
     size = choice.tower_bytes(results)
     tower = f"the vision tower of {rounded_size(size)} (`--no-mmproj` leaves it out), "
-    return (
+    return [
         f"These needs are reckoned, not measured: the file, {tower if size else ''}8,192 tokens of "
         "context with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), "
-        f"and 1 GB for llama.cpp's buffers. {_CONTEXT if best and sets_context(best) else ''}"
+        "and 1 GB for llama.cpp's buffers.",
+        _CONTEXT if best and sets_context(best) else "",
+        _slots(results),
+        _head_cost(results),
         "llama-server also keeps earlier prompts in main memory, up to 8 GiB of them: "
-        "`--cache-ram 0` turns that off. What does not fit on a graphics card stays in main memory "
-        "and is slower."
-    )
+        "`--cache-ram 0` turns that off.",
+        "What does not fit on a graphics card stays in main memory and is slower.",
+    ]
 
 
 _CONTEXT = (
     "The llama-server commands below set this context with `--ctx-size 8192`: raise it for longer "
-    "texts. Without it, llama-server may reserve the longest context that the model can take. "
+    "texts. Without it, llama-server may reserve the longest context that the model can take."
 )
 
 
@@ -152,20 +153,25 @@ def _head_cost(results: Sequence[Result]) -> str:
     if head.is_sidecar:
         return f"{takes}."
     rest = kept.head_cache + kept.states(slots, length) - kept.states(slots, 0)
-    included = ", which the table includes" if choice.draft_length(best) else ""
-    return f"{takes}, and drafting {rounded_size(rest)} more while it runs{included}."
+    included = " (included in the table)" if choice.draft_length(best) else ""
+    return f"{takes}, and drafting needs {rounded_size(rest)} more while it runs{included}."
 
 
 def _legend(results: Sequence[Result]) -> str:
     """What the columns of the files' table mean."""
     measured = [result.measured for result in results if result.measured]
     known = {
-        "head: type of its tensors": any(result.has_head for result in results),
+        "head: type of the head's tensors": any(result.has_head for result in results),
         "accepted: share of drafts accepted in verification": any(
             result.report.acceptance is not None for result in results
         ),
         "tokens/s: without → with drafting": any(found.by_n_max for found in measured),
-        "draft: how many tokens to draft ahead": any(found.by_n_max for found in measured),
+        "draft: how many tokens to draft ahead": any(
+            result.n_max is not None for result in results
+        ),
+        "p_min: drafting stops at tokens less likely than this": any(
+            result.p_min for result in results
+        ),
         "KL: mean KL divergence from BF16, lower is better": any(
             found.kl_divergence for found in measured
         ),
@@ -184,16 +190,16 @@ def _legend(results: Sequence[Result]) -> str:
 
 _QUALITY = {
     "BF16": "is not quantized",
-    "Q8": "is as good in practice",
+    "Q8": "is practically as good as BF16",
     "Q6": "loses hardly anything",
     "Q5": "loses little",
-    "Q4": "is the usual compromise of size and quality",
-    "IQ4": "is smaller than Q4 at about its quality, but slower on processors",
+    "Q4": "is the usual compromise between size and quality",
+    "IQ4": "is a little smaller than Q4 and about as good, but slower on a CPU",
     "Q3": "loses noticeably",
-    "IQ3": "loses noticeably, and is slower on processors",
-    "Q2": "loses a lot, for when nothing else fits",
-    "IQ2": "loses a lot, for when nothing else fits",
-    "IQ1": "loses most, for when nothing else fits",
+    "IQ3": "loses noticeably, and is slower on a CPU",
+    "Q2": "loses a lot: for when nothing else fits",
+    "IQ2": "loses a lot: for when nothing else fits",
+    "IQ1": "loses most: for when nothing else fits",
 }
 """What each kind of type means for the choice of a file."""
 _KIND = re.compile(rf"(?<![A-Z0-9])({'|'.join(_QUALITY)})(?![A-Z0-9])")
@@ -210,7 +216,8 @@ def _types(results: Iterable[Result]) -> str:
 def _found(compared: Iterable[Compared]) -> str:
     """The verdict on each file whose types were found."""
     return "\n".join(
-        f"- {code(each.file)} has types that were found for its size: {escape(each.verdict)}."
+        f"- The types in {code(each.file)} were [found by a search]({details.NAME}#found-types): "
+        f"{escape(each.verdict)}."
         for each in compared
     )
 
