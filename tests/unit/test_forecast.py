@@ -425,6 +425,21 @@ def test_only_what_a_step_reads_is_fetched(tmp_path: Path) -> None:
     assert not missing.needed({"record": "missing"})
 
 
+def test_a_shard_that_is_not_whole_is_fetched_once_it_is_converted(tmp_path: Path) -> None:
+    """Shard by shard, it is sparse before its conversion, and freed after it."""
+    made = "results/m/work/convert/all.gguf"
+    shard = Download(5, tmp_path / "shard", "record", tmp_path / "freed.json", made)
+    shard.path.touch()
+    assert not shard.needed({made: "missing"})  # it is whole
+    (tmp_path / "freed.json").touch()
+    assert shard.needed({"record": None, made: "missing"})
+    assert shard.needed({})  # Snakemake has no answer
+    assert not shard.needed({"record": None, made: None})  # deleted, and not needed any more
+    Path(made).parent.mkdir(parents=True)
+    Path(made).touch()
+    assert not shard.needed({}) and shard.needed({made: "settings or code changed"})
+
+
 # ── the program ──
 
 

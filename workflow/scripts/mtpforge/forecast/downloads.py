@@ -9,10 +9,10 @@ from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.forecast.reruns import Reruns
 from mtpforge.gguf.file_names import gguf_files
-from mtpforge.hub import download, head
+from mtpforge.hub import download, freed, head
 from mtpforge.hub.listing import Listing
 from mtpforge.hub.resolve import list_commit
-from mtpforge.rules import layout
+from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import HubFile, HubRepository, Source
 
@@ -22,15 +22,24 @@ _TIMED = 1 << 20
 
 @dataclass(frozen=True)
 class Download:
-    """A file, or the head of a checkpoint, and the record that Snakemake has of it."""
+    """A file, or the head of a checkpoint, and the record that Snakemake has of it.
+
+    `freed` is the record of a shard that is not whole, and `made` what is converted from it then.
+    """
 
     bytes: int
     path: Path
     record: str
+    freed: Path | None = None
+    made: str = ""
 
     def needed(self, reruns: Reruns) -> bool:
-        """Whether it is not here, and a step reads it."""
-        return not self.path.exists() and reruns.get(self.record, "missing") is not None
+        """Whether it is not here as a whole, and a step reads it."""
+        if not self.path.exists():
+            return reruns.get(self.record, "missing") is not None
+        if not (self.freed and self.freed.exists()):
+            return False
+        return reruns.get(self.made, None if Path(self.made).exists() else "missing") is not None
 
 
 class Downloads:
@@ -75,7 +84,8 @@ class Downloads:
             return Checkpoint(Path(source.path), model.name)
         listing = listing_of(source)
         if model.uses_source and not model.head_only:
-            self._add_checkpoint(source, listing)
+            made = layout.unquantized(model, lean.whole_part(model)).file
+            self._add_checkpoint(source, listing, made)
         elif model.uses_source:
             self._add_head(source)
         return self._outline(source, model.name)
@@ -133,10 +143,13 @@ class Downloads:
             self._largest = size
             self.rate = size / (time.perf_counter() - start)
 
-    def _add_checkpoint(self, source: HubRepository, listing: Listing) -> None:
+    def _add_checkpoint(self, source: HubRepository, listing: Listing, made: str = "") -> None:
+        """Add a checkpoint, whose shards are freed as `made` is converted from them."""
         folder = Path(layout.fetched(source))
         for name in listing.checkpoint_files():
-            self._add(listing.files[name].bytes, folder / name, layout.record(source, name))
+            not_whole = freed.record(folder, name) if made else None
+            size = listing.files[name].bytes
+            self._add(size, folder / name, layout.record(source, name), not_whole, made)
 
     def _add_head(self, source: HubRepository) -> None:
         listing = listing_of(source)
@@ -145,8 +158,10 @@ class Downloads:
         record = layout.head_record(source)
         self._add(size, Path(record), record)
 
-    def _add(self, size: int, path: Path, record: str) -> None:
-        self._downloads.add(Download(size, path, record))
+    def _add(
+        self, size: int, path: Path, record: str, freed: Path | None = None, made: str = ""
+    ) -> None:
+        self._downloads.add(Download(size, path, record, freed, made))
 
 
 def listing_of(at: layout.Commit) -> Listing:

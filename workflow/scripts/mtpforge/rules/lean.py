@@ -25,9 +25,13 @@ def freed(config: Config, model: Model) -> Freed | None:
     """What frees a model's shards; None if nothing does: see `why_not`."""
     if not isinstance(model.source, HubRepository) or why_not(config, model):
         return None
-    parts = _parts(model)
-    part = "all" if "all" in parts else "trunk"
-    return Freed(part, tuple(sorted(parts - {part})))
+    part = whole_part(model)
+    return Freed(part, tuple(sorted(_parts(model) - {part})))
+
+
+def whole_part(model: Model) -> str:
+    """The part whose conversion reads all of the shards: others need the head alone."""
+    return "all" if "all" in _parts(model) else "trunk"
 
 
 def by_shards(config: Config, model: Model) -> bool:
