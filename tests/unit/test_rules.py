@@ -49,6 +49,11 @@ def test_defaults() -> None:
     assert "--min-acceptance 0.1" in build.verify.options(wildcards())
 
 
+def test_measuring_a_file_does_not_verify_it_again() -> None:
+    measured = Build(config({"measure": {"text": "text.txt"}}))
+    assert measured.verify.options(wildcards()) == Build(config()).verify.options(wildcards())
+
+
 def test_a_split_variant_is_a_folder_and_overrides_the_size() -> None:
     variants = {"BF16": {}, "Q8_0": {"split": "2G"}}
     build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": variants}))

@@ -290,7 +290,5 @@ def test_the_check_of_other_programs_has_the_given_name(tmp_path: Path, status: 
     program.write_text(f"#!/bin/sh\nexit {status}\n")
     program.chmod(0o755)
     opened = Gguf(tmp_path / "x.gguf", {}, {}, {})
-    check = running.check_programs(
-        opened, Request(prompts=("x",)), LlamaCpp(tmp_path), name="files open"
-    )
+    check = running.check_programs(opened, LlamaCpp(tmp_path), name="files open")
     assert check.name == "files open" and check.passed == (status == 0)

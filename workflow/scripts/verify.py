@@ -130,9 +130,6 @@ def _add_requested(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the model, as given to convert.py")
     chat_templates.add_option(parser)
     norm_shift.add_option(parser)
-    parser.add_argument(
-        "--perplexity", action="store_true", help="llama-perplexity must load the file too"
-    )
 
 
 def _add_thresholds(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +183,6 @@ def _request(args: argparse.Namespace) -> Request:
         norm_form=args.norms,
         unquantized=args.unquantized,
         max_acceptance_drop=args.max_acceptance_drop,
-        perplexity=args.perplexity,
         prompts=tuple(prompts.read_prompts(args.prompts).values()),
         min_acceptance=args.min_acceptance,
     )

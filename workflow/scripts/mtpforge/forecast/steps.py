@@ -418,8 +418,6 @@ class ModelForecast:
         servers, run = 0, Cost()
         if quantized or self._fits(size):
             servers, run = self._proof(size, drafts=self._drafting_blocks(variant) > 0)
-            if self.model.measure and self.model.measure.text:
-                run += self._run(size, Tokens())  # llama-perplexity has to load it too
             if self._in_several_files(variant, size):
                 servers += 1
                 run += self._run(size, Tokens(drafted=N_PREDICT))

@@ -82,8 +82,6 @@ class VerifyRules(Stage):
             options += ["--tokenizer-pre", model.tokenizer_pre]
         if model.chat_template and not variant.foreign:
             options += ["--chat-template", model.chat_template]
-        if model.measure and model.measure.text:
-            options += ["--perplexity"]
         digests = self.digests(wildcards)
         return shlex.join([*options, "--trunk" if variant.base else "--digests", digests])
 

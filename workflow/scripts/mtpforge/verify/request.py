@@ -50,8 +50,6 @@ class Request:
     """Acceptance of the BF16 file of the same model, from acceptance.py."""
     max_acceptance_drop: float = 0.2
     """How far below `unquantized` acceptance may be."""
-    perplexity: bool = False
-    """Whether llama-perplexity must load the file too."""
     prompts: tuple[str, ...] = ()
     min_acceptance: float = LEAST_ACCEPTANCE
 

@@ -10,7 +10,6 @@ from mtpforge import recorded_digests
 from mtpforge.errors import ConfigError, ForgeError, StorageError
 from mtpforge.gguf import quant_types, reader, split
 from mtpforge.gguf.reader import Gguf
-from mtpforge.io import atomic
 from mtpforge.llama_cpp import converter_architectures, memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
@@ -171,25 +170,17 @@ def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Accepta
     return _acceptance_of(answers)
 
 
-def check_programs(
-    opened: Gguf, request: Request, llama: LlamaCpp, name: str = "programs"
-) -> Check:
-    """llama-gguf-split can read the file, and llama-perplexity too if the request says so."""
-    loaded = ["llama-gguf-split"]
+def check_programs(opened: Gguf, llama: LlamaCpp, name: str = "programs") -> Check:
+    """llama-gguf-split can read the file."""
+    dry_run = ("--split", "--dry-run", "--split-max-size", "999G")
     with tempfile.TemporaryDirectory() as scratch:
-        dry_run = ("--split", "--dry-run", "--split-max-size", "999G")
-        text = Path(scratch) / "text.txt"
-        atomic.write_scratch(text, "\n".join(request.prompts) * 8)
         try:
             llama.gguf_split([*dry_run, opened.path, Path(scratch) / "none"])
-            if request.perplexity and not request.target:
-                llama.perplexity(["-m", opened.path, "-f", text, "-c", 16, "--chunks", 1])
-                loaded.append("llama-perplexity")
         except StorageError:
             raise  # says nothing about the file
         except ForgeError as error:
             return Check(name, False, str(error))
-    return Check(name, True, f"{' and '.join(loaded)} can read it")
+    return Check(name, True, "llama-gguf-split can read it")
 
 
 def check_vision(opened: Gguf, request: Request, llama: LlamaCpp) -> Check:

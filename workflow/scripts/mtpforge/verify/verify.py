@@ -72,12 +72,11 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     acceptance = None
     if not_run := why_not_run(opened, request, llama):
         checks.append(Check("running", True, f"not run, so no acceptance is known: {not_run}"))
-        request = replace(request, perplexity=False)
     else:
         with reading_target(request):
             running, acceptance = check_running(opened, request, llama)
         checks += running
-    checks.append(check_programs(opened, request, llama))
+    checks.append(check_programs(opened, llama))
     raise_failed(path.name, checks)
     report = _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
     return replace(report, not_run=not_run)
@@ -97,13 +96,11 @@ def publish_split(
             # The head was measured in the whole file, and the bytes are the same: all that is left
             # is whether llama.cpp finds them.
             shards = replace(opened, path=files[0])
-            short = replace(
-                request, prompts=request.prompts[:1], min_acceptance=0, perplexity=False
-            )
+            short = replace(request, prompts=request.prompts[:1], min_acceptance=0)
             if why_not_run(opened, request, llama) is None:
                 check, _ = check_drafting(shards, short, llama)
                 checks.append(replace(check, name="files load"))
-            checks.append(check_programs(shards, short, llama=llama, name="files open"))
+            checks.append(check_programs(shards, llama, name="files open"))
         raise_failed(folder.name, checks)
         listed = tuple(map(_shard, files))
     return listed, checks
