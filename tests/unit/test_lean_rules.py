@@ -136,6 +136,13 @@ def test_quants_alone_are_made_shard_by_shard() -> None:
         assert build(model).fetch.sparse(names) == ""
 
 
+def test_provenance_names_the_program_of_each_profile() -> None:
+    """The same ones with any profile, because changing it reruns nothing."""
+    model: Any = SimpleNamespace(model="m")
+    found = [build(QUANTS, lean=kind).publish.programs(model) for kind in ("shards", False)]
+    assert "workflow/scripts/convert_and_quantize.py" in found[0] and found[0] == found[1]
+
+
 def test_what_is_published_and_deleted_is_not_quantized_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

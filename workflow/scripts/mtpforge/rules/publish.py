@@ -297,7 +297,7 @@ class PublishRules(Stage):
         is_searched = any(variant.searched for variant in model.variants.values())
         search = ["quantization_errors.py", "sensitivity.py", "allocate.py"] if is_searched else []
         made = ["quantize_plan.py", "quantize.py", "inject.py", "verify.py"]
-        return ["convert.py", *upstream, *search, *made]
+        return ["convert.py", "convert_and_quantize.py", *upstream, *search, *made]
 
     def _variant(self, wildcards: Wildcards) -> str:
         """The variant that a report is about; empty for a sidecar or a vision tower."""
