@@ -260,6 +260,35 @@ def test_a_file_that_arrives_damaged_is_deleted(
 
 
 @pytest.mark.parametrize("large", [False, True])
+def test_a_file_whose_upload_was_killed_is_compared_before_it_may_be_deleted(
+    store: Store, folder: Path, requests: Requests, parts: None, large: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All of it was sent, and what the service keeps was not compared any more."""
+    if large:
+        grow(folder)
+    files = {LARGE: hashlib.sha256((folder / LARGE).read_bytes()).hexdigest()}
+
+    def spoil(operation: str, params: dict[str, Any]) -> None:
+        if operation in ("PutObject", "UploadPart"):
+            params["body"] = io.BytesIO(bytes(len(params["body"].getvalue())))
+
+    def kill(*_: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    requests.spoil = spoil
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(bucket._Bucket, "_check", kill)
+        bucket.send(folder, ADDRESS, files)
+    requests.spoil = lambda *_: None
+    assert ADDRESS.key(LARGE) in store.content(BUCKET)
+    with pytest.raises(UploadError, match=f"{LARGE}: another file arrived"):
+        bucket.send(folder, ADDRESS, files)
+    assert [bucket.send(folder, ADDRESS, files) for _ in range(2)] == [1, 0]
+    assert store.content(BUCKET)[ADDRESS.key(LARGE)] == (folder / LARGE).read_bytes()
+
+
+@pytest.mark.parametrize("large", [False, True])
 def test_a_file_that_changed_after_it_was_listed_is_not_sent(
     store: Store, folder: Path, parts: None, large: bool
 ) -> None:

@@ -57,12 +57,16 @@ def upload(plan: UploadPlan) -> None:
 def send(folder: Path, address: Address, files: Sums) -> int:
     """Upload those of `files` that the bucket lacks, before the rest of the folder; how many.
 
-    Raises VerificationError if one differs from its digest, UploadError.
+    The others are compared, because a killed upload may not have done so, and they may be deleted
+    here. Raises VerificationError if one differs from its digest, UploadError.
     """
     bucket = _Bucket(address)
-    missing = bucket.missing(folder, files, bucket.sizes())
-    for name, _ in missing:
-        bucket.send(name, folder / name, files[name])
+    missing = dict(bucket.missing(folder, files, bucket.sizes()))
+    for name, digest in files.items():
+        if name in missing:
+            bucket.send(name, folder / name, digest)
+        elif (folder / name).is_file():
+            bucket.confirm(name, folder / name, digest)
     return len(missing)
 
 
@@ -132,13 +136,22 @@ class _Bucket:
     def send(self, name: str, path: Path, digest: str) -> None:
         """Upload a file with this sha256, and check what arrived."""
         size = path.stat().st_size
-        part = max(PART, -(-size // MOST_PARTS))
+        part = _part_size(size)
         with self._asking(name), path.open("rb") as file:
             if size <= part:
                 checksum = self._put(name, file, digest)
             else:
                 checksum = self._put_parts(name, file, part=part, digest=digest)
             self._check(name, checksum, size=size, digest=digest)
+
+    def confirm(self, name: str, path: Path, digest: str) -> None:
+        """Compare a file that is there already, as `send` does."""
+        size = path.stat().st_size
+        with self._asking(name), path.open("rb") as file:
+            blocks = iter(lambda: file.read(_part_size(size)), b"")
+            sums = [hashlib.sha256(block).digest() for block in blocks]
+            whole = sums[0] if len(sums) == 1 else hashlib.sha256(b"".join(sums)).digest()
+            self._check(name, base64.b64encode(whole).decode(), size=size, digest=digest)
 
     def _put(self, name: str, file: BinaryIO, digest: str) -> str:
         content = file.read()
@@ -230,11 +243,11 @@ class _Bucket:
     def _check(self, name: str, checksum: str, size: int, digest: str) -> None:
         """Compare what the service has with what was sent, and delete it if it differs.
 
-        A service that keeps no checksum must send the file back.
+        A service that keeps no checksum, or that of other parts, must send the file back.
         """
         found = self._client.head_object(**self._at(name), ChecksumMode="ENABLED")
         kept = found.get("ChecksumSHA256", "").partition("-")[0]  # after it the number of parts
-        same = kept == checksum if kept else self._read_back(name) == digest
+        same = kept == checksum or self._read_back(name) == digest
         noted = found.get("Metadata", {}).get("sha256")
         if not same or (found["ContentLength"], noted) != (size, digest):
             self._client.delete_object(**self._at(name))
@@ -266,6 +279,11 @@ def _asking(what: str) -> Iterator[None]:
         yield
     except client.failures() as error:
         raise UploadError(f"{what}: {client.explain(error)}") from None
+
+
+def _part_size(size: int) -> int:
+    """Bytes of each part of a file."""
+    return max(PART, -(-size // MOST_PARTS))
 
 
 def _part(number: int, etag: str, block: bytes) -> dict[str, Any]:
