@@ -11,6 +11,7 @@ from pathlib import Path
 
 import example_records
 import pytest
+from conftest import Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from hub import Fault, Hub, serve
 from huggingface_hub import constants
@@ -262,6 +263,49 @@ def test_a_stand_in_has_the_header_and_the_size(sent: tuple[Path, Report]) -> No
     other = write(path.parent, path.name, b"another")
     with pytest.raises(DamagedError, match="about another file"):
         published.check([(kept, other)])
+
+
+def test_only_what_was_uploaded_is_deleted(sent: tuple[Path, Report], run: Run) -> None:
+    path, _ = sent
+    receipt, content = receipts.path_of(path), path.read_bytes()
+    intermediate = path.with_name("intermediate.gguf")
+
+    def delete() -> str:
+        intermediate.touch()
+        done = run("delete_uploaded.py", receipt, path, intermediate)
+        assert done.returncode == (1 if path.exists() else 0) and "Traceback" not in done.stderr
+        assert path.exists() == intermediate.exists()
+        return done.stderr
+
+    for other in (content + b"x", bytes(len(content))):
+        path.write_bytes(other)
+        assert "is not the file that was uploaded, so it is not deleted: move" in delete()
+        assert path.read_bytes() == other
+    path.write_bytes(content)
+    assert delete() == "" and delete() == ""  # as after a kill
+
+
+def test_other_files_in_the_folder_of_a_split_one_are_not_deleted(folder: Path) -> None:
+    (folder / "b").mkdir()
+    shard = gguf(folder / "b/b-00001-of-00001.gguf")
+    (folder / "b/.snakemake_timestamp").touch()
+    file = Shard("b/b-00001-of-00001.gguf", shard.stat().st_size, digest_of(shard))
+    receipts.Receipt(place=REPO, files=(file,)).write(receipts.path_of(folder / "b"))
+    receipts.check_uploaded(receipts.path_of(folder / "b"), folder / "b")
+    (folder / "b/mine").touch()
+    with pytest.raises(VerificationError, match="b/mine: is not the file"):
+        receipts.check_uploaded(receipts.path_of(folder / "b"), folder / "b")
+
+
+def test_stand_ins_of_an_older_split_go(folder: Path) -> None:
+    (folder / "b").mkdir()
+    for count in (2, 1):
+        names = [f"b-0000{number}-of-0000{count}.gguf" for number in range(1, count + 1)]
+        sizes = [gguf(folder / "b" / name).stat().st_size for name in names]
+        files = tuple(Shard(*each, "0" * 64) for each in zip(names, sizes, strict=True))
+        receipts.write_stand_in(folder, example_records.report("b", files=files))
+    kept = receipts.stand_in(folder / "b")
+    assert [path.name for path in kept.iterdir()] == ["b-00001-of-00001.gguf"]
 
 
 def test_a_split_file_has_a_stand_in_for_each_shard(folder: Path) -> None:

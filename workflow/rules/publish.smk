@@ -102,10 +102,12 @@ rule upload:
         " > {log:q} 2>&1"
 
 
-# With `delete_after`. A job of its own: a killed one only has to delete again.
+# With `delete_after`. A job of its own: a killed one only has to delete again. It does not follow
+# changes of its program, because without its output everything would be made again.
 rule delete:
     input:
-        "results/{model}/work/uploaded/{stem}.json",
+        code=ancient(code("delete_uploaded.py")),
+        receipt="results/{model}/work/uploaded/{stem}.json",
     output:
         touch("results/{model}/work/uploaded/{stem}.deleted"),
     log:
@@ -122,7 +124,7 @@ rule delete:
     message:
         "{wildcards.model}: delete {wildcards.stem}, which is uploaded"
     shell:
-        "rm -rf {params.paths} 2> {log:q}"
+        "python {input.code[0]:q} {input.receipt:q} {params.paths} > {log:q} 2>&1"
 
 
 rule card:

@@ -4,17 +4,21 @@ Both lie in `work/uploaded/` of a results folder. A stand-in has the header of i
 as large as the tensors: card and figures need no more.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mtpforge.errors import DamagedError
+from mtpforge.errors import DamagedError, VerificationError
 from mtpforge.gguf import reader
 from mtpforge.io import atomic, ranges
+from mtpforge.io.ranges import digest_of
 from mtpforge.io.records import Record
 from mtpforge.verify.report import Report, Shard
 
 FOLDER = Path("work", "uploaded")
+_TIMESTAMP = ".snakemake_timestamp"
+"""What Snakemake leaves in a folder that is an output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,34 @@ def listing(folder: Path, name: str) -> Path | None:
     return next(lists, None)
 
 
+def check_uploaded(receipt: Path, file: Path) -> None:
+    """Raise VerificationError unless a file, or all in the folder of a split one, was uploaded.
+
+    One that has not changed since then is not hashed.
+    """
+    folder = receipt.parent.parent.parent
+    sent = {folder / each.name: each for each in Receipt.read(receipt).files}
+    inside = file.iterdir() if file.is_dir() else [file] if file.exists() else []
+    for path in inside:
+        about = path.stat()
+        shard = sent.get(path)
+        same = shard is not None and about.st_size == shard.bytes
+        if same and about.st_ctime > receipt.stat().st_mtime:
+            same = shard is not None and digest_of(path) == shard.sha256
+        if not same and path.name != _TIMESTAMP:
+            raise VerificationError(
+                f"{path}: is not the file that was uploaded, so it is not deleted: move it "
+                "elsewhere and run again"
+            )
+
+
 def write_stand_in(folder: Path, report: Report) -> None:
-    """Keep the headers of the files of a report. Raises GgufError, StorageError."""
+    """Keep the headers of the files of a report, and no others of a split one.
+
+    Raises GgufError, StorageError.
+    """
+    if report.files:
+        shutil.rmtree(stand_in(folder / report.file), ignore_errors=True)
     for name, size, _ in report.published:
         kept = folder / FOLDER / name if report.files else stand_in(folder / name)
         header = reader.header_range(reader.read(folder / name))
