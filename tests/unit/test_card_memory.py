@@ -12,7 +12,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.io.ranges import FileRange
 from mtpforge.measure.measurement import Measurement
-from mtpforge.publish import choice, memory
+from mtpforge.publish import choice, serving_memory
 from mtpforge.publish.result import Result
 from test_card import beside, make, measurement, split_result
 from test_card import result as report_result
@@ -86,16 +86,16 @@ def result(
 def test_reckoned_as_llama_server_b11434_says() -> None:
     """Its log of tiny-qwen3.5 with 512 tokens: 0.25 MiB of cache at f16 and 0.13 at q8_0, 0.25 for
     the head, 2.46 MiB of states with four slots and n_max 2, 0.62 with `--parallel 1`."""
-    found = memory.context(gguf(HYBRID))
+    found = serving_memory.context(gguf(HYBRID))
     assert found is not None
-    share = 512 / memory.TOKENS / 2**20
+    share = 512 / serving_memory.TOKENS / 2**20
     assert round(share * found.cache("f16"), 2) == 0.25
     assert round(share * found.cache("q8_0"), 2) == 0.13
     assert round(share * found.head_cache, 2) == 0.25
     assert round(found.states(4, 2) / 2**20, 2) == 2.46
     assert round(found.states(1, 2) / 2**20, 2) == 0.62
     listed = {**HYBRID, "attention.recurrent_layers": [True, True, True, False, False]}
-    assert memory.context(gguf(listed)) == found
+    assert serving_memory.context(gguf(listed)) == found
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_reckoned_as_llama_server_b11434_says() -> None:
     ],
 )
 def test_cached_values_of_other_architectures(keys: dict[str, Any], values: int) -> None:
-    found = memory.context(gguf(keys))
-    assert found is not None and found.values == memory.TOKENS * values
+    found = serving_memory.context(gguf(keys))
+    assert found is not None and found.values == serving_memory.TOKENS * values
     assert (found.state > 0) == ("ssm.state_size" in keys)
 
 
@@ -142,26 +142,30 @@ GEMMA = {
 
 def test_sliding_windows_cache_only_their_window() -> None:
     """llama.cpp b11434 has one window for each request and a batch of 512, in steps of 256."""
-    full, slid = memory.TOKENS * 10 * 4 * 2 * 512, 50 * 16 * 2 * 256
-    for slots, cells in ((4, 4 * 1024 + 512), (1, 1024 + 512), (64, memory.TOKENS)):
-        found = memory.context(gguf(GEMMA), slots)
+    full, slid = serving_memory.TOKENS * 10 * 4 * 2 * 512, 50 * 16 * 2 * 256
+    for slots, cells in ((4, 4 * 1024 + 512), (1, 1024 + 512), (64, serving_memory.TOKENS)):
+        found = serving_memory.context(gguf(GEMMA), slots)
         assert found is not None and found.values == full + cells * slid
-    odd = memory.context(gguf({**GEMMA, "attention.sliding_window": 1}), 1)
+    odd = serving_memory.context(gguf({**GEMMA, "attention.sliding_window": 1}), 1)
     assert odd is not None and odd.values == full + 768 * slid
 
 
 def test_without_a_list_of_windows_all_tokens_are_reckoned() -> None:
     for change in ({"attention.sliding_window": 0}, {"attention.sliding_window_pattern": 6}):
-        found = memory.context(gguf({**GEMMA, **change}))
+        found = serving_memory.context(gguf({**GEMMA, **change}))
         assert found is not None
-        assert found.values >= memory.TOKENS * 10 * 4 * 2 * 512 + memory.TOKENS * 50 * 16 * 2 * 256
+        assert (
+            found.values
+            >= serving_memory.TOKENS * 10 * 4 * 2 * 512 + serving_memory.TOKENS * 50 * 16 * 2 * 256
+        )
 
 
 def test_blocks_that_share_a_cache_have_none_of_their_own() -> None:
     some, none = (
-        memory.context(gguf({**GEMMA, "attention.shared_kv_layers": count})) for count in (18, 60)
+        serving_memory.context(gguf({**GEMMA, "attention.shared_kv_layers": count}))
+        for count in (18, 60)
     )
-    whole = memory.context(gguf(GEMMA))
+    whole = serving_memory.context(gguf(GEMMA))
     assert some and none and whole
     assert some.values == whole.values * 42 // 60
     assert none.values == 0
@@ -169,13 +173,13 @@ def test_blocks_that_share_a_cache_have_none_of_their_own() -> None:
 
 def test_recurrent_blocks_of_other_kinds_have_a_state() -> None:
     kda = {**MLA, "attention.head_count_kv": [0, 1, 0], "kda.head_dim": 16}
-    found = memory.context(gguf(kda))
+    found = serving_memory.context(gguf(kda))
     assert found is not None
-    assert found.values == memory.TOKENS * 576
+    assert found.values == serving_memory.TOKENS * 576
     assert found.state == 2 * 4 * 8 * 16 * (3 * 3 + 16)
     one = {**HYBRID, "attention.head_count_kv": [0, 0, 0, 2, 2], "feed_forward_length": 9}
     del one["full_attention_interval"]
-    assert memory.context(gguf(one)) == memory.context(gguf(HYBRID))
+    assert serving_memory.context(gguf(one)) == serving_memory.context(gguf(HYBRID))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_recurrent_blocks_of_other_kinds_have_a_state() -> None:
 )
 def test_nothing_is_reckoned_from_metadata_that_does_not_tell(change: dict[str, Any]) -> None:
     keys = {key: value for key, value in {**HYBRID, **change}.items() if value is not None}
-    assert memory.context(gguf(keys)) is None
+    assert serving_memory.context(gguf(keys)) is None
     if "block_count" not in change and "nextn_predict_layers" not in change:
         text = make(result("Q4_0", 2.0, keys=keys))
         assert "Which file" not in text and "reckoned" not in text
@@ -290,7 +294,7 @@ def test_slots_are_those_of_the_measured_options() -> None:
 
 def test_without_drafting_there_are_no_states_to_take_back() -> None:
     drafting, off = result("Q4_0", 1.0), result("Q4_0", 1.0, measurement(0, (9.0, 8.0)))
-    kept = memory.context(drafting.gguf)
+    kept = serving_memory.context(drafting.gguf)
     assert kept is not None
     saved = (choice.needed(drafting) or 0) - (choice.needed(off) or 0)
     assert saved == kept.head_cache + 4 * kept.state

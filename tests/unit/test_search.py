@@ -29,10 +29,10 @@ from mtpforge.quantize.recipe import as_text, by_recipe, head_recipe, read_recip
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
-from mtpforge.search import errors, exchange, found, groups, probes, sensitivity
+from mtpforge.search import errors, found, groups, probes, sensitivity, unit_files
 from mtpforge.search.compared import Compared, Stock, mixture_table
 from mtpforge.search.errors import Errors, TensorError
-from mtpforge.search.exchange import Exchange
+from mtpforge.search.unit_files import UnitFiles
 
 SHAPES = {
     "token_embd.weight": (512, 256),
@@ -267,8 +267,8 @@ class Runs:
         self.depends_on_group = depends_on_group
         self.types: list[set[str]] = []
         monkeypatch.setattr(probes, "_check", lambda search: None)
-        monkeypatch.setattr(Exchange, "write", lambda *_: Exchange(Path("shards"), {}))
-        monkeypatch.setattr(Exchange, "link", self.link)
+        monkeypatch.setattr(UnitFiles, "write", lambda *_: UnitFiles(Path("shards"), {}))
+        monkeypatch.setattr(UnitFiles, "link", self.link)
         monkeypatch.setattr(probes.perplexity, "mean_divergence", self.perplexity)
 
     def link(self, names: list[str], folder: Path) -> Path:
@@ -351,7 +351,7 @@ def test_a_class_that_is_a_whole_layer_is_tried_once(
     ]  # fmt: skip
 
 
-def test_exchanged_shards_are_the_model_with_some_tensors_quantized(tmp_path: Path) -> None:
+def test_linked_units_are_the_model_with_some_tensors_quantized(tmp_path: Path) -> None:
     native.convert(CHECKPOINTS / "tiny-qwen3.5", tmp_path / "in.gguf", "all", "qwen35")
     source = reader.read(tmp_path / "in.gguf")
     llama = LlamaCpp(BIN, threads=1)
@@ -359,9 +359,9 @@ def test_exchanged_shards_are_the_model_with_some_tensors_quantized(tmp_path: Pa
     types = dict.fromkeys(groups.matrices(source), Kind.Q3_K)
     for folder in ("shards", "one", "none"):
         (tmp_path / folder).mkdir()
-    shards = Exchange.write(source, tmp_path / "shards", types, None, llama)
+    shards = UnitFiles.write(source, tmp_path / "shards", types, None, llama)
     written = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
-    assert written < exchange.disk(source, types)
+    assert written < unit_files.disk(source, types)
     asked = {name: info.known_type for name, info in source.tensors.items()}
     asked |= dict.fromkeys(names, Kind.Q3_K)
     run(source, tmp_path / "right.gguf", asked, "Q4_K_M", None, llama)

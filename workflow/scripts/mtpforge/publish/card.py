@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from mtpforge.errors import VerificationError
 from mtpforge.gguf import template_warnings
 from mtpforge.llama_cpp.stamp import Stamp
-from mtpforge.publish import choice, details, memory, tables
+from mtpforge.publish import choice, details, serving_memory, tables
 from mtpforge.publish.card_config import About
+from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences, toolchain
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
-from mtpforge.publish.pages import any_drafts, filled, machine, sentences, toolchain
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving, sets_context
 from mtpforge.search.compared import Compared
@@ -144,10 +144,10 @@ def _head_cost(results: Sequence[Result]) -> str:
     best = choice.recommended(results)
     sidecars = (result for result in results if result.is_sidecar)
     head = best if best and best.drafts else next(sidecars, None)
-    kept = memory.context(best.gguf, choice.slots(best)) if best else None
+    kept = serving_memory.context(best.gguf, choice.slots(best)) if best else None
     if best is None or head is None or kept is None:
         return ""
-    weights = head.report.bytes if head.is_sidecar else memory.head_bytes(head.gguf)
+    weights = head.report.bytes if head.is_sidecar else serving_memory.head_bytes(head.gguf)
     slots, length = choice.slots(best), choice.draft_length(best) or head.gguf.draft_length
     takes = f"The head takes {rounded_size(weights)} of {code(head.name)}"
     if head.is_sidecar:

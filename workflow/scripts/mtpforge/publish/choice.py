@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mtpforge.publish import memory
+from mtpforge.publish import serving_memory
 from mtpforge.publish.result import Result
 
 MEMORIES = (8, 12, 16, 24, 48)
@@ -75,13 +75,13 @@ def needed(result: Result, cache: str = "f16", at_a_time: int | None = None) -> 
     `at_a_time` requests are served instead of as many as the options say.
     """
     count = at_a_time or slots(result)
-    kept = memory.context(result.gguf, count)
+    kept = serving_memory.context(result.gguf, count)
     if kept is None:
         return None
     length = draft_length(result)
     head = kept.head_cache if length else 0
     states = kept.states(count, length)
-    return result.report.bytes + kept.cache(cache) + states + head + memory.BUFFERS
+    return result.report.bytes + kept.cache(cache) + states + head + serving_memory.BUFFERS
 
 
 def draft_length(result: Result) -> int:
@@ -96,7 +96,7 @@ def slots(result: Result) -> int:
     for option, value in zip(result.options, result.options[1:], strict=False):
         if option in _SLOT_OPTIONS and value.isdecimal() and int(value):
             return min(int(value), 1 << 10)
-    return memory.SLOTS
+    return serving_memory.SLOTS
 
 
 def resolve(tag: str, names: Iterable[str]) -> str | None:

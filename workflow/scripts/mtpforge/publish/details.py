@@ -10,8 +10,8 @@ from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.measure.recommendation import pair
 from mtpforge.publish import tables
 from mtpforge.publish.card_config import About
+from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences
 from mtpforge.publish.markdown import code, escape
-from mtpforge.publish.pages import any_drafts, filled, machine, sentences
 from mtpforge.publish.result import Result
 from mtpforge.search.compared import Compared, mixture_table
 

@@ -16,8 +16,8 @@ from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
 from mtpforge.publish.choice import draft_length, needed, recommended, resolve, without_tag
 from mtpforge.publish.markdown import code, shell
-from mtpforge.publish.memory import TOKENS
 from mtpforge.publish.result import Result
+from mtpforge.publish.serving_memory import TOKENS
 
 NO_REPOSITORY = "OWNER/NAME-MTP-GGUF"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement, Other, Run, Total
-from mtpforge.publish import memory
+from mtpforge.publish import serving_memory
 from mtpforge.publish.choice import Choice, labels
 from mtpforge.publish.markdown import code, escape, link
 from mtpforge.publish.result import Result
@@ -173,7 +173,7 @@ FILES: tuple[Column[Result], ...] = (
 
 BY_MEMORY: Column[Choice] = ("memory", lambda choice: escape(choice.memory))
 NEEDED: tuple[Column[Choice], ...] = tuple(
-    (f"needs, {kind} cache", _needed(kind)) for kind in memory.CACHE_TYPES
+    (f"needs, {kind} cache", _needed(kind)) for kind in serving_memory.CACHE_TYPES
 )
 
 DETAILS: tuple[Column[Result], ...] = (

@@ -20,10 +20,10 @@ from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
 from mtpforge.quantize.llama_quantize import checked_rows
-from mtpforge.search import exchange, groups
+from mtpforge.search import groups, unit_files
 from mtpforge.search.errors import check_rows
-from mtpforge.search.exchange import Exchange
 from mtpforge.search.settings import CHUNKS, PROBE, SMALL
+from mtpforge.search.unit_files import UnitFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +133,9 @@ def _results(search: Search, todo: Sequence[Sequence[str]], workers: int) -> Ite
         return
     source = search.source
     types = dict(_probed(source, groups.matrices(source)))
-    _say_before(len(todo), workers, _size(source), exchange.disk(source, types))
+    _say_before(len(todo), workers, _size(source), unit_files.disk(source, types))
     with atomic.scratch_folder(search.kept(["shards", *todo[0]])) as folder:
-        shards = Exchange.write(source, folder, types, search.matrix, search.llama)
+        shards = UnitFiles.write(source, folder, types, search.matrix, search.llama)
         search = replace(search, llama=replace(search.llama, quiet=True))
         if workers == 1:
             yield from map(_try(search, shards), todo)
@@ -155,7 +155,7 @@ def _say_before(runs: int, workers: int, size: int, disk: int) -> None:
     progress.say(f"{runs} runs of {CHUNKS} chunks, {at_a_time}: {needed}")
 
 
-def _try(search: Search, shards: Exchange) -> Callable[[Sequence[str]], None]:
+def _try(search: Search, shards: UnitFiles) -> Callable[[Sequence[str]], None]:
     def measure_one(names: Sequence[str]) -> None:
         with atomic.scratch_folder(search.kept(names)) as folder:
             made = shards.link(names, folder)

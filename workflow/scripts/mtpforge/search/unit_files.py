@@ -23,7 +23,7 @@ MOST = 960
 
 
 @dataclass(frozen=True)
-class Exchange:
+class UnitFiles:
     """Shards of a split GGUF in `folder`. The first one has everything that is in no unit."""
 
     folder: Path
@@ -33,7 +33,7 @@ class Exchange:
     @classmethod
     def write(
         cls, source: Gguf, folder: Path, types: Types, matrix: Path | None, llama: LlamaCpp
-    ) -> "Exchange":
+    ) -> "UnitFiles":
         """Write the units of `source` as they are, and at `types`. Raises ForgeError."""
         units = list(groups.units(source).values())
         if len(units) > MOST:
