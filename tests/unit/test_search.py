@@ -439,7 +439,7 @@ def test_time_left_is_said_once_as_many_runs_have_ended_as_begin_at_a_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """When the first of two ends, the other is nearly done."""
-    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 2)
+    monkeypatch.setattr("mtpforge.processors.available", lambda: 2)
     monkeypatch.setattr(probes.progress.Left, "due", lambda self: True)
     Runs(monkeypatch, depends_on_group=True)
     probes.measure(search(tmp_path, threads=2), "class")
@@ -469,7 +469,7 @@ def test_the_progress_of_one_run_does_not_hide_that_of_all(
 def test_no_more_runs_at_a_time_than_fit_into_the_memory(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mtpforge.llama_cpp.programs.processors", lambda: 64)
+    monkeypatch.setattr("mtpforge.processors.available", lambda: 64)
     monkeypatch.setattr(probes.memory, "usable", lambda: 2 << 30)
     Runs(monkeypatch, depends_on_group=True)
     probes.measure(search(tmp_path, threads=64), "class")
