@@ -86,6 +86,32 @@ def test_the_figure_of_speed() -> None:
     assert "×" not in text and "not steady" in text and "recommended" not in text
 
 
+def with_a_lucky_round() -> Measurement:
+    """Another p_min and another n_max were faster in their one round than the confirmed pair."""
+    found = measured(steady=True)
+    lucky = [replace(total(n_max, 184.0 + n_max, 100.0), repeats=1) for n_max in (6, 8)]
+    return replace(found, by_n_max=(*found.by_n_max, *lucky))
+
+
+def test_the_figures_are_those_of_the_confirmed_pair() -> None:
+    found = with_a_lucky_round()
+    assert summary.speed(found) == "100 → 141"
+    assert found.confirmed is not None and found.confirmed.p_min == 0.75
+    assert replace(found, by_kind=()).confirmed == found.by_n_max[-1]
+    unlucky = replace(found, by_n_max=(*found.by_n_max[:3], *found.by_n_max[4:]))
+    assert figures.drafting([found]).render() == figures.drafting([unlucky]).render()
+
+
+def test_a_search_that_was_cut_short_is_said() -> None:
+    found = replace(measured(steady=True), cut_short=True)
+    assert summary.drafting(found) == "6, p_min 0.75 (search cut short)"
+    assert "search cut short" in words(figures.speed([found]))
+    assert "search cut short" not in words(figures.speed([measured(steady=True)]))
+    assert found.as_json()["cut_short"] and "cut_short" not in measured(steady=True).as_json()
+    unknown = replace(measured(steady=False), cut_short=True)
+    assert summary.drafting(unknown) == "-"
+
+
 def test_the_figure_by_draft_length_leaves_it_out() -> None:
     both = [measured(steady=True), replace(measured(steady=False), file="y.gguf")]
     assert "y" not in words(figures.FIGURES["drafting"](both)).split()

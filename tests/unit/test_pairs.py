@@ -99,6 +99,7 @@ class Simulated(Bench):
         self.cases = Cases([Case("code", "raw", "")], [])
         self.rounds = {}
         self.best = OFF
+        self.cut_short = False
         self.speed, self.load, self.clock = speed, load, 0.0
 
     @property
@@ -167,6 +168,13 @@ def test_the_budget_of_minutes_is_kept() -> None:
     bench = Simulated(FAST["trivial"], lambda _: 1.0, minutes=2)
     assert bench.found().n_max and bench.clock <= 120
     assert len(bench.rounds) > 3
+
+
+def test_a_search_that_its_minutes_cut_short_says_so() -> None:
+    for minutes, is_cut in ((2, True), (60, False)):
+        bench = Simulated(FAST["trivial"], lambda _: 1.0, minutes=minutes)
+        advice = bench.found()
+        assert bench.cut_short == is_cut == ("search cut short by `minutes`" in advice.verdict)
 
 
 def test_no_speedup_is_claimed_if_the_speeds_are_not_steady() -> None:

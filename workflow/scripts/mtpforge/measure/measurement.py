@@ -160,6 +160,8 @@ class Measurement(Record):
     memory_bytes: int | None
     perplexity: float | None
     kl_divergence: KlDivergence | None
+    cut_short: Annotated[bool, Field(exclude_if=lambda cut: not cut)] = False
+    """Whether `minutes` ended the search for the fastest pair early."""
     text: Annotated[Text | None, UNLESS_NONE] = None
     tasks: Annotated[dict[str, Score], Field(exclude_if=lambda scores: not scores)] = field(
         default_factory=dict
@@ -175,6 +177,17 @@ class Measurement(Record):
         """The warm runs of a kind of prompt, in the form that all pairs were measured with."""
         runs = [run for run in self.runs if (run.kind, run.state) == (kind, "warm")]
         return [run for run in runs if run.form == runs[0].form]  # that form is the first
+
+    @property
+    def confirmed(self) -> Total | None:
+        """The total of the pair that took turns with no drafting; None if nothing drafted.
+
+        Another may have been faster in its only round.
+        """
+        pairs = {(each.n_max, each.p_min) for each in self.by_kind}
+        drafting = [total for total in self.by_n_max if total.n_max]
+        own = [total for total in drafting if (total.n_max, total.p_min) in pairs]
+        return max(own or drafting, key=lambda total: total.tokens_per_second, default=None)
 
     def at(self, n_max: int, p_min: float | None = None) -> Total | None:
         """The total of a pair, None if that was not measured. Without p_min: of the fastest."""

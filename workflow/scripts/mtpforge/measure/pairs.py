@@ -2,8 +2,8 @@
 
 A round measures one pair once. First comes a coarse part of the grid, one round each: both ends of
 p_min are in it, because drafts that stop in time (a high p_min) may be longer. Then come the
-neighbours of the fastest, until none is faster. At last those that are nearly as fast run against
-each other: four, then two.
+neighbours of the fastest, until none is faster. At last, if there were six pairs or more, those
+that are nearly as fast run against each other: four, then two, and never more than a third of all.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +47,8 @@ class Search:
         self.measure = measure
         self.may_go_on = may_go_on
         self.speeds: dict[Pair, list[float]] = {}
+        self.cut_short = False
+        """Whether there was no time for all pairs that it would have measured."""
 
     def fastest(self) -> Pair:
         """Find the fastest pair, of those that there was time for."""
@@ -95,6 +97,7 @@ class Search:
         found = False
         for pair in pairs:
             if self.speeds and not self.may_go_on():
+                self.cut_short = True
                 break
             self.speeds.setdefault(pair, []).append(self.measure(pair))
             found = True

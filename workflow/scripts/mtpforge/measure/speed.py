@@ -103,6 +103,7 @@ def measure(
         recommended_n_max=advice.n_max,
         recommended_p_min=advice.p_min,
         verdict=advice.verdict,
+        cut_short=bench.cut_short,
         memory_bytes=max(filter(None, (total.memory_bytes for total in totals)), default=None),
         perplexity=None,
         kl_divergence=None,
@@ -223,6 +224,8 @@ class Bench:
         self.rounds: dict[Pair, list[_Round]] = {}
         self.best = OFF
         """The pair that is compared with no drafting."""
+        self.cut_short = False
+        """Whether the search for it had to end early."""
         self.start = time.monotonic()
 
     @property
@@ -295,7 +298,9 @@ class Bench:
         """The pair to serve with."""
         totals = self.totals()
         best = [total for total in totals[1:] if (total.n_max, total.p_min) == self.best]
-        return recommend(totals, best[0] if best else None, self.waiting())
+        found = recommend(totals, best[0] if best else None, self.waiting())
+        cut = "; search cut short by `minutes`" if self.cut_short else ""
+        return found._replace(verdict=found.verdict + cut)
 
     def waiting(self) -> float | None:
         """Share of the time that threads waited for a processor while comparing the fastest."""
@@ -378,6 +383,7 @@ def _sweep(bench: Bench) -> None:
         may_go_on=lambda: bench.has_time(1 + 2 * left),
     )
     bench.best = search.fastest()
+    bench.cut_short = search.cut_short
     _confirm(bench, left)
     busy = (bench.waiting() or 0) > WAITING
     if not (bench.advice().steady or busy) and bench.has_time(2 * left + 2):

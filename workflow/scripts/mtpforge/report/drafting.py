@@ -83,6 +83,8 @@ def _draw_file(svg: Svg, scale: _Scale, found: Measurement, series: int) -> None
     speeds: dict[int, float] = {}
     for total in found.by_n_max:
         speeds[total.n_max] = max(total.tokens_per_second, speeds.get(total.n_max, 0.0))
+    if found.confirmed:  # another p_min may have been faster in its only round
+        speeds[found.confirmed.n_max] = found.confirmed.tokens_per_second
     points: dict[int, Point] = {
         n_max: (scale.across(n_max), scale.down(speed)) for n_max, speed in speeds.items()
     }

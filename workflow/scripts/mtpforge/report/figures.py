@@ -100,7 +100,8 @@ def _advice(found: Measurement) -> str:
     if n_max is None or p_min is None:
         return found.verdict
     advice = pair(n_max, p_min) if n_max else "no drafting"
-    return f"recommended: {advice} ({found.verdict.split(':')[0]})"
+    cut = "; search cut short" if found.cut_short else ""
+    return f"recommended: {advice} ({found.verdict.split(':')[0]}{cut})"
 
 
 def _label(total: Total) -> str:

@@ -92,14 +92,15 @@ def drafting(measured: Measurement) -> str:
     if measured.recommended_n_max is None:
         return "-"
     stop = f", p_min {measured.recommended_p_min:g}" if measured.recommended_p_min else ""
-    return f"{measured.recommended_n_max or 'off'}{stop}"
+    cut = " (search cut short)" if measured.cut_short else ""
+    return f"{measured.recommended_n_max or 'off'}{stop}{cut}"
 
 
 def speed(measured: Measurement) -> str:
-    """Tokens per second without drafting and with the fastest pair, even if that is slower."""
+    """Tokens per second without drafting and with the confirmed pair, even if that is slower."""
     if not measured.by_n_max:
         return "not run"
     if not measured.steady:
         return "not steady"
-    off, *drafting = [total.tokens_per_second for total in measured.by_n_max]
-    return f"{off:.0f} → {max(drafting):.0f}" if drafting else f"{off:.0f}"
+    speeds = [measured.by_n_max[0], *filter(None, [measured.confirmed])]
+    return " → ".join(f"{total.tokens_per_second:.0f}" for total in speeds)
