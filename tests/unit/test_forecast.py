@@ -397,6 +397,28 @@ def test_snakemake_says_what_reruns() -> None:
     }  # fmt: skip
 
 
+def test_a_repository_that_is_listed_anew_hides_no_step() -> None:
+    """A second model of a repository: Snakemake stops at its list, and calls the rest current."""
+    rows = [
+        "resources/hub/o/n/files.json\tnow\tresolve\t-\tparams changed\tupdate pending",
+        "resources/hub/o/n/records/a.json\t-\tfetch\t-\tmissing\tno update",
+        "results/new/M-Q4_K_M.gguf\t-\tverify\t-\tmissing\tno update",
+        "results/new/work/convert/head.gguf\t-\tconvert\t-\tremoved temp file\tno update",
+        "results/new/work/recipes/a.yaml\t-\trecipe\t-\tok\tno update",
+        "results/old/M-Q4_K_M.gguf\tnow\tverify\t-\tok\tno update",
+        "results/old/work/convert/all.gguf\t-\tconvert\t-\tremoved temp file\tno update",
+    ]
+    header = SUMMARY.splitlines()[0]
+    assert reruns.parsed("\n".join([header, *rows])) == {
+        "resources/hub/o/n/files.json": "settings or code changed",
+        "results/new/work/recipes/a.yaml": None,
+        "results/old/M-Q4_K_M.gguf": None,
+        "results/old/work/convert/all.gguf": None,
+    }
+    finished = reruns.parsed("\n".join([header, *rows[:2], *rows[5:]]))
+    assert finished["resources/hub/o/n/records/a.json"] is None
+
+
 def test_why_snakemake_has_no_answer_is_said() -> None:
     said = "Using profile.\nMissing input files for rule x:\n    output: y\n    envs/z\n"
     assert reruns.reason(said) == "Missing input files for rule x: output: y envs/z"

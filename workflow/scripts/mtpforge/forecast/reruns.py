@@ -23,6 +23,7 @@ _REASONS = {
     "rule implementation changed": "rule changed",
 }
 """Snakemake's state of a file that will be made, in short."""
+_ELSEWHERE = "resources"
 
 Reruns = dict[str, str | None]
 """Why each file of the graph will be made; None: it stays as it is."""
@@ -51,13 +52,34 @@ def _answer(child: "subprocess.Popen[str]") -> Reruns:
 
 
 def parsed(summary: str) -> Reruns:
-    """The table that `snakemake --summary` prints."""
-    header, *rows = [line.split("\t") for line in summary.splitlines() if "\t" in line]
-    state, pending = header.index("status"), header.index("plan")
-    return {
-        row[0]: _REASONS.get(row[state], row[state]) if row[pending] == _PENDING else None
+    """The table that `snakemake --summary` prints.
+
+    If a repository must be listed anew, Snakemake's answer ends there, and it calls all else up to
+    date. Then it says nothing of what is missing, if one of the models is not finished.
+    """
+    header, *lines = [line.split("\t") for line in summary.splitlines() if "\t" in line]
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    found = {
+        row["output_file"]: _REASONS.get(row["status"], row["status"])
+        if row["plan"] == _PENDING
+        else None
         for row in rows
     }
+    if not any(row["rule"] == "resolve" and found[row["output_file"]] for row in rows):
+        return found
+    missing = [row for row in rows if _REASONS.get(row["status"]) == "missing"]
+    unfinished = {_place(row["output_file"]) for row in missing if row["rule"] == "verify"}
+    for row in missing:
+        path = row["output_file"]
+        if not found[path] and unfinished and _place(path) in {*unfinished, _ELSEWHERE}:
+            del found[path]
+    return found
+
+
+def _place(path: str) -> str:
+    """The folder of a model's results."""
+    first, _, rest = path.partition("/")
+    return f"{first}/{rest.partition('/')[0]}" if first == "results" else _ELSEWHERE
 
 
 def reason(said: str) -> str:
