@@ -47,21 +47,24 @@ all: setup ## build everything in config.yaml (the default); CORES=N sets the nu
 
 # $(call given,OPTION,VARIABLE) passes a variable on if it is set.
 given = $(if $($(2)),$(1) "$($(2))")
+# $(call required,VARIABLES,EXAMPLE) stops at a variable that is not set.
+required = $(foreach name,$(1),$(if $($(name)),,echo "error: $(name) is missing, as in: $(2)" >&2; exit 2;))
 OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given,--publish,PUBLISH) \
 	$(call given,--tokenizer-pre,TOKENIZER_PRE) $(call given,--model,MODEL) \
 	$(if $(filter 1,$(MEASURE)),--measure) $(if $(filter 1,$(YES)),--yes) --cores $(CORES)
 
 quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [YES=1]
-	@$(if $(and $(REPO),$(TYPE)),,echo "error: make quant REPO=OWNER/NAME TYPE=IQ4_XS" >&2; exit 2)
+	@$(call required,REPO TYPE,make quant REPO=OWNER/NAME TYPE=IQ4_XS)
 	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --type "$(TYPE)" $(OPTIONS) --build
 
 inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [REPLACE=1] [YES=1]
-	@$(if $(and $(BASE),$(SOURCE)),,echo "error: make inject BASE=FILE.gguf SOURCE=OWNER/NAME" >&2; exit 2)
+	@$(call required,BASE SOURCE,make inject BASE=FILE.gguf SOURCE=OWNER/NAME)
 	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(if $(filter 1,$(REPLACE)),--replace-head) $(OPTIONS) --build
 
-add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=desk|publisher] [PUBLISH=YOU/NAME]
-	@$(if $(REPO),,echo "error: make add REPO=OWNER/NAME" >&2; exit 2)
-	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --preset "$(or $(PRESET),desk)" $(OPTIONS) --write
+add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=desk|publisher] [TYPES="Q6_K Q4_K_M"] [PUBLISH=YOU/NAME] [MEASURE=1]
+	@$(call required,REPO,make add REPO=OWNER/NAME)
+	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --preset "$(or $(PRESET),desk)" \
+		$(if $(TYPES),--types $(foreach type,$(TYPES),"$(type)")) $(OPTIONS) --write
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \

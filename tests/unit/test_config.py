@@ -49,7 +49,7 @@ def test_the_configuration_of_the_repository_is_valid() -> None:
     assert len(build.files()) == 12
     assert "results/tiny-qwen3.5/tiny-qwen3.5-Q4_K_M-auto.gguf" in build.files()
     others = build.config.models.keys() - {model.key for model in build.config.chosen}
-    assert {"qwen3.5-4b", "qwen3.5-35b-a3b"} <= others
+    assert {"example-qwen3.5-4b", "example-qwen3.5-35b-a3b"} <= others
 
 
 def test_the_schema_for_editors_is_current() -> None:

@@ -134,6 +134,15 @@ def test_presets_are_valid_entries(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert helped == (set(made) - {"BF16", "Q8_0"} if name == "publisher" else set())
 
 
+def test_some_types_of_a_preset_are_as_in_the_whole() -> None:
+    whole = presets.preset("publisher")
+    assert presets.preset("publisher", only=["iq4_xs", "Q8_0"]) == {
+        name: whole[name] for name in ("Q8_0", "IQ4_XS")
+    }
+    with pytest.raises(ConfigError, match=r"publisher has no Q4_K; did you mean .*: it has BF16, "):
+        presets.preset("publisher", only=["Q4_K"])
+
+
 def test_a_single_type_has_the_matrix_that_it_needs() -> None:
     assert presets.single("IQ4_XS") == {"IQ4_XS": {}}
     assert presets.single("IQ2_M") == {"IQ2_M": {"imatrix": {"text": presets.CALIBRATION}}}
@@ -261,6 +270,13 @@ def test_a_name_that_is_taken_gets_the_owners(here: Path) -> None:
     Path("config.yaml").write_text("models: {name: {}, else-name: {}, owner-name: {}}\n")
     with pytest.raises(ConfigError, match=r"another model name: choose a name, with MODEL=NAME"):
         add._free_key(other)
+
+
+def test_a_name_that_is_asked_for_must_be_free(here: Path) -> None:
+    Path("config.yaml").write_text("models: {mine: {}}\n")
+    assert add._free_key(entry(), "other") == "other"
+    with pytest.raises(ConfigError, match="has a model mine already: choose another MODEL"):
+        add._free_key(entry(), "mine")
 
 
 # ── reading them ──

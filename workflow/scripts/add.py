@@ -5,6 +5,7 @@ refused, before any weights are downloaded. Without --write or --build it is onl
 
 example: add.py Qwen/Qwen3.5-4B
          add.py Qwen/Qwen3.5-4B --preset publisher --publish YOU/Qwen3.5-4B-MTP-GGUF --write
+         add.py Qwen/Qwen3.5-4B --preset publisher --types Q6_K Q4_K_M IQ4_XS --measure --write
          add.py Qwen/Qwen3.5-4B --type IQ4_XS --build
          add.py Qwen/Qwen3.5-4B --base OWNER/NAME:FILE.gguf --build
 """
@@ -29,6 +30,7 @@ from mtpforge.llama_cpp.toolchain import cached
 from mtpforge.rules import entry_files
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Config, read_file
+from mtpforge.rules.fields import DEFAULT
 
 CONFIG = Path("config.yaml")
 PROGRAMS = Path("resources/toolchain/stamp.json")
@@ -42,16 +44,25 @@ def main() -> None:
     if not (args.write or args.build):
         print(files.as_text(entry), end="")
         return
-    entry.key = args.model or _free_key(entry)
+    entry.key = _free_key(entry, args.model)
     with files.written(entry) as path:
         config = _check()
         _announce(entry, path)
         print(*_in_lines(_forecast(entry.key), _first(config)), sep="\n", flush=True)
         if args.write:
-            print(f"wrote {path}: `make` builds it")
+            print(f"wrote {path}")
+            print(f"next   {_next(entry)}")
             return
         _ask(args.yes)
         _build(entry.key, args.cores)
+
+
+def _next(entry: Entry) -> str:
+    """What to do with a written entry."""
+    forecast = f"`make plan MODELS={entry.key}` forecasts it in full"
+    if "publish" not in entry.settings:
+        return f"{forecast}; `make` builds it"
+    return f"{forecast}; `make publish DRY_RUN=1` builds it and lists the upload"
 
 
 def _build(key: str, cores: str) -> NoReturn:
@@ -70,6 +81,7 @@ def _arguments() -> Namespace:
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--preset", choices=PRESETS, default="basic", help="default: %(default)s")
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="only these of the preset")
     what.add_argument("--type", help="make this type only, such as IQ4_XS")
     what.add_argument(
         "--base", metavar="GGUF",
@@ -84,12 +96,15 @@ def _arguments() -> Namespace:
         "--imatrix", metavar="TEXT",
         help="text for the importance matrix (default: an embedded one, where it is needed)",
     )  # fmt: skip
-    parser.add_argument("--measure", action="store_true", help="measure speed and acceptance too")
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="measure speed and acceptance, with the publisher's preset also KL divergence",
+    )  # fmt: skip
     parser.add_argument("--publish", metavar="OWNER/NAME", help="repository to upload it to")
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="as in config.yaml")
     parser.add_argument(
         "--model", metavar="KEY", type=proposal.plain_key,
-        help="key of the model (default: its name)",
+        help="key of the model (default: its name, or that of the repository to upload it to)",
     )  # fmt: skip
     then = parser.add_mutually_exclusive_group()
     then.add_argument("--write", action="store_true", help="write config.d/KEY.yaml")
@@ -106,10 +121,13 @@ def _entry(args: Namespace) -> Entry:
     if args.tokenizer_pre:
         options["tokenizer_pre"] = args.tokenizer_pre
     if args.measure:
-        options["measure"] = {}
+        options["measure"] = {"text": DEFAULT} if args.preset == "publisher" else {}
     if args.publish:
         options["publish"] = {"repo": address.repository(args.publish).repo}
     entry = source.entry(_variants(args, source), options)
+    if args.publish:  # an entry of its own: all its variants are uploaded
+        entry.key = proposal.plain_key(options["publish"]["repo"].partition("/")[2])
+        return entry
     if args.base:
         entry.key += "-injected"  # beside quantized variants the whole checkpoint would be fetched
         entry.about = "The base, with the head of the source; nothing else is fetched"
@@ -131,16 +149,21 @@ def _variants(args: Namespace, source: Source) -> Variants:
     elif source.packed:
         variants = {"NVFP4": {}}
     else:
-        variants = presets.preset(args.preset, args.imatrix or presets.CALIBRATION)
+        text = args.imatrix or presets.CALIBRATION
+        variants = presets.preset(args.preset, text, args.types)
     if args.head:
         head = "none" if args.head.lower() == "none" else args.head.upper()
         variants = {name: {**each, "head": head} for name, each in variants.items()}
     return variants
 
 
-def _free_key(entry: Entry) -> str:
+def _free_key(entry: Entry, wanted: str | None = None) -> str:
     """The key of the entry: with the owner's name if another model has it. Raises ConfigError."""
     taken = (read_file(CONFIG) if CONFIG.exists() else {}).get("models") or {}
+    if wanted:
+        if wanted in taken:
+            raise ConfigError(f"{CONFIG} has a model {wanted} already: choose another MODEL")
+        return wanted
     owner = str(entry.settings["source"].get("repo", "local")).partition("/")[0].lower()
     for key in (entry.key, f"{owner}-{entry.key}"):
         if key not in taken and not _is_another(key, entry):
@@ -193,7 +216,7 @@ def _first(config: Config) -> str:
     """The compilation of llama.cpp, if it comes first."""
     given = config.toolchain.llama_cpp
     there = PROGRAMS.exists() or given.bin_dir or cached(REQUIREMENT, given.cuda)
-    return "" if there else ", after llama.cpp is built (some 6 minutes)"
+    return "" if there else ", after llama.cpp is built (some 5 minutes)"
 
 
 def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
@@ -201,9 +224,10 @@ def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
     fetch, disk, peak, free = (table.size(plan[key]) for key in ("fetch", "disk", "peak", "free"))
     if plan["fetch"] and plan["fetch_seconds"] is not None:
         fetch += f", about {table.duration(plan['fetch_seconds'])}"
+    more = f", at most {peak} while it runs" if peak != disk else ""
     lines = [
         f"fetch  {fetch}",
-        f"disk   {disk}, at most {peak} while it runs; {free} are free",
+        f"disk   {disk}{more}; {free} are free",
         f"time   about {table.duration(plan['seconds'])} on an idle machine{first}",
         *plan["notes"],
     ]

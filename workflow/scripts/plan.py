@@ -200,10 +200,9 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
     lines = [
-        f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, "
-        f"{table.size(about['disk'])} of disk (peak {table.size(about['peak'])} of "
-        f"{table.size(about['free'])} free), about {table.duration(about['seconds'])} on an idle "
-        "machine, without fetching"
+        f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, then about "
+        f"{table.duration(about['seconds'])} on an idle machine; {table.size(about['disk'])} of disk, "
+        f"at most {table.size(about['peak'])} while it runs, {table.size(about['free'])} are free"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
     if about["peak"] > about["free"]:

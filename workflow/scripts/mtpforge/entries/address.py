@@ -52,7 +52,10 @@ def gguf(text: str) -> Address | Path:
         raise ConfigError(f"{text[:200]}: no such file{close(path.name, (f.name for f in found))}")
     address = repository(text)
     if address.file is None:
-        raise ConfigError(f"{text[:200]!r} names no file: write OWNER/NAME:FILE.gguf")
+        raise ConfigError(
+            f"{text[:200]!r} names no file: write OWNER/NAME:FILE.gguf, or "
+            "OWNER/NAME:TYPE, such as OWNER/NAME:Q4_K_M"
+        )
     return address
 
 

@@ -86,7 +86,7 @@ def _combined(path: Path, has: Any, entry: Entry) -> dict[str, Any]:
             if (theirs[key] or {}) != ours[key]:
                 raise ConfigError(
                     f"{path}: {at}{key} is {flow(theirs[key])} there, not {flow(ours[key])}: "
-                    "change it, or choose another name for this model (MODEL=NAME)"
+                    "change it, or keep both, this one under another name: MODEL=NAME"
                 )
     return {**entry.settings, **has, "variants": {**entry.variants, **has["variants"]}}
 

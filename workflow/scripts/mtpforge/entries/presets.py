@@ -1,8 +1,11 @@
 """Lists of variants to choose by a word, each with what it is quantized with."""
 
+from collections.abc import Collection
 from typing import Any
 
+from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.suggest import close
 
 Variants = dict[str, dict[str, Any]]
 
@@ -27,8 +30,11 @@ _LARGER = {"Q6_K_L": "Q6_K", "Q5_K_L": "Q5_K_M", "Q4_K_L": "Q4_K_M", "Q2_K_L": "
 _NEED_NO_IMATRIX = ("Q8_0", *quant_types.UNQUANTIZED, *quant_types.PACKED)
 
 
-def preset(name: str, text: str = CALIBRATION) -> Variants:
-    """The variants of a preset; a publisher's have an importance matrix, computed from `text`."""
+def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = None) -> Variants:
+    """The variants of a preset; a publisher's have an importance matrix, computed from `text`.
+
+    `only` names those that are wanted. Raises ConfigError if the preset does not have one.
+    """
     variants: Variants = {kind: {} for kind in PRESETS[name]}
     if name == "publisher":
         variants |= {
@@ -38,7 +44,14 @@ def preset(name: str, text: str = CALIBRATION) -> Variants:
         for kind, settings in variants.items():
             if kind not in _NEED_NO_IMATRIX:
                 settings["imatrix"] = {"text": text}
-    return variants
+    wanted = [kind.upper() for kind in only or variants]
+    for kind in wanted:
+        if kind not in variants:
+            meant = close(kind, variants)
+            raise ConfigError(
+                f"the preset {name} has no {kind}{meant}: it has {', '.join(variants)}"
+            )
+    return {kind: variants[kind] for kind in variants if kind in wanted}
 
 
 def single(kind: str, text: str | None = None) -> Variants:

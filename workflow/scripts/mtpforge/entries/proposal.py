@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mtpforge import table
 from mtpforge.checkpoint import nvfp4
 from mtpforge.checkpoint.checkpoint import Checkpoint, Outline, folder_name
 from mtpforge.checkpoint.model_files import head_names
@@ -85,10 +86,10 @@ class Source:
     def about(self) -> str:
         """How much there is to download, and how much of that is the head."""
         size = sum(each.size for each in convertible.head_tensors(self.outline, self.converter))
-        about = f"{size / 1e9:.2f} GB of it the head{convertible.undrafted(self.outline)}"
+        about = f"{table.rounded_size(size)} of it the head{convertible.undrafted(self.outline)}"
         if not size:
             about = self._headless()
-        return f"{self.download / 1e9:.1f} GB to download, {about}"
+        return f"{table.rounded_size(self.download)} to download, {about}"
 
     def _headless(self) -> str:
         """That there is no head, and where one may be."""
