@@ -113,5 +113,5 @@ def test_the_rule_prints_what_the_program_prints(repository: Repository) -> None
 
 def timeless(text: str) -> str:
     """Without times and free space, and the widths of columns that follow from them."""
-    text = re.sub(r"[\d.]+ min \d+ s|[\d.]+ s\b|of [\d.]+ GB free", "", text)
+    text = re.sub(r"[\d.]+ min \d+ s|[\d.]+ s\b|[\d.]+ GB are free", "", text)
     return re.sub("[ :-]+", " ", text)

@@ -201,7 +201,7 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
     lines = [
         f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, then about "
-        f"{table.duration(about['seconds'])} on an idle machine; {table.size(about['disk'])} of disk, "
+        f"{table.duration(about['seconds'])} on an idle machine; disk {table.size(about['disk'])}, "
         f"at most {table.size(about['peak'])} while it runs, {table.size(about['free'])} are free"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     ]
