@@ -61,6 +61,11 @@ wildcard_constraints:
 
 onstart:
     snakemake_lock.end_on_signals()  # Snakemake's scheduler has just set its own
+    if any(job.rule.name == "publish" for job in workflow.dag.jobs):
+        try:
+            build.publish.check_access()
+        except ForgeError as error:
+            raise WorkflowError(str(error)) from None
 
 
 onsuccess:

@@ -73,6 +73,10 @@ class Hub(ThreadingHTTPServer):
         """Repositories that need a token."""
         self.closed: set[str] = set()
         """Repositories that do not accept the token either."""
+        self.user: dict[str, object] = {"name": "Owner"}
+        """Whose the token is, as `whoami` tells it."""
+        self.foreign: set[str] = set()
+        """Repositories that the token may not write to."""
         self.rejects_tokens = False
         """Whether every token is a revoked one."""
         self.renamed: dict[str, str] = {}
@@ -296,7 +300,13 @@ class _Handler(_Answering):
         self.hub.requests.append(f"{self.command} {path}")
         if self.is_elsewhere(path):
             return None
+        if path == "/api/whoami-v2":
+            return self.say(self.hub.user, 200 if self.headers.get("Authorization") else 401)
         for name, folder in self.hub.repositories.items():
+            if path == f"/api/models/{name}/auth-check/write":
+                token = self.headers.get("Authorization")
+                status = 403 if name in self.hub.foreign else 200
+                return self.answer(b"", "text/plain", status if token else 401)
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
                 asked = (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}")
                 if path in asked and not self.is_hidden(name):
@@ -478,7 +488,12 @@ class _Handler(_Answering):
                     }
                 entry["blobId"] = "0" * 40 if is_large(path) else self.hub.digest(path)
                 siblings.append(entry)
-        known = {"private": False, "downloads": 0, "tags": [], "siblings": siblings}
+        known = {
+            "private": name in self.hub.private,
+            "downloads": 0,
+            "tags": [],
+            "siblings": siblings,
+        }
         self.answer(
             json.dumps({"id": name, "modelId": name, "sha": commit, **known}).encode(),
             "application/json",

@@ -22,7 +22,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.hub import retry
 from mtpforge.io.ranges import digest_of
-from mtpforge.publish import receipts, sums, upload
+from mtpforge.publish import access, receipts, sums, upload
 from mtpforge.publish.sums import Sums
 from mtpforge.verify import published
 from mtpforge.verify.report import Report, Shard
@@ -50,6 +50,8 @@ def hub(running: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     for seen in (running.requests, running.commits):
         seen.clear()
     running.private.clear()
+    running.foreign.clear()
+    running.user = {"name": "Owner"}
     return running
 
 
@@ -182,6 +184,77 @@ def test_a_revoked_token_is_told_from_a_missing_one(
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
     monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: None)
     assert "access denied: set HF_TOKEN" in refused(folder)
+
+
+# ── before a build, and in a dry run ──
+
+
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("utils._headers", "utils._auth"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.get_token", lambda: None)
+    monkeypatch.setattr(access, "get_token", lambda: None)
+
+
+def refused_before(repo: str = REPO) -> str:
+    with pytest.raises(UploadError) as error:
+        access.check(repo)
+    return str(error.value).removeprefix(f"{repo}: ")
+
+
+def test_a_token_that_may_write_is_enough(hub: Hub, folder: Path) -> None:
+    assert access.check(REPO) == ""  # it need not exist
+    hub.repositories[REPO] = folder
+    assert access.check(REPO) == ""
+    assert access.check("owner/other") == ""  # the Hub ignores case
+    hub.user = {"name": "me", "orgs": [{"name": "Owner", "roleInOrg": "write"}]}
+    assert access.check("Owner/other") == ""
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_no_token_is_refused_before_the_build(
+    hub: Hub, folder: Path, no_token: None, exists: bool
+) -> None:
+    hub.repositories |= {REPO: folder} if exists else {}
+    assert refused_before().startswith("there is no token: set HF_TOKEN")
+
+
+def test_the_repository_of_somebody_else_is_refused_before_the_build(
+    hub: Hub, folder: Path
+) -> None:
+    hub.user = {"name": "me", "orgs": [{"name": "Owner", "roleInOrg": "read"}]}
+    assert "is that of me, who cannot create repositories of Owner" in refused_before()
+    hub.repositories[REPO], hub.foreign = folder, {REPO}
+    assert refused_before().startswith("your token may not write there")
+
+
+def test_a_token_that_cannot_write_is_refused_before_the_build(hub: Hub) -> None:
+    hub.user = {"name": "Owner", "auth": {"accessToken": {"role": "read"}}}
+    assert refused_before().startswith("your token can only read")
+    hub.rejects_tokens = True
+    assert refused_before().startswith("your token was rejected")
+
+
+def test_without_a_network_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert "refused" in access.check(REPO)
+
+
+def test_a_plan_says_what_is_private(hub: Hub, folder: Path) -> None:
+    """As it is on the Hub, whatever the configuration says, or as it will be."""
+    sums.write_sums(folder / "SHA256SUMS", files(folder, *NAMES))
+    plan = upload.compare(folder, REPO, private=True)
+    assert plan.preview == f"`make publish` would create {REPO} (private), and upload 3 files"
+    upload.upload(upload.compare(folder, REPO, private=False))
+    plan = upload.compare(folder, REPO, private=True)
+    assert plan.preview == f"{REPO} (public) has all files already"
+    write(folder, NAMES[0], b"new")
+    sums.write_sums(folder / "SHA256SUMS", files(folder, *NAMES))
+    plan = upload.compare(folder, REPO, private=True)
+    assert plan.preview == f"`make publish` would upload 2 files to {REPO} (public)"
+    assert len(upload.everything(folder, REPO).missing) == 3
 
 
 # ── one loop of retries ──
@@ -354,13 +427,13 @@ def test_the_rest_follows_without_the_file_unless_the_hub_lost_it(
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     listed = sums.collect(folder, [folder / "reports/a-Q4_0.json"], [folder / "README.md"])
     sums.write_sums(folder / "SHA256SUMS", listed)
-    plan = upload.compare(folder, REPO)
+    plan = upload.compare(folder, REPO, private=True)
     small = ["README.md", "SHA256SUMS", "reports/a-Q4_0.json"]
     assert sorted(name for name, _ in plan.missing) == small
-    upload.upload(plan, private=True)
+    upload.upload(plan)
     assert hub.commits == [[path.name], small]
-    assert upload.compare(folder, REPO).missing == []
+    assert upload.compare(folder, REPO, private=True).missing == []
     (hub.repositories[REPO] / path.name).unlink()
     receipt = re.escape(str(receipts.path_of(path)))  # alone: other files are still there
     with pytest.raises(UploadError, match=f"not there any more, nor here: delete {receipt} and"):
-        upload.compare(folder, REPO)
+        upload.compare(folder, REPO, private=True)

@@ -56,7 +56,7 @@ STAGES = {
     "provenance": ".*: state the provenance",
     "card": ".*: write the model card",
     "summary": "summarize",
-    "sums": ".*: list all published files",
+    "sums": ".*: write SHA256SUMS",
     "publish": "upload",
 }
 SHORT = ("graph", "convert", "quantize", "verify")

@@ -75,10 +75,11 @@ def publish(copy: Repository, hub: Hub, *arguments: str) -> str:
 
 
 def upload(
-    folder: Path, repo: str, variables: dict[str, str], visibility: str = "--private"
+    folder: Path, repo: str, variables: dict[str, str], *options: str
 ) -> "subprocess.CompletedProcess[str]":
     """Run publish.py."""
-    command = [sys.executable, SCRIPTS / "publish.py", visibility, folder, repo]
+    options = options or ("--private",)
+    command = [sys.executable, SCRIPTS / "publish.py", *options, folder, repo]
     return subprocess.run(command, env=variables, capture_output=True, text=True)
 
 
@@ -109,13 +110,48 @@ def test_dry_run_only_lists_files(repository: Repository, hub: Hub) -> None:
     for name in PUBLISHED:
         size = (repository.path / "results" / MODEL / name).stat().st_size
         assert f"{size:>15,}  {name}\n" in output
+    last = f"`make publish` would create {TARGET} (private), and upload {len(PUBLISHED)} files"
+    assert f"dry run: nothing was uploaded; {last}\n" in output
+    assert "start  upload" not in output
     assert hub.repositories == {}
     assert hub.commits == []
     assert not hub.received
 
 
+def test_a_dry_run_works_without_a_network(repository: Repository, tmp_path: Path) -> None:
+    with serve({}) as gone:
+        variables = {**os.environ, **environment(gone, tmp_path / "home")}
+    done = upload(repository.path / "results" / MODEL, TARGET, variables, "--dry-run", "--private")
+    assert done.returncode == 0, done.stderr
+    assert f"{TARGET}: {len(PUBLISHED)} files to upload" in done.stdout
+    assert "dry run: nothing was uploaded; not checked with the Hub: " in done.stdout
+
+
+def test_a_dry_run_fails_if_the_hub_would_refuse(
+    repository: Repository, hub: Hub, tmp_path: Path
+) -> None:
+    variables = {**os.environ, **environment(hub, tmp_path / "home"), "HF_TOKEN": ""}
+    done = upload(repository.path / "results" / MODEL, TARGET, variables, "--dry-run", "--private")
+    assert done.returncode == 1 and "files to upload" in done.stdout
+    assert f"error: {TARGET}: there is no token: set HF_TOKEN" in done.stderr
+
+
+def test_nothing_is_built_for_an_upload_that_the_hub_would_refuse(
+    repository: Repository, hub: Hub
+) -> None:
+    set_model(repository, variants={"BF16": {}, "Q4_0": {}}, publish={"repo": "Other/name"})
+    done = repository.snakemake(target="publish", **environment(hub, repository.path / "home"))
+    set_model(repository)
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert "error: Other/name: your token is that of Owner, who cannot create" in output
+    assert " start " not in output
+
+
 def test_first_run_uploads_everything(repository: Repository, hub: Hub) -> None:
-    publish(repository, hub)
+    output = publish(repository, hub)
+    page = f"{hub.endpoint}/{TARGET}"
+    assert f"{TARGET} (private): uploaded {len(PUBLISHED)} files: {page}\n" in output
     assert hub.private == {TARGET}
     assert hub.commits == [PUBLISHED]
     published = content(repository.path / "results" / MODEL)
@@ -217,7 +253,7 @@ def test_interrupted_upload_continues(repository: Repository, tmp_path: Path) ->
         (uploaded,) = (path.name for path in objects.iterdir())
         assert hub.commits == []
         hub.received.clear()
-        done = upload(results, TARGET, variables, visibility="--public")
+        done = upload(results, TARGET, variables, "--public")
         assert done.returncode == 0, done.stderr
         assert uploaded not in hub.received
         assert len(hub.received) == 1
@@ -308,12 +344,12 @@ def test_statement_is_valid_in_toto_and_slsa(statement: str) -> None:
 
 def test_model_that_fails_verification_is_not_uploaded(repository: Repository, hub: Hub) -> None:
     set_model(repository, min_acceptance=1.0)
-    requests = len(hub.requests)
+    sent = [line for line in hub.requests if line.startswith("POST ")]
     commits = len(hub.commits)
     done = repository.snakemake(target="publish", **environment(hub, repository.path / "home"))
     assert done.returncode == 1
     assert "drafts accepted, fewer than 100%" in done.stdout + done.stderr
-    assert len(hub.requests) == requests
+    assert [line for line in hub.requests if line.startswith("POST ")] == sent
     assert len(hub.commits) == commits
 
 

@@ -185,7 +185,7 @@ rule sums:
     params:
         code=digest("sums.py"),
     message:
-        "{wildcards.model}: list all published files"
+        "{wildcards.model}: write SHA256SUMS"
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
         " --others {input.pages:q} {input.pictures:q} {input.statements:q} {input.measurements:q}"
@@ -207,6 +207,6 @@ rule publish:
         code=digest("publish.py"),
         targets=build.publish.upload_options,
     message:
-        "upload"
+        build.publish.task
     shell:
         "python {input.code[0]:q} {params.targets} 2>&1 | tee {log:q}"

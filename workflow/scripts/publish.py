@@ -10,8 +10,10 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 from pathlib import Path
 
 from mtpforge import cli, errors
-from mtpforge.publish import bucket, upload
+from mtpforge.publish import access, bucket, upload
 from mtpforge.s3.address import Address
+
+DRY_RUN = "dry run: nothing was uploaded"
 
 
 def main() -> None:
@@ -42,16 +44,43 @@ def main() -> None:
             "nothing to upload: set `publish: {repo: OWNER/NAME-MTP-GGUF}` on a model under `build`"
         )
     for folder, repo, private in targets:
-        plan = upload.compare(Path(folder), repo)
+        if args.dry_run:
+            preview(Path(folder), repo, private)
+            continue
+        plan = upload.compare(Path(folder), repo, private)
         plan.show()
-        if plan.missing and not args.dry_run:
-            print(f"{repo}: {upload.upload(plan, private)}")
+        if plan.missing:
+            upload.upload(plan)
+        done(plan, f": {upload.address(repo)}")
     for folder, url in args.s3:
         plan = bucket.compare(Path(folder), Address.parse(url))
         plan.show()
-        if plan.missing and not args.dry_run:
+        if args.dry_run:
+            print(f"{DRY_RUN}; {plan.preview}")
+            continue
+        if plan.missing:
             bucket.upload(plan)
-            print(f"{url}: uploaded {len(plan.missing)} files")
+        done(plan)
+
+
+def preview(folder: Path, repo: str, private: bool) -> None:
+    """List what would be uploaded. Raises ForgeError, also if the Hub would refuse it."""
+    refused, unasked = None, ""
+    try:
+        unasked = access.check(repo)
+    except errors.UploadError as error:
+        refused = error
+    plan = upload.everything(folder, repo) if unasked else upload.compare(folder, repo, private)
+    plan.show()
+    if refused:
+        raise refused
+    print(f"{DRY_RUN}; " + (f"not checked with the Hub: {unasked}" if unasked else plan.preview))
+
+
+def done(plan: upload.UploadPlan, where: str = "") -> None:
+    """Say what was uploaded, who can see it, and where."""
+    what = f"uploaded {upload.count(plan.missing)}" if plan.missing else "has all files already"
+    print(f"{plan.place}: {what}{where}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ streams the files, and keeps what an interrupted upload has sent.
 import glob
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from mtpforge import table
 from mtpforge.errors import UploadError, VerificationError
@@ -63,12 +63,30 @@ class UploadPlan:
     foreign: list[str]
     where: str = "repository"
     """The kind of place that `repo` is, for messages."""
+    private: bool | None = None
+    """Whether it is private, or will be; None if that is not known."""
+
+    @property
+    def place(self) -> str:
+        """The place, with who can see it."""
+        seen = {True: " (private)", False: " (public)", None: ""}
+        return self.repo + seen[self.private]
+
+    @property
+    def preview(self) -> str:
+        """What an upload would do."""
+        if not self.missing:
+            return f"{self.place} has all files already"
+        files = count(self.missing)
+        if self.exists:
+            return f"`make publish` would upload {files} to {self.place}"
+        return f"`make publish` would create {self.place}, and upload {files}"
 
     def show(self) -> None:
         """Print what would be uploaded, and warn of files that stay behind on either side."""
         total = sum(size for _, size in self.missing)
         new = "" if self.exists else f" (new {self.where})"
-        print(f"{self.repo}{new}: {len(self.missing)} files to upload, {total / 1e9:.2f} GB")
+        print(f"{self.repo}{new}: {count(self.missing)} to upload, {total / 1e9:.2f} GB")
         for name, size in self.missing:
             print(f"  {size:>15,}  {name}")
         for name in unlisted(self.folder, read_sums(self.folder / SUMS)):
@@ -77,29 +95,49 @@ class UploadPlan:
             say(f"  left alone: {name} is only in the {self.where}: delete it there if outdated")
 
 
-def compare(folder: Path, repo: str) -> UploadPlan:
-    """Compare a results folder with a repository, which need not exist.
+def compare(folder: Path, repo: str, private: bool) -> UploadPlan:
+    """Compare a results folder with a repository, which will be `private` if it is created.
 
     Raises VerificationError if a file differs from the list, UploadError if the Hub fails.
     """
     sums = listed(folder)
-    uploaded = _uploaded(repo)
-    missing = _missing(folder, sums, uploaded or {}, repo)
-    foreign = sorted((uploaded or {}).keys() - sums.keys() - {".gitattributes"})
-    return UploadPlan(folder, repo, exists=uploaded is not None, missing=missing, foreign=foreign)
+    there = _ask(repo)
+    uploaded = _files(there)
+    return UploadPlan(
+        folder,
+        repo,
+        exists=there is not None,
+        missing=_missing(folder, sums, uploaded, repo),
+        foreign=sorted(uploaded.keys() - sums.keys() - {".gitattributes"}),
+        private=there.private if there else private,
+    )
 
 
-def upload(plan: UploadPlan, private: bool) -> str:
-    """Upload what is missing, creating the repository if needed; the URL of the commit.
+def everything(folder: Path, repo: str) -> UploadPlan:
+    """The upload of all files, for want of an answer of the Hub. Raises VerificationError."""
+    files = [
+        (name, path.stat().st_size) for name in listed(folder) if (path := folder / name).is_file()
+    ]
+    return UploadPlan(folder, repo, exists=True, missing=files, foreign=[])
+
+
+def upload(plan: UploadPlan) -> None:
+    """Upload what is missing, creating the repository if needed.
 
     Raises VerificationError before anything is sent if a file differs from the list; UploadError.
     """
     names = [name for name, _ in plan.missing]
     sums = read_sums(plan.folder / SUMS)
     _check_again(plan.folder, {name: sums[name] for name in names if name in sums})
-    address = _commit(plan, private)
-    _check_arrived(plan.repo, compare(plan.folder, plan.repo).missing)
-    return address
+    _commit(plan)
+    _check_arrived(
+        plan.repo, _missing(plan.folder, listed(plan.folder), _uploaded(plan.repo), plan.repo)
+    )
+
+
+def address(repo: str) -> str:
+    """The page of a repository."""
+    return f"{constants.ENDPOINT}/{repo}"
 
 
 def send(folder: Path, repo: str, files: Sums, private: bool) -> int:
@@ -108,13 +146,14 @@ def send(folder: Path, repo: str, files: Sums, private: bool) -> int:
     Returns how many they are. Raises VerificationError before anything is sent if one differs from
     its digest; UploadError, also unless the Hub reports the sha256 of each at the end.
     """
-    uploaded = _uploaded(repo)
-    missing = _missing(folder, files, uploaded or {}, repo)
+    there = _ask(repo)
+    missing = _missing(folder, files, _files(there), repo)
     if missing:
         _check_again(folder, {name: files[name] for name, _ in missing})
-        plan = UploadPlan(folder, repo, exists=uploaded is not None, missing=missing, foreign=[])
-        _commit(plan, private)
-        _check_arrived(repo, _missing(folder, files, _uploaded(repo) or {}, repo))
+        exists = there is not None
+        plan = UploadPlan(folder, repo, exists, missing=missing, foreign=[], private=private)
+        _commit(plan)
+        _check_arrived(repo, _missing(folder, files, _uploaded(repo), repo))
     return len(missing)
 
 
@@ -159,16 +198,16 @@ def _missing(
     return [(name, (folder / name).stat().st_size) for name in missing]
 
 
-def _commit(plan: UploadPlan, private: bool) -> str:
-    """Send the missing files as one commit; its URL. huggingface_hub tries requests again."""
+def _commit(plan: UploadPlan) -> None:
+    """Send the missing files as one commit. huggingface_hub tries requests again."""
     _watch()
     api = HfApi()
     names = [name for name, _ in plan.missing]
-    about = names[0] if len(names) == 1 else f"{len(names)} files"
+    about = names[0] if len(names) == 1 else count(names)
     try:
         if not plan.exists:
-            api.create_repo(plan.repo, private=private, exist_ok=True)
-        done = api.upload_folder(
+            api.create_repo(plan.repo, private=plan.private, exist_ok=True)
+        api.upload_folder(
             repo_id=plan.repo,
             folder_path=plan.folder,
             allow_patterns=[glob.escape(name) for name in names],
@@ -181,7 +220,6 @@ def _commit(plan: UploadPlan, private: bool) -> str:
             raise cause from None
         why = _explain(cause if isinstance(cause, Exception) else error)
         raise UploadError(f"{plan.repo}: {why}") from None
-    return str(done.commit_url)
 
 
 def _explain(error: Exception) -> str:
@@ -246,20 +284,33 @@ def _check_again(folder: Path, files: Sums) -> None:
         check_unchanged(folder / name, digest, folder / SUMS)
 
 
-def _uploaded(repo: str) -> dict[str, RepoSibling] | None:
-    """The files of a repository; None if there is none that we may see. Raises DownloadError.
+def count(files: Sized) -> str:
+    """The number of files, in words."""
+    return "1 file" if len(files) == 1 else f"{len(files)} files"
 
-    One request without retries of its own, so that `Retry` is the only loop.
+
+def _uploaded(repo: str) -> dict[str, RepoSibling]:
+    """The files of a repository, if there is one. Raises DownloadError."""
+    return _files(_ask(repo))
+
+
+def _files(there: ModelInfo | None) -> dict[str, RepoSibling]:
+    return {entry.rfilename: entry for entry in (there and there.siblings) or ()}
+
+
+def _ask(repo: str) -> ModelInfo | None:
+    """What the Hub says of a repository; None if there is none that we may see.
+
+    Raises DownloadError. One request without retries of its own, so that `Retry` is the only loop.
     """
     _watch()
 
-    def ask() -> dict[str, RepoSibling] | None:
+    def ask() -> ModelInfo | None:
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         try:
-            info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
+            return HfApi().model_info(repo, files_metadata=True, timeout=timeout)
         except RepositoryNotFoundError:
             return None
-        return {entry.rfilename: entry for entry in info.siblings or ()}
 
     return Retry(repo).call(ask)
 

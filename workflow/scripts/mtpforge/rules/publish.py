@@ -235,6 +235,22 @@ class PublishRules(Stage):
                 found += [output.receipt, *([output.deleted] if model.passing else [])]
         return found
 
+    @property
+    def task(self) -> str:
+        """What the rule `publish` does."""
+        return "list what would be uploaded (dry run)" if self._is_dry else "upload"
+
+    def check_access(self) -> None:
+        """Raise UploadError if the Hub would refuse the upload; it comes after the whole build.
+
+        A dry run lists the files first, and asks then.
+        """
+        from mtpforge.publish import access  # and what it imports: a second, in each run
+
+        for model in () if self._is_dry else self.config.chosen:
+            if isinstance(model.publish, HubTarget) and (why := access.check(model.publish.repo)):
+                say(f"warning: {model.publish.repo}: not checked with the Hub: {why}")
+
     def upload_options(self, wildcards: object) -> str:
         """Folders and where to upload them, as options of publish.py."""
         options = ["--dry-run"] if self._is_dry else []
