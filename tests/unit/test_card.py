@@ -198,8 +198,9 @@ def test_local_checkpoint_has_no_base_model(tmp_path: Path) -> None:
     assert "a local folder, `Qwen3.5-4B`" in text
 
 
-BASE = {"repo": "Tuner/My-Tune-GGUF", "revision": "1" * 40}
+BASE = {"repo": "Tuner/My-Tune-GGUF", "revision": "1" * 40, "file": "My-Tune-Q4_K_M.gguf"}
 DONORS = [{"repo": "Qwen/Qwen3.5-4B", "revision": REVISION}]
+COPIED = "only the head is new, every other tensor was copied byte for byte"
 
 
 def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path) -> None:
@@ -213,7 +214,8 @@ def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path
     donor = "[Qwen/Qwen3.5-4B](https://huggingface.co/Qwen/Qwen3.5-4B)"
     assert f"GGUF quantizations of {link} with the multi-token prediction head" in text
     assert f"also called NextN) of {donor}. The model" in text
-    lines = [f"- Base: {link}, commit `{'1' * 40}`", f"- Head from: {donor}, commit `{REVISION}`"]
+    base = f"`My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`"
+    lines = [f"- Base: {base}: {COPIED}", f"- Head from: {donor}, commit `{REVISION}`"]
     assert "\n".join(lines) in text and "- Checkpoint" not in text
 
 
@@ -237,7 +239,18 @@ def test_a_base_beside_a_checkpoint_is_a_base_model_too(tmp_path: Path) -> None:
     local = {"path": "My-Tune-Q4_K_M.gguf"}
     text = make(theirs=THEIRS, folder=tmp_path, bases=[BASE, local], donors=DONORS)
     assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B", BASE["repo"]]
-    assert "- Checkpoint: [Qwen/" in text and "- Base: a local file, `My-Tune-Q4_K_M.gguf`" in text
+    assert "- Checkpoint: [Qwen/" in text
+    assert f"- Base: a local file, `My-Tune-Q4_K_M.gguf`: {COPIED}" in text
+
+
+def test_a_base_with_the_checkpoints_head_is_named_but_is_no_base_model(tmp_path: Path) -> None:
+    """The file is a quantization of the checkpoint, whoever made it."""
+    text = make(theirs=THEIRS, folder=tmp_path, injected=[BASE], own_head=True)
+    assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B"]
+    assert front(text)["base_model_relation"] == "quantized"
+    link = "[Tuner/My-Tune-GGUF](https://huggingface.co/Tuner/My-Tune-GGUF)"
+    base = f"- Base: `My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`: {COPIED}"
+    assert base in text and "- Checkpoint: [Qwen/" in text
 
 
 @pytest.mark.parametrize(

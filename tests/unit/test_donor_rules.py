@@ -144,7 +144,8 @@ def test_card_and_provenance_follow_the_base(tmp_path: Path) -> None:
     about = json.loads(publish.about(wildcards()))
     place = {key: BASE[key] for key in ("repo", "revision")}
     assert about["name"] == "My-Tune" and about["source"] is None
-    assert (about["bases"], about["donors"]) == ([place], [DONOR])
+    assert (about["bases"], about["donors"]) == ([BASE], [DONOR])
+    assert about["injected"] == []
     there = f"resources/hub/Tuner/My-Tune-GGUF/{'1' * 40}"
     assert publish.checkpoint_card(wildcards()) == f"{there}/My-Tune-GGUF/README.md"
     for files, inputs in [({}, []), ({"README.md": 9}, [f"{there}/records/README.md.json"])]:
@@ -169,6 +170,12 @@ def test_the_card_names_the_head_of_every_file() -> None:
     assert about["donors"] == [DONOR] and about["own_head"]
     about = json.loads(tuned(variants=bare).publish.about(wildcards()))
     assert about["donors"] == [] and not about["own_head"]
+
+
+def test_the_card_names_the_base_of_a_head_of_the_checkpoint() -> None:
+    variants = {"Q8_0": {}, "Q6_K": {"base": {"type": "Q6_K"}}, "theirs": {"base": BASE}}
+    about = json.loads(build(source=TUNE, variants=variants).publish.about(wildcards()))
+    assert (about["bases"], about["injected"]) == ([], [BASE])
 
 
 def test_a_source_that_nothing_is_made_from_names_nothing() -> None:

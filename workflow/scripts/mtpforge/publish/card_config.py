@@ -11,6 +11,7 @@ from mtpforge.publish.markdown import code, escape
 from mtpforge.quantize.coverage import Coverage
 
 HUB = "https://huggingface.co"
+_COPIED = "only the head is new, every other tensor was copied byte for byte"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Checkpoint:
     repo: str | None = None
     revision: str | None = None
     path: str | None = None
+    file: str | None = None
+    """The base in the repository; None for a checkpoint."""
 
     @property
     def url(self) -> str | None:
@@ -36,7 +39,8 @@ class Checkpoint:
     def exact(self) -> str:
         """Markdown: the same with the commit."""
         if self.repo:
-            return f"{self.link}, commit {code(str(self.revision))}"
+            file = f"{code(self.file)} of " if self.file else ""
+            return f"{file}{self.link}, commit {code(str(self.revision))}"
         kind = "file" if str(self.path).endswith(".gguf") else "folder"
         return f"a local {kind}, {code(str(self.path))}"
 
@@ -52,6 +56,8 @@ class About:
     repo: str | None = None
     bases: tuple[Checkpoint, ...] = ()
     """The bases that have nothing of the checkpoint: their heads are from donors."""
+    injected: tuple[Checkpoint, ...] = ()
+    """The bases from elsewhere that have the checkpoint's head."""
     donors: tuple[Checkpoint, ...] = ()
     """The checkpoints that heads are from, if not from the model's own."""
     chat_template: str | None = None
@@ -78,6 +84,7 @@ class About:
             variants=entry["variants"],
             repo=entry.get("publish", {}).get("repo"),
             bases=tuple(Checkpoint(**base) for base in entry.get("bases", ())),
+            injected=tuple(Checkpoint(**base) for base in entry.get("injected", ())),
             donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
             chat_template=entry.get("chat_template"),
             matrices=tuple(map(_matrix, entry.get("matrices", ()))),
@@ -115,9 +122,9 @@ class About:
     @property
     def sources(self) -> list[str]:
         """Markdown: everything that files are made from, one line each."""
-        kinds = [("Checkpoint", [self.checkpoint] if self.checkpoint else [])]
-        kinds += [("Base", [*self.bases]), ("Head from", [*self.donors])]
-        lines = [f"{kind}: {found.exact}" for kind, all_of in kinds for found in all_of]
+        lines = [f"Checkpoint: {self.checkpoint.exact}"] if self.checkpoint else []
+        lines += [f"Base: {base.exact}: {_COPIED}" for base in (*self.bases, *self.injected)]
+        lines += [f"Head from: {donor.exact}" for donor in self.donors]
         if self.chat_template:
             lines.append(f"Chat template: a local file, {code(self.chat_template)}")
         return lines + [f"Importance matrix: {words}" for words in self.matrices]

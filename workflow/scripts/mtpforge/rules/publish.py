@@ -113,10 +113,13 @@ class PublishRules(Stage):
             part.get("publish", {}).pop(key, None)
         variants = model.variants.values()
         bases = [each.base for each in variants if each.base and model.adopts(each)]
+        theirs = [each.base for each in variants if each.base and each.foreign]
+        injected = [base for base in theirs if base not in bases]
         heads = [model.donor(each) for each in variants if each.head_types]
         heads += [model.head_from] if model.sidecar else []
         donors = [donor for donor in heads if donor]
-        part |= {"bases": _dumped(bases), "donors": _dumped(donors), "name": model.base_name}
+        part |= {"bases": _dumped(bases), "injected": _dumped(injected)}
+        part |= {"donors": _dumped(donors), "name": model.base_name}
         part["own_head"] = None in heads
         matrices = layout.matrices(model).values()
         part["matrices"] = [each.model_dump() for each in matrices]
@@ -366,8 +369,8 @@ def _given(imatrix: ImatrixText | layout.GivenFile) -> layout.GivenFile:
 
 
 def _dumped(entries: Iterable[OwnBase | Source | layout.GivenFile]) -> list[dict[str, Any]]:
-    """Repository and commit, or path, of each, without repeats."""
-    found = [entry.model_dump(include={"repo", "revision", "path"}) for entry in entries]
+    """Repository and commit, or path, of each, and which file; without repeats."""
+    found = [entry.model_dump(include={"repo", "revision", "path", "file"}) for entry in entries]
     return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 
