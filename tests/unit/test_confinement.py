@@ -180,6 +180,24 @@ def test_steps_of_a_progress_bar_are_lines(tmp_path: Path) -> None:
     assert printed == ["a\nWriting: 10%\nWriting: 20%\nend"]
 
 
+def test_the_last_line_of_a_matrix_that_is_computed_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """llama-imatrix prints a line for each tensor whenever it saves."""
+    monkeypatch.setattr(process.progress, "_INTERVAL", 0.0)
+    lines = [
+        "0.11 I compute_imatrix: computing over 40 chunks, n_ctx=512",
+        "[1]7.1,[2]6.2,[3]6.1,0.04.443.540 W ",
+        "save_imatrix: saving imatrix using GGUF format with a different suffix than .gguf",
+        "0.44 W save_imatrix: if you want the previous imatrix format, use --output-format dat",
+        "0.44 W compute_tensor_statistics: no preceding-layer tensor for 'blk.0.attn_q.weight'",
+    ]
+    path = program(tmp_path, f"print(*{lines}, sep='\\n')")
+    process.call([path], tmp_path / "log")
+    assert (tmp_path / "log").read_text().splitlines() == lines[:2]
+    assert capfd.readouterr().err.endswith(": 3 of 40 chunks\n")
+
+
 def test_commands_to_a_terminal_are_not_kept(tmp_path: Path) -> None:
     path = program(tmp_path, "import sys; print('\x1b[2J\x9bname'); sys.exit(1)")
     with pytest.raises(ToolchainError, match=r"exit code 1: \\x1b\[2J\\x9bname"):

@@ -96,10 +96,11 @@ def message(event: LogEvent | None, text: str = "", **values: object) -> logging
     return record
 
 
-def started(log: Path, number: int = 1) -> logging.LogRecord:
+def started(log: Path, number: int = 1, rule: str = "convert") -> logging.LogRecord:
     return message(
         LogEvent.JOB_INFO,
         jobid=number,
+        rule_name=rule,
         rule_msg="m: convert",
         shellcmd="python",
         output=["F.gguf"],
@@ -120,6 +121,28 @@ def test_a_long_job_has_a_line_now_and_then(tmp_path: Path) -> None:
     shown.look()
     assert stream.getvalue().count("m: convert (16 min 40 s): 3.00 of 10.00 GB (30%)\n") == 1
     assert shown.running[1].next_progress - time.time() == pytest.approx(100, abs=5)
+
+
+def test_a_job_that_only_writes_a_setting_has_no_lines_unless_it_fails(tmp_path: Path) -> None:
+    """There is one for each variant."""
+    stream = io.StringIO()
+    shown = shown_on(stream)
+    shown.handle(started(tmp_path / "log", 1, "recipe"))
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    assert stream.getvalue() == ""
+    shown.handle(started(tmp_path / "log", 2, "recipe"))
+    shown.handle(message(LogEvent.JOB_ERROR, jobid=2, rule_msg=None, log=[], thread=7))
+    assert "FAILED" in stream.getvalue()
+
+
+def test_snakemake_does_not_say_that_there_are_options(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    said = (
+        "Config file config.yaml is extended by additional config specified via the command line."
+    )
+    shown_on(stream).handle(message(None, said))
+    assert stream.getvalue() == ""
 
 
 def test_a_terminal_has_one_line_for_what_runs(tmp_path: Path) -> None:

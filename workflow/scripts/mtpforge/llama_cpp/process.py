@@ -41,10 +41,16 @@ _STEP = re.compile(
     r"\[ *\d+/ *\d+\] \S+"  # llama-quantize: "[  12/ 441] blk.3.attn_q.weight"
     r"|Writing: +\d+%"  # upstream's converter
     r"|ETA [\d.]+ (hours|minutes).*"  # llama-imatrix
-    r"|\[\d+\][\d.]+(?=,$)"  # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
+    r"|\[\d+\][\d.]+(?=,([\d.]+ W )?$)"  # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
 )
 _COUNT = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 """The number of a tensor that llama-quantize has begun, and of all."""
+_CHUNK = re.compile(r"\[(\d+)\][\d.]+$")
+_CHUNKS = re.compile(r" over (\d+) chunks\b")
+_NOISE = re.compile(
+    r"compute_tensor_statistics: no preceding|save_imatrix: (saving imatrix using|if you want)"
+)
+"""What llama-imatrix prints whenever it saves, a line for each tensor, below its progress."""
 _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")
 """The start of the last line of a Python traceback."""
 _LINE_LIMIT = 1 << 16
@@ -153,19 +159,31 @@ def call(
     """
     tail = deque[str](maxlen=8)
     left = progress.Left()
+    chunks = 0
     with (
         (log or Path(os.devnull)).open("a", buffering=1, encoding="utf-8") as kept,
         _Program(command, environment, cwd, name, start).running() as program,
     ):
         for line in program.lines():
+            if _NOISE.search(line):
+                continue
             with storage.naming(Path(kept.name)):
                 kept.write(printable(line))
             tail.append(line)
+            if total := _CHUNKS.search(line):
+                chunks = int(total[1])
             if (step := _STEP.search(line)) and left.due():
-                count = _COUNT.match(step[0])
-                more = left.of(int(count[1]) - 1, int(count[2])) if count else ""
-                progress.say(f"{program.name}: {step[0]}{more}")
+                progress.say(f"{program.name}: {_counted(step[0], chunks, left)}")
         program.end(tail)
+
+
+def _counted(step: str, chunks: int, left: progress.Left) -> str:
+    """What a program says it does, with the time left if it counts; `chunks` is their number."""
+    if tensor := _COUNT.match(step):
+        return step + left.of(int(tensor[1]) - 1, int(tensor[2]))
+    if chunks and (chunk := _CHUNK.match(step)):
+        return f"{chunk[1]} of {chunks} chunks{left.of(int(chunk[1]), chunks)}"
+    return step
 
 
 def outputs(commands: Iterable[Sequence[str | Path]], cwd: Path) -> list[str]:

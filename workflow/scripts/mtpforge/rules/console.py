@@ -39,11 +39,14 @@ SHOWN = (
 HIDDEN = (
     "Adding ",  # to report.html
     "Building DAG of jobs",
+    "Config file ",  # is extended by options
     "Updating checkpoint dependencies",
     "Assuming unrestricted shared filesystem",
     "Exiting because a job execution failed",
     "WorkflowError:\nAt least one job did not complete",
 )
+# Jobs of these rules only write a setting, in no time, and there is one for each variant.
+UNSEEN = ("recipe",)
 # With these events, jobs are counted and errors kept, even if --quiet hides their lines.
 ALWAYS_HANDLED = (
     LogEvent.JOB_INFO,
@@ -227,10 +230,11 @@ class Console(logging.Handler):
         output = record.output[0] if record.output else ""
         log = Path(record.log[0] if record.log else os.devnull)
         progress = record.created + PROGRESS_INTERVAL
+        seen = not self.quiet and record.rule_name not in UNSEEN
         self.running[record.jobid] = Job(
-            label, output, log=log, started=record.created, next_progress=progress
+            label, output, log=log, started=record.created, next_progress=progress, seen=seen
         )
-        if not self.quiet:
+        if seen:
             self._say("start", label)
 
     def _finish(self, record: Any) -> None:
@@ -240,7 +244,7 @@ class Console(logging.Handler):
             self.failed.pop(number, None)  # in an earlier attempt
             if job := self.running.pop(number, None):
                 self._copy(job)
-                if not self.quiet:
+                if job.seen:
                     self._show_end(job, record.created)
         self.finished.clear()
 

@@ -22,7 +22,8 @@ class Job:
     log: Path
     started: float
     next_progress: float
-    shown: str = ""
+    seen: bool = True
+    """Whether its start and end have lines."""
     copied: int = 0
 
     def last_line(self) -> str:
