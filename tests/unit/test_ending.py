@@ -1,5 +1,6 @@
 """The end of a run: what there is, where, how to serve it, and what to do next, in 20 lines."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_the_command_serves_a_quantized_file_as_it_was_measured(results: Path) -
     measured.write(results / "m/measure/x-Q4_0.json")
     serve = shown(results, reports)[-2].split(maxsplit=1)[1]
     assert serve == f"{program} -ngl 999 --spec-type draft-mtp --spec-draft-n-max 3"
+
+
+def test_the_command_serves_a_file_that_this_run_has_made(results: Path) -> None:
+    old, new = write(results, "m", "x-Q4_K_M"), write(results, "m", "x-IQ2_M")
+    os.utime(old[0], (1000, 1000))
+    path, reports = summary(results, 2), [*old, *new]
+    for since, name in ((0, "x-Q4_K_M"), (2000, "x-IQ2_M"), (2**40, "x-Q4_K_M")):
+        serve = ending.ending(path, reports, since).splitlines()[-2]
+        assert f"results/m/{name}.gguf" in serve
 
 
 def test_a_report_that_has_gone_hides_the_command_alone(results: Path) -> None:

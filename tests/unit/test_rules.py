@@ -54,6 +54,17 @@ def test_measuring_a_file_does_not_verify_it_again() -> None:
     assert measured.verify.options(wildcards()) == Build(config()).verify.options(wildcards())
 
 
+def test_the_summary_of_a_run_for_one_model_has_all_that_are_configured() -> None:
+    """Those of the run come first, because the end of a run shows ten rows."""
+    made = config({"measure": {}})
+    made["models"]["n"] = made["models"]["m"]
+    made["build"] = ["n"]
+    reports, rest = Build(made).summarized().split(" --measurements ")
+    assert reports.split() == [f"results/{key}/reports/Name-Q4_K_M.json" for key in "nm"]
+    measured = [f"results/{key}/measure/Name-Q4_K_M.json" for key in "nm"]
+    assert rest.split() == [*measured, "--compared", "--others", "--coverages"]
+
+
 def test_a_split_variant_is_a_folder_and_overrides_the_size() -> None:
     variants = {"BF16": {}, "Q8_0": {"split": "2G"}}
     build = Build(config({"split": "48G", "sidecar": "Q8_0", "variants": variants}))

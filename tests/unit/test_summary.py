@@ -35,6 +35,17 @@ def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, r
     assert [row.split("|")[1].strip() for row in rows] == ["a/x.gguf", "b/x.gguf"]
 
 
+def test_what_another_run_made_is_listed_too_if_it_can_be_read(tmp_path: Path, run: Run) -> None:
+    for model in ("here", "old"):
+        (tmp_path / model / "reports").mkdir(parents=True)
+        report("x.gguf").write(tmp_path / model / "reports/x.json")
+    (tmp_path / "old/reports/x.json").write_text("{}")
+    paths = [tmp_path / model / "reports/x.json" for model in ("here", "gone", "old")]
+    done = run("summary.py", *paths, "--measurements", "--out", tmp_path / "summary.md")
+    assert done.returncode == 0 and f"left out: {paths[2]}:" in done.stderr
+    assert len((tmp_path / "summary.md").read_text().splitlines()) == 3
+
+
 def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:
     off = total(0, 100.0)
     assert summary.speed(measurement(by_n_max=(off, total(1, 51.0)))) == "100 → 51"

@@ -155,9 +155,8 @@ rule summary:
         **asked(build.needs.small),
     params:
         code=digest("summary.py"),
+        files=build.summarized(),
     message:
         "summarize all verified and measured files"
     shell:
-        "python {input.code[0]:q} {input.reports:q} --measurements {input.measurements:q}"
-        " --compared {input.compared:q} --others {input.others:q}"
-        " --coverages {input.coverages:q} --out {output:q} > {log:q} 2>&1"
+        "python {input.code[0]:q} {params.files} --out {output:q} > {log:q} 2>&1"

@@ -1,5 +1,7 @@
 """Print one table of all verified files: size, bits per weight, head types, acceptance and speed.
 
+Skips files that are not there. One that cannot be read, of another version, is left out.
+
 example: summary.py results/*/reports/*.json --measurements results/*/measure/*.json \\
              --out results/summary.md
 """
@@ -8,11 +10,19 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge import cli
+from mtpforge.errors import RecordError
 from mtpforge.io import atomic
+from mtpforge.io.records import Record
+from mtpforge.measure.measurement import Measurement, Other
+from mtpforge.progress import say
+from mtpforge.quantize.coverage import Coverage
 from mtpforge.report.summary import summary
+from mtpforge.search.compared import Compared
+from mtpforge.verify.report import Report
 
 
 def main() -> None:
@@ -41,15 +51,29 @@ def main() -> None:
         "--out", type=Path, required=True, metavar="FILE", help="table, in Markdown"
     )
     args = parser.parse_args()
+    reports = readable(args.reports, Report)
     table = summary(
-        args.reports,
-        args.measurements,
-        compared=args.compared,
-        others=args.others,
-        coverages=args.coverages,
+        reports,
+        readable(args.measurements, Measurement),
+        compared=readable(args.compared, Compared),
+        others=readable(args.others, Other),
+        coverages=readable(args.coverages, Coverage),
     )
     atomic.write_text(args.out, table)
-    print(f"\n{table}\n{len(args.reports)} files")
+    print(f"\n{table}\n{len(reports)} files")
+
+
+def readable(paths: Iterable[Path], record: type[Record]) -> list[Path]:
+    """Those of the paths that have a record of this version."""
+    found = []
+    for path in filter(Path.exists, paths):
+        try:
+            record.read(path)
+        except RecordError as error:
+            say(f"left out: {error}")
+        else:
+            found.append(path)
+    return found
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ _STEP = re.compile(
     r"\[ *\d+/ *\d+\] \S+"  # llama-quantize: "[  12/ 441] blk.3.attn_q.weight"
     r"|Writing: +\d+%"  # upstream's converter
     r"|ETA [\d.]+ (hours|minutes).*"  # llama-imatrix
-    r"|\[\d+\][\d.]+(?=,([\d.]+ W )?$)"  # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
+    # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
+    r"|\[\d+\][\d.]+(?=,([\d.]+ W )?$)"
 )
 _COUNT = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 """The number of a tensor that llama-quantize has begun, and of all."""

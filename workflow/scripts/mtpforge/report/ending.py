@@ -20,12 +20,13 @@ _VERDICTS = 3
 """The most verdicts on files whose types were found."""
 
 
-def ending(summary: Path, reports: Sequence[Path]) -> str:
+def ending(summary: Path, reports: Sequence[Path], since: float = 0.0) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
     Its tables of distances and scores, and what importance matrices cover, are left out.
 
-    `reports` are those of the files, in the order of the configuration.
+    `reports` are those of the files, in the order of the configuration. The file to serve is one
+    that was made after the time `since`, if there is one.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
     table = summary.read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def ending(summary: Path, reports: Sequence[Path]) -> str:
         "",
         f"files     {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}",
         f"reports   {summary} (this table), reports/*.json in each folder (each check)",
-        *_serve(reports),
+        *_serve([report for report in reports if _made(report) >= since] or reports),
         "next      `make report` draws speed and errors; `make publish DRY_RUN=1` lists an upload",
     ]
     return "\n".join(lines)
@@ -71,6 +72,10 @@ def _serve(reports: Sequence[Path]) -> list[str]:
     file = reports[results.index(best)].parent.parent / best.shards[0]
     command = [str(DEFAULT_FOLDER / "llama-server"), "-m", str(file), *options]
     return [f"serve     {shlex.join(command)}"]
+
+
+def _made(report: Path) -> float:
+    return report.stat().st_mtime if report.exists() else 0.0
 
 
 def _read(report: Path) -> Result:

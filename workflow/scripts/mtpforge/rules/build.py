@@ -1,11 +1,12 @@
 """The configuration as a build: one object per stage, whose methods are what the rules use."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtpforge.gguf import quant_types
 from mtpforge.rules import config_checks, layout
-from mtpforge.rules.config import parse
+from mtpforge.rules.config import Model, parse
 from mtpforge.rules.convert import ConvertRules
 from mtpforge.rules.fetch import FetchRules
 from mtpforge.rules.inject import InjectRules
@@ -62,6 +63,27 @@ class Build:
     def measurements(self) -> list[str]:
         """The measurements of all models that have `measure`."""
         return [path for model in self.config.chosen for path in layout.measurements(model)]
+
+    def summarized(self) -> str:
+        """Files that the summary is of, as options: of what is built, then of all other models.
+
+        A run for one model does not forget the others; `summary.py` skips what is not there.
+        """
+        chosen = self.config.chosen
+        keys = {model.key for model in chosen}
+        others = [model for model in self.config.models.values() if model.key not in keys]
+        paths: dict[str, Callable[[Model], list[str]]] = {
+            "": lambda model: [output.report for output in layout.outputs(model)],
+            "--measurements": layout.measurements,
+            "--compared": self.search.compared_of,
+            "--others": layout.others,
+            "--coverages": layout.coverages,
+        }
+        words: list[str] = []
+        for option, of in paths.items():
+            words += [option] * bool(option)
+            words += [path for model in (*chosen, *others) for path in of(model)]
+        return shlex.join(words)
 
     def names(self) -> dict[str, list[str]]:
         """All values of the wildcards `model`, `base`, `variant` and `name`."""

@@ -181,7 +181,7 @@ class Console(logging.Handler):
         from mtpforge.report.ending import ending  # and what it imports: a second, in each run
 
         reports = [Path(file) for file in target.input if Path(file).parent.name == "reports"]
-        return "\n" + ending(summary, reports)
+        return "\n" + ending(summary, reports, since=self.began)
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""

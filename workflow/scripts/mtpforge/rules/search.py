@@ -134,13 +134,14 @@ class SearchRules(ImatrixRules):
 
     def compared(self, wildcards: Wildcards) -> list[str]:
         """The comparisons of a model's variants with llama.cpp's mixtures."""
-        return self._compared(self.model(wildcards))
+        return self.compared_of(self.model(wildcards))
 
     def all_compared(self) -> list[str]:
         """Those of all models that are built."""
-        return [path for model in self.config.chosen for path in self._compared(model)]
+        return [path for model in self.config.chosen for path in self.compared_of(model)]
 
-    def _compared(self, model: Model) -> list[str]:
+    def compared_of(self, model: Model) -> list[str]:
+        """The comparisons of a model's files whose types were found."""
         return [layout.compared(model.key, each.name) for each in _searched(model)]
 
     def _errors(self, wildcards: Wildcards, *kinds: str) -> list[str]:
