@@ -19,6 +19,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
+from mtpforge.measure import recommendation
 from mtpforge.measure.measurement import KlDivergence, Measurement
 from mtpforge.publish import card, choice, details
 from mtpforge.publish.card_config import About
@@ -200,7 +201,7 @@ def test_local_checkpoint_has_no_base_model(tmp_path: Path) -> None:
 
 BASE = {"repo": "Tuner/My-Tune-GGUF", "revision": "1" * 40, "file": "My-Tune-Q4_K_M.gguf"}
 DONORS = [{"repo": "Qwen/Qwen3.5-4B", "revision": REVISION}]
-COPIED = "only the head is new, every other tensor was copied byte for byte"
+COPIED = "Only the head is new; every other tensor was copied byte for byte."
 
 
 def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path
     assert f"GGUF quantizations of {link} with the multi-token prediction head" in text
     assert f"also called NextN) of {donor}. The model" in text
     base = f"`My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`"
-    lines = [f"- Base: {base}: {COPIED}", f"- Head from: {donor}, commit `{REVISION}`"]
+    lines = [f"- Base: {base}. {COPIED}", f"- Head from: {donor}, commit `{REVISION}`"]
     assert "\n".join(lines) in text and "- Checkpoint" not in text
 
 
@@ -240,7 +241,7 @@ def test_a_base_beside_a_checkpoint_is_a_base_model_too(tmp_path: Path) -> None:
     text = make(theirs=THEIRS, folder=tmp_path, bases=[BASE, local], donors=DONORS)
     assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B", BASE["repo"]]
     assert "- Checkpoint: [Qwen/" in text
-    assert f"- Base: a local file, `My-Tune-Q4_K_M.gguf`: {COPIED}" in text
+    assert f"- Base: a local file, `My-Tune-Q4_K_M.gguf`. {COPIED}" in text
 
 
 def test_a_base_with_the_checkpoints_head_is_named_but_is_no_base_model(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_a_base_with_the_checkpoints_head_is_named_but_is_no_base_model(tmp_path
     assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B"]
     assert front(text)["base_model_relation"] == "quantized"
     link = "[Tuner/My-Tune-GGUF](https://huggingface.co/Tuner/My-Tune-GGUF)"
-    base = f"- Base: `My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`: {COPIED}"
+    base = f"- Base: `My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`. {COPIED}"
     assert base in text and "- Checkpoint: [Qwen/" in text
 
 
@@ -374,6 +375,54 @@ def test_the_columns_of_the_card_are_explained_if_they_are_there() -> None:
     assert words[0] not in make(result(measured=unsteady))
 
 
+def test_speed_that_was_steady_for_no_file_has_no_columns_and_is_said_once() -> None:
+    speedless = {
+        "steady": False,
+        "recommended_n_max": None,
+        "verdict": f"not steady: 60 to 102 tokens/s: {recommendation.AGAIN}; search cut short",
+    }
+    unsteady = result(measured=measurement(2, **speedless))
+    bare = measurement(0, (99.0,), **{**speedless, "recommended_n_max": 0})
+    files = [unsteady, result("none", bare, heads=0)]
+    text, more = make(*files), second(*files)
+    for page, heading in ((text, "## Files"), (more, "## All files")):
+        headings, *_ = rows(_first_table(page, heading))
+        assert not {"tokens/s", "tok/s", "tok/s without drafting", "draft", "draft length"} & {
+            *headings
+        }
+        assert page.count("No measurement of speed was steady, so none is shown.") == 1
+        assert "quiet machine" not in page
+    assert "- `Qwen3.5-4B-IQ4_XS.gguf`: not steady: 60 to 102 tokens/s; search cut short.\n" in more
+    assert "[acceptance at each draft length](DETAILS.md#drafting)" in text
+    assert "in the table" not in text.split("## Run it")[1]
+    text = make(unsteady, result("Q8_0", measurement()))
+    assert column(text, "tokens/s", "## Files") == ["not steady", "210 → 290"]
+    assert "No measurement of speed" not in text
+
+
+def test_the_text_of_the_divergence_is_named() -> None:
+    text = make(result(measured=measurement(text=TEXT)))
+    assert "KL: mean KL divergence from BF16 on `held-out.txt`, lower is better" in text
+
+
+@pytest.mark.parametrize("heading", ["## Files", "## All files"])
+def test_files_are_listed_from_small_to_large_and_models_first(heading: str) -> None:
+    sizes = {"Q4_K_M": 5, "Q8_0": 9, "IQ2_M": 2, "Q4_K_L": 6}
+    models = [result(name, bytes=size * 10**9) for name, size in sizes.items()]
+    page = (make if heading == "## Files" else second)(SIDECAR, *models)
+    names = [cell.split("](")[0].strip("[") for cell in column(page, "file", heading)]
+    kinds = [name.removesuffix(".gguf").removeprefix("Qwen3.5-4B-") for name in names]
+    assert kinds[:4] == ["IQ2_M", "Q4_K_M", "Q4_K_L", "Q8_0"] and kinds[4].startswith("mtp-")
+
+
+def test_the_second_page_keeps_the_order_of_its_table() -> None:
+    large = result("Q8_0", measurement(), bytes=9 * 10**9)
+    small = result("Q4_0", measurement(), bytes=5 * 10**9)
+    more = second(large, small)
+    for mark in ("- `", "### `"):
+        assert more.index(f"{mark}Qwen3.5-4B-Q4_0") < more.index(f"{mark}Qwen3.5-4B-Q8_0")
+
+
 def test_verdict_and_recommended_draft_length_are_shown() -> None:
     results = [result("BF16"), result(measured=measurement())]
     assert "--spec-draft-n-max 2" in make(*results)
@@ -478,14 +527,21 @@ def test_sidecar_alone_has_no_recommended_file() -> None:
     assert "no complete model" in make(SIDECAR)
 
 
-def test_changes_for_another_file_are_explained() -> None:
-    assert "For another file" not in make()
-    assert "For another file, change the tag.\n" in make(result("BF16"), result())
+def test_changes_for_another_file_are_explained_before_the_commands() -> None:
+    """The table by memory may name another file than the commands."""
+    assert "If you chose another file" not in make()
+    text = make(result("BF16"), result("Q4_K_M"))
+    assert (
+        "These commands name `Qwen3.5-4B-Q4_K_M.gguf`, the file that llama.cpp takes without a tag "
+        "(`-hf REPOSITORY`). If you chose another file, change the tag.\n"
+    ) in text
+    assert text.index("If you chose another file") < text.index("llama-server -hf")
     text = make(result("BF16"), result(), result("none", heads=0))
     options = "`--spec-type draft-mtp --spec-draft-n-max N`"
-    assert f"change the tag. Drop {options} if the file has no head.\n" in text
+    assert f"change the tag. Drop {options} if the file has no head." in text
     text = make(result("Q4_K_M"), result("Q4_K_M-injected"))
-    assert "For another file, change the model to `-hf REPOSITORY --hf-file FILE`.\n" in text
+    model = "`-hf REPOSITORY --hf-file FILE`"
+    assert f"If you chose another file, change the model to {model}.\n" in text
 
 
 LOCAL = "hf download Someone/Qwen3.5-4B-MTP-GGUF {} --local-dir ."
@@ -554,6 +610,18 @@ def test_ollama_needs_a_tag_and_a_single_file() -> None:
     assert "- `Qwen3.5-4B-BF16/Qwen3.5-4B-BF16-00002-of-00002.gguf`" in shards
 
 
+def test_the_draft_length_to_start_with_has_a_reason() -> None:
+    unsteady = measurement(2, steady=False, recommended_n_max=None)
+    once = measurement(2, recommended_n_max=None)
+    for measured, why in (
+        (None, "Speed was not measured"),
+        (unsteady, "There is no reliable measurement of speed"),
+        (once, "Speed was measured only once"),
+    ):
+        text = make(result(measured=measured))
+        assert f"`Qwen3.5-4B-IQ4_XS.gguf`. {why}, so start with a draft length of 1:" in text
+
+
 def test_other_runtimes_get_the_recommended_settings() -> None:
     options = ("-fa", "on")
     text = make(result(measured=measurement(3, options=options)))
@@ -609,14 +677,14 @@ def test_file_without_a_tag_is_served_by_name() -> None:
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type"
     assert command in text
     assert "lemonade pull" not in text
-    assert "takes `Qwen3.5-4B-Q4_K_M-headless.gguf` instead." in text
+    assert "llama.cpp takes `Qwen3.5-4B-Q4_K_M-headless.gguf`." in text
 
 
 def test_the_file_that_llama_cpp_takes_without_a_tag_is_recommended() -> None:
     """Unless it does not draft, or is not quantized."""
     first, default = result("IQ4_XS"), result("Q4_K_M")
     assert choice.recommended([first, default]) is default
-    assert "llama.cpp takes this file too." in make(first, default)
+    assert "the file that llama.cpp takes without a tag" in make(first, default)
     assert choice.recommended([first, result("Q4_K_M", heads=0)]) is first
     split = split_result("Q8_0")
     assert choice.recommended([first, split]) is split

@@ -203,7 +203,7 @@ def test_nothing_is_reckoned_from_metadata_that_does_not_tell(change: dict[str, 
     assert serving_memory.context(gguf(keys)) is None
     if "block_count" not in change and "nextn_predict_layers" not in change:
         text = make(result("Q4_0", 2.0, keys=keys))
-        assert "Which file" not in text and "reckoned" not in text
+        assert "Which file" not in text and "estimate" not in text
 
 
 SIZES = {"IQ2_M": 9.5, "Q4_K_M": 16.5, "Q8_0": 28.5}
@@ -243,13 +243,16 @@ def test_bf16_is_chosen_only_if_there_is_nothing_else() -> None:
     assert choice.by_memory([bf16])[0].result is None
 
 
-def test_needs_are_said_to_be_reckoned() -> None:
+def test_needs_are_said_to_be_estimated() -> None:
     text = make(*quants())
     table = text.split("## Which file to take")[1].split("## Files")[0]
     assert "none fits" in table
     # 16.5 GB, 0.54 GB of cache, 8 states of 0.16 GB, 0.03 GB for the head, 1 GB of buffers
     assert "| 24 GB      | [Q4_K_M](Qwen3.5-4B-Q4_K_M.gguf) |            19 GB |" in table
-    assert "reckoned, not measured" in table
+    assert "- These needs are estimates: the file, 8,192 tokens" in table
+    assert (
+        "Memory means that of the graphics card if the whole model runs there, otherwise" in table
+    )
     # 6 of the states; 4 states, and the head's cache
     assert "serves 4 requests at a time: `--parallel 1` saves 940 MB." in table
     assert (

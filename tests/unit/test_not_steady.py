@@ -63,12 +63,14 @@ def test_tables_of_the_card() -> None:
     found = cells(tables.files([result(steady=True)], "x"))
     assert (found["tokens/s"], found["draft"], found["p_min"]) == ("100 → 140", "6", "0.75")
     found = cells(tables.files([result(steady=False)], "x"))
-    assert found["tokens/s"] == "not steady" and not {"draft", "p_min"} & found.keys()
-    found = cells(tables.details([result(steady=False)]))
-    assert found["tok/s"] == "not steady"
+    assert not {"tokens/s", "draft", "p_min"} & found.keys()
+    both = [result(steady=False), result(steady=True)]
+    assert cells(tables.files(both, "x"))["tokens/s"] == "not steady"
+    assert cells(tables.details(both))["tok/s"] == "not steady"
     for steady in (True, False):
         both = tables.sweep(measured(steady=steady)) + tables.kinds(measured(steady=steady))
         assert ("1.41" in both, both.count("speedup")) == (steady, 2 * steady)
+        assert ("tok/s" in both) == ("range" in both) == steady and "acceptance" in both
 
 
 def test_the_summary() -> None:

@@ -113,6 +113,24 @@ def test_split_file_is_listed_by_its_shards() -> None:
     assert report.published == [("X/X-1.gguf", 1, "1" * 64), ("X/X-2.gguf", 2, "2" * 64)]
 
 
+def test_only_pictures_that_the_card_shows_are_published(tmp_path: Path, run: Run) -> None:
+    """Not one that says only that there is nothing to draw."""
+    write(tmp_path, "a.gguf", b"content")
+    (tmp_path / "plots").mkdir()
+    pictures = [tmp_path / "plots" / f"{name}.svg" for name in ("distance", "drafting")]
+    for picture in pictures:
+        picture.touch()
+    (tmp_path / "README.md").write_text('<img src="plots/distance.svg" alt="x">')
+    reports = tmp_path.glob("reports/*")
+    card = tmp_path / "README.md"
+    done = run(
+        "sums.py", tmp_path, "--reports", *reports, "--others", card, "--pictures", *pictures
+    )
+    assert done.returncode == 0, done.stderr
+    listed = read_sums(tmp_path / "SHA256SUMS")
+    assert "plots/distance.svg" in listed and "plots/drafting.svg" not in listed
+
+
 def test_list_without_a_gguf_is_reported(tmp_path: Path) -> None:
     (tmp_path / "SHA256SUMS").write_text("")
     assert check(tmp_path) == ["SHA256SUMS: lists no GGUF: is it truncated?"]

@@ -55,6 +55,17 @@ def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:
     assert summary.speed(measurement(by_n_max=(off,))) == "100"
 
 
+def test_speeds_that_were_not_steady_are_to_be_measured_again(tmp_path: Path) -> None:
+    for part in ("reports", "measure"):
+        (tmp_path / part).mkdir()
+    report("x.gguf").write(tmp_path / "reports/x.json")
+    for steady in (True, False):
+        measured = measurement("x.gguf", by_n_max=(total(0, 9.0),), steady=steady)
+        measured.write(tmp_path / "measure/x.json")
+        text = summary.summary([tmp_path / "reports/x.json"], [tmp_path / "measure/x.json"])
+        assert ("- not steady: measure again on a quiet machine\n" in text) == (not steady)
+
+
 def test_last_columns_are_empty_without_a_measurement() -> None:
     assert summary.row(report("x.gguf"), None)[-2:] == ("-", "-")
     off = measurement(by_n_max=(total(0, 100.0), total(1, 51.0)), recommended_n_max=0)

@@ -188,8 +188,8 @@ rule sums:
         "{wildcards.model}: write SHA256SUMS"
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
-        " --others {input.pages:q} {input.pictures:q} {input.statements:q} {input.measurements:q}"
-        " > {log:q} 2>&1"
+        " --others {input.pages:q} {input.statements:q} {input.measurements:q}"
+        " --pictures {input.pictures:q} > {log:q} 2>&1"
 
 
 # snakemake --cores 1 publish [--config dry_run=true]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mtpforge import cli
 from mtpforge.progress import say
-from mtpforge.publish.sums import SUMS, collect, unlisted, write_sums
+from mtpforge.publish.sums import SUMS, collect, shown_pictures, unlisted, write_sums
 
 
 def main() -> None:
@@ -29,8 +29,13 @@ def main() -> None:
         "--others", type=Path, nargs="*", default=[], metavar="FILE",
         help="other files to publish: card, measurements, provenance",
     )  # fmt: skip
+    parser.add_argument(
+        "--pictures", type=Path, nargs="*", default=[], metavar="FILE",
+        help="figures, of which those in the card are published",
+    )  # fmt: skip
     args = parser.parse_args()
-    sums = collect(args.folder, args.reports, args.others)
+    shown = shown_pictures(args.folder, args.pictures)
+    sums = collect(args.folder, args.reports, [*args.others, *shown])
     write_sums(args.folder / SUMS, sums)
     for name in unlisted(args.folder, sums):
         text = "no longer configured, so it is not published: delete it"

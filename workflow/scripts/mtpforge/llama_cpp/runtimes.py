@@ -29,7 +29,7 @@ class Runtime:
         return f"{first}{'' if first.startswith('newer') else ' or newer'}{separator}{more}"
 
 
-_QWEN35 = "b9180; b9495 or newer recommended (fixes which hidden state the head gets)"
+_QWEN35 = "b9180; b9495 or newer recommended (fixes the hidden state that the head gets)"
 
 RUNTIMES: dict[str, Runtime] = {
     "qwen35": Runtime(_QWEN35, (22673, 24025), ik_llama_cpp=(1698, 1745)),

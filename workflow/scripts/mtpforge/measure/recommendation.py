@@ -11,6 +11,8 @@ from mtpforge.measure.measurement import Total
 
 UNEVEN = 1.25
 """Highest ratio of the fastest to the slowest round that counts as steady."""
+AGAIN = "measure again on a quiet machine"
+"""What to do if speeds are not steady: for whoever measures, not for readers of the card."""
 WAITING = 0.2
 """Highest share of the time that llama-server's threads may wait for a processor."""
 
@@ -36,7 +38,7 @@ def recommend(totals: Sequence[Total], best: Total | None, waiting: float | None
     if not totals:
         return Advice(None, None, "not measured")
     reason = _unsteady([totals[0], *filter(None, [best])], waiting)
-    unsteady = f"not steady: {reason}: measure again on a quiet machine" if reason else ""
+    unsteady = f"not steady: {reason}: {AGAIN}" if reason else ""
     if best is None or not best.drafts:
         verdicts = [_why_no_drafts(best), unsteady]
         return Advice(0, 0.0, "; ".join(filter(None, verdicts)), steady=not unsteady)

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from mtpforge.errors import VerificationError
 from mtpforge.gguf import template_warnings
 from mtpforge.llama_cpp.stamp import Stamp
+from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import choice, details, serving_memory, tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences, toolchain
@@ -72,12 +73,13 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "not_run": _not_run(results),
         "template": _template(results),
         "by_memory": tables.by_memory(choices, results, about.name).rstrip() if choices else "",
-        "reckoned": "\n".join(f"- {sentence}" for sentence in _reckoned(results) if sentence),
+        "estimates": "\n".join(f"- {sentence}" for sentence in _estimates(results) if sentence),
         "files": tables.files(results, about.name).rstrip(),
         "legend": _legend(results),
         "details": details.NAME,
         "measured": any(result.measured for result in results),
         "swept": any(result.measured and result.measured.by_n_max for result in results),
+        "steady": any(result.is_steady for result in results),
         "runtime": runtime(results),
         "serving": serving(results, about),
         "sources": "\n".join(f"- {source}" for source in about.sources),
@@ -92,7 +94,7 @@ def _pictures(results: Sequence[Result]) -> str:
     measured = [result.measured for result in results if result.measured]
     shown = {
         "distance": any(found.kl_divergence for found in measured),
-        "drafting": any(found.by_n_max and found.steady for found in measured),
+        "drafting": any(result.is_steady for result in results),
     }
     return "\n".join(
         f'<img src="plots/{name}.svg" alt="{PICTURES[name]}" width="335">'
@@ -101,13 +103,14 @@ def _pictures(results: Sequence[Result]) -> str:
     )
 
 
-def _reckoned(results: Sequence[Result]) -> list[str]:
-    """What the needs are reckoned from, what changes them, and what is not in them."""
+def _estimates(results: Sequence[Result]) -> list[str]:
+    """What the needs are estimated from, what changes them, and what is not in them."""
     best = choice.recommended(results)
     size = choice.tower_bytes(results)
     tower = f"the vision tower of {rounded_size(size)} (`--no-mmproj` leaves it out), "
     return [
-        f"These needs are reckoned, not measured: the file, {tower if size else ''}8,192 tokens of "
+        _MEMORY,
+        f"These needs are estimates: the file, {tower if size else ''}8,192 tokens of "
         "context with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), "
         "and 1 GB for llama.cpp's buffers.",
         _CONTEXT if best and sets_context(best) else "",
@@ -115,10 +118,14 @@ def _reckoned(results: Sequence[Result]) -> list[str]:
         _head_cost(results),
         "llama-server also keeps earlier prompts in main memory, up to 8 GiB of them: "
         "`--cache-ram 0` turns that off.",
-        "What does not fit on a graphics card stays in main memory and is slower.",
     ]
 
 
+_MEMORY = (
+    "Memory means that of the graphics card if the whole model runs there, otherwise main memory, "
+    "part of which the system and other programs need. A model can also be split between the two, "
+    "but runs slower then."
+)
 _CONTEXT = (
     "The llama-server commands below set this context with `--ctx-size 8192`: raise it for longer "
     "texts. Without it, llama-server may reserve the longest context that the model can take."
@@ -162,17 +169,17 @@ def _legend(results: Sequence[Result]) -> str:
     measured = [result.measured for result in results if result.measured]
     known = {
         "head: type of the head's tensors": any(result.has_head for result in results),
-        "accepted: share of drafts accepted in verification": any(
+        "accepted: share of drafted tokens that the model accepted in verification": any(
             result.report.acceptance is not None for result in results
         ),
-        "tokens/s: without → with drafting": any(found.by_n_max for found in measured),
+        "tokens/s: without → with drafting": any(result.is_steady for result in results),
         "draft: how many tokens to draft ahead": any(
-            result.n_max is not None for result in results
+            result.is_steady and result.n_max is not None for result in results
         ),
         "p_min: drafting stops at tokens less likely than this": any(
             result.p_min for result in results
         ),
-        "KL: mean KL divergence from BF16, lower is better": any(
+        f"KL: mean KL divergence from BF16{_texts(measured)}, lower is better": any(
             found.kl_divergence for found in measured
         ),
     }
@@ -183,9 +190,16 @@ def _legend(results: Sequence[Result]) -> str:
         f"{words[0].upper()}{words[1:]}." if words else "",
         _types(results),
         "Speed and KL divergence were not measured." if missing else "",
+        tables.NOT_STEADY if swept and not any(result.is_steady for result in results) else "",
         sentences(map(machine, swept)),
     ]
-    return " ".join(filter(None, parts))
+    return "\n\n".join(filter(None, parts))
+
+
+def _texts(measured: Iterable[Measurement]) -> str:
+    """The texts on which files were compared, such as ` on TEXT`; empty if they are not known."""
+    names = sorted({code(found.text.name) for found in measured if found.text})
+    return f" on {' and '.join(names)}" if names else ""
 
 
 _QUALITY = {

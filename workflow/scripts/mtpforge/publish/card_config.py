@@ -11,7 +11,7 @@ from mtpforge.publish.markdown import code, escape
 from mtpforge.quantize.coverage import Coverage
 
 HUB = "https://huggingface.co"
-_COPIED = "only the head is new, every other tensor was copied byte for byte"
+_COPIED = "Only the head is new; every other tensor was copied byte for byte."
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class About:
     def sources(self) -> list[str]:
         """Markdown: everything that files are made from, one line each."""
         lines = [f"Checkpoint: {self.checkpoint.exact}"] if self.checkpoint else []
-        lines += [f"Base: {base.exact}: {_COPIED}" for base in (*self.bases, *self.injected)]
+        lines += [f"Base: {base.exact}. {_COPIED}" for base in (*self.bases, *self.injected)]
         lines += [f"Head from: {donor.exact}" for donor in self.donors]
         if self.chat_template:
             lines.append(f"Chat template: a local file, {code(self.chat_template)}")

@@ -99,6 +99,11 @@ def slots(result: Result) -> int:
     return serving_memory.SLOTS
 
 
+def by_size(results: Iterable[Result]) -> list[Result]:
+    """Models from small to large, then the files to use with them."""
+    return sorted(results, key=lambda each: (not each.is_model, each.report.bytes))
+
+
 def resolve(tag: str, names: Iterable[str]) -> str | None:
     """The file that `-hf repo:TAG` selects in llama.cpp b11434; None if it finds none."""
     matches = re.compile(f"{tag}[.-]", re.IGNORECASE)

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from mtpforge.measure.measurement import Measurement, Other
-from mtpforge.measure.recommendation import pair
-from mtpforge.publish import tables
+from mtpforge.measure.recommendation import AGAIN, pair
+from mtpforge.publish import choice, tables
 from mtpforge.publish.card_config import About
 from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences
 from mtpforge.publish.markdown import code, escape
@@ -39,19 +39,21 @@ def make(
 
 def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
     """The values that templates/details.md fills in."""
-    measured = [(result.name, result.measured) for result in results if result.measured]
+    ordered = choice.by_size(results)
+    measured = [(result.name, result.measured) for result in ordered if result.measured]
     swept = [(name, found) for name, found in measured if found.by_n_max]
     measurements = [found for _, found in swept]
     return {
         "title": escape(about.title),
         "files": tables.details(results).rstrip(),
         "drafts": any_drafts(results),
-        "split": _split(results),
+        "split": _split(ordered),
         "measured": bool(measurements),
         "memory": any(found.memory_bytes for found in measurements),
         "machines": sentences(map(machine, measurements)),
         "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
-        "verdicts": "\n".join(f"- {code(name)}: {escape(m.verdict)}." for name, m in measured),
+        "not_steady": "" if any(result.is_steady for result in results) else tables.NOT_STEADY,
+        "verdicts": "\n".join(f"- {code(name)}: {_verdict(found)}." for name, found in measured),
         "sweeps": [
             (
                 code(name),
@@ -63,6 +65,11 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         ],
         "recipe": _recipe(about),
     }
+
+
+def _verdict(measured: Measurement) -> str:
+    """What was found, without what only whoever measures can do."""
+    return escape(measured.verdict.replace(f": {AGAIN}", ""))
 
 
 def _not_compared(others: Iterable[Other]) -> str:

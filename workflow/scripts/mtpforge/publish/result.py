@@ -55,6 +55,11 @@ class Result:
         return self.is_model and self.has_head and self.why_not_drafting is None
 
     @property
+    def is_steady(self) -> bool:
+        """Whether its speed was measured, and was steady."""
+        return self.measured is not None and bool(self.measured.by_n_max) and self.measured.steady
+
+    @property
     def n_max(self) -> int | None:
         """The recommended draft length (0: no drafting); None if it is not known.
 

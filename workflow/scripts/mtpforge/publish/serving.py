@@ -60,6 +60,7 @@ def serving(results: Sequence[Result], about: About) -> str:
         return "This repository has no complete model, only files to use with one."
     files = _Repository(about.repo or NO_REPOSITORY, about.name, tuple(results))
     lines = [
+        *_which(files, result),
         *_llama_server(files, result),
         *(line for sidecar in files.sidecars for line in _sidecar(files, sidecar)),
         *_llama_swap(files, result),
@@ -119,11 +120,10 @@ def _llama_server(files: _Repository, result: Result) -> list[str]:
     if files.sidecars:
         towers = [("--mmproj", tower) for tower in files.vision_towers]
         lines += _downloaded(files, result, beside=towers, options=options)
-        lines += _own_head_first(files, result)
+        lines += [*_own_head_first(files, result), ""]
     else:
         lines += shell(["llama-server", *_from_hub(files, result), *options])
-        lines += _without_tag(files, result)
-    return [*lines, *_other_files(files)]
+    return lines
 
 
 def _from_hub(files: _Repository, result: Result) -> list[str]:
@@ -132,16 +132,6 @@ def _from_hub(files: _Repository, result: Result) -> list[str]:
     if tag:
         return ["-hf", f"{files.name}:{tag}"]
     return ["-hf", files.name, "--hf-file", result.shards[0]]
-
-
-def _without_tag(files: _Repository, result: Result) -> list[str]:
-    """Which file llama.cpp takes without a tag."""
-    default = without_tag(files.paths)
-    if default is None or len(files.models) == 1:
-        return []
-    if default == result.shards[0]:
-        return ["Without a tag (`-hf REPOSITORY`), llama.cpp takes this file too."]
-    return [f"Without a tag (`-hf REPOSITORY`), llama.cpp takes {code(default)} instead."]
 
 
 def _own_head_first(files: _Repository, result: Result) -> list[str]:
@@ -160,10 +150,11 @@ def _why(result: Result) -> str:
     if not result.drafts:
         return f"{server}, without drafting:"
     if result.n_max is None:
-        why = "not measured"
+        why = "Speed was not measured"
         if result.measured and result.measured.by_n_max:
-            why = "measured only once" if result.measured.steady else "not steady when measured"
-        return f"{server}. Speed was {why}, so the draft length is that of verification:"
+            once = "Speed was measured only once"
+            why = once if result.is_steady else "There is no reliable measurement of speed"
+        return f"{server}. {why}, so start with a draft length of {draft_length(result)}:"
     if result.n_max == 0:
         return f"{server}. Drafting is off because it was not faster when measured:"
     return f"{server} and the draft length that was fastest when measured:"
@@ -223,17 +214,25 @@ def _downloaded(
     )
 
 
-def _other_files(files: _Repository) -> list[str]:
-    """How to adapt the commands to another file, if there are several."""
+def _which(files: _Repository, result: Result) -> list[str]:
+    """Which file the commands serve, and how to adapt them to another, if there are several."""
     if len(files.models) == 1:
-        return [""]
+        return []
+    default = None if files.sidecars else without_tag(files.paths)
+    named = f"These commands name {code(result.name)}"
+    other = ""
+    if default == result.shards[0]:
+        named += ", the file that llama.cpp takes without a tag (`-hf REPOSITORY`)"
+    elif default:
+        other = f" Without a tag (`-hf REPOSITORY`), llama.cpp takes {code(default)}."
     if files.sidecars:
         change = "the name in both commands"
     elif all(files.tags.values()):
         change = "the tag"
     else:
         change = "the model to `-hf REPOSITORY --hf-file FILE`"
-    return ["", f"For another file, change {change}{_other_lengths(files)}.", ""]
+    change += _other_lengths(files)
+    return [f"{named}. If you chose another file, change {change}.{other}", ""]
 
 
 def _other_lengths(files: _Repository) -> str:
@@ -244,7 +243,7 @@ def _other_lengths(files: _Repository) -> str:
     if any(model.p_min for model in files.models):
         ahead = f"draft length and p_min to those in the table (`{options} --spec-draft-p-min P`"
         return f", and {ahead}; no p_min if it has none, none of them if drafting is off)"
-    if any(model.measured for model in files.models):
+    if any(model.is_steady and model.n_max is not None for model in files.models):
         return f", and the draft length to that in the table (`{options}`; neither if it is off)"
     return f". Drop `{options}` if the file has no head"
 

@@ -13,7 +13,7 @@ from mtpforge.errors import ForgeError, VerificationError
 from mtpforge.gguf import reader
 from mtpforge.io.atomic import write_text
 from mtpforge.io.ranges import digest_of
-from mtpforge.io.text import YAML_LIMIT, read_text
+from mtpforge.io.text import JSON_LIMIT, YAML_LIMIT, read_text
 from mtpforge.publish import provenance, receipts
 from mtpforge.verify.report import Report, Shard
 
@@ -51,6 +51,13 @@ def collect(folder: Path, reports: Iterable[Path], others: Iterable[Path]) -> Su
         sums[path.relative_to(folder).as_posix()] = digest_of(path)
     sums |= {path.relative_to(folder).as_posix(): digest_of(path) for path in others}
     return dict(sorted(sums.items()))
+
+
+def shown_pictures(folder: Path, pictures: Iterable[Path]) -> list[Path]:
+    """The pictures that the folder's card shows: the others may have nothing to draw."""
+    card = folder / "README.md"
+    text = read_text(card, VerificationError, most=JSON_LIMIT) if card.exists() else ""
+    return [path for path in pictures if path.relative_to(folder).as_posix() in text]
 
 
 def write_sums(path: Path, sums: Sums) -> None:

@@ -1,6 +1,7 @@
 """Tables of the model card and of its second page: of the files, and of each by draft length.
 
-A cell is None if its value is unknown. A column without any value is left out.
+A cell is None if its value is unknown. A column without any value is left out, and so is one of
+speeds of which none was steady.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -8,36 +9,38 @@ from typing import TypeVar
 
 from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement, Other, Run, Total
 from mtpforge.publish import serving_memory
-from mtpforge.publish.choice import Choice, labels
+from mtpforge.publish.choice import Choice, by_size, labels
 from mtpforge.publish.markdown import code, escape, link
 from mtpforge.publish.result import Result
 from mtpforge.report import distance_tables, scores
 from mtpforge.table import markdown, rounded, rounded_size, size
 
+NOT_STEADY = "No measurement of speed was steady, so none is shown."
+_UNSTEADY = "not steady"
 Row = TypeVar("Row")
 Column = tuple[str, Callable[[Row], str | None]]
 """Heading, and the cell of a row."""
 
 
 def files(results: Sequence[Result], model_name: str) -> str:
-    """The table of the card: all files, with as many columns and digits as people read."""
+    """The table of the card: files by size, with as many columns and digits as people read."""
     label = labels(results, model_name)
     name: Column[Result] = ("file", lambda result: link(label[result.name], result.shards[0]))
-    return _table([name, *FILES], results)
+    return _table([name, *FILES], by_size(results))
 
 
 def details(results: Sequence[Result]) -> str:
-    """The table of the second page: all files with all that is known."""
+    """The table of the second page: files by size, with all that is known."""
     measured = [result.measured for result in results if result.measured]
     kinds = dict.fromkeys(kind for found in measured for kind in found.tasks)
-    return _table([*DETAILS, *map(_score, kinds)], results)
+    return _table([*DETAILS, *map(_score, kinds)], by_size(results))
 
 
 def others(results: Sequence[Result], theirs: Sequence[Other]) -> str:
     """The table of distances from BF16, of our files and of other people's."""
     rows = [
         (link(result.name, result.shards[0]), result.report.bytes, found)
-        for result in results
+        for result in by_size(results)
         if (found := result.measured.kl_divergence if result.measured else None)
     ]
     rows += [
@@ -62,9 +65,10 @@ def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: 
 
 
 def sweep(measured: Measurement) -> str:
-    """The table of one file by draft length: speed and acceptance, warm and cold."""
+    """The table of one file by draft length: acceptance, and speed if it was steady."""
     by_kind = [_of_kind(measured, kind) for kind in sorted({run.kind for run in measured.runs})]
-    return _table([*SWEEP, _cold_acceptance(measured), BY_POSITION, *by_kind], measured.by_n_max)
+    columns = [*_shown(SWEEP, measured), _cold_acceptance(measured), BY_POSITION, *by_kind]
+    return _table(columns, measured.by_n_max)
 
 
 def kinds(measured: Measurement) -> str:
@@ -73,12 +77,17 @@ def kinds(measured: Measurement) -> str:
     Empty if nothing was drafted.
     """
     drafted = [each for each in measured.by_kind if each.n_max]
-    return _table(KINDS, drafted) if drafted else ""
+    return _table(_shown(KINDS, measured), drafted) if drafted else ""
+
+
+def _shown(columns: Iterable[Column[Row]], measured: Measurement) -> list[Column[Row]]:
+    """The columns without speeds that were not steady."""
+    return [each for each in columns if measured.steady or each[0] not in _SPEEDS]
 
 
 def _table(columns: Sequence[Column[Row]], rows: Sequence[Row], left: int = 1) -> str:
     cells = [[heading, *(cell(row) for row in rows)] for heading, cell in columns]
-    known = [column for column in cells if any(column[1:])]
+    known = [column for column in cells if {*column[1:]} - {None, "", _UNSTEADY}]
     return markdown([[cell or "-" for cell in line] for line in zip(*known, strict=True)], left)
 
 
@@ -96,7 +105,7 @@ def _size(count: int | None) -> str | None:
 
 def _speed(result: Result, n_max: int) -> str | None:
     if result.measured and not result.measured.steady:
-        return "not steady"
+        return _UNSTEADY
     total = result.at(n_max)
     return _number(total.tokens_per_second if total else None, ".1f")
 
@@ -104,7 +113,7 @@ def _speed(result: Result, n_max: int) -> str | None:
 def _speeds(result: Result) -> str | None:
     """Tokens per second without drafting and with the recommended draft length."""
     if result.measured and not result.measured.steady:
-        return "not steady"
+        return _UNSTEADY
     off = result.at(0)
     best = result.at(result.n_max or 0)
     speeds = [rounded(total.tokens_per_second) for total in (off, best) if total]
@@ -165,7 +174,7 @@ FILES: tuple[Column[Result], ...] = (
     ("head", lambda result: escape(result.report.head)),
     ("accepted", lambda result: _number(result.report.acceptance, ".0%")),
     ("tokens/s", _speeds),
-    ("draft", lambda result: _draft_length(result.n_max)),
+    ("draft", lambda result: _draft_length(result.n_max) if result.is_steady else None),
     ("p_min", lambda result: _threshold(result.p_min)),
     ("KL", _small_divergence),
 )
@@ -183,7 +192,7 @@ DETAILS: tuple[Column[Result], ...] = (
     ("head", lambda result: escape(result.report.head)),
     ("acceptance", lambda result: _number(result.report.acceptance, ".1%")),
     ("tok/s", lambda result: _speed(result, result.n_max or 0)),
-    ("draft length", lambda result: _draft_length(result.n_max)),
+    ("draft length", lambda result: _draft_length(result.n_max) if result.is_steady else None),
     ("p_min", lambda result: _threshold(result.p_min)),
     ("tok/s without drafting", lambda result: _speed(result, 0)),
     ("memory", _memory),
@@ -212,6 +221,7 @@ KINDS: tuple[Column[KindSpeed], ...] = (
     ("speedup", lambda each: _number(each.speedup, ".2f")),
     ("acceptance", lambda each: _number(each.acceptance, ".1%")),
 )
+_SPEEDS = ("tok/s", "tok/s without drafting", "rounds", "range", "cold tok/s")
 BY_POSITION: Column[Total] = (
     "by position",
     lambda total: " ".join(f"{share:.0%}" for share in total.by_position),

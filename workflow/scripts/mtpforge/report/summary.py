@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge.measure.measurement import Measurement, Other
+from mtpforge.measure.recommendation import AGAIN
 from mtpforge.quantize.coverage import Coverage
 from mtpforge.report.distance_tables import distances
 from mtpforge.report.scores import scores
@@ -45,6 +46,8 @@ def summary(
         rows.append((label(folder, report.file), *cells[1:]))
     judged = [(path.parents[2], Compared.read(path)) for path in compared]
     verdicts = [f"- {label(folder, each.file)}: {each.verdict}\n" for folder, each in judged]
+    if not all(each.steady for each in read.values()):
+        verdicts.append(f"- not steady: {AGAIN}\n")
     below = [
         "".join(verdicts),
         distances(read, {path: Other.read(path) for path in others}),
