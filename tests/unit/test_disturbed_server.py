@@ -192,6 +192,28 @@ def test_a_slow_answer_ends_in_a_time_limit(
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(("load", "times"), [(0.5, 1), (8.0, 4), (1000.0, 10)])
+def test_a_crowded_machine_has_more_time(
+    fake: Callable[..., LlamaCpp], monkeypatch: pytest.MonkeyPatch, load: float, times: int
+) -> None:
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(module, "REQUEST_LIMIT", 1.0)
+    llama, limits = fake(), []
+    ask = module.Server.request
+
+    def request(server: Server, path: str, body: object, limit: float) -> object:
+        limits.append(limit)
+        if path != "/health":
+            raise ToolchainError("late")
+        return ask(server, path, None, limit)
+
+    monkeypatch.setattr(module.Server, "request", request)
+    with pytest.raises(ToolchainError, match="late"):
+        complete(llama)
+    assert limits[-1] == pytest.approx(times, rel=0.01)
+
+
 def test_a_huge_answer_is_not_read(
     fake: Callable[..., LlamaCpp], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from mtpforge.checkpoint.families.registry import family_of
 from mtpforge.checkpoint.hparams import Hparams
 from mtpforge.convert import plan
 from mtpforge.convert import values as converted
-from mtpforge.errors import ToolchainError
+from mtpforge.errors import ToolchainError, VerificationError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -265,6 +265,18 @@ def test_a_file_larger_than_the_memory_is_not_run(tmp_path: Path) -> None:
         file.truncate(1 << 43)
     found = running.measure_acceptance(tmp_path / "huge.gguf", Request(), LlamaCpp(tmp_path))
     assert "do not fit into" in (found.skipped or "")
+
+
+def test_a_reference_that_fails_is_named_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer.write(tmp_path / "all.gguf", {}, [])
+    late = Check("drafting", False, "llama-server has not answered")
+    monkeypatch.setattr(running, "check_drafting", lambda *_: (late, []))
+    monkeypatch.setattr(running.converter_architectures, "why_not_drafting", lambda _: None)
+    said = f"the BF16 file that quants are compared with, {tmp_path}/all.gguf: llama-server has"
+    with pytest.raises(VerificationError, match=said):
+        running.measure_acceptance(tmp_path / "all.gguf", Request(), LlamaCpp(tmp_path))
 
 
 # ── other programs ──

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import re
 import socket
 import subprocess
@@ -31,6 +32,8 @@ REQUEST_LIMIT = 75.0
 """Seconds in which a request must be answered, besides those of its tokens."""
 TOKEN_PER_GB = 10.0
 """Seconds: a dense model larger than the memory is read from the disk again for each token."""
+MOST_CROWDED = 10.0
+"""The most by which these limits grow if other programs want the processors too."""
 END_LIMIT = 5.0
 """Seconds in which it must end when it is told to, before it is killed."""
 ANSWER_LIMIT = 64 << 20
@@ -172,7 +175,7 @@ class Server:
         # A few tokens more, because the prompt needs some passes over the weights too.
         limit = REQUEST_LIMIT + (n_predict + 16) * TOKEN_PER_GB * self.size / 1e9
         try:
-            return self.request(path, body, limit)
+            return self.request(path, body, limit * _crowding())
         except _NoAnswerError as error:
             raise ToolchainError(f"{error}{self._end()}") from None
 
@@ -188,7 +191,8 @@ class Server:
             said = response.read(ANSWER_LIMIT + 1)
         except TimeoutError:
             raise ToolchainError(
-                f"llama-server has not answered {path} within {limit:.0f} s"
+                f"llama-server has not answered {path} within {limit:.0f} s: the machine is busy, "
+                "or too small for this model: run again when it is idle"
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = repr(error)[:200]
@@ -368,7 +372,7 @@ def _refuse(constant: str) -> None:
 
 
 def _wait_until_ready(server: Server, model: Path, log: Path) -> None:
-    limit = START_LIMIT + START_PER_GB * server.size / 1e9
+    limit = (START_LIMIT + START_PER_GB * server.size / 1e9) * _crowding()
     deadline = time.monotonic() + limit
     while (left := deadline - time.monotonic()) > 0:
         if (code := server.child.poll()) is not None:
@@ -380,6 +384,15 @@ def _wait_until_ready(server: Server, model: Path, log: Path) -> None:
                 return
         time.sleep(0.05)
     raise ToolchainError(f"llama-server is not ready after {limit:.0f} s with {model}")
+
+
+def _crowding() -> float:
+    """How many threads wanted each processor in the last minute, from 1 to `MOST_CROWDED`."""
+    try:
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 1.0
+    return min(max(load, 1.0), MOST_CROWDED)
 
 
 def _reason(log: Path) -> str:

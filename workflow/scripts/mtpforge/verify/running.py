@@ -7,14 +7,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 from mtpforge import recorded_digests
-from mtpforge.errors import ConfigError, ForgeError, StorageError
+from mtpforge.errors import ConfigError, ForgeError, StorageError, VerificationError
 from mtpforge.gguf import quant_types, reader, split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Choice, Completion, Server, serve
 from mtpforge.prompts import EQUAL, N_PREDICT
-from mtpforge.verify.report import Acceptance, Check, raise_failed, some
+from mtpforge.verify.report import Acceptance, Check, some
 from mtpforge.verify.request import LEAST_ACCEPTANCE, Request
 
 TIE = 0.1
@@ -166,7 +166,10 @@ def measure_acceptance(path: Path, request: Request, llama: LlamaCpp) -> Accepta
         return Acceptance(skipped=reason)
     with recorded_digests.reading(path, request.digests), reading_target(request):
         check, answers = check_drafting(opened, request, llama)
-        raise_failed(path.name, [check])
+    if not check.passed:
+        raise VerificationError(
+            f"the BF16 file that quants are compared with, {path}: {check.detail}"
+        )
     return _acceptance_of(answers)
 
 
