@@ -111,6 +111,11 @@ def test_one_command_puts_a_head_into_a_quant(copy: Repository, hub: Hub) -> Non
     base = hub.repositories[BASE] / "quants" / made.name
     assert head.trunk_digests(reader.read(made)) == head.trunk_digests(reader.read(base))
     assert Report.read(made.parent / "reports" / f"{made.stem}.json").accepted
+    table = (copy.path / "results/summary.md").read_text()
+    assert made.name in table and "Qwen3.5-4B-IQ4_XS.gguf" in table  # of the run before
+    output = done.stdout + done.stderr
+    assert f"-m results/{made.relative_to(copy.path / 'results')} " in output
+    assert "Config file" not in output and "recipe of" not in output
 
 
 def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
