@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mtpforge.errors import ToolchainError
@@ -76,6 +77,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Llama
     monkeypatch.setattr(module, "START_LIMIT", 30.0)  # a busy machine may need seconds
     monkeypatch.setattr(module, "REQUEST_LIMIT", 15.0)
     monkeypatch.setattr(module, "END_LIMIT", 0.5)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))  # or limits grow
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
 
     def make(act: str = "pass", before: str = "") -> LlamaCpp:
@@ -197,7 +199,7 @@ def test_a_crowded_machine_has_more_time(
     fake: Callable[..., LlamaCpp], monkeypatch: pytest.MonkeyPatch, load: float, times: int
 ) -> None:
     monkeypatch.setattr(module.os, "getloadavg", lambda: (load, load, load))
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(module.processors, "available", lambda: 2)
     monkeypatch.setattr(module, "REQUEST_LIMIT", 1.0)
     llama, limits = fake(), []
     ask = module.Server.request
@@ -212,6 +214,23 @@ def test_a_crowded_machine_has_more_time(
     with pytest.raises(ToolchainError, match="late"):
         complete(llama)
     assert limits[-1] == pytest.approx(times, rel=0.01)
+
+
+def test_the_time_for_each_gb_does_not_grow_with_the_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or a server that hangs with a large file would be noticed after days."""
+    limits: list[float] = []
+    monkeypatch.setattr(module.time, "monotonic", lambda: sum(limits))
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(module, "_crowding", lambda: 10.0)
+    monkeypatch.setattr(Server, "request", lambda *given: limits.append(given[-1]) or {})
+    running = Server(tmp_path, SimpleNamespace(poll=lambda: None), 20 * 10**9)
+    running.ask("/completion", {}, 184)
+    with pytest.raises(ToolchainError, match="is not ready after"):
+        module._wait_until_ready(running, tmp_path / "m.gguf", tmp_path / "log")
+    for_tokens, for_gb = 200 * 20 * module.TOKEN_PER_GB, 20 * module.START_PER_GB
+    assert limits == [10 * module.REQUEST_LIMIT + for_tokens, 10 * module.START_LIMIT + for_gb]
 
 
 def test_a_huge_answer_is_not_read(

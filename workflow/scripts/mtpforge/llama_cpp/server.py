@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mtpforge import processors
 from mtpforge.errors import ToolchainError
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
@@ -33,7 +34,8 @@ REQUEST_LIMIT = 75.0
 TOKEN_PER_GB = 10.0
 """Seconds: a dense model larger than the memory is read from the disk again for each token."""
 MOST_CROWDED = 10.0
-"""The most by which these limits grow if other programs want the processors too."""
+"""The most by which both limits grow if other programs want the processors too. What they have for
+each GB does not: it is for the disk, and ample."""
 END_LIMIT = 5.0
 """Seconds in which it must end when it is told to, before it is killed."""
 ANSWER_LIMIT = 64 << 20
@@ -173,9 +175,9 @@ class Server:
     ) -> dict[str, Any]:
         """Send a request; returns the JSON answer. Raises ToolchainError with the server's."""
         # A few tokens more, because the prompt needs some passes over the weights too.
-        limit = REQUEST_LIMIT + (n_predict + 16) * TOKEN_PER_GB * self.size / 1e9
+        tokens = (n_predict + 16) * TOKEN_PER_GB * self.size / 1e9
         try:
-            return self.request(path, body, limit * _crowding())
+            return self.request(path, body, REQUEST_LIMIT * _crowding() + tokens)
         except _NoAnswerError as error:
             raise ToolchainError(f"{error}{self._end()}") from None
 
@@ -191,8 +193,8 @@ class Server:
             said = response.read(ANSWER_LIMIT + 1)
         except TimeoutError:
             raise ToolchainError(
-                f"llama-server has not answered {path} within {limit:.0f} s: the machine is busy, "
-                "or too small for this model: run again when it is idle"
+                f"llama-server has not answered {path} within {limit:.0f} s: it hangs, or the "
+                "machine is busy or too small for this model: run again when it is idle"
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = repr(error)[:200]
@@ -372,7 +374,7 @@ def _refuse(constant: str) -> None:
 
 
 def _wait_until_ready(server: Server, model: Path, log: Path) -> None:
-    limit = (START_LIMIT + START_PER_GB * server.size / 1e9) * _crowding()
+    limit = START_LIMIT * _crowding() + START_PER_GB * server.size / 1e9
     deadline = time.monotonic() + limit
     while (left := deadline - time.monotonic()) > 0:
         if (code := server.child.poll()) is not None:
@@ -389,7 +391,7 @@ def _wait_until_ready(server: Server, model: Path, log: Path) -> None:
 def _crowding() -> float:
     """How many threads wanted each processor in the last minute, from 1 to `MOST_CROWDED`."""
     try:
-        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        load = os.getloadavg()[0] / processors.available()
     except OSError:
         return 1.0
     return min(max(load, 1.0), MOST_CROWDED)
