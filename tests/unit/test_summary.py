@@ -36,14 +36,31 @@ def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, r
 
 
 def test_what_another_run_made_is_listed_too_if_it_can_be_read(tmp_path: Path, run: Run) -> None:
+    """A file without a report has no measurement either."""
     for model in ("here", "old"):
-        (tmp_path / model / "reports").mkdir(parents=True)
-        report("x.gguf").write(tmp_path / model / "reports/x.json")
-    (tmp_path / "old/reports/x.json").write_text("{}")
-    paths = [tmp_path / model / "reports/x.json" for model in ("here", "gone", "old")]
-    done = run("summary.py", *paths, "--measurements", "--out", tmp_path / "summary.md")
-    assert done.returncode == 0 and f"left out: {paths[2]}:" in done.stderr
-    assert len((tmp_path / "summary.md").read_text().splitlines()) == 3
+        for part in ("reports", "measure"):
+            (tmp_path / model / part).mkdir(parents=True)
+        report("x.gguf").write(tmp_path / model / "reports/x.split.json")
+        measured = measurement("x.gguf", text=TEXT, kl_divergence=DIVERGENCE, steady=False)
+        measured.write(tmp_path / model / "measure/x.json")
+    (tmp_path / "old/reports/x.split.json").write_text("{}")
+    paths = [tmp_path / model / "reports/x.split.json" for model in ("here", "gone", "old")]
+    measurements = [tmp_path / model / "measure/x.json" for model in ("here", "gone", "old")]
+    out = tmp_path / "summary.md"
+    done = run("summary.py", *paths, "--measurements", *measurements, "--out", out)
+    assert done.returncode == 0 and done.stderr.startswith(f"warning: left out: {paths[2]}:")
+    table, *below = out.read_text().split("\n\n")
+    assert len(table.splitlines()) == 3
+    headings = [part for part in below if part.startswith("Distance")]
+    assert headings == ["Distance from BF16: here, on at most 16 chunks of held-out.txt"]
+
+
+def test_it_is_an_error_if_no_report_can_be_read(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "reports").mkdir()
+    path, out = tmp_path / "reports/x.json", tmp_path / "summary.md"
+    path.write_text("{}")
+    done = run("summary.py", path, "--out", out)
+    assert done.returncode == 1 and f"\nerror: {path}:" in done.stderr and not out.exists()
 
 
 def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:

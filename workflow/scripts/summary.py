@@ -1,6 +1,7 @@
 """Print one table of all verified files: size, bits per weight, head types, acceptance and speed.
 
-Skips files that are not there. One that cannot be read, of another version, is left out.
+Skips files that are not there. One that cannot be read, of another version, is left out with a
+warning, and so is the measurement whose report is. It is an error if no report can be read.
 
 example: summary.py results/*/reports/*.json --measurements results/*/measure/*.json \\
              --out results/summary.md
@@ -52,9 +53,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     reports = readable(args.reports, Report)
+    if not reports:
+        for path in filter(Path.exists, args.reports):
+            Report.read(path)  # fails
+    without = set(map(file_of, args.reports)) - set(map(file_of, reports))
+    measurements = [each for each in args.measurements if file_of(each) not in without]
     table = summary(
         reports,
-        readable(args.measurements, Measurement),
+        readable(measurements, Measurement),
         compared=readable(args.compared, Compared),
         others=readable(args.others, Other),
         coverages=readable(args.coverages, Coverage),
@@ -70,10 +76,15 @@ def readable(paths: Iterable[Path], record: type[Record]) -> list[Path]:
         try:
             record.read(path)
         except RecordError as error:
-            say(f"left out: {error}")
+            say(f"warning: left out: {error}")
         else:
             found.append(path)
     return found
+
+
+def file_of(record: Path) -> tuple[Path, str]:
+    """The folder of a model, and what its report and measurement call a file."""
+    return record.parent.parent, record.name.replace(".split.json", ".json")
 
 
 if __name__ == "__main__":
