@@ -28,6 +28,12 @@ import yaml
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".gguf", ".dat")
 BLOCK = 1 << 20
+INTERCEPTED = {
+    "login page": (b"<html>", "text/html", 200),
+    "proxy": (b"<html>", "text/html", 403),
+    "deep JSON": (b"[" * 100 + b"]" * 100, "application/json", 200),
+}
+"""Answers of what is between a client and the Hub, by fault: content, type, status."""
 
 
 def is_large(path: Path) -> bool:
@@ -68,12 +74,12 @@ class Hub(ThreadingHTTPServer):
         self.sent: Counter[str] = Counter()
         """Bytes sent of each file, from both servers."""
         self.faults: defaultdict[str, list[Fault]] = defaultdict(list)
-        """Faults by file name; `api` for answers about repositories."""
+        """Faults by file name; `api` for answers about repositories, `access` about the token."""
         self.gated: set[str] = set()
         """Repositories that need a token."""
         self.closed: set[str] = set()
         """Repositories that do not accept the token either."""
-        self.user: dict[str, object] = {"name": "Owner"}
+        self.user: object = {"name": "Owner"}
         """Whose the token is, as `whoami` tells it."""
         self.foreign: set[str] = set()
         """Repositories that the token may not write to."""
@@ -301,12 +307,11 @@ class _Handler(_Answering):
         if self.is_elsewhere(path):
             return None
         if path == "/api/whoami-v2":
-            return self.say(self.hub.user, 200 if self.headers.get("Authorization") else 401)
+            status = 200 if self.headers.get("Authorization") else 401
+            return self.intercepted() or self.say(self.hub.user, status)
+        if asked := re.fullmatch("/api/models/(.+)/auth-check/write", path):
+            return self.intercepted() or self.may_write(asked[1])
         for name, folder in self.hub.repositories.items():
-            if path == f"/api/models/{name}/auth-check/write":
-                token = self.headers.get("Authorization")
-                status = 403 if name in self.hub.foreign else 200
-                return self.answer(b"", "text/plain", status if token else 401)
             for branch, commit in {COMMIT: COMMIT, **self.hub.branches}.items():
                 asked = (f"/api/models/{name}/revision/{branch}", f"/api/models/{name}")
                 if path in asked and not self.is_hidden(name):
@@ -336,6 +341,25 @@ class _Handler(_Answering):
                 self.answer(b"", "text/plain", 307, {"Location": path.replace(old, new, 1)})
                 return True
         return False
+
+    def intercepted(self) -> bool:
+        """Answer as something between here and the Hub would, with a fault of `access`."""
+        fault = self.fails("access", *INTERCEPTED)
+        if fault:
+            self.answer(*INTERCEPTED[fault.kind])
+        return fault is not None
+
+    def may_write(self, name: str) -> None:
+        """Say whether the token may. Without one, every repository might be a private one."""
+        token, missing = self.headers.get("Authorization"), name not in self.hub.repositories
+        if missing or not token:
+            missed = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            return self.answer(b"", "text/plain", 404 if token else 401, missed)
+        if name in self.hub.foreign:
+            said = "Forbidden: pass a token that can write"
+            headers = {"X-Request-Id": "1", "X-Error-Message": said}
+            return self.answer(b"", "text/plain", 403, headers)
+        return self.answer(b"", "text/plain")
 
     def do_POST(self) -> None:
         path, content = unquote(urlsplit(self.path).path), b"".join(self.content())

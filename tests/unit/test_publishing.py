@@ -12,10 +12,10 @@ import example_records
 import pytest
 import yaml
 from conftest import CHECKPOINTS, Run
-from mtpforge.errors import ConfigError, VerificationError
+from mtpforge.errors import ConfigError, UploadError, VerificationError
 from mtpforge.hub.fetch_records import FetchRecord
 from mtpforge.io import ranges
-from mtpforge.publish import provenance, sums
+from mtpforge.publish import access, provenance, sums
 from mtpforge.publish.sums import Sums, check, collect, read_sums
 from mtpforge.rules.build import Build
 from mtpforge.verify.report import Shard
@@ -310,6 +310,24 @@ def test_repositories_are_private_by_default() -> None:
     assert made.publish.upload_options(None) == "--private results/m O/N"
     made = build(publish={"repo": "O/N", "private": False})
     assert made.publish.upload_options(None) == "--public results/m O/N"
+
+
+def test_all_refusals_of_the_hub_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"O/a": "no", "O/b": "", "O/c": "no", "O/d": "no network"}
+
+    def check(repo: str) -> str:
+        if answers[repo] == "no":
+            raise UploadError(f"{repo}: no")
+        return answers[repo]
+
+    monkeypatch.setattr(access, "check", check)
+    models = {repo[-1]: {**MODEL, "publish": {"repo": repo}} for repo in answers}
+    with pytest.raises(UploadError) as error:
+        Build({"models": models}).publish.check_access()
+    assert str(error.value) == "O/a: no\nO/c: no\nNothing was built or uploaded."
+    assert capsys.readouterr().err == "warning: O/d: not checked with the Hub: no network\n"
 
 
 EARLY = {"repo": "O/N", "when": "verified"}

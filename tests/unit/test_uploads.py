@@ -225,7 +225,8 @@ def test_the_repository_of_somebody_else_is_refused_before_the_build(
     hub.user = {"name": "me", "orgs": [{"name": "Owner", "roleInOrg": "read"}]}
     assert "is that of me, who cannot create repositories of Owner" in refused_before()
     hub.repositories[REPO], hub.foreign = folder, {REPO}
-    assert refused_before().startswith("your token may not write there")
+    said = "your token may not write there (Forbidden: pass a token that can write): correct"
+    assert refused_before().startswith(said)
 
 
 def test_a_token_that_cannot_write_is_refused_before_the_build(hub: Hub) -> None:
@@ -235,11 +236,85 @@ def test_a_token_that_cannot_write_is_refused_before_the_build(hub: Hub) -> None
     assert refused_before().startswith("your token was rejected")
 
 
+READ, WRITE = "repo.content.read", "repo.write"
+
+
+def fine_grained(scoped: object) -> dict[str, object]:
+    return {"role": "fineGrained", "fineGrained": {"global": ["post.write"], "scoped": scoped}}
+
+
+def scope(name: str, *permissions: str) -> dict[str, object]:
+    return {"entity": {"_id": "1", "type": "user", "name": name}, "permissions": permissions}
+
+
+@pytest.mark.parametrize(
+    "scoped", [[], [scope("Owner", READ)], [scope("Owner"), scope("other", WRITE)]]
+)
+def test_a_fine_grained_token_without_the_right_is_refused_before_the_build(
+    hub: Hub, scoped: object
+) -> None:
+    hub.user = {"name": "Owner", "auth": {"accessToken": fine_grained(scoped)}}
+    said = "your fine-grained token may not write to repositories of Owner"
+    assert refused_before().startswith(said)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        fine_grained([scope("other", READ), scope("owner", READ, WRITE)]),
+        fine_grained(None),
+        {"role": "fineGrained"},
+    ],
+)
+def test_a_fine_grained_token_with_the_right_or_without_a_list_is_enough(
+    hub: Hub, token: object
+) -> None:
+    """Its rights count, not who owns it."""
+    hub.user = {"name": "me", "orgs": [], "auth": {"accessToken": token}}
+    assert access.check(REPO) == ""
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        [],
+        {},
+        {"name": "Owner", "auth": {"accessToken": fine_grained([{"on": "Owner"}])}},
+        {"name": "Owner", "orgs": "none"},
+    ],
+)
+def test_an_answer_of_another_form_refuses_nothing(hub: Hub, user: object) -> None:
+    hub.user = user
+    assert access.check(REPO).endswith("/api/whoami-v2 answers in an unexpected form")
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("login page", "is a web page"), ("proxy", "status 403"), ("deep JSON", "is nested")],
+)
+def test_what_is_not_of_the_hub_refuses_nothing(hub: Hub, kind: str, words: str, skip: int) -> None:
+    hub.faults["access"] = [Fault(kind, skip=skip)]
+    assert words in access.check(REPO)
+
+
 def test_without_a_network_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     assert "refused" in access.check(REPO)
+
+
+def test_a_dry_run_with_a_rejected_token_lists_the_files(
+    hub: Hub, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    sums.write_sums(folder / "SHA256SUMS", files(folder, *NAMES))
+    hub.rejects_tokens = True
+    done = run("publish.py", "--dry-run", "--private", folder, REPO)
+    assert done.returncode == 1 and f"{REPO}: 3 files to upload" in done.stdout
+    assert done.stderr.startswith(f"error: {REPO}: your token was rejected")
+    assert "renew it" in done.stderr and "unset" not in done.stderr
 
 
 def test_a_plan_says_what_is_private(hub: Hub, folder: Path) -> None:

@@ -70,7 +70,8 @@ def preview(folder: Path, repo: str, private: bool) -> None:
         unasked = access.check(repo)
     except errors.UploadError as error:
         refused = error
-    plan = upload.everything(folder, repo) if unasked else upload.compare(folder, repo, private)
+    unanswered = refused or unasked  # so the Hub may not say what it has
+    plan = upload.everything(folder, repo) if unanswered else upload.compare(folder, repo, private)
     plan.show()
     if refused:
         raise refused

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpforge.checkpoint.checkpoint import folder_name
-from mtpforge.errors import ConfigError
+from mtpforge.errors import ConfigError, UploadError
 from mtpforge.progress import say
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
@@ -244,15 +244,24 @@ class PublishRules(Stage):
         return "list what would be uploaded (dry run)" if self._is_dry else "upload"
 
     def check_access(self) -> None:
-        """Raise UploadError if the Hub would refuse the upload; it comes after the whole build.
+        """Raise UploadError if the Hub would refuse an upload; that comes after the whole build.
 
         A dry run lists the files first, and asks then.
         """
         from mtpforge.publish import access  # and what it imports: a second, in each run
 
-        for model in () if self._is_dry else self.config.chosen:
-            if isinstance(model.publish, HubTarget) and (why := access.check(model.publish.repo)):
-                say(f"warning: {model.publish.repo}: not checked with the Hub: {why}")
+        chosen = () if self._is_dry else self.config.chosen
+        targets = [model.publish for model in chosen if isinstance(model.publish, HubTarget)]
+        refusals = []
+        for repo in dict.fromkeys(target.repo for target in targets):
+            try:
+                if why := access.check(repo):
+                    say(f"warning: {repo}: not checked with the Hub: {why}")
+            except UploadError as error:
+                refusals.append(str(error))
+        if refusals:
+            refused = "\n".join(refusals)
+            raise UploadError(f"{refused}\nNothing was built or uploaded.")
 
     def upload_options(self, wildcards: object) -> str:
         """Folders and where to upload them, as options of publish.py."""
