@@ -23,6 +23,7 @@ from mtpforge.publish.markdown import escape
 from mtpforge.publish.result import Result
 from mtpforge.report import figures
 from mtpforge.report.distance import distance
+from mtpforge.table import markdown
 from pages import anchors
 from test_card import (
     ABOUT,
@@ -191,6 +192,15 @@ def test_names_of_files_are_shown_as_they_are(name: str) -> None:
     assert html(escape(name)) == f"<p>{name}</p>\n"
     if "@" not in name:
         assert escape(name) == name
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [("a|b", r"a\|b"), (r"a\|b", r"a\|b"), (r"a\\|b", r"a\\\|b"), (r"\\\|b|", r"\\\|b\|")],
+)
+def test_bars_never_split_a_cell(cell: str, shown: str) -> None:
+    """Two backslashes escape each other, and not the bar after them."""
+    assert markdown([["x"], [cell]]).splitlines()[-1] == f"| {shown} |"
 
 
 def test_hostile_names_break_no_picture() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mtpforge.errors import printable
 
-_BAR = re.compile(r"(?<!\\)\|")
+_BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")
+"""A bar after an even number of backslashes, which escape each other and not the bar."""
 
 
 def size(count: int) -> str:
@@ -53,7 +54,7 @@ def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
     Bars in a cell are escaped, unless they are already.
     """
-    rows = [[_BAR.sub(r"\|", printable(cell)) for cell in row] for row in rows]
+    rows = [[_BAR.sub(r"\1\|", printable(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
