@@ -457,7 +457,17 @@ def test_drafting_is_off_if_it_is_slower() -> None:
     assert column(more, "speedup", "### ") == ["1.00", "0.51"]
     assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text
     assert "--spec-draft" not in text and "--speculative-draft" not in text
-    assert "Drafting is off because it was not faster" in text
+    assert "Drafting is off because it was not faster when measured:" in text
+
+
+def test_a_search_that_was_cut_short_tried_few_settings() -> None:
+    tried = "of the few settings tried (search cut short):"
+    off = make(result(measured=measurement(0, (94.0, 47.6), cut_short=True)))
+    assert f"Drafting is off because it was not faster with any {tried}" in off
+    tried = tried.replace("of", "among", 1)
+    text = make(result(measured=measurement(2, cut_short=True)))
+    assert f"the draft length that was fastest {tried}" in text
+    assert "cut short" not in make(result(measured=measurement(2)))
 
 
 def test_inputs_of_measurements_are_named() -> None:

@@ -155,9 +155,12 @@ def _why(result: Result) -> str:
             once = "Speed was measured only once"
             why = once if result.is_steady else "There is no reliable measurement of speed"
         return f"{server}. {why}, so start with a draft length of {draft_length(result)}:"
+    cut = result.measured is not None and result.measured.cut_short
     if result.n_max == 0:
-        return f"{server}. Drafting is off because it was not faster when measured:"
-    return f"{server} and the draft length that was fastest when measured:"
+        tried = "with any of the few settings tried (search cut short)" if cut else "when measured"
+        return f"{server}. Drafting is off because it was not faster {tried}:"
+    tried = "among the few settings tried (search cut short)" if cut else "when measured"
+    return f"{server} and the draft length that was fastest {tried}:"
 
 
 def server_options(model: Result) -> list[str]:
