@@ -873,6 +873,29 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
         mixture={"attn_q.weight": {"Q6_K": 3, "Q4_K": 5}},
         kl_divergence=moved(0.001),
         stock=Stock(type="Q4_K_M", bytes=1000, kl_divergence=moved(0.002)),
+def test_readers_are_told_to_take_only_what_is_published(tmp_path: Path) -> None:
+    stock = replace(DIVERGENCE, mean=0.0027)
+    found = Compared(
+        file="Qwen3.5-4B-Q4_K_M-auto.gguf",
+        bytes=1000,
+        sensitivity="class",
+        mixture={},
+        kl_divergence=stock,
+        stock=Stock(type="Q4_K_M", bytes=1000, kl_divergence=stock),
+    )
+    auto = result("Q4_K_M-auto", measurement(kl_divergence=stock))
+    other = result("Q4_K_M", measurement(kl_divergence=DIVERGENCE))  # with another matrix
+    compared_with = result("Q4_K_M", measurement(kl_divergence=stock))
+    about = About.parse(json.dumps(ABOUT))
+    for results, words in (
+        ((auto,), "no better than Q4_K_M (0.0027 beside 0.0027)."),
+        ((auto, other), "no better than Q4_K_M (0.0027 beside 0.0027)."),
+        ((auto, compared_with), "no better than Q4_K_M: take that (0.0027 beside 0.0027)."),
+    ):
+        text = card.make(about, results, tmp_path / "none", STAMP, TEMPLATE, compared=[found])
+        assert f"[found by a search](DETAILS.md#found-types): {words}" in text
+
+
     )
     about = About.parse(json.dumps(ABOUT))
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])

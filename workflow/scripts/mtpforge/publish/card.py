@@ -23,7 +23,7 @@ from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving import runtime, serving, sets_context
-from mtpforge.search.compared import Compared
+from mtpforge.search.compared import TAKE_THAT, Compared
 from mtpforge.table import rounded_size
 from mtpforge.verify.metadata import templates_in
 
@@ -50,7 +50,7 @@ def make(
     data = front_matter(about, read_front_matter(checkpoint_card), results)
     values = _values(about, results) | {
         "toolchain": toolchain(stamp),
-        "found": _found(compared),
+        "found": _found(compared, results),
     }
     text = filled(template, values, data)
     if yaml.safe_load(ModelCard(text).data.to_yaml()) != yaml.safe_load(data.to_yaml()):
@@ -227,11 +227,11 @@ def _types(results: Iterable[Result]) -> str:
     return f"By type: {words}." if len(kinds) > 1 else ""
 
 
-def _found(compared: Iterable[Compared]) -> str:
+def _found(compared: Iterable[Compared], results: Sequence[Result]) -> str:
     """The verdict on each file whose types were found."""
     return "\n".join(
         f"- The types in {code(each.file)} were [found by a search]({details.NAME}#found-types): "
-        f"{escape(each.verdict)}."
+        f"{escape(_verdict(each, results))}."
         for each in compared
     )
 
@@ -252,6 +252,14 @@ def _not_run(results: Iterable[Result]) -> str:
         for result in results
         if (why := result.report.not_run)
     )
+
+def _verdict(compared: Compared, results: Iterable[Result]) -> str:
+    """The verdict, without advice to take a file that was made only to compare."""
+    stock = compared.stock and compared.stock.kl_divergence
+    others = (each.measured for each in results if each.name != compared.file)
+    is_published = any(found.kl_divergence == stock for found in others if found)
+    return compared.verdict if is_published else compared.verdict.replace(TAKE_THAT, "")
+
 
 
 def _template(results: Iterable[Result]) -> str:

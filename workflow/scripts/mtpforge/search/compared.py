@@ -13,6 +13,8 @@ LEAST = 0.01
 """The share of the KL divergence that a file must save to be called better."""
 NEAR = 0.99
 """A stock file of at least this share of the bytes has the same size."""
+TAKE_THAT = ": take that"
+"""What to do if a file is no better: only readers who have the stock file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ class Compared(Record):
         figures = f"({own.mean:.2g} beside {others.mean:.2g})"
         saved = 1 - own.mean / others.mean if others.mean > 0 else 0.0
         if saved < LEAST:
-            return f"no better than {self.stock.type}: take that {figures}"
+            return f"no better than {self.stock.type}{TAKE_THAT} {figures}"
         return f"-{saved:.0%} KL divergence {self._place} {figures}, {self._same_top}"
 
     @property
