@@ -768,7 +768,7 @@ def test_types_are_explained_if_there_is_a_choice() -> None:
         "By type: BF16 is not quantized; Q8 is practically as good as BF16; Q4 is the usual "
         "compromise between size and quality; IQ2 loses a lot: for when nothing else fits."
     ) in text
-    assert "IQ4 is a little smaller than Q4 and about as good" in make(
+    assert "IQ4_XS is a little smaller than Q4 and about as good" in make(
         result("Q4_0"), result("IQ4_XS")
     )
     for results in ([result()], [result("Q4_K_M"), result("Q4_K_S")], [result("a"), result("b")]):
@@ -779,6 +779,9 @@ def test_a_download_is_checked_without_mtpforge() -> None:
     text = make()
     assert "`sha256sum --check --ignore-missing SHA256SUMS`" in text
     assert "make check-results" not in text
+    assert "is a little smaller than Q4" not in make(
+        result("Q4_0"), result("Q8_0"), result("IQ4_NL")
+    )
 
 
 def test_memory_is_explained_where_it_is_shown() -> None:

@@ -208,7 +208,7 @@ _QUALITY = {
     "Q6": "loses hardly anything",
     "Q5": "loses little",
     "Q4": "is the usual compromise between size and quality",
-    "IQ4": "is a little smaller than Q4 and about as good, but slower on a CPU",
+    "IQ4_XS": "is a little smaller than Q4 and about as good, but slower on a CPU",
     "Q3": "loses noticeably",
     "IQ3": "loses noticeably, and is slower on a CPU",
     "Q2": "loses a lot: for when nothing else fits",
