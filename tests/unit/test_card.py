@@ -551,7 +551,7 @@ def test_changes_for_another_file_are_explained_before_the_commands() -> None:
     assert f"change the tag. Drop {options} if the file has no head." in text
     text = make(result("Q4_K_M"), result("Q4_K_M-injected"))
     model = "`-hf REPOSITORY --hf-file FILE`"
-    assert f"If you chose another file, change the model to {model}.\n" in text
+    assert f"If you chose another file, change the model to {model}. Without a tag" in text
 
 
 LOCAL = "hf download Someone/Qwen3.5-4B-MTP-GGUF {} --local-dir ."
@@ -687,7 +687,8 @@ def test_file_without_a_tag_is_served_by_name() -> None:
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type"
     assert command in text
     assert "lemonade pull" not in text
-    assert "llama.cpp takes `Qwen3.5-4B-Q4_K_M-headless.gguf`." in text
+    named = "These commands name `Qwen3.5-4B-Q4_K_M.gguf`, the recommended file."
+    assert named in text and "(`-hf REPOSITORY`), llama.cpp may take another." in text
 
 
 def test_the_file_that_llama_cpp_takes_without_a_tag_is_recommended() -> None:
@@ -695,24 +696,31 @@ def test_the_file_that_llama_cpp_takes_without_a_tag_is_recommended() -> None:
     first, default = result("IQ4_XS"), result("Q4_K_M")
     assert choice.recommended([first, default]) is default
     assert "the file that llama.cpp takes without a tag" in make(first, default)
+    for others in ([default, result("Q4_K_M-auto")], [result("Q6_K")]):
+        text = make(first, *others)
+        assert "the recommended file" in text and "llama.cpp takes" not in text
+    headless = make(first, result("Q4_K_M", heads=0))
+    assert "llama.cpp takes `Qwen3.5-4B-Q4_K_M.gguf`." in headless
     assert choice.recommended([first, result("Q4_K_M", heads=0)]) is first
     split = split_result("Q8_0")
     assert choice.recommended([first, split]) is split
 
 
 @pytest.mark.parametrize(
-    ("names", "name"),
+    ("names", "found"),
     [
-        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "X-Q4_K_M.gguf"], "X-Q4_K_M.gguf"),
-        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "mtp-X-Q4_K_M.gguf"], "X-Q8_0.gguf"),
-        (["X-Q4_0.gguf", "X-IQ4_XS.gguf"], "X-IQ4_XS.gguf"),
+        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "X-Q4_K_M.gguf"], ["X-Q4_K_M.gguf"]),
+        (["X-Q4_K_M.gguf", "X-Q4_K_M-auto.gguf"], ["X-Q4_K_M-auto.gguf", "X-Q4_K_M.gguf"]),
+        (["X-IQ4_XS.gguf", "X-Q8_0.gguf", "mtp-X-Q4_K_M.gguf"], ["X-Q8_0.gguf"]),
+        (["X-Q4_0.gguf", "X-IQ4_XS.gguf"], ["X-IQ4_XS.gguf", "X-Q4_0.gguf"]),
         (["Q/X-Q8_0-00002-of-00002.gguf", "Q/X-Q8_0-00001-of-00002.gguf"],
-         "Q/X-Q8_0-00001-of-00002.gguf"),
-        (["mtp-X-Q8_0.gguf", "README.md"], None),
+         ["Q/X-Q8_0-00001-of-00002.gguf"]),
+        (["mtp-X-Q8_0.gguf", "README.md"], []),
     ],
 )  # fmt: skip
-def test_no_tag_resolves_as_in_llama_cpp(names: list[str], name: str | None) -> None:
-    assert choice.without_tag(names) == name
+def test_no_tag_resolves_as_in_llama_cpp(names: list[str], found: list[str]) -> None:
+    """It takes the first that the Hub lists, whose order nobody promises."""
+    assert choice.without_tag(names) == found
 
 
 def test_names_are_escaped() -> None:
@@ -771,6 +779,9 @@ def test_types_are_explained_if_there_is_a_choice() -> None:
     assert "IQ4_XS is a little smaller than Q4 and about as good" in make(
         result("Q4_0"), result("IQ4_XS")
     )
+    assert "is a little smaller than Q4" not in make(
+        result("Q4_0"), result("Q8_0"), result("IQ4_NL")
+    )
     for results in ([result()], [result("Q4_K_M"), result("Q4_K_S")], [result("a"), result("b")]):
         assert "By type" not in make(*results)
 
@@ -779,9 +790,6 @@ def test_a_download_is_checked_without_mtpforge() -> None:
     text = make()
     assert "`sha256sum --check --ignore-missing SHA256SUMS`" in text
     assert "make check-results" not in text
-    assert "is a little smaller than Q4" not in make(
-        result("Q4_0"), result("Q8_0"), result("IQ4_NL")
-    )
 
 
 def test_memory_is_explained_where_it_is_shown() -> None:
@@ -865,17 +873,6 @@ def test_a_template_that_cannot_be_filled_in_is_refused(
             second(template=tmp_path / "card.md")
 
 
-def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) -> None:
-    def moved(mean: float) -> KlDivergence:
-        return KlDivergence(mean=mean, p99_9=0.1, same_top=0.98)
-
-    found = Compared(
-        file="Qwen3.5-4B-auto",
-        bytes=1000,
-        sensitivity="class",
-        mixture={"attn_q.weight": {"Q6_K": 3, "Q4_K": 5}},
-        kl_divergence=moved(0.001),
-        stock=Stock(type="Q4_K_M", bytes=1000, kl_divergence=moved(0.002)),
 def test_readers_are_told_to_take_only_what_is_published(tmp_path: Path) -> None:
     stock = replace(DIVERGENCE, mean=0.0027)
     found = Compared(
@@ -899,6 +896,17 @@ def test_readers_are_told_to_take_only_what_is_published(tmp_path: Path) -> None
         assert f"[found by a search](DETAILS.md#found-types): {words}" in text
 
 
+def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) -> None:
+    def moved(mean: float) -> KlDivergence:
+        return KlDivergence(mean=mean, p99_9=0.1, same_top=0.98)
+
+    found = Compared(
+        file="Qwen3.5-4B-auto",
+        bytes=1000,
+        sensitivity="class",
+        mixture={"attn_q.weight": {"Q6_K": 3, "Q4_K": 5}},
+        kl_divergence=moved(0.001),
+        stock=Stock(type="Q4_K_M", bytes=1000, kl_divergence=moved(0.002)),
     )
     about = About.parse(json.dumps(ABOUT))
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])

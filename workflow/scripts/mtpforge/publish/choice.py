@@ -39,8 +39,8 @@ def recommended(results: Iterable[Result]) -> Result | None:
     """
     found = [*results]
     candidates = _candidates(found)
-    default = without_tag(shard for result in found for shard in result.shards)
-    chosen = [each for each in candidates if each.shards[0] == default]
+    default = without_tag(shard for result in found for shard in result.shards)[:1]
+    chosen = [each for each in candidates if each.shards[:1] == default]
     return next(iter(chosen or candidates), None)
 
 
@@ -106,15 +106,15 @@ def by_size(results: Iterable[Result]) -> list[Result]:
 
 def resolve(tag: str, names: Iterable[str]) -> str | None:
     """The file that `-hf repo:TAG` selects in llama.cpp b11434; None if it finds none."""
-    matches = re.compile(f"{tag}[.-]", re.IGNORECASE)
-    return next(filter(matches.search, filter(_can_be_selected, sorted(names))), None)
+    return next(iter(_selectable(tag, names)), None)
 
 
-def without_tag(names: Iterable[str]) -> str | None:
-    """The file that `-hf repo` selects in llama.cpp b11434; None if it finds none."""
-    found = [*filter(_can_be_selected, sorted(names))]
-    tagged = [name for tag in _DEFAULT_TAGS if (name := resolve(tag, found))]
-    return next(iter(tagged or found), None)
+
+    They are sorted by name, but the Hub promises no order.
+    """
+    found = [*names]
+    tagged = (_selectable(tag, found) for tag in _DEFAULT_TAGS)
+    return next(filter(None, tagged), _selectable("", found))
 
 
 def labels(results: Iterable[Result], model_name: str) -> Mapping[str, str]:
@@ -147,6 +147,8 @@ def _best(candidates: Sequence[Result], most: int) -> Result | None:
     def worse(result: Result) -> tuple[float, int]:
         divergence = result.measured.kl_divergence if result.measured else None
         if is_measured and divergence:
+def without_tag(names: Iterable[str]) -> list[str]:
+    """The files of which `-hf repo` selects the first that the Hub lists in llama.cpp b11434.
             return max(divergence.mean, 0.0), result.report.bytes
         return 0.0, -result.report.bytes
 
@@ -159,3 +161,9 @@ def _can_be_selected(name: str) -> bool:
         return False
     shard = _SHARD.search(name)
     return shard is None or int(shard[1]) == 1
+def _selectable(tag: str, names: Iterable[str]) -> list[str]:
+    """The models that a tag matches, sorted; all models if it is empty."""
+    matches = re.compile(f"{tag}[.-]" if tag else "", re.IGNORECASE)
+    return [*filter(matches.search, filter(_can_be_selected, sorted(names)))]
+
+

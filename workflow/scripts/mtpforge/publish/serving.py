@@ -221,13 +221,14 @@ def _which(files: _Repository, result: Result) -> list[str]:
     """Which file the commands serve, and how to adapt them to another, if there are several."""
     if len(files.models) == 1:
         return []
-    default = None if files.sidecars else without_tag(files.paths)
-    named = f"These commands name {code(result.name)}"
-    other = ""
-    if default == result.shards[0]:
+    default = [] if files.sidecars else without_tag(files.paths)
+    named, other = f"These commands name {code(result.name)}", ""
+    if default == result.shards[:1]:
         named += ", the file that llama.cpp takes without a tag (`-hf REPOSITORY`)"
     elif default:
-        other = f" Without a tag (`-hf REPOSITORY`), llama.cpp takes {code(default)}."
+        named += ", the recommended file"
+        takes = f"takes {code(default[0])}" if len(default) == 1 else "may take another"
+        other = f" Without a tag (`-hf REPOSITORY`), llama.cpp {takes}."
     if files.sidecars:
         change = "the name in both commands"
     elif all(files.tags.values()):
