@@ -146,6 +146,8 @@ def test_sliding_windows_cache_only_their_window() -> None:
     for slots, cells in ((4, 4 * 1024 + 512), (1, 1024 + 512), (64, serving_memory.TOKENS)):
         found = serving_memory.context(gguf(GEMMA), slots)
         assert found is not None and found.values == full + cells * slid
+    short = serving_memory.context(gguf(GEMMA), tokens=2048)
+    assert short is not None and short.values == full // 4 + 2048 * slid
     odd = serving_memory.context(gguf({**GEMMA, "attention.sliding_window": 1}), 1)
     assert odd is not None and odd.values == full + 768 * slid
 
@@ -284,6 +286,57 @@ def test_commands_have_the_context_that_is_reckoned_with() -> None:
     for longest, given in ((4096, False), (8192, False), (262144, True)):
         keys = {**REAL, "context_length": longest}
         assert ("--ctx-size" in make(result("Q4_0", 1.0, keys=keys))) == given
+
+
+@pytest.mark.parametrize(
+    ("options", "longest", "tokens"),
+    [
+        ((), 262144, 8192),
+        ((), None, 8192),
+        ((), 4096, 4096),  # then the commands do not set it
+        (("-c", "32768"), 262144, 32768),
+        (("-fa", "on", "--ctx-size", "32768"), None, 32768),
+        (("-c", "0"), 262144, 262144),  # the model's own
+        (("-c", "0"), None, 0),
+        (("-c", "x"), 262144, 8192),
+        (("-c",), 262144, 8192),
+    ],
+)
+def test_the_context_is_that_of_the_measured_options(
+    options: tuple[str, ...], longest: int | None, tokens: int
+) -> None:
+    keys = REAL if longest is None else {**REAL, "context_length": longest}
+    made = result("Q4_0", 1.0, measurement(2, options=options), keys=keys)
+    assert choice.tokens(made) == tokens
+    if not tokens:
+        assert choice.needed(made) is None and "Which file" not in make(made)
+        return
+    assert f"the file, {tokens:,} tokens of context with keys" in make(made)
+    eight = serving_memory.context(gguf(REAL))
+    assert eight is not None
+    by_8192 = (choice.needed(made) or 0) - made.report.bytes - 10**9 - eight.states(4, 2)
+    assert by_8192 == (eight.cache("f16") + eight.head_cache) * tokens // 8192
+
+
+def test_states_are_named_if_there_are_some() -> None:
+    states = "the states of recurrent layers, and 1 GB"
+    assert states in make(result("Q4_0", 1.0))
+    assert "recurrent" not in make(result("Q4_0", 1.0, keys=MLA))
+
+
+def test_what_a_sidecar_needs_is_said_beside_files_without_a_head() -> None:
+    keys = {**REAL, "block_count": 64, "nextn_predict_layers": 0}
+    drafting, headless = result("Q4_K_M", 16.5), result("Q4_K_M", 16.5, keys=keys)
+    sidecar = beside("mtp-Qwen3.5-4B-Q8_0.gguf")
+    few = replace(gguf(REAL, sidecar.name), tensors=dict.fromkeys("abc"))  # type: ignore[arg-type]
+    sidecar = replace(sidecar, report=replace(sidecar.report, bytes=GB), gguf=few)
+    more = choice.needed_with(sidecar, headless)
+    assert more == GB + (choice.needed(drafting) or 0) - (choice.needed(headless) or 0)
+    words = "Drafting with `mtp-Qwen3.5-4B-Q8_0.gguf` needs 1.7 GB more, which is not in the table."
+    assert words in make(headless, sidecar)
+    assert "not in the table" not in make(drafting, sidecar)
+    odd = replace(sidecar, gguf=beside(sidecar.name).gguf)  # its cache is not known
+    assert choice.needed_with(odd, headless) == more - 8192 * 4 * 512 * 2
 
 
 def test_slots_are_those_of_the_measured_options() -> None:

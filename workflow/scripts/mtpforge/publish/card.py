@@ -108,12 +108,17 @@ def _estimates(results: Sequence[Result]) -> list[str]:
     best = choice.recommended(results)
     size = choice.tower_bytes(results)
     tower = f"the vision tower of {rounded_size(size)} (`--no-mmproj` leaves it out), "
+    if best is None:
+        return []
+    kept = choice.kept(best)
     return [
         _MEMORY,
-        f"These needs are estimates: the file, {tower if size else ''}8,192 tokens of "
-        "context with keys and values at f16 or q8_0 (`--cache-type-k q8_0 --cache-type-v q8_0`), "
+        f"These needs are estimates: the file, {tower if size else ''}{choice.tokens(best):,} "
+        "tokens of context with keys and values at f16 or q8_0 "
+        "(`--cache-type-k q8_0 --cache-type-v q8_0`), "
+        f"{'the states of recurrent layers, ' if kept and kept.state else ''}"
         "and 1 GB for llama.cpp's buffers.",
-        _CONTEXT if best and sets_context(best) else "",
+        _CONTEXT if sets_context(best) else "",
         _slots(results),
         _head_cost(results),
         "llama-server also keeps earlier prompts in main memory, up to 8 GiB of them: "
@@ -149,19 +154,31 @@ def _slots(results: Sequence[Result]) -> str:
 def _head_cost(results: Sequence[Result]) -> str:
     """What drafting costs in memory with the file to start with; empty if it cannot."""
     best = choice.recommended(results)
-    sidecars = (result for result in results if result.is_sidecar)
-    head = best if best and best.drafts else next(sidecars, None)
-    kept = serving_memory.context(best.gguf, choice.slots(best)) if best else None
-    if best is None or head is None or kept is None:
+    kept = choice.kept(best) if best else None
+    if best is None or kept is None:
         return ""
-    weights = head.report.bytes if head.is_sidecar else serving_memory.head_bytes(head.gguf)
-    slots, length = choice.slots(best), choice.draft_length(best) or head.gguf.draft_length
-    takes = f"The head takes {rounded_size(weights)} of {code(head.name)}"
-    if head.is_sidecar:
-        return f"{takes}."
+    if not best.drafts:
+        return _sidecar_cost(best, results)
+    slots, length = choice.slots(best), choice.draft_length(best) or best.gguf.draft_length
+    weights = rounded_size(serving_memory.head_bytes(best.gguf))
     rest = kept.head_cache + kept.states(slots, length) - kept.states(slots, 0)
     included = " (included in the table)" if choice.draft_length(best) else ""
-    return f"{takes}, and drafting needs {rounded_size(rest)} more while it runs{included}."
+    return (
+        f"The head takes {weights} of {code(best.name)}, "
+        f"and drafting needs {rounded_size(rest)} more while it runs{included}."
+    )
+
+
+def _sidecar_cost(model: Result, results: Iterable[Result]) -> str:
+    """What drafting with the sidecar costs beside a model; empty if there is none."""
+    sidecar = next((result for result in results if result.is_sidecar), None)
+    needed = choice.needed_with(sidecar, model) if sidecar else None
+    if sidecar is None or needed is None:
+        return ""
+    return (
+        f"Drafting with {code(sidecar.name)} needs {rounded_size(needed)} more, "
+        "which is not in the table."
+    )
 
 
 def _legend(results: Sequence[Result]) -> str:
@@ -236,6 +253,14 @@ def _found(compared: Iterable[Compared], results: Sequence[Result]) -> str:
     )
 
 
+def _verdict(compared: Compared, results: Iterable[Result]) -> str:
+    """The verdict, without advice to take a file that was made only to compare."""
+    stock = compared.stock and compared.stock.kl_divergence
+    others = (each.measured for each in results if each.name != compared.file)
+    is_published = any(found.kl_divergence == stock for found in others if found)
+    return compared.verdict if is_published else compared.verdict.replace(TAKE_THAT, "")
+
+
 # ── what there is to say ──
 
 
@@ -252,14 +277,6 @@ def _not_run(results: Iterable[Result]) -> str:
         for result in results
         if (why := result.report.not_run)
     )
-
-def _verdict(compared: Compared, results: Iterable[Result]) -> str:
-    """The verdict, without advice to take a file that was made only to compare."""
-    stock = compared.stock and compared.stock.kl_divergence
-    others = (each.measured for each in results if each.name != compared.file)
-    is_published = any(found.kl_divergence == stock for found in others if found)
-    return compared.verdict if is_published else compared.verdict.replace(TAKE_THAT, "")
-
 
 
 def _template(results: Iterable[Result]) -> str:

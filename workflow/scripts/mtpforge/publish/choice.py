@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mtpforge.publish import serving_memory
 from mtpforge.publish.result import Result
@@ -14,6 +15,8 @@ _NOT_A_MODEL = re.compile("mmproj|imatrix|(mtp|eagle3|dflash|dspark)-")
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 _LONGEST_LABEL = 24
 _SLOT_OPTIONS = ("-np", "--parallel")
+_CONTEXT_OPTIONS = ("-c", "--ctx-size")
+_MOST_SLOTS, _MOST_TOKENS = 1 << 10, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,36 @@ def tower_bytes(results: Iterable[Result]) -> int:
 
 
 def needed(result: Result, cache: str = "f16", at_a_time: int | None = None) -> int | None:
-    """The memory that llama-server needs for a file with 8K context; None if it is not known.
+    """The memory that llama-server needs for a file in its context; None if it is not known.
 
     `at_a_time` requests are served instead of as many as the options say.
     """
     count = at_a_time or slots(result)
-    kept = serving_memory.context(result.gguf, count)
-    if kept is None:
+    found = kept(result, at_a_time)
+    if found is None:
         return None
     length = draft_length(result)
-    head = kept.head_cache if length else 0
-    states = kept.states(count, length)
-    return result.report.bytes + kept.cache(cache) + states + head + serving_memory.BUFFERS
+    head = found.head_cache if length else 0
+    states = found.states(count, length)
+    return result.report.bytes + found.cache(cache) + states + head + serving_memory.BUFFERS
+
+
+def kept(result: Result, at_a_time: int | None = None) -> serving_memory.Context | None:
+    """What a file keeps in its context, in `needed`; None if it is not known."""
+    count = tokens(result)
+    return serving_memory.context(result.gguf, at_a_time or slots(result), count) if count else None
+
+
+def needed_with(sidecar: Result, model: Result) -> int | None:
+    """How much more a file without a head needs to draft with a sidecar; None if not known."""
+    # The metadata of a sidecar is that of the whole model, but it lacks the trunk's tensors.
+    whole = replace(model, gguf=replace(model.gguf, metadata=sidecar.gguf.metadata))
+    alone, both = kept(model), kept(whole)
+    if alone is None:
+        return None
+    count = slots(model)
+    states = alone.states(count, sidecar.gguf.draft_length) - alone.states(count, 0)
+    return sidecar.report.bytes + (both.head_cache if both else 0) + states
 
 
 def draft_length(result: Result) -> int:
@@ -93,10 +114,27 @@ def draft_length(result: Result) -> int:
 
 def slots(result: Result) -> int:
     """The requests that llama-server serves at a time with the options that were measured."""
-    for option, value in zip(result.options, result.options[1:], strict=False):
-        if option in _SLOT_OPTIONS and value.isdecimal() and int(value):
-            return min(int(value), 1 << 10)
-    return serving_memory.SLOTS
+    given = _option(result, _SLOT_OPTIONS)
+    return min(given, _MOST_SLOTS) if given else serving_memory.SLOTS
+
+
+def tokens(result: Result) -> int:
+    """The context of a file's commands: as measured, else 8K or the model's longest; 0: unknown."""
+    given = _option(result, _CONTEXT_OPTIONS)
+    if given:
+        return min(given, _MOST_TOKENS)
+    longest = result.gguf.get(f"{result.gguf.architecture}.context_length")
+    if type(longest) is not int or not 0 < longest <= _MOST_TOKENS:
+        return serving_memory.TOKENS if given is None else 0
+    return min(longest, serving_memory.TOKENS) if given is None else longest
+
+
+def _option(result: Result, names: Sequence[str]) -> int | None:
+    """The number that an option was measured with; None if it has none."""
+    for option, value in pairwise(result.options):
+        if option in names and value.isdecimal():
+            return int(value)
+    return None
 
 
 def by_size(results: Iterable[Result]) -> list[Result]:
@@ -109,6 +147,8 @@ def resolve(tag: str, names: Iterable[str]) -> str | None:
     return next(iter(_selectable(tag, names)), None)
 
 
+def without_tag(names: Iterable[str]) -> list[str]:
+    """The files of which `-hf repo` selects the first that the Hub lists in llama.cpp b11434.
 
     They are sorted by name, but the Hub promises no order.
     """
@@ -147,12 +187,16 @@ def _best(candidates: Sequence[Result], most: int) -> Result | None:
     def worse(result: Result) -> tuple[float, int]:
         divergence = result.measured.kl_divergence if result.measured else None
         if is_measured and divergence:
-def without_tag(names: Iterable[str]) -> list[str]:
-    """The files of which `-hf repo` selects the first that the Hub lists in llama.cpp b11434.
             return max(divergence.mean, 0.0), result.report.bytes
         return 0.0, -result.report.bytes
 
     return min(fitting, key=worse, default=None)
+
+
+def _selectable(tag: str, names: Iterable[str]) -> list[str]:
+    """The models that a tag matches, sorted; all models if it is empty."""
+    matches = re.compile(f"{tag}[.-]" if tag else "", re.IGNORECASE)
+    return [*filter(matches.search, filter(_can_be_selected, sorted(names)))]
 
 
 def _can_be_selected(name: str) -> bool:
@@ -161,9 +205,3 @@ def _can_be_selected(name: str) -> bool:
         return False
     shard = _SHARD.search(name)
     return shard is None or int(shard[1]) == 1
-def _selectable(tag: str, names: Iterable[str]) -> list[str]:
-    """The models that a tag matches, sorted; all models if it is empty."""
-    matches = re.compile(f"{tag}[.-]" if tag else "", re.IGNORECASE)
-    return [*filter(matches.search, filter(_can_be_selected, sorted(names)))]
-
-

@@ -13,7 +13,7 @@ from mtpforge.errors import GgufError
 from mtpforge.gguf.reader import Gguf
 
 TOKENS = 8192
-"""The context that is reckoned with."""
+"""The context that is reckoned with unless the options say otherwise."""
 SLOTS = 4
 """Requests that llama-server serves at a time unless told otherwise."""
 BUFFERS = 10**9
@@ -32,7 +32,7 @@ class Context:
     """What a model keeps while it runs."""
 
     values: int
-    """Cached values of 8K tokens: keys and values of all blocks of the trunk."""
+    """Cached values of the whole context: keys and values of all blocks of the trunk."""
     head_values: int
     """The same of the head."""
     state: int
@@ -52,13 +52,14 @@ class Context:
         return round(self.head_values * CACHE_TYPES["f16"])
 
 
-def context(gguf: Gguf, slots: int = SLOTS) -> Context | None:
+def context(gguf: Gguf, slots: int = SLOTS, tokens: int = TOKENS) -> Context | None:
     """What a model keeps; None if its metadata does not tell, or contradicts itself.
 
-    `slots` are the requests that are served at a time: each has a sliding window of its own.
+    `slots` are the requests that are served at a time: each has a sliding window of its own. They
+    share the context of `tokens`.
     """
     try:
-        return _context(gguf, slots)
+        return _context(gguf, slots, tokens)
     except GgufError:
         return None
 
@@ -68,13 +69,13 @@ def head_bytes(gguf: Gguf) -> int:
     return sum(place.size for place in gguf.head.ranges.values())
 
 
-def _context(gguf: Gguf, slots: int) -> Context:
+def _context(gguf: Gguf, slots: int, tokens: int) -> Context:
     blocks = _number(gguf, "block_count")
     if blocks > len(gguf.tensors):
         raise GgufError(f"{gguf.path}: {blocks} blocks in a file of {len(gguf.tensors)} tensors")
     trunk = blocks - len(gguf.head_blocks)
     recurrent = _recurrent(gguf, blocks, trunk)
-    cached = _values(gguf, blocks, slots)
+    cached = _values(gguf, blocks, slots, tokens)
     values = [0 if recurrent[block] else each for block, each in enumerate(cached)]
     return Context(
         values=sum(values[:trunk]),
@@ -83,7 +84,7 @@ def _context(gguf: Gguf, slots: int) -> Context:
     )
 
 
-def _values(gguf: Gguf, blocks: int, slots: int) -> list[int]:
+def _values(gguf: Gguf, blocks: int, slots: int, tokens: int) -> list[int]:
     """The cached values of all tokens by block. With latent attention (MLA) there are only keys."""
     heads = _by_block(gguf, "attention.head_count", blocks)
     kv_heads = _by_block(gguf, "attention.head_count_kv", blocks, heads)
@@ -95,24 +96,24 @@ def _values(gguf: Gguf, blocks: int, slots: int) -> list[int]:
     if _number(gguf, "attention.key_length_mla", 0):
         values = sliding_values = 0
     indexer = _number(gguf, "attention.indexer.key_length", 0)
-    window, slides = _windows(gguf, blocks, slots)
-    kinds = [(TOKENS, keys + values), (window, sliding_keys + sliding_values)]
+    window, slides = _windows(gguf, blocks, slots, tokens)
+    kinds = [(tokens, keys + values), (window, sliding_keys + sliding_values)]
     owners = blocks - _number(gguf, "attention.shared_kv_layers", 0)
     cached = []
     for block, count in enumerate(kv_heads):
-        tokens, both = kinds[slides[block]]
-        cached.append(tokens * (count * both + indexer) if count and block < owners else 0)
+        kept, both = kinds[slides[block]]
+        cached.append(kept * (count * both + indexer) if count and block < owners else 0)
     return cached
 
 
-def _windows(gguf: Gguf, blocks: int, slots: int) -> tuple[int, list[bool]]:
+def _windows(gguf: Gguf, blocks: int, slots: int, tokens: int) -> tuple[int, list[bool]]:
     """The tokens that a sliding window caches, and whether each block has one."""
     size = _number(gguf, "attention.sliding_window", 0)
     listed = gguf.get(f"{gguf.architecture}.attention.sliding_window_pattern")
     if not size or not isinstance(listed, list):
-        return TOKENS, [False] * blocks
-    tokens = -(-(slots * size + _BATCH) // _STEP) * _STEP
-    return min(tokens, TOKENS), [bool(each) for each in _of_length(gguf, listed, blocks)]
+        return tokens, [False] * blocks
+    window = -(-(slots * size + _BATCH) // _STEP) * _STEP
+    return min(window, tokens), [bool(each) for each in _of_length(gguf, listed, blocks)]
 
 
 def _recurrent(gguf: Gguf, blocks: int, trunk: int) -> list[bool]:
