@@ -17,14 +17,13 @@ import pytest
 from conftest import BIN, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
-from mtpforge import progress
+from mtpforge import processors, progress
 from mtpforge.errors import ConfigError, ForgeError, GgufError
 from mtpforge.gguf import quant_types, reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf, TensorInfo
 from mtpforge.io import atomic, ranges
 from mtpforge.io.ranges import FileRange, Sink
-from mtpforge.llama_cpp import programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize import assembly, imatrix, piece_count, pieces, plan
 from mtpforge.quantize import job as jobs
@@ -280,7 +279,7 @@ def test_the_number_of_pieces_follows_from_the_cost_and_the_threads(
     q4: QuantizePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cost is that of each tensor at the type which a recipe gives it."""
-    monkeypatch.setattr(programs, "processors", lambda: 8)
+    monkeypatch.setattr(processors, "available", lambda: 8)
 
     def count(planned: QuantizePlan, threads: int) -> int:
         return piece_count.piece_count(planned, LlamaCpp(threads=threads))

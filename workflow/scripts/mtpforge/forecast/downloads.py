@@ -24,14 +24,15 @@ _TIMED = 1 << 20
 class Download:
     """A file, or the head of a checkpoint, and the record that Snakemake has of it.
 
-    `freed` is the record of a shard that is not whole, and `made` what is converted from it then.
+    `freed` is the record of a shard that is not whole, and `made` what is converted from it then,
+    for each model.
     """
 
     bytes: int
     path: Path
     record: str
     freed: Path | None = None
-    made: str = ""
+    made: frozenset[str] = frozenset()
 
     def needed(self, reruns: Reruns) -> bool:
         """Whether it is not here as a whole, and a step reads it."""
@@ -39,7 +40,10 @@ class Download:
             return reruns.get(self.record, "missing") is not None
         if not (self.freed and self.freed.exists()):
             return False
-        return reruns.get(self.made, None if Path(self.made).exists() else "missing") is not None
+        return any(
+            reruns.get(made, None if Path(made).exists() else "missing") is not None
+            for made in self.made
+        )
 
 
 class Downloads:
@@ -48,24 +52,24 @@ class Downloads:
     def __init__(self) -> None:
         self.rate = 0.0
         """Bytes a second of the largest file that was downloaded to forecast; 0: none was."""
-        self._downloads: set[Download] = set()
+        self._downloads: dict[Path, Download] = {}
         self._freed: set[Path] = set()
         self._largest = _TIMED
 
     @property
     def total(self) -> int:
         """All their bytes."""
-        return sum(each.bytes for each in self._downloads)
+        return sum(each.bytes for each in self._downloads.values())
 
     def fetch(self, reruns: Reruns) -> int:
         """The bytes that have to be fetched."""
-        return sum(each.bytes for each in self._downloads if each.needed(reruns))
+        return sum(each.bytes for each in self._downloads.values() if each.needed(reruns))
 
     def freed(self, reruns: Reruns) -> int:
         """The bytes of those that are deleted again: files to compare with."""
         return sum(
             each.bytes
-            for each in self._downloads
+            for each in self._downloads.values()
             if each.path in self._freed and each.needed(reruns)
         )
 
@@ -161,7 +165,12 @@ class Downloads:
     def _add(
         self, size: int, path: Path, record: str, freed: Path | None = None, made: str = ""
     ) -> None:
-        self._downloads.add(Download(size, path, record, freed, made))
+        other = self._downloads.get(path)  # of another model
+        if other:
+            freed, models = freed or other.freed, other.made
+        else:
+            models = frozenset()
+        self._downloads[path] = Download(size, path, record, freed, models | {made} - {""})
 
 
 def listing_of(at: layout.Commit) -> Listing:
