@@ -184,7 +184,7 @@ def test_a_text_that_is_measured_and_calibrated_on_is_warned_of(
         ({"head_from": {"path": "no"}}, "models/m/head_from/path: no such folder: no"),
         ({"measure": {"text": "no"}}, "models/m/measure/text: no such file: no"),
         ({"measure": {"text": "."}}, "models/m/measure/text: not a regular file: ."),
-        ({"prompts": "no"}, "models/m/prompts: no such file: no"),
+        ({"prompts": "no"}, "models/m/prompts: no \\*.txt files in no"),
     ],
 )
 def test_every_path_is_checked(

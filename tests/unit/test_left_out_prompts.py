@@ -1,4 +1,4 @@
-"""Prompts to which a model answers nothing are left out of its measurement, with a word."""
+"""Prompts to which a model generates nothing are left out of its measurement, with a word."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ class Server:
         return [1] * len(text)
 
     def in_chat(self, text: str, *, thinking: bool) -> str:
-        return text
+        return f"<user>{text}"
 
     def processor_time(self) -> dict[str, tuple[int, int]]:
         return {}
@@ -68,19 +68,19 @@ def test_all_prompts_that_were_measured_are_listed(measured: Callable[..., Measu
     assert measured("none").prompts.keys() == {"code", "prose", "review"}
 
 
-@pytest.mark.parametrize(("ends", "left_out"), [("A text.", "prose"), ("Review:", "review")])
+@pytest.mark.parametrize(("ends", "left_out"), [("A text.", "prose"), ("<user>Review:", "review")])
 def test_a_prompt_without_an_answer_is_left_out(
     measured: Callable[..., Measurement],
     capsys: pytest.CaptureFixture[str],
     ends: str,
     left_out: str,
 ) -> None:
-    """A text too: a base model may end it at once."""
+    """In its other forms too: a base model may end a text at once, but not a chat."""
     found = measured(ends)
     assert found.prompts.keys() == {"code", "prose", "review"} - {left_out}
     assert {run.kind for run in found.runs} == found.prompts.keys()
     assert found.by_n_max[0].repeats == 2
-    assert f"left out, because the model answers nothing: {left_out}" in capsys.readouterr().err
+    assert f"left out, because the model generates nothing: {left_out}" in capsys.readouterr().err
 
 
 def test_a_model_that_answers_nothing_at_all_is_an_error(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from mtpforge.errors import ConfigError
-from mtpforge.prompts import PROMPTS, read_prompts
+from mtpforge.prompts import PROMPTS, read_measured, read_prompts
 from mtpforge.rules.build import Build
 
 
@@ -22,7 +22,7 @@ def on_windows(folder: Path) -> Path:
 def decisive(prompts: Path) -> str:
     """What decides the measurements of a model."""
     folder = prompts if prompts.is_dir() else prompts.parent
-    model = {"source": {"path": str(folder)}, "prompts": str(prompts), "measure": {}}
+    model = {"source": {"path": str(folder)}, "measure": {"prompts": str(prompts)}}
     build = Build({"models": {"m": {**model, "variants": {"BF16": {}}}}})
     return build.measure.decisive(SimpleNamespace(model="m"))
 
@@ -70,9 +70,21 @@ def test_a_benchmark_gives_the_first_question_of_each_category(tmp_path: Path) -
         ("math", "Solve x + 1 = 2.", "And x + 2 = 2?"),
     )
     expected = {"coding.chat": "Sort\u2028a list.", "math.chat": "Solve x + 1 = 2."}
-    assert read_prompts(path) == expected
+    assert read_measured(path) == expected
+
+
+def test_other_files_beside_prompts_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "poem.txt").write_text("Roses are")
-    assert read_prompts(tmp_path) == {"poem": "Roses are", **expected}
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}')
+    assert read_prompts(tmp_path) == read_measured(tmp_path) == {"poem": "Roses are"}
+
+
+def test_files_are_verified_with_a_folder_of_prompts(tmp_path: Path) -> None:
+    """Their texts are short, and go to the model as they are."""
+    path = write_questions(tmp_path / "questions.jsonl", ("coding", "Sort."))
+    model = {"source": {"path": str(tmp_path)}, "prompts": str(path), "variants": {"BF16": {}}}
+    with pytest.raises(ConfigError, match=r"prompts: .*must be a folder: a \*\.jsonl is for"):
+        Build({"models": {"m": model}})
 
 
 def test_a_benchmark_is_measured_like_a_folder_of_prompts(tmp_path: Path) -> None:
@@ -87,7 +99,7 @@ def test_a_benchmark_is_measured_like_a_folder_of_prompts(tmp_path: Path) -> Non
 def test_questions_that_are_not_there_are_refused(tmp_path: Path) -> None:
     path = write_questions(tmp_path / "a.jsonl", ("qa", PLACEHOLDER), ("coding", "Sort."))
     with pytest.raises(ConfigError, match=r"a\.jsonl: the questions of 'qa' .*prepare script"):
-        read_prompts(path)
+        read_measured(path)
     for line, message in (
         ({"turns": ["x"]}, "a.jsonl:1: needs a `category`"),
         ({"category": "../x", "turns": ["x"]}, "needs a `category`"),
@@ -96,7 +108,7 @@ def test_questions_that_are_not_there_are_refused(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(line))
         with pytest.raises(ConfigError, match=message):
-            read_prompts(path)
+            read_measured(path)
     path.write_text("\n")
-    with pytest.raises(ConfigError, match=r"no \*\.txt or \*\.jsonl prompts there"):
-        read_prompts(path)
+    with pytest.raises(ConfigError, match="no questions there"):
+        read_measured(path)

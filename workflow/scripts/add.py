@@ -135,6 +135,8 @@ def _entry(args: Namespace) -> Entry:
 
 
 def _variants(args: Namespace, source: Source) -> Variants:
+    if args.types and (args.type or args.base or source.packed):
+        raise ConfigError("TYPES chooses types of a preset, and none is made here")
     if args.base:
         label, base = proposal.base(address.gguf(args.base))
         variants: Variants = {label: {"base": base}}

@@ -50,7 +50,7 @@ def main() -> None:
         recorded_digests.check_whole(Path(path), Path(recorded) if recorded else None)
     reason = memory.too_large([first], llama)
     value, divergence = (None, None) if reason else _perplexity(args, first, llama)
-    texts = prompts.read_prompts(args.prompts)
+    texts = prompts.read_measured(args.prompts)
     found = replace(
         measure(
             first,
@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     recorded_digests.add_option(parser, "--logits-recorded", "--reference-logits")
     recorded_digests.add_option(parser, "--text-recorded", "--text")
-    prompts.add_option(parser, prompts.MEASURED)
+    benchmarks = ", or a *.jsonl with `category` and `turns`, such as SPEED-Bench's"
+    prompts.add_option(parser, prompts.MEASURED, benchmarks)
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
         help="measure perplexity on this text; with --reference-logits, the text of the logits",

@@ -1,8 +1,8 @@
 """Prompts to verify and measure with: `*.txt` files named by kind (code, prose, chat).
 
-Or the questions of a benchmark, in a *.jsonl such as those of SPEED-Bench, Spec-Bench and MT-Bench.
-Each line has a `category` and `turns`, what the user says. The first turn of the first question of
-each category goes through the chat template.
+To measure with, also the questions of a benchmark: a *.jsonl, such as SPEED-Bench, Spec-Bench and
+MT-Bench have it. Each line has a `category` and `turns`, what the user says. The first turn of the
+first question of each category goes through the chat template.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mtpforge.errors import ConfigError
-from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_json_lines, read_text, text_files
+from mtpforge.io.text import ANYWHERE, TEMPLATE_LIMIT, read_json_lines, read_text
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
 MEASURED = PROMPTS / "measured"
@@ -34,31 +34,42 @@ def answer_tokens(prompts: int) -> int:
     return min(N_PREDICT, ROUND_TOKENS // max(1, prompts))
 
 
-def add_option(parser: argparse.ArgumentParser, default: Path = PROMPTS) -> None:
+def add_option(parser: argparse.ArgumentParser, default: Path = PROMPTS, more: str = "") -> None:
     """Add --prompts."""
     parser.add_argument(
         "--prompts", type=Path, metavar="PATH", default=default,
-        help="folder of *.txt prompts, named by kind, or a *.jsonl with `category` and `turns`, "
-        "such as SPEED-Bench's (default: those of this pipeline)",
+        help=f"folder of *.txt prompts, named by kind{more} (default: those of this pipeline)",
     )  # fmt: skip
 
 
-def read_prompts(path: Path) -> dict[str, str]:
-    """Read the prompts of a folder, or of a *.jsonl, by file name; `CATEGORY.chat` from a *.jsonl.
+def read_prompts(folder: Path) -> dict[str, str]:
+    """Read the prompts of a folder, by file name. Raises ConfigError.
 
-    Lines end as on Linux, so that a checkout on Windows has the same tokens. Raises ConfigError if
-    there are none, or one cannot be read.
+    Lines end as on Linux, so that a checkout on Windows has the same tokens.
     """
-    prompts: dict[str, str] = {}
-    for file in text_files(path):
-        if file.suffix == ".jsonl":
-            prompts |= {name: text for name, text in _questions(file) if name not in prompts}
-        else:
-            text = read_text(file, ConfigError, TEMPLATE_LIMIT, within=ANYWHERE)
-            prompts[file.stem] = text.replace("\r\n", "\n")
+    prompts = {
+        path.stem: read_text(path, ConfigError, TEMPLATE_LIMIT, within=ANYWHERE).replace(
+            "\r\n", "\n"
+        )
+        for path in prompt_files(folder)
+    }
     if not prompts:
-        raise ConfigError(f"{path}: no *.txt or *.jsonl prompts there")
+        raise ConfigError(f"{folder}: no *.txt prompts there")
     return prompts
+
+
+def read_measured(path: Path) -> dict[str, str]:
+    """The same for measuring; the questions of a *.jsonl are named CATEGORY.chat."""
+    if path.suffix != ".jsonl":
+        return read_prompts(path)
+    if questions := dict(_questions(path)):
+        return questions
+    raise ConfigError(f"{path}: no questions there")
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The prompts of a folder, or the *.jsonl itself."""
+    return [path] if path.suffix == ".jsonl" else sorted(path.glob("*.txt"))
 
 
 def _questions(path: Path) -> Iterator[tuple[str, str]]:

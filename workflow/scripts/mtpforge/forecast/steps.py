@@ -106,7 +106,7 @@ class ModelForecast:
         self._llama = llama
         self._machine = machine
         self._prompts = len(prompts.read_prompts(Path(model.prompts)))
-        self._measured_prompts = len(prompts.read_prompts(Path(model.measured_prompts)))
+        self._measured_prompts = len(prompts.read_measured(Path(model.measured_prompts)))
         self._base_size = base_size
         self._parts: dict[str, Gguf] = {}
         self._quants: list[Gguf] = []

@@ -343,15 +343,17 @@ class Bench:
         kinds = ", ".join(case.kind for case in short)
         if tried in self.rounds or tried != OFF:
             raise ToolchainError(
-                f"llama-server generated nothing from {kinds}, and something before: try again"
+                f"llama-server generated nothing from {kinds}, though it did before: run again"
             )
         kept = [case for case in self.cases.main if case not in short]
         if not kept:
             raise ToolchainError(
                 f"llama-server generated nothing from any prompt ({kinds}): nothing to measure"
             )
-        progress.say(f"left out, because the model answers nothing: {kinds}")
-        self.cases = self.cases._replace(main=kept)
+        progress.say(f"left out, because the model generates nothing: {kinds}")
+        left = {case.kind for case in kept}
+        more = [case for case in self.cases.more if case.kind in left]
+        self.cases = Cases(kept, more)
 
     def _cases(self, server: Server, *, more: bool) -> list[Case]:
         if not self.cases.main:

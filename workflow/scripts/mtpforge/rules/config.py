@@ -25,6 +25,7 @@ from mtpforge.rules.fields import (
     All,
     Entry,
     FilePath,
+    MeasuredPrompts,
     MeasuredText,
     ModelName,
     OutputName,
@@ -160,7 +161,7 @@ class MeasureSettings(Entry):
             " thinking, if it has them."
         ),
     )
-    prompts: Prompts | None = Field(
+    prompts: MeasuredPrompts | None = Field(
         default=None,
         description=(
             "Folder of prompts, one KIND.txt each; KIND.chat.txt and KIND.thinking.txt go through"
@@ -329,9 +330,7 @@ class Model(Entry):
     prompts: Prompts = Field(
         default=_VERIFIED,
         validate_default=True,
-        description=(
-            "Folder of *.txt prompts that every file must draft on, or a *.jsonl as in `measure`."
-        ),
+        description="Folder of *.txt prompts that every file must draft on.",
     )
     min_acceptance: float = Field(
         default=0.1,

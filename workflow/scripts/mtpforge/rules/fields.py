@@ -159,6 +159,12 @@ def _check_path(path: str) -> None:
         )
 
 
+def _check_folder(path: str) -> str:
+    if path.endswith(".jsonl"):
+        raise ValueError("must be a folder: a *.jsonl is for the `prompts` of `measure`")
+    return path
+
+
 def _check_home(path: str) -> None:
     _check_path(path)
     if path.startswith("~"):
@@ -296,7 +302,8 @@ MeasuredText = Annotated[
     _PLAIN_PATH,
     AfterValidator(lambda path: FileOnDisk(HELD_OUT if path == DEFAULT else path)),
 ]
-Prompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
+MeasuredPrompts = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(PromptsPath)]
+Prompts = Annotated[MeasuredPrompts, AfterValidator(_check_folder)]
 ProgramsFolder = Annotated[
     str,
     Checked(_check_path, _PATH_FORMAT),

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from mtpforge import suggest
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io.text import text_files
+from mtpforge.prompts import prompt_files
 
 
 class LocalPath(str):
@@ -68,10 +69,16 @@ class TextPath(LocalPath):
         return next(filter(None, problems), None) if found else f"no *.txt files in {self}"
 
 
-class PromptsPath(TextPath):
-    """The path of a folder of prompts, or of a *.jsonl of them."""
+class PromptsPath(LocalPath):
+    """The path of a folder of prompts; to measure with, also of a *.jsonl."""
 
     __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it, or a prompt in it, cannot be used; None if all can."""
+        found = prompt_files(Path(self))
+        problems = (_file_problem(each) for each in found)
+        return next(filter(None, problems), None) if found else f"no *.txt files in {self}"
 
 
 def find(value: object, at: str) -> Iterator[tuple[str, LocalPath]]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf.file_names import gguf_files
-from mtpforge.io.text import text_files
-from mtpforge.prompts import read_prompts
+from mtpforge.prompts import prompt_files, read_measured
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest
 from mtpforge.rules.config import MeasureSettings
@@ -55,7 +54,7 @@ class MeasureRules(Stage):
 
     def prompt_files(self, wildcards: Wildcards) -> list[str]:
         """Their files."""
-        return [str(path) for path in text_files(Path(self.prompts(wildcards)))]
+        return [str(path) for path in prompt_files(Path(self.prompts(wildcards)))]
 
     def logits(self, wildcards: Wildcards) -> list[str]:
         """The BF16 logits for it; nothing without a BF16 file of the variant's trunk."""
@@ -74,7 +73,7 @@ class MeasureRules(Stage):
 
     def decisive(self, wildcards: Wildcards) -> str:
         """Code, settings and prompts of all measurements of a model, as JSON."""
-        prompts = read_prompts(Path(self.prompts(wildcards)))
+        prompts = read_measured(Path(self.prompts(wildcards)))
         settings = self._settings(wildcards).model_dump()
         found = {f"{kind}.txt": sha256(text.encode()).hexdigest() for kind, text in prompts.items()}
         return json.dumps({"code": digest("measure.py"), **settings, "prompts": found})

@@ -24,7 +24,7 @@ from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.gguf.split import parse_size
 from mtpforge.io.text import read_json, text_files
-from mtpforge.prompts import read_prompts
+from mtpforge.prompts import read_measured
 from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import listed
@@ -461,7 +461,7 @@ def _text_size(imatrix: Imatrix | None) -> int:
 
 @lru_cache
 def _count_prompts(folder: str) -> int:
-    return len(read_prompts(Path(folder)))
+    return len(read_measured(Path(folder)))
 
 
 @lru_cache

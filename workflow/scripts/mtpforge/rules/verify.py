@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from mtpforge.gguf import quant_types
-from mtpforge.io.text import text_files
+from mtpforge.prompts import prompt_files
 from mtpforge.rules import layout
 from mtpforge.rules.fetch import recorded, recorded_donor
 from mtpforge.rules.stage import Stage, Wildcards
@@ -91,12 +91,12 @@ class VerifyRules(Stage):
         return f"{self.options(wildcards)} --split {size}"
 
     def prompts(self, wildcards: Wildcards) -> str:
-        """The prompts, a folder or a *.jsonl to draft on."""
+        """The folder of prompts to draft on."""
         return self.model(wildcards).prompts
 
     def prompt_files(self, wildcards: Wildcards) -> list[str]:
         """Their files."""
-        return [str(path) for path in text_files(Path(self.prompts(wildcards)))]
+        return [str(path) for path in prompt_files(Path(self.prompts(wildcards)))]
 
     # ── acceptance of the BF16 file ──
 
