@@ -410,7 +410,7 @@ def test_a_fetched_head_alone_is_not_compared_with_bf16(tmp_path: Path) -> None:
         ({"p_min": [1]}, "models/m/measure/p_min/0"),
         ({"p_min": [0.5, 0.5]}, "models/m/measure/p_min: 0.5 is listed twice"),
         ({"forms": ["spoken"]}, "models/m/measure/forms/0"),
-        ({"prompts": "nowhere"}, "models/m/measure/prompts: no such file: nowhere"),
+        ({"prompts": "nowhere"}, r"models/m/measure/prompts: no \*.txt files in nowhere"),
         ({"text": "nowhere.txt"}, "models/m/measure/text: no such file: nowhere.txt"),
     ],
 )
