@@ -125,12 +125,11 @@ def _entry(args: Namespace) -> Entry:
     if args.publish:
         options["publish"] = {"repo": address.repository(args.publish).repo}
     entry = source.entry(_variants(args, source), options)
-    if args.publish:  # an entry of its own: all its variants are uploaded
-        entry.key = proposal.plain_key(options["publish"]["repo"].partition("/")[2])
-        return entry
     if args.base:
         entry.key += "-injected"  # beside quantized variants the whole checkpoint would be fetched
         entry.about = "The base, with the head of the source; nothing else is fetched"
+    if args.publish:  # an entry of its own: all its variants are uploaded
+        entry.key = proposal.plain_key(options["publish"]["repo"].partition("/")[2])
     return entry
 
 
