@@ -301,7 +301,8 @@ def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def _argument(action: argparse.Action) -> str:
-    name = action.metavar if isinstance(action.metavar, str) else None
+    given = action.metavar
+    name = given if isinstance(given, str) else " ".join(given or ()) or None
     if action.choices:
         name = "{" + ",".join(map(str, action.choices)) + "}"
     name = name or action.dest.replace("-", "_").upper()

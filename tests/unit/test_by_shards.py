@@ -106,7 +106,8 @@ class Build:
             json.dumps({**VARIANTS[name], "folder": str(self.piece(name))}) for name in VARIANTS
         ]
         programs = ("--threads", 1, "--bin", self.programs, "--reuse", self.folder / "results")
-        self.convert(convert_and_quantize, *programs, "--free", "--quantize", *wanted)
+        note = ("--note", self.work / "converted.txt", "a conversion")
+        self.convert(convert_and_quantize, *programs, *note, "--free", "--quantize", *wanted)
 
     def piece(self, name: str) -> Path:
         return self.work / "manifests/pieces/quantized" / name
@@ -373,6 +374,7 @@ def test_nothing_to_quantize_still_frees_bf16(fetched: Build, right: dict[str, b
 def test_digests_say_whether_bf16_can_be_run(fetched: Build) -> None:
     """They change when it is made again by another profile, and then its acceptance is measured."""
     fetched.convert_by_shards()
+    assert (fetched.work / "converted.txt").read_text() == "a conversion"
     out, before = fetched.work / "acceptance.json", fetched.digests.read_bytes()
     call(acceptance, fetched.bf16, "--recorded", fetched.digests, "--out", out)
     assert "freed while it was quantized" in str(Acceptance.read(out).skipped)

@@ -1,11 +1,13 @@
 """Stage `convert`: from a checkpoint to BF16 GGUFs."""
 
+import hashlib
 import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from mtpforge.io.ranges import digest_of
 from mtpforge.quantize.manifest import Manifest
 from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.rules import layout, lean
@@ -48,11 +50,29 @@ class ConvertRules(Stage):
             return ""
         options = ["--free", *found.others]
         if lean.by_shards(self.config, model):
-            variants = model.variants.values()
-            wanted = [_wanted(model, each) for each in variants if not _is_published(model, each)]
+            conversion = self._conversion(wildcards)
+            note = Path(layout.conversion_note(model.key))
+            same = note.exists() and note.read_text(encoding="utf-8") == conversion
+            wanted = [
+                _wanted(model, each)
+                for each in model.variants.values()
+                if not (same and _is_published(model, each))
+            ]
             options += ["--threads", str(threads), "--reuse", "results"]
+            options += ["--note", str(note), conversion]
             options += ["--quantize", *map(json.dumps, wanted)]
         return shlex.join(options)
+
+    def _conversion(self, wildcards: Wildcards) -> str:
+        """A digest of what is converted, and how: of what decides the tensors and the metadata."""
+        template = self.model(wildcards).chat_template
+        parts = [
+            layout.checkpoint(self.model(wildcards)),  # it names the commit
+            self.options(wildcards),
+            self.norms_option(wildcards),
+            digest_of(Path(template)) if template else "",
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def program(self, wildcards: Wildcards) -> str:
         """The program: the one that also quantizes runs the other, and is not tracked either."""
@@ -97,8 +117,7 @@ class ConvertRules(Stage):
 def _is_published(model: Model, variant: Variant) -> bool:
     """Whether a file was uploaded and deleted, and is still the one that is planned.
 
-    Its plan is that of the last conversion. Should this one give other tensors, its job fails, and
-    the next conversion makes it.
+    Its plan is that of the last conversion.
     """
     key, name = model.key, variant.name
     if not (model.passing and layout.output(model, name).is_away):
