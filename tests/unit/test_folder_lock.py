@@ -194,11 +194,11 @@ def test_the_next_run_waits_for_jobs(
     monkeypatch.setattr(folder_lock, "JOBS_LIMIT", 0.3)
     job = start_job(tmp_path, Owner.this_process(""), monkeypatch)
     with (
-        pytest.raises(ForgeError, match="jobs of a run that was killed are still running"),
+        pytest.raises(ForgeError, match="jobs of a run that was stopped are still running"),
         folder_lock.holding(tmp_path, "", said.append),
     ):
         pass
-    assert said == ["Waiting for jobs of a run that was killed"]
+    assert said == ["Waiting for stopped jobs to end"]
     job.kill()
     job.wait()
     with folder_lock.holding(tmp_path, "", said.append):
@@ -249,7 +249,7 @@ def test_a_run_that_gives_up_waiting_leaves_the_name_of_the_one_before(
     job = start_job(tmp_path, Owner.this_process(""), monkeypatch)
     before = replace(Owner.this_process("before"), started="1")
     leave(tmp_path, before)
-    with pytest.raises(ForgeError, match="jobs of a run that was killed"):
+    with pytest.raises(ForgeError, match="jobs of a run that was stopped"):
         folder_lock.holding(tmp_path, "", said.append).__enter__()
     assert folder_lock.owner_of(tmp_path) == before
     job.kill()

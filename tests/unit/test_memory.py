@@ -119,6 +119,15 @@ def test_memory_of_gpus_that_llama_cpp_uses_counts(
     assert (memory.too_large([file], LlamaCpp(tmp_path)) is None) == fits
 
 
+def test_devices_are_named_without_what_changes_by_the_minute(tmp_path: Path) -> None:
+    """They stand in records and on the card."""
+    server = tmp_path / "llama-server"
+    listed = "Available devices:\n  CUDA0: NVIDIA H200 (143155 MiB, 142629 MiB free)"
+    server.write_text(f"#!/bin/sh\necho '{listed}'\n")
+    server.chmod(0o755)
+    assert LlamaCpp(tmp_path).devices() == ("CUDA0: NVIDIA H200 (143155 MiB)",)
+
+
 # ── programs ──
 
 

@@ -98,9 +98,10 @@ class LlamaCpp:
         return version_of(self.folder, names)
 
     def devices(self) -> tuple[str, ...]:
-        """The devices that llama-server finds, as it lists them. Raises ToolchainError."""
+        """The devices that llama-server finds: "CUDA0: NAME (143155 MiB)". Raises ToolchainError."""
         listed = process.answer([self.find("llama-server"), "--list-devices"])[1]
-        return tuple(re.findall(r"^  (\w+: .+)$", listed, re.MULTILINE))
+        found = re.findall(r"^  (\w+: .+)$", listed, re.MULTILINE)
+        return tuple(re.sub(r", \d+ MiB free\)$", ")", each) for each in found)
 
     def gpu_memory(self) -> int:
         """Bytes of memory of these devices. Raises ToolchainError."""

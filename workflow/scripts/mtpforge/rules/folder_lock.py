@@ -75,11 +75,11 @@ def wait_for_jobs(folder: Path, say: Say) -> None:
         while not _is_free(file):
             if time.monotonic() > deadline:
                 raise ForgeError(
-                    "jobs of a run that was killed are still running here, or on a cluster: "
+                    "jobs of a run that was stopped are still running here, or on a cluster: "
                     "wait for them, or end them, and run again"
                 )
             if not said:
-                say("Waiting for jobs of a run that was killed")
+                say("Waiting for stopped jobs to end")
                 said = True
             time.sleep(0.1)
 
