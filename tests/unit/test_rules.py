@@ -62,7 +62,8 @@ def test_the_summary_of_a_run_for_one_model_has_all_that_are_configured() -> Non
     reports, rest = Build(made).summarized().split(" --measurements ")
     assert reports.split() == [f"results/{key}/reports/Name-Q4_K_M.json" for key in "nm"]
     measured = [f"results/{key}/measure/Name-Q4_K_M.json" for key in "nm"]
-    assert rest.split() == [*measured, "--compared", "--others", "--coverages"]
+    empty = ["--compared", "--others", "--coverages"]
+    assert rest.split() == [*measured, *empty, "--earlier", "results/m"]
 
 
 def test_a_split_variant_is_a_folder_and_overrides_the_size() -> None:

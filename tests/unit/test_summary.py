@@ -47,7 +47,8 @@ def test_what_another_run_made_is_listed_too_if_it_can_be_read(tmp_path: Path, r
     paths = [tmp_path / model / "reports/x.split.json" for model in ("here", "gone", "old")]
     measurements = [tmp_path / model / "measure/x.json" for model in ("here", "gone", "old")]
     out = tmp_path / "summary.md"
-    done = run("summary.py", *paths, "--measurements", *measurements, "--out", out)
+    earlier = ("--earlier", tmp_path / "gone", tmp_path / "old")
+    done = run("summary.py", *paths, "--measurements", *measurements, *earlier, "--out", out)
     assert done.returncode == 0 and done.stderr.startswith(f"warning: left out: {paths[2]}:")
     table, *below = out.read_text().split("\n\n")
     assert len(table.splitlines()) == 3
@@ -55,12 +56,17 @@ def test_what_another_run_made_is_listed_too_if_it_can_be_read(tmp_path: Path, r
     assert headings == ["Distance from BF16: here, on at most 16 chunks of held-out.txt"]
 
 
-def test_it_is_an_error_if_no_report_can_be_read(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "reports").mkdir()
+def test_what_was_built_now_must_be_readable(tmp_path: Path, run: Run) -> None:
+    for folder in ("reports", "measure"):
+        (tmp_path / folder).mkdir()
     path, out = tmp_path / "reports/x.json", tmp_path / "summary.md"
-    path.write_text("{}")
+    measured = tmp_path / "measure/x.json"
     done = run("summary.py", path, "--out", out)
-    assert done.returncode == 1 and f"\nerror: {path}:" in done.stderr and not out.exists()
+    assert done.returncode == 1 and f"error: {path}:" in done.stderr and not out.exists()
+    report("x.gguf").write(path)
+    measured.write_text("{}")
+    done = run("summary.py", path, "--measurements", measured, "--out", out)
+    assert done.returncode == 1 and f"error: {measured}:" in done.stderr and not out.exists()
 
 
 def test_speed_is_without_drafting_and_at_the_fastest_n_max() -> None:

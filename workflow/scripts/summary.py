@@ -1,7 +1,7 @@
 """Print one table of all verified files: size, bits per weight, head types, acceptance and speed.
 
-Skips files that are not there. One that cannot be read, of another version, is left out with a
-warning, and so is the measurement whose report is. It is an error if no report can be read.
+Of models in the folders after --earlier, it skips files that are not there. One that cannot be
+read, of another version, is left out with a warning, and so is the measurement whose report is.
 
 example: summary.py results/*/reports/*.json --measurements results/*/measure/*.json \\
              --out results/summary.md
@@ -11,7 +11,7 @@ import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mtpforge import cli
@@ -51,11 +51,16 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="table, in Markdown"
     )
+    parser.add_argument(
+        "--earlier", type=Path, nargs="*", default=[], metavar="FOLDER",
+        help="folders of models of other runs: use what can be read",
+    )  # fmt: skip
     args = parser.parse_args()
+
+    def readable(paths: Iterable[Path], record: type[Record]) -> list[Path]:
+        return list(_readable(paths, record, args.earlier))
+
     reports = readable(args.reports, Report)
-    if not reports:
-        for path in filter(Path.exists, args.reports):
-            Report.read(path)  # fails
     without = set(map(file_of, args.reports)) - set(map(file_of, reports))
     measurements = [each for each in args.measurements if file_of(each) not in without]
     table = summary(
@@ -69,17 +74,20 @@ def main() -> None:
     print(f"\n{table}\n{len(reports)} files")
 
 
-def readable(paths: Iterable[Path], record: type[Record]) -> list[Path]:
-    """Those of the paths that have a record of this version."""
-    found = []
-    for path in filter(Path.exists, paths):
+def _readable(paths: Iterable[Path], record: type[Record], earlier: list[Path]) -> Iterator[Path]:
+    """Those of the paths that have a record of this version. Raises RecordError unless earlier."""
+    for path in paths:
+        must = not any(path.is_relative_to(folder) for folder in earlier)
+        if not must and not path.exists():
+            continue
         try:
             record.read(path)
         except RecordError as error:
+            if must:
+                raise
             say(f"warning: left out: {error}")
         else:
-            found.append(path)
-    return found
+            yield path
 
 
 def file_of(record: Path) -> tuple[Path, str]:

@@ -67,7 +67,8 @@ class Build:
     def summarized(self) -> str:
         """Files that the summary is of, as options: of what is built, then of all other models.
 
-        A run for one model does not forget the others; `summary.py` skips what is not there.
+        A run for one model does not forget the others; what they lack, or have of another version, is
+        left out.
         """
         chosen = self.config.chosen
         keys = {model.key for model in chosen}
@@ -83,7 +84,7 @@ class Build:
         for option, of in paths.items():
             words += [option] * bool(option)
             words += [path for model in (*chosen, *others) for path in of(model)]
-        return shlex.join(words)
+        return shlex.join([*words, "--earlier", *(layout.folder(model.key) for model in others)])
 
     def names(self) -> dict[str, list[str]]:
         """All values of the wildcards `model`, `base`, `variant` and `name`."""
