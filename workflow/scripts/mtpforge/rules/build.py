@@ -67,8 +67,8 @@ class Build:
     def summarized(self) -> str:
         """Files that the summary is of, as options: of what is built, then of all other models.
 
-        A run for one model does not forget the others; what they lack, or have of another version, is
-        left out.
+        A run for one model does not forget the others. What they lack, or have of another version,
+        is left out.
         """
         chosen = self.config.chosen
         keys = {model.key for model in chosen}
