@@ -305,7 +305,7 @@ def test_a_head_of_another_checkpoint_is_converted_by_its_own_job(toolchain: Pat
 
 
 def test_less_memory_bandwidth_makes_measuring_slower(toolchain: Path) -> None:
-    slow = replace(MACHINE, bandwidth=1e8)
+    slow = replace(MACHINE, bandwidth=7e7)
     measured = {"variants": {"BF16": {}}, "measure": {"n_max": [1, 2]}}
     quick, late = (forecast(toolchain, machine, **measured) for machine in (MACHINE, slow))
     assert late.seconds > 5 * quick.seconds
@@ -331,7 +331,7 @@ def test_measuring_without_a_head_has_no_search(toolchain: Path) -> None:
 
 
 def test_measuring_is_bounded_by_its_minutes(toolchain: Path) -> None:
-    slow = replace(MACHINE, bandwidth=1e8)
+    slow = replace(MACHINE, bandwidth=7e7)
     grid = {"n_max": [1, 2, 3, 4, 5, 6, 8], "p_min": [0, 0.25, 0.5, 0.75]}
 
     def reckoned(minutes: int) -> float:

@@ -17,6 +17,7 @@ from mtpforge.search.settings import CHUNKS, SMALL, STEP
 # Measured on two virtual x86-64 cores: see docs/sizing.md.
 _BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
 _BATCH_TOKEN = 16  # how much less each takes at least
+_DRAFTED = 1.5  # tokens that a pass over the weights makes with drafting: reports say 1.4 to 1.8
 _CONVERT = 1.3  # times the time to write the result
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
 _CONVERT_MEMORY = 330 << 20
@@ -189,13 +190,13 @@ def run(
     servers: int = 1,
     share: float = 1,
 ) -> Cost:
-    """Run a file in llama.cpp. Each token reads a share of the file, and each start all of it."""
+    """Run a file in llama.cpp. A pass, of a token or more, reads a share of it; a start, all."""
     speed = machine.programs
     read = size * share / machine.bandwidth
     batched = max(speed.token / _BATCH_TOKEN, read / _BATCH)
     seconds = (
         tokens.single * max(speed.token, read)
-        + tokens.drafted * max(speed.drafted, read)
+        + tokens.drafted * max(speed.drafted, read / _DRAFTED)
         + tokens.text * batched
         + servers * (speed.server + size / machine.bandwidth)
     )
