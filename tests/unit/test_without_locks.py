@@ -230,6 +230,10 @@ MOUNTS = {
     "lustre host:/a rw,localflock": True,
     "cifs //host/a rw,nobrl": True,
     "fuse.sshfs host:/a rw,user_id=0": True,
+    "fuse.rclone remote:/a rw,user_id=0": True,
+    "9p host0 rw,trans=virtio": True,
+    "virtiofs shared rw": True,
+    "fuseblk /dev/sdb1 rw": False,  # a disk of this machine
     "ext4 /dev/sda rw": False,
 }
 

@@ -31,7 +31,8 @@ _NETWORK = (
     "vboxsf", "panfs", "wekafs", "pvfs2", "orangefs",
 )  # fmt: skip
 """Beginnings of the names of file systems that several machines may have mounted."""
-_WITHOUT_LOCKS = ("fuse.sshfs",)
+_LOCKS_IN_DOUBT = ("fuse.", "9p", "virtiofs", "vboxsf")
+"""Those of them of which many lock on one machine only, such as SSHFS and virtual machines."""
 _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
 """Options with which NFS, Lustre and CIFS are mounted."""
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -99,9 +100,9 @@ def is_network(folder: Path) -> bool:
 
 
 def locks_alone(folder: Path) -> bool:
-    """Whether locks on files there hold on this machine only, though others may write there."""
+    """Whether locks on files there may hold on this machine only, though others write there too."""
     kind, options = _mount(folder)
-    return kind in _WITHOUT_LOCKS or not _LOCAL_LOCKS.isdisjoint(options)
+    return kind.startswith(_LOCKS_IN_DOUBT) or not _LOCAL_LOCKS.isdisjoint(options)
 
 
 def existing(folder: Path) -> Path:
