@@ -830,6 +830,21 @@ def test_importance_matrices_are_named_with_what_they_cover(tmp_path: Path) -> N
     assert "Importance" not in make()
 
 
+def test_a_published_importance_matrix_is_linked_with_what_it_is(tmp_path: Path) -> None:
+    chat = {"text": "a.txt", "chat": True, "published": "X-imatrix.gguf"}
+    about = About.parse(json.dumps({**ABOUT, "matrices": [chat, {"path": "theirs.gguf"}]}))
+    text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE)
+    assert (
+        "\n\n[X-imatrix.gguf](X-imatrix.gguf) is the importance matrix that llama-imatrix computed "
+        "from `a.txt`, put through the chat template, with the unquantized model. "
+        "`llama-quantize --imatrix` makes other quantizations with it.\n\n## Run it\n"
+    ) in text
+    assert "the inputs of each GGUF except importance matrices as" in text
+    unpublished = About.parse(json.dumps({**ABOUT, "matrices": [{"path": "theirs.gguf"}]}))
+    other = card.make(unpublished, (result(),), tmp_path / "none", STAMP, TEMPLATE)
+    assert "llama-imatrix" not in other and "except importance" not in other
+
+
 def test_sources_and_verdicts_are_said_once() -> None:
     text, more = make(), second()
     for words in ("- Checkpoint: ", "- llama.cpp: "):

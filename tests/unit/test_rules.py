@@ -438,6 +438,41 @@ def test_importance_matrices_are_listed_in_the_order_of_their_coverages() -> Non
     assert len(publish.coverages(wildcards())) == 3
 
 
+def published_matrices(*entries: dict[str, object], **keys: object) -> list[str]:
+    """The files of a model with a variant for each of these importance matrices."""
+    variants = {f"Q{n}_K": {"type": "Q4_0", "imatrix": each} for n, each in enumerate(entries)}
+    build = Build(config({"variants": variants, **keys}))
+    return build.publish.matrices(wildcards())
+
+
+def test_a_computed_importance_matrix_is_published_with_its_model() -> None:
+    target = {"publish": {"repo": "Owner/Name"}}
+    one, chat = {"text": "t/a.txt"}, {"text": "t/a.txt", "chat": True}
+    assert published_matrices(one) == []
+    assert published_matrices({"path": "given.gguf"}, **target) == []
+    alone = ["results/m/Name-imatrix.gguf"]
+    assert published_matrices(one, {"path": "given.gguf"}, one, **target) == alone
+    assert published_matrices(one, chat, {"text": "texts"}, **target) == [
+        "results/m/Name-a-imatrix.gguf",
+        "results/m/Name-a-chat-imatrix.gguf",
+        "results/m/Name-texts-imatrix.gguf",
+    ]
+    same = published_matrices(one, {"text": "u/a.txt"}, **target)
+    assert len(set(same)) == 2 and all("/Name-a-" in name for name in same)
+
+
+def test_the_card_is_told_the_name_of_a_published_importance_matrix() -> None:
+    variants = {"Q4_0": {"imatrix": {"text": "a.txt"}}, "Q5_0": {"imatrix": {"path": "c.gguf"}}}
+    build = Build(config({"variants": variants, "publish": {"url": "s3://models/a"}}))
+    assert json.loads(build.publish.about(wildcards()))["matrices"] == [
+        {"text": "a.txt", "chat": False, "published": "Name-imatrix.gguf"}, {"path": "c.gguf"},
+    ]  # fmt: skip
+    made = build.publish.computed(wildcards(stem="Name"))
+    assert made == layout.imatrix("m", build.config.models["m"].variants["Q4_0"].imatrix)
+    with pytest.raises(ConfigError, match="m publishes no importance matrix"):
+        build.publish.computed(wildcards(stem="Other"))
+
+
 def test_published_configuration_has_no_local_folders(tmp_path: Path) -> None:
     (tmp_path / "secret/Name").mkdir(parents=True)
     source = {"path": str(tmp_path / "secret/Name")}

@@ -69,7 +69,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     measure |= {"tasks": {"winogrande": "text.txt"}}
     model = {**CONFIG["models"]["tiny-qwen3.5"], "measure": measure, "variants": variants}
     upstream = {**model, "converter": "llama.cpp", "mmproj": True, "variants": {"BF16": {}}}
-    native = {**model, "compare": [{"path": "others.gguf"}]}
+    target = {"publish": {"repo": "Owner/Name"}}
+    native = {**model, **target, "compare": [{"path": "others.gguf"}]}
     models = {"native": {**native, "sidecar": "Q8_0"}, "upstream": {**upstream, "sidecar": "Q8_0"}}
     copy.config["models"] = models
     copy.write_config()

@@ -2,8 +2,9 @@
 # Needs: the verified files with their reports and measurements, and the checkpoint's card and
 # digests.
 # Makes, in results/<model>/: README.md, the model card, and DETAILS.md, its second page;
-# provenance/, a statement per report that lists the inputs of its files; and SHA256SUMS, the list of
-# all published files with the card's pictures, to check downloads.
+# provenance/, a statement per report that lists the inputs of its files; <name>-imatrix.gguf, the
+# importance matrix that was computed here; and SHA256SUMS, the list of all published files with the
+# card's pictures, to check downloads.
 # `publish` is not part of `all`. It has no output, so it always asks the Hub or the object storage which
 # files it has, and uploads the others.
 
@@ -12,6 +13,7 @@ localrules:
     upload,
     delete,
     publish,
+    publish_imatrix,
 
 
 rule materials:
@@ -127,6 +129,32 @@ rule delete:
         "python {input.code[0]:q} {input.receipt:q} {params.paths} > {log:q} 2>&1"
 
 
+# The computed matrix is an intermediate: this one stays.
+rule publish_imatrix:
+    input:
+        code=code("publish_imatrix.py"),
+        file=ancient(build.publish.computed),
+        digest=build.publish.computed_digest,
+    output:
+        file="results/{model}/{stem}-imatrix.gguf",
+        digest="results/{model}/work/published/{stem}-imatrix.json",
+    log:
+        "logs/{model}/publish-{stem}-imatrix.log",
+    wildcard_constraints:
+        stem="[^/]+",
+    conda:
+        "../../envs/run.yaml"
+    resources:
+        **asked(build.needs.small),
+    params:
+        code=digest("publish_imatrix.py"),
+    message:
+        "{wildcards.model}: publish the importance matrix {wildcards.stem}-imatrix"
+    shell:
+        "python {input.code[0]:q} {input.file:q} --recorded {input.digest:q}"
+        " --digest {output.digest:q} --out {output.file:q} > {log:q} 2>&1"
+
+
 rule card:
     input:
         code=code("card.py"),
@@ -174,6 +202,8 @@ rule sums:
         measurements=build.measure.measurements,
         pages=["results/{model}/README.md", "results/{model}/DETAILS.md"],
         pictures=build.publish.pictures,
+        matrices=ancient(build.publish.matrices),
+        matrix_digests=build.publish.matrix_digests,
     output:
         "results/{model}/SHA256SUMS",
     log:
@@ -189,7 +219,7 @@ rule sums:
     shell:
         "python {input.code[0]:q} results/{wildcards.model} --reports {input.reports:q}"
         " --others {input.pages:q} {input.statements:q} {input.measurements:q}"
-        " --pictures {input.pictures:q} > {log:q} 2>&1"
+        " --pictures {input.pictures:q} --matrices {input.matrix_digests:q} > {log:q} 2>&1"
 
 
 # snakemake --cores 1 publish [--config dry_run=true]

@@ -12,7 +12,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 from pathlib import Path
 
-from mtpforge import cli
+from mtpforge import cli, recorded_digests
 from mtpforge.progress import say
 from mtpforge.publish.sums import SUMS, collect, shown_pictures, unlisted, write_sums
 
@@ -33,9 +33,16 @@ def main() -> None:
         "--pictures", type=Path, nargs="*", default=[], metavar="FILE",
         help="figures, of which those in the card are published",
     )  # fmt: skip
+    parser.add_argument(
+        "--matrices", type=Path, nargs="*", default=[], metavar="FILE",
+        help="files of publish_imatrix.py with the sha256 of importance matrices to publish",
+    )  # fmt: skip
     args = parser.parse_args()
     shown = shown_pictures(args.folder, args.pictures)
-    sums = collect(args.folder, args.reports, [*args.others, *shown])
+    matrices = {args.folder / f"{digest.stem}.gguf": digest for digest in args.matrices}
+    for matrix, digest in matrices.items():
+        recorded_digests.check_whole(matrix, digest)
+    sums = collect(args.folder, args.reports, [*args.others, *shown, *matrices])
     write_sums(args.folder / SUMS, sums)
     for name in unlisted(args.folder, sums):
         text = "no longer configured, so it is not published: delete it"

@@ -77,6 +77,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "files": tables.files(results, about.name).rstrip(),
         "legend": _legend(results),
         "details": details.NAME,
+        "matrices": "\n\n".join(about.published_matrices),
         "measured": any(result.measured for result in results),
         "swept": any(result.measured and result.measured.by_n_max for result in results),
         "steady": any(result.is_steady for result in results),

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from mtpforge.errors import ConfigError
 from mtpforge.io.text import parse_json
-from mtpforge.publish.markdown import code, escape
+from mtpforge.publish.markdown import code, escape, link
 from mtpforge.quantize.coverage import Coverage
 
 HUB = "https://huggingface.co"
@@ -64,6 +64,8 @@ class About:
     """The name of the file whose chat template stands in place of the checkpoint's."""
     matrices: tuple[str, ...] = ()
     """Markdown: what each importance matrix is, or is from, and what it covers if that is known."""
+    published_matrices: tuple[str, ...] = ()
+    """Markdown: a sentence on each importance matrix that is a file of the repository."""
     own_head: bool = False
     """Whether any file has the head of the model's own checkpoint."""
 
@@ -88,6 +90,9 @@ class About:
             donors=tuple(Checkpoint(**donor) for donor in entry.get("donors", ())),
             chat_template=entry.get("chat_template"),
             matrices=tuple(map(_matrix, entry.get("matrices", ()))),
+            published_matrices=tuple(
+                _published(each) for each in entry.get("matrices", ()) if "published" in each
+            ),
             own_head=entry.get("own_head", False),
         )
 
@@ -128,6 +133,16 @@ class About:
         if self.chat_template:
             lines.append(f"Chat template: a local file, {code(self.chat_template)}")
         return lines + [f"Importance matrix: {words}" for words in self.matrices]
+
+
+def _published(entry: Mapping[str, Any]) -> str:
+    """What an importance matrix in the repository is, and what it is for."""
+    name = entry["published"]
+    return (
+        f"{link(name, name)} is the importance matrix that llama-imatrix computed "
+        f"{_matrix(entry)}, with the unquantized model. `llama-quantize --imatrix` makes other "
+        "quantizations with it."
+    )
 
 
 def _matrix(entry: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from mtpforge.publish import provenance, receipts
 from mtpforge.verify.report import Report, Shard
 
 SUMS = "SHA256SUMS"
+MATRIX = "-imatrix.gguf"
+"""The end of the name of a published importance matrix."""
 SLACK = 10.0
 """Seconds by which a file may be newer than its record: Snakemake gives both the time of the job's
 end."""
@@ -160,7 +162,10 @@ def _check_file(path: Path, name: str, digest: str) -> list[str]:
 
 
 def _check_statements(folder: Path, sums: Sums) -> list[str]:
-    """Every GGUF must be the subject of a provenance statement, with the digest of the list."""
+    """Every model must be the subject of a provenance statement, with the digest of the list.
+
+    Importance matrices have none.
+    """
     problems: list[str] = []
     subjects: Sums = {}
     for name in sums:
@@ -170,7 +175,8 @@ def _check_statements(folder: Path, sums: Sums) -> list[str]:
             except ForgeError as error:
                 problems.append(f"{name}: {error}")
     ggufs = {name: digest for name, digest in sums.items() if name.endswith(".gguf")}
-    problems += [f"{name}: no provenance statement" for name in ggufs if name not in subjects]
+    models = (name for name in ggufs if not name.endswith(MATRIX))
+    problems += [f"{name}: no provenance statement" for name in models if name not in subjects]
     for name, digest in subjects.items():
         if ggufs.get(name, "") != digest:
             problems.append(f"{name}: sha256 in its provenance statement differs from {SUMS}")

@@ -15,6 +15,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.publish import receipts
+from mtpforge.publish.sums import MATRIX
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import (
     HubFile,
@@ -342,6 +343,29 @@ def matrices(model: Model) -> dict[str, Imatrix]:
     """The importance matrices of a model's variants, by name."""
     found = [each.imatrix for each in model.variants.values() if each.imatrix]
     return {matrix_name(each): each for each in found}
+
+
+def published_matrices(model: Model) -> dict[str, ImatrixText]:
+    """The importance matrices that are computed here and uploaded, by file.
+
+    The only one is named after the model, several also after their texts.
+    """
+    made = [each for each in matrices(model).values() if isinstance(each, ImatrixText)]
+    if not model.publish:
+        return {}
+    texts = [f"-{Path(each.text).stem}" + "-chat" * each.chat for each in made]
+    if len(set(texts)) < len(texts):  # texts of the same name
+        texts = [f"-{matrix_name(each)}" for each in made]
+    if len(made) == 1:
+        texts = [""]
+    beginning = f"{folder(model.key)}/{model.base_name}"
+    return {f"{beginning}{text}{MATRIX}": each for text, each in zip(texts, made, strict=True)}
+
+
+def published_matrix_digest(file: str) -> str:
+    """The sha256 of one of them."""
+    path = Path(file)
+    return f"{path.parent}/work/published/{path.stem}.json"
 
 
 def coverages(model: Model) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError, UploadError
 from mtpforge.progress import say
+from mtpforge.publish.sums import MATRIX
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
 from mtpforge.rules.config import Config, HubTarget, Model, S3Folder
@@ -101,6 +102,22 @@ class PublishRules(Stage):
         """The figures that the card shows."""
         return layout.pictures(self.model(wildcards))
 
+    def matrices(self, wildcards: Wildcards) -> list[str]:
+        """The importance matrices that are uploaded."""
+        return list(layout.published_matrices(self.model(wildcards)))
+
+    def matrix_digests(self, wildcards: Wildcards) -> list[str]:
+        """The sha256 of each, in the same order."""
+        return [layout.published_matrix_digest(file) for file in self.matrices(wildcards)]
+
+    def computed(self, wildcards: Wildcards) -> str:
+        """One of them where it was computed."""
+        return layout.imatrix(wildcards.model, self._matrix(wildcards))
+
+    def computed_digest(self, wildcards: Wildcards) -> str:
+        """Its sha256."""
+        return layout.imatrix_digest(wildcards.model, self._matrix(wildcards))
+
     def coverages(self, wildcards: Wildcards) -> list[str]:
         """What the importance matrices cover, in the order of `about`."""
         return layout.coverages(self.model(wildcards))
@@ -121,8 +138,13 @@ class PublishRules(Stage):
         part |= {"bases": _dumped(bases), "injected": _dumped(injected)}
         part |= {"donors": _dumped(donors), "name": model.base_name}
         part["own_head"] = None in heads
-        matrices = layout.matrices(model).values()
-        part["matrices"] = [each.model_dump() for each in matrices]
+        published = layout.published_matrices(model).items()
+        names = {
+            layout.matrix_name(each): {"published": Path(path).name} for path, each in published
+        }
+        part["matrices"] = [
+            each.model_dump() | names.get(name, {}) for name, each in layout.matrices(model).items()
+        ]
         if not model.uses_source:
             part["source"] = None
         return json.dumps(_without_folders(part))
@@ -196,14 +218,16 @@ class PublishRules(Stage):
     # ── upload ──
 
     def folders(self) -> list[str]:
-        """The other files of each model's folder: statements, card, and sums, which are last.
+        """The other files of each model's folder: matrices, statements, card and, last, sums.
 
-        Card and sums of a model whose files are deleted come with its upload.
+        Card and sums of a model whose files are deleted come with its upload, its importance
+        matrices before what they are computed from is gone.
         """
         return [
             path
             for model in self.config.chosen
             for path in (
+                *layout.published_matrices(model),
                 *(output.statement for output in layout.outputs(model)),
                 *(() if model.passing else (layout.card(model), layout.sums(model))),
             )
@@ -222,7 +246,7 @@ class PublishRules(Stage):
                 for each in outputs
                 for path in (each.file, each.report, each.statement, each.measurement)
             }
-            if missing & published:
+            if missing & (published | layout.published_matrices(model).keys()):
                 pages = (layout.sums(model), layout.card(model), layout.details(model))
                 for path in map(Path, pages):
                     if path.exists():
@@ -326,6 +350,13 @@ class PublishRules(Stage):
         search = ["quantization_errors.py", "sensitivity.py", "allocate.py"] if is_searched else []
         made = ["quantize_plan.py", "quantize.py", "inject.py", "verify.py"]
         return ["convert.py", "convert_and_quantize.py", *upstream, *search, *made]
+
+    def _matrix(self, wildcards: Wildcards) -> ImatrixText:
+        file = f"{layout.folder(wildcards.model)}/{wildcards.stem}{MATRIX}"
+        found = layout.published_matrices(self.model(wildcards)).get(file)
+        if found is None:
+            raise ConfigError(f"{wildcards.model} publishes no importance matrix {file}")
+        return found
 
     def _variant(self, wildcards: Wildcards) -> str:
         """The variant that a report is about; empty for a sidecar or a vision tower."""
