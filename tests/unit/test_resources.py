@@ -22,6 +22,7 @@ from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.rules import resources
 from mtpforge.rules.build import Build
 from mtpforge.rules.resources import UNKNOWN, Needs
+from mtpforge.rules.variant import HubRepository
 from repository import Repository
 from sparse import write_35b
 
@@ -73,13 +74,13 @@ def wildcards(**values: str) -> Any:
     return SimpleNamespace(**{**EXAMPLE, **values})
 
 
-def write_listing(folder: Path, weights: int) -> None:
-    """The listing of a checkpoint with this many weights."""
-    tensor = CheckpointTensor("x", "BF16", (weights,), "large.safetensors", 0, 2 * weights)
+def write_listing(folder: Path, weights: int, dtype: str = "BF16", name: str = "x") -> None:
+    """The listing of a checkpoint with this many weights, or integers of packed ones."""
+    tensor = CheckpointTensor(name, dtype, (weights,), "large.safetensors", 0, 2 * weights)
     file = File(2 * weights + 100, "0" * 64)
     path = folder / f"resources/hub/owner/large/{REVISION}/files.json"
     path.parent.mkdir(parents=True)
-    Listing("owner/large", REVISION, {"large.safetensors": file}, {"x": tensor}).write(path)
+    Listing("owner/large", REVISION, {"large.safetensors": file}, {name: tensor}).write(path)
 
 
 @pytest.fixture
@@ -254,6 +255,46 @@ def test_another_attempt_gets_more_memory_and_time(large: Path) -> None:
     assert [found["mem_mb"](None, attempt) for attempt in (1, 3)] == [1000, 3000]
     assert [found["runtime"](None, attempt) for attempt in (1, 3)] == [40, 120]
     assert found["disk_mb"](None) == 2000
+
+
+PACKED = {  # element type and name, and how many weights an element has
+    "int4": ("I32", "x.weight_packed", 8),
+    "gptq": ("I32", "x.qweight", 8),
+    "fp4": ("U8", "x.weight", 2),
+    "fp8": ("F8_E4M3", "x.weight", 1),
+    "table": ("I32", "x.tid2eid", 1),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_count_as_many_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Else a job asks for less memory than its file needs, and leaves it unmeasured there."""
+    monkeypatch.chdir(tmp_path)
+    dtype, name, weights = PACKED[kind]
+    write_listing(tmp_path, 1000, dtype, name)
+    assert resources._of_source(HubRepository(**SOURCE)) == 2 * weights * 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "growth"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, 4),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, 4),
+        ({"quant_algo": "NVFP4"}, 4),
+        ({"quant_method": "gptq", "bits": 8}, 2),
+        ({"quant_method": "fp8"}, 2),
+        (None, 1),
+    ],
+)
+def test_a_local_checkpoint_grows_by_its_bits(
+    tmp_path: Path, settings: dict[str, Any] | None, growth: int
+) -> None:
+    config = {"quantization_config": settings} if settings else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    assert resources._of_folder(str(tmp_path)) == growth * 1000
 
 
 @pytest.mark.parametrize("kind", [*hostile_text.OWN, "deep", "a list"])

@@ -8,6 +8,9 @@ from mtpforge.io.text import member
 MODELOPT = "hf_quant_config.json"
 """Settings of NVIDIA's ModelOpt, whose older versions leave them out of config.json."""
 
+CODES = ("qweight", "weight_packed")
+"""Endings of weights of which several, usually 8, are in an integer of 32 bits (I32)."""
+
 _PLACES = ("quantization_config", "compression_config", "quantization")
 _SHOWN = ("quant_method", "quant_algo", "format", "bits")
 

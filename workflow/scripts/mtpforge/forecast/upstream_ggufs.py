@@ -38,8 +38,6 @@ _HELPS = (
     "_zero_point", "_shape",
 )  # fmt: skip
 """Endings of what only helps to read packed weights."""
-_CODES = ("qweight", "weight_packed")
-"""Endings of weights of which several are in an integer of 32 bits."""
 _KEPT = re.compile(r"\.ffn_gate_inp\.|_conv1d|\.hc_|\.indexer\.proj\.")
 """Matrices that stay at F32."""
 _F16 = GGMLQuantizationType.F16
@@ -87,7 +85,7 @@ def _info(name: str, tensor: CheckpointTensor, checkpoint: Outline, experts: int
     if tensor.dtype in ("U8", "I8"):  # two weights in a byte
         columns *= 2
         kind = "NVFP4" if nvfp4.is_nvfp4(checkpoint.config) else "MXFP4"
-    elif name.endswith(_CODES):
+    elif name.endswith(quantization.CODES):
         bits = quantization.settings_in(checkpoint.config).get("bits")
         columns *= 32 // (8 if bits == 8 else 4)
     elif tensor.dtype in ("I32", "I64"):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mtpforge import local_files
 from mtpforge.checkpoint import model_files
+from mtpforge.checkpoint.quantization import CODES
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError, DownloadError
 from mtpforge.gguf.file_names import gguf_files
@@ -270,11 +271,18 @@ def _parse(listing: Path, written: int) -> Listed:
     """A listing, parsed once for all jobs unless `written` anew."""
     read = Listing.read(listing)
     sizes = {name: file.bytes for name, file in read.files.items()}
-    # U8 has two weights of 4 bits.
-    weights = [
-        (4 if each.dtype == "U8" else 2) * prod(each.shape) for each in read.tensors.values()
-    ]
+    weights = (
+        2 * prod(each.shape) * _weights_in_one(name, each.dtype)
+        for name, each in read.tensors.items()
+    )
     return Listed(read.checkpoint_files(), sizes=sizes, weights=sum(weights))
+
+
+def _weights_in_one(name: str, dtype: str) -> int:
+    """How many weights of 4 bits an element of a packed tensor has; 1 of any other."""
+    if dtype == "I32" and name.endswith(CODES):
+        return 8
+    return 2 if dtype == "U8" else 1
 
 
 def head_inputs(source: Source) -> list[str]:

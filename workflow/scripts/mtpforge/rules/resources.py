@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -407,10 +408,13 @@ def _of_folder(path: str) -> float:
     with suppress(OSError, ForgeError):  # which its first job will report
         config = read_json(Path(path, "config.json"))
         packed = json.dumps(config.get("quantization_config") or "").lower()
-        growth = 1 if packed == '""' else 4 if "fp4" in packed else 2
+        growth = 1 if packed == '""' else 4 if _FOUR_BITS.search(packed) else 2
         sizes = [file.stat().st_size for file in Path(path).glob("*.safetensors")]
         return growth * sum(sizes) or UNKNOWN
     return UNKNOWN
+
+
+_FOUR_BITS = re.compile(r'fp4|"(num_)?bits": 4\b')
 
 
 def _given(file: layout.GivenFile) -> float:
