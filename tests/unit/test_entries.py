@@ -1,6 +1,7 @@
 """Entries that `make add`, `quant` and `inject` write: input as people have it, files, presets."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,62 @@ def test_a_file_that_does_not_fit_is_left_alone(here: Path, text: str, reason: s
     with pytest.raises(ConfigError, match=reason):
         write(entry(Q4_0={}))
     assert Path("config.d/name.yaml").read_text() == text
+
+
+OLDER = "a" * 40
+
+
+class OneSource:
+    """A checkpoint of the Hub whose main branch is at COMMIT, and whose tag v1 is at OLDER."""
+
+    packed, label = False, "Owner/Name"
+
+    def __init__(self, given: Address) -> None:
+        commits = {None: COMMIT, "main": COMMIT, "v1": OLDER, OLDER: OLDER}
+        self.pinned = {"repo": given.repo, "revision": commits[given.revision]}
+
+    def entry(self, variants: dict[str, Any], options: dict[str, Any]) -> Entry:
+        converter = "llama.cpp" if self.pinned["revision"] == OLDER else "mtpforge"
+        settings = {"source": self.pinned, "converter": converter, **options}
+        return Entry("name", "9 GB", settings, variants)
+
+
+@pytest.fixture
+def adds(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run `add.py ... --write` on that checkpoint, and return what it prints."""
+    names = ("fetch", "disk", "peak", "free", "needs_memory", "memory", "seconds")
+    plan = {**dict.fromkeys(names, 0), "notes": [], "fetch_seconds": None}
+    monkeypatch.setattr(add, "Source", OneSource)
+    monkeypatch.setattr(add, "_check", lambda: None)
+    monkeypatch.setattr(add, "_first", lambda config: "")
+    monkeypatch.setattr(add, "_forecast", lambda *_: plan)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(add.sys, "argv", ["add.py", *words, "--write"])
+        add.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_file_keeps_its_commit_and_that_one_is_announced(adds: Callable[..., str]) -> None:
+    adds("Owner/Name@v1", "--type", "Q8_0")
+    said = adds("Owner/Name", "--type", "Q4_0")
+    assert f"Q4_0 of Owner/Name at {OLDER[:7]} (config.d/name.yaml)" in said
+    entry = entry_files.read_entries()["name"]
+    assert entry["source"]["revision"] == OLDER and entry["converter"] == "llama.cpp"
+
+
+def test_a_commit_that_the_file_does_not_have_is_refused(adds: Callable[..., str]) -> None:
+    adds("Owner/Name@v1", "--type", "Q8_0")
+    adds("Owner/Name@v1", "--type", "Q4_0")
+    refusal = rf"config.d/name.yaml: is pinned to {OLDER}, and Owner/Name@main is {COMMIT}: build"
+    with pytest.raises(ConfigError, match=refusal + r" it under another name, with MODEL=NAME"):
+        adds("Owner/Name@main", "--type", "Q6_K")
+    assert "Q6_K" not in entry_files.read_entries()["name"]["variants"]
+    assert f"at {COMMIT[:7]}" in adds("Owner/Name@main", "--type", "Q6_K", "--model", "newer")
 
 
 # ── asking ──

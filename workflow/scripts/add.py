@@ -18,11 +18,13 @@ import json
 import os
 import subprocess
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mtpforge import cli, table
 from mtpforge.entries import address, files, presets, proposal
+from mtpforge.entries.address import Address
 from mtpforge.entries.presets import PRESETS, Variants
 from mtpforge.entries.proposal import Entry, Source
 from mtpforge.errors import ConfigError, ForgeError
@@ -40,11 +42,14 @@ REQUIREMENT = Path("envs/llama.cpp.txt")
 def main() -> None:
     """Parse the command line; print, write or build."""
     args = _arguments()
-    entry = _entry(args)
+    given = address.checkpoint(args.source)
+    entry = _entry(args, given)
     if not (args.write or args.build):
         print(files.as_text(entry), end="")
         return
     entry.key = _free_key(entry, args.model)
+    if pinned := _pinned_before(entry, given):
+        entry = replace(_entry(args, pinned), key=entry.key)
     with files.written(entry) as path:
         config = _check()
         _announce(entry, path)
@@ -114,9 +119,9 @@ def _arguments() -> Namespace:
     return parser.parse_args()
 
 
-def _entry(args: Namespace) -> Entry:
-    """The entry that is asked for. Raises ForgeError."""
-    source = Source(address.checkpoint(args.source))
+def _entry(args: Namespace, given: Address | Path) -> Entry:
+    """The entry of a source that is asked for. Raises ForgeError."""
+    source = Source(given)
     options: dict[str, Any] = {}
     if args.tokenizer_pre:
         options["tokenizer_pre"] = args.tokenizer_pre
@@ -180,6 +185,25 @@ def _is_another(key: str, entry: Entry) -> bool:
     sources = [source, entry.settings["source"]]
     names = [each.get("repo", each.get("path")) for each in sources if isinstance(each, dict)]
     return has is not None and names[:1] != names[1:]
+
+
+def _pinned_before(entry: Entry, given: Address | Path) -> Address | None:
+    """The source at the commit that the file of the entry is pinned to, if it is another.
+
+    Raises ConfigError if a tag or commit was asked for that is not this one.
+    """
+    path = files.path_of(entry.key)
+    if isinstance(given, Path) or not path.exists() or _is_another(entry.key, entry):
+        return None
+    there, ours = files.commit(path), entry.settings["source"]["revision"]
+    if there in (None, ours):
+        return None
+    if given.revision:
+        raise ConfigError(
+            f"{path}: is pinned to {there}, and {given.repo}@{given.revision} is {ours}: build it "
+            "under another name, with MODEL=NAME, or change `revision` there"
+        )
+    return replace(given, revision=there)
 
 
 def _check() -> Config:

@@ -25,6 +25,13 @@ def path_of(key: str) -> Path:
     return FOLDER / f"{key}.yaml"
 
 
+def commit(path: Path) -> str | None:
+    """The commit that the model of a file is pinned to. Raises ConfigError."""
+    has = read_entry(path)
+    source = has.get("source") if isinstance(has, Mapping) else None
+    return source.get("revision") if isinstance(source, Mapping) else None
+
+
 @contextmanager
 def written(entry: Entry) -> Iterator[Path]:
     """Write an entry; on any exception of the block the file is as it was. Raises ConfigError."""
