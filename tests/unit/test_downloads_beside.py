@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import SCRIPTS
 
 SNAKEFILE = f"""\
@@ -15,6 +16,7 @@ from mtpforge.rules.resources import Needs, ResourceRules, free_downloads
 free_downloads(workflow)
 needs = lambda _: Needs()
 asked = ResourceRules(parse(dict(models=dict()))).asked
+many = int(config["threads"])
 note = 'echo {{rule}} {{threads}} start >> events; sleep 1.5;' \
     ' echo {{rule}} {{threads}} end >> events'
 
@@ -23,7 +25,7 @@ rule all:
 
 rule quantize:
     output: touch("quantize")
-    threads: 64
+    threads: many
     resources: **asked(needs),
     shell: note
 
@@ -39,23 +41,27 @@ rule recipe:
 
 rule measure:
     output: touch("measure")
-    threads: 64
-    resources: **asked(needs), download=lambda _: 1000,
+    threads: many
+    resources: **asked(needs, alone=True), download=lambda _: 1000,
     shell: note
 """
 
 
-def test_a_download_runs_beside_a_job_with_all_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("threads", "used"), [(64, 3), (2, 2)])
+def test_downloads_run_beside_any_job_but_nothing_beside_a_measurement(
+    tmp_path: Path, threads: int, used: int
+) -> None:
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     command = [sys.executable, "-m", "snakemake", "--cores", "3", "all"]
+    command += ["--config", f"threads={threads}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     events = (tmp_path / "events").read_text().splitlines()
     at = {event: number for number, event in enumerate(events)}
-    assert at["fetch 1 start"] < at["quantize 3 end"]
-    for alone in ("quantize 3", "measure 3"):
-        others = ["recipe 1", *(["fetch 1"] if alone == "measure 3" else [])]
-        others += [each for each in ("quantize 3", "measure 3") if each != alone]
-        for other in others:
-            before = at[f"{other} end"] < at[f"{alone} start"]
-            assert before or at[f"{alone} end"] < at[f"{other} start"], (alone, other)
+    quantize, measure = f"quantize {used}", f"measure {used}"
+    assert at["fetch 1 start"] < at[f"{quantize} end"]
+    apart = [(measure, other) for other in (quantize, "recipe 1", "fetch 1")]
+    apart += [(quantize, "recipe 1")] if used == 3 else []
+    for one, other in apart:
+        before = at[f"{other} end"] < at[f"{one} start"]
+        assert before or at[f"{one} end"] < at[f"{other} start"], (one, other)

@@ -33,6 +33,7 @@ RUNS_LLAMA = {
     "compare", "measure_other", "conversations",
 }  # fmt: skip
 PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "quantizer", "toolchain", "errors"}
+BESIDE = {"resolve", "fetch", "fetch_head", "upload", "quantizer", "toolchain"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
     "models": {
@@ -92,16 +93,22 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("cores", [1, 3])
-def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
-    copy = Repository(large / "copy", large)
-    copy.config = {**CONFIG, "threads": 2}
+def walk(folder: Path, cores: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Command, priority, and resources in two attempts of each rule, with `threads: 2`."""
+    copy = Repository(folder / "copy", folder)
+    copy.config = {**config, "threads": 2}
     copy.write_config()
     write_listing(copy.path, 10**10)
     command = [sys.executable, "-c", WALK, str(cores), json.dumps(EXAMPLE)]
     done = subprocess.run(command, cwd=copy.path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    rules = json.loads(done.stdout.splitlines()[-1])
+    rules: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return rules
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
+    rules = walk(large, cores, CONFIG)
     assert len(rules) > 30
     for name, (shell, priority, first, second) in rules.items():
         if shell is None:
@@ -112,10 +119,19 @@ def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
         assert 10 <= first["runtime"] < second["runtime"] <= 20 * 24 * 60, name
         assert ("{threads}" in shell) == (name in PARALLEL), name
         assert first["_cores"] == (min(cores, 2) if name in PARALLEL else 1), name
+        taken = cores if name == "measure" else 0 if name in BESIDE else first["_cores"]
+        assert first.get("processors", 0) == taken, name
         assert ("gpu" in first) == (name in RUNS_LLAMA), name
         assert first.get("gpu", 0) == 0, name
         assert priority == {"resolve": 100, "fetch": 50, "fetch_head": 50}.get(name, 0), name
     assert rules["verify"][2]["mem_mb"] < rules["acceptance"][2]["mem_mb"]
+
+
+def test_nothing_is_made_while_a_file_that_is_deleted_then_is_uploaded(large: Path) -> None:
+    place = {"repo": "owner/made", "when": "verified", "delete_after": True}
+    models = {"large": {**CONFIG["models"]["large"], "publish": place}}
+    _, _, upload, _ = walk(large, 3, {"models": models})["upload"]
+    assert upload["processors"] == 3 and upload["_cores"] == 1
 
 
 def test_a_file_that_is_run_gets_a_third_more_and_four_gigabytes(large: Path) -> None:

@@ -4,7 +4,7 @@
 # Makes: results/<model>/measure/<name>-<variant>.json, results/summary.md with all files, and
 # once per model the BF16 logits on the text, in results/<model>/work/logits/; and
 # work/others/<place>.json for each file under `compare`, from the same logits.
-# A measurement takes all cores and downloads, so that no other job runs beside it.
+# A measurement takes all processors and downloads, so that no other job runs beside it.
 
 
 rule reference_logits:
@@ -86,7 +86,7 @@ rule measure:
         "../../envs/run.yaml"
     threads: build.needs.threads
     resources:
-        **asked(build.needs.measure),
+        **asked(build.needs.measure, alone=True),
         download=lambda _: 1000 if workflow.local_exec else 0,  # all, so that none runs beside it
         gpu=build.needs.gpu,
     params:

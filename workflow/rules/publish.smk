@@ -88,7 +88,6 @@ rule upload:
     priority: 3 * build.publish.priority
     conda:
         "../../envs/run.yaml"
-    threads: build.needs.uploading
     resources:
         **asked(build.needs.publish, beside=True),
         processors=build.needs.uploading_processors,

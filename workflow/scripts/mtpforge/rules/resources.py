@@ -45,6 +45,8 @@ DOWNLOADS = 2
 """How many can run at a time, unless the profile says otherwise."""
 UPLOADS = 1
 """As long as a commit is made, a repository takes no other."""
+ALL = 1_000_000
+"""Processors of a job that runs alone: Snakemake lowers it to those that it may use."""
 UNKNOWN = 20 << 30
 """Bytes at BF16 of a checkpoint that is not listed yet."""
 _HEAD = 0.05
@@ -94,7 +96,8 @@ def free_downloads(workflow: Any) -> None:
 
     So may the compilation of programs that these jobs do not run. Snakemake starts nothing while
     all cores are taken. So it gets more of them here, and jobs other than downloads and
-    compilations are limited by `processors` and by the threads of one job.
+    compilations are limited by `processors` and by the threads of one job. A job that runs alone
+    takes all `processors`, however many threads it has.
     """
     cores = workflow.global_resources["_cores"].value
     if not (workflow.is_main_process and workflow.local_exec and cores):
@@ -114,12 +117,12 @@ class ResourceRules(Stage):
     """What the jobs of each rule need."""
 
     def asked(
-        self, needs: Callable[[Wildcards], Needs], beside: bool = False
+        self, needs: Callable[[Wildcards], Needs], beside: bool = False, alone: bool = False
     ) -> dict[str, Callable[..., int]]:
         """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
 
-        Memory is at most `memory` of the configuration. `processors` are its threads, unless it may
-        run `beside` jobs that use all of them.
+        Memory is at most `memory` of the configuration. `processors` are its threads: none if it
+        may run `beside` jobs that use all of them, all if it must run `alone`.
         """
         most = parse_size(self.config.memory) if self.config.memory else math.inf
 
@@ -133,7 +136,7 @@ class ResourceRules(Stage):
             return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
 
         def processors(_: Wildcards, threads: int) -> int:
-            return threads
+            return ALL if alone else threads
 
         found: dict[str, Callable[..., int]] = {
             "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
@@ -316,16 +319,12 @@ class ResourceRules(Stage):
         size = sizes.get(wildcards.place, UNKNOWN)
         return _needs(costs.run(size, self._machine, Tokens(text=text)))
 
-    def uploading(self, wildcards: Wildcards) -> int:
-        """Threads of an upload: all if its file is deleted then, so that no other is made before.
+    def uploading_processors(self, wildcards: Wildcards) -> int:
+        """Processors of an upload: all if its file is deleted then, or none.
 
-        Else it runs beside other jobs, as downloads do.
+        So no other file is made before; else it runs beside other jobs, as downloads do.
         """
-        return self.threads(wildcards) if self.model(wildcards).passing else 1
-
-    def uploading_processors(self, wildcards: Wildcards, threads: int) -> int:
-        """The processors that it keeps from other jobs."""
-        return threads if self.model(wildcards).passing else 0
+        return ALL if self.model(wildcards).passing else 0
 
     def publish(self, _: Wildcards) -> Needs:
         """Uploading, for as long as it takes."""
