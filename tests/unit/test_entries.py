@@ -148,6 +148,8 @@ def test_a_single_type_has_the_matrix_that_it_needs() -> None:
     assert presets.single("IQ4_XS") == {"IQ4_XS": {}}
     assert presets.single("IQ2_M") == {"IQ2_M": {"imatrix": {"text": presets.CALIBRATION}}}
     assert presets.single("IQ4_XS", "a.txt") == {"IQ4_XS": {"imatrix": {"text": "a.txt"}}}
+    ready = {"IQ4_XS": {"imatrix": {"path": "a.gguf"}}}
+    assert presets.single("IQ4_XS", "a.gguf") == ready
     assert presets.single("BF16", "a.txt") == {"BF16": {}}
     with pytest.raises(ConfigError, match="did you mean IQ4_XS"):
         presets.single("IQ4XS")

@@ -9,12 +9,13 @@ from conftest import BIN, CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.convert import native
-from mtpforge.errors import GgufError
+from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.measure import perplexity
 from mtpforge.quantize import imatrix
 
 TEXT = CHECKPOINTS / "corpus.py"
@@ -101,6 +102,26 @@ def test_a_short_text_is_refused(
     source = built / "results/tiny-qwen3.5/work/convert/all.gguf"
     message = fails("imatrix.py", source, "--text", tmp_path / "text", out=tmp_path / "out.gguf")
     assert "too short for an importance matrix: needs at least 1,024 tokens" in message
+
+
+@pytest.mark.parametrize("start", [b"GGUF\3\0\0\0", b"PK\3\4\0"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_what_is_no_text_is_refused(tmp_path: Path, start: bytes, in_folder: bool) -> None:
+    """llama.cpp would take its bytes for words, and measure or quantize by them without a word."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a word or two\n" * 1000)
+    text = folder / "b.txt"
+    text.write_bytes(start + bytes(10_000))
+    given, none = folder if in_folder else text, LlamaCpp(tmp_path)
+    kind = "a GGUF" if start.startswith(b"GGUF") else "a binary file"
+    with pytest.raises(ConfigError, match=f"b.txt: is {kind}, not a text"):
+        imatrix.compute(tmp_path / "model.gguf", given, tmp_path / "out.gguf", none)
+    if not in_folder:
+        with pytest.raises(ConfigError, match="not a text"):
+            perplexity.reference_logits(tmp_path / "model.gguf", text, tmp_path / "out", 1, none)
+        with pytest.raises(ConfigError, match="not a text"):
+            perplexity.of_text(tmp_path / "model.gguf", text, 1, none)
 
 
 def legacy(*entries: tuple[bytes, int], count: int | None = None, tail: bytes = b"") -> bytes:

@@ -99,7 +99,8 @@ def _arguments() -> Namespace:
     parser.add_argument("--head", metavar="TYPE", help="type of the head (default: Q8_0)")
     parser.add_argument(
         "--imatrix", metavar="TEXT",
-        help="text for the importance matrix (default: an embedded one, where it is needed)",
+        help="text for the importance matrix, or a ready one (*.gguf, *.dat); default: an embedded "
+        "text, where a matrix is needed",
     )  # fmt: skip
     parser.add_argument(
         "--measure", action="store_true",

@@ -43,7 +43,7 @@ def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = No
         }
         for kind, settings in variants.items():
             if kind not in _NEED_NO_IMATRIX:
-                settings["imatrix"] = {"text": text}
+                settings["imatrix"] = _matrix(text)
     wanted = [kind.upper() for kind in only or variants]
     for kind in wanted:
         if kind not in variants:
@@ -61,7 +61,12 @@ def single(kind: str, text: str | None = None) -> Variants:
     """
     quant_types.check_published_type(kind)
     needs = kind in quant_types.NEED_IMATRIX or (text and kind not in _NEED_NO_IMATRIX)
-    return {kind: {"imatrix": {"text": text or CALIBRATION}} if needs else {}}
+    return {kind: {"imatrix": _matrix(text or CALIBRATION)} if needs else {}}
+
+
+def _matrix(given: str) -> dict[str, str]:
+    """A ready matrix, or the text that one is computed from."""
+    return {"path" if given.lower().endswith((".gguf", ".dat")) else "text": given}
 
 
 def bits(settings: dict[str, Any], name: str) -> float:

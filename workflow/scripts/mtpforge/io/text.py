@@ -31,6 +31,7 @@ YAML_LIMIT = 1 << 20
 """Bytes of YAML, a recipe or the front matter of a model card, and of a list of checksums."""
 TEMPLATE_LIMIT = 4 << 20
 """Bytes of a chat template."""
+_START = 1 << 20
 DEPTH = 64
 """Brackets within brackets. Real files have up to 10."""
 ENTRIES = 500_000
@@ -86,6 +87,21 @@ def open_regular(
     except BaseException:
         file.close()
         raise
+    return file
+
+
+def open_text(path: Path, error: Failure, within: Path | None = None) -> BinaryIO:
+    """Open a text that llama.cpp is to read. Raises as `open_regular` does, and if it is no text.
+
+    llama.cpp takes the bytes of anything for words. Invalid UTF-8 passes: well-known texts have it.
+    """
+    file = open_regular(path, error, within=within)
+    start = file.read(_START)
+    file.seek(0)
+    if b"\0" in start:
+        file.close()
+        kind = "a GGUF" if start.startswith(b"GGUF") else "a binary file"
+        raise error(f"{path}: is {kind}, not a text")
     return file
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.gguf import split
 from mtpforge.io import storage
-from mtpforge.io.text import ANYWHERE, open_regular
+from mtpforge.io.text import ANYWHERE, open_regular, open_text
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
 from mtpforge.measure.measurement import KlDivergence
 
@@ -47,7 +47,7 @@ def reference_logits(model: Path, text: Path, out: Path, chunks: int, llama: Lla
 
     The file is large: its size is printed, and checked against the free disk, before it is written.
     """
-    open_regular(text, ConfigError, within=ANYWHERE).close()
+    open_text(text, ConfigError, within=ANYWHERE).close()
     tokens = split.read(model).need("tokenizer.ggml.tokens", list)
     # A token has at least one byte.
     most = max(min(chunks, text.stat().st_size // CONTEXT), 1)
@@ -124,7 +124,11 @@ def mean_divergence(model: Path, logits: Path, llama: LlamaCpp) -> float:
 
 
 def of_text(model: Path, text: Path, chunks: int, llama: LlamaCpp) -> float:
-    """Perplexity alone, for a model without BF16 to compare with. Raises ToolchainError."""
+    """Perplexity alone, for a model without BF16 to compare with.
+
+    Raises ToolchainError; ConfigError if it is no text.
+    """
+    open_text(text, ConfigError, within=ANYWHERE).close()
     return _figures(model, ["-f", text, "--chunks", chunks], patterns=_PERPLEXITY, llama=llama)[
         "perplexity"
     ]

@@ -18,7 +18,7 @@ from mtpforge.gguf.reader import NAME_LIMIT, Gguf
 from mtpforge.io import storage
 from mtpforge.io.atomic import replacing
 from mtpforge.io.ranges import FileRange, sha256
-from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_regular, text_files
+from mtpforge.io.text import ANYWHERE, JSON_LIMIT, open_text, text_files
 from mtpforge.llama_cpp import memory, process
 from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import Argument, LlamaCpp
@@ -156,7 +156,7 @@ def _contents(text: Path) -> Iterator[bytes]:
     for path in files:
         if path.suffix == ".jsonl":
             raise ConfigError(f"{path}: conversations need the chat template: set `chat: true`")
-        with open_regular(path, ConfigError, within=ANYWHERE) as file:
+        with open_text(path, ConfigError, within=ANYWHERE) as file:
             yield file.read(JSON_LIMIT)
 
 
@@ -168,7 +168,7 @@ def _given(text: Path, folder: Path) -> str:
     name = f"{text.resolve().name}.txt"
     with (folder / name).open("wb") as joined:
         for path in text_files(text):
-            with open_regular(path, ConfigError, within=ANYWHERE) as file:
+            with open_text(path, ConfigError, within=ANYWHERE) as file:
                 shutil.copyfileobj(file, joined)
             joined.write(b"\n\n")
     return name
