@@ -144,15 +144,19 @@ def test_drafting_figure_has_a_line_per_file_and_marks_what_is_recommended() -> 
     assert left < right  # off lies left of 1
 
 
-def test_drafting_figure_draws_the_fastest_of_each_length_and_as_many_files_as_it_has_marks() -> (
-    None
-):
+def test_drafting_figure_draws_the_fastest_of_each_length() -> None:
     twice = (total(0, 50.0), total(1, 60.0, 50.0), total(1, 75.0, 50.0))
-    many = [replace(measured(f"M-{n}.gguf", 1), by_n_max=twice) for n in range(14)]
-    picture = figures.drafting(many)
-    assert "Not shown: 2 more." in words(picture)
-    lines = re.findall(r'<line [^>]*stroke="#(?!d9|1a)[^>]*>', picture.render())
-    assert len(lines) == 12
+    files = [replace(measured(f"M-{n}.gguf", 1), by_n_max=twice) for n in range(6)]
+    lines = re.findall(r'<line [^>]*stroke="#(?!d9|1a)[^>]*>', figures.drafting(files).render())
+    assert len(lines) == 6
+
+
+def test_drafting_figure_of_many_files_shows_some_of_each_size() -> None:
+    sizes = {"I": 97, "A": 10, "B": 20, "C": 30, "D": 40, "E": 50, "F": 90, "G": 95, "H": 96}
+    many = [replace(measured(f"M-{name}.gguf", 1), bytes=size) for name, size in sizes.items()]
+    found = words(figures.drafting(many))
+    assert "Not shown: 3 more." in found
+    assert [word for word in found if word in sizes] == ["I", "A", "B", "D", "E", "G"]
 
 
 def test_tensors_figure_shows_types_and_errors(built: Path) -> None:

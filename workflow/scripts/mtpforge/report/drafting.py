@@ -10,13 +10,13 @@ from mtpforge.report.svg import AXIS, GRID, INK, MARKS, WIDTH, Point, Svg, ticks
 _LEFT = 52.0
 _RIGHT = WIDTH - 16.0
 _HEIGHT = 240
+_SHOWN = 6
 
 
 def drafting(measured: Sequence[Measurement]) -> Svg:
     """A line per file: tokens per second by n_max, each with the fastest other options.
 
-    Files that were not run or whose speed was not steady are left out, and those for which there
-    are no more marks.
+    Files that were not run or whose speed was not steady are left out; of many, some are drawn.
     """
     svg = Svg(
         "Speed by draft length",
@@ -27,7 +27,7 @@ def drafting(measured: Sequence[Measurement]) -> Svg:
         unsteady = any(found.by_n_max for found in measured)
         svg.paragraph(f"Speed was not {'steady' if unsteady else 'measured'}.")
         return svg
-    shown = files[: len(MARKS)]
+    shown = _spread(files)
     prefix = len(common_prefix([found.stem for found in files])) if len(files) > 1 else 0
     svg.legend([found.stem[prefix:] for found in shown])
     if len(shown) < len(files):
@@ -38,6 +38,14 @@ def drafting(measured: Sequence[Measurement]) -> Svg:
         _draw_file(svg, scale, found, series)
     svg.y = scale.bottom + 34
     return svg
+
+
+def _spread(files: Sequence[Measurement]) -> list[Measurement]:
+    """As many as can be told apart: the smallest, the largest and some between, in their order."""
+    by_size = sorted(files, key=lambda found: found.bytes)
+    most = min(len(files), _SHOWN)
+    chosen = [by_size[number * (len(files) - 1) // max(most - 1, 1)] for number in range(most)]
+    return [found for found in files if found in chosen]
 
 
 @dataclass(frozen=True)
