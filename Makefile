@@ -4,8 +4,6 @@ PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) workflow/scripts/mtpforge/processors.py)
 PROFILE ?= default
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
-# `--config` replaces that of a profile.
-LEAN_CONFIG := $(if $(filter lean,$(PROFILE)),lean=true,$(if $(filter shards,$(PROFILE)),lean=shards))
 # `exec`, so that a signal to make reaches the program and not a shell around it.
 ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
@@ -68,7 +66,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
-		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true $(LEAN_CONFIG))
+		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)

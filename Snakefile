@@ -21,7 +21,7 @@ gc.set_threshold(100_000)  # the graph is many objects, none of them garbage: an
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.errors import ForgeError
-from mtpforge.rules import console, entry_files, snakemake_lock
+from mtpforge.rules import console, entry_files, lean, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
@@ -41,6 +41,7 @@ configfile: "config.yaml"
 
 
 try:
+    lean.take_from_profile(config, workflow)
     entry_files.add_entries(config, workflow.config_settings.overwrite_config)
     build = Build(config, checkpoints)
     if workflow.is_main_process:

@@ -111,6 +111,41 @@ def test_the_rule_prints_what_the_program_prints(repository: Repository) -> None
     assert timeless(done.stdout) == timeless(plan(repository).stdout)
 
 
+def planned_by(repository: Repository, *options: str) -> str:
+    """The command of the rule, as a dry run shows it."""
+    done = repository.snakemake("--dry-run", "--printshellcmds", *options, target="plan")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (command,) = re.findall(r"python \S*plan\.py.*", done.stdout + done.stderr)
+    return str(command)
+
+
+@pytest.mark.parametrize("profile", ["lean", "shards"])
+@pytest.mark.parametrize("more", [(), ("--config", "dry_run=true")])
+def test_the_rule_forecasts_the_build_of_the_profile(
+    repository: Repository, profile: str, more: tuple[str, ...]
+) -> None:
+    """`--config` replaces that of a profile, so a profile does not set `lean` with it."""
+    lean = planned_by(repository, "--workflow-profile", f"profiles/{profile}", *more)
+    assert f" --lean {profile} " in lean and "--lean" not in planned_by(repository, *more)
+
+
+def test_the_command_line_can_turn_off_what_a_profile_sets(repository: Repository) -> None:
+    lean = ("--workflow-profile", "profiles/lean")
+    assert "--lean" not in planned_by(repository, *lean, "--config", "lean=false")
+
+
+def test_the_rule_forecasts_the_files_of_configuration_in_use(repository: Repository) -> None:
+    more = repository.path / "more.yaml"
+    more.write_text(f"models: {{{MODEL}: {{variants: {{Q4_0: {{}}}}}}}}")
+    try:
+        done = repository.snakemake("--configfile", "more.yaml", target="plan")
+    finally:
+        more.unlink()
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{MODEL}-Q4_0 " in done.stdout and f"{MODEL}-Q8_0 " in done.stdout
+    assert "results that are there count as current" not in done.stdout
+
+
 def timeless(text: str) -> str:
     """Without times and free space, and the widths of columns that follow from them."""
     text = re.sub(r"[\d.]+ min \d+ s|[\d.]+ s\b|[\d.]+ GB are free", "", text)

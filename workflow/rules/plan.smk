@@ -21,7 +21,11 @@ rule plan:
     params:
         code=digest("plan.py"),
         models=[model.key for model in build.config.chosen],
+        options=build.planning(
+            # config.yaml, which Snakemake lists last, and files of `--configfile`
+            [*workflow.configfiles[-1:], *workflow.overwrite_configfiles]
+        ),
     message:
         "forecast the build"
     shell:
-        "python {input.code[0]:q} {params.models:q} 2>&1 | tee {log:q}"
+        "python {input.code[0]:q} {params.models:q} {params.options} 2>&1 | tee {log:q}"

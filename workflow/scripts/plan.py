@@ -18,6 +18,7 @@ import signal
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +52,9 @@ def main() -> None:
         "models", nargs="*", metavar="MODEL", help="models in config.yaml (default: `build`)"
     )
     parser.add_argument(
-        "--config", type=Path, default=Path("config.yaml"), help="default: %(default)s"
-    )
+        "--config", type=Path, action="append", metavar="FILE",
+        help="default: config.yaml; can be given again: a later file wins",
+    )  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--totals", action="store_true", help="print only the totals")
@@ -66,10 +68,11 @@ def main() -> None:
     if args.totals:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
         signal.alarm(_PATIENCE)
-    build = _build(args.config)
+    paths = args.config or [Path("config.yaml")]
+    build = _build(paths)
     llama = _programs(args, build)
     build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
-    plan = Plan(args.config, build.config, _chosen(args.config, args.models, build), llama)
+    plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
         print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
@@ -82,14 +85,16 @@ def main() -> None:
 class Plan:
     """The forecasts of these models, what they fetch, and what is not known. Raises ForgeError."""
 
-    def __init__(self, path: Path, config: Config, models: list[Model], llama: LlamaCpp) -> None:
+    def __init__(
+        self, paths: list[Path], config: Config, models: list[Model], llama: LlamaCpp
+    ) -> None:
         self.notes: list[str] = []
         self.config = config
         self.reruns: Reruns = {}
         self.downloads = Downloads()
         cache = cache_root().parent / "calibration.json"
         self.machine = calibrated(Path(), cache, llama)
-        with asking(path, [model.key for model in models]) as answer:
+        with asking(paths, [model.key for model in models]) as answer:
             self.forecasts = [self._forecast(model, llama) for model in models]
             try:
                 self.reruns = answer()
@@ -215,11 +220,13 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _build(path: Path) -> Build:
-    """The build of a configuration file and the entries beside it. Raises ConfigError."""
-    config, folder = read_file(path), path.parent / entry_files.FOLDER
+def _build(paths: list[Path]) -> Build:
+    """The build of configuration files and the entries beside the first. Raises ConfigError."""
+    first, *others = map(read_file, paths)
+    given: dict[str, Any] = reduce(entry_files.merged, others, {})
+    config, folder = entry_files.merged(first, given), paths[0].parent / entry_files.FOLDER
     try:
-        entry_files.add_entries(config, {}, folder)
+        entry_files.add_entries(config, given, folder)
         return Build(config)
     except ConfigError as error:
         raise entry_files.located(error, folder) from None

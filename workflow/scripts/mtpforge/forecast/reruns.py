@@ -30,13 +30,13 @@ Reruns = dict[str, str | None]
 
 
 @contextmanager
-def asking(config: Path, models: Sequence[str]) -> Iterator[Callable[[], Reruns]]:
+def asking(configs: Sequence[Path], models: Sequence[str]) -> Iterator[Callable[[], Reruns]]:
     """Let Snakemake work out the graph of these models; yields a function that waits for it.
 
     The function raises ConfigError with Snakemake's reason, if it has no answer.
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(_SNAKEFILE)]
-    command += ["--configfile", str(config), "--config", f"build={json.dumps(list(models))}"]
+    command += ["--configfile", *map(str, configs), "--config", f"build={json.dumps(list(models))}"]
     command += ["--cores", "1", "--quiet", "--summary", "--", "all"]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with process.running(command, **pipes, text=True) as child:

@@ -1,12 +1,13 @@
 """The configuration as a build: one object per stage, whose methods are what the rules use."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mtpforge.gguf import quant_types
 from mtpforge.rules import config_checks, layout
-from mtpforge.rules.config import Model, parse
+from mtpforge.rules.config import SHARDS, Model, parse
 from mtpforge.rules.convert import ConvertRules
 from mtpforge.rules.fetch import FetchRules
 from mtpforge.rules.inject import InjectRules
@@ -38,6 +39,13 @@ class Build:
         self.report = ReportRules(self.config)
         self.needs = ResourceRules(self.config)
         self.publish = PublishRules(self.config, self.fetch)
+
+    def planning(self, files: Sequence[str | Path]) -> str:
+        """The options with which plan.py forecasts this build, which these files configure."""
+        options = [word for file in files for word in ("--config", str(file))]
+        if self.config.is_lean:
+            options += ["--lean", SHARDS if self.config.lean == SHARDS else "lean"]
+        return shlex.join(options)
 
     def outputs(self) -> list[layout.Output]:
         """Everything that the target `all` publishes."""

@@ -31,7 +31,7 @@ def add_entries(config: dict[str, Any], given: Mapping[str, Any], folder: Path =
             raise ConfigError(
                 f"{folder / name}.yaml: config.yaml has a model {name} too: delete or rename one"
             )
-        models[name] = _merged(entry, models.get(name, {}))
+        models[name] = merged(entry, models.get(name, {}))
     build = config.get("build")
     if isinstance(build, list) and "build" not in given:
         config["build"] = [*build, *(name for name in found if name not in build)]
@@ -60,9 +60,9 @@ def located(error: ForgeError, folder: Path = FOLDER) -> ForgeError:
     return ConfigError(f"{file}: {about[1]}") if about and file.exists() else error
 
 
-def _merged(entry: Any, over: Any) -> Any:
-    """The entry with what `over` sets, mapping by mapping, as Snakemake merges files."""
+def merged(entry: Any, over: Any) -> Any:
+    """A configuration with what `over` sets, mapping by mapping, as Snakemake merges files."""
     if not isinstance(entry, Mapping) or not isinstance(over, Mapping):
         return over
-    both = {key: _merged(entry[key], over[key]) for key in entry.keys() & over.keys()}
+    both = {key: merged(entry[key], over[key]) for key in entry.keys() & over.keys()}
     return {**entry, **over, **both}

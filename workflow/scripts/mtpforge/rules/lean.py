@@ -7,6 +7,7 @@ the disk then.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mtpforge.rules import layout
 from mtpforge.rules.config import SHARDS, Config, Model
@@ -19,6 +20,16 @@ class Freed:
 
     part: str
     others: tuple[str, ...] = ()
+
+
+def take_from_profile(config: dict[str, Any], workflow: Any) -> None:
+    """Set `lean` as profiles/lean and profiles/shards do, unless the command line sets it.
+
+    They do with a resource: any `--config` replaces all that a profile sets with `config`.
+    """
+    asked = workflow.resource_settings.overwrite_resources.get("convert", {}).get("lean")
+    if asked is not None and "lean" not in workflow.config_settings.overwrite_config:
+        config["lean"] = str(asked.raw).strip("'")
 
 
 def freed(config: Config, model: Model) -> Freed | None:
