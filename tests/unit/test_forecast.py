@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -686,6 +687,20 @@ def test_too_little_disk_is_said() -> None:
     assert "\nwarning: a step needs " in lacking and "(x.json)" in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
     assert "fetch 3.00 MB (about 2 min 10 s), " in timed
+
+
+def test_a_forecast_that_takes_too_long_says_so(tmp_path: Path) -> None:
+    """`make` goes on without it, and the disk may be too small."""
+    write_config(tmp_path, {"repo": "Owner/Name", "revision": COMMIT})
+    program = "import sys, plan; plan._PATIENCE = 2; sys.argv[1:] = ['--totals']; plan.main()"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "HF_ENDPOINT": hub, "PYTHONPATH": str(SCRIPTS)},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no forecast within 2 s: `make plan` says if the disk is too small\n"
 
 
 def test_an_unknown_model_is_named(tmp_path: Path, toolchain: Path) -> None:

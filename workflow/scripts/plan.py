@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from huggingface_hub import constants
 from mtpforge import cli, table
@@ -66,7 +66,7 @@ def main() -> None:
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
-        signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))
+        signal.signal(signal.SIGALRM, _give_up)
         signal.alarm(_PATIENCE)
     paths = args.config or [Path("config.yaml")]
     build = _build(paths)
@@ -218,6 +218,11 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
             f"{table.size(about['memory'])} ({about['largest_step']}): see docs/sizing.md#memory"
         )
     return "\n".join(lines)
+
+
+def _give_up(*_: object) -> NoReturn:
+    print(f"no forecast within {_PATIENCE} s: `make plan` says if the disk is too small")
+    sys.exit()
 
 
 def _build(paths: list[Path]) -> Build:
