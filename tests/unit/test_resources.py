@@ -239,13 +239,27 @@ def test_no_job_asks_for_more_than_the_largest_node_has(
 ) -> None:
     needs = Build({**CONFIG, "memory": memory}).needs
     for rule in (needs.acceptance, needs.convert, needs.small):
-        asked = [needs.asked(rule)["mem_mb"](wildcards(), attempt) for attempt in (1, 60)]
+        asked = [needs.asked(rule)["mem_mb"](wildcards(), 1, attempt) for attempt in (1, 60)]
         assert max(asked) == min(most, asked[1]) and asked[1] >= min(most, 30_000)
 
 
 def test_threads_are_those_of_the_machine_or_the_configuration(large: Path) -> None:
     assert Build(CONFIG).needs.threads(wildcards()) == processors.available()
     assert Build({**CONFIG, "threads": 5}).needs.threads(wildcards()) == 5
+
+
+def test_memory_and_time_follow_the_threads_of_a_job_not_those_of_this_machine(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "available", lambda: 64)
+    needs = Build(CONFIG).needs
+    for rule in (needs.toolchain, needs.quantize, needs.compare, needs.errors):
+        runtime = needs.asked(rule)["runtime"]
+        few, many = (runtime(wildcards(), threads=threads, attempt=1) for threads in (1, 16))
+        assert few > many, rule
+    mem_mb = needs.asked(needs.toolchain)["mem_mb"]
+    assert 16_000 < mem_mb(wildcards(), threads=16, attempt=1) < 20_000
+    assert 2_000 < mem_mb(wildcards(), threads=2, attempt=1) < 4_000
 
 
 @pytest.mark.parametrize(
@@ -268,9 +282,9 @@ def test_programs_with_cuda_get_a_gpu(large: Path, files: dict[str, bytes], gpus
 
 def test_another_attempt_gets_more_memory_and_time(large: Path) -> None:
     found = Build(CONFIG).needs.asked(lambda _: Needs(memory=1e9, disk=2e9, seconds=1200))
-    assert [found["mem_mb"](None, attempt) for attempt in (1, 3)] == [1000, 3000]
-    assert [found["runtime"](None, attempt) for attempt in (1, 3)] == [40, 120]
-    assert found["disk_mb"](None) == 2000
+    assert [found["mem_mb"](None, 1, attempt) for attempt in (1, 3)] == [1000, 3000]
+    assert [found["runtime"](None, 1, attempt) for attempt in (1, 3)] == [40, 120]
+    assert found["disk_mb"](None, 1) == 2000
 
 
 PACKED = {  # element type and name, and how many weights an element has

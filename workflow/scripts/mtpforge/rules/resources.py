@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ _PROGRAMS = ProgramSpeed(server=30, token=0.03, drafted=0.03, quantize=3)
 """Those of a slow machine."""
 _BANDWIDTH = 1.3e9
 """Bytes of weights that it reads a second, to make tokens."""
+_MACHINE = Machine(threads=1, memory=0, disk=_DISK, bandwidth=_BANDWIDTH, programs=_PROGRAMS)
+"""A slow one, whose memory keeps no file."""
 _CLASSES = 80
 """Classes of tensors and layers of a large model."""
 _TENSORS = 600
@@ -117,35 +119,42 @@ class ResourceRules(Stage):
     """What the jobs of each rule need."""
 
     def asked(
-        self, needs: Callable[[Wildcards], Needs], beside: bool = False, alone: bool = False
+        self, needs: Callable[..., Needs], beside: bool = False, alone: bool = False
     ) -> dict[str, Callable[..., int]]:
         """A rule's `mem_mb`, `disk_mb` and `runtime` in minutes; more of them in further attempts.
 
+        `needs` takes the job's wildcards, and its threads if they matter: those of the machine that
+        runs Snakemake say nothing of a node.
         Memory is at most `memory` of the configuration. `processors` are its threads: none if it
         may run `beside` jobs that use all of them, all if it must run `alone`.
         """
         most = parse_size(self.config.memory) if self.config.memory else math.inf
+        counts = "threads" in inspect.signature(needs).parameters
 
-        def mem_mb(wildcards: Wildcards, attempt: int) -> int:
-            return math.ceil(min(attempt * needs(wildcards).memory, most) / 1e6)
+        def found(wildcards: Wildcards, threads: int) -> Needs:
+            return needs(wildcards, threads) if counts else needs(wildcards)
 
-        def disk_mb(wildcards: Wildcards) -> int:
-            return math.ceil(max(needs(wildcards).disk, _LEAST_DISK) / 1e6)
+        def mem_mb(wildcards: Wildcards, threads: int, attempt: int) -> int:
+            return math.ceil(min(attempt * found(wildcards, threads).memory, most) / 1e6)
 
-        def runtime(wildcards: Wildcards, attempt: int) -> int:
-            return math.ceil(attempt * (_LEAST_SECONDS + needs(wildcards).seconds) / 60)
+        def disk_mb(wildcards: Wildcards, threads: int) -> int:
+            return math.ceil(max(found(wildcards, threads).disk, _LEAST_DISK) / 1e6)
+
+        def runtime(wildcards: Wildcards, threads: int, attempt: int) -> int:
+            seconds = _LEAST_SECONDS + found(wildcards, threads).seconds
+            return math.ceil(attempt * seconds / 60)
 
         def processors(_: Wildcards, threads: int) -> int:
             return ALL if alone else threads
 
-        found: dict[str, Callable[..., int]] = {
+        asked: dict[str, Callable[..., int]] = {
             "mem_mb": mem_mb, "disk_mb": disk_mb, "runtime": runtime
         }  # fmt: skip
         if not beside:
-            found["processors"] = processors
-        for function in found.values():  # Snakemake asks for it several times a job
+            asked["processors"] = processors
+        for function in asked.values():  # Snakemake asks for it several times a job
             vars(function)["__signature__"] = inspect.signature(function)
-        return found
+        return asked
 
     def threads(self, _: Wildcards) -> int:
         """Threads of jobs that can use many."""
@@ -165,11 +174,10 @@ class ResourceRules(Stage):
         """A job that reads and writes small files."""
         return Needs()
 
-    def toolchain(self, wildcards: Wildcards) -> Needs:
+    def toolchain(self, _: Wildcards, threads: int = 1) -> Needs:
         """A compiler for each thread, which take an hour together; none if they are only linked."""
         if self.config.toolchain.llama_cpp.bin_dir:
             return Needs()
-        threads = self.threads(wildcards)
         hours = 24 if self.config.toolchain.llama_cpp.cuda else 3
         return Needs(_PYTHON + threads * _COMPILER, _BUILD, hours * 3600 / threads)
 
@@ -201,32 +209,32 @@ class ResourceRules(Stage):
         """Listing the files of a checkpoint, which may be read whole."""
         return Needs(seconds=self._weights(wildcards) / _DISK)
 
-    def convert(self, wildcards: Wildcards) -> Needs:
+    def convert(self, wildcards: Wildcards, threads: int = 1) -> Needs:
         """The checkpoint at BF16, or a part of it."""
         size = _of_part(self._weights(wildcards), wildcards.part)
-        cost = costs.convert(size, self._machine)
+        cost = costs.convert(size, _MACHINE)
         model = self.model(wildcards)
         if lean.by_shards(self.config, model):
             cost = replace(cost, kept=_SHARD)
             for variant in model.variants.values():
-                cost += self._quantize(size, _types(variant))
+                cost += _quantize(size, _types(variant), threads)
         return _needs(cost)
 
     def convert_upstream(self, wildcards: Wildcards) -> Needs:
         """The same in torch, which converts a tensor at a time."""
         size = self._weights(wildcards)
-        return _needs(costs.convert_upstream(size, self._machine, largest=_largest(size)))
+        return _needs(costs.convert_upstream(size, _MACHINE, largest=_largest(size)))
 
     def donor(self, wildcards: Wildcards) -> Needs:
         """The head of another checkpoint."""
-        return _needs(costs.convert(_HEAD * self._weights(wildcards), self._machine))
+        return _needs(costs.convert(_HEAD * self._weights(wildcards), _MACHINE))
 
     def imatrix(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over a text."""
         size = self._weights(wildcards)
         texts = [each.imatrix for each in self.model(wildcards).variants.values()]
         tokens = costs.text_tokens(max(map(_text_size, texts)))
-        return _needs(costs.run(size, self._machine, Tokens(text=tokens)) + Cost(kept=0.01 * size))
+        return _needs(costs.run(size, _MACHINE, Tokens(text=tokens)) + Cost(kept=0.01 * size))
 
     def logits(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over the measured text."""
@@ -237,13 +245,13 @@ class ResourceRules(Stage):
         """The same over the text of a search."""
         return self._logits(wildcards, CHUNKS)
 
-    def errors(self, wildcards: Wildcards) -> Needs:
+    def errors(self, wildcards: Wildcards, threads: int = 1) -> Needs:
         """A part of the rows of each matrix, at one type."""
         weights = self._weights(wildcards)
         cpu = weights / 2e9 / STEP * quant_types.SECONDS[wildcards.type]
-        return _needs(costs.errors(weights, self._machine, cpu_seconds=cpu))
+        return _needs(costs.errors(weights, _machine(threads), cpu_seconds=cpu))
 
-    def compare(self, wildcards: Wildcards) -> Needs:
+    def compare(self, wildcards: Wildcards, threads: int = 1) -> Needs:
         """Making a file like the variant, and running it over the measured text."""
         size, weights = self._size(wildcards), self._weights(wildcards)
         settings = self.model(wildcards).measure
@@ -252,12 +260,12 @@ class ResourceRules(Stage):
         cost = costs.quantize(
             weights,
             size,
-            self._machine,
+            _machine(threads),
             cpu_seconds=weights / 2e9 * seconds,
             largest=_largest(weights),
             scratch=size,
         )
-        return _needs(cost + costs.run(size, self._machine, Tokens(text=tokens)))
+        return _needs(cost + costs.run(size, _MACHINE, Tokens(text=tokens)))
 
     def sensitivities(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file for each class and layer, or for each tensor.
@@ -267,33 +275,33 @@ class ResourceRules(Stage):
         shares = int(getattr(wildcards, "pieces", 1))
         runs = _TENSORS if wildcards.method == "tensor" else _CLASSES
         runs = math.ceil(runs / shares / _ATTEMPTS)
-        return _needs(costs.sensitivities(self._weights(wildcards), self._machine, runs))
+        return _needs(costs.sensitivities(self._weights(wildcards), _MACHINE, runs))
 
-    def quantize(self, wildcards: Wildcards) -> Needs:
+    def quantize(self, wildcards: Wildcards, threads: int = 1) -> Needs:
         """A quantization, and room for its pieces."""
         weights = self._weights(wildcards)
         variant = (
             self.find(wildcards.model, wildcards.name) if wildcards.kind == "quantized" else None
         )
         types = _types(variant) if variant else [wildcards.name]
-        return _needs(self._quantize(_of_part(weights, wildcards.kind), types))
+        return _needs(_quantize(_of_part(weights, wildcards.kind), types, threads))
 
     def inject(self, wildcards: Wildcards) -> Needs:
         """A copy of the base with a head."""
-        return _needs(costs.copy(self._size(wildcards), self._machine))
+        return _needs(costs.copy(self._size(wildcards), _MACHINE))
 
     def acceptance(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file, and a drafter for it."""
         size = (1 + _HEAD) * self._weights(wildcards)
         tokens = costs.verified_tokens(self._prompts(wildcards))
-        return _needs(costs.run(size, self._machine, Tokens(drafted=tokens)))
+        return _needs(costs.run(size, _MACHINE, Tokens(drafted=tokens)))
 
     def verify(self, wildcards: Wildcards) -> Needs:
         """Comparing a variant with its checkpoint, and running it twice."""
         size = self._size(wildcards)
         cost = self._verify(wildcards, size)
         if self.variant(wildcards).split or self.model(wildcards).split:
-            cost += costs.copy(size, self._machine)
+            cost += costs.copy(size, _MACHINE)
         return _needs(cost)
 
     def verify_beside(self, wildcards: Wildcards) -> Needs:
@@ -308,8 +316,8 @@ class ResourceRules(Stage):
         planned = sweep.sweep(settings, prompts, blocks=1)
         text = costs.CHUNK * settings.chunks + costs.task_tokens(settings.task_files)
         size = self._size(wildcards)
-        _, cost = sweep.cost(planned, settings.minutes, size, self._machine)
-        return _needs(cost + costs.run(size, self._machine, Tokens(text=text)))
+        _, cost = sweep.cost(planned, settings.minutes, size, _MACHINE)
+        return _needs(cost + costs.run(size, _MACHINE, Tokens(text=text)))
 
     def measure_other(self, wildcards: Wildcards) -> Needs:
         """Running somebody else's file over the measured text."""
@@ -317,7 +325,7 @@ class ResourceRules(Stage):
         sizes = {layout.given_name(each): _given(each) for each in model.compare}
         text = costs.CHUNK * (model.measure.chunks if model.measure else 0)
         size = sizes.get(wildcards.place, UNKNOWN)
-        return _needs(costs.run(size, self._machine, Tokens(text=text)))
+        return _needs(costs.run(size, _MACHINE, Tokens(text=text)))
 
     def uploading_processors(self, wildcards: Wildcards) -> int:
         """Processors of an upload: all if its file is deleted then, or none.
@@ -332,40 +340,19 @@ class ResourceRules(Stage):
 
     # ── sizes ──
 
-    @cached_property
-    def _machine(self) -> Machine:
-        """A slow one, whose memory keeps no file."""
-        threads = self.config.threads or processors.available()
-        return Machine(threads, 0, disk=_DISK, bandwidth=_BANDWIDTH, programs=_PROGRAMS)
-
-    def _quantize(self, source: float, types: list[str]) -> Cost:
-        """Quantizing so many bytes at BF16 to a mixture of these types."""
-        size = source / 16 * max(map(_bits, types))
-        seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
-        return costs.quantize(
-            source,
-            size,
-            self._machine,
-            cpu_seconds=source / 2e9 * seconds,
-            largest=_largest(source),
-            scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
-        )
-
     def _prompts(self, wildcards: Wildcards) -> int:
         return _count_prompts(self.model(wildcards).prompts)
 
     def _verify(self, wildcards: Wildcards, size: float) -> Cost:
         prompts = self._prompts(wildcards)
         equal, drafted = costs.equal_tokens(prompts), costs.verified_tokens(prompts)
-        run = costs.run(size, self._machine, Tokens(equal, drafted), servers=2)
-        return run + costs.compare(self._weights(wildcards), self._machine)
+        run = costs.run(size, _MACHINE, Tokens(equal, drafted), servers=2)
+        return run + costs.compare(self._weights(wildcards), _MACHINE)
 
     def _logits(self, wildcards: Wildcards, chunks: int) -> Needs:
         tokens = costs.CHUNK * chunks
         kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
-        return _needs(
-            costs.run(self._weights(wildcards), self._machine, Tokens(text=tokens)) + kept
-        )
+        return _needs(costs.run(self._weights(wildcards), _MACHINE, Tokens(text=tokens)) + kept)
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""
@@ -378,6 +365,24 @@ class ResourceRules(Stage):
             assert variant.base is not None and not isinstance(variant.base, OwnBase)
             return _given(variant.base) + _HEAD * weights(model)
         return weights(model) / 16 * max(map(_bits, _types(variant)))
+
+
+def _machine(threads: int) -> Machine:
+    return replace(_MACHINE, threads=threads)
+
+
+def _quantize(source: float, types: list[str], threads: int) -> Cost:
+    """Quantizing so many bytes at BF16 to a mixture of these types."""
+    size = source / 16 * max(map(_bits, types))
+    seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
+    return costs.quantize(
+        source,
+        size,
+        _machine(threads),
+        cpu_seconds=source / 2e9 * seconds,
+        largest=_largest(source),
+        scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
+    )
 
 
 def _needs(cost: Cost) -> Needs:
