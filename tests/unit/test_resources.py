@@ -253,7 +253,7 @@ def test_memory_and_time_follow_the_threads_of_a_job_not_those_of_this_machine(
 ) -> None:
     monkeypatch.setattr(processors, "available", lambda: 64)
     needs = Build(CONFIG).needs
-    for rule in (needs.toolchain, needs.quantize, needs.compare, needs.errors):
+    for rule in (needs.toolchain, needs.quantize, needs.compare):
         runtime = needs.asked(rule)["runtime"]
         few, many = (runtime(wildcards(), threads=threads, attempt=1) for threads in (1, 16))
         assert few > many, rule
