@@ -185,6 +185,8 @@ python:
 # need none.
 compiler:
 	@[ -e resources/toolchain/stamp.json ] || grep -qs "^[^#]*bin_dir: *[\"']\?[^ \"'}]" config.yaml || \
+		grep -qs "$$(sed -n 's/.*--hash=sha256://p' envs/llama.cpp.txt)" \
+			"$${MTPFORGE_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/mtpforge}"/llama.cpp/*/stamp.json || \
 		$${CXX:-c++} --version > /dev/null 2>&1 || g++ --version > /dev/null 2>&1 || clang++ --version > /dev/null 2>&1 || { \
 		echo "error: no C++ compiler: install g++ (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++;" \
 			"macOS: xcode-select --install)" >&2; exit 1; }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from mtpforge.llama_cpp.compilation import read_pin
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -238,3 +239,25 @@ def test_light_targets_run(target: str, of_run: Path, tmp_path: Path) -> None:
     expected = {"help": "make report", "clean-work": "nothing was deleted",
                 "check-results": "lists no GGUF"}  # fmt: skip
     assert expected[target] in said and "ModuleNotFoundError" not in said
+
+
+def test_a_compiler_is_asked_for_only_if_llama_cpp_must_be_built(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("make", "sh", "grep", "sed"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    for name in ("Makefile", "envs", "config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def make() -> int:
+        places = {"PATH": str(tools), "MTPFORGE_CACHE": str(tmp_path / "cache")}
+        command = ["make", "compiler", "CORES=1"]
+        return subprocess.run(command, cwd=tmp_path, env=places, capture_output=True).returncode
+
+    assert make() == 2
+    stamp = tmp_path / "cache/llama.cpp/0/stamp.json"
+    stamp.parent.mkdir(parents=True)
+    pin = read_pin(ROOT / "envs/llama.cpp.txt")
+    for sha256, code in (("0" * 64, 2), (pin.sha256, 0)):
+        stamp.write_text(f'{{"archive_sha256": "{sha256}"}}\n')
+        assert make() == code

@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp import installed, programs
-from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin
+from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin, recipe_by
 from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.runtimes import PINNED
@@ -438,6 +438,29 @@ def test_a_missing_compiler_is_reported_with_its_package(tmp_path: Path) -> None
     code, said = Clone(tmp_path).run(CXX="no-such-compiler")
     assert (code, said.count("\n")) == (1, 1)
     assert "no C++ compiler: install g++ (Debian/Ubuntu: apt install g++" in said
+
+
+def test_without_a_compiler_the_newest_whole_build_is_used(clone: Clone, tmp_path: Path) -> None:
+    cache = tmp_path / "llama.cpp"
+    pin, ours = read_pin(clone.requirement), clone.stamp()["compiler"]
+    for age, (compiler, name) in enumerate(
+        [("GNU 99", ""), (ours, ""), ("GNU 98", "of-other-flags"), ("GNU 97", "")]
+    ):
+        entry = cache / (name or recipe_by(compiler, pin).key())
+        shutil.copytree(clone.entry(), entry)
+        stamp = entry / "stamp.json"
+        stamp.write_text(json.dumps({**clone.stamp(), "compiler": compiler}))
+        os.utime(stamp, (1000 - age, 1000 - age))
+    without = {"CXX": "no-such-compiler", "MTPFORGE_CACHE": str(tmp_path)}
+    for compiler in ("GNU 99", ours, "GNU 97"):
+        entry = cache / recipe_by(compiler, pin).key()
+        for options in ((), ("--quantizer",)):
+            code, said = clone.run("without", *options, **without)
+            assert (code, f"using the build in {entry}, by {compiler}" in said) == (0, True), said
+            assert clone.stamp("without")["compiler"] == compiler
+        (entry / "bin/llama-server").write_text("damaged")
+    code, said = clone.run("without", **without)
+    assert (code, "no C++ compiler" in said) == (1, True)
 
 
 def test_existing_programs_are_linked_and_stamped(tmp_path: Path) -> None:

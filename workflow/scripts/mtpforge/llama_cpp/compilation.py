@@ -142,10 +142,14 @@ class Recipe:
 
 def recipe_of(pin: Pin, cuda: bool = False) -> Recipe:
     """The recipe of all programs on this machine. Raises ToolchainError without compilers."""
-    if not cuda:
-        return Recipe(pin.sha256, compiler(), machine())
-    flags = (*FLAGS, *CUDA_FLAGS, *_architectures())
-    return Recipe(pin.sha256, f"{compiler()}, {_cuda_version()}", machine(), flags)
+    compilers = f"{compiler()}, {_cuda_version()}" if cuda else compiler()
+    return recipe_by(compilers, pin, cuda)
+
+
+def recipe_by(compilers: str, pin: Pin, cuda: bool = False) -> Recipe:
+    """The recipe of all programs on this machine by these compilers, which need not be here."""
+    flags = (*FLAGS, *CUDA_FLAGS, *_architectures()) if cuda else FLAGS
+    return Recipe(pin.sha256, compilers, machine(), flags)
 
 
 def read_pin(requirement: Path) -> Pin:

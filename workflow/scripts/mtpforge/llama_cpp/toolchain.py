@@ -29,6 +29,7 @@ from mtpforge.llama_cpp.compilation import (
     compile_programs,
     download,
     read_pin,
+    recipe_by,
     recipe_of,
     unpack,
 )
@@ -60,7 +61,7 @@ def cache_root() -> Path:
 
 def cached(requirement: Path, cuda: bool = False) -> Path | None:
     """The cache entry of the pinned llama.cpp, if it is built. Raises ToolchainError."""
-    entry = cache_root() / recipe_of(read_pin(requirement), cuda).key()
+    entry = cache_root() / _recipe(read_pin(requirement), cuda).key()
     return entry if is_whole(entry) else None
 
 
@@ -73,10 +74,10 @@ def built(
     goes on from where another left off, of fewer programs or killed. Raises ToolchainError.
     """
     pin = read_pin(requirement)
-    whole = recipe_of(pin, cuda)
+    whole = _recipe(pin, cuda)
     recipe = replace(whole, programs=programs)
     if found := _finished(recipe, whole):
-        progress.say(f"llama.cpp: using the build in {found}")
+        progress.say(f"llama.cpp: using the build in {found}, by {whole.compiler}")
         return found
     tree = cache_root() / f"{whole.key()}.build"
     try:
@@ -190,6 +191,20 @@ def install_converter(requirement: Path, lock: Path, folder: Path) -> ConverterS
     except OSError as error:
         raise storage.explain(error, needed=CONVERTER_SIZE) from None
     return ConverterStamp(commit=pin.tag, archive_sha256=pin.sha256, lock_sha256=digest_of(lock))
+
+
+def _recipe(pin: Pin, cuda: bool) -> Recipe:
+    """The recipe of all programs here; without a compiler, that of the newest whole build here."""
+    try:
+        return recipe_of(pin, cuda)
+    except ToolchainError:
+        stamps = cache_root().glob("*/stamp.json")
+        for path in sorted(stamps, key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(OSError, RecordError):
+                recipe = recipe_by(Stamp.read(path).compiler, pin, cuda)
+                if recipe.key() == path.parent.name and is_whole(path.parent):
+                    return recipe
+        raise
 
 
 def _finished(recipe: Recipe, whole: Recipe) -> Path | None:
