@@ -438,6 +438,15 @@ def test_importance_matrices_are_listed_in_the_order_of_their_coverages() -> Non
     assert len(publish.coverages(wildcards())) == 3
 
 
+def test_an_upload_of_all_that_is_built_renews_the_summary() -> None:
+    """If some models are not uploaded, it would build them only for this."""
+    mine = config({"publish": {"repo": "Owner/Name"}})
+    assert "results/summary.md" in Build(mine).publish.uploads(wildcards())
+    mine["models"]["other"] = config()["models"]["m"]
+    assert "results/summary.md" not in Build(mine).publish.uploads(wildcards())
+    assert Build({"models": {}}).publish.uploads(wildcards()) == []
+
+
 def published_matrices(*entries: dict[str, object], **keys: object) -> list[str]:
     """The files of a model with a variant for each of these importance matrices."""
     variants = {f"Q{n}_K": {"type": "Q4_0", "imatrix": each} for n, each in enumerate(entries)}

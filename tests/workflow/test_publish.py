@@ -359,6 +359,7 @@ def test_the_rule_uploads_to_object_storage(tmp_path: Path, toolchain: Path) -> 
     results = copy.path / "results" / MODEL
     results.mkdir(parents=True)
     (results / "README.md").write_text("card")
+    (results.parent / "summary.md").touch()
     digest = ranges.digest_of(results / "README.md")
     (results / "SHA256SUMS").write_text(f"{digest}  README.md\n")
     with buckets.serve() as store:

@@ -100,7 +100,7 @@ def test_the_next_run_sends_the_other_file_and_then_the_rest(
 def test_nothing_is_left_to_do(
     repository: Repository, hub: Hub, variables: dict[str, str], run: Run
 ) -> None:
-    assert repository.pending() == {"summary": 1}  # which `publish` does not make
+    assert repository.pending() == {}
     hub.received.clear()
     done = repository.snakemake(target="publish", **variables)
     assert done.returncode == 0 and "0 files to upload" in done.stdout + done.stderr
@@ -125,7 +125,7 @@ def test_a_file_is_made_again_if_another_repository_lacks_it(repository: Reposit
     model = repository.config["models"][MODEL]
     model["publish"] = {**model["publish"], "repo": "Owner/another"}
     repository.write_config()
-    assert repository.pending() == {"summary": 1}  # `all` uploads nothing
+    assert repository.pending() == {}  # `all` uploads nothing
     done = repository.snakemake("--dry-run", target="publish")
     text = done.stdout + done.stderr
     assert all(f"\n{rule} " in text for rule in ("upload", "verify", "quantize"))

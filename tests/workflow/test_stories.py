@@ -127,6 +127,6 @@ def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in hub.repositories[TARGET].glob("*")}
     assert {name for name in names if name.endswith(".gguf")} == {
-        "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-IQ4_XS.gguf"
+        "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-IQ4_XS.gguf", "Qwen3.5-4B-imatrix.gguf"
     }  # fmt: skip
     assert {"README.md", "SHA256SUMS", "reports", "provenance"} <= names

@@ -254,8 +254,13 @@ class PublishRules(Stage):
                         say(f"removed {path}: not all of its files are there")
 
     def uploads(self, wildcards: object) -> list[str]:
-        """The sums of models that are to be uploaded, and the receipts of files that were."""
-        found = []
+        """The sums of models that are to be uploaded, and the receipts of files that were.
+
+        With the summary, unless it needs models that are not uploaded and so might be built for it.
+        """
+        chosen = self.config.chosen
+        is_all = bool(chosen) and all(model.publish for model in chosen)
+        found = ["results/summary.md"] if is_all else []
         for model in self.config.chosen:
             found += [layout.sums(model)] * bool(model.publish)
             for output in layout.outputs(model) if model.early and not self._is_dry else ():
