@@ -49,9 +49,9 @@ given = $(if $($(2)),$(1) "$($(2))")
 required = $(foreach name,$(1),$(if $($(name)),,echo "error: $(name) is missing, as in: $(2)" >&2; exit 2;))
 OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given,--publish,PUBLISH) \
 	$(call given,--tokenizer-pre,TOKENIZER_PRE) $(call given,--model,MODEL) \
-	$(if $(filter 1,$(MEASURE)),--measure) $(if $(filter 1,$(YES)),--yes) --cores $(CORES)
+	$(if $(filter 1,$(MEASURE)),--measure) $(if $(filter 1,$(YES)),--yes) --profile $(PROFILE) --cores $(CORES)
 
-quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [YES=1]
+quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [PROFILE=lean] [YES=1]
 	@$(call required,REPO TYPE,make quant REPO=OWNER/NAME TYPE=IQ4_XS)
 	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --type "$(TYPE)" $(OPTIONS) --build
 

@@ -1,6 +1,7 @@
 """Entries that `make add`, `quant` and `inject` write: input as people have it, files, presets."""
 
 import io
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,45 @@ def test_a_name_that_is_asked_for_must_be_free(here: Path) -> None:
     assert add._free_key(entry(), "other") == "other"
     with pytest.raises(ConfigError, match="has a model mine already: choose another MODEL"):
         add._free_key(entry(), "mine")
+
+
+# ── building and forecasting ──
+
+
+@pytest.mark.parametrize("profile", ["lean", "shards", "default"])
+def test_the_profile_is_that_of_the_build_and_of_its_forecast(
+    monkeypatch: pytest.MonkeyPatch, profile: str
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(add.subprocess, "run", run)
+    monkeypatch.setattr(add.os, "execv", lambda program, command: commands.append(command))
+    add._forecast("name", profile)
+    add._build("name", profile, "2")
+    forecast, build = commands
+    assert ("--lean" in forecast, forecast[-1] == profile) == ((profile != "default",) * 2)
+    assert build[build.index("--workflow-profile") + 1] == f"profiles/{profile}"
+    make = "make" if profile == "default" else f"make PROFILE={profile}"
+    assert add._next(entry(), profile).endswith(f"; `{make}` builds it")
+
+
+def test_make_passes_the_profile_on() -> None:
+    for line in ("quant REPO=A/B TYPE=Q4_0", "inject BASE=a.gguf SOURCE=A/B", "add REPO=A/B"):
+        command = ["make", "-n", "-o", "setup", *line.split(), "PROFILE=shards", "CORES=1"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "--profile shards" in done.stdout
+
+
+def test_too_little_disk_is_said_with_the_profile_that_needs_less() -> None:
+    plan = {"fetch": 0, "fetch_seconds": None, "disk": 5, "peak": 9 * 10**9, "free": 8 * 10**9,
+            "seconds": 1, "notes": [], "needs_memory": 0, "memory": 0}  # fmt: skip
+    said = add._in_lines({**plan, "lean_peak": 7 * 10**9}, "")
+    assert said[-1] == "warning: too little disk: PROFILE=lean takes at most 7.00 GB"
+    assert add._in_lines({**plan, "lean_peak": 9 * 10**9}, "")[-1] == "warning: too little disk"
 
 
 # ── reading them ──

@@ -53,28 +53,30 @@ def main() -> None:
     with files.written(entry) as path:
         config = _check()
         _announce(entry, path)
-        print(*_in_lines(_forecast(entry.key), _first(config)), sep="\n", flush=True)
+        plan = _forecast(entry.key, args.profile)
+        print(*_in_lines(plan, _first(config)), sep="\n", flush=True)
         if args.write:
             print(f"wrote {path}")
-            print(f"next   {_next(entry)}")
+            print(f"next   {_next(entry, args.profile)}")
             return
         _ask(args.yes)
-        _build(entry.key, args.cores)
+        _build(entry.key, args.profile, args.cores)
 
 
-def _next(entry: Entry) -> str:
+def _next(entry: Entry, profile: str) -> str:
     """What to do with a written entry."""
-    forecast = f"`make plan MODELS={entry.key}` forecasts it in full"
+    make = "make" if profile == "default" else f"make PROFILE={profile}"
+    forecast = f"`{make} plan MODELS={entry.key}` forecasts it in full"
     if "publish" not in entry.settings:
-        return f"{forecast}; `make` builds it"
-    return f"{forecast}; `make publish DRY_RUN=1` builds it and lists the upload"
+        return f"{forecast}; `{make}` builds it"
+    return f"{forecast}; `{make} publish DRY_RUN=1` builds it and lists the upload"
 
 
-def _build(key: str, cores: str) -> NoReturn:
+def _build(key: str, profile: str, cores: str) -> NoReturn:
     """Become the run of Snakemake that builds a model."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", "snakemake", "--cores", cores, "all"]
-    command += ["--config", f"build={json.dumps([key])}"]
+    command = [sys.executable, "-m", "snakemake", "--workflow-profile", f"profiles/{profile}"]
+    command += ["--cores", cores, "all", "--config", f"build={json.dumps([key])}"]
     os.execv(sys.executable, command)  # noqa: S606 - a list, never a shell string
 
 
@@ -116,6 +118,10 @@ def _arguments() -> Namespace:
     then.add_argument("--write", action="store_true", help="write config.d/KEY.yaml")
     then.add_argument("--build", action="store_true", help="write it, ask, and build the model")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument(
+        "--profile", default="default", metavar="NAME",
+        help="forecast and build with profiles/NAME: lean and shards are for small disks",
+    )  # fmt: skip
     parser.add_argument("--cores", default="all", help="for --build (default: %(default)s)")
     return parser.parse_args()
 
@@ -226,10 +232,11 @@ def _announce(entry: Entry, path: Path) -> None:
     print("forecasting ...", file=sys.stderr)
 
 
-def _forecast(key: str) -> dict[str, Any]:
+def _forecast(key: str, profile: str) -> dict[str, Any]:
     """The totals of `plan.py`. Raises ForgeError with its message."""
     program = Path(__file__).with_name("plan.py")
     command = [sys.executable, str(program), key, "--json"]
+    command += ["--lean", profile] if profile in ("lean", "shards") else []
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         reason = "".join(done.stderr.strip().splitlines()[-1:]).removeprefix("error: ")
@@ -258,7 +265,9 @@ def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
         *plan["notes"],
     ]
     if plan["peak"] > plan["free"]:
-        lines.append("warning: too little disk")
+        less = plan["lean_peak"] < plan["peak"]
+        advice = f": PROFILE=lean takes at most {table.size(plan['lean_peak'])}" if less else ""
+        lines.append(f"warning: too little disk{advice}")
     if plan["needs_memory"] > plan["memory"]:
         needed, there = table.size(plan["needs_memory"]), table.size(plan["memory"])
         lines.append(f"warning: needs {needed} of memory, and there are {there}: docs/sizing.md")
