@@ -289,6 +289,22 @@ def test_a_commit_that_the_file_does_not_have_is_refused(adds: Callable[..., str
     assert f"at {COMMIT[:7]}" in adds("Owner/Name@main", "--type", "Q6_K", "--model", "newer")
 
 
+def test_kl_divergence_is_measured_where_a_bf16_file_is_made(
+    adds: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adds("Owner/Name", "--type", "Q4_0", "--measure", "--model", "quant")
+    for preset in ("desk", "publisher"):
+        adds("Owner/Name", "--preset", preset, "--measure", "--model", preset)
+    Path("a.gguf").touch()
+    base = ("--base", "a.gguf", "--replace-head")
+    adds("Owner/Name", *base, "--measure", "--model", "base")
+    monkeypatch.setattr(OneSource, "packed", True)
+    adds("Owner/Name", "--type", "NVFP4", "--measure", "--model", "packed")
+    measured = {name: model["measure"] for name, model in entry_files.read_entries().items()}
+    made = dict.fromkeys(("quant", "desk", "publisher"), {"text": "default"})
+    assert measured == {**made, "base": {}, "packed": {}}
+
+
 # ── asking ──
 
 

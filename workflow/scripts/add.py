@@ -106,7 +106,7 @@ def _arguments() -> Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--measure", action="store_true",
-        help="measure speed and acceptance, with the publisher's preset also KL divergence",
+        help="measure speed and acceptance, and KL divergence unless there is no BF16 file",
     )  # fmt: skip
     parser.add_argument("--publish", metavar="OWNER/NAME", help="repository to upload it to")
     parser.add_argument("--tokenizer-pre", metavar="NAME", help="as in config.yaml")
@@ -133,7 +133,7 @@ def _entry(args: Namespace, given: Address | Path) -> Entry:
     if args.tokenizer_pre:
         options["tokenizer_pre"] = args.tokenizer_pre
     if args.measure:
-        options["measure"] = {"text": DEFAULT} if args.preset == "publisher" else {}
+        options["measure"] = {} if args.base or source.packed else {"text": DEFAULT}
     if args.publish:
         options["publish"] = {"repo": address.repository(args.publish).repo}
     entry = source.entry(_variants(args, source), options)
