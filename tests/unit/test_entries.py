@@ -301,7 +301,7 @@ def test_kl_divergence_is_measured_where_a_bf16_file_is_made(
     monkeypatch.setattr(OneSource, "packed", True)
     adds("Owner/Name", "--type", "NVFP4", "--measure", "--model", "packed")
     measured = {name: model["measure"] for name, model in entry_files.read_entries().items()}
-    made = dict.fromkeys(("quant", "desk", "publisher"), {"text": "default"})
+    made = {name: {"text": "default"} for name in ("quant", "desk", "publisher")}
     assert measured == {**made, "base": {}, "packed": {}}
 
 
