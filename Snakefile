@@ -50,6 +50,9 @@ except ForgeError as error:
     raise WorkflowError(str(entry_files.located(error))) from None
 
 
+if terminal:
+    terminal.publish = any(model.publish for model in build.config.chosen)
+
 asked = build.needs.asked
 
 

@@ -37,8 +37,16 @@ def summary(results: Path, rows: int) -> Path:
     return path
 
 
-def shown(results: Path, reports: list[Path]) -> list[str]:
-    return ending.ending(summary(results, len(reports)), reports).splitlines()
+def shown(results: Path, reports: list[Path], **options: bool) -> list[str]:
+    return ending.ending(summary(results, len(reports)), reports, **options).splitlines()
+
+
+def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> None:
+    reports = write(results, "m", "x-Q4_0")
+    assert "`make publish DRY_RUN=1` lists an upload" in shown(results, reports, publish=True)[-1]
+    without = shown(results, reports)[-1]
+    assert "make publish" not in without
+    assert "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload" in without
 
 
 def test_all_is_said_in_twenty_lines(results: Path) -> None:

@@ -20,25 +20,31 @@ _VERDICTS = 3
 """The most verdicts on files whose types were found."""
 
 
-def ending(summary: Path, reports: Sequence[Path], since: float = 0.0) -> str:
+def ending(
+    summary: Path, reports: Sequence[Path], since: float = 0.0, publish: bool = False
+) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
     Its tables of distances and scores, and what importance matrices cover, are left out.
 
     `reports` are those of the files, in the order of the configuration. The file to serve is one
-    that was made after the time `since`, if there is one.
+    that was made after the time `since`, if there is one. `publish` is whether a model has a place
+    to upload it to.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
     table = summary.read_text(encoding="utf-8")
     for heading in (distance_tables.HEADING, scores.HEADING, summary_page.IMPORTANCE):
         table = table.partition(f"\n{heading}")[0]
+    upload = "`make publish DRY_RUN=1` lists an upload"
+    if not publish:
+        upload = "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload"
     lines = [
         *_shortened(table.splitlines(), summary),
         "",
         f"files     {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}",
         f"reports   {summary} (this table), reports/*.json in each folder (each check)",
         *_serve([report for report in reports if _made(report) >= since] or reports),
-        "next      `make report` draws speed and errors; `make publish DRY_RUN=1` lists an upload",
+        f"next      `make report` draws speed and errors; {upload}",
     ]
     return "\n".join(lines)
 

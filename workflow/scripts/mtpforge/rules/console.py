@@ -102,6 +102,7 @@ class Console(logging.Handler):
         self.done = 0
         self.total = 0
         self.began = 0.0
+        self.publish = False  # whether a model has a place to upload it to
         self.interrupted = False
         self.reported = False  # the failures, at the end
         self.broken = False  # by an error outside jobs
@@ -181,7 +182,7 @@ class Console(logging.Handler):
         from mtpforge.report.ending import ending  # and what it imports: a second, in each run
 
         reports = [Path(file) for file in target.input if Path(file).parent.name == "reports"]
-        return "\n" + ending(summary, reports, since=self.began)
+        return "\n" + ending(summary, reports, self.began, self.publish)
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""
