@@ -69,6 +69,26 @@ def test_files_and_folders_are_on_this_machine(tmp_path: Path) -> None:
         address.gguf("Owner/Name")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ckpt/", "ckpt/: no such folder"),
+        ("checkpoints/my-finetune/", "if it is a repository, write the address of its page"),
+        ("mine/tun-4b", "write the address of its page; did you mean tune-4b?"),
+        ("./mine/tun-4b", "./mine/tun-4b: no such folder; did you mean tune-4b?"),
+        ("mine/a/b", "mine/a/b: no such folder"),
+    ],
+)
+def test_a_path_that_is_not_there_is_called_so_at_once(here: Path, text: str, said: str) -> None:
+    Path("mine/tune-4b").mkdir(parents=True)
+    Path("mine/a").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        address.checkpoint(text)
+    assert "no such folder" in str(refused.value) and said in str(refused.value)
+    assert address.checkpoint("Owner/Name@v1") == Address("Owner/Name", "v1")
+    assert address.checkpoint("https://hf.co/mine/tun-4b/") == Address("mine/tun-4b")
+
+
 NAMES = (
     "Model-Q4_K_M.gguf", "Model-Q4_K_S.gguf", "UD/Model-UD-Q4_K_XL.gguf",
     "Q8_0/Model-Q8_0-00001-of-00002.gguf", "Q8_0/Model-Q8_0-00002-of-00002.gguf",

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from mtpforge.errors import ConfigError
 from mtpforge.hub.listing import REPOSITORY
-from mtpforge.suggest import close
+from mtpforge.suggest import beside, close
 
 _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
 _PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
@@ -35,10 +35,16 @@ def repository(text: str) -> Address:
 
 def checkpoint(text: str) -> Address | Path:
     """The checkpoint: a folder on this machine, or a repository. Raises ConfigError."""
-    if Path(text).expanduser().is_dir():
-        return Path(text).expanduser()
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
     if text.startswith((".", "/", "~")):
-        raise ConfigError(f"{text[:200]}: no such folder")
+        raise ConfigError(f"{text[:200]}: no such folder{beside(path)}")
+    if not _on_page(text) and "/" in text and (text.endswith("/") or path.parent.is_dir()):
+        raise ConfigError(
+            f"{text[:200]}: no such folder; if it is a repository, write the address of its page"
+            f"{beside(path)}"
+        )
     return repository(text)
 
 
