@@ -123,7 +123,7 @@ def test_a_base_is_found_by_name_and_by_type(
 
 
 def test_a_base_that_is_not_there_is_answered_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DownloadError, match=r"no GGUF Model-Q4KM.gguf; did you mean Model-Q4_K_M"):
+    with pytest.raises(DownloadError, match=r"it has Model-Q4_K_M.*; did you mean Model-Q4_K_M"):
         found(monkeypatch, "Model-Q4KM.gguf")
     with pytest.raises(DownloadError, match=r"has several: it has A-Q4_0.gguf, B-Q4_0"):
         found(monkeypatch, "Q4_0", ("A-Q4_0.gguf", "B-Q4_0.gguf"))
@@ -161,8 +161,22 @@ def test_some_types_of_a_preset_are_as_in_the_whole() -> None:
     assert presets.preset("publisher", only=["iq4_xs", "Q8_0"]) == {
         name: whole[name] for name in ("Q8_0", "IQ4_XS")
     }
-    with pytest.raises(ConfigError, match=r"publisher has no Q4_K; did you mean .*: it has BF16, "):
-        presets.preset("publisher", only=["Q4_K"])
+    with pytest.raises(ConfigError, match=r"the preset publisher has no Q5_0: it has BF16, "):
+        presets.preset("publisher", only=["Q5_0"])
+
+
+def test_the_publishers_preset_has_the_usual_small_types_by_size() -> None:
+    names = list(presets.preset("publisher"))
+    assert names[names.index("IQ4_XS") + 1 : names.index("Q6_K_L")] == [
+        "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_S"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Q6_K_L", "Q5_K_L", "Q4_K_L", "Q2_K_L"])
+def test_a_mixture_of_the_preset_can_be_made_alone(kind: str) -> None:
+    whole = presets.preset("publisher", "a.txt")[kind]
+    assert presets.single(kind, "a.txt") == {kind: whole}
+    assert presets.single(kind) == {kind: {key: whole[key] for key in ("type", "tensors")}}
 
 
 def test_a_single_type_has_the_matrix_that_it_needs() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
-from mtpforge.suggest import close
 
 Variants = dict[str, dict[str, Any]]
 
@@ -14,7 +13,7 @@ CALIBRATION = "workflow/texts/calibration.txt"
 
 _PUBLISHED = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_1", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL",
-    "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M",
+    "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_S",
 )  # fmt: skip
 """What large public repositories of quants usually have of a model."""
 
@@ -37,20 +36,14 @@ def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = No
     """
     variants: Variants = {kind: {} for kind in PRESETS[name]}
     if name == "publisher":
-        variants |= {
-            kind: {"type": plain, "tensors": {r"token_embd|^output\.": "Q8_0"}}
-            for kind, plain in _LARGER.items()
-        }
+        variants |= {kind: _larger(kind) for kind in _LARGER}
         for kind, settings in variants.items():
             if kind not in _NEED_NO_IMATRIX:
                 settings["imatrix"] = _matrix(text)
     wanted = [kind.upper() for kind in only or variants]
     for kind in wanted:
         if kind not in variants:
-            meant = close(kind, variants)
-            raise ConfigError(
-                f"the preset {name} has no {kind}{meant}: it has {', '.join(variants)}"
-            )
+            raise ConfigError(f"the preset {name} has no {kind}: it has {', '.join(variants)}")
     return {kind: variants[kind] for kind in variants if kind in wanted}
 
 
@@ -59,9 +52,18 @@ def single(kind: str, text: str | None = None) -> Variants:
 
     Raises ConfigError if no variant can have the type.
     """
-    quant_types.check_published_type(kind)
-    needs = kind in quant_types.NEED_IMATRIX or (text and kind not in _NEED_NO_IMATRIX)
-    return {kind: {"imatrix": _matrix(text or CALIBRATION)} if needs else {}}
+    settings = _larger(kind)
+    quant_types.check_published_type(settings.get("type", kind))
+    if kind in quant_types.NEED_IMATRIX or (text and kind not in _NEED_NO_IMATRIX):
+        settings["imatrix"] = _matrix(text or CALIBRATION)
+    return {kind: settings}
+
+
+def _larger(kind: str) -> dict[str, Any]:
+    """What sets one of the larger mixtures apart from its type; nothing for another name."""
+    if kind not in _LARGER:
+        return {}
+    return {"type": _LARGER[kind], "tensors": {r"token_embd|^output\.": "Q8_0"}}
 
 
 def _matrix(given: str) -> dict[str, str]:

@@ -181,8 +181,9 @@ def _file(listing: Listing, wanted: str) -> str:
         found = [name for name in names if kind.fullmatch(name)]
     if len(found) != 1:
         has = ", ".join((found or names)[:20]) or "no GGUF"
-        why = "has several" if found else f"has no GGUF {wanted}{close(wanted, names)}"
-        raise DownloadError(f"{listing.label}: {why}: it has {has}")
+        why = "has several" if found else f"has no GGUF {wanted}"
+        meant = "" if found else close(wanted, names)
+        raise DownloadError(f"{listing.label}: {why}: it has {has}{meant}")
     folder, slash, name = found[0].rpartition("/")
     return folder + slash + gguf_files(name)[0] if ".part" not in name else found[0]
 
