@@ -29,6 +29,11 @@ class Sweep:
     forms: int
 
     @property
+    def one(self) -> "Sweep":
+        """Its first round alone, in one form."""
+        return replace(self, rounds=0, pairs=0, repeats=1, forms=1)
+
+    @property
     def servers(self) -> int:
         """How often llama-server is started."""
         off = self.repeats

@@ -1,5 +1,6 @@
 """Stage `fetch`: files from the Hub, and the inputs of jobs that read them."""
 
+import re
 import shlex
 from contextlib import suppress
 from functools import lru_cache
@@ -30,6 +31,9 @@ from mtpforge.rules.variant import (
 
 KINDS = (".json", ".safetensors", ".jinja", ".txt", ".md", ".model")
 """Kinds of files that belong to a local checkpoint."""
+_EXPERTS = re.compile(r"\.experts\.(?:(\d{1,6})\.)?")
+_RUNNING = 16
+"""Most experts of a layer that run for a token: a listing does not say how many, mostly 8."""
 
 
 class FetchRules(Stage):
@@ -247,12 +251,14 @@ def _listing(source: Source) -> str:
 class Listed(NamedTuple):
     """What jobs need of a listing.
 
-    These are the files that conversion reads, the bytes of all files, and of all tensors at BF16.
+    These are the files that conversion reads, the bytes of all files, those of all tensors at BF16,
+    and those of them that are read for a token: of experts, only those that run.
     """
 
     checkpoint_files: list[str]
     sizes: dict[str, int]
     weights: int
+    active: float
 
 
 def listed(at: layout.Commit) -> Listed | None:
@@ -271,11 +277,22 @@ def _parse(listing: Path, written: int) -> Listed:
     """A listing, parsed once for all jobs unless `written` anew."""
     read = Listing.read(listing)
     sizes = {name: file.bytes for name, file in read.files.items()}
-    weights = (
-        2 * prod(each.shape) * _weights_in_one(name, each.dtype)
+    weights = {
+        name: 2 * prod(each.shape) * _weights_in_one(name, each.dtype)
         for name, each in read.tensors.items()
-    )
-    return Listed(read.checkpoint_files(), sizes=sizes, weights=sum(weights))
+    }
+    total = sum(weights.values())
+    idle = _idle_share(read) * sum(size for name, size in weights.items() if _EXPERTS.search(name))
+    return Listed(read.checkpoint_files(), sizes=sizes, weights=total, active=total - idle)
+
+
+def _idle_share(listing: Listing) -> float:
+    """The share of experts that do not run for a token. They are stacked, or numbered."""
+    counts = [1]
+    for name, tensor in listing.tensors.items():
+        if found := _EXPERTS.search(name):
+            counts.append(int(found[1]) + 1 if found[1] else max(tensor.shape[:1], default=1))
+    return 1 - min(1, _RUNNING / max(counts))
 
 
 def _weights_in_one(name: str, dtype: str) -> int:

@@ -80,6 +80,8 @@ _CLASSES = 80
 _TENSORS = 600
 _ATTEMPTS = 4
 _LEAST_SECONDS = 1200
+_MOST_MINUTES = 24 * 60
+"""Partitions of a cluster often allow no more."""
 _LEAST_DISK = 100e6
 _CUDA = b"libcuda"
 
@@ -142,7 +144,7 @@ class ResourceRules(Stage):
 
         def runtime(wildcards: Wildcards, threads: int, attempt: int) -> int:
             seconds = _LEAST_SECONDS + found(wildcards, threads).seconds
-            return math.ceil(attempt * seconds / 60)
+            return min(math.ceil(attempt * seconds / 60), _MOST_MINUTES)
 
         def processors(_: Wildcards, threads: int) -> int:
             return ALL if alone else threads
@@ -234,7 +236,7 @@ class ResourceRules(Stage):
         size = self._weights(wildcards)
         texts = [each.imatrix for each in self.model(wildcards).variants.values()]
         tokens = costs.text_tokens(max(map(_text_size, texts)))
-        return _needs(costs.run(size, _MACHINE, Tokens(text=tokens)) + Cost(kept=0.01 * size))
+        return _needs(self._run(wildcards, size, Tokens(text=tokens)) + Cost(kept=0.01 * size))
 
     def logits(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over the measured text."""
@@ -265,7 +267,7 @@ class ResourceRules(Stage):
             largest=_largest(weights),
             scratch=size,
         )
-        return _needs(cost + costs.run(size, _MACHINE, Tokens(text=tokens)))
+        return _needs(cost + self._run(wildcards, size, Tokens(text=tokens)))
 
     def sensitivities(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file for each class and layer, or for each tensor.
@@ -294,7 +296,7 @@ class ResourceRules(Stage):
         """Running the BF16 file, and a drafter for it."""
         size = (1 + _HEAD) * self._weights(wildcards)
         tokens = costs.verified_tokens(self._prompts(wildcards))
-        return _needs(costs.run(size, _MACHINE, Tokens(drafted=tokens)))
+        return _needs(self._run(wildcards, size, Tokens(drafted=tokens)))
 
     def verify(self, wildcards: Wildcards) -> Needs:
         """Comparing a variant with its checkpoint, and running it twice."""
@@ -309,15 +311,25 @@ class ResourceRules(Stage):
         return _needs(self._verify(wildcards, (1 + _HEAD) * self._weights(wildcards)))
 
     def measure(self, wildcards: Wildcards) -> Needs:
-        """Running a variant many times."""
+        """Running a variant many times, for `minutes` and a round.
+
+        A machine so slow that it takes longer, with the rounds that must follow, tries again.
+        """
         settings = self.model(wildcards).measure
         assert settings is not None
         prompts = _count_prompts(self.model(wildcards).measured_prompts)
         planned = sweep.sweep(settings, prompts, blocks=1)
-        text = costs.CHUNK * settings.chunks + costs.task_tokens(settings.task_files)
+        text = costs.CHUNK * settings.chunks if settings.text else 0
+        text += costs.task_tokens(settings.task_files)
         size = self._size(wildcards)
-        _, cost = sweep.cost(planned, settings.minutes, size, _MACHINE)
-        return _needs(cost + costs.run(size, _MACHINE, Tokens(text=text)))
+        _, cost = sweep.cost(
+            planned, settings.minutes, size, _MACHINE, share(self.model(wildcards))
+        )
+        one = self._run(wildcards, size, planned.one.tokens)
+        seconds = min(cost.seconds, 60 * settings.minutes + one.seconds)
+        return _needs(
+            replace(cost, seconds=seconds) + self._run(wildcards, size, Tokens(text=text))
+        )
 
     def measure_other(self, wildcards: Wildcards) -> Needs:
         """Running somebody else's file over the measured text."""
@@ -325,7 +337,7 @@ class ResourceRules(Stage):
         sizes = {layout.given_name(each): _given(each) for each in model.compare}
         text = costs.CHUNK * (model.measure.chunks if model.measure else 0)
         size = sizes.get(wildcards.place, UNKNOWN)
-        return _needs(costs.run(size, _MACHINE, Tokens(text=text)))
+        return _needs(self._run(wildcards, size, Tokens(text=text)))
 
     def uploading_processors(self, wildcards: Wildcards) -> int:
         """Processors of an upload: all if its file is deleted then, or none.
@@ -346,13 +358,17 @@ class ResourceRules(Stage):
     def _verify(self, wildcards: Wildcards, size: float) -> Cost:
         prompts = self._prompts(wildcards)
         equal, drafted = costs.equal_tokens(prompts), costs.verified_tokens(prompts)
-        run = costs.run(size, _MACHINE, Tokens(equal, drafted), servers=2)
+        run = self._run(wildcards, size, Tokens(equal, drafted), servers=2)
         return run + costs.compare(self._weights(wildcards), _MACHINE)
 
     def _logits(self, wildcards: Wildcards, chunks: int) -> Needs:
         tokens = costs.CHUNK * chunks
         kept = Cost(kept=costs.logits_size(tokens, _VOCABULARY))
-        return _needs(costs.run(self._weights(wildcards), _MACHINE, Tokens(text=tokens)) + kept)
+        return _needs(self._run(wildcards, self._weights(wildcards), Tokens(text=tokens)) + kept)
+
+    def _run(self, wildcards: Wildcards, size: float, tokens: Tokens, servers: int = 1) -> Cost:
+        """Running a file of the model in llama.cpp."""
+        return costs.run(size, _MACHINE, tokens, servers, share(self.model(wildcards)))
 
     def _weights(self, wildcards: Wildcards) -> float:
         """Bytes of a model's checkpoint at BF16."""
@@ -391,12 +407,24 @@ def _needs(cost: Cost) -> Needs:
 
 def weights(model: Model) -> float:
     """Bytes of a model's checkpoint at BF16; of the head's, if it has no other."""
+    source = _source(model)
+    return _of_source(source) if source else UNKNOWN
+
+
+def share(model: Model) -> float:
+    """The share of them that is read for a token: all, unless a listing shows experts."""
+    source = _source(model)
+    found = listed(source) if isinstance(source, HubRepository) else None
+    return found.active / found.weights if found and found.weights else 1
+
+
+def _source(model: Model) -> Source | None:
     sources: list[Source | None] = [model.source if model.uses_source else None]
     sources += [model.donor(variant) for variant in model.variants.values()]
     for source in sources:
         if source:
-            return _of_source(source)
-    return UNKNOWN
+            return source
+    return None
 
 
 def _of_source(source: Source) -> float:
