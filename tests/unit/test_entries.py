@@ -292,6 +292,8 @@ def adds(
     """Run `add.py ... --write` on that checkpoint, and return what it prints."""
     names = ("fetch", "disk", "peak", "free", "needs_memory", "memory", "seconds")
     plan = {**dict.fromkeys(names, 0), "notes": [], "fetch_seconds": None}
+    add.REQUIREMENT.parent.mkdir()
+    add.REQUIREMENT.touch()
     monkeypatch.setattr(add, "Source", OneSource)
     monkeypatch.setattr(add, "_check", lambda: None)
     monkeypatch.setattr(add, "_first", lambda config: "")
@@ -311,6 +313,13 @@ def test_a_file_keeps_its_commit_and_that_one_is_announced(adds: Callable[..., s
     assert f"Q4_0 of Owner/Name at {OLDER[:7]} (config.d/name.yaml)" in said
     entry = entry_files.read_entries()["name"]
     assert entry["source"]["revision"] == OLDER and entry["converter"] == "llama.cpp"
+
+
+def test_nothing_is_written_in_another_folder(adds: Callable[..., str]) -> None:
+    add.REQUIREMENT.unlink()
+    with pytest.raises(ConfigError, match="no such file here: run it in mtpforge's folder"):
+        adds("Owner/Name", "--type", "Q8_0")
+    assert not Path("config.d").exists()
 
 
 def test_a_commit_that_the_file_does_not_have_is_refused(adds: Callable[..., str]) -> None:

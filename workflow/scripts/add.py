@@ -42,6 +42,8 @@ REQUIREMENT = Path("envs/llama.cpp.txt")
 def main() -> None:
     """Parse the command line; print, write or build."""
     args = _arguments()
+    if (args.write or args.build) and not REQUIREMENT.exists():
+        raise ConfigError(f"{REQUIREMENT}: no such file here: run it in mtpforge's folder")
     given = address.checkpoint(args.source)
     entry = _entry(args, given)
     if not (args.write or args.build):
