@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_resources import RUNS_LLAMA
 
 RULES = re.findall(
     r"^(?:use rule \w+ as|rule|checkpoint) (\w+)",
@@ -26,14 +27,27 @@ def test_the_profile_repeats_the_default_one() -> None:
     assert default.items() <= slurm.items()
 
 
+def sent_to(partition: str) -> set[str]:
+    """The rules that an example in the profile sends to a partition."""
+    text = (ROOT / "profiles/slurm/profile.yaml").read_text()
+    example = rf"^# (\w+): .*'{partition}'.* # also (.*\n(?:#   .*\n)*)"
+    found = re.search(example, text, re.MULTILINE)
+    assert found
+    return {found[1], *re.findall(r"\w+", found[2])}
+
+
 def test_the_profile_names_rules_that_exist() -> None:
     resources = profile("slurm")["set-resources"]
     assert isinstance(resources, dict)
-    text = (ROOT / "profiles/slurm/profile.yaml").read_text()
-    examples = re.findall(r"^# (\w+): \{.* # also (.+)$", text, re.MULTILINE)
-    assert len(examples) == 2
-    named = {rule for first, others in examples for rule in (first, *others.split(", "))}
-    assert {*resources, *named} <= set(RULES)
+    assert {*resources, *sent_to("transfer")} <= set(RULES)
+
+
+def test_profile_and_page_name_all_rules_that_ask_for_a_gpu() -> None:
+    """SLURM refuses the others if the default partition has none."""
+    page = " ".join((ROOT / "docs/cluster.md").read_text().split())
+    found = re.search(r"CUDA programs \(.+?\), (.+?) ask for a GPU", page)
+    assert found and set(re.findall(r"`(\w+)`", found[1])) == RUNS_LLAMA
+    assert sent_to("gpu") == RUNS_LLAMA
 
 
 def packages(lock: str) -> set[str]:
