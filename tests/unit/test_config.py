@@ -222,11 +222,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config(head="Q8_0", allow_low_bit_head=True), f"{VARIANT}/allow_low_bit_head: unknown key"),
     (
         config({"source": {"repo": "Owner/Name"}}),
-        "models/m/source/revision: missing: `snakemake .* repo=Owner/Name` prints the entry",
+        "models/m/source/revision: missing: `python workflow/scripts/add.py Owner/Name` prints the",
     ),
     (
         config({"source": {"repo": "Owner/Name", "revision": "main"}}),
-        "models/m/source/revision: 'main' is not a commit hash: `snakemake --cores 1 add ",
+        "models/m/source/revision: 'main' is not a commit hash: `python workflow/scripts/add.py OW",
     ),
     (config({"source": {"repo": "../x", "revision": REVISION}}), "models/m/source/repo: '../x'"),
     (config({"source": {"path": "no/such"}}), "models/m/source/path: no such folder: no/such"),

@@ -681,7 +681,7 @@ def _advice(error: ErrorDetails) -> str:
     given = error["input"]
     if error["type"] == "missing" and error["loc"][-1] == "revision":
         repo = given.get("repo", "OWNER/NAME")
-        return f": `snakemake --cores 1 add --config repo={repo}` prints the entry with it"
+        return f": `python workflow/scripts/add.py {repo}` prints the entry with it"
     if error["type"] == "dict_type" and isinstance(given, list) and given:
         return f", such as `{given[0]}: {{}}`"
     if error["type"] == "string_type" and type(given) in (int, float):

@@ -238,8 +238,9 @@ Revision = Annotated[
     str,
     _matching(
         _COMMIT,
-        "is not a commit hash: `snakemake --cores 1 add --config repo=OWNER/NAME` prints the"
-        " entry with the current one",
+        # It needs no valid configuration, unlike `make add` and any run of Snakemake.
+        "is not a commit hash: `python workflow/scripts/add.py OWNER/NAME` prints the entry with"
+        " the current one",
     ),
 ]
 GgufName = Annotated[
