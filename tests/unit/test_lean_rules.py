@@ -1,17 +1,11 @@
 """Which conversions free the shards of a fetched checkpoint, and what a forecast says of it."""
 
-import json
-import shlex
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from mtpforge.quantize.manifest import Manifest
-from mtpforge.quantize.plan import PlannedTensor, QuantizePlan
-from mtpforge.rules import layout, lean
+from mtpforge.rules import lean
 from mtpforge.rules.build import Build
 from mtpforge.rules.local_paths import FileOnDisk
 
@@ -119,7 +113,7 @@ def test_quants_alone_are_made_shard_by_shard() -> None:
         assert "acceptance of quants is not compared with that of BF16" in note
         option = options(made)["all"]
         assert (
-            option.startswith("--free --threads 1 --reuse results --note ")
+            option.startswith("--free --threads 1 --reuse results --quantize ")
             and option.count("folder") == 2
         )
         programs = [
@@ -141,52 +135,6 @@ def test_provenance_names_the_program_of_each_profile() -> None:
     model: Any = SimpleNamespace(model="m")
     found = [build(QUANTS, lean=kind).publish.programs(model) for kind in ("shards", False)]
     assert "workflow/scripts/convert_and_quantize.py" in found[0] and found[0] == found[1]
-
-
-def test_what_is_published_and_deleted_is_not_quantized_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless another file is planned now, such as after an upgrade of llama.cpp.
-
-    Or the conversion is not the last one that was finished: its tensors or metadata may differ.
-    """
-    published = {**QUANTS, "publish": {"repo": "O/N", "when": "verified", "delete_after": True}}
-    made = build(published, lean="shards")
-    others = [
-        build({**published, **change}, lean="shards")
-        for change in (
-            {"name": "Other"},
-            {"tokenizer_pre": "qwen35"},
-            {"chat_template": "template.jinja"},
-            {"source": {**SOURCE, "revision": "2" * 40}},
-        )
-    ]
-    monkeypatch.chdir(tmp_path)
-    tensors = {"x": PlannedTensor("Q8_0", "BF16 32 32", source="1" * 64, row="")}
-    plan = QuantizePlan("Q8_0", "", "", "", "", toolchain="2" * 64, tensors=tensors)
-    work = Path("results/m/work")
-    deleted = Path(layout.output(made.config.models["m"], "Q8_0").deleted)
-
-    def quantized(made: Build = made) -> list[str]:
-        words = shlex.split(options(made)["all"])
-        wanted = map(json.loads, words[words.index("--quantize") + 1 :])
-        return [Path(each["folder"]).name for each in wanted]
-
-    plan.write(work / "plans/quantized/Q8_0.json")
-    Manifest.of(plan, {"x": "3" * 64}, []).write(work / "manifests/quantized/Q8_0.json")
-    assert quantized() == ["Q8_0", "Q4_K_M"]
-    deleted.parent.mkdir(parents=True)
-    deleted.touch()
-    assert quantized() == ["Q8_0", "Q4_K_M"]  # nothing says what was converted
-    words = shlex.split(options(made)["all"])
-    note, conversion = words[words.index("--note") + 1 :][:2]
-    Path(note).write_text(conversion)
-    assert quantized() == ["Q4_K_M"]
-    Path("template.jinja").write_text("{{ messages }}")
-    for other in others:
-        assert quantized(other) == ["Q8_0", "Q4_K_M"]
-    replace(plan, toolchain="4" * 64).write(work / "plans/quantized/Q8_0.json")
-    assert quantized() == ["Q8_0", "Q4_K_M"]
 
 
 @pytest.mark.parametrize("name", NOT_BY_SHARDS)

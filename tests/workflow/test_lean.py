@@ -92,3 +92,44 @@ def test_a_build_shard_by_shard_gives_the_same_files_without_bf16(
         assert made.read_bytes() == (tmp_path / name).read_bytes()
         report = (copy.path / f"results/lean/reports/{MODEL}-{name}.json").read_text()
         assert "not compared: BF16 was not run: it was freed while it was quantized" in report
+
+
+def test_what_was_published_and_deleted_can_be_made_again_shard_by_shard(
+    tmp_path: Path, toolchain: Path
+) -> None:
+    """For another repository, and beside another variant: as the first run says."""
+    write_padded(tmp_path / MODEL)
+    copy = Repository(tmp_path / "repository", toolchain)
+    bf16 = copy.path / "results/lean/work/convert/all.gguf"
+    (tmp_path / "hub/objects").mkdir(parents=True)
+    with serve({REPO: tmp_path / MODEL}, tmp_path / "hub") as hub:
+        environment = {
+            "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+
+        def publish(place: str, *variants: str) -> str:
+            copy.config["models"] = {
+                "lean": {
+                    **CONFIG["models"][MODEL],
+                    "source": {"repo": REPO, "revision": COMMIT},
+                    "variants": {name: {} for name in variants},
+                    "publish": {"repo": place, "when": "verified", "delete_after": True},
+                }
+            }
+            copy.write_config()
+            done = copy.snakemake(*BY_SHARDS, target="publish", **environment)
+            return "" if done.returncode == 0 else done.stdout + done.stderr
+
+        def published(place: str) -> list[str]:
+            return sorted(path.name for path in hub.repositories[place].glob("*.gguf"))
+
+        assert publish("Owner/first", "Q8_0") == ""
+        for place, variants in (("Owner/first", ["Q4_0", "Q8_0"]), ("Owner/second", ["Q8_0"])):
+            said = publish(place, *variants)
+            assert f"{bf16.relative_to(copy.path)}: damaged" in said
+            assert "delete it and run again (a build with `lean: shards` frees" in said
+            bf16.unlink()
+            assert publish(place, *variants) == ""
+            assert published(place) == [f"{MODEL}-{name}.gguf" for name in variants]
+            assert not [*copy.path.glob("results/lean/**/*_0.gguf")]

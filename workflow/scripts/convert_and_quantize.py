@@ -18,7 +18,6 @@ from typing import Any
 import convert
 from mtpforge import cli, recorded_digests
 from mtpforge.errors import ConfigError
-from mtpforge.io import atomic
 from mtpforge.llama_cpp import programs
 from mtpforge.quantize.as_converted import Quantizing, Wanted
 from mtpforge.quantize.recipe import NO_HEAD, Recipe, head_recipe
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--quantize",
         type=cli.json_object,
-        nargs="*",
+        nargs="+",
         required=True,
         metavar="JSON",
         help="the files to make: folder of the piece, type, head, head_tensors, tensors, imatrix",
@@ -42,12 +41,6 @@ def main() -> None:
         metavar="FOLDER",
         help="leave out tensors of finished files whose manifests lie in FOLDER",
     )
-    parser.add_argument(
-        "--note",
-        nargs=2,
-        metavar=("FILE", "TEXT"),
-        help="write TEXT into FILE once all is made",
-    )
     programs.add_folder_option(parser)
     args = parser.parse_args()
     if args.free is None:
@@ -56,14 +49,10 @@ def main() -> None:
     llama.find("llama-quantize")  # missing, it would be noticed after the first gigabyte
     wanted = [_wanted(entry, args.reuse) for entry in args.quantize]
     quantizing = Quantizing(wanted, llama)
-    note = args.note
-    # These do not change what is converted.
-    del args.quantize, args.bin, args.reuse, args.note
+    del args.quantize, args.bin, args.reuse  # they do not change what is converted
     convert.run(parser, args, quantizing.attach)
     if args.digests and quantizing.has_freed:
         recorded_digests.mark_freed(args.digests)
-    if note:
-        atomic.write_text(Path(note[0]), note[1])
 
 
 def _wanted(entry: dict[str, Any], reuse: Path | None) -> Wanted:

@@ -1,15 +1,10 @@
 """Stage `convert`: from a checkpoint to BF16 GGUFs."""
 
-import hashlib
 import json
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
-from mtpforge.io.ranges import digest_of
-from mtpforge.quantize.manifest import Manifest
-from mtpforge.quantize.plan import QuantizePlan
 from mtpforge.rules import layout, lean
 from mtpforge.rules.code import code
 from mtpforge.rules.config import Model
@@ -50,29 +45,10 @@ class ConvertRules(Stage):
             return ""
         options = ["--free", *found.others]
         if lean.by_shards(self.config, model):
-            conversion = self._conversion(wildcards)
-            note = Path(layout.conversion_note(model.key))
-            same = note.exists() and note.read_text(encoding="utf-8") == conversion
-            wanted = [
-                _wanted(model, each)
-                for each in model.variants.values()
-                if not (same and _is_published(model, each))
-            ]
+            wanted = [_wanted(model, each) for each in model.variants.values()]
             options += ["--threads", str(threads), "--reuse", "results"]
-            options += ["--note", str(note), conversion]
             options += ["--quantize", *map(json.dumps, wanted)]
         return shlex.join(options)
-
-    def _conversion(self, wildcards: Wildcards) -> str:
-        """A digest of what is converted, and how: of what decides the tensors and the metadata."""
-        template = self.model(wildcards).chat_template
-        parts = [
-            layout.checkpoint(self.model(wildcards)),  # it names the commit
-            self.options(wildcards),
-            self.norms_option(wildcards),
-            digest_of(Path(template)) if template else "",
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def program(self, wildcards: Wildcards) -> str:
         """The program: the one that also quantizes runs the other, and is not tracked either."""
@@ -112,19 +88,6 @@ class ConvertRules(Stage):
     def _unquantized(self, wildcards: Wildcards) -> layout.Intermediate:
         model = self.model(wildcards)
         return layout.unquantized(model, model.part)
-
-
-def _is_published(model: Model, variant: Variant) -> bool:
-    """Whether a file was uploaded and deleted, and is still the one that is planned.
-
-    Its plan is that of the last conversion.
-    """
-    key, name = model.key, variant.name
-    if not (model.passing and layout.output(model, name).is_away):
-        return False
-    plan = Path(layout.work(key), f"plans/quantized/{name}.json")
-    made = Manifest.read(Path(layout.unverified(key, name)).with_suffix(".json"))
-    return plan.exists() and {*QuantizePlan.read(plan).keys().values()} <= made.by_key().keys()
 
 
 def _wanted(model: Model, variant: Variant) -> dict[str, Any]:

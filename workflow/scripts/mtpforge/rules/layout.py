@@ -217,11 +217,6 @@ def unquantized(model: Model, part: str) -> Intermediate:
     return converted(model.key, part)
 
 
-def conversion_note(model: str) -> str:
-    """What the last finished conversion shard by shard converted; no output, so a kill keeps it."""
-    return f"{work(model)}/converted.txt"
-
-
 def donated(model: str, donor: Source) -> Intermediate:
     """The head of another checkpoint, as a GGUF."""
     return Intermediate(f"{work(model)}/donors/{donor_name(donor)}")
