@@ -4,6 +4,7 @@ PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) workflow/scripts/mtpforge/processors.py)
 PROFILE ?= default
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
+MACHINES = $(shell sed -n 's/^ *machines: *\([0-9]*\).*/--machines \1/p' profiles/$(PROFILE)/profile.yaml 2> /dev/null)
 # `exec`, so that a signal to make reaches the program and not a shell around it.
 ACTIVE := exec env PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --require-hashes
@@ -87,7 +88,7 @@ report: all ## build, then write report.html: the table, pictures of speed, acce
 	@echo "wrote report.html"
 
 plan: toolchain ## forecast downloads, sizes, disk, memory and time of config.yaml; MODELS="a b" for some models
-	@$(ACTIVE) python workflow/scripts/plan.py $(LEAN) $(MODELS)
+	@$(ACTIVE) python workflow/scripts/plan.py $(LEAN) $(MACHINES) $(MODELS)
 
 toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 	@$(ACTIVE) snakemake --cores $(CORES) toolchain

@@ -30,6 +30,7 @@ from mtpforge.inject.inject import Options, inject
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
+from mtpforge.quantize import piece_count
 from mtpforge.quantize.llama_quantize import quantize
 from mtpforge.quantize.recipe import head_recipe
 from mtpforge.quantize.request import QuantizeRequest
@@ -172,6 +173,23 @@ def test_of_files_that_pass_through_the_disk_holds_one(toolchain: Path) -> None:
 def test_pieces_take_scratch_space(toolchain: Path) -> None:
     found = forecast(toolchain, variants={"Q4_K_M": {"pieces": 3}})
     assert found.files[0].pieces == 3 and found.peak > found.kept
+
+
+def test_a_quantization_has_the_pieces_that_its_job_will_have(
+    toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share for each machine, unless it is short, and at most 999."""
+
+    def pieces(machines: int) -> int:
+        nodes = replace(MACHINE, nodes=machines)
+        (file,) = forecast(toolchain, nodes, variants={"IQ4_XS": {}}).files
+        return file.pieces
+
+    assert pieces(8) == 1
+    monkeypatch.setattr(piece_count, "SHARED_SECONDS", 1e-6)
+    assert (pieces(1), pieces(8)) == (1, 8)
+    monkeypatch.setattr(piece_count, "PIECE_SECONDS", 1e-6)
+    assert pieces(1) == piece_count.MAX_PIECES
 
 
 def test_a_file_that_is_found_takes_the_bytes_that_are_asked_for(toolchain: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from repository import CONFIG, Repository
 
 MODEL = "tiny-qwen3.5"
@@ -127,6 +128,16 @@ def test_the_rule_forecasts_the_build_of_the_profile(
     """`--config` replaces that of a profile, so a profile does not set `lean` with it."""
     lean = planned_by(repository, "--workflow-profile", f"profiles/{profile}", *more)
     assert f" --lean {profile} " in lean and "--lean" not in planned_by(repository, *more)
+
+
+def test_the_machines_of_a_profile_share_what_is_forecast(repository: Repository) -> None:
+    machines = ("--set-resources", "plan_types:machines=8")
+    assert "--machines 8" in planned_by(repository, *machines)
+    assert "--machines" not in planned_by(repository)
+    done = subprocess.run(
+        ["make", "-n", "plan", "PROFILE=slurm"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "plan.py --machines 8" in " ".join(done.stdout.split())
 
 
 def test_the_command_line_can_turn_off_what_a_profile_sets(repository: Repository) -> None:

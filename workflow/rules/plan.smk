@@ -23,7 +23,8 @@ rule plan:
         models=[model.key for model in build.config.chosen],
         options=build.planning(
             # config.yaml, which Snakemake lists last, and files of `--configfile`
-            [*workflow.configfiles[-1:], *workflow.overwrite_configfiles]
+            [*workflow.configfiles[-1:], *workflow.overwrite_configfiles],
+            machines=lean.by_profile(workflow, "plan_types", "machines"),
         ),
     message:
         "forecast the build"

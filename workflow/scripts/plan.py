@@ -63,6 +63,10 @@ def main() -> None:
         help="forecast a build with profiles/lean (`lean: true`) or profiles/shards "
         "(`lean: shards`)",
     )  # fmt: skip
+    parser.add_argument(
+        "--machines", type=int, default=1, metavar="N",
+        help="how many machines like this one share a quantization, as on a cluster (default: 1)",
+    )  # fmt: skip
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
@@ -72,7 +76,7 @@ def main() -> None:
     build = _build(paths)
     llama = _programs(args, build)
     build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
-    plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama)
+    plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama, args.machines)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
         print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
@@ -86,14 +90,19 @@ class Plan:
     """The forecasts of these models, what they fetch, and what is not known. Raises ForgeError."""
 
     def __init__(
-        self, paths: list[Path], config: Config, models: list[Model], llama: LlamaCpp
+        self,
+        paths: list[Path],
+        config: Config,
+        models: list[Model],
+        llama: LlamaCpp,
+        machines: int = 1,
     ) -> None:
         self.notes: list[str] = []
         self.config = config
         self.reruns: Reruns = {}
         self.downloads = Downloads()
         cache = cache_root().parent / "calibration.json"
-        self.machine = calibrated(Path(), cache, llama)
+        self.machine = replace(calibrated(Path(), cache, llama), nodes=machines)
         with asking(paths, [model.key for model in models]) as answer:
             self.forecasts = [self._forecast(model, llama) for model in models]
             try:

@@ -52,7 +52,8 @@ class ProgramSpeed:
 class Machine:
     """Threads, bytes of memory, and bytes a second: written to the disk, and read from memory.
 
-    `start` is the time until a program of mtpforge has started.
+    `start` is the time until a program of mtpforge has started. So many `nodes` like it share a
+    long quantization.
     """
 
     threads: int
@@ -61,6 +62,7 @@ class Machine:
     bandwidth: float
     start: float = 0.4
     programs: ProgramSpeed = field(default_factory=ProgramSpeed)
+    nodes: int = 1
 
     def reading(self, size: float) -> float:
         """Seconds to read a file from the disk; none if it is still in memory from its writing."""

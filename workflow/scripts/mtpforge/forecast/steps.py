@@ -26,7 +26,7 @@ from mtpforge.llama_cpp.converter_architectures import why_not_drafting
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.prompts import N_PREDICT
 from mtpforge.quantize.job import RUN_BYTES
-from mtpforge.quantize.piece_count import PIECE_SECONDS
+from mtpforge.quantize.piece_count import pieces_of
 from mtpforge.quantize.recipe import Recipe, head_recipe
 from mtpforge.quantize.request import QuantizeRequest
 from mtpforge.rules import layout
@@ -344,7 +344,7 @@ class ModelForecast:
 
     def _default_pieces(self, source: Gguf, made: Gguf) -> int:
         seconds = planned_ggufs.quantize_seconds(source, made) / self._machine.threads
-        return max(1, round(seconds / PIECE_SECONDS))
+        return pieces_of(seconds, self._machine.nodes)
 
     def _inject(self, variant: Variant) -> int:
         self._convert_head(variant)

@@ -22,7 +22,11 @@ def piece_count(plan: QuantizePlan, llama: LlamaCpp, machines: int = 1) -> int:
 
     It is not part of the plan, which is the same on every machine.
     """
-    seconds = plan.cost / llama.processors
+    return pieces_of(plan.cost / llama.processors, machines)
+
+
+def pieces_of(seconds: float, machines: int = 1) -> int:
+    """The best number of pieces of what takes one of these machines so many seconds."""
     shared = min(machines, int(seconds / SHARED_SECONDS))
     return min(max(1, shared, round(seconds / PIECE_SECONDS)), MAX_PIECES)
 

@@ -40,11 +40,15 @@ class Build:
         self.needs = ResourceRules(self.config)
         self.publish = PublishRules(self.config, self.fetch)
 
-    def planning(self, files: Sequence[str | Path]) -> str:
-        """The options with which plan.py forecasts this build, which these files configure."""
+    def planning(self, files: Sequence[str | Path], machines: str) -> str:
+        """The options with which plan.py forecasts this build, which these files configure.
+
+        So many machines share a quantization; empty: one.
+        """
         options = [word for file in files for word in ("--config", str(file))]
         if self.config.is_lean:
             options += ["--lean", SHARDS if self.config.lean == SHARDS else "lean"]
+        options += ["--machines", machines] if machines else []
         return shlex.join(options)
 
     def outputs(self) -> list[layout.Output]:

@@ -27,9 +27,15 @@ def take_from_profile(config: dict[str, Any], workflow: Any) -> None:
 
     They do with a resource: any `--config` replaces all that a profile sets with `config`.
     """
-    asked = workflow.resource_settings.overwrite_resources.get("convert", {}).get("lean")
-    if asked is not None and "lean" not in workflow.config_settings.overwrite_config:
-        config["lean"] = str(asked.raw).strip("'")
+    asked = by_profile(workflow, "convert", "lean")
+    if asked and "lean" not in workflow.config_settings.overwrite_config:
+        config["lean"] = asked
+
+
+def by_profile(workflow: Any, rule: str, resource: str) -> str:
+    """A resource as a profile's `set-resources` sets it; empty if it does not."""
+    found = workflow.resource_settings.overwrite_resources.get(rule, {}).get(resource)
+    return str(found.raw).strip("'") if found else ""
 
 
 def freed(config: Config, model: Model) -> Freed | None:
