@@ -40,8 +40,11 @@ define install
 	}
 endef
 
+# Whatever fails here, the build says better.
+FORECAST = ($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) $(MACHINES) 2> /dev/null) || true
+
 all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean or shards is for small disks
-	@($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) 2> /dev/null) || true
+	@$(FORECAST)
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
 
 # $(call given,OPTION,VARIABLE) passes a variable on if it is set.
@@ -66,6 +69,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 		$(if $(TYPES),--types $(foreach type,$(TYPES),"$(type)")) $(OPTIONS) --write
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
+	@$(FORECAST)
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
 		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
 

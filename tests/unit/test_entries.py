@@ -290,8 +290,9 @@ def adds(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Run `add.py ... --write` on that checkpoint, and return what it prints."""
-    names = ("fetch", "disk", "peak", "free", "needs_memory", "memory", "seconds")
-    plan = {**dict.fromkeys(names, 0), "notes": [], "fetch_seconds": None}
+    names = ("fetch", "disk", "peak", "free", "seconds")
+    plan = {**dict.fromkeys(names, 0), "notes": [], "warnings": ["warning: x"]}
+    plan["fetch_seconds"] = None
     add.REQUIREMENT.parent.mkdir()
     add.REQUIREMENT.touch()
     monkeypatch.setattr(add, "Source", OneSource)
@@ -311,6 +312,7 @@ def test_a_file_keeps_its_commit_and_that_one_is_announced(adds: Callable[..., s
     adds("Owner/Name@v1", "--type", "Q8_0")
     said = adds("Owner/Name", "--type", "Q4_0")
     assert f"Q4_0 of Owner/Name at {OLDER[:7]} (config.d/name.yaml)" in said
+    assert "\nwarning: x\n" in said
     entry = entry_files.read_entries()["name"]
     assert entry["source"]["revision"] == OLDER and entry["converter"] == "llama.cpp"
 
@@ -429,12 +431,11 @@ def test_make_passes_the_profile_on() -> None:
         assert "--profile shards" in done.stdout
 
 
-def test_too_little_disk_is_said_with_the_profile_that_needs_less() -> None:
-    plan = {"fetch": 0, "fetch_seconds": None, "disk": 5, "peak": 9 * 10**9, "free": 8 * 10**9,
-            "seconds": 1, "notes": [], "needs_memory": 0, "memory": 0}  # fmt: skip
-    said = add._in_lines({**plan, "lean_peak": 7 * 10**9}, "")
-    assert said[-1] == "warning: too little disk: PROFILE=lean takes at most 7.00 GB"
-    assert add._in_lines({**plan, "lean_peak": 9 * 10**9}, "")[-1] == "warning: too little disk"
+def test_a_warning_names_the_profile_that_needs_less() -> None:
+    """As `make` does: the words are those of plan.py."""
+    plan = {"fetch": 0, "fetch_seconds": None, "disk": 5, "peak": 9, "free": 8, "seconds": 1,
+            "notes": [], "warnings": ["warning: too little disk: `make PROFILE=lean`"]}  # fmt: skip
+    assert add._in_lines(plan, "")[-1] == "warning: too little disk: `make PROFILE=lean`"
 
 
 # ── reading them ──

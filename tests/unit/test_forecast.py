@@ -7,8 +7,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import yaml
 from conftest import CHECKPOINTS, MODELS, SCRIPTS
 from gemma4 import write_gemma4
 from hub import COMMIT, Hub, serve
+from huggingface_hub import constants
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.forecast import costs, planned_ggufs, reruns, upstream_ggufs
@@ -39,7 +42,7 @@ from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import HubGguf, HubRepository
 from other_architectures import EXPERTS, write_model
-from plan import in_words
+from plan import Plan, in_words
 
 MODEL = "tiny-qwen3.5"
 MACHINE = Machine(threads=2, memory=8 << 30, disk=1e9, bandwidth=1e10)
@@ -687,7 +690,7 @@ def test_too_little_disk_is_said() -> None:
         "fetch_seconds": None,
         "disk": 3,
         "peak": 9_000_000,
-        "lean_peak": 9_000_000,
+        "smaller": {},
     }
     about |= {
         "free": 9_000_000,
@@ -699,10 +702,15 @@ def test_too_little_disk_is_said() -> None:
     }
     assert "warning" not in in_words(about)
     assert "\nwarning: too little disk: " in in_words({**about, "peak": 9_000_001})
-    lean = in_words({**about, "peak": 9_000_001, "lean_peak": 8_000_000})
-    assert "`--workflow-profile profiles/lean`, takes 8.00 MB at its peak: " in lean
+    full = {**about, "peak": 9_000_001}
+    lean = in_words({**full, "smaller": {"lean": 9_000_000}})
+    assert "`--workflow-profile profiles/lean`, takes 9.00 MB at its peak: " in lean
+    shards = in_words({**full, "smaller": {"lean": 9_000_001, "shards": 8_000_000}})
+    assert "`make PROFILE=shards`, or " in shards and "takes 8.00 MB at its peak: " in shards
+    none = in_words({**full, "free": 7, "smaller": {"lean": 9_000_000, "shards": 8_000_000}})
+    assert "even `make PROFILE=shards` takes 8.00 MB at its peak: free the checkpoints" in none
     lacking = in_words({**about, "needs_memory": 2})
-    assert "\nwarning: a step needs " in lacking and "(x.json)" in lacking
+    assert "\nwarning: a step needs " in lacking and "(x.json): take smaller types, " in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
     assert "fetch 3.00 MB (about 2 min 10 s), " in timed
 
@@ -719,6 +727,55 @@ def test_a_forecast_that_takes_too_long_says_so(tmp_path: Path) -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "no forecast within 2 s: `make plan` says if the disk is too small\n"
+
+
+# ── the totals ──
+
+
+def totals(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, llama: LlamaCpp, free: int = 10**12, **lean: Any
+) -> dict[str, Any]:
+    """Of config.yaml, on a machine of 1 GiB, as if Snakemake had no answer."""
+    monkeypatch.setattr("plan.asking", lambda *_: nullcontext(dict))
+    monkeypatch.setattr("plan.calibrated", lambda *_: replace(MACHINE, memory=1 << 30))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    build = Build({**yaml.safe_load((folder / "config.yaml").read_text()), **lean})
+    return Plan([folder / "config.yaml"], build.config, build.config.chosen, llama).totals()
+
+
+def test_the_profile_that_fits_is_found(
+    tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peak is that of a forecast with the profile; shards is not needed if lean fits."""
+    write_config(tmp_path, {"repo": f"Owner/{MODEL}", "revision": COMMIT})
+    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+        def found(free: int = 10**12, **lean: Any) -> dict[str, Any]:
+            return totals(tmp_path, monkeypatch, LlamaCpp(toolchain), free, **lean)
+
+        usual, lean, shards = (found(lean=kind)["peak"] for kind in (False, True, "shards"))
+        assert shards < lean < usual and found()["smaller"] == {}
+        assert found(lean)["smaller"] == {"lean": lean}
+        assert found(shards)["smaller"] == found(1)["smaller"] == {"lean": lean, "shards": shards}
+        assert found(shards, lean=True)["smaller"] == {"shards": shards}
+        assert found(1, lean="shards")["smaller"] == {}
+
+
+def test_the_memory_of_gpus_counts(
+    tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the jobs."""
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
+    monkeypatch.setattr(memory, "needed", lambda size: 2 << 30)
+    llama = LlamaCpp(toolchain)
+    assert totals(tmp_path, monkeypatch, llama)["memory"] == 1 << 30
+    monkeypatch.setattr(memory.process, "has_gpu", lambda: True)
+    monkeypatch.setattr(LlamaCpp, "gpu_memory", lambda _: 4 << 30)
+    assert totals(tmp_path, monkeypatch, llama)["memory"] == 5 << 30
 
 
 def test_an_unknown_model_is_named(tmp_path: Path, toolchain: Path) -> None:

@@ -260,20 +260,13 @@ def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
     if plan["fetch"] and plan["fetch_seconds"] is not None:
         fetch += f", about {table.duration(plan['fetch_seconds'])}"
     more = f", at most {peak} while it runs" if peak != disk else ""
-    lines = [
+    return [
         f"fetch  {fetch}",
         f"disk   {disk}{more}; {free} are free",
         f"time   about {table.duration(plan['seconds'])} on an idle machine{first}",
         *plan["notes"],
+        *plan["warnings"],
     ]
-    if plan["peak"] > plan["free"]:
-        less = plan["lean_peak"] < plan["peak"]
-        advice = f": PROFILE=lean takes at most {table.size(plan['lean_peak'])}" if less else ""
-        lines.append(f"warning: too little disk{advice}")
-    if plan["needs_memory"] > plan["memory"]:
-        needed, there = table.size(plan["needs_memory"]), table.size(plan["memory"])
-        lines.append(f"warning: needs {needed} of memory, and there are {there}: docs/sizing.md")
-    return lines
 
 
 def _ask(yes: bool) -> None:

@@ -31,7 +31,7 @@ from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.reruns import Reruns, asking
 from mtpforge.forecast.steps import ModelForecast, ShardByShardForecast
-from mtpforge.llama_cpp import programs
+from mtpforge.llama_cpp import memory, programs
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.toolchain import cache_root, cached
 from mtpforge.rules import entry_files, lean
@@ -40,7 +40,10 @@ from mtpforge.rules.config import SHARDS, Config, Model, read_file
 
 REQUIREMENT = Path("envs/llama.cpp.txt")
 LEAN: dict[str, Literal[True, "shards"]] = {"lean": True, "shards": SHARDS}
-_LEAST = "see if `make PROFILE=shards plan` needs less"
+_LESS_MEMORY = (
+    "take smaller types, a published importance matrix instead of a text's, or a larger machine, as"
+    " of a cluster (docs/cluster.md): see docs/sizing.md#memory"
+)
 _PATIENCE = 30
 """Seconds for the first line of `make`, which must not wait for a network that is down."""
 
@@ -79,7 +82,9 @@ def main() -> None:
     plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama, args.machines)
     if args.json:
         models = {each.model.key: _as_json(each) for each in plan.forecasts}
-        print(json.dumps({**plan.totals(), "notes": plan.notes, "models": models}, indent=1))
+        totals = plan.totals()
+        about = {**totals, "notes": plan.notes, "warnings": warnings(totals), "models": models}
+        print(json.dumps(about, indent=1))
         return
     if not args.totals:
         print(*map(as_table, plan.forecasts), sep="\n")
@@ -99,17 +104,19 @@ class Plan:
     ) -> None:
         self.notes: list[str] = []
         self.config = config
+        self.llama = llama
         self.reruns: Reruns = {}
         self.downloads = Downloads()
         cache = cache_root().parent / "calibration.json"
         self.machine = replace(calibrated(Path(), cache, llama), nodes=machines)
         with asking(paths, [model.key for model in models]) as answer:
-            self.forecasts = [self._forecast(model, llama) for model in models]
+            self.forecasts = [self._forecast(model, config) for model in models]
             try:
                 self.reruns = answer()
             except ConfigError as error:
                 self.notes.append(f"note: results that are there count as current: {error}")
         for each in self.forecasts:
+            self.notes += lean.notes(config, each.model)
             each.settle(self.reruns)
             if each.passing:
                 more = table.size(each.passing)
@@ -119,19 +126,18 @@ class Plan:
                 )
         self.network = network_rate(cache, constants.ENDPOINT, self.downloads.rate)
 
-    def _forecast(self, model: Model, llama: LlamaCpp) -> ModelForecast:
+    def _forecast(self, model: Model, config: Config) -> ModelForecast:
         try:
-            self.notes += lean.notes(self.config, model)
             outline = self.downloads.outline(model)
             self.downloads.free(model.compare)
             if model.chat_template:
                 outline.chat_template = chat_templates.given(model.chat_template)
-            is_by_shards = lean.by_shards(self.config, model)
+            is_by_shards = lean.by_shards(config, model)
             kind = ShardByShardForecast if is_by_shards else ModelForecast
             return kind(
                 model,
                 outline,
-                llama,
+                self.llama,
                 machine=self.machine,
                 base_size=self.downloads.file_size,
                 drafter=self.downloads.drafter(model),
@@ -144,51 +150,69 @@ class Plan:
 
         `fetch_seconds` is None if the speed of the network is not known.
         """
-        kept = sum(each.kept for each in self.forecasts)
-        scratch = max((each.scratch for each in self.forecasts), default=0)
         fetch = self.downloads.fetch(self.reruns)
-        freed, before = self._freed()
-        by_shards, shards = self._by_shards()
-        peak = kept + scratch + fetch
-        while_converting = fetch - min(shards, fetch) + max(before, by_shards)
-        lean_peak = max(peak - freed, while_converting) if freed else peak
+        free = shutil.disk_usage(".").free
+        peak, freed = self._peak(self.config, self.forecasts)
         steps = [step for each in self.forecasts for step in each.steps]
         left = [step for step in steps if not step.done]
         largest = max(left, key=lambda step: step.memory, default=None)
+        needed = largest.memory if largest else 0
         return {
             "steps": len(steps),
             "to_run": len(left),
             "fetch": fetch,
             "fetched": self.downloads.total - fetch,
-            "disk": kept
+            "disk": sum(each.kept for each in self.forecasts)
             + fetch
             - self.downloads.freed(self.reruns)
-            - (freed if self.config.is_lean else 0),
-            "peak": lean_peak if self.config.is_lean else peak,
-            "lean_peak": lean_peak,
-            "free": shutil.disk_usage(".").free,
-            "needs_memory": max((each.memory for each in self.forecasts), default=0),
+            - freed,
+            "peak": peak,
+            "free": free,
+            "smaller": self._smaller(peak, free) if peak > free else {},
+            "needs_memory": needed,
             "largest_step": largest.path if largest else "",
-            "memory": self.machine.memory,
+            "memory": self._memory(needed),
             "seconds": round(sum(each.seconds for each in self.forecasts)),
             "fetch_seconds": round(fetch / self.network) if self.network else None,
             "servers": sum(each.servers for each in self.forecasts),
         }
 
-    def _freed(self) -> tuple[int, int]:
-        """Bytes of shards that a lean build frees, and the most that a conversion writes before."""
-        found = [each.freed(part) for each, part in self._freeing()]
-        return sum(freed for freed, _ in found), max((before for _, before in found), default=0)
+    def _peak(self, config: Config, forecasts: list[ModelForecast]) -> tuple[int, int]:
+        """The most bytes that a build takes on the disk, and those that it frees of shards."""
+        kept = sum(each.kept for each in forecasts)
+        scratch = max((each.scratch for each in forecasts), default=0)
+        fetch = self.downloads.fetch(self.reruns)
+        pairs = [(each, lean.freed(config, each.model)) for each in forecasts if config.is_lean]
+        freeing = [(each, frees.part) for each, frees in pairs if frees]
+        found = [(*each.freed(part), *each.by_shards(part)) for each, part in freeing]
+        freed = sum(freed for freed, *_ in found)
+        if not freed:
+            return kept + scratch + fetch, 0
+        shards = sum(shards for *_, shards in found)
+        converting = max(max(before, by_shards) for _, before, by_shards, _ in found)
+        peak = max(kept + scratch + fetch - freed, fetch - min(shards, fetch) + converting)
+        return peak, freed
 
-    def _by_shards(self) -> tuple[int, int]:
-        """The most that a conversion shard by shard takes, and bytes of the shards of all these."""
-        found = [each.by_shards(part) for each, part in self._freeing()]
-        return max((most for most, _ in found), default=0), sum(shards for _, shards in found)
+    def _smaller(self, peak: int, free: int) -> dict[str, int]:
+        """The peak with each profile that takes less than `peak`, up to the first that fits."""
+        found = {}
+        for name, kind in LEAN.items():
+            config = self.config.model_copy(update={"lean": kind})
+            forecasts = [self._forecast(each.model, config) for each in self.forecasts]
+            for each in forecasts:
+                each.settle(self.reruns)
+            least, _ = self._peak(config, forecasts)
+            if least < peak:
+                found[name] = least
+            if least <= free:
+                break
+        return found
 
-    def _freeing(self) -> list[tuple[ModelForecast, str]]:
-        """The models whose shards are freed, and the part whose conversion does it."""
-        pairs = [(each, lean.freed(self.config, each.model)) for each in self.forecasts]
-        return [(each, frees.part) for each, frees in pairs if frees]
+    def _memory(self, needed: int) -> int:
+        """Bytes of memory for a step that needs so many: GPUs count if it has to be."""
+        with suppress(ToolchainError):  # before the programs are built, GPUs are not known
+            return memory.room(needed, self.machine.memory, self.llama)
+        return self.machine.memory
 
 
 def as_table(forecast: ModelForecast) -> str:
@@ -213,20 +237,26 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     fetching = f" {table.size(about['fetch'])}"
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
-    lines = [
+    first = (
         f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, then about "
         f"{table.duration(about['seconds'])} on an idle machine; disk {table.size(about['disk'])}, "
         f"at most {table.size(about['peak'])} while it runs, {table.size(about['free'])} are free"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
-    ]
+    )
+    return "\n".join([first, *warnings(about)])
+
+
+def warnings(about: dict[str, Any]) -> list[str]:
+    """What this machine lacks, and how to do without it."""
+    lines = []
     if about["peak"] > about["free"]:
         lines.append(f"warning: too little disk: {_advice(about)}")
     if about["needs_memory"] > about["memory"]:
         lines.append(
             f"warning: a step needs {table.size(about['needs_memory'])} of memory and there are "
-            f"{table.size(about['memory'])} ({about['largest_step']}): see docs/sizing.md#memory"
+            f"{table.size(about['memory'])} ({about['largest_step']}): {_LESS_MEMORY}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _give_up(*_: object) -> NoReturn:
@@ -248,17 +278,20 @@ def _build(paths: list[Path]) -> Build:
 
 def _advice(about: dict[str, Any]) -> str:
     """How to build with less disk."""
-    peak = about["lean_peak"]
-    if peak < about["peak"]:
-        enough = "" if peak <= about["free"] else f", which is still too much: {_LEAST}"
-        return (
-            f"`make PROFILE=lean`, or `--workflow-profile profiles/lean`, takes "
-            f"{table.size(peak)} at its peak{enough}: see docs/sizing.md#disk"
-        )
-    return (
-        f"{_LEAST}, or free the checkpoints and intermediates of other models "
+    for name, peak in about["smaller"].items():
+        if peak <= about["free"]:
+            return (
+                f"`make PROFILE={name}`, or `--workflow-profile profiles/{name}`, takes "
+                f"{table.size(peak)} at its peak: see docs/sizing.md#disk"
+            )
+    free = (
+        "free the checkpoints and intermediates of other models "
         "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
     )
+    if not about["smaller"]:
+        return free
+    name, peak = min(about["smaller"].items(), key=lambda each: each[1])
+    return f"even `make PROFILE={name}` takes {table.size(peak)} at its peak: {free}"
 
 
 def _programs(args: Namespace, build: Build) -> LlamaCpp:
