@@ -156,6 +156,10 @@ def test_presets_are_valid_entries(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert helped == (set(made) - {"BF16", "Q8_0"} if name == "publisher" else set())
 
 
+def test_a_checkpoint_on_this_machine_is_not_downloaded() -> None:
+    assert Source(CHECKPOINTS / "tiny-qwen3.5").about() == "Local, 5.6 MB, 1.2 MB of it the head"
+
+
 def test_some_types_of_a_preset_are_as_in_the_whole() -> None:
     whole = presets.preset("publisher")
     assert presets.preset("publisher", only=["iq4_xs", "Q8_0"]) == {

@@ -52,7 +52,7 @@ class Source:
     """
 
     def __init__(self, given: Address | Path) -> None:
-        self.download = 0
+        self.download: int | None = None
         if isinstance(given, Path):
             self.outline: Outline = Checkpoint(given)
             self.name, self.label = folder_name(given), str(given)
@@ -84,12 +84,15 @@ class Source:
         return Entry(plain_key(self.name), self.about(), {**settings, **options}, made)
 
     def about(self) -> str:
-        """How much there is to download, and how much of that is the head."""
+        """How much there is to download, or on this machine, and how much of that is the head."""
         size = sum(each.size for each in convertible.head_tensors(self.outline, self.converter))
         about = f"{table.rounded_size(size)} of it the head{convertible.undrafted(self.outline)}"
         if not size:
             about = self._headless()
-        return f"{table.rounded_size(self.download)} to download, {about}"
+        if self.download is not None:
+            return f"{table.rounded_size(self.download)} to download, {about}"
+        there = sum(each.size for each in self.outline.tensors.values())
+        return f"Local, {table.rounded_size(there)}, {about}"
 
     def _headless(self) -> str:
         """That there is no head, and where one may be."""
