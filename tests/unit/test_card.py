@@ -379,7 +379,8 @@ def test_speed_that_was_steady_for_no_file_has_no_columns_and_is_said_once() -> 
     speedless = {
         "steady": False,
         "recommended_n_max": None,
-        "verdict": f"not steady: 60 to 102 tokens/s: {recommendation.AGAIN}; search cut short",
+        "verdict": f"not steady: 60 to 102 tokens/s: {recommendation.AGAIN}"
+        "; search cut short by `minutes`",
     }
     unsteady = result(measured=measurement(2, **speedless))
     bare = measurement(0, (99.0,), **{**speedless, "recommended_n_max": 0})
@@ -784,6 +785,11 @@ def test_types_are_explained_if_there_is_a_choice() -> None:
     )
     for results in ([result()], [result("Q4_K_M"), result("Q4_K_S")], [result("a"), result("b")]):
         assert "By type" not in make(*results)
+
+
+def test_the_type_of_a_file_is_not_taken_from_the_name_of_its_model() -> None:
+    text = make(*(result(f"Name-BF16-{kind}") for kind in ("Q8_0", "Q4_K_M")))
+    assert "By type: Q8 is practically as good as BF16; Q4 is" in text
 
 
 def test_a_download_is_checked_without_mtpforge() -> None:

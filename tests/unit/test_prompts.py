@@ -105,6 +105,7 @@ def test_questions_that_are_not_there_are_refused(tmp_path: Path) -> None:
         ({"category": "../x", "turns": ["x"]}, "needs a `category`"),
         ({"category": "qa"}, "needs `turns`"),
         ({"category": "qa", "turns": [{"content": "x"}]}, "needs `turns`"),
+        ({"category": "qa", "turns": [" "]}, "needs `turns`"),
     ):
         path.write_text(json.dumps(line))
         with pytest.raises(ConfigError, match=message):

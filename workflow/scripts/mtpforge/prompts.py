@@ -79,10 +79,11 @@ def _questions(path: Path) -> Iterator[tuple[str, str]]:
         category, turns = question.get("category"), question.get("turns")
         if not isinstance(category, str) or not _CATEGORY.fullmatch(category):
             raise ConfigError(f"{where}: needs a `category` of letters, digits, - and _")
-        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        said = turns[0] if isinstance(turns, list) and turns else None
+        if not isinstance(said, str) or not said.strip():
             raise ConfigError(f"{where}: needs `turns`, a list of what the user says")
         if found.get(category, _PLACEHOLDER).startswith(_PLACEHOLDER):
-            found[category] = turns[0]
+            found[category] = said
     for category, text in found.items():
         if text.startswith(_PLACEHOLDER):
             raise ConfigError(

@@ -341,9 +341,14 @@ class Bench:
         Raises ToolchainError if no prompt is left, or drafting is the reason.
         """
         kinds = ", ".join(case.kind for case in short)
-        if tried in self.rounds or tried != OFF:
+        if tried in self.rounds:
             raise ToolchainError(
                 f"llama-server generated nothing from {kinds}, though it did before: run again"
+            )
+        if tried != OFF:
+            raise ToolchainError(
+                f"llama-server generated nothing from {kinds} with drafting (n_max {tried.n_max}), "
+                "though it does without: drafting changes the text: verify the file again"
             )
         kept = [case for case in self.cases.main if case not in short]
         if not kept:

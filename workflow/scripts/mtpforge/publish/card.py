@@ -240,7 +240,7 @@ _KIND = re.compile(rf"(?<![A-Z0-9])({'|'.join(_QUALITY)})(?![A-Z0-9])")
 def _types(results: Iterable[Result]) -> str:
     """What the types in the names of the models mean; empty if there is no choice of them."""
     names = (result.name for result in results if result.is_model)
-    kinds = {found[1] for name in names if (found := _KIND.search(name))}
+    kinds = {found[-1] for name in names if (found := _KIND.findall(name))}  # after the model's
     words = "; ".join(f"{kind} {words}" for kind, words in _QUALITY.items() if kind in kinds)
     return f"By type: {words}." if len(kinds) > 1 else ""
 

@@ -69,7 +69,8 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
 
 def _verdict(measured: Measurement) -> str:
     """What was found, without what only whoever measures can do."""
-    return escape(measured.verdict.replace(f": {AGAIN}", ""))
+    verdict = measured.verdict.replace(f": {AGAIN}", "").replace(" by `minutes`", "")
+    return escape(verdict)
 
 
 def _not_compared(others: Iterable[Other]) -> str:

@@ -70,9 +70,12 @@ def check_uploaded(receipt: Path, file: Path) -> None:
     for path in inside:
         about = path.stat()
         shard = sent.get(path)
-        same = shard is not None and about.st_size == shard.bytes
-        if same and about.st_ctime > receipt.stat().st_mtime:
-            same = shard is not None and digest_of(path) == shard.sha256
+        is_old = about.st_ctime <= receipt.stat().st_mtime
+        same = (
+            shard is not None
+            and about.st_size == shard.bytes
+            and (is_old or digest_of(path) == shard.sha256)
+        )
         if not same and path.name != _TIMESTAMP:
             raise VerificationError(
                 f"{path}: is not the file that was uploaded, so it is not deleted: move it "

@@ -57,15 +57,16 @@ def find_reusable(job: QuantizeJob, folder: Path, scratch: Path) -> Reusable:
     """
     keys = job.plan.keys()
     found: Reusable = {}
-    held: list[tuple[dict[str, ManifestEntry], Manifest]] = []
+    held: list[tuple[dict[str, ManifestEntry], list[Path]]] = []
     for path in _manifests(folder):
         manifest = Manifest.read(path)
         entries = manifest.by_key()
         wanted = {name: entries[key] for name, key in keys.items() if key in entries}
-        held.append((wanted, manifest))
+        if wanted:
+            held.append((wanted, manifest.files))
     # First those with all tensors: such a file may be linked as a whole.
-    for wanted, manifest in sorted(held, key=lambda each: each[0].keys() != keys.keys()):
-        for file in _existing(manifest.files):
+    for wanted, files in sorted(held, key=lambda each: each[0].keys() != keys.keys()):
+        for file in _existing(files):
             if wanted.keys() <= found.keys():
                 break
             found = _tensors_of(job, file, wanted=wanted, scratch=scratch) | found
