@@ -157,6 +157,19 @@ def test_the_rule_forecasts_the_files_of_configuration_in_use(repository: Reposi
     assert "results that are there count as current" not in done.stdout
 
 
+def test_the_page_says_how_to_run_on_a_larger_machine_what_was_left_out(
+    repository: Repository,
+) -> None:
+    """A verdict on the memory is a result like others, and stays."""
+    page = (ROOT / "docs/sizing.md").read_text()
+    (command,) = re.findall(r"^snakemake .*--forcerun .*$", page, re.MULTILINE)
+    *options, last = command.split()[1:]
+    target = options.pop(options.index("all"))
+    done = repository.snakemake("--dry-run", *options, last, target=target)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {"acceptance", "reference_logits", "verify", "measure"} < set(options + [last])
+
+
 def timeless(text: str) -> str:
     """Without times and free space, and the widths of columns that follow from them."""
     text = re.sub(r"[\d.]+ min \d+ s|[\d.]+ s\b|[\d.]+ GB are free", "", text)
