@@ -376,7 +376,7 @@ def build(**keys: object) -> Build:
 def test_the_rule_gets_the_address() -> None:
     made = build(url="s3://my-bucket/a/b/").publish
     assert made.upload_options(None) == "--s3 results/m s3://my-bucket/a/b"
-    assert made.uploads(None) == ["results/m/SHA256SUMS"]
+    assert made.uploads(None) == ["results/summary.md", "results/m/SHA256SUMS"]
 
 
 @pytest.mark.parametrize(
