@@ -26,7 +26,7 @@ NOT_RUN = {
     "make test": "runs this test",
     "make quant REPO=Qwen/Qwen3.5-4B TYPE=IQ4_XS": STORY,
     "make inject BASE=OWNER/NAME-GGUF:Q4_K_M SOURCE=Qwen/Qwen3.5-4B": STORY,
-    "make add REPO=Qwen/Qwen3.5-4B PRESET=publisher PUBLISH=OWNER/NAME-MTP-GGUF": STORY,
+    "make add REPO=Qwen/Qwen3.5-4B PRESET=publisher MEASURE=1 PUBLISH=OWNER/NAME-MTP-GGUF": STORY,
     "make publish": STORY,
 }
 """Lines that are not run here, and why; `tests/workflow/test_docs.py` parses them."""

@@ -62,7 +62,7 @@ def make(
     command = ["make", "-o", "setup", *words, *(f"{k}={v}" for k, v in variables.items())]
     return subprocess.run(
         command, cwd=copy.path, env=environment, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, timeout=600,
+        stdin=subprocess.DEVNULL, timeout=900,
     )  # fmt: skip
 
 
@@ -129,4 +129,4 @@ def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
     assert {name for name in names if name.endswith(".gguf")} == {
         "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-IQ4_XS.gguf", "Qwen3.5-4B-imatrix.gguf"
     }  # fmt: skip
-    assert {"README.md", "SHA256SUMS", "reports", "provenance"} <= names
+    assert {"README.md", "SHA256SUMS", "reports", "measure", "provenance"} <= names
