@@ -117,8 +117,9 @@ def runtimes() -> str:
         " advises against F16 tensors.",
         f"LM Studio drafts with an embedded head from {known.LM_STUDIO} on.",
         f"Ollama drafts with an embedded head from {known.OLLAMA_DRAFTS} on, if the Modelfile has"
-        f" `PARAMETER draft_num_predict N`. {known.OLLAMA} does not load"
-        f" {' and '.join(known.OLLAMA_WITHOUT)} files that have a head.",
+        f" `PARAMETER draft_num_predict N`. {known.OLLAMA} cannot load"
+        f" {' and '.join(known.OLLAMA_WITHOUT)} files that have a head"
+        f" (ollama issue {known.OLLAMA_ISSUE}).",
     ]
     return markdown(rows, left=4) + "".join(f"\n- {note}" for note in notes) + "\n"
 

@@ -336,7 +336,7 @@ def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
         ("memory", ["-", "3.00 GB"]),
         ("KL divergence", ["-", "0.01234"]),
         ("KL 99.9%", ["-", "0.5678"]),
-        ("same first choice", ["-", "95.1%"]),
+        ("top-token agreement", ["-", "95.1%"]),
         ("perplexity", ["-", "8.1234"]),
     ],
 )
@@ -514,7 +514,7 @@ def test_commands_use_the_first_quantized_file_that_drafts() -> None:
         assert line.replace("R", "Someone/Qwen3.5-4B-MTP-GGUF") in served(text)
     assert (
         "change the tag, and the draft length to that in the table "
-        "(`--spec-type draft-mtp --spec-draft-n-max N`; neither if it is off)."
+        "(`--spec-type draft-mtp --spec-draft-n-max N`; leave out both options if it says off)."
     ) in text
 
 
@@ -543,7 +543,7 @@ def test_changes_for_another_file_are_explained_before_the_commands() -> None:
     assert "If you chose another file" not in make()
     text = make(result("BF16"), result("Q4_K_M"))
     assert (
-        "These commands name `Qwen3.5-4B-Q4_K_M.gguf`, the file that llama.cpp takes without a tag "
+        "These commands use `Qwen3.5-4B-Q4_K_M.gguf`, the file that llama.cpp takes without a tag "
         "(`-hf REPOSITORY`). If you chose another file, change the tag.\n"
     ) in text
     assert text.index("If you chose another file") < text.index("llama-server -hf")
@@ -601,8 +601,11 @@ def test_ollama_drafts_with_a_modelfile_and_old_ones_need_a_file_without_a_head(
     text = make()
     name = "hf.co/Someone/Qwen3.5-4B-MTP-GGUF:{}"
     assert f"FROM {name.format('IQ4_XS')}\nPARAMETER draft_num_predict 1\n" in text
-    assert "does not load files of this architecture with a head." in text
-    assert f"it does load `{name.format('none')}`" in make(result(), result("none", heads=0))
+    refused = "cannot load files of this architecture with a head (ollama issue 16282)"
+    assert f"{refused}." in text
+    assert f"{refused}, but can load `{name.format('none')}`" in make(
+        result(), result("none", heads=0)
+    )
     for model in (result(heads=0, head="none"), result(measured=measurement(0, (9.0, 8.0)))):
         assert f"\nollama run {name.format('IQ4_XS')}\n" in (text := make(model))
         assert ("16282" in text) == model.has_head
@@ -688,7 +691,7 @@ def test_file_without_a_tag_is_served_by_name() -> None:
     command = "-hf Someone/Qwen3.5-4B-MTP-GGUF --hf-file Qwen3.5-4B-Q4_K_M.gguf --spec-type"
     assert command in text
     assert "lemonade pull" not in text
-    named = "These commands name `Qwen3.5-4B-Q4_K_M.gguf`, the recommended file."
+    named = "These commands use `Qwen3.5-4B-Q4_K_M.gguf`, the recommended file."
     assert named in text and "(`-hf REPOSITORY`), llama.cpp may take another." in text
 
 
@@ -800,9 +803,7 @@ def test_a_download_is_checked_without_mtpforge() -> None:
 
 def test_memory_is_explained_where_it_is_shown() -> None:
     measured = measurement()
-    assert "Memory is the largest resident size of llama-server" in second(
-        result(measured=measured)
-    )
+    assert "Memory is llama-server's peak resident size" in second(result(measured=measured))
     without = second(result(measured=replace(measured, memory_bytes=None)))
     assert "resident" not in without and "resident" not in second()
 
@@ -909,12 +910,12 @@ def test_readers_are_told_to_take_only_what_is_published(tmp_path: Path) -> None
     compared_with = result("Q4_K_M", measurement(kl_divergence=stock))
     about = About.parse(json.dumps(ABOUT))
     for results, words in (
-        ((auto,), "no better than Q4_K_M (0.0027 beside 0.0027)."),
-        ((auto, other), "no better than Q4_K_M (0.0027 beside 0.0027)."),
-        ((auto, compared_with), "no better than Q4_K_M: take that (0.0027 beside 0.0027)."),
+        ((auto,), "no better than Q4_K_M (0.0027 vs 0.0027)."),
+        ((auto, other), "no better than Q4_K_M (0.0027 vs 0.0027)."),
+        ((auto, compared_with), "no better than Q4_K_M: take that (0.0027 vs 0.0027)."),
     ):
         text = card.make(about, results, tmp_path / "none", STAMP, TEMPLATE, compared=[found])
-        assert f"[found by a search](DETAILS.md#found-types): {words}" in text
+        assert f"[found by a search](DETAILS.md#types-found-by-the-search): {words}" in text
 
 
 def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) -> None:
@@ -932,8 +933,8 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     about = About.parse(json.dumps(ABOUT))
     text = card.make(about, (result(),), tmp_path / "none", STAMP, TEMPLATE, compared=[found])
     shown = text.replace("\\", "")
-    verdict = "-50% KL divergence at the size of Q4_K_M (0.001 beside 0.002)"
-    found_by = "[found by a search](DETAILS.md#found-types)"
+    verdict = "-50% KL divergence at the size of Q4_K_M (0.001 vs 0.002)"
+    found_by = "[found by a search](DETAILS.md#types-found-by-the-search)"
     assert f"The types in `Qwen3.5-4B-auto` were {found_by}: {verdict}" in shown
     text = details.make(about, (result(),), DETAILS, compared=[found])
     assert "`Qwen3.5-4B-auto`: how much a tensor matters was measured by class" in text

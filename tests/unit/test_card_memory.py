@@ -252,9 +252,7 @@ def test_needs_are_said_to_be_estimated() -> None:
     # 16.5 GB, 0.54 GB of cache, 8 states of 0.16 GB, 0.03 GB for the head, 1 GB of buffers
     assert "| 24 GB      | [Q4_K_M](Qwen3.5-4B-Q4_K_M.gguf) |            19 GB |" in table
     assert "- These needs are estimates: the file, 8,192 tokens" in table
-    assert (
-        "Memory means that of the graphics card if the whole model runs there, otherwise" in table
-    )
+    assert "Memory is VRAM if the whole model runs on the GPU, otherwise RAM" in table
     # 6 of the states; 4 states, and the head's cache
     assert "serves 4 requests at a time: `--parallel 1` saves 940 MB." in table
     assert (

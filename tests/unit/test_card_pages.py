@@ -219,11 +219,11 @@ def test_other_peoples_files_are_shown_beside_ours() -> None:
     measured = replace(measurement(2), file="M-a.gguf", bytes=2 * 10**9)
     about = About.parse(json.dumps(ABOUT))
     page = details.make(about, [result(measured=measured)], DETAILS, others=others)
-    shown = page.split("## Beside other people's files")[1]
+    shown = page.split("## Compared with other quants")[1]
     assert r"| `Some\|one/X-GGUF/M-b.gguf`" in shown
     assert "0.02000 ± 0.00100 | 0.5678 |   3.500" in shown
     assert "- `bad.gguf`: not compared: of &lt;another&gt; model" in shown
-    assert "Beside other" not in second()
+    assert "Compared with other" not in second()
     second_file = replace(measured, file="M-c.gguf", bytes=3 * 10**9)
     picture = distance([measured, second_file], others=others).render()
     assert ">`b` (Some|one)<" in picture and ">not made here<" in picture

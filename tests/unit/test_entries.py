@@ -73,8 +73,8 @@ def test_files_and_folders_are_on_this_machine(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("ckpt/", "ckpt/: no such folder"),
-        ("checkpoints/my-finetune/", "if it is a repository, write the address of its page"),
-        ("mine/tun-4b", "write the address of its page; did you mean tune-4b?"),
+        ("checkpoints/my-finetune/", "if it is a repository, write its Hub URL"),
+        ("mine/tun-4b", "write its Hub URL; did you mean tune-4b?"),
         ("./mine/tun-4b", "./mine/tun-4b: no such folder; did you mean tune-4b?"),
         ("mine/a/b", "mine/a/b: no such folder"),
     ],

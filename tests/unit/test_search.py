@@ -788,16 +788,16 @@ def compared(own: float, others: float | None, stock_bytes: int = 995) -> Compar
     [
         (
             compared(0.00151, 0.0026),
-            "-42% KL divergence at the size of Q4_K_M (0.0015 beside 0.0026), "
-            "same first choice 96.5% beside 97.0%",
+            "-42% KL divergence at the size of Q4_K_M (0.0015 vs 0.0026), "
+            "top-token agreement 96.5% vs 97.0%",
         ),
-        (compared(0.0028, 0.0026), "no better than Q4_K_M: take that (0.0028 beside 0.0026)"),
-        (compared(0.00259, 0.0026), "no better than Q4_K_M: take that (0.0026 beside 0.0026)"),
-        (compared(0.0, -0.00001), "no better than Q4_K_M: take that (0 beside -1e-05)"),
+        (compared(0.0028, 0.0026), "no better than Q4_K_M: take that (0.0028 vs 0.0026)"),
+        (compared(0.00259, 0.0026), "no better than Q4_K_M: take that (0.0026 vs 0.0026)"),
+        (compared(0.0, -0.00001), "no better than Q4_K_M: take that (0 vs -1e-05)"),
         (
             compared(0.001, 0.002, stock_bytes=900),
-            "-50% KL divergence beside the next smaller Q4_K_M of 0.00 MB (0.001 beside 0.002), "
-            "same first choice 96.5% beside 97.0%",
+            "-50% KL divergence vs the next smaller Q4_K_M of 0.00 MB (0.001 vs 0.002), "
+            "top-token agreement 96.5% vs 97.0%",
         ),
         (
             compared(0.001, None),

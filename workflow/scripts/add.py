@@ -86,7 +86,7 @@ def _arguments() -> Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "source", metavar="SOURCE",
-        help="checkpoint: OWNER/NAME, OWNER/NAME@TAG, the address of its page, or a folder",
+        help="checkpoint: OWNER/NAME, OWNER/NAME@TAG, a Hub URL, or a local folder",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--preset", choices=PRESETS, default="basic", help="default: %(default)s")
@@ -95,7 +95,7 @@ def _arguments() -> Namespace:
     what.add_argument(
         "--base", metavar="GGUF",
         help="inject the head into this GGUF: FILE.gguf, OWNER/NAME:FILE.gguf, OWNER/NAME:TYPE, or"
-        " the address of its page",
+        " a Hub URL",
     )  # fmt: skip
     parser.add_argument(
         "--replace-head", action="store_true", help="the base of --base may have a head already"

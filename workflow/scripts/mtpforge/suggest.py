@@ -18,7 +18,7 @@ def close(name: str, names: Iterable[str]) -> str:
 
 
 def repository(text: str) -> str:
-    """The repository that a text names, as its page's address or OWNER/NAME; empty for a path."""
+    """The repository that a text names, as a Hub URL or OWNER/NAME; empty for a path."""
     if page := _ADDRESS.fullmatch(text):
         return page[1]
     return text if _NAME.fullmatch(text) and not Path(text).parent.exists() else ""

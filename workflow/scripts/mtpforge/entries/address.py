@@ -13,7 +13,7 @@ from mtpforge.suggest import beside, close
 _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
 _PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
 _SHORT = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^:]+))?(?::(.+))?")
-_HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or the address of its page"
+_HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or a Hub URL"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Address:
 
 
 def repository(text: str) -> Address:
-    """The repository in OWNER/NAME, OWNER/NAME@TAG:FILE or a page's address. Raises ConfigError."""
+    """The repository in OWNER/NAME, OWNER/NAME@TAG:FILE or a Hub URL. Raises ConfigError."""
     address = _on_page(text) or _match(_SHORT, text)
     if address is None or not REPOSITORY.fullmatch(address.repo):
         raise ConfigError(f"{text[:200]!r} is not a repository: write {_HUB_FORM}")
@@ -42,7 +42,7 @@ def checkpoint(text: str) -> Address | Path:
         raise ConfigError(f"{text[:200]}: no such folder{beside(path)}")
     if not _on_page(text) and "/" in text and (text.endswith("/") or path.parent.is_dir()):
         raise ConfigError(
-            f"{text[:200]}: no such folder; if it is a repository, write the address of its page"
+            f"{text[:200]}: no such folder; if it is a repository, write its Hub URL"
             f"{beside(path)}"
         )
     return repository(text)

@@ -64,7 +64,8 @@ PINNED = "b11434"
 BROKEN = "b10741 to b10748"
 """Builds that fail when they draft."""
 
-OLLAMA = "0.24.0 (its issue 16282)"
+OLLAMA = "0.24.0"
+OLLAMA_ISSUE = 16282
 OLLAMA_WITHOUT = ("qwen35", "qwen35moe")
 """Architectures whose files this Ollama does not load if they have a head."""
 

@@ -100,7 +100,7 @@ class KlDivergence:
     maximum: Annotated[float | None, UNLESS_NONE] = None
     """That of the worst token"""
     same_top: float
-    """Share of tokens with the same first choice, 0 to 1."""
+    """Share of tokens with the same most probable token as BF16, 0 to 1."""
     same_top_error: Annotated[float | None, UNLESS_NONE] = None
 
 

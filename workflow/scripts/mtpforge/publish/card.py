@@ -122,19 +122,18 @@ def _estimates(results: Sequence[Result]) -> list[str]:
         _CONTEXT if sets_context(best) else "",
         _slots(results),
         _head_cost(results),
-        "llama-server also keeps earlier prompts in main memory, up to 8 GiB of them: "
+        "llama-server also caches earlier prompts in RAM, up to 8 GiB of them: "
         "`--cache-ram 0` turns that off.",
     ]
 
 
 _MEMORY = (
-    "Memory means that of the graphics card if the whole model runs there, otherwise main memory, "
-    "part of which the system and other programs need. A model can also be split between the two, "
-    "but runs slower then."
+    "Memory is VRAM if the whole model runs on the GPU, otherwise RAM, which the system and other "
+    "programs share. A model can also be split between the two, but then runs slower."
 )
 _CONTEXT = (
     "The llama-server commands below set this context with `--ctx-size 8192`: raise it for longer "
-    "texts. Without it, llama-server may reserve the longest context that the model can take."
+    "texts. Without it, llama-server may reserve the model's full context."
 )
 
 
@@ -248,7 +247,8 @@ def _types(results: Iterable[Result]) -> str:
 def _found(compared: Iterable[Compared], results: Sequence[Result]) -> str:
     """The verdict on each file whose types were found."""
     return "\n".join(
-        f"- The types in {code(each.file)} were [found by a search]({details.NAME}#found-types): "
+        f"- The types in {code(each.file)} were "
+        f"[found by a search]({details.NAME}#types-found-by-the-search): "
         f"{escape(_verdict(each, results))}."
         for each in compared
     )

@@ -222,7 +222,7 @@ def _which(files: _Repository, result: Result) -> list[str]:
     if len(files.models) == 1:
         return []
     default = [] if files.sidecars else without_tag(files.paths)
-    named, other = f"These commands name {code(result.name)}", ""
+    named, other = f"These commands use {code(result.name)}", ""
     if default == result.shards[:1]:
         named += ", the file that llama.cpp takes without a tag (`-hf REPOSITORY`)"
     elif default:
@@ -246,9 +246,12 @@ def _other_lengths(files: _Repository) -> str:
     options = "--spec-type draft-mtp --spec-draft-n-max N"
     if any(model.p_min for model in files.models):
         ahead = f"draft length and p_min to those in the table (`{options} --spec-draft-p-min P`"
-        return f", and {ahead}; no p_min if it has none, none of them if drafting is off)"
+        return (
+            f", and {ahead}; leave out p_min if the table has none, and all three if it says off)"
+        )
     if any(model.is_steady and model.n_max is not None for model in files.models):
-        return f", and the draft length to that in the table (`{options}`; neither if it is off)"
+        length = f"the draft length to that in the table (`{options}`"
+        return f", and {length}; leave out both options if it says off)"
     return f". Drop `{options}` if the file has no head"
 
 
@@ -349,8 +352,9 @@ def _old_ollama(files: _Repository, result: Result) -> list[str]:
     """That old versions do not load files with a head, and which file they do load."""
     if not (result.has_head and result.gguf.architecture in runtimes.OLLAMA_WITHOUT):
         return []
-    refused = f"Ollama {runtimes.OLLAMA} does not load files of this architecture with a head"
+    refused = f"Ollama {runtimes.OLLAMA} cannot load files of this architecture with a head"
+    issue = f" (ollama issue {runtimes.OLLAMA_ISSUE})"
     for each in files.headless:
         if len(each.shards) == 1 and (tag := files.tags[each.name]):
-            return [f"{refused}; it does load `hf.co/{files.name}:{tag}`, which has none."]
-    return [f"{refused}."]
+            return [f"{refused}{issue}, but can load `hf.co/{files.name}:{tag}`, which has none."]
+    return [f"{refused}{issue}."]

@@ -200,7 +200,7 @@ DETAILS: tuple[Column[Result], ...] = (
     ("KL divergence", _divergence(lambda found: found.mean, ".5f")),
     ("KL 99.9%", _divergence(lambda found: found.p99_9, ".4f")),
     ("KL maximum", _divergence(lambda found: found.maximum, ".3f")),
-    ("same first choice", _divergence(lambda found: found.same_top, ".1%")),
+    ("top-token agreement", _divergence(lambda found: found.same_top, ".1%")),
 )
 
 SWEEP: tuple[Column[Total], ...] = (

@@ -8,7 +8,7 @@ from mtpforge.measure.measurement import KlDivergence, Measurement, Other, Text
 from mtpforge.table import markdown, size
 
 HEADING = "Distance from BF16"
-COLUMNS = ("file", "size", "KL divergence", "99.9%", "maximum", "same first choice", "perplexity")
+COLUMNS = ("file", "size", "KL divergence", "99.9%", "maximum", "top-token agreement", "perplexity")
 
 
 def distances(measured: Mapping[Path, Measurement], others: Mapping[Path, Other]) -> str:
@@ -29,7 +29,7 @@ def distances(measured: Mapping[Path, Measurement], others: Mapping[Path, Other]
 
 
 def cells(found: KlDivergence) -> tuple[str, str, str, str]:
-    """Mean, 99.9th percentile, maximum, and the share of the same first choices."""
+    """Mean, 99.9th percentile, maximum, and top-token agreement."""
     return (
         _with_error(found.mean, found.mean_error, ".5f"),
         f"{found.p99_9:z.4f}",

@@ -77,7 +77,7 @@ class Compared(Record):
         if self.stock is None:
             return "smaller than all of llama.cpp's own mixtures, so there is nothing to compare"
         own, others = self.kl_divergence, self.stock.kl_divergence
-        figures = f"({own.mean:.2g} beside {others.mean:.2g})"
+        figures = f"({own.mean:.2g} vs {others.mean:.2g})"
         saved = 1 - own.mean / others.mean if others.mean > 0 else 0.0
         if saved < LEAST:
             return f"no better than {self.stock.type}{TAKE_THAT} {figures}"
@@ -88,13 +88,13 @@ class Compared(Record):
         assert self.stock is not None
         if self.stock.bytes >= NEAR * self.bytes:
             return f"at the size of {self.stock.type}"
-        return f"beside the next smaller {self.stock.type} of {table.size(self.stock.bytes)}"
+        return f"vs the next smaller {self.stock.type} of {table.size(self.stock.bytes)}"
 
     @property
     def _same_top(self) -> str:
         assert self.kl_divergence is not None and self.stock is not None
         own, others = self.kl_divergence.same_top, self.stock.kl_divergence.same_top
-        return f"same first choice {own:.1%} beside {others:.1%}"
+        return f"top-token agreement {own:.1%} vs {others:.1%}"
 
 
 def mixture_table(mixture: Mapping[str, Mapping[str, int]]) -> str:
