@@ -209,6 +209,9 @@ def test_a_token_that_may_write_is_enough(hub: Hub, folder: Path) -> None:
     assert access.check("owner/other") == ""  # the Hub ignores case
     hub.user = {"name": "me", "orgs": [{"name": "Owner", "roleInOrg": "write"}]}
     assert access.check("Owner/other") == ""
+    nothing = {"orgs": [{"name": "other", "roleInOrg": None}], "auth": {"accessToken": None}}
+    hub.user = {"name": "Owner", **nothing}
+    assert access.check("Owner/other") == ""
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -315,6 +318,17 @@ def test_a_dry_run_with_a_rejected_token_lists_the_files(
     assert done.returncode == 1 and f"{REPO}: 3 files to upload" in done.stdout
     assert done.stderr.startswith(f"error: {REPO}: your token was rejected")
     assert "renew it" in done.stderr and "unset" not in done.stderr
+
+
+def test_a_dry_run_lists_all_repositories_before_those_that_refuse(
+    hub: Hub, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    sums.write_sums(folder / "SHA256SUMS", files(folder, *NAMES))
+    hub.user = {"name": "Owner"}
+    done = run("publish.py", "--dry-run", "--public", folder, "They/x", "--public", folder, REPO)
+    assert done.returncode == 1 and done.stderr.startswith("error: They/x: your token is that of")
+    assert "They/x: 3 files to upload" in done.stdout and f"would create {REPO}" in done.stdout
 
 
 def test_a_plan_says_what_is_private(hub: Hub, folder: Path) -> None:

@@ -43,10 +43,10 @@ def main() -> None:
         raise errors.ConfigError(
             "nothing to upload: set `publish: {repo: OWNER/NAME-MTP-GGUF}` on a model under `build`"
         )
+    if args.dry_run:
+        preview_all([(Path(folder), repo, private) for folder, repo, private in targets])
+        targets = []
     for folder, repo, private in targets:
-        if args.dry_run:
-            preview(Path(folder), repo, private)
-            continue
         plan = upload.compare(Path(folder), repo, private)
         plan.show()
         if plan.missing:
@@ -61,6 +61,19 @@ def main() -> None:
         if plan.missing:
             bucket.upload(plan)
         done(plan)
+
+
+def preview_all(targets: list[tuple[Path, str, bool]]) -> None:
+    """List what would be uploaded. Raises UploadError at the end if the Hub would refuse any."""
+    refused = []
+    for folder, repo, private in targets:
+        try:
+            preview(folder, repo, private)
+        except errors.UploadError as error:
+            refused.append(str(error))
+    if refused:
+        listed = "\n".join(refused)
+        raise errors.UploadError(f"{listed}\nNothing was uploaded.")
 
 
 def preview(folder: Path, repo: str, private: bool) -> None:

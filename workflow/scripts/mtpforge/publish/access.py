@@ -25,7 +25,7 @@ class _Named(BaseModel):
 
 
 class _Organization(_Named):
-    role: str = Field(default="", alias="roleInOrg")
+    role: str | None = Field(default=None, alias="roleInOrg")
 
 
 class _Scope(BaseModel):
@@ -39,12 +39,12 @@ class _FineGrained(BaseModel):
 
 
 class _Token(BaseModel):
-    role: str = ""
-    fine_grained: _FineGrained = Field(default=_FineGrained(), alias="fineGrained")
+    role: str | None = None
+    fine_grained: _FineGrained | None = Field(default=None, alias="fineGrained")
 
 
 class _Auth(BaseModel):
-    token: _Token = Field(default=_Token(), alias="accessToken")
+    token: _Token | None = Field(default=None, alias="accessToken")
 
 
 class _User(_Named):
@@ -114,9 +114,9 @@ def _check_owner(repo: str, user: _User) -> None:
 
     That of a fine-grained one can if it says so itself, or says nothing of this.
     """
-    owner, token = repo.partition("/")[0], user.auth.token
+    owner, token = repo.partition("/")[0], user.auth.token or _Token()
     if token.role == "fineGrained":
-        scopes = token.fine_grained.scoped
+        scopes = token.fine_grained.scoped if token.fine_grained else None
         if scopes is not None and not any(_writes(each, owner, repo) for each in scopes):
             raise UploadError(
                 f"{repo}: your fine-grained token may not write to repositories of {owner}: "
