@@ -337,7 +337,7 @@ def test_each_file_is_uploaded_early_if_asked() -> None:
     assert build(publish={"repo": "O/N"}).publish.uploads(None) == ["results/m/SHA256SUMS"]
     early = build(publish=EARLY, measure={}).publish
     names = [f"results/m/work/uploaded/tiny-qwen3.5-{kind}.json" for kind in ("BF16", "Q8_0")]
-    assert early.uploads(None) == ["results/m/SHA256SUMS", *names]
+    assert early.uploads(None) == ["results/summary.md", "results/m/SHA256SUMS", *names]
     at = At(stem="tiny-qwen3.5-Q8_0")
     assert early.examined(at) == [
         "results/m/reports/tiny-qwen3.5-Q8_0.json", "results/m/measure/tiny-qwen3.5-Q8_0.json"
@@ -381,7 +381,7 @@ def test_files_that_are_deleted_have_stand_ins(
     assert made.measure.drawn(drawn) == f"{uploaded}-own.header"
     dry = Build({"models": {"m": {**MODEL, **given, "publish": publish, "variants": variants}},
                  "dry_run": "true"}).publish  # fmt: skip
-    assert dry.uploads(None) == ["results/m/SHA256SUMS"]
+    assert dry.uploads(None) == ["results/summary.md", "results/m/SHA256SUMS"]
     assert dry.present(At())[::2] == ["results/m/tiny-qwen3.5-BF16.gguf", f"{uploaded}-own.header"]
 
 

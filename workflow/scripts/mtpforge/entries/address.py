@@ -42,8 +42,7 @@ def checkpoint(text: str) -> Address | Path:
         raise ConfigError(f"{text[:200]}: no such folder{beside(path)}")
     if not _on_page(text) and "/" in text and (text.endswith("/") or path.parent.is_dir()):
         raise ConfigError(
-            f"{text[:200]}: no such folder; if it is a repository, write its Hub URL"
-            f"{beside(path)}"
+            f"{text[:200]}: no such folder; if it is a repository, write its Hub URL{beside(path)}"
         )
     return repository(text)
 
