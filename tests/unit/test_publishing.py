@@ -334,10 +334,11 @@ EARLY = {"repo": "O/N", "when": "verified"}
 
 
 def test_each_file_is_uploaded_early_if_asked() -> None:
-    assert build(publish={"repo": "O/N"}).publish.uploads(None) == ["results/m/SHA256SUMS"]
+    usual = ["results/summary.md", "results/m/SHA256SUMS"]
+    assert build(publish={"repo": "O/N"}).publish.uploads(None) == usual
     early = build(publish=EARLY, measure={}).publish
     names = [f"results/m/work/uploaded/tiny-qwen3.5-{kind}.json" for kind in ("BF16", "Q8_0")]
-    assert early.uploads(None) == ["results/summary.md", "results/m/SHA256SUMS", *names]
+    assert early.uploads(None) == [*usual, *names]
     at = At(stem="tiny-qwen3.5-Q8_0")
     assert early.examined(at) == [
         "results/m/reports/tiny-qwen3.5-Q8_0.json", "results/m/measure/tiny-qwen3.5-Q8_0.json"
