@@ -13,6 +13,7 @@ from mtpforge.checkpoint.checkpoint import Checkpoint, Outline, folder_name
 from mtpforge.checkpoint.model_files import head_names
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.convert import convertible
+from mtpforge.convert.upstream_head import vision_tensors
 from mtpforge.entries import presets
 from mtpforge.entries.address import Address
 from mtpforge.entries.presets import Variants
@@ -89,6 +90,8 @@ class Source:
         about = f"{table.rounded_size(size)} of it the head{convertible.undrafted(self.outline)}"
         if not size:
             about = self._headless()
+        if self.converter == "mtpforge" and vision_tensors(self.outline):
+            about += "; `mmproj: true` also makes its vision tower"
         if self.download is not None:
             return f"{table.rounded_size(self.download)} to download, {about}"
         there = sum(each.size for each in self.outline.tensors.values())
