@@ -159,7 +159,7 @@ def test_presets_are_valid_entries(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_checkpoint_on_this_machine_is_not_downloaded(tmp_path: Path) -> None:
     about = Source(layouts.write_layout("dense-text-only", tmp_path)).about()
-    assert about == "Local, 5.6 MB, 1.2 MB of it the head"
+    assert about == "Local, 6.2 MB, 1.2 MB of it the head"
 
 
 def test_a_vision_tower_is_pointed_out() -> None:
