@@ -81,6 +81,8 @@ def test_nothing_is_built_without_an_answer(copy: Repository, hub: Hub) -> None:
         ("make quant REPO=Qwen/Qwen3.5-4B@main TYPE=IQ4XS", "did you mean IQ4_XS?"),
         ("make quant REPO=Qwen3.5-4B TYPE=IQ4_XS", "is not a repository: write OWNER/NAME"),
         ("make quant REPO=./ckpt/ TYPE=IQ4_XS", "./ckpt/: no such folder"),
+        ("make quant REPO=ckpt/ TYPE=IQ4_XS", "ckpt/: no such folder"),
+        ("make quant REPO=Qwen/Qwen3.5-4B TYPE=q4_k_l", "set YES=1"),
         ("make inject BASE=OWNER/NAME-GGUF:q4km SOURCE=Qwen/Qwen3.5-4B", "it has quants/Qwen3.5"),
     ],
 )
@@ -94,8 +96,9 @@ def test_input_as_people_write_it_is_taken_or_answered(
 
 def test_one_command_makes_a_quant_with_a_head(copy: Repository, hub: Hub) -> None:
     (line,) = QUANT
-    done = make(line, copy, hub, YES="1")
+    done = make(line, copy, hub, YES="1", PROFILE="lean")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "make publish" not in done.stdout + done.stderr
     report = Report.read(copy.path / "results/qwen3.5-4b/reports/Qwen3.5-4B-IQ4_XS.json")
     assert report.accepted and report.head == "Q8_0"
     entry = yaml.safe_load((copy.path / "config.d/qwen3.5-4b.yaml").read_text())
