@@ -87,6 +87,7 @@ def test_a_path_that_is_not_there_is_called_so_at_once(here: Path, text: str, sa
         address.checkpoint(text)
     assert "no such folder" in str(refused.value) and said in str(refused.value)
     assert address.checkpoint("Owner/Name@v1") == Address("Owner/Name", "v1")
+    assert address.checkpoint("mine/Model@refs/pr/1") == Address("mine/Model", "refs/pr/1")
     assert address.checkpoint("https://hf.co/mine/tun-4b/") == Address("mine/tun-4b")
 
 

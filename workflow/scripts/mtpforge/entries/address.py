@@ -40,9 +40,12 @@ def checkpoint(text: str) -> Address | Path:
         return path
     if text.startswith((".", "/", "~")):
         raise ConfigError(f"{text[:200]}: no such folder{beside(path)}")
-    if not _on_page(text) and "/" in text and (text.endswith("/") or path.parent.is_dir()):
+    name = re.split("[@:]", text)[0]
+    meant = beside(path) if "/" in text else ""
+    # A folder may be named after an owner of repositories.
+    if not _on_page(text) and (meant or text.endswith("/") or name.count("/") > 1):
         raise ConfigError(
-            f"{text[:200]}: no such folder; if it is a repository, write its Hub URL{beside(path)}"
+            f"{text[:200]}: no such folder; if it is a repository, write its Hub URL{meant}"
         )
     return repository(text)
 
