@@ -121,7 +121,7 @@ CHANGES: dict[str, Change] = {
     "a report deleted": remove(f"results/{MODEL}/reports/*-Q8_0.json"),
     "a statement of provenance deleted": remove(f"results/{MODEL}/provenance/*-Q8_0.json"),
     "the card deleted": remove(f"results/{MODEL}/README.md"),
-    "a published file deleted": remove(f"results/{MODEL}/*-Q8_0.gguf"),
+    "a verified file deleted": remove(f"results/{MODEL}/*-Q8_0.gguf"),
 }
 
 
