@@ -33,7 +33,7 @@ RUNS_LLAMA = {
     "reference_logits", "measure", "search_logits", "sensitivities", "sensitivities_share",
     "compare", "measure_other", "conversations",
 }  # fmt: skip
-PARALLEL = RUNS_LLAMA | {"plan_types", "piece", "quantize", "quantizer", "toolchain", "errors"}
+PARALLEL = RUNS_LLAMA | {"piece", "quantize", "quantizer", "toolchain", "errors"}
 BESIDE = {"resolve", "fetch", "fetch_head", "upload", "quantizer", "toolchain"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
@@ -136,6 +136,8 @@ def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
         assert first.get("gpu", 0) == 0, name
         assert priority == {"resolve": 100, "fetch": 50, "fetch_head": 50}.get(name, 0), name
     assert rules["verify"][2]["mem_mb"] < rules["acceptance"][2]["mem_mb"]
+    # It takes seconds, and so no threads: those that it reckons with are no reason to wait.
+    assert rules["plan_types"][2]["piece_threads"] == min(cores, 2)
 
 
 def test_nothing_is_made_while_a_file_that_is_deleted_then_is_uploaded(large: Path) -> None:

@@ -144,10 +144,11 @@ checkpoint plan_types:
         kind="quantized|trunk|draft",
     conda:
         "../../envs/run.yaml"
-    threads: build.needs.threads  # as `quantize`: its run time decides the number of pieces
     resources:
         **asked(build.needs.resolve),
-        machines=1,  # no parameter, so that another number reruns nothing
+        # No parameters, so that other numbers rerun nothing.
+        machines=1,
+        piece_threads=build.needs.piece_threads(workflow.resource_settings.max_threads),
     params:
         code=digest("quantize_plan.py"),
         options=build.quantize.options,
@@ -158,7 +159,7 @@ checkpoint plan_types:
     shell:
         "python {input.code[0]:q} {input.source:q} {params.options} {params.imatrix}"
         " {params.imatrix_recorded}"
-        " --digests {input.digests:q} --threads {threads}"
+        " --digests {input.digests:q} --threads {resources.piece_threads}"
         " --machines {resources.machines} --pieces {output.pieces:q}"
         " --out {output.plan:q} > {log:q} 2>&1"
 

@@ -20,9 +20,10 @@ SHARED_SECONDS = 600
 def piece_count(plan: QuantizePlan, llama: LlamaCpp, machines: int = 1) -> int:
     """The best number of pieces on the threads of `llama`, on this many machines that have them.
 
-    It is not part of the plan, which is the same on every machine.
+    This machine may have fewer: a job that only decides on the pieces needs none of them. The
+    number is not part of the plan, which is the same on every machine.
     """
-    return pieces_of(plan.cost / llama.processors, machines)
+    return pieces_of(plan.cost / (llama.threads or llama.processors), machines)
 
 
 def pieces_of(seconds: float, machines: int = 1) -> int:

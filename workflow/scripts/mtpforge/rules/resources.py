@@ -167,6 +167,15 @@ class ResourceRules(Stage):
         by_shards = lean.by_shards(self.config, self.model(wildcards))
         return self.threads(wildcards) if by_shards else 1
 
+    def piece_threads(self, most: int | None) -> int:
+        """Threads of a quantization, for a short job of one thread that decides on its pieces.
+
+        A node says nothing of them if it gives that job one processor, but `most`, from
+        `--max-threads`, holds for all jobs.
+        """
+        most = most or processors.available()
+        return min(self.config.threads or most, most)
+
     def gpu(self, _: Wildcards) -> int:
         """The GPUs of a job that runs a model: one if the programs can use one."""
         given = self.config.toolchain.llama_cpp
