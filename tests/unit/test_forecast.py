@@ -7,7 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ from mtpforge.rules.build import Build
 from mtpforge.rules.config import Model
 from mtpforge.rules.variant import HubGguf, HubRepository
 from other_architectures import EXPERTS, write_model
-from plan import Plan, in_words
+from plan import Fetch, Plan, as_table, in_words
 
 MODEL = "tiny-qwen3.5"
 MACHINE = Machine(threads=2, memory=8 << 30, disk=1e9, bandwidth=1e10)
@@ -429,7 +430,7 @@ d\tnow\tr\t-\tok\tupdate pending
 def test_snakemake_says_what_reruns() -> None:
     found = reruns.parsed(SUMMARY)
     assert found == {
-        "a": None, "b": "settings or code changed", "c": None, "d": "follows from another"
+        "a": None, "b": "settings or code", "c": None, "d": "after another"
     }  # fmt: skip
 
 
@@ -446,7 +447,7 @@ def test_a_repository_that_is_listed_anew_hides_no_step() -> None:
     ]
     header = SUMMARY.splitlines()[0]
     assert reruns.parsed("\n".join([header, *rows])) == {
-        "resources/hub/o/n/files.json": "settings or code changed",
+        "resources/hub/o/n/files.json": "settings or code",
         "results/new/work/recipes/a.yaml": None,
         "results/old/M-Q4_K_M.gguf": None,
         "results/old/work/convert/all.gguf": None,
@@ -469,9 +470,9 @@ def test_only_what_reruns_counts(toolchain: Path, tmp_path: Path) -> None:
     assert found.kept > 0
     found.settle({converted: None})  # deleted, and not needed any more
     assert found.kept == 0
-    found.settle({converted: "settings or code changed"})
+    found.settle({converted: "settings or code"})
     (step,) = [step for step in found.steps if step.path == converted]
-    assert step.why == "settings or code changed" and found.kept == step.kept
+    assert step.why == "settings or code" and found.kept == step.kept
 
 
 def test_only_what_a_step_reads_is_fetched(tmp_path: Path) -> None:
@@ -495,7 +496,7 @@ def test_a_shard_that_is_not_whole_is_fetched_once_it_is_converted(tmp_path: Pat
     assert not shard.needed({"record": None, made: None})  # deleted, and not needed any more
     Path(made).parent.mkdir(parents=True)
     Path(made).touch()
-    assert not shard.needed({}) and shard.needed({made: "settings or code changed"})
+    assert not shard.needed({}) and shard.needed({made: "settings or code"})
 
 
 # ── the program ──
@@ -732,15 +733,107 @@ def test_a_forecast_that_takes_too_long_says_so(tmp_path: Path) -> None:
 # ── the totals ──
 
 
-def totals(
+def planned(
     folder: Path, monkeypatch: pytest.MonkeyPatch, llama: LlamaCpp, free: int = 10**12, **lean: Any
-) -> dict[str, Any]:
+) -> Plan:
     """Of config.yaml, on a machine of 1 GiB, as if Snakemake had no answer."""
     monkeypatch.setattr("plan.asking", lambda *_: nullcontext(dict))
     monkeypatch.setattr("plan.calibrated", lambda *_: replace(MACHINE, memory=1 << 30))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     build = Build({**yaml.safe_load((folder / "config.yaml").read_text()), **lean})
-    return Plan([folder / "config.yaml"], build.config, build.config.chosen, llama).totals()
+    return Plan([folder / "config.yaml"], build.config, build.config.chosen, llama)
+
+
+def totals(*arguments: Any, **lean: Any) -> dict[str, Any]:
+    return planned(*arguments, **lean).totals()
+
+
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The checkpoint on a Hub, for this process."""
+    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield
+
+
+@pytest.mark.parametrize("lean", [False, True, "shards"])
+def test_the_disk_is_followed_from_model_to_model(
+    tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch, lean: object
+) -> None:
+    """From the fetched shards on, with all that the models before have left."""
+    write_config(tmp_path, {"repo": f"Owner/{MODEL}", "revision": COMMIT})
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    own = {**config["models"]["m"], "source": {"path": str(CHECKPOINTS / MODEL)}}
+    config["models"]["own"] = {**own, "variants": {"Q8_0": {"split": "1M"}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with serving(tmp_path, monkeypatch):
+        plan = planned(tmp_path, monkeypatch, LlamaCpp(toolchain), lean=lean)
+    first, second = plan.forecasts
+    fetch, there = plan.fetches["m"], plan.downloads.there
+    shards = sum(path.stat().st_size for path in (CHECKPOINTS / MODEL).glob("*.safetensors"))
+    assert fetch.left == pytest.approx(shards, rel=0.02) and 0 < fetch.there == there < shards / 2
+    by_shards = lean == "shards"
+    assert fetch.kept < 0.1 * shards if by_shards else fetch.kept == fetch.left
+    assert fetch.disk == there + fetch.kept
+    converted = next(step for step in first.steps if step.stage == "convert")
+    if not lean:
+        assert converted.disk == fetch.disk + converted.kept
+    elif not by_shards:
+        assert fetch.disk < converted.disk < fetch.disk + 0.5 * converted.kept
+    disks = [step.disk for step in (*first.steps, *second.steps)]
+    assert disks == sorted(disks)  # nothing else is deleted
+    assert plan.fetches["own"] == (0, 0, 0, first.steps[-1].disk)
+    assert disks[-1] == there + plan.totals()["disk"]
+    table = as_table(first, fetch)
+    assert f"m: fetch {fetch.left / 1e6:.2f} MB, {there / 1e6:.2f} MB are there; " in table
+    assert f"; llama-server starts {2 if by_shards else 3} times\n" in table
+    assert "own: nothing to fetch; " in as_table(second, plan.fetches["own"])
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def test_a_table_has_100_columns(toolchain: Path) -> None:
+    """With the sizes and hours of a large model, the longest names and the longest reason."""
+    text = CHECKPOINTS / "held-out.txt"
+    found = forecast(toolchain, variants={"1M": {"size": "1M", "text": str(text)}})
+    reason = max(reruns._REASONS.values(), key=len)
+    large = {"kept": 806 * 10**9, "disk": 29 * 10**11, "memory": 10**12, "seconds": 4e5}
+    found.steps = [replace(step, **large, why=reason) for step in found.steps]
+    lines = as_table(found, Fetch(1, 0, 1, 1)).splitlines()
+    assert any(re.match(r"\| sensitiv\S*…\S+-class \|", line) for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_disk_follows_what_is_there(toolchain: Path, tmp_path: Path) -> None:
+    found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
+    converted, quantized = (
+        next(step for step in found.steps if step.stage == stage)
+        for stage in ("convert", "quantize")
+    )
+    found.settle({converted.path: None})
+    assert found.there == 0  # deleted, and not needed
+    path = tmp_path / converted.path
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert found.there == converted.kept
+    found.follow(found.there)
+    disks = {step.path: step.disk for step in found.steps}
+    assert disks[quantized.path] == converted.kept + quantized.kept
+    assert disks[converted.path] == 0  # it does not run
+
+
+def test_the_disk_holds_one_file_that_passes_through(toolchain: Path) -> None:
+    publish = {"repo": "O/N", "when": "verified", "delete_after": True}
+    variants: dict[str, Any] = {"Q8_0": {}, "Q4_0": {}}
+    found = forecast(toolchain, split="1M", variants=variants, publish=publish)
+    assert found.follow(1000) < 1000 + found.kept
+    last = {step.name: step for step in found.steps}
+    whole = next(step.kept for step in found.steps if step.stage == "convert")
+    for name in variants:
+        copy = last[f"{MODEL}-{name}"]
+        assert copy.disk == 1000 + whole + last[name].kept + copy.kept
 
 
 def test_the_profile_that_fits_is_found(
@@ -748,11 +841,7 @@ def test_the_profile_that_fits_is_found(
 ) -> None:
     """Its peak is that of a forecast with the profile; shards is not needed if lean fits."""
     write_config(tmp_path, {"repo": f"Owner/{MODEL}", "revision": COMMIT})
-    with serve({f"Owner/{MODEL}": CHECKPOINTS / MODEL}) as hub:
-        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with serving(tmp_path, monkeypatch):
 
         def found(free: int = 10**12, **lean: Any) -> dict[str, Any]:
             return totals(tmp_path, monkeypatch, LlamaCpp(toolchain), free, **lean)

@@ -67,6 +67,7 @@ def test_the_largest_model_is_forecast_from_its_headers(repository: Repository) 
     found = {name: float(size) for name, size in re.findall(r"397b-(\S+) +\| +([0-9.]+) GB", text)}
     assert found == pytest.approx(VARIANTS, rel=1e-3)
     assert "warning: too little disk" in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 100
 
 
 def test_the_largest_model_has_a_dry_run_with_all_pieces(repository: Repository) -> None:

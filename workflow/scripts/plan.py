@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from huggingface_hub import constants
 from mtpforge import cli, table
@@ -44,6 +44,8 @@ _LESS_MEMORY = (
     "take smaller types, a published importance matrix instead of a text's, or a larger machine, as"
     " of a cluster (docs/cluster.md): see docs/sizing.md#memory"
 )
+_WIDTH = 24
+"""Characters of the name of a step, with which its table has 100 columns."""
 _PATIENCE = 30
 """Seconds for the first line of `make`, which must not wait for a network that is down."""
 
@@ -81,14 +83,27 @@ def main() -> None:
     build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
     plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama, args.machines)
     if args.json:
-        models = {each.model.key: _as_json(each) for each in plan.forecasts}
+        models = {each.model.key: _as_json(each, plan.fetches) for each in plan.forecasts}
         totals = plan.totals()
         about = {**totals, "notes": plan.notes, "warnings": warnings(totals), "models": models}
         print(json.dumps(about, indent=1))
         return
     if not args.totals:
-        print(*map(as_table, plan.forecasts), sep="\n")
+        for each in plan.forecasts:
+            print(as_table(each, plan.fetches[each.model.key], plan.network))
     print(*plan.notes, in_words(plan.totals(), exact=planned_ggufs.is_exact(llama)), sep="\n")
+
+
+class Fetch(NamedTuple):
+    """Bytes that a model fetches, that are there, that stay before its steps, and on the disk then.
+
+    The last are those of all files of the run.
+    """
+
+    left: int
+    there: int
+    kept: int
+    disk: int
 
 
 class Plan:
@@ -118,6 +133,8 @@ class Plan:
         for each in self.forecasts:
             self.notes += lean.notes(config, each.model)
             each.settle(self.reruns)
+        self.fetches = self._follow()
+        for each in self.forecasts:
             if each.passing:
                 more = table.size(each.passing)
                 self.notes.append(
@@ -125,6 +142,21 @@ class Plan:
                     f"uploaded; with `make` alone, {more} more are on the disk"
                 )
         self.network = network_rate(cache, constants.ENDPOINT, self.downloads.rate)
+
+    def _follow(self) -> dict[str, "Fetch"]:
+        """Follow the disk from model to model; returns what each of them fetches."""
+        found = {}
+        disk = self.downloads.there + sum(each.there for each in self.forecasts)
+        for number, each in enumerate(self.forecasts):
+            models = [other.model.key for other in self.forecasts[: number + 1]]
+            left, there, stays = self.downloads.of(models, self.reruns)
+            frees = lean.freed(self.config, each.model) if self.config.is_lean else None
+            _, shards = each.by_shards(frees.part) if frees else (0, 0)
+            later = min(shards, stays)
+            disk += stays - later
+            found[each.model.key] = Fetch(left, there, stays - later, disk)
+            disk = each.follow(disk, frees.part if frees else "", later)
+        return found
 
     def _forecast(self, model: Model, config: Config) -> ModelForecast:
         try:
@@ -215,21 +247,40 @@ class Plan:
         return self.machine.memory
 
 
-def as_table(forecast: ModelForecast) -> str:
-    """A model's files, and its steps."""
+def as_table(forecast: ModelForecast, fetch: Fetch, network: float = 0) -> str:
+    """A model's files, and its steps. `network` is bytes a second; 0: not known."""
     files = [("file", "size", "head", "pieces")]
     for file in forecast.files:
         head = table.size(file.head) if file.head else "none"
         size = f"about {table.size(file.bytes)}" if file.about else table.size(file.bytes)
         files.append((file.name, size, head, str(file.pieces)))
-    steps = [("step", "adds", "disk after it", "memory", "time", "why it runs")]
-    total = 0
+    steps = [("step", "adds", "disk then", "memory", "time", "why")]
+    if fetch.left:
+        spent = table.duration(fetch.left / network) if network else "?"
+        steps.append(("fetch", _size(fetch.kept), _size(fetch.disk), "", spent, "missing"))
     for step in forecast.steps:
-        total += 0 if step.done else step.kept
-        kept, after, memory = map(_size, (step.kept, total, step.memory))
         spent = "" if step.done else table.duration(step.seconds)
-        steps.append((f"{step.stage} {step.name}", kept, after, memory, spent, step.why or "-"))
-    return f"{forecast.model.key}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
+        kept, disk, needed = map(_size, (step.kept, step.disk, step.memory))
+        name = step.name.removeprefix(f"{forecast.model.base_name}-")
+        name = _shortened(f"{step.stage} {name}")
+        steps.append((name, kept, disk, needed, spent, step.why or "-"))
+    first = f"{forecast.model.key}: {_fetching(fetch)}; {_starts(forecast.servers)}"
+    return f"{first}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
+
+
+def _shortened(name: str) -> str:
+    """A name without its middle, if it would make the table too wide."""
+    return name if len(name) <= _WIDTH else f"{name[: _WIDTH // 2]}…{name[1 - _WIDTH // 2 :]}"
+
+
+def _fetching(fetch: Fetch) -> str:
+    if not (fetch.left or fetch.there):
+        return "nothing to fetch"
+    return f"fetch {table.size(fetch.left)}, {table.size(fetch.there)} are there"
+
+
+def _starts(servers: int) -> str:
+    return f"llama-server starts {servers} times" if servers != 1 else "llama-server starts once"
 
 
 def in_words(about: dict[str, Any], exact: bool = True) -> str:
@@ -318,8 +369,12 @@ def _size(count: int) -> str:
     return table.size(count) if count else ""
 
 
-def _as_json(forecast: ModelForecast) -> dict[str, Any]:
+def _as_json(forecast: ModelForecast, fetches: dict[str, Fetch]) -> dict[str, Any]:
+    fetch = fetches[forecast.model.key]
     return {
+        "fetch": fetch.left,
+        "there": fetch.there,
+        "servers": forecast.servers,
         "files": [asdict(file) for file in forecast.files],
         "steps": [{**asdict(step), "done": step.done} for step in forecast.steps],
     }

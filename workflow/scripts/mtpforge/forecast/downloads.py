@@ -1,7 +1,7 @@
 """What a build has to download, and the checkpoint of a model without its weights."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,14 @@ class Download:
     freed: Path | None = None
     made: frozenset[str] = frozenset()
 
+    @property
+    def there(self) -> int:
+        """Its bytes that take space on the disk: freed ones do not."""
+        if not self.path.exists():
+            return 0
+        is_head = str(self.path) == self.record
+        return self.bytes if is_head else min(self.bytes, 512 * self.path.stat().st_blocks)
+
     def needed(self, reruns: Reruns) -> bool:
         """Whether it is not here as a whole, and a step reads it."""
         if not self.path.exists():
@@ -53,6 +61,9 @@ class Downloads:
         self.rate = 0.0
         """Bytes a second of the largest file that was downloaded to forecast; 0: none was."""
         self._downloads: dict[Path, Download] = {}
+        self._models: dict[str, set[Path]] = {}
+        self._model = set[Path]()
+        """Those of the model whose forecast is being made."""
         self._freed: set[Path] = set()
         self._largest = _TIMED
 
@@ -65,6 +76,25 @@ class Downloads:
         """The bytes that have to be fetched."""
         return sum(each.bytes for each in self._downloads.values() if each.needed(reruns))
 
+    def of(self, models: Sequence[str], reruns: Reruns) -> tuple[int, int, int]:
+        """Of the last of these models: bytes to fetch, bytes that are there, and that stay.
+
+        What the others need is there by then. The last number is that of those to fetch, less those
+        that are deleted again.
+        """
+        before = set[Path]().union(*(self._models[key] for key in models[:-1]))
+        found = [self._downloads[path] for path in self._models[models[-1]]]
+        needed = [each for each in found if each.needed(reruns) and each.path not in before]
+        there = [each.bytes if each.needed(reruns) else each.there for each in found]
+        left = sum(each.bytes for each in needed)
+        stays = sum(each.bytes - each.there for each in needed if each.path not in self._freed)
+        return left, sum(there) - left, stays
+
+    @property
+    def there(self) -> int:
+        """The bytes that they take on the disk already."""
+        return sum(each.there for each in self._downloads.values())
+
     def freed(self, reruns: Reruns) -> int:
         """The bytes of those that are deleted again: files to compare with."""
         return sum(
@@ -75,6 +105,7 @@ class Downloads:
 
     def outline(self, model: Model) -> Outline:
         """The checkpoint of a model, whose small files are downloaded. Raises ForgeError."""
+        self._model = self._models.setdefault(model.key, set())
         if not model.native:
             return self._upstream_outline(model)
         named = [model.donor(variant) for variant in model.variants.values()]
@@ -165,6 +196,7 @@ class Downloads:
     def _add(
         self, size: int, path: Path, record: str, freed: Path | None = None, made: str = ""
     ) -> None:
+        self._model.add(path)
         other = self._downloads.get(path)  # of another model
         if other:
             freed, models = freed or other.freed, other.made

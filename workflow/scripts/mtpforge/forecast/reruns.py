@@ -14,12 +14,12 @@ from mtpforge.llama_cpp import process
 _SNAKEFILE = Path(__file__).parents[4] / "Snakefile"
 _PENDING = "update pending"
 _REASONS = {
-    "ok": "follows from another",
+    "ok": "after another",
     "missing": "missing",
     "removed temp file": "missing",
     "updated input files": "input changed",
     "set of input files changed": "other inputs",
-    "params changed": "settings or code changed",
+    "params changed": "settings or code",
     "rule implementation changed": "rule changed",
 }
 """Snakemake's state of a file that will be made, in short."""

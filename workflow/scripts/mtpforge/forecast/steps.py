@@ -44,6 +44,8 @@ _OF_ONE_VARIANT = ("quantized", "injected")
 class Step:
     """A job: bytes that its result keeps on the disk, and that it takes while it runs.
 
+    `disk` is what the files of the run take after it; 0 if it will not run.
+
     `seconds` are those of the last run, if there was one, and otherwise `reckoned`. `why` says why
     it will run; None: it will not.
     """
@@ -52,6 +54,7 @@ class Step:
     name: str
     path: str
     kept: int = 0
+    disk: int = 0
     scratch: int = 0
     memory: int = 0
     seconds: float = 0
@@ -122,6 +125,34 @@ class ModelForecast:
     def settle(self, reruns: Reruns) -> None:
         """Take over what Snakemake says of each step; its graph may end where it must run first."""
         self.steps = [replace(step, why=reruns.get(step.path, step.why)) for step in self.steps]
+
+    def follow(self, disk: int, part: str = "", fetched: int = 0) -> int:
+        """Set what lies on the disk after each step, and return what does in the end.
+
+        `disk` is what does before. Converting `part` frees shards, of which it fetches some bytes.
+        """
+        path = layout.unquantized(self.model, part).file if part else ""
+        freed, _ = self.freed(part) if part else (0, 0)
+        passing = 0
+        for number, step in enumerate(self.steps):
+            if step.done:
+                continue
+            is_made = Path(step.path).parent.name in _OF_ONE_VARIANT
+            if self.is_by_shards:  # quants are made while converting
+                quants = sum(each.kept for each in self._left if each.stage == "quantize")
+                disk += quants if step.path == path else -step.kept if is_made else 0
+            elif self.model.passing and (is_made or step.stage == "verify"):
+                disk -= passing if is_made else 0  # the one before is uploaded and deleted
+                passing = step.kept + (0 if is_made else passing)
+            disk += step.kept + (fetched - freed if step.path == path else 0)
+            self.steps[number] = replace(step, disk=disk)
+        return disk
+
+    @property
+    def there(self) -> int:
+        """Bytes of results that are on the disk and stay."""
+        done = [step for step in self.steps if step.done]
+        return sum(step.kept for step in done if Path(step.path).exists())
 
     @property
     def kept(self) -> int:
