@@ -254,7 +254,7 @@ def as_table(forecast: ModelForecast, fetch: Fetch, network: float = 0) -> str:
         head = table.size(file.head) if file.head else "none"
         size = f"about {table.size(file.bytes)}" if file.about else table.size(file.bytes)
         files.append((file.name, size, head, str(file.pieces)))
-    steps = [("step", "adds", "disk then", "memory", "time", "why")]
+    steps = [("step", "adds", "disk after", "memory", "time", "why")]
     if fetch.left:
         spent = table.duration(fetch.left / network) if network else "?"
         steps.append(("fetch", _size(fetch.kept), _size(fetch.disk), "", spent, "missing"))
