@@ -69,7 +69,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 		$(if $(TYPES),--types $(foreach type,$(TYPES),"$(type)")) $(OPTIONS) --write
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
-	@$(FORECAST)
+	@$(subst --totals,--totals --published,$(FORECAST))
 	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
 		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
 

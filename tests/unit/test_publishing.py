@@ -327,7 +327,10 @@ def test_all_refusals_of_the_hub_are_told_at_once(
     with pytest.raises(UploadError) as error:
         Build({"models": models}).publish.check_access()
     assert str(error.value) == "O/a: no\nO/c: no\nNothing was built or uploaded."
-    assert capsys.readouterr().err == "warning: O/d: not checked with the Hub: no network\n"
+    warning = "warning: O/d: not checked with the Hub: no network\n"
+    assert capsys.readouterr().err == warning
+    Build({"models": models, "dry_run": True}).publish.check_access()  # it lists the files first
+    assert capsys.readouterr().err == f"{warning}warning: O/a: no\nwarning: O/c: no\n"
 
 
 EARLY = {"repo": "O/N", "when": "verified"}

@@ -57,7 +57,7 @@ STAGES = {
     "card": ".*: write the model card",
     "summary": "summarize",
     "sums": ".*: write SHA256SUMS",
-    "publish_imatrix": ".*: publish the importance matrix",
+    "publish_imatrix": ".*: put the importance matrix",
     "publish": "upload",
 }
 SHORT = ("graph", "convert", "quantize", "verify")

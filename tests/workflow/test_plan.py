@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Run
 from repository import CONFIG, Repository
 
 MODEL = "tiny-qwen3.5"
@@ -173,3 +173,17 @@ def timeless(text: str) -> str:
     """Without times and free space, and the widths of columns that follow from them."""
     text = re.sub(r"[\d.]+ min \d+ s|[\d.]+ s\b|[\d.]+ GB are free", "", text)
     return re.sub("[ :-]+", " ", text)
+
+
+def test_before_an_upload_only_what_is_uploaded_is_forecast(tmp_path: Path, run: Run) -> None:
+    model = {**CONFIG["models"][MODEL], "variants": {"Q8_0": {}}}
+    path = tmp_path / "config.yaml"
+    published = {**model, "publish": {"repo": "Owner/Name"}}
+    found = {}
+    for name, models in (("both", {"a": published, "b": model}), ("one", {"a": published})):
+        path.write_text(json.dumps({"models": models}))
+        options = ("--published",) if name == "both" else ()
+        done = run("plan.py", "--config", path, "--json", *options)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)["models"].keys()
+    assert found["both"] == found["one"] == {"a"}

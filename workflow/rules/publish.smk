@@ -148,7 +148,7 @@ rule publish_imatrix:
     params:
         code=digest("publish_imatrix.py"),
     message:
-        "{wildcards.model}: publish the importance matrix {wildcards.stem}-imatrix"
+        "{wildcards.model}: put the importance matrix {wildcards.stem}-imatrix beside the files"
     shell:
         "python {input.code[0]:q} {input.file:q} --recorded {input.digest:q}"
         " --digest {output.digest:q} --out {output.file:q} > {log:q} 2>&1"

@@ -72,6 +72,9 @@ def main() -> None:
         "--machines", type=int, default=1, metavar="N",
         help="how many machines like this one share a quantization, as on a cluster (default: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--published", action="store_true", help="only models that `make publish` uploads"
+    )
     programs.add_options(parser)
     args = parser.parse_args()
     if args.totals:
@@ -81,7 +84,10 @@ def main() -> None:
     build = _build(paths)
     llama = _programs(args, build)
     build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
-    plan = Plan(paths, build.config, _chosen(paths[0], args.models, build), llama, args.machines)
+    chosen = _chosen(paths[0], args.models, build)
+    if args.published:
+        chosen = [model for model in chosen if model.publish]
+    plan = Plan(paths, build.config, chosen, llama, args.machines)
     if args.json:
         models = {each.model.key: _as_json(each, plan.fetches) for each in plan.forecasts}
         totals = plan.totals()

@@ -275,12 +275,12 @@ class PublishRules(Stage):
     def check_access(self) -> None:
         """Raise UploadError if the Hub would refuse an upload; that comes after the whole build.
 
-        A dry run lists the files first, and asks then.
+        A dry run only warns of it: it lists the files, and fails at its end.
         """
         from mtpforge.publish import access  # and what it imports: a second, in each run
 
-        chosen = () if self._is_dry else self.config.chosen
-        targets = [model.publish for model in chosen if isinstance(model.publish, HubTarget)]
+        models = self.config.chosen
+        targets = [model.publish for model in models if isinstance(model.publish, HubTarget)]
         refusals = []
         for repo in dict.fromkeys(target.repo for target in targets):
             try:
@@ -288,7 +288,10 @@ class PublishRules(Stage):
                     say(f"warning: {repo}: not checked with the Hub: {why}")
             except UploadError as error:
                 refusals.append(str(error))
-        if refusals:
+        if self._is_dry:
+            for refusal in refusals:
+                say(f"warning: {refusal}")
+        elif refusals:
             refused = "\n".join(refusals)
             raise UploadError(f"{refused}\nNothing was built or uploaded.")
 
