@@ -36,11 +36,12 @@ def test_jobs_use_no_more_than_they_ask_for(
     for record in sorted(Path("benchmarks", model).glob("*.jsonl")):
         rule, wildcards = _job(model, record.stem)
         wanted = needs.asked(getattr(needs, rule))
+        job = {"threads": needs.threads(wildcards), "attempt": 1}
         for line in record.read_text().splitlines():
             used = json.loads(line)
             if isinstance(used["max_rss"], float):  # else it ended before it was looked at
-                assert used["max_rss"] * 1.048576 <= wanted["mem_mb"](wildcards, attempt=1), record
-            assert used["s"] <= 60 * wanted["runtime"](wildcards, attempt=1), record
+                assert used["max_rss"] * 1.048576 <= wanted["mem_mb"](wildcards, **job), record
+            assert used["s"] <= 60 * wanted["runtime"](wildcards, **job), record
             seen.add(rule)
     assert seen == set(RECORDS.values())
 
