@@ -30,8 +30,9 @@ _NEED_NO_IMATRIX = ("Q8_0", *quant_types.UNQUANTIZED, *quant_types.PACKED)
 
 
 def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = None) -> Variants:
-    """The variants of a preset; a publisher's have an importance matrix, computed from `text`.
+    """The variants of a preset; a publisher's have an importance matrix.
 
+    `text` is the matrix, or what it is computed from.
     `only` names those that are wanted. Raises ConfigError if the preset does not have one.
     """
     variants: Variants = {kind: {} for kind in PRESETS[name]}

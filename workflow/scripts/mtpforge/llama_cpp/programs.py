@@ -98,7 +98,7 @@ class LlamaCpp:
         return version_of(self.folder, names)
 
     def devices(self) -> tuple[str, ...]:
-        """Those that llama-server finds: "CUDA0: NAME (143155 MiB)". Raises ToolchainError."""
+        """The devices of llama-server, such as "CUDA0: NAME (8192 MiB)". Raises ToolchainError."""
         listed = process.answer([self.find("llama-server"), "--list-devices"])[1]
         found = re.findall(r"^  (\w+: .+)$", listed, re.MULTILINE)
         return tuple(re.sub(r", \d+ MiB free\)$", ")", each) for each in found)
