@@ -25,9 +25,8 @@ def main() -> None:
     package, before, old = pinned.groups()
     tags = [f"b{version.partition('.')[0]}" for version in (before, sys.argv[1])]
     sha256 = digest(f"{package}=={sys.argv[1]}")
-    REQUIREMENT.write_text(
-        text.replace(f"=={before}", f"=={sys.argv[1]}").replace(old, sha256).replace(*tags)
-    )
+    text = text.replace(f"=={before}", f"=={sys.argv[1]}").replace(old, sha256)
+    REQUIREMENT.write_text(re.sub(rf"\b{tags[0]}\b", tags[1], text))  # a sha256 may contain a tag
     CONSTANT.write_text(
         CONSTANT.read_text().replace(f'PINNED = "{tags[0]}"', f'PINNED = "{tags[1]}"')
     )

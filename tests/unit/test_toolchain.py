@@ -620,14 +620,14 @@ def test_another_pin_is_written_with_its_sha256_and_tag(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True)
     shutil.copy(ROOT / "tests/golden/pin.py", program)
     (root / "envs/llama.cpp.txt").write_text(
-        f"# stand-in vendors b66\nstand-in==66.1 --hash=sha256:{'0' * 64}\n"
+        f"# stand-in vendors b66 (ab66f)\nstand-in==66.1 --hash=sha256:{'0' * 64}\n"
     )
     constant.write_text('PINNED = "b66"\nBROKEN = "b66 to b67"\n')
     environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     environment["PIP_FIND_LINKS"] = (clone.root / "index").as_uri()
     subprocess.run([sys.executable, program, "77.0"], env=environment, check=True)
     assert (root / "envs/llama.cpp.txt").read_text() == (
-        f"# stand-in vendors b77\nstand-in==77.0 --hash=sha256:{clone.sha256}\n"
+        f"# stand-in vendors b77 (ab66f)\nstand-in==77.0 --hash=sha256:{clone.sha256}\n"
     )
     assert constant.read_text() == 'PINNED = "b77"\nBROKEN = "b66 to b67"\n'
 
