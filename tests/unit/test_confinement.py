@@ -180,22 +180,46 @@ def test_steps_of_a_progress_bar_are_lines(tmp_path: Path) -> None:
     assert printed == ["a\nWriting: 10%\nWriting: 20%\nend"]
 
 
-def test_the_last_line_of_a_matrix_that_is_computed_says_how_far_it_is(
+@pytest.fixture
+def said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """llama-imatrix prints a line for each tensor whenever it saves."""
+) -> Callable[..., list[str]]:
+    """What we say of a program that prints these parts of lines."""
     monkeypatch.setattr(process.progress, "_INTERVAL", 0.0)
-    lines = [
-        "0.11 I compute_imatrix: computing over 40 chunks, n_ctx=512",
-        "[1]7.1,[2]6.2,[3]6.1,0.04.443.540 W ",
-        "save_imatrix: saving imatrix using GGUF format with a different suffix than .gguf",
-        "0.44 W save_imatrix: if you want the previous imatrix format, use --output-format dat",
-        "0.44 W compute_tensor_statistics: no preceding-layer tensor for 'blk.0.attn_q.weight'",
+
+    def run(*parts: str) -> list[str]:
+        path = program(tmp_path, f"for part in {parts}: print(part, end='', flush=True)")
+        process.call([path], tmp_path / "log")
+        return [line.partition(": ")[2] for line in capfd.readouterr().err.splitlines()]
+
+    return run
+
+
+def test_a_matrix_that_is_computed_says_how_far_it_is(
+    tmp_path: Path, said: Callable[..., list[str]]
+) -> None:
+    """llama-imatrix ends a line after ten chunks, with a line for each tensor whenever it saves."""
+    kept = [
+        "0.11 I compute_imatrix: computing over 40 chunks, n_ctx=512\n",
+        "0.12 I compute_imatrix: 9.75 seconds per pass - ETA 2 hours 6.50 minutes\n",
+        "[1]7.1,", "[2]6.", "2,[3]6.1,",
+    ]  # fmt: skip
+    noise = [
+        "0.44 W compute_tensor_statistics: no preceding-layer tensor for 'blk.0.attn_q.weight'\n",
+        "0.04.443.540 W \n",
+        "save_imatrix: saving imatrix using GGUF format with a different suffix than .gguf\n",
+        "0.44 W save_imatrix: if you want the previous imatrix format, use --output-format dat\n",
     ]
-    path = program(tmp_path, f"print(*{lines}, sep='\\n')")
-    process.call([path], tmp_path / "log")
-    assert (tmp_path / "log").read_text().splitlines() == lines[:2]
-    assert capfd.readouterr().err.endswith(": 3 of 40 chunks\n")
+    chunks = [f"{number} of 40 chunks" for number in (1, 2, 3)]
+    assert said(*kept, *noise) == ["about 2 h 6 min in all", *chunks]
+    log = (tmp_path / "log").read_text()
+    assert log.replace(",\n[", ",[") == "".join(kept) + "\n"
+
+
+def test_a_kl_divergence_says_how_far_it_is(said: Callable[..., list[str]]) -> None:
+    table = "   1      45.2095 ±   16.1359\n   2       9.6263 ±    1.8836\n"
+    found = said("0.11 I kl_divergence: computing over 6 chunks, n_ctx=512\n", table)
+    assert found == ["1 of 6 chunks", "2 of 6 chunks"]
 
 
 def test_commands_to_a_terminal_are_not_kept(tmp_path: Path) -> None:

@@ -449,7 +449,7 @@ def test_time_left_is_said_once_as_many_runs_have_ended_as_begin_at_a_time(
 
 
 @pytest.mark.parametrize(
-    ("quiet", "said"), [(False, "llama-perplexity: ETA 2 minutes\n"), (True, "")]
+    ("quiet", "said"), [(False, "llama-perplexity: about 2 min 0 s in all\n"), (True, "")]
 )
 def test_the_progress_of_one_run_does_not_hide_that_of_all(
     monkeypatch: pytest.MonkeyPatch,

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtpforge import progress
+from mtpforge import progress, table
 from mtpforge.errors import ToolchainError, printable
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io import storage
@@ -40,16 +40,20 @@ OUTPUT_LIMIT = 64 << 20
 _STEP = re.compile(
     r"\[ *\d+/ *\d+\] \S+"  # llama-quantize: "[  12/ 441] blk.3.attn_q.weight"
     r"|Writing: +\d+%"  # upstream's converter
-    r"|ETA [\d.]+ (hours|minutes).*"  # llama-imatrix
-    # llama-imatrix: chunks and perplexity, "[90]7.1234,", ten to a line
-    r"|\[\d+\][\d.]+(?=,([\d.]+ W )?$)"
+    r"|ETA (?:[\d.]+ hours )?[\d.]+ minutes"  # llama-imatrix, after its first chunk
+    r"|^(?:\[\d+\][\d.]+,| +\d+ +[\d.]+ ±)"  # a chunk: "[90]7.1234,", or "  90   7.1234 ± "
 )
 _COUNT = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 """The number of a tensor that llama-quantize has begun, and of all."""
-_CHUNK = re.compile(r"\[(\d+)\][\d.]+$")
+_CHUNK = re.compile(r"[\[ ]+(\d+)[\] ]")
+_CHUNK_END = re.compile(rb"(?<![^\n,])(\[\d+\][\d.]+,)(?!\n)")
+"""After which llama-imatrix does not end the line for ten chunks."""
 _CHUNKS = re.compile(r" over (\d+) chunks\b")
+_WHOLE = re.compile(r"ETA (?:([\d.]+) hours )?([\d.]+) minutes")
+"""The time of all chunks, the first included."""
 _NOISE = re.compile(
     r"compute_tensor_statistics: no preceding|save_imatrix: (saving imatrix using|if you want)"
+    r"|^[\d.]+ W $"
 )
 """What llama-imatrix prints whenever it saves, a line for each tensor, below its progress."""
 _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Interrupt)\b")
@@ -184,6 +188,9 @@ def _counted(step: str, chunks: int, left: progress.Left) -> str:
         return step + left.of(int(tensor[1]) - 1, int(tensor[2]))
     if chunks and (chunk := _CHUNK.match(step)):
         return f"{chunk[1]} of {chunks} chunks{left.of(int(chunk[1]), chunks)}"
+    if whole := _WHOLE.match(step):
+        seconds = 3600 * float(whole[1] or 0) + 60 * float(whole[2])
+        return f"about {table.duration(seconds)} in all"
     return step
 
 
@@ -279,7 +286,7 @@ class _Program:
             if size > OUTPUT_LIMIT:
                 raise ToolchainError(f"{self.name} printed over {OUTPUT_LIMIT >> 20} MB: ended")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # of progress bars
-            *whole, rest = (rest + chunk).split(b"\n")
+            *whole, rest = _CHUNK_END.sub(rb"\1\n", rest + chunk).split(b"\n")
             for line in whole:
                 yield _shown(line) + "\n"
             if len(rest) > _LINE_LIMIT:
