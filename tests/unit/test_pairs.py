@@ -1,11 +1,13 @@
 """The search for the fastest pair of n_max and p_min, on simulated speeds with noise."""
 
 import random
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
+from mtpforge import progress
 from mtpforge.llama_cpp.server import Completion
 from mtpforge.measure.pairs import OFF, Pair, Search
 from mtpforge.measure.prompt_forms import Case, Cases
@@ -100,6 +102,7 @@ class Simulated(Bench):
         self.rounds = {}
         self.best = OFF
         self.cut_short = False
+        self.left, self.times, self.expected = progress.Left(), None, 0
         self.speed, self.load, self.clock = speed, load, 0.0
 
     @property
@@ -175,6 +178,42 @@ def test_a_search_that_its_minutes_cut_short_says_so() -> None:
         bench = Simulated(FAST["trivial"], lambda _: 1.0, minutes=minutes)
         advice = bench.found()
         assert bench.cut_short == is_cut == ("search cut short by `minutes`" in advice.verdict)
+
+
+def test_each_round_says_its_number_of_about_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Simulated(FAST["code on a GPU"], lambda _: 1.0)
+    bench.found()
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "x.gguf: round 1 of about 26: without drafting",
+        "x.gguf: round 2 of about 26: n_max 2",
+    ]
+    assert re.fullmatch("x.gguf: round 25 of about 25: (n_max.*|without.*)", said[-1])
+
+
+def test_a_round_on_a_busy_machine_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Simulated(SLOW, lambda _: 1.0)
+    bench.times = (60, 40)
+    bench.round(OFF)
+    busy = "other programs take 40% of the time: not steady"
+    assert capsys.readouterr().err == f"x.gguf: round 1: without drafting ({busy})\n"
+    bench.round(OFF)
+    assert capsys.readouterr().err == "x.gguf: round 2: without drafting\n"
+
+
+def test_the_rounds_left_are_those_that_there_is_time_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Simulated(SLOW, lambda _: 1.0, minutes=10)
+    monkeypatch.setattr("time.monotonic", lambda: bench.left.start + bench.done * 60)
+    bench.expected = 8
+    for _ in range(2):
+        bench.round(OFF)
+    bench.expected = 50
+    bench.round(OFF)
+    starts = ["round 1 of about 8:", "round 2 of about 8, 7 min 0 s left:", "round 3 of about 10,"]
+    for line, start in zip(capsys.readouterr().err.splitlines(), starts, strict=True):
+        assert line.startswith(f"x.gguf: {start}")
 
 
 def test_no_speedup_is_claimed_if_the_speeds_are_not_steady() -> None:

@@ -5,14 +5,10 @@ from dataclasses import dataclass, replace
 
 from mtpforge.forecast import costs
 from mtpforge.forecast.costs import Cost, Machine, Tokens
-from mtpforge.measure.pairs import Pair, Search
+from mtpforge.measure import pairs
 from mtpforge.measure.speed import WARM_UP, draft_lengths
 from mtpforge.prompts import answer_tokens
 from mtpforge.rules.config import MeasureSettings
-
-_RIGHT = 0.75
-_DRAFT = 0.15
-_STOPPED = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,11 @@ class Sweep:
 
 def sweep(settings: MeasureSettings, prompts: int, blocks: int) -> Sweep:
     """The rounds for a file whose head has so many blocks; 0 if llama-server cannot draft."""
-    search = Search(draft_lengths(settings.n_max, blocks), settings.p_min, _plausible)
+    rounds = tried = 0
     if blocks:
-        search.fastest()
-    rounds = sum(map(len, search.speeds.values()))
-    return Sweep(rounds, len(search.speeds), settings.repeats, prompts, len(settings.forms))
+        search = pairs.expected(draft_lengths(settings.n_max, blocks), settings.p_min)
+        rounds, tried = search.rounds, len(search.speeds)
+    return Sweep(rounds, tried, settings.repeats, prompts, len(settings.forms))
 
 
 def cost(
@@ -77,12 +73,3 @@ def cost(
         if found.seconds <= 60 * minutes:
             break
     return each, found
-
-
-def _plausible(pair: Pair) -> float:
-    """Tokens of a pass over its time, as of an ordinary head.
-
-    How many rounds a search takes depends little on it.
-    """
-    tokens = sum(_RIGHT**ahead for ahead in range(pair.n_max + 1))
-    return tokens / (1 + _DRAFT * pair.n_max) * (1 + _STOPPED * pair.p_min)

@@ -16,6 +16,9 @@ _CLOSE = 0.9
 """Share of the fastest pair's speed from which a pair may be as fast."""
 _FINALISTS = (4, 2)
 """How many of the fastest are measured again, at most a third of all."""
+_RIGHT = 0.75
+_DRAFT = 0.15
+_STOPPED = 0.05
 
 
 class Pair(NamedTuple):
@@ -49,6 +52,11 @@ class Search:
         self.speeds: dict[Pair, list[float]] = {}
         self.cut_short = False
         """Whether there was no time for all pairs that it would have measured."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds so far."""
+        return sum(map(len, self.speeds.values()))
 
     def fastest(self) -> Pair:
         """Find the fastest pair, of those that there was time for."""
@@ -108,3 +116,19 @@ class Search:
 
     def _speed(self, pair: Pair) -> float:
         return fmean(self.speeds[pair])
+
+
+def expected(n_max: Sequence[int], p_min: Sequence[float]) -> Search:
+    """A search that has ended, with an ordinary head; others take about as many rounds."""
+    search = Search(n_max, p_min, _plausible)
+    search.fastest()
+    return search
+
+
+def _plausible(pair: Pair) -> float:
+    """Tokens of a pass over its time, as of an ordinary head.
+
+    How many rounds a search takes depends little on it.
+    """
+    tokens = sum(_RIGHT**ahead for ahead in range(pair.n_max + 1))
+    return tokens / (1 + _DRAFT * pair.n_max) * (1 + _STOPPED * pair.p_min)

@@ -36,7 +36,7 @@ from mtpforge.gguf import split
 from mtpforge.llama_cpp import converter_architectures
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.server import Completion, Server, serve
-from mtpforge.measure import prompt_forms
+from mtpforge.measure import pairs, prompt_forms
 from mtpforge.measure.measurement import KindSpeed, Machine, Measurement, Run, Spread, Total
 from mtpforge.measure.pairs import OFF, Pair, Search
 from mtpforge.measure.prompt_forms import FORMS, Case, Cases
@@ -226,7 +226,11 @@ class Bench:
         """The pair that is compared with no drafting."""
         self.cut_short = False
         """Whether the search for it had to end early."""
-        self.start = time.monotonic()
+        self.expected = 0
+        """About how many rounds there will be; 0 if unknown."""
+        self.left = progress.Left()
+        self.times: tuple[int, int] | None = None
+        """Those of the last round."""
 
     @property
     def can_draft(self) -> bool:
@@ -234,16 +238,22 @@ class Bench:
         why_not = converter_architectures.why_not_drafting(self.gguf)
         return bool(self.gguf.head_blocks) and why_not is None
 
+    @property
+    def done(self) -> int:
+        """Rounds so far."""
+        return sum(map(len, self.rounds.values()))
+
     def round(self, tried: Pair, *, more: bool = False) -> float:
         """Measure a pair once: tokens per second, 0 if it should draft and does not.
 
         `more`: in all forms. Raises ToolchainError.
         """
-        progress.say(f"{self.path.name}: {pair(*tried) if tried.n_max else 'without drafting'}")
+        progress.say(f"{self.path.name}: {self._next()}: {_label(*tried)}{self._disturbed()}")
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "server.log"
             found = self._round(tried, more=more, log=log)
         self.rounds.setdefault(tried, []).append(found)
+        self.times = found.times
         answers = [found.answers[case][0] for case in self.cases.main]
         if tried.n_max and not any(answer.drafts for answer in answers):
             return 0.0
@@ -251,9 +261,9 @@ class Bench:
 
     def has_time(self, rounds: int) -> bool:
         """Whether there is time for so many rounds."""
-        done = sum(map(len, self.rounds.values()))
+        done = self.done
         forms = 2 * len(self.cases.more) / max(1, len(self.cases.main))  # the last of each pair
-        spent = time.monotonic() - self.start
+        spent = time.monotonic() - self.left.start
         return spent * (1 + (rounds + forms) / max(1, done)) <= self.settings.minutes * 60
 
     def totals(self) -> list[Total]:
@@ -308,6 +318,20 @@ class Bench:
         known = [each for each in times if each is not None]
         total = sum(ran + waited for ran, waited in known)
         return round(sum(waited for _, waited in known) / total, 3) if total else None
+
+    def _next(self) -> str:
+        """The next round's number, and how many rounds and how much time there will be."""
+        spent = time.monotonic() - self.left.start
+        done, total = self.done, self.expected
+        if done and spent:
+            total = int(min(total, done * 60 * self.settings.minutes / spent))
+        of_about = f" of about {total}" if done < total else ""
+        return f"round {done + 1}{of_about}{self.left.of(done, total)}"
+
+    def _disturbed(self) -> str:
+        """What the last round lost to other programs; empty if that was little."""
+        lost = _share_waited(self.times) if self.times else 0
+        return f" (other programs take {lost:.0%} of the time: not steady)" * (lost > WAITING)
 
     def _last(self, tried: Pair) -> list[_Round]:
         """The rounds that count: the last ones, after any that were not steady."""
@@ -378,23 +402,28 @@ def _sweep(bench: Bench) -> None:
     They take turns again if their rounds disagree, unless other programs are the reason.
     """
     left = bench.settings.repeats - 1
-    bench.round(OFF, more=not left)
     if not bench.can_draft:
-        for index in range(left):
-            bench.round(OFF, more=index == left - 1)
+        bench.expected = 1 + left
+        for index in range(1 + left):
+            bench.round(OFF, more=index == left)
         return
+    lengths = draft_lengths(bench.settings.n_max, blocks=len(bench.gguf.head_blocks))
+    bench.expected = 1 + pairs.expected(lengths, bench.settings.p_min).rounds + 2 * left
+    bench.round(OFF, more=not left)
     search = Search(
-        draft_lengths(bench.settings.n_max, blocks=len(bench.gguf.head_blocks)),
+        lengths,
         bench.settings.p_min,
         bench.round,
         may_go_on=lambda: bench.has_time(1 + 2 * left),
     )
     bench.best = search.fastest()
     bench.cut_short = search.cut_short
+    bench.expected = bench.done + 2 * left
     _confirm(bench, left)
     busy = (bench.waiting() or 0) > WAITING
     if not (bench.advice().steady or busy) and bench.has_time(2 * left + 2):
         progress.say(f"{bench.path.name}: not steady: measured again")
+        bench.expected = bench.done + 2 * left + 2
         _confirm(bench, left + 1)
 
 
@@ -469,9 +498,13 @@ def _kind_speed(run: Run, without: float, *, steady: bool) -> KindSpeed:
     )
 
 
+def _label(n_max: int, p_min: float) -> str:
+    return pair(n_max, p_min) if n_max else "without drafting"
+
+
 def _line(total: Total) -> str:
     low, high = total.spread
-    label = pair(total.n_max, total.p_min) if total.n_max else "without drafting"
+    label = _label(total.n_max, total.p_min)
     text = f"{label}: {total.tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f})"
     return text if total.acceptance is None else f"{text}, {total.acceptance:.1%} accepted"
 
