@@ -451,7 +451,8 @@ def rule_graph() -> str:
     command = [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", said))
-    edges = {(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", said)}
+    arrows = [(names[a], names[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", said)]
+    edges = {(a, b) for a, b in arrows if a != b}
     kept = sorted(edge for edge in edges if not _follows(edge, edges))
     return "```mermaid\nflowchart TB\n" + "".join(f"  {a} --> {b}\n" for a, b in kept) + "```\n"
 

@@ -33,8 +33,8 @@ RUNS_LLAMA = {
     "reference_logits", "measure", "search_logits", "sensitivities", "sensitivities_share",
     "compare", "measure_other", "conversations",
 }  # fmt: skip
-PARALLEL = RUNS_LLAMA | {"piece", "quantize", "quantizer", "toolchain", "errors"}
-BESIDE = {"resolve", "fetch", "fetch_head", "upload", "quantizer", "toolchain"}
+PARALLEL = RUNS_LLAMA | {"piece", "quantize", "program", "toolchain", "errors"}
+BESIDE = {"resolve", "fetch", "fetch_head", "upload", "program", "toolchain"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
     "models": {
@@ -49,7 +49,8 @@ EXAMPLE = {
     "model": "large", "base": "large", "variant": "Q4_K_M", "name": "Q4_K_M", "kind": "quantized",
     "part": "all", "repo": "owner/large", "revision": REVISION, "file": "large.safetensors",
     "place": "x", "donor": "x", "stem": "large-Q4_K_M", "text": "x", "piece": "1", "pieces": "2",
-    "type": "Q8_0", "figure": "speed", "matrix": "plain", "method": "class",
+    "type": "Q8_0", "figure": "speed", "program": "llama-server", "matrix": "plain",
+    "method": "class",
 }  # fmt: skip
 WALK = """\
 import json, sys

@@ -25,7 +25,6 @@ from conftest import ROOT
 from mtpforge.errors import ConfigError, ToolchainError
 from mtpforge.llama_cpp import installed, programs
 from mtpforge.llama_cpp.compilation import PROGRAMS, Recipe, read_pin, recipe_by
-from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.llama_cpp.runtimes import PINNED
 from mtpforge.llama_cpp.toolchain import is_whole
@@ -86,6 +85,9 @@ def archive_files() -> dict[str, str]:
         "llama.cpp/conversion/__init__.py": "",
         "llama.cpp/gguf-py/gguf/__init__.py": "",
     }
+
+
+QUANTIZER = ("--program", "llama-quantize")
 
 
 class Clone:
@@ -351,51 +353,56 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tree.parent.iterdir() if p.suffix != ".lock"] == [tree.stem]
 
 
-def test_the_quantizer_is_built_first_and_then_the_rest(tmp_path: Path) -> None:
-    clone, first = Clone(tmp_path), tmp_path / "out" / "bin"
-    code, said = clone.run("out", "--quantizer")
-    assert code == 0, said
-    assert sorted(path.name for path in first.iterdir()) == sorted(QUANTIZER)
-    quantizer, before = clone.stamp(), (first / "llama-quantize").stat().st_ino
-    assert sorted(quantizer["programs"]) == sorted(QUANTIZER)
-    (tree,) = clone.cache.glob("llama.cpp/*.build")
+def test_each_program_is_built_by_itself_with_its_own_stamp(tmp_path: Path) -> None:
+    clone, folder = Clone(tmp_path), tmp_path / "out" / "bin"
+    stamps, made = {}, {}
+    for number, name in enumerate(PROGRAMS):
+        code, said = clone.run("out", "--program", name)
+        assert code == 0, said
+        assert ("downloading" in said, "configuring" in said) == (number == 0, number == 0)
+        made[name] = (folder / name).stat().st_ino
+        assert made == {path.name: path.stat().st_ino for path in folder.iterdir()}
+        stamps[name] = clone.stamp()
+        assert list(stamps[name]["programs"]) == [name]
+        (tree,) = clone.cache.glob("llama.cpp/*.build")
     code, said = clone.run()
     assert code == 0, said
-    assert "compiling" in said and "downloading" not in said
-    assert (first / "llama-quantize").stat().st_ino == before  # a job may be running it
+    assert "downloading" not in said
+    assert made == {path.name: path.stat().st_ino for path in folder.iterdir()}  # jobs run them
     assert not tree.exists()
     stamp = clone.stamp()
     assert set(stamp["programs"]) == set(PROGRAMS)
-    assert {**stamp, "programs": quantizer["programs"]} == quantizer
-    assert quantizer["programs"].items() <= stamp["programs"].items()
+    for name, own in stamps.items():
+        assert {**stamp, "programs": own["programs"]} == own
+        assert own["programs"][name] == stamp["programs"][name]
     for entry in clone.cache.glob("llama.cpp/*/stamp.json"):
-        if set(json.loads(entry.read_text())["programs"]) == set(QUANTIZER):
+        if len(json.loads(entry.read_text())["programs"]) == 1:
             shutil.rmtree(entry.parent)
-    code, said = clone.run("whole", "--quantizer")  # of the build with all programs
+    code, said = clone.run("whole", "--program", "llama-server")  # of the build with all programs
     assert (code, "using the build in" in said) == (0, True)
-    assert clone.stamp("whole") == quantizer
+    assert clone.stamp("whole") == stamps["llama-server"]
 
 
-def test_a_finished_quantizer_stays_if_the_rest_fails(tmp_path: Path) -> None:
+def test_a_finished_program_stays_if_another_fails(tmp_path: Path) -> None:
     broken = CMAKE_LISTS + "target_link_libraries(llama-server no-such-library)\n"
     clone = Clone(tmp_path, {**archive_files(), "llama.cpp/CMakeLists.txt": broken})
-    assert clone.run("out", "--quantizer")[0] == 0
+    assert clone.run("out", *QUANTIZER)[0] == 0
     code, said = clone.run("all")
     assert (code, "error: ninja failed" in said) == (1, True)
     assert not list(clone.cache.glob("llama.cpp/*.build"))
-    code, said = clone.run("again", "--quantizer")
+    code, said = clone.run("again", *QUANTIZER)
     assert (code, "using the build in" in said) == (0, True)
 
 
-def test_who_waits_for_the_quantizer_does_not_wait_for_the_rest(tmp_path: Path) -> None:
+def test_who_waits_for_a_program_does_not_wait_for_the_others(tmp_path: Path) -> None:
     clone = Clone(tmp_path)
-    assert clone.run("out", "--quantizer")[0] == 0
+    assert clone.run("out", *QUANTIZER)[0] == 0
     entry = clone.entry()
     entry.rename(tmp_path / "hidden")
     (lock,) = clone.cache.glob("llama.cpp/*.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # as a run does that builds the rest
-        run = clone.start("waits", "--quantizer")
+        run = clone.start("waits", *QUANTIZER)
         for line in run.stderr or ():
             if "waiting" in line:
                 break
@@ -454,7 +461,7 @@ def test_without_a_compiler_the_newest_whole_build_is_used(clone: Clone, tmp_pat
     without = {"CXX": "no-such-compiler", "MTPFORGE_CACHE": str(tmp_path)}
     for compiler in ("GNU 99", ours, "GNU 97"):
         entry = cache / recipe_by(compiler, pin).key()
-        for options in ((), ("--quantizer",)):
+        for options in ((), QUANTIZER):
             code, said = clone.run("without", *options, **without)
             assert (code, f"using the build in {entry}, by {compiler}" in said) == (0, True), said
             assert clone.stamp("without")["compiler"] == compiler

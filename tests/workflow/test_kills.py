@@ -32,8 +32,8 @@ LONGEST = 1.5 if KILLS else 0.3  # seconds from the start of a job to the kill; 
 
 STAGES = {
     "graph": "",  # before the first job
-    "quantizer": "quantizer: ",
-    "toolchain": "toolchain: ",
+    "program": "toolchain: build ",
+    "toolchain": "toolchain: describe ",
     "resolve": "list ",
     "fetch": "fetch (?!only ).* of ",
     "fetch_head": "fetch only the head",

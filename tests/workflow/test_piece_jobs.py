@@ -26,7 +26,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
     made = Repository(tmp_path_factory.mktemp("pieces") / "repository", toolchain)
     set_variants(made, VARIANTS)
     jobs = {
-        "quantizer": 1,
+        "program": 5,
         "toolchain": 1,
         "convert": 1,
         "local_files": 1,

@@ -42,7 +42,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "summary": 1,
     }
     jobs |= {**described(4), "local_files": 2, "materials": 1, "acceptance": 1}
-    assert made.pending() == {"quantizer": 1, "toolchain": 1, **jobs}
+    assert made.pending() == {"program": 5, "toolchain": 1, **jobs}
     done = made.snakemake()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     logs = (made.path / "logs/tiny-qwen3.5").glob("plan-quantized-*.log")

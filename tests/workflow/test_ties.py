@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import BIN, ROOT
+from mtpforge.llama_cpp.compilation import PROGRAMS
 from mtpforge.rules import layout
 from repository import CONFIG, Repository
 
@@ -41,7 +42,7 @@ with SnakemakeApi(OutputSettings()) as api:
     } for job in dag.jobs]
 pathlib.Path(sys.argv[1]).write_text(json.dumps(jobs))
 """
-PINNED = {"quantizer", "toolchain", "converter"}
+PINNED = {"program", "toolchain", "converter"}
 """Their requirements are parameters, without comments."""
 
 
@@ -122,19 +123,30 @@ def test_large_files_are_not_compared_by_time(jobs: dict[int, dict[str, Any]]) -
 
 
 def test_quantization_does_not_wait_for_llama_server(jobs: dict[int, dict[str, Any]]) -> None:
-    plans = [needed(jobs, key) for key, job in jobs.items() if job["rule"] == "plan_types"]
-    assert all("quantizer" in rules for rules in plans)
-    for rules in plans:
-        assert ("toolchain" in rules) == ("imatrix" in rules)
-    assert sum("toolchain" not in rules for rules in plans) > 2
-    verified = [needed(jobs, key) for key, job in jobs.items() if job["rule"] == "verify"]
-    assert verified and all("toolchain" in rules for rules in verified)
+    plans = [stamps(jobs, key) for key, job in jobs.items() if job["rule"] == "plan_types"]
+    assert set(map(frozenset, plans)) == {
+        frozenset({"llama-quantize"}),
+        frozenset(PROGRAMS) - {"llama-perplexity"},  # with an importance matrix
+    }
+    assert plans.count({"llama-quantize"}) > 2
+    verified = [stamps(jobs, key) for key, job in jobs.items() if job["rule"] == "verify"]
+    assert {"llama-quantize", "llama-server", "llama-gguf-split"} in verified
 
 
-def needed(jobs: dict[int, dict[str, Any]], key: int) -> set[str]:
-    """The rules of all jobs that a job waits for."""
-    before = [need for need, _ in jobs[key]["needs"]]
-    return {jobs[need]["rule"] for need in before}.union(*(needed(jobs, need) for need in before))
+def test_a_program_has_a_job_and_a_stamp_of_its_own(jobs: dict[int, dict[str, Any]]) -> None:
+    own = [key for key, job in jobs.items() if job["rule"] == "program"]
+    assert len(own) == len(PROGRAMS)
+    (total,) = (key for key, job in jobs.items() if job["rule"] == "toolchain")
+    assert stamps(jobs, total) == set(PROGRAMS)
+
+
+def stamps(jobs: dict[int, dict[str, Any]], key: int) -> set[str]:
+    """The programs whose stamps a job waits for."""
+    found: set[str] = set()
+    for need, files in jobs[key]["needs"]:
+        found |= {Path(file).stem for file in files if Path(file).stem in PROGRAMS}
+        found |= stamps(jobs, need)
+    return found
 
 
 def follows(jobs: dict[int, dict[str, Any]], job: dict[str, Any], need: int) -> bool:

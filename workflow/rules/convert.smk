@@ -13,7 +13,7 @@
 
 checkpoint ready:
     input:
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-quantize"),
         imatrix=build.convert.matrices,
     output:
         "results/{model}/work/ready.txt",

@@ -7,7 +7,7 @@
 rule inject:
     input:
         code=code("inject.py"),
-        quantizer="resources/toolchain/quantizer.json",
+        programs=stamps("llama-quantize"),
         base=ancient(build.inject.base_files),
         base_digests=build.inject.base_inputs,
         head=ancient(build.inject.head_file),

@@ -10,7 +10,7 @@
 rule reference_logits:
     input:
         code=code("reference_logits.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-perplexity"),
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=ancient(build.measure.text),
@@ -65,7 +65,7 @@ rule measuring:
 rule measure:
     input:
         code=code("measure.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server", "llama-perplexity"),
         file=ancient(build.measure.file),  # its digests are compared by content
         report=ancient(build.measure.report),  # only verified files are measured
         settings="results/{model}/work/measuring.json",
@@ -105,7 +105,7 @@ rule measure:
 rule measure_other:
     input:
         code=code("measure_other.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-perplexity"),
         records=build.measure.other_inputs,
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,

@@ -33,7 +33,7 @@ rule recipe:
 rule conversations:
     input:
         code=code("conversations.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         texts=ancient(build.quantize.texts),
@@ -63,7 +63,7 @@ rule conversations:
 rule imatrix:
     input:
         code=code("imatrix.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-imatrix"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=build.quantize.imatrix_text_inputs,
@@ -129,7 +129,7 @@ rule coverage:
 checkpoint plan_types:
     input:
         code=code("quantize_plan.py"),
-        quantizer="resources/toolchain/quantizer.json",
+        programs=stamps("llama-quantize"),
         source=ancient(build.quantize.source),
         digests=build.quantize.source_digests,
         recipe=build.quantize.recipe_inputs,

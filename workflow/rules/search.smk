@@ -10,7 +10,7 @@
 rule errors:
     input:
         code=code("quantization_errors.py"),
-        quantizer="resources/toolchain/quantizer.json",
+        programs=stamps("llama-quantize"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         imatrix=ancient(build.search.imatrix_files),
@@ -44,7 +44,7 @@ rule errors:
 use rule reference_logits as search_logits with:
     input:
         code=code("reference_logits.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-perplexity"),
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=ancient(build.search.text),
@@ -82,7 +82,7 @@ SHARES = len(gather.sensitivities("{scatteritem}"))
 rule sensitivities:
     input:
         code=code("sensitivity.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-quantize", "llama-perplexity"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text_record=build.search.text_record,
@@ -124,7 +124,7 @@ rule sensitivities:
 use rule sensitivities as sensitivities_share with:
     input:
         code=code("sensitivity.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-quantize", "llama-perplexity"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text_record=build.search.text_record,
@@ -157,7 +157,7 @@ use rule sensitivities as sensitivities_share with:
 rule allocate:
     input:
         code=code("allocate.py"),
-        quantizer="resources/toolchain/quantizer.json",
+        programs=stamps("llama-quantize"),
         source=ancient(build.search.source),
         digests=build.search.source_digests,
         errors=build.search.errors,
@@ -192,7 +192,7 @@ rule allocate:
 rule compare:
     input:
         code=code("compare_stock.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-quantize", "llama-perplexity"),
         source=ancient(build.search.source),
         digests=build.search.source_digests,
         about="results/{model}/work/found/{variant}.json",

@@ -1,25 +1,36 @@
 # llama.cpp's programs, and llama.cpp's converter.
 # Needs: the pinned source archive (envs/llama.cpp.txt) and a C++ compiler, or a folder with
 # programs that are already built.
-# Makes: resources/toolchain/, with bin/ and two stamps, which describe the build: quantizer.json of
-# the programs that only write files, stamp.json of all; and resources/converter/, with source/,
-# environment/ (including torch) and stamp.json.
-# Rules that run these programs take a stamp as an input: it changes only if they do. The rest
-# compiles while others convert and quantize.
-# After you replace programs or libraries in `bin_dir`: snakemake --forcerun quantizer.
+# Makes: resources/toolchain/, with bin/, a stamp of each program, which describes its build, and
+# stamp.json of all; and resources/converter/, with source/, environment/ (including torch) and
+# stamp.json.
+# Rules take the stamps of the programs that they run as an input: a stamp changes only if its
+# program does. So quantization need not wait for llama-server, which compiles longest.
+# After you replace programs or libraries in `bin_dir`: snakemake --forcerun program.
 
 
-rule quantizer:
+# One after the other, because each is compiled on all processors.
+PROGRAMS = [f"llama-{name}" for name in "quantize gguf-split server imatrix perplexity".split()]
+
+
+def stamps(*programs):
+    return [f"resources/toolchain/{program}.json" for program in programs]
+
+
+rule program:
     input:
         code=code("toolchain.py"),
         requirement=ancient("envs/llama.cpp.txt"),
+        before=lambda wildcards: stamps(*PROGRAMS[: PROGRAMS.index(wildcards.program)])[-1:],
     output:
-        stamp="resources/toolchain/quantizer.json",
-        programs=multiext("resources/toolchain/bin/llama-", "quantize", "gguf-split"),
+        stamp="resources/toolchain/{program}.json",
+        program="resources/toolchain/bin/{program}",
     log:
-        "logs/quantizer.log",
+        "logs/toolchain/{program}.log",
     benchmark:
-        "benchmarks/quantizer.jsonl"
+        "benchmarks/toolchain/{program}.jsonl"
+    wildcard_constraints:
+        program="|".join(PROGRAMS),
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
@@ -31,25 +42,22 @@ rule quantizer:
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
         cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
-        "quantizer: build llama-quantize (once per user), or link it"
+        "toolchain: build {wildcards.program} (once per user), or link it"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda} --quantizer"
-        " > {log:q} 2>&1"
+        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
+        " --program {wildcards.program} > {log:q} 2>&1"
 
 
 rule toolchain:
     input:
         code=code("toolchain.py"),
         requirement=ancient("envs/llama.cpp.txt"),
-        quantizer="resources/toolchain/quantizer.json",
+        programs=stamps(*PROGRAMS),
     output:
-        stamp="resources/toolchain/stamp.json",
-        programs=multiext("resources/toolchain/bin/llama-", "server", "imatrix", "perplexity"),
+        "resources/toolchain/stamp.json",
     log:
-        "logs/toolchain.log",
-    benchmark:
-        "benchmarks/toolchain.jsonl"
+        "logs/toolchain/all.log",
     conda:
         "../../envs/run.yaml"
     threads: build.needs.threads
@@ -61,10 +69,10 @@ rule toolchain:
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
         cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
-        "toolchain: build the other programs of llama.cpp (once per user), or link them"
+        "toolchain: describe the programs of llama.cpp"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
+        " --out {output:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
         " > {log:q} 2>&1"
 
 

@@ -7,7 +7,7 @@
 rule acceptance:
     input:
         code=code("acceptance.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server"),
         file=ancient(build.verify.measured),
         digests=build.verify.measured_digests,
         prompts=build.verify.prompt_files,
@@ -38,7 +38,7 @@ rule acceptance:
 rule verify:
     input:
         code=code("verify.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server", "llama-gguf-split"),
         file=ancient(build.verify.candidate),
         digests=build.verify.digests,
         unquantized=build.verify.unquantized,
@@ -99,7 +99,7 @@ use rule verify as verify_split with:
 rule verify_sidecar:
     input:
         code=code("verify.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server", "llama-gguf-split"),
         file=ancient(build.verify.sidecar),
         digests=build.verify.sidecar_digests,
         target=ancient(build.verify.sidecar_target),
@@ -144,7 +144,7 @@ rule verify_sidecar:
 rule verify_mmproj:
     input:
         code=code("verify.py"),
-        toolchain="resources/toolchain/stamp.json",
+        programs=stamps("llama-server", "llama-gguf-split"),
         file=ancient(build.verify.mmproj),
         digests="results/{model}/work/convert/mmproj.json",
         target=ancient(build.convert.unquantized_file),

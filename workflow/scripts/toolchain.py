@@ -1,7 +1,7 @@
 """Build llama.cpp's programs from the pinned source archive, or link existing ones; write a stamp.
 
-The stamp is written last: if it exists, the programs are complete. With --quantizer it takes those
-that only write files, llama-quantize and llama-gguf-split; a later call builds the others.
+The stamp is written last: if it exists, the programs are complete. With --program it takes one of
+them; a later call builds the others.
 
 example: toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json
 """
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mtpforge import cli, processors
 from mtpforge.llama_cpp.compilation import PROGRAMS
-from mtpforge.llama_cpp.installed import QUANTIZER
 from mtpforge.llama_cpp.toolchain import adopt, built, install
 
 
@@ -39,12 +38,10 @@ def main() -> None:
         help="link the programs in this folder, build nothing",
     )
     parser.add_argument("--cuda", action="store_true", help="build for NVIDIA's GPUs, with nvcc")
-    parser.add_argument(
-        "--quantizer", action="store_true", help="only the programs that quantization needs"
-    )
+    parser.add_argument("--program", choices=PROGRAMS, help="only this one")
     args = parser.parse_args()
     args.out.unlink(missing_ok=True)
-    programs = QUANTIZER if args.quantizer else PROGRAMS
+    programs = (args.program,) if args.program else PROGRAMS
     if args.bin_dir:
         stamp = adopt(Path(args.bin_dir).expanduser(), args.bin, programs)
     else:

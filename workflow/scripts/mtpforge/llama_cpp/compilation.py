@@ -28,6 +28,9 @@ PROGRAMS = (
     "llama-perplexity",
 )
 
+TELLS_VERSION = "llama-gguf-split"
+"""The smallest program that answers --version; llama-quantize does not."""
+
 PLAIN_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -267,12 +270,13 @@ def compile_programs(work: Path, recipe: Recipe, tag: str, jobs: int, log: Path)
     # An archive has no commit, so the programs name the tag; its number is the build's.
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DLLAMA_BUILD_COMMIT={tag}"]
     configure += [f"-DLLAMA_BUILD_NUMBER={tag.removeprefix('b')}"]
-    build = [ninja, "-C", str(work / "build"), f"-j{jobs}", *recipe.programs]
+    build = [ninja, "-C", str(work / "build"), f"-j{jobs}", *{*recipe.programs, TELLS_VERSION}]
     # llama.cpp compiles with ccache if it is there, which then finds what another folder compiled.
     environment = build_environment() | {"CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
     with log.open("w", encoding="utf-8") as out:
-        progress.say("llama.cpp: configuring")
-        _run_logged(configure, log, out.fileno(), environment)
+        if not (work / "build" / "build.ninja").exists():
+            progress.say("llama.cpp: configuring")
+            _run_logged(configure, log, out.fileno(), environment)
         progress.say(f"llama.cpp: compiling on {jobs} cores")
         _run_logged(build, log, out.fileno(), environment)
     log.unlink()

@@ -12,8 +12,6 @@ from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
 from mtpforge.io.text import ANYWHERE, is_there, member, read_json
 
-QUANTIZER = ("llama-quantize", "llama-gguf-split")
-"""Programs that only write files. They are built first, so that quantization need not wait."""
 DIGESTS = "digests.json"
 """The digests of the converter's folders, beside its stamp; they differ from machine to machine."""
 PARTS = ("source", "environment/lib")
@@ -23,13 +21,10 @@ _OWN = ("libggml", "libllama", "libmtmd")
 
 
 def stamp_of(folder: Path, name: str) -> Path:
-    """The stamp of a program of this folder; it need not exist.
-
-    Those of QUANTIZER have one of their own.
-    """
+    """The stamp of a program of this folder: its own, else that of all. It need not exist."""
     parent = folder.absolute().parent
-    own = parent / "quantizer.json"
-    return own if name in QUANTIZER and own.exists() else parent / "stamp.json"
+    own = parent / f"{name}.json"
+    return own if own.exists() else parent / "stamp.json"
 
 
 def libraries(programs: Iterable[Path]) -> dict[str, str]:

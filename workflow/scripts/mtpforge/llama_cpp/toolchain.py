@@ -24,6 +24,7 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.llama_cpp import environment
 from mtpforge.llama_cpp.compilation import (
     PROGRAMS,
+    TELLS_VERSION,
     Pin,
     Recipe,
     compile_programs,
@@ -261,7 +262,7 @@ def _result(recipe: Recipe, tree: Path, tag: str) -> Path:
     if recipe.programs == PROGRAMS:
         for name in SOURCE:
             _copy(tree / "llama.cpp" / name, result / "source" / name)
-    _stamp_of(recipe, result / "bin", tag).write(result / "stamp.json")
+    _stamp_of(recipe, tree / "build" / "bin", tag).write(result / "stamp.json")
     return result
 
 
@@ -273,16 +274,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _stamp_of(recipe: Recipe, programs: Path, tag: str) -> Stamp:
+def _stamp_of(recipe: Recipe, built: Path, tag: str) -> Stamp:
     """The stamp of our own build; its commit is the tag."""
     return Stamp(
-        llama_cpp=version_of(programs, recipe.programs).llama_cpp,
+        llama_cpp=version_of(built, {*recipe.programs, TELLS_VERSION}).llama_cpp,
         commit=tag,
         archive_sha256=recipe.archive_sha256,
         compiler=recipe.compiler,
         flags=recipe.flags,
         machine=recipe.machine,
-        programs={name: digest_of(programs / name) for name in recipe.programs},
+        programs={name: digest_of(built / name) for name in recipe.programs},
     )
 
 
