@@ -136,6 +136,29 @@ def test_a_job_that_only_writes_a_setting_has_no_lines_unless_it_fails(tmp_path:
     assert "FAILED" in stream.getvalue()
 
 
+def test_a_small_file_has_one_line(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    shown = shown_on(stream)
+    shown.handle(started(tmp_path / "log", 1, "fetch"))
+    shown.look()
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    assert stream.getvalue().count("\n") == 1 and " done   m: convert" in stream.getvalue()
+    shown.handle(started(tmp_path / "log", 2, "fetch"))
+    shown.running[2].started -= 10
+    shown.look()
+    shown.look()
+    assert stream.getvalue().count(" start  m: convert") == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 kB"), (1234, "1.2 kB"), (123_456, "0.12 MB"), (2_060_000_000, "2.06 GB")],
+)
+def test_sizes_are_not_zero(count: int, text: str) -> None:
+    assert table.size(count) == text
+
+
 def test_snakemake_does_not_say_that_there_are_options(tmp_path: Path) -> None:
     stream = io.StringIO()
     said = (

@@ -88,7 +88,7 @@ def test_equal_blocks_share_a_row() -> None:
         "| token_embd.weight           |    Q6_K |   Q8_0 | 0.35 MB |\n"
         "| blk.{0-2,4}.ffn_down.weight |   IQ3_S |  IQ3_S | 1.80 MB |\n"
         "| blk.3.ffn_down.weight       |   IQ3_S |   Q6_K | 0.86 MB |\n"
-        "| 1 others, unchanged         |         |        | 0.00 MB |\n"
+        "| 1 others, unchanged         |         |        |  1.0 kB |\n"
         "| total, in bits per weight   |    3.62 |   4.32 | 3.01 MB |\n"
     )
 

@@ -796,7 +796,7 @@ def compared(own: float, others: float | None, stock_bytes: int = 995) -> Compar
         (compared(0.0, -0.00001), "no better than Q4_K_M: take that (0 vs -1e-05)"),
         (
             compared(0.001, 0.002, stock_bytes=900),
-            "-50% KL divergence vs the next smaller Q4_K_M of 0.00 MB (0.001 vs 0.002), "
+            "-50% KL divergence vs the next smaller Q4_K_M of 0.9 kB (0.001 vs 0.002), "
             "top-token agreement 96.5% vs 97.0%",
         ),
         (

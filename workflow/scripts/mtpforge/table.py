@@ -13,6 +13,8 @@ _BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")
 
 def size(count: int) -> str:
     """Bytes for people, in powers of ten as the Hub shows them."""
+    if count < 1e5:
+        return f"{count / 1e3:.1f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 

@@ -47,6 +47,9 @@ HIDDEN = (
 )
 # Jobs of these rules only write a setting, in no time, and there is one for each variant.
 UNSEEN = ("recipe",)
+# Most jobs of these rules take moments: their start has a line if they take longer than this.
+BRIEF = ("fetch",)
+BRIEF_SECONDS = 5.0
 # With these events, jobs are counted and errors kept, even if --quiet hides their lines.
 ALWAYS_HANDLED = (
     LogEvent.JOB_INFO,
@@ -235,8 +238,13 @@ class Console(logging.Handler):
         self.running[record.jobid] = Job(
             label, output, log=log, started=record.created, next_progress=progress, seen=seen
         )
-        if seen:
-            self._say("start", label)
+        if record.rule_name not in BRIEF:
+            self._say_start(self.running[record.jobid])
+
+    def _say_start(self, job: Job) -> None:
+        if job.seen and not job.announced:
+            self._say("start", job.label)
+        job.announced = True
 
     def _finish(self, record: Any) -> None:
         self.done = record.done
@@ -286,6 +294,8 @@ class Console(logging.Handler):
         """Show the progress of running jobs."""
         for job in self.running.values():
             self._copy(job)
+            if time.time() - job.started > BRIEF_SECONDS:
+                self._say_start(job)
         if self.stream.isatty() and not self.verbose:
             self._rewrite("  ".join(map(progress, self.running.values())))
         else:

@@ -24,6 +24,8 @@ class Job:
     next_progress: float
     seen: bool = True
     """Whether its start and end have lines."""
+    announced: bool = False
+    """Whether its start has had its line."""
     copied: int = 0
 
     def last_line(self) -> str:
