@@ -245,6 +245,15 @@ def test_an_entry_has_a_file_that_grows_and_keeps_comments(here: Path) -> None:
     assert write(later) == text
 
 
+def test_a_model_that_is_measured_already_stays_as_it_is(here: Path) -> None:
+    before = entry(Q4_0={})
+    before.settings["measure"] = {}
+    text = write(before)
+    later = entry(Q4_0={}, Q8_0={})
+    later.settings["measure"] = {"text": "default"}
+    assert write(later) == text + "      Q8_0: {}\n"
+
+
 def test_a_file_is_as_it_was_if_nothing_is_built(here: Path) -> None:
     with pytest.raises(KeyboardInterrupt), files.written(entry(Q8_0={})) as path:
         raise KeyboardInterrupt

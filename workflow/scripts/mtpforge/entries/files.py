@@ -87,6 +87,8 @@ def _combined(path: Path, has: Any, entry: Entry) -> dict[str, Any]:
     if not isinstance(has, dict) or not isinstance(has.get("variants"), dict):
         raise ConfigError(f"{path}: has no variants: correct or delete it")
     settings = {**entry.settings, "source": _unpinned(entry.settings["source"])}
+    if "measure" in has:  # measured already, as the file says
+        settings.pop("measure", None)
     there = {**has, "source": _unpinned(has.get("source"))}
     for at, ours, theirs in (("", settings, there), ("variants/", entry.variants, has["variants"])):
         for key in ours.keys() & theirs.keys():
