@@ -1,8 +1,10 @@
 """The summary table: one row per file, with speed and the draft length to serve with."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from conftest import Run
 from example_records import TEXT, measurement, report, total
 from mtpforge.measure.measurement import KlDivergence
@@ -32,7 +34,22 @@ def test_models_with_files_of_the_same_name_keep_their_figures(tmp_path: Path, r
     assert done.returncode == 0, done.stderr
     rows = out.read_text().splitlines()[2:]
     assert [row.split("|")[-3].strip() for row in rows] == ["100", "50"]
-    assert [row.split("|")[1].strip() for row in rows] == ["a/x.gguf", "b/x.gguf"]
+    names = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    assert names == [["a", "x.gguf"], ["b", "x.gguf"]]
+
+
+def test_a_column_names_the_models_unless_their_files_do(tmp_path: Path) -> None:
+    def heads(*files: str) -> list[str]:
+        paths = [tmp_path / file.replace("/", "/reports/") for file in files]
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report(f"{path.stem}.gguf").write(path)
+        return [line.split("|")[1].strip() for line in summary.summary(paths, []).splitlines()[::2]]
+
+    assert heads("m-4b/M-4B-Q4_0.json") == ["file", "M-4B-Q4_0.gguf"]
+    assert heads("mine/M-4B-Q4_0.json") == ["file", "M-4B-Q4_0.gguf"]
+    assert heads("m-4b/M-4B-Q4_0.json", "n/mtp-N-Q8_0.json")[0] == "file"
+    assert heads("m-4b/M-4B-Q4_0.json", "m-4b-injected/M-4B-Q8_0.json") == ["model", "m-4b"]
 
 
 def test_what_another_run_made_is_listed_too_if_it_can_be_read(tmp_path: Path, run: Run) -> None:
@@ -82,11 +99,24 @@ def test_speeds_that_were_not_steady_are_to_be_measured_again(tmp_path: Path) ->
     for part in ("reports", "measure"):
         (tmp_path / part).mkdir()
     report("x.gguf").write(tmp_path / "reports/x.json")
+    again = f"- not steady: measure again on a quiet machine: {summary.REMOVE}, then `make`\n"
     for steady in (True, False):
         measured = measurement("x.gguf", by_n_max=(total(0, 9.0),), steady=steady)
         measured.write(tmp_path / "measure/x.json")
         text = summary.summary([tmp_path / "reports/x.json"], [tmp_path / "measure/x.json"])
-        assert ("- not steady: measure again on a quiet machine\n" in text) == (not steady)
+        assert (again in text) == (not steady)
+
+
+def test_the_command_removes_the_measurements_that_were_not_steady(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results/m/measure")
+    folder.mkdir(parents=True)
+    for name, steady in (("x", True), ("y", False)):
+        measurement(f"{name}.gguf", steady=steady).write(folder / f"{name}.json")
+    subprocess.run(["sh", "-c", summary.REMOVE.strip("`")], check=True)
+    assert [path.name for path in folder.iterdir()] == ["x.json"]
 
 
 def test_last_columns_are_empty_without_a_measurement() -> None:

@@ -133,3 +133,13 @@ def test_another_n_max_measures_again(repository: Repository) -> None:
     repository.config["models"] = before
     repository.write_config()
     assert repository.pending() == {}
+
+
+def test_a_measurement_that_was_removed_is_made_again(repository: Repository) -> None:
+    """As the summary advises for speeds that were not steady."""
+    path = repository.path / f"results/{MODEL}/measure/{MODEL}-BF16.json"
+    away = path.rename(repository.path / "away.json")
+    found = repository.pending()
+    away.rename(path)
+    assert found == {"measure": 1, "plot": 2, "summary": 1, **described(0)}
+    assert repository.pending() == {}

@@ -13,6 +13,8 @@ from mtpforge.search.compared import Compared
 from mtpforge.table import markdown, size
 from mtpforge.verify.report import Report
 
+REMOVE = """`rm $(grep -l '"steady": false' results/*/measure/*.json)`"""
+"""The command that removes the measurements whose speeds were not steady."""
 IMPORTANCE = "Importance matrices"
 COLUMNS = ("file", "size", "bits/weight", "head", "acceptance", "tokens/s", "n_max")
 
@@ -36,18 +38,20 @@ def summary(
     measured = {(path.parent.parent, found.file): found for path, found in read.items()}
     found = [(path.parent.parent, Report.read(path)) for path in reports]
     names = Counter(report.file for _, report in found)
+    folders = {folder for folder, _ in found}
 
     def label(folder: Path, file: str) -> str:
         return f"{folder.name}/{file}" if names[file] > 1 else file
 
-    rows = [COLUMNS]
-    for folder, report in found:
-        cells = row(report, measured.get((folder, report.file)))
-        rows.append((label(folder, report.file), *cells[1:]))
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    rows += [row(report, measured.get((folder, report.file))) for folder, report in found]
+    if any(not _names(folder, report.file) for folder, report in found) and len(folders) > 1:
+        models = ["model", *(folder.name for folder, _ in found)]
+        rows = [(model, *cells) for model, cells in zip(models, rows, strict=True)]
     judged = [(path.parents[2], Compared.read(path)) for path in compared]
     verdicts = [f"- {label(folder, each.file)}: {each.verdict}\n" for folder, each in judged]
     if not all(each.steady for each in read.values()):
-        verdicts.append(f"- not steady: {AGAIN}\n")
+        verdicts.append(f"- not steady: {AGAIN}: {REMOVE}, then `make`\n")
     below = [
         "".join(verdicts),
         distances(read, {path: Other.read(path) for path in others}),
@@ -55,6 +59,11 @@ def summary(
         _importance(coverages),
     ]
     return "\n".join([markdown(rows), *filter(None, below)])
+
+
+def _names(folder: Path, file: str) -> bool:
+    """Whether a file's name begins with that of its model's folder."""
+    return file.removeprefix("mtp-").lower().startswith(folder.name.lower())
 
 
 def _importance(coverages: Iterable[Path]) -> str:
