@@ -52,6 +52,7 @@ except ForgeError as error:
 
 if terminal:
     terminal.publish = any(model.publish for model in build.config.chosen)
+    terminal.repo = build.publish.addable
 
 asked = build.needs.asked
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_records import measurement, report, total
@@ -37,7 +38,7 @@ def summary(results: Path, rows: int) -> Path:
     return path
 
 
-def shown(results: Path, reports: list[Path], **options: bool) -> list[str]:
+def shown(results: Path, reports: list[Path], **options: Any) -> list[str]:
     return ending.ending(summary(results, len(reports)), reports, **options).splitlines()
 
 
@@ -47,6 +48,8 @@ def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> No
     without = shown(results, reports)[-1]
     assert "make publish" not in without
     assert "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload" in without
+    line = shown(results, reports, repo="Owner/Name")[-1]
+    assert "`make add REPO=Owner/Name PUBLISH=YOU/NAME` prepares an upload" in line
 
 
 def test_all_is_said_in_twenty_lines(results: Path) -> None:

@@ -447,6 +447,18 @@ def test_an_upload_of_all_that_is_built_renews_the_summary() -> None:
     assert Build({"models": {}}).publish.uploads(wildcards()) == []
 
 
+def test_the_repository_is_known_of_a_model_that_is_quantized_here() -> None:
+    pinned = {"repo": "Owner/Name", "revision": REVISION}
+    base = {"repo": "Owner/Q", "revision": REVISION, "file": "a-Q4_0.gguf"}
+    for source, variant, repo in (
+        (pinned, {"type": "Q4_0"}, "Owner/Name"),
+        (pinned, {"base": base}, ""),
+        ({"path": "tests/checkpoints/tiny-qwen3.5"}, {"type": "Q4_0"}, ""),
+    ):
+        made = {"models": {"m": {"source": source, "variants": {"x": variant}}}}
+        assert Build(made).publish.addable == repo
+
+
 def published_matrices(*entries: dict[str, object], **keys: object) -> list[str]:
     """The files of a model with a variant for each of these importance matrices."""
     variants = {f"Q{n}_K": {"type": "Q4_0", "imatrix": each} for n, each in enumerate(entries)}

@@ -21,7 +21,11 @@ _VERDICTS = 3
 
 
 def ending(
-    summary: Path, reports: Sequence[Path], since: float = 0.0, publish: bool = False
+    summary: Path,
+    reports: Sequence[Path],
+    since: float = 0.0,
+    publish: bool = False,
+    repo: str = "",
 ) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
@@ -29,7 +33,7 @@ def ending(
 
     `reports` are those of the files, in the order of the configuration. The file to serve is one
     that was made after the time `since`, if there is one. `publish` is whether a model has a place
-    to upload it to.
+    to upload it to; `repo` is the Hub repository of one that has none, if it is known.
     """
     folders = sorted({str(report.parent.parent) for report in reports})
     table = summary.read_text(encoding="utf-8")
@@ -37,7 +41,7 @@ def ending(
         table = table.partition(f"\n{heading}")[0]
     upload = "`make publish DRY_RUN=1` lists an upload"
     if not publish:
-        upload = "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload"
+        upload = f"`make add REPO={repo or '...'} PUBLISH=YOU/NAME` prepares an upload"
     lines = [
         *_shortened(table.splitlines(), summary),
         "",

@@ -106,6 +106,7 @@ class Console(logging.Handler):
         self.total = 0
         self.began = 0.0
         self.publish = False  # whether a model has a place to upload it to
+        self.repo = ""  # of a model that `make add` can prepare an upload of
         self.interrupted = False
         self.reported = False  # the failures, at the end
         self.broken = False  # by an error outside jobs
@@ -185,7 +186,7 @@ class Console(logging.Handler):
         from mtpforge.report.ending import ending  # and what it imports: a second, in each run
 
         reports = [Path(file) for file in target.input if Path(file).parent.name == "reports"]
-        return "\n" + ending(summary, reports, self.began, self.publish)
+        return "\n" + ending(summary, reports, self.began, self.publish, self.repo)
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""

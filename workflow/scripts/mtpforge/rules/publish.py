@@ -268,6 +268,13 @@ class PublishRules(Stage):
         return found
 
     @property
+    def addable(self) -> str:
+        """The Hub repository of the first model that files are quantized of; empty without one."""
+        models = [model for model in self.config.chosen if not model.head_only]
+        sources = [each.source.repo for each in models if isinstance(each.source, HubRepository)]
+        return next(iter(sources), "")
+
+    @property
     def task(self) -> str:
         """What the rule `publish` does."""
         return "list what would be uploaded (dry run)" if self._is_dry else "upload"
