@@ -113,8 +113,7 @@ def test_quants_alone_are_made_shard_by_shard() -> None:
         assert "acceptance of quants is not compared with that of BF16" in note
         option = options(made)["all"]
         assert (
-            option.startswith("--free --threads 1 --reuse results --quantize ")
-            and option.count("folder") == 2
+            option.startswith("--free --reuse results --quantize ") and option.count("folder") == 2
         )
         programs = [
             made.convert.program(SimpleNamespace(model="m", part=part))  # type: ignore[arg-type]

@@ -1,12 +1,17 @@
-"""As many threads as there are processors: a container's quota counts, for make too."""
+"""As many threads as a job has, or as there are processors: a container's quota counts."""
 
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import convert
+import inject
 import pytest
-from conftest import ROOT
+from conftest import CHECKPOINTS, ROOT
 from mtpforge import processors
 from mtpforge.llama_cpp.programs import LlamaCpp
 
@@ -46,6 +51,73 @@ def test_the_quota_of_a_container_counts(
     assert processors.available() == count
     assert LlamaCpp().processors == count
     assert LlamaCpp(threads=99).processors == count
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [("", 8), ("1", 1), ("3", 3), ("64", 8), ("0", 8), ("4,2", 8), ("many", 8)],
+)
+def test_a_program_may_use_the_threads_of_its_job(
+    monkeypatch: pytest.MonkeyPatch, given: str, count: int
+) -> None:
+    monkeypatch.setenv(processors.VARIABLE, given)
+    assert processors.allotted() == count
+    assert processors.available() == 8
+
+
+def test_snakemake_tells_a_job_its_threads(tmp_path: Path) -> None:
+    (tmp_path / "Snakefile").write_text(
+        f"rule job:\n output: 'told'\n threads: 3\n shell: 'echo ${processors.VARIABLE} > told'\n"
+    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "8", "--quiet", "all"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "told").read_text() == "3\n"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_converting_and_injecting_use_the_threads_of_their_jobs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int
+) -> None:
+    used = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, most: int | None = None) -> None:
+            used.append(most)
+            super().__init__(most)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mtpforge.") and hasattr(module, "ThreadPoolExecutor"):
+            monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+
+    def call(program: Callable[[], None], *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+        program()
+        assert max(used) == threads  # some have one for what goes on beside
+        used.clear()
+
+    monkeypatch.setenv(processors.VARIABLE, str(threads))
+    source, trunk, digests = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "trunk.gguf", tmp_path / "d"
+    given = ("--tokenizer-pre", "qwen35", "--resume", "x", "--digests", digests)
+    call(convert.main, source, *given, "--part", "trunk", "--out", trunk)
+    call(inject.main, trunk, "--head", source, "--digests", digests, "--out", tmp_path / "o.gguf")
+    monkeypatch.setenv(processors.VARIABLE, "8")
+    call(convert.main, source, *given, "--threads", threads, "--out", tmp_path / "whole.gguf")
+
+
+# They ask for the machine: a forecast, what jobs ask for, and those that are told a job's threads.
+OF_THE_MACHINE = {
+    "toolchain.py", "mtpforge/llama_cpp/programs.py", "mtpforge/llama_cpp/server.py",
+    "mtpforge/rules/resources.py",
+}  # fmt: skip
+
+
+def test_all_other_programs_keep_to_the_threads_of_their_jobs() -> None:
+    programs = ROOT / "workflow/scripts"
+    sources = {path: path.read_text(encoding="utf-8") for path in programs.rglob("*.py")}
+    asking = [path for path, text in sources.items() if "processors.available" in text]
+    assert {str(path.relative_to(programs)) for path in asking} == OF_THE_MACHINE
+    unlimited = [path for path, text in sources.items() if "ThreadPoolExecutor()" in text]
+    assert not unlimited
 
 
 def test_make_counts_them_with_python_alone() -> None:

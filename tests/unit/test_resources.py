@@ -33,7 +33,10 @@ RUNS_LLAMA = {
     "reference_logits", "measure", "search_logits", "sensitivities", "sensitivities_share",
     "compare", "measure_other", "conversations",
 }  # fmt: skip
-PARALLEL = RUNS_LLAMA | {"piece", "quantize", "program", "toolchain", "errors"}
+PARALLEL = RUNS_LLAMA | {
+    "piece", "quantize", "program", "toolchain", "errors", "convert", "convert_split", "inject"
+}  # fmt: skip
+HASHES = {"card"}
 BESIDE = {"resolve", "fetch", "fetch_head", "upload", "program", "toolchain"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
@@ -130,7 +133,7 @@ def test_every_rule_asks_for_what_it_needs(large: Path, cores: int) -> None:
         assert 50 <= first["disk_mb"] < 60_000, name
         assert 10 <= first["runtime"] <= second["runtime"] <= 24 * 60, name
         assert ("{threads}" in shell) == (name in PARALLEL), name
-        assert first["_cores"] == (min(cores, 2) if name in PARALLEL else 1), name
+        assert first["_cores"] == (min(cores, 2) if name in PARALLEL | HASHES else 1), name
         taken = cores if name == "measure" else 0 if name in BESIDE else first["_cores"]
         assert first.get("processors", 0) == taken, name
         assert ("gpu" in first) == (name in RUNS_LLAMA), name

@@ -45,7 +45,7 @@ rule convert:
         part="all|trunk|head|draft",
     conda:
         "../../envs/run.yaml"
-    threads: build.needs.convert_threads
+    threads: build.needs.threads
     resources:
         **asked(build.needs.convert),
         program=build.convert.program,
@@ -62,7 +62,7 @@ rule convert:
     shell:
         "python {resources.program:q} {params.checkpoint:q} --part {wildcards.part}"
         " {params.options} {params.norms} {params.recorded} --resume {params.code}"
-        " {resources.free} --out {output.file:q} --digests {output.digests:q}"
+        " {resources.free} --threads {threads} --out {output.file:q} --digests {output.digests:q}"
         " > {log:q} 2>&1"
 
 

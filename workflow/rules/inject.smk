@@ -22,6 +22,7 @@ rule inject:
         "benchmarks/{model}/inject-{variant}.jsonl"
     conda:
         "../../envs/run.yaml"
+    threads: build.needs.threads
     resources:
         **asked(build.needs.inject),
     params:
@@ -35,5 +36,5 @@ rule inject:
     shell:
         "python {input.code[0]:q} {params.base:q} --head {input.head:q}"
         " --head-type {params.head_type:q} --head-tensors {input.head_recipe:q} {params.options}"
-        " {params.recorded}"
+        " {params.recorded} --threads {threads}"
         " --digests {output.trunk:q} --out {output.file:q} > {log:q} 2>&1"

@@ -174,6 +174,7 @@ rule card:
         "logs/{model}/card.log",
     conda:
         "../../envs/run.yaml"
+    threads: build.needs.threads  # to hash the files
     resources:
         **asked(build.needs.small),
     params:

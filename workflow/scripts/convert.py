@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from mtpforge import cli, recorded_digests, table
+from mtpforge import cli, processors, recorded_digests, table
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import chat_templates, donor_head, norm_shift
 from mtpforge.convert.freeing import Freeing
@@ -44,6 +44,7 @@ def run(
     """
     if args.free is not None and not (args.resume and args.recorded and args.recorded.is_dir()):
         parser.error("--free needs --resume, and the records of a fetched checkpoint (--recorded)")
+    processors.limit(args.threads)
     atomic.refuse_overwriting(args.out, args.checkpoint, args.head_from)
     journal = _journal(args) if args.resume else None  # before the checkpoint is read
     checkpoint = Checkpoint(args.checkpoint, args.name, args.norms, recorded=args.recorded)
@@ -62,7 +63,7 @@ def run(
     if args.digests:
         made = split.read(first_file(args.out))
         written = journal.digests if journal else {}
-        atomic.write_json(args.digests, split.digests_of(made, args.threads, written))
+        atomic.write_json(args.digests, split.digests_of(made, written))
     if freeing:
         freeing.finish()
     print(table.size_of(args.out) + (note and f"; {note}"))
@@ -104,7 +105,7 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     recorded_digests.add_option(parser, "--recorded", "the checkpoint's files")
     recorded_digests.add_option(parser, "--head-recorded", "those of --head-from")
     parser.add_argument(
-        "--threads", type=int, help="threads for the digests (default: all processors)"
+        "--threads", type=int, metavar="N", help="threads (default: all processors)"
     )
     parser.add_argument(
         "--digests",

@@ -18,7 +18,7 @@ from mtpforge.convert import norm_shift
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.inject.inject import Options, inject
 from mtpforge.io import atomic
-from mtpforge.llama_cpp.programs import DEFAULT_FOLDER, LlamaCpp
+from mtpforge.llama_cpp import programs
 from mtpforge.quantize.recipe import head_recipe, read_recipe
 
 
@@ -42,7 +42,8 @@ def main() -> None:
         base_recorded=args.base_recorded,
         head_recorded=args.head_recorded,
     )
-    inject(args.base, args.head, out=args.out, options=options, llama=LlamaCpp(args.bin))
+    llama = programs.from_options(args)
+    inject(args.base, args.head, out=args.out, options=options, llama=llama)
     print(table.size_of(args.out))
 
 
@@ -83,13 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     recorded_digests.add_option(parser, "--base-recorded", "the base")
     recorded_digests.add_option(parser, "--head-recorded", "HEAD")
-    add(
-        "--bin",
-        type=cli.installed,
-        default=str(DEFAULT_FOLDER),
-        metavar="DIR",
-        help="folder of llama.cpp's programs (default: %(default)s)",
-    )
+    programs.add_options(parser)
     return parser
 
 

@@ -5,10 +5,13 @@ make runs this file before anything is installed, so it needs Python alone.
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+VARIABLE = "OMP_NUM_THREADS"
+"""Set by Snakemake for each job: its threads. Numerical libraries obey it too."""
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
@@ -20,6 +23,19 @@ def available() -> int:
     else:
         count = os.cpu_count() or 1
     return max(1, min([count, *map(math.ceil, _quotas())]))
+
+
+def allotted() -> int:
+    """The number of threads that this program may use: those of its job, or all processors."""
+    given = os.environ.get(VARIABLE, "")
+    most = available()
+    return min(int(given), most) if re.fullmatch("[1-9][0-9]*", given) else most
+
+
+def limit(threads: int | None) -> None:
+    """Let this program use so many threads, if given."""
+    if threads:
+        os.environ[VARIABLE] = str(threads)
 
 
 def group_files(controller: str, name: str, old: str) -> Iterator[Path]:

@@ -28,7 +28,7 @@ MOST_THREADS = 16
 def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None = None) -> Payload:
     """Yield a tensor's bytes: ranges of the shards if nothing changes, else computed slices.
 
-    Slices are computed by that many threads, or one for each processor, up to `MOST_THREADS`.
+    Slices are computed by that many threads, or those of the job, up to `MOST_THREADS`.
     """
     checkpoint.require([*item.tensors, *item.scales], to_convert=True)
     checkpoint.integrity.add([*item.tensors, *item.scales])
@@ -38,7 +38,7 @@ def payload(checkpoint: Checkpoint, item: ConvertedTensor, threads: int | None =
             for block in blocks(view):
                 yield checkpoint.locate(block) or block.data
     else:
-        yield from _computed(checkpoint, item, threads or min(processors.available(), MOST_THREADS))
+        yield from _computed(checkpoint, item, threads or min(processors.allotted(), MOST_THREADS))
     checkpoint.release()
 
 

@@ -258,7 +258,7 @@ def digests_of(opened: Gguf, threads: int | None = None) -> dict[str, str]:
 
 def hashes(places: Mapping[str, FileRange], threads: int | None = None) -> dict[str, str]:
     """The sha256 of each range, computed in parallel."""
-    with ThreadPoolExecutor(threads or processors.available()) as pool:
+    with ThreadPoolExecutor(threads or processors.allotted()) as pool:
         return dict(zip(places, pool.map(sha256, places.values()), strict=True))
 
 

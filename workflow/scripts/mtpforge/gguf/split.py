@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gguf.constants import GGUFValueType
 
+from mtpforge import processors
 from mtpforge.errors import ConfigError, GgufError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.file_names import shard_names
@@ -97,16 +98,14 @@ def is_other_header(name: str) -> bool:
     return name.startswith(f"{_HEADER} ")
 
 
-def digests_of(
-    opened: Gguf, threads: int | None = None, known: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def digests_of(opened: Gguf, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """The sha256 of the header of each file, and of each tensor, unless it is known."""
     known = known or {}
     headers = (reader.header_range(replace(opened, path=path)) for path in files_of(opened))
     places = {header_name(place.path): place for place in headers}
     places |= opened.ranges
     unknown = {name: place for name, place in places.items() if name not in known}
-    found = {**known, **reader.hashes(unknown, threads)}
+    found = {**known, **reader.hashes(unknown)}
     return {name: found[name] for name in places}
 
 
@@ -409,5 +408,5 @@ def _compare(source: Gguf, holders: Mapping[str, Gguf]) -> list[str]:
         same = one.path.samefile(other.path) or sha256(one) == sha256(other)
         return None if same else f"{info.name} differs from the source"
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(processors.allotted()) as pool:
         return [problem for problem in pool.map(compare, source.tensors.values()) if problem]

@@ -34,7 +34,7 @@ class ConvertRules(Stage):
             options += ["--head-recorded", shlex.quote(recorded)]
         return " ".join(options)
 
-    def free(self, wildcards: Wildcards, threads: int = 1) -> str:
+    def free(self, wildcards: Wildcards) -> str:
         """The options that free fetched shards as they are converted, if the build is lean.
 
         They are no parameter: the bytes are the same.
@@ -46,8 +46,7 @@ class ConvertRules(Stage):
         options = ["--free", *found.others]
         if lean.by_shards(self.config, model):
             wanted = [_wanted(model, each) for each in model.variants.values()]
-            options += ["--threads", str(threads), "--reuse", "results"]
-            options += ["--quantize", *map(json.dumps, wanted)]
+            options += ["--reuse", "results", "--quantize", *map(json.dumps, wanted)]
         return shlex.join(options)
 
     def program(self, wildcards: Wildcards) -> str:

@@ -162,11 +162,6 @@ class ResourceRules(Stage):
         """Threads of jobs that can use many."""
         return self.config.threads or processors.available()
 
-    def convert_threads(self, wildcards: Wildcards) -> int:
-        """Threads of a conversion: one, unless it also quantizes."""
-        by_shards = lean.by_shards(self.config, self.model(wildcards))
-        return self.threads(wildcards) if by_shards else 1
-
     def piece_threads(self, most: int | None) -> int:
         """Threads of a quantization, for a short job of one thread that decides on its pieces.
 

@@ -22,4 +22,4 @@ def check(published: Iterable[tuple[Path, Report]]) -> None:
         parts += [
             integrity.whole(file.parent / name, digest) for name, _, digest in report.published
         ]
-    integrity.check(parts, processors.available())
+    integrity.check(parts, processors.allotted())
