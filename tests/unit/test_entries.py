@@ -339,6 +339,15 @@ def test_a_file_keeps_its_commit_and_that_one_is_announced(adds: Callable[..., s
     assert entry["source"]["revision"] == OLDER and entry["converter"] == "llama.cpp"
 
 
+def test_what_else_the_file_keeps_is_said(adds: Callable[..., str]) -> None:
+    assert "keeps" not in adds("Owner/Name", "--preset", "publisher")
+    said = adds("Owner/Name", "--preset", "publisher", "--types", "Q6_K", "Q4_K_M", "IQ4_XS")
+    assert "\nkeeps  21 others that config.d/name.yaml has: delete those there that you" in said
+    assert "\nkeeps  1 other that config.d/name.yaml" not in said
+    adds("Owner/Name", "--type", "Q8_0", "--model", "two")
+    assert "keeps  1 other that" in adds("Owner/Name", "--type", "Q6_K", "--model", "two")
+
+
 def test_nothing_is_written_in_another_folder(adds: Callable[..., str]) -> None:
     add.REQUIREMENT.unlink()
     with pytest.raises(ConfigError, match="no such file here: run it in mtpforge's folder"):

@@ -231,6 +231,9 @@ def _announce(entry: Entry, path: Path) -> None:
     source = entry.settings["source"]
     about = f"{source['repo']} at {source['revision'][:7]}" if "repo" in source else source["path"]
     print(f"{names} of {about} ({path})")
+    if others := entry_files.read_entry(path)["variants"].keys() - entry.variants.keys():
+        count = "1 other" if len(others) == 1 else f"{len(others)} others"
+        print(f"keeps  {count} that {path} has: delete those there that you do not want")
     print("forecasting ...", file=sys.stderr)
 
 
