@@ -683,6 +683,24 @@ def test_a_vision_tower_is_forecast(tmp_path: Path) -> None:
     assert tower.bytes == pytest.approx(sum(each.size for each in weights), rel=0.05)
 
 
+def test_a_sidecar_is_run_with_a_quant_if_bf16_is_too_large(toolchain: Path) -> None:
+    variants = {"BF16": {}, "IQ4_XS": {}, "Q8_0": {}}
+
+    def forecast_memory(machine: Machine, **entries: Any) -> tuple[int, int]:
+        """Bytes that the sidecar's verification needs, and the files of BF16 and IQ4_XS."""
+        found = forecast(toolchain, machine, sidecar="Q8_0", **entries)
+        [step] = [step for step in found.steps if step.name == "mtp-tiny-qwen3.5-Q8_0"]
+        return step.memory, [file.bytes for file in found.files]
+
+    needed, sizes = forecast_memory(MACHINE, variants=variants)
+    assert needed == memory.needed(sizes[0])
+    for small in (4 << 20, 1 << 20):
+        needed, _ = forecast_memory(replace(MACHINE, memory=small), variants=variants)
+        assert needed == memory.needed(sizes[1]) < memory.needed(sizes[2])
+    needed, _ = forecast_memory(replace(MACHINE, memory=4 << 20), variants={"BF16": {}})
+    assert needed == memory.needed(sizes[0])
+
+
 def test_too_little_disk_is_said() -> None:
     about = {
         "to_run": 1,

@@ -179,6 +179,60 @@ def test_a_damaged_bf16_file_is_refused_without_being_run(
     assert done.returncode == 1 and "values: " in done.stderr
 
 
+@pytest.fixture
+def sidecar(bf16: Path, run: Run, tmp_path: Path) -> tuple[object, ...]:
+    """A draft sidecar with a quant of its model, as arguments of verify.py."""
+    for part, kind in (("draft", "Q8_0"), ("all", "IQ4_XS")):
+        source = tmp_path / f"{part}.gguf"
+        options = ("--part", part, "--tokenizer-pre", "qwen35")
+        assert run("convert.py", TINY, "--out", source, *options).returncode == 0
+        made, digests = tmp_path / f"{part}-{kind}.gguf", tmp_path / f"{part}-{kind}.json"
+        options = ("--type", kind, "--head", "Q8_0", "--digests", digests)
+        assert run("quantize.py", source, "--out", made, *options).returncode == 0
+    (tmp_path / "all.gguf").unlink()
+    targets = ("--target", bf16, "--target-recorded", tmp_path / "digests.json")
+    targets += ("--target", made, "--target-recorded", digests)
+    asked = ("--checkpoint", TINY, "--tokenizer-pre", "qwen35", "--type", "Q8_0", "--head", "Q8_0")
+    return tmp_path / "draft-Q8_0.gguf", *targets, *asked, "--out", tmp_path / "report.json"
+
+
+def test_a_sidecar_is_run_with_the_first_model_that_fits_into_the_memory(
+    sidecar: tuple[object, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the smallest, if none does; the report names any but the first."""
+    for mebibytes, runs, slow in (
+        (64, "tiny-BF16.gguf", False),
+        (4, "all-IQ4_XS.gguf", False),
+        (1, "all-IQ4_XS.gguf", True),
+    ):
+        monkeypatch.setenv("SLURM_MEM_PER_NODE", str(mebibytes))
+        done = run("verify.py", *sidecar)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = Report.read(tmp_path / "report.json")
+        checks = {check.name: check.detail for check in found.checks}
+        assert found.acceptance and found.acceptance > 0.8 and "same text" in checks
+        said = f"run with {runs} instead of tiny-BF16.gguf: 6.62 MB do not fit into"
+        assert checks.get("model", "").startswith(said if runs != "tiny-BF16.gguf" else "")
+        assert (f"each token reads {runs} from the disk again" in done.stderr) == slow
+
+
+def test_the_model_that_is_run_is_checked_against_its_own_digests(
+    sidecar: tuple[object, ...], run: Run, tmp_path: Path
+) -> None:
+    target = tmp_path / "all-IQ4_XS.gguf"
+    content = bytearray(target.read_bytes())
+    content[-100] ^= 1
+    target.write_bytes(content)
+    done = run("verify.py", *sidecar)
+    assert done.returncode == 1 and "all-IQ4_XS.gguf" in done.stderr, done.stderr
+
+
+def test_each_model_has_its_digests_or_none_has(run: Run, tmp_path: Path) -> None:
+    targets = ("--target", "a.gguf", "--target", "b.gguf", "--target-recorded", "a.json")
+    done = run("verify.py", "x.gguf", *targets, "--out", tmp_path / "report.json")
+    assert done.returncode == 2 and "give one for each --target" in done.stderr
+
+
 def test_its_acceptance_and_logits_are_left_out(bf16: Path, run: Run, tmp_path: Path) -> None:
     accepted, logits = tmp_path / "acceptance.json", tmp_path / "logits.bin"
     assert run("acceptance.py", bf16, "--out", accepted).returncode == 0

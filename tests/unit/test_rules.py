@@ -541,3 +541,45 @@ def test_a_head_without_exceptions_is_published_as_it_can_be_configured() -> Non
     """The card's recipe must be accepted by config.yaml again."""
     about = json.loads(Build(config(head={"type": "Q4_K"})).publish.about(wildcards()))
     assert about["variants"]["Q4_K_M"]["head"] == {"type": "Q4_K"}
+
+
+# ── what a sidecar or a vision tower is run with, if not with BF16 ──
+
+
+def test_a_sidecar_can_be_run_with_the_smallest_quant() -> None:
+    variants = {"BF16": {}, "Q8_0": {}, "Q3_K_M": {"head": "none"}, "found": {"bits": 3.6}}
+    build = Build(config({"sidecar": "Q8_0", "variants": variants}))
+    file, digests = "results/m/Name-Q3_K_M.gguf", f"{WORK}/quantized/Q3_K_M.json"
+    assert build.verify.quant(wildcards()) == [file]
+    assert build.verify.quant_digests(wildcards()) == [digests]
+    wanted = f"--target {file} --target-recorded {digests}"
+    assert build.verify.quant_option(wildcards()) == wanted
+    variants["found"]["bits"] = 3.4
+    build = Build(config({"sidecar": "Q8_0", "variants": dict(reversed(variants.items()))}))
+    assert build.verify.quant(wildcards()) == ["results/m/Name-found.gguf"]
+
+
+def test_of_two_quants_as_large_the_name_decides() -> None:
+    for names in (["Q4_K_S", "Q4_K_M"], ["Q4_K_M", "Q4_K_S"]):
+        build = Build(config({"mmproj": True, "variants": {name: {} for name in names}}))
+        assert build.verify.quant(wildcards()) == ["results/m/Name-Q4_K_M.gguf"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"variants": {"BF16": {}, "F16": {}}},
+        {"variants": {"Q4_0": {"split": "2G"}}},
+        {"variants": {"Q4_0": {}}, "split": "2G"},
+        {"variants": {"theirs": {"base": {"path": "base.gguf"}}}},
+        {
+            "variants": {"Q4_0": {}},
+            "publish": {"repo": "O/N", "when": "verified", "delete_after": True},
+        },
+    ],
+    ids=["unquantized", "split", "all split", "another trunk", "deleted"],
+)
+def test_no_other_file_can_be_run_with_a_sidecar(change: dict[str, Any]) -> None:
+    build = Build(config({"sidecar": "Q8_0", **change}))
+    assert build.verify.quant(wildcards()) == build.verify.quant_digests(wildcards()) == []
+    assert build.verify.quant_option(wildcards()) == ""

@@ -96,6 +96,8 @@ use rule verify as verify_split with:
         "{wildcards.model}: verify {wildcards.variant} and split it"
 
 
+# If BF16 is too large for the memory, a quant is run, here and below. That is only to show that the
+# file works with its model, so another quant is no reason to do it again.
 rule verify_sidecar:
     input:
         code=code("verify.py"),
@@ -104,6 +106,8 @@ rule verify_sidecar:
         digests=build.verify.sidecar_digests,
         target=ancient(build.verify.sidecar_target),
         target_digests=build.verify.sidecar_target_digests,
+        quant=ancient(build.verify.quant),
+        quant_digests=ancient(build.verify.quant_digests),
         reference=ancient(build.verify.sidecar_reference_file),
         reference_digests=build.verify.sidecar_reference_digests,
         checkpoint=build.fetch.sidecar_inputs,
@@ -130,11 +134,12 @@ rule verify_sidecar:
         tokenizer=build.convert.tokenizer_option,
         prompts=build.verify.prompts,
         options=build.verify.sidecar_options,
+        quant=build.verify.quant_option,
     message:
         "{wildcards.model}: verify the draft sidecar ({wildcards.type})"
     shell:
         "python {input.code[0]:q} {input.file:q} --target {input.target:q} {params.source}"
-        " --target-recorded {input.target_digests:q}"
+        " --target-recorded {input.target_digests:q} {params.quant}"
         " {params.tokenizer} --digests {input.digests:q}"
         " {params.options}"
         " --prompts {params.prompts:q} --threads {threads}"
@@ -149,6 +154,8 @@ rule verify_mmproj:
         digests="results/{model}/work/convert/mmproj.json",
         target=ancient(build.convert.unquantized_file),
         target_digests=build.convert.unquantized_digests,
+        quant=ancient(build.verify.quant),
+        quant_digests=ancient(build.verify.quant_digests),
     output:
         file="results/{model}/mmproj-{base}-F16.gguf",
         report="results/{model}/reports/mmproj-{base}-F16.json",
@@ -164,9 +171,11 @@ rule verify_mmproj:
         gpu=build.needs.gpu,
     params:
         code=digest("verify.py"),
+        quant=build.verify.quant_option,
     message:
         "{wildcards.model}: verify the vision tower"
     shell:
         "python {input.code[0]:q} {input.file:q} --digests {input.digests:q}"
-        " --target {input.target:q} --target-recorded {input.target_digests:q} --threads {threads}"
+        " --target {input.target:q} --target-recorded {input.target_digests:q} {params.quant}"
+        " --threads {threads}"
         " --publish {output.file:q} --out {output.report:q} > {log:q} 2>&1"

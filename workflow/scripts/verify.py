@@ -24,6 +24,7 @@ from mtpforge.verify import published
 from mtpforge.verify.digests import head_source
 from mtpforge.verify.report import Report, accepted_drafts, as_table
 from mtpforge.verify.request import LEAST_ACCEPTANCE, Request
+from mtpforge.verify.target import choose_target
 from mtpforge.verify.verify import publish_split, verify
 
 
@@ -32,7 +33,9 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     args.file = first_file(args.file)
-    args.target = args.target and first_file(args.target)
+    args.target = list(map(first_file, args.target))
+    if args.target_recorded and len(args.target_recorded) != len(args.target):
+        parser.error("--target-recorded: give one for each --target, or none")
     if args.head_tensors and not args.head:
         parser.error("--head-tensors needs --head")
     _check_donor(parser, args)
@@ -40,14 +43,14 @@ def main() -> None:
     for other in filter(None, (args.head_from, args.base)):
         if other.exists() and args.file.exists() and other.samefile(args.file):
             parser.error(f"{other}: is the file itself, so comparing them would prove nothing")
-    request = _request(args)
     inputs = (args.file, args.checkpoint, args.reference, args.digests, args.base, args.trunk)
     for out in filter(None, (args.out, args.publish)):
-        atomic.refuse_overwriting(out, *inputs, args.head_from, args.target)
+        atomic.refuse_overwriting(out, *inputs, args.head_from, *args.target)
     limit = _limit(args.split, args.file, args.publish)
     llama = programs.from_options(args)
     for name in ("llama-server", "llama-gguf-split"):
         llama.find(name)  # missing, they say nothing about the file
+    request = _request(args, llama)
     try:
         report = verify(args.file, request, llama)
     except errors.VerificationError as error:
@@ -92,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "--trunk", type=Path, metavar="FILE", help="the same, with inject.py's --digests"
     )
     parser.add_argument(
-        "--target", type=Path, metavar="GGUF",
-        help="the model of a draft sidecar or a vision tower",
+        "--target", type=Path, action="append", default=[], metavar="GGUF",
+        help="the model of a draft sidecar or a vision tower; given several times, the first that "
+        "fits into the memory",
     )  # fmt: skip
     parser.add_argument(
         "--head-record", type=Path, metavar="FILE",
@@ -101,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     recorded_digests.add_option(parser, "--recorded", "the checkpoint or reference")
     recorded_digests.add_option(parser, "--head-recorded", "--head-from")
-    recorded_digests.add_option(parser, "--target-recorded", "the target")
+    recorded_digests.add_option(parser, "--target-recorded", "each target", action="append")
     _add_requested(parser)
     _add_thresholds(parser)
     prompts.add_option(parser)
@@ -161,7 +165,12 @@ def _check_donor(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         )
 
 
-def _request(args: argparse.Namespace) -> Request:
+def _request(args: argparse.Namespace, llama: LlamaCpp) -> Request:
+    target, recorded, note = None, None, ""
+    if args.target:
+        target, note = choose_target(args.file, args.target, llama)
+        if args.target_recorded:
+            recorded = args.target_recorded[args.target.index(target)]
     return Request(
         checkpoint=args.checkpoint,
         reference=args.reference,
@@ -171,9 +180,10 @@ def _request(args: argparse.Namespace) -> Request:
         head_from=args.head_from,
         recorded=args.recorded,
         head_recorded=args.head_recorded,
-        target_recorded=args.target_recorded,
+        target_recorded=recorded,
         name=args.name,
-        target=args.target,
+        target=target,
+        target_note=note,
         file_type=args.type,
         head=args.head,
         head_tensors=read_recipe(args.head_tensors),

@@ -71,10 +71,13 @@ class Recorded:
         return (_resolved(path.parent) / path.name).relative_to(self._root).as_posix()
 
 
-def add_option(parser: argparse.ArgumentParser, option: str, file: str) -> None:
+def add_option(
+    parser: argparse.ArgumentParser, option: str, file: str, action: str = "store"
+) -> None:
     """Add an option for the digests of `file`, as its help calls it."""
     parser.add_argument(
         option,
+        action=action,
         type=Path,
         metavar="PATH",
         help=f"digests recorded of {file}, to refuse it if it has changed: JSON of the program "

@@ -33,6 +33,7 @@ from mtpforge.rules import layout
 from mtpforge.rules.config import Model
 from mtpforge.rules.search import stock_of
 from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
+from mtpforge.rules.verify import smallest_quant
 from mtpforge.search import groups
 from mtpforge.search.settings import CHUNKS, PROBE, STEP
 
@@ -266,10 +267,14 @@ class ModelForecast:
         self._add_beside(output, self._convert("mmproj"), self.model.part, head=0)
 
     def _add_beside(self, output: layout.Output, size: int, part: str, head: int) -> None:
-        """A file that is verified with a part of the checkpoint."""
+        """A file that is verified with a part of the checkpoint, or with a quant if that fits."""
         about = self.about or not head
         self.files.append(PlannedFile(output.stem, size, head, about=about))
-        servers, cost = self._proof(self._convert(part), drafts=head > 0, tokens=head > 0)
+        target = self._convert(part)
+        if (quant := smallest_quant(self.model)) and not self._fits(target + size):
+            stem = layout.stem(self.model, quant.name)
+            target = next(file.bytes for file in self.files if file.name == stem)
+        servers, cost = self._proof(target, drafts=head > 0, tokens=head > 0)
         self._add(Step("verify", output.stem, output.report, servers=servers), cost)
 
     @property

@@ -41,12 +41,17 @@ def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
     GPU memory counts if `llama` uses it. With a larger file, each token would read weights from
     disk again. Raises ToolchainError.
     """
-    shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
-    size = sum(shard.stat().st_size for shard in shards if shard.exists())
+    size = size_of(files)
     memory = room(size, usable(), llama)
     if size <= memory:
         return None
     return f"{table.size(size)} do not fit into {table.size(memory)} of memory"
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of GGUFs, with all their shards; none of those that are missing."""
+    shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
+    return sum(shard.stat().st_size for shard in shards if shard.exists())
 
 
 def room(size: int, memory: int, llama: LlamaCpp) -> int:

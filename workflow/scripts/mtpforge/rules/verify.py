@@ -1,14 +1,16 @@
 """Stage `verify`: the checks of a file, and only then its final name."""
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from mtpforge.gguf import quant_types
 from mtpforge.prompts import prompt_files
 from mtpforge.rules import layout
+from mtpforge.rules.config import Model
 from mtpforge.rules.fetch import recorded, recorded_donor
 from mtpforge.rules.stage import Stage, Wildcards
-from mtpforge.rules.variant import HubRepository, Source
+from mtpforge.rules.variant import HubRepository, Source, Variant
 
 
 class VerifyRules(Stage):
@@ -111,11 +113,7 @@ class VerifyRules(Stage):
     def target_option(self, wildcards: Wildcards) -> str:
         """The options that name the model that a drafter drafts for, and its digests."""
         targets = self._measured(wildcards)[1:]
-        return shlex.join(
-            word
-            for made in targets
-            for word in ("--target", made.file, "--target-recorded", made.digests)
-        )
+        return _target_options((made.file, made.digests) for made in targets)
 
     # ── sidecar and vision tower ──
 
@@ -135,6 +133,26 @@ class VerifyRules(Stage):
     def sidecar_target_digests(self, wildcards: Wildcards) -> str:
         """The digests of its tensors."""
         return self._sidecar_target(wildcards).digests
+
+    def quant(self, wildcards: Wildcards) -> list[str]:
+        """A quant to run it, or a vision tower, with on a machine that BF16 is too large for.
+
+        It is the same on all machines, so none has to verify again.
+        """
+        model = self.model(wildcards)
+        variant = smallest_quant(model)
+        return [layout.output(model, variant.name).file] if variant else []
+
+    def quant_digests(self, wildcards: Wildcards) -> list[str]:
+        """The digests of its tensors."""
+        model = self.model(wildcards)
+        variant = smallest_quant(model)
+        return [layout.candidate(model, variant.name).digests] if variant else []
+
+    def quant_option(self, wildcards: Wildcards) -> str:
+        """The options that name it and its digests, after the BF16 file."""
+        files, digests = self.quant(wildcards), self.quant_digests(wildcards)
+        return _target_options(zip(files, digests, strict=True))
 
     def sidecar_reference(self, wildcards: Wildcards) -> list[str]:
         """The BF16 draft model to compare with, if llama.cpp's converter made it."""
@@ -209,3 +227,33 @@ class VerifyRules(Stage):
             drop = str(model.max_acceptance_drop)
             gates += ["--unquantized", measured, "--max-acceptance-drop", drop]
         return gates
+
+
+def smallest_quant(model: Model) -> Variant | None:
+    """The variant with the fewest bits of those quantized here; None without one.
+
+    A split one is left out, and so are all if files are deleted once they are uploaded.
+    """
+    kept = (*quant_types.UNQUANTIZED, *quant_types.PACKED)
+    quants = [
+        each
+        for each in model.variants.values()
+        if not (each.foreign or each.head_from or each.file_type in kept)
+        and not (each.split or model.split)
+    ]
+    return None if model.passing else min(quants, key=_bits, default=None)
+
+
+def _bits(variant: Variant) -> tuple[float, str]:
+    """Bits per weight, and the name, which decides between the same."""
+    usual = quant_types.bits(quant_types.main_type(variant.file_type))
+    return variant.bits or usual, variant.name
+
+
+def _target_options(targets: Iterable[tuple[str, str]]) -> str:
+    """Models to run a file with, and their digests, as options."""
+    return shlex.join(
+        word
+        for file, digests in targets
+        for word in ("--target", file, "--target-recorded", digests)
+    )

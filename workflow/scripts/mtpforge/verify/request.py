@@ -34,6 +34,8 @@ class Request:
     """The model's name that conversion was given, for the metadata."""
     target: Path | None = None
     """The model that a draft sidecar or a vision tower is for."""
+    target_note: str = ""
+    """Why that is not the model of choice; empty if it is."""
     file_type: str | None = None
     head: str | None = None
     """Type of the head; "none" for a file without one."""

@@ -1,9 +1,15 @@
-"""The check that a drafter and the model that it drafts for belong together."""
+"""The model that a sidecar or a vision tower is run with: which one, and whether a drafter fits."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import split
 from mtpforge.gguf.reader import Gguf
 from mtpforge.inject import match
+from mtpforge.llama_cpp import memory
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.progress import say
 from mtpforge.verify.report import Check, some
 from mtpforge.verify.request import Request
 
@@ -13,6 +19,24 @@ _SIZES = {
     "attention.key_length_swa": "attention.key_length_swa",
 }
 """Key of the drafter -> key of its target that must be equal: llama-server aborts on others."""
+
+
+def choose_target(path: Path, targets: Sequence[Path], llama: LlamaCpp) -> tuple[Path, str]:
+    """The first model that fits into the memory with a file; if none does, the smallest.
+
+    Also returns why it is not the first one; empty if it is. Raises ToolchainError.
+    """
+    reasons = [memory.too_large([path, target], llama) for target in targets]
+    fitting = [target for target, reason in zip(targets, reasons, strict=True) if not reason]
+    if fitting:
+        chosen = fitting[0]
+    else:
+        chosen = min(targets, key=lambda target: memory.size_of([target]))
+        reason = reasons[targets.index(chosen)]
+        say(f"slow, because each token reads {chosen.name} from the disk again: {reason}")
+    if chosen == targets[0]:
+        return chosen, ""
+    return chosen, f"run with {chosen.name} instead of {targets[0].name}: {reasons[0]}"
 
 
 def check_target(opened: Gguf, request: Request) -> Check:

@@ -52,6 +52,8 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     """
     opened = split.read(path)
     checks = [check_digests(opened, request.digests)] if request.digests else []
+    if request.target_note:
+        checks.append(Check("model", True, request.target_note))
     if opened.is_vision:
         with reading_target(request):
             checks.append(check_vision(opened, request, llama))
