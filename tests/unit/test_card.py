@@ -457,17 +457,29 @@ def test_drafting_is_off_if_it_is_slower() -> None:
     assert column(more, "tok/s") == ["94.0"]
     assert column(more, "speedup", "### ") == ["1.00", "0.51"]
     assert "llama-server -hf Someone/Qwen3.5-4B-MTP-GGUF:IQ4_XS\n" in text
-    assert "--spec-draft" not in text and "--speculative-draft" not in text
-    assert "Drafting is off because it was not faster when measured:" in text
+    assert "--spec-draft" not in "".join(served(text)) and "--speculative-draft" not in text
+
+
+def test_drafting_that_is_off_is_to_be_tried_on_a_gpu_unless_one_was_measured() -> None:
+    off = "Drafting is off because it was not faster when measured on"
+    on_a_gpu = "; on a GPU, try `--spec-type draft-mtp --spec-draft-n-max 2`:"
+    slower = measurement(0, (94.0, 47.6), threads=2)
+    assert f"{off} 2 CPU threads{on_a_gpu}\n" in make(result(measured=slower))
+    one = replace(slower, threads=1)
+    assert f"{off} 1 CPU thread{on_a_gpu}\n" in make(result(measured=one))
+    gpu = replace(slower, machine=replace(slower.machine, devices=("CUDA0: H100 (80 MiB)",)))
+    assert f"{off} CUDA0: H100 (80 MiB):\n" in make(result(measured=gpu))
+    dead = replace(slower, by_n_max=tuple(replace(each, drafts=0) for each in slower.by_n_max))
+    assert f"{off} 2 CPU threads:\n" in make(result(measured=dead))
 
 
 def test_a_search_that_was_cut_short_tried_few_settings() -> None:
-    tried = "of the few settings tried (search cut short):"
+    tried = "of the few settings tried (search cut short)"
     off = make(result(measured=measurement(0, (94.0, 47.6), cut_short=True)))
     assert f"Drafting is off because it was not faster with any {tried}" in off
     tried = tried.replace("of", "among", 1)
     text = make(result(measured=measurement(2, cut_short=True)))
-    assert f"the draft length that was fastest {tried}" in text
+    assert f"the draft length that was fastest {tried}:" in text
     assert "cut short" not in make(result(measured=measurement(2)))
 
 

@@ -15,11 +15,13 @@ from mtpforge.gguf.quant_types import TABLE, TENSOR_TYPES
 from mtpforge.llama_cpp import runtimes
 from mtpforge.publish.card_config import HUB, About
 from mtpforge.publish.choice import draft_length, needed, recommended, resolve, without_tag
-from mtpforge.publish.markdown import code, shell
+from mtpforge.publish.markdown import code, escape, shell
 from mtpforge.publish.result import Result
 from mtpforge.publish.serving_memory import TOKENS
 
 NO_REPOSITORY = "OWNER/NAME-MTP-GGUF"
+_TO_TRY = "--spec-type draft-mtp --spec-draft-n-max 2"
+"""What drafts on a machine that was not measured."""
 
 
 def runtime(results: Sequence[Result]) -> str:
@@ -158,9 +160,21 @@ def _why(result: Result) -> str:
     cut = result.measured is not None and result.measured.cut_short
     if result.n_max == 0:
         tried = "with any of the few settings tried (search cut short)" if cut else "when measured"
-        return f"{server}. Drafting is off because it was not faster {tried}:"
+        return f"{server}. Drafting is off because it was not faster {tried}{_where(result)}:"
     tried = "among the few settings tried (search cut short)" if cut else "when measured"
     return f"{server} and the draft length that was fastest {tried}:"
+
+
+def _where(result: Result) -> str:
+    """Where drafting was not faster; if not on a GPU, what to try there."""
+    found = result.measured
+    if found is None:
+        return ""
+    if found.machine.devices:
+        return f" on {escape(', '.join(found.machine.devices))}"
+    cpu = f" on {found.threads} CPU thread{'s' * (found.threads != 1)}"
+    best = found.confirmed
+    return cpu + (f"; on a GPU, try {code(_TO_TRY)}" if best and best.drafts else "")
 
 
 def server_options(model: Result) -> list[str]:
