@@ -123,6 +123,13 @@ def make(
     return card.make(model, results or (result(),), path, STAMP, template)
 
 
+def test_the_acceptance_of_bf16_is_said_if_the_table_does_not_have_it() -> None:
+    quant = result(bf16_acceptance=0.94)
+    assert "accepted in verification (BF16: 94%)" in make(quant)
+    assert "(BF16:" not in make(quant, result("BF16"))
+    assert "(BF16:" not in make(result())
+
+
 def second(*results: Result, template: Path = DETAILS, **about: Any) -> str:
     """The second page."""
     model = About.parse(json.dumps({**ABOUT, **about}))

@@ -24,11 +24,15 @@ REPORT: dict[str, Any] = {
     "drafts": 10,
     "accepted": 0,
     "acceptance": 0.0,
+    "bf16_acceptance": 0.1,
     "checks": [{"name": "types", "passed": True, "detail": "3 tensors"}],
     "head_source": {"verified": 3},
     "files": [{"name": "x-Q8_0-00001-of-00001.gguf", "bytes": 10, "sha256": "0" * 64}],
 }
-OPTIONAL = ("errors", "errors_by_type", "trunk", "drafts", "accepted", "acceptance", "files")
+OPTIONAL = (
+    "errors", "errors_by_type", "trunk", "drafts", "accepted", "acceptance", "bf16_acceptance",
+    "files",
+)  # fmt: skip
 RUN = {
     "n_max": 0,
     "p_min": 0.0,

@@ -186,9 +186,8 @@ def _legend(results: Sequence[Result]) -> str:
     measured = [result.measured for result in results if result.measured]
     known = {
         "head: type of the head's tensors": any(result.has_head for result in results),
-        "accepted: share of drafted tokens that the model accepted in verification": any(
-            result.report.acceptance is not None for result in results
-        ),
+        "accepted: share of drafted tokens that the model accepted in verification"
+        f"{_unquantized(results)}": any(result.report.acceptance is not None for result in results),
         "tokens/s: without → with drafting": any(result.is_steady for result in results),
         "draft: how many tokens to draft ahead": any(
             result.is_steady and result.n_max is not None for result in results
@@ -211,6 +210,16 @@ def _legend(results: Sequence[Result]) -> str:
         sentences(map(machine, swept)),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _unquantized(results: Iterable[Result]) -> str:
+    """The acceptance of the BF16 file, if it is known and in no row of the table."""
+    reports = [result.report for result in results if result.is_model]
+    if any(each.bits_per_weight >= 16 and each.acceptance is not None for each in reports):
+        return ""
+    known = (each.bf16_acceptance for each in reports)
+    found = next((each for each in known if each is not None), None)
+    return "" if found is None else f" (BF16: {found:.0%})"
 
 
 def _texts(measured: Iterable[Measurement]) -> str:

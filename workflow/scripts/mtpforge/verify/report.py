@@ -82,6 +82,8 @@ class Report(Record):
     accepted: Annotated[int | None, UNLESS_NONE] = None
     acceptance: Annotated[float | None, UNLESS_NONE] = None
     """accepted / drafts"""
+    bf16_acceptance: Annotated[float | None, UNLESS_NONE] = None
+    """That of the unquantized file, which it was compared with."""
     not_run: Annotated[str | None, UNLESS_NONE] = None
     """Why llama.cpp did not run the file; None if it did."""
     checks: tuple[Check, ...]

@@ -81,7 +81,9 @@ def verify(path: Path, request: Request, llama: LlamaCpp) -> Report:
     checks.append(check_programs(opened, llama))
     raise_failed(path.name, checks)
     report = _report(opened, checks, compared=compared, trunk=trunk, acceptance=acceptance)
-    return replace(report, not_run=not_run)
+    unquantized = Acceptance.read(request.unquantized) if request.unquantized else None
+    bf16 = unquantized.acceptance if acceptance and unquantized else None
+    return replace(report, not_run=not_run, bf16_acceptance=bf16)
 
 
 def publish_split(
