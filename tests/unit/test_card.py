@@ -130,6 +130,12 @@ def test_the_acceptance_of_bf16_is_said_if_the_table_does_not_have_it() -> None:
     assert "(BF16:" not in make(result())
 
 
+def test_a_card_without_a_repository_says_what_sets_its_name() -> None:
+    said = "`OWNER/NAME-MTP-GGUF` stands for the name of this repository, which `publish: {repo:"
+    assert said in make(publish={})
+    assert "stands for" not in make(publish={"repo": "Owner/Name"})
+
+
 def second(*results: Result, template: Path = DETAILS, **about: Any) -> str:
     """The second page."""
     model = About.parse(json.dumps({**ABOUT, **about}))

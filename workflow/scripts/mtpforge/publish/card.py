@@ -22,7 +22,7 @@ from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences, 
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
-from mtpforge.publish.serving import runtime, serving, sets_context
+from mtpforge.publish.serving import NO_REPOSITORY, runtime, serving, sets_context
 from mtpforge.search.compared import TAKE_THAT, Compared
 from mtpforge.table import rounded_size
 from mtpforge.verify.metadata import templates_in
@@ -83,6 +83,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "steady": any(result.is_steady for result in results),
         "runtime": runtime(results),
         "serving": serving(results, about),
+        "placeholder": "" if about.repo else NO_REPOSITORY,
         "sources": "\n".join(f"- {source}" for source in about.sources),
     }
 
