@@ -34,7 +34,7 @@ from mtpforge.quantize.pieces import quantize_piece, quantize_whole, split_into_
 from mtpforge.quantize.plan import QuantizePlan, make_plan
 from mtpforge.quantize.recipe import Recipe
 from mtpforge.quantize.request import QuantizeRequest
-from mtpforge.quantize.reuse import find_reusable
+from mtpforge.quantize.reuse import ReusableTensor, find_reusable, report
 from splits import split
 
 LLAMA = LlamaCpp(BIN, threads=1)
@@ -62,6 +62,12 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(progress, "say", lines.append)
     return lines
+
+
+def test_what_was_reused_has_the_same_type(said: list[str]) -> None:
+    norm = ReusableTensor(FileRange(Path("a.gguf"), 0, 4096), "", Path("a.gguf"))
+    report({"norm": norm}, ["norm", "ffn"])
+    assert said == ["reused 1 of 2 tensors (4,096 bytes) of the same type from a.gguf; quantized 1"]
 
 
 def job_for(built: Path, planned: QuantizePlan) -> QuantizeJob:
@@ -323,7 +329,7 @@ def test_tensors_of_a_finished_file_are_reused_even_if_it_was_moved(
     assert (tmp_path / "b.gguf").read_bytes() == moved.read_bytes()
     count = len(q4.tensors)
     assert said[0].startswith(f"reused {count} of {count} tensors (")
-    assert said[0].endswith(f" from {moved}; quantized 0")
+    assert said[0].endswith(f" of the same type from {moved}; quantized 0")
 
 
 def test_damaged_tensors_are_requantized_with_a_warning(

@@ -116,7 +116,7 @@ def report(reused: Reusable, names: Collection[str]) -> None:
     """Say how many of the tensors `names` were reused, and from which files."""
     outputs = [each for each in reused.values() if not each.in_piece]
     size = sum(each.data.size for each in outputs)
-    source = f" from {_files(outputs)}" if outputs else ""
+    source = f" of the same type from {_files(outputs)}" if outputs else ""
     parts = [f"reused {len(outputs)} of {len(names)} tensors ({size:,} bytes){source}"]
     if in_pieces := len(reused) - len(outputs):
         parts.append(f"{in_pieces} from pieces")
