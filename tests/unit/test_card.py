@@ -20,7 +20,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
 from mtpforge.measure import recommendation
-from mtpforge.measure.measurement import KlDivergence, Measurement
+from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement
 from mtpforge.publish import card, choice, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
@@ -376,6 +376,45 @@ def test_table_of_all_files_shows_measurements(heading: str, cells: list[str]) -
 def test_sweep_table_shows_measurements(heading: str, cells: list[str]) -> None:
     text = second(result("BF16"), result(measured=measurement()))
     assert column(text, heading, "### `Qwen3.5-4B-IQ4_XS.gguf`") == cells
+
+
+def tried(measured: Measurement) -> Measurement:
+    """The last pair was tried once in the search; the recommended one took turns, code twice."""
+    *totals, last = measured.by_n_max
+    once = replace(last, repeats=1, spread=(last.tokens_per_second, last.tokens_per_second))
+    kinds = tuple(
+        KindSpeed(
+            kind=kind, form="raw", n_max=2, p_min=0.0, tokens_per_second=290.0, without=207.0,
+            speedup=speedup, acceptance=0.9,
+        )
+        for kind, speedup in (("code", 1.4), ("prose", None))
+    )  # fmt: skip
+    return replace(measured, by_n_max=(*totals, once), by_kind=kinds)
+
+
+def test_rounds_of_the_search_are_told_from_those_in_turns_with_no_drafting() -> None:
+    text = second(result(measured=tried(measurement())))
+    rounds = ["3 in turns", "3 search", "3 in turns", "1 search"]
+    assert column(text, "rounds", "### ") == rounds
+    assert column(text, "range", "### ")[2:] == ["289.0-291.0", "280.0"]
+    assert column(text, "speedup", "### `Qwen3.5-4B-IQ4_XS.gguf` by kind") == ["1.40", "-"]
+
+
+def test_the_columns_of_the_second_page_are_explained_if_they_are_there() -> None:
+    names = ("draft length", "p_min", "rounds", "range", "cold", "by position", "form", "speedup")
+
+    def explained(measured: Measurement) -> list[str]:
+        text = second(result(measured=measured), result("Q8_0", measured=measured))
+        assert text.count("- draft length:") == 1
+        return [name for name in names if f"\n- {name}: " in text]
+
+    full = tried(measurement())
+    assert explained(full) == [name for name in names if name != "p_min"]
+    stops = tuple(replace(each, p_min=0.75) for each in full.by_n_max)
+    assert "p_min" in explained(replace(full, by_n_max=stops))
+    unsteady = replace(full, steady=False)
+    assert explained(unsteady) == ["draft length", "cold", "by position", "form"]
+    assert explained(measurement()) == ["draft length", "range", "cold", "by position"]
 
 
 def test_the_columns_of_the_card_are_explained_if_they_are_there() -> None:

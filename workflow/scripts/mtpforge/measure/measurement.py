@@ -178,15 +178,19 @@ class Measurement(Record):
         runs = [run for run in self.runs if (run.kind, run.state) == (kind, "warm")]
         return [run for run in runs if run.form == runs[0].form]  # that form is the first
 
+    def took_turns(self, total: Total) -> bool:
+        """Whether it is of no drafting, or of the pair that took turns with it after the search."""
+        pairs = {(each.n_max, each.p_min) for each in self.by_kind}
+        return not total.n_max or (total.n_max, total.p_min) in pairs
+
     @property
     def confirmed(self) -> Total | None:
         """The total of the pair that took turns with no drafting; None if nothing drafted.
 
         Another may have been faster in its only round.
         """
-        pairs = {(each.n_max, each.p_min) for each in self.by_kind}
         drafting = [total for total in self.by_n_max if total.n_max]
-        own = [total for total in drafting if (total.n_max, total.p_min) in pairs]
+        own = [total for total in drafting if self.took_turns(total)]
         return max(own or drafting, key=lambda total: total.tokens_per_second, default=None)
 
     def at(self, n_max: int, p_min: float | None = None) -> Total | None:

@@ -63,6 +63,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
             )
             for name, found in swept
         ],
+        "columns": "\n".join(f"- {words}." for words in _columns(measurements)),
         "recipe": _recipe(about),
     }
 
@@ -124,6 +125,35 @@ def _prompts(measurements: Iterable[Measurement]) -> str:
         f"({found.repeats} round{'s' * (found.repeats != 1)})."
         for found in measurements
     )
+
+
+def _columns(measurements: Iterable[Measurement]) -> list[str]:
+    """What the columns of the tables by draft length and by kind of prompt mean."""
+    found = [*measurements]
+    steady = [each for each in found if each.steady]
+    totals = [total for each in found for total in each.by_n_max]
+    kinds = [(each, kind) for each in found for kind in each.by_kind if kind.n_max]
+    known = {
+        "draft length: tokens drafted ahead (n_max)": True,
+        "p_min: drafting stops at a token less likely than this": any(
+            total.p_min for total in totals
+        ),
+        "rounds: each has a server of its own. Those in turns alternated with no drafting, so only "
+        "these are compared with it; those of the search ran earlier, and most pairs had one: "
+        "their speeds are rough": any(each.by_kind for each in steady),
+        "range: the slowest and the fastest round": bool(steady),
+        "cold: the first request of a new server; other figures are of later ones": True,
+        "by position: how often the first drafted token was accepted, how often the second, and so "
+        "on": any(total.by_position for total in totals),
+        "the columns after it: acceptance by kind of prompt": True,
+        "form: raw text, or in the model's chat template without thinking (chat) or with it": bool(
+            kinds
+        ),
+        "speedup: tok/s over that without drafting; - for a form measured in one round": any(
+            each.steady and kind.speedup is None for each, kind in kinds
+        ),
+    }
+    return [words for words, shown in known.items() if shown]
 
 
 def _fastest(measured: Measurement) -> str:

@@ -67,7 +67,8 @@ def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: 
 def sweep(measured: Measurement) -> str:
     """The table of one file by draft length: acceptance, and speed if it was steady."""
     by_kind = [_of_kind(measured, kind) for kind in sorted({run.kind for run in measured.runs})]
-    columns = [*_shown(SWEEP, measured), _cold_acceptance(measured), BY_POSITION, *by_kind]
+    shown = _shown([*SWEEP[:3], _rounds(measured), *SWEEP[3:]], measured)
+    columns = [*shown, _cold_acceptance(measured), BY_POSITION, *by_kind]
     return _table(columns, measured.by_n_max)
 
 
@@ -207,8 +208,7 @@ SWEEP: tuple[Column[Total], ...] = (
     ("draft length", lambda total: _draft_length(total.n_max)),
     ("p_min", lambda total: _threshold(total.p_min)),
     ("tok/s", lambda total: f"{total.tokens_per_second:.1f}"),
-    ("rounds", lambda total: str(total.repeats)),
-    ("range", lambda total: "-".join(f"{speed:.1f}" for speed in total.spread)),
+    ("range", lambda total: "-".join(dict.fromkeys(f"{speed:.1f}" for speed in total.spread))),
     ("cold tok/s", lambda total: _number(total.cold_tokens_per_second, ".1f")),
     ("speedup", lambda total: _number(total.speedup, ".2f")),
     ("acceptance", lambda total: _number(total.acceptance, ".1%")),
@@ -226,6 +226,14 @@ BY_POSITION: Column[Total] = (
     "by position",
     lambda total: " ".join(f"{share:.0%}" for share in total.by_position),
 )
+
+
+def _rounds(measured: Measurement) -> Column[Total]:
+    def cell(total: Total) -> str:
+        kind = "in turns" if measured.took_turns(total) else "search"
+        return f"{total.repeats} {kind}" if measured.by_kind else str(total.repeats)
+
+    return "rounds", cell
 
 
 def _cold_acceptance(measured: Measurement) -> Column[Total]:
