@@ -40,12 +40,12 @@ define install
 	}
 endef
 
-# Whatever fails here, the build says better.
+# Before Snakemake says anything, which then need not. Whatever fails here, the build says better.
 FORECAST = ($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) $(MACHINES) 2> /dev/null) || true
 
 all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean or shards is for small disks
 	@$(FORECAST)
-	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
+	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
 
 # $(call given,OPTION,VARIABLE) passes a variable on if it is set.
 given = $(if $($(2)),$(1) "$($(2))")
@@ -70,7 +70,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
 	@$(subst --totals,--totals --published,$(FORECAST))
-	@$(ACTIVE) snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
+	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
 		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
 
 setup: python compiler ## install the locked environment into .venv

@@ -55,6 +55,12 @@ if terminal:
     terminal.repo = build.publish.addable
 
 asked = build.needs.asked
+models = [model.key for model in build.config.chosen]
+planning = build.planning(
+    # config.yaml, which Snakemake lists last, and files of `--configfile`
+    [*workflow.configfiles[-1:], *workflow.overwrite_configfiles],
+    machines=lean.by_profile(workflow, "plan_types", "machines"),
+)
 
 
 wildcard_constraints:
@@ -66,6 +72,8 @@ wildcard_constraints:
 
 onstart:
     snakemake_lock.end_on_signals()  # Snakemake's scheduler has just set its own
+    if terminal:
+        terminal.forecast(models, planning)
     if any(job.rule.name == "publish" for job in workflow.dag.jobs):
         try:
             build.publish.check_access()

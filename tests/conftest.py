@@ -18,6 +18,8 @@ MODELS = ("tiny-qwen3.5", "tiny-qwen3.5-moe")
 ALONE = ("end_to_end", "workflow")
 BESIDE_OTHERS = ("test_quantizing_in_pieces.py",)  # six minutes of llama-quantize, and no server
 
+os.environ["MTPFORGE_FORECAST"] = "told"  # it takes seconds, in each run
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Snakemake = Callable[..., None]
 

@@ -176,6 +176,8 @@ def test_a_build_is_forecast_before_it_fetches() -> None:
     assert RULES["all"][1][0].strip() == "@$(FORECAST)"
     of_publish = RULES["publish"][1][0].strip()
     assert of_publish == "@$(subst --totals,--totals --published,$(FORECAST))"
+    for target in ("all", "publish"):  # and only once
+        assert RULES[target][1][1].strip().startswith("@$(ACTIVE) MTPFORGE_FORECAST=told snakemake")
 
 
 @pytest.mark.parametrize(("folder", "lock"), [

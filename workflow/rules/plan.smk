@@ -20,12 +20,8 @@ rule plan:
         **asked(build.needs.resolve),
     params:
         code=digest("plan.py"),
-        models=[model.key for model in build.config.chosen],
-        options=build.planning(
-            # config.yaml, which Snakemake lists last, and files of `--configfile`
-            [*workflow.configfiles[-1:], *workflow.overwrite_configfiles],
-            machines=lean.by_profile(workflow, "plan_types", "machines"),
-        ),
+        models=models,
+        options=planning,
     message:
         "forecast the build"
     shell:

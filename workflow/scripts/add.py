@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mtpforge import cli, table
+from mtpforge import cli, run_owner, table
 from mtpforge.entries import address, files, presets, proposal
 from mtpforge.entries.address import Address
 from mtpforge.entries.presets import PRESETS, Variants
@@ -77,6 +77,7 @@ def _next(entry: Entry, profile: str) -> str:
 def _build(key: str, profile: str, cores: str) -> NoReturn:
     """Become the run of Snakemake that builds a model."""
     sys.stdout.flush()
+    os.environ[run_owner.TOLD] = "told"
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", f"profiles/{profile}"]
     command += ["--cores", cores, "all", "--config", f"build={json.dumps([key])}"]
     os.execv(sys.executable, command)  # noqa: S606 - a list, never a shell string

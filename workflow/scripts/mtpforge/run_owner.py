@@ -22,6 +22,8 @@ from pathlib import Path
 
 VARIABLE = "MTPFORGE_RUN"
 """Set by a run for its jobs: the folder of its lock files, and itself as JSON."""
+TOLD = "MTPFORGE_FORECAST"
+"""Set for a run that need not begin with its forecast, such as one that `make quant` starts."""
 RUN_LOCK = "mtpforge-run.lock"
 JOBS_LOCK = "mtpforge-jobs.lock"
 _INTERVAL = 1.0

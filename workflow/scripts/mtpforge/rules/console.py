@@ -8,7 +8,10 @@ With `--verbose` Snakemake's handler stays, and the programs' output is shown to
 import logging
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ from snakemake.logging import logger
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from mtpforge import table
+from mtpforge import run_owner, table
 from mtpforge.errors import ForgeError
 from mtpforge.io import storage
 from mtpforge.rules.joblog import ESCAPES, Job
@@ -67,6 +70,7 @@ INSIDE = re.compile(rf"^ *(?:{OURS}): (.*)$", re.MULTILINE)
 IN_SNAKEFILE = re.compile(
     r"WorkflowError(?: in file [^\n]*Snakefile\", line \d+)?:\n(.*?)(?:\n  File .*)?", re.DOTALL
 )
+PLAN = Path(__file__).resolve().parents[2] / "plan.py"
 PAGE = 4096  # bytes that a file takes at least on most disks
 PROGRESS_INTERVAL = 30.0  # seconds; for long jobs, a tenth of their time so far
 
@@ -149,6 +153,19 @@ class Console(logging.Handler):
             self.reported = True
             self._line(self._failures())  # --no-hooks, or an exception in an input function
         super().close()
+
+    # ── the beginning of a run ──
+
+    def forecast(self, models: Sequence[str], options: str) -> None:
+        """Say what a build of these models takes; nothing if that fails, as the build says why."""
+        targets = {job.rule.name for job in self.workflow.dag.jobs}
+        if os.environ.get(run_owner.TOLD) or targets.isdisjoint({"all", "publish"}):
+            return
+        chosen = [*models, *(() if "all" in targets else ("--published",))]
+        command = [sys.executable, str(PLAN), "--totals", *shlex.split(options), *chosen]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.stdout:
+            self._tell(done.stdout.rstrip())
 
     # ── the end of a run ──
 
