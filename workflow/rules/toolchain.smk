@@ -13,8 +13,7 @@
 PROGRAMS = [f"llama-{name}" for name in "quantize gguf-split server imatrix perplexity".split()]
 
 
-def stamps(*programs):
-    return [f"resources/toolchain/{program}.json" for program in programs]
+stamps = lambda *programs: [f"resources/toolchain/{name}.json" for name in programs]
 
 
 rule program:
