@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -128,11 +128,16 @@ def model(**entries: Any) -> Model:
     return Build(config).config.models["m"]
 
 
-def forecast(toolchain: Path, machine: Machine = MACHINE, **entries: Any) -> ModelForecast:
+def forecast(
+    toolchain: Path,
+    machine: Machine = MACHINE,
+    given_size: Callable[[layout.GivenFile], int] = lambda _: 0,
+    **entries: Any,
+) -> ModelForecast:
     checkpoint = Checkpoint(CHECKPOINTS / MODEL)
     llama = LlamaCpp(toolchain)
     return ModelForecast(
-        model(**entries), checkpoint, llama, machine=machine, base_size=lambda _: 0
+        model(**entries), checkpoint, llama, machine=machine, given_size=given_size
     )
 
 
@@ -232,11 +237,27 @@ def test_a_mixture_to_compare_with_is_made_and_run_unless_it_is_a_variant(
     assert made[0] > MACHINE.start and made[1] > 1e6 and made[2:] == (0, True)
 
 
+def list_files(folder: Path, sizes: dict[str, int]) -> None:
+    """The listing of Some/Body, as `resolve` leaves it."""
+    at = HubRepository(repo="Some/Body", revision=COMMIT)
+    listing = folder / layout.commit(at) / "files.json"
+    listing.parent.mkdir(parents=True)
+    files = {name: File(size, "0" * 64) for name, size in sizes.items()}
+    Listing("Some/Body", COMMIT, files, {}).write(listing)
+
+
+def test_an_importance_matrix_of_the_hub_is_fetched_once(toolchain: Path, tmp_path: Path) -> None:
+    matrix = {"repo": "Some/Body", "file": "imatrix.dat", "revision": COMMIT}
+    list_files(tmp_path, {"imatrix.dat": 3000, "other": 5})
+    downloads = Downloads()
+    variants = {name: {"imatrix": matrix} for name in ("IQ4_XS", "Q4_K_M")}
+    forecast(toolchain, given_size=downloads.file_size, variants=variants)
+    assert downloads.fetch({}) == 3000
+
+
 def test_a_fetched_file_to_compare_with_is_not_kept(tmp_path: Path) -> None:
     file = HubGguf(repo="Some/Body", file="a.gguf", revision=COMMIT)
-    listing = tmp_path / layout.commit(file) / "files.json"
-    listing.parent.mkdir(parents=True)
-    Listing("Some/Body", COMMIT, {"a.gguf": File(3000, "0" * 64)}, {}).write(listing)
+    list_files(tmp_path, {"a.gguf": 3000})
     downloads = Downloads()
     assert downloads.file_size(file) == 3000
     assert (downloads.fetch({}), downloads.freed({})) == (3000, 0)
@@ -640,7 +661,7 @@ def test_the_drafter_of_another_checkpoint_is_forecast(tmp_path: Path) -> None:
         Checkpoint(target),
         LlamaCpp(tmp_path),
         machine=MACHINE,
-        base_size=lambda _: 0,
+        given_size=lambda _: 0,
         drafter=Checkpoint(drafter),
     )
     converted = {step.name: step.kept for step in found.steps if step.stage == "convert"}
@@ -662,7 +683,7 @@ def test_once_another_converter_has_run_sizes_are_exact(tmp_path: Path, toolchai
         Checkpoint(folder),
         LlamaCpp(toolchain),
         machine=MACHINE,
-        base_size=lambda _: 0,
+        given_size=lambda _: 0,
     )
     assert found.files[0].bytes == out.stat().st_size and not found.files[0].about
 
@@ -675,7 +696,7 @@ def test_a_vision_tower_is_forecast(tmp_path: Path) -> None:
         Checkpoint(folder),
         LlamaCpp(tmp_path),
         machine=MACHINE,
-        base_size=lambda _: 0,
+        given_size=lambda _: 0,
     )
     whole, tower = found.files
     assert not whole.about and tower.about and tower.name == "mmproj-seeing-F16"

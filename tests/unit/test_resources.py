@@ -234,7 +234,7 @@ def test_jobs_ask_for_more_than_is_forecast(
         Checkpoint(tmp_path / "35b"),
         LlamaCpp(Path("none")),
         machine=Machine(threads=processors.available(), memory=200 << 30, disk=1e9, bandwidth=1e10),
-        base_size=lambda _: 0,
+        given_size=lambda _: 0,
     ).steps
     stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
     search = {"errors", "search_logits", "sensitivities", "compare"}

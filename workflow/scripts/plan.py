@@ -177,7 +177,7 @@ class Plan:
                 outline,
                 self.llama,
                 machine=self.machine,
-                base_size=self.downloads.file_size,
+                given_size=self.downloads.file_size,
                 drafter=self.downloads.drafter(model),
             )
         except ForgeError as error:

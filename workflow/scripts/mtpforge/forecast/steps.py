@@ -88,7 +88,8 @@ class ModelForecast:
     """The steps and files of a model. Raises ForgeError.
 
     `outline` is its checkpoint, and `drafter` that of its drafter, if it has one of its own;
-    `base_size` returns the bytes of a variant's base from elsewhere.
+    `given_size` returns the bytes of a GGUF or importance matrix from elsewhere, and counts them as
+    fetched.
     """
 
     is_by_shards = False
@@ -99,7 +100,7 @@ class ModelForecast:
         outline: Outline,
         llama: LlamaCpp,
         machine: Machine,
-        base_size: Callable[[layout.GivenFile], int],
+        given_size: Callable[[layout.GivenFile], int],
         drafter: Outline | None = None,
     ) -> None:
         self.model = model
@@ -111,7 +112,7 @@ class ModelForecast:
         self._machine = machine
         self._prompts = len(prompts.read_prompts(Path(model.prompts)))
         self._measured_prompts = len(prompts.read_measured(Path(model.measured_prompts)))
-        self._base_size = base_size
+        self._given_size = given_size
         self._parts: dict[str, Gguf] = {}
         self._quants: list[Gguf] = []
         for variant in model.variants.values():
@@ -121,7 +122,7 @@ class ModelForecast:
         if model.mmproj:
             self._add_vision()
         for other, path in zip(model.compare, layout.others(model), strict=True):
-            self._measure_other(base_size(other), path)
+            self._measure_other(given_size(other), path)
 
     def settle(self, reruns: Reruns) -> None:
         """Take over what Snakemake says of each step; its graph may end where it must run first."""
@@ -338,6 +339,8 @@ class ModelForecast:
         self._convert(variant.part)
         if isinstance(variant.imatrix, ImatrixText):
             self._imatrix(variant.imatrix, source)
+        elif variant.imatrix:
+            self._given_size(variant.imatrix)
         if variant.searched:
             self._search(variant, source)
         request = QuantizeRequest(
@@ -388,7 +391,7 @@ class ModelForecast:
             size = self._inject_into_own(variant, variant.base.type)
         else:
             assert variant.base is not None
-            size = self._base_size(variant.base) + self._head_bytes(variant)
+            size = self._given_size(variant.base) + self._head_bytes(variant)
         path = layout.injected(self.model.key, variant.name).file
         self._add(Step("inject", variant.name, path), costs.copy(size, self._machine))
         return size
