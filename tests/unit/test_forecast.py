@@ -237,6 +237,19 @@ def test_a_mixture_to_compare_with_is_made_and_run_unless_it_is_a_variant(
     assert made[0] > MACHINE.start and made[1] > 1e6 and made[2:] == (0, True)
 
 
+def test_a_chat_template_is_applied_by_a_server_with_the_bf16_file(toolchain: Path) -> None:
+    matrix = {"text": str(CHECKPOINTS / "held-out.txt"), "chat": True}
+    chat = forecast(toolchain, variants={"IQ4_XS": {"imatrix": matrix}})
+    plain = forecast(toolchain, variants={"IQ4_XS": {"imatrix": {**matrix, "chat": False}}})
+    steps = {step.stage: step for step in chat.steps}
+    server = steps["conversations"]
+    assert chat.servers == plain.servers + 1 and server.servers == 1
+    assert server.path == f"results/m/work/conversations/{server.name}.txt"
+    assert server.memory == memory.needed(steps["convert"].kept)
+    assert 0 < server.kept < 1e6
+    assert MACHINE.programs.server < server.reckoned < steps["imatrix"].reckoned
+
+
 def list_files(folder: Path, sizes: dict[str, int]) -> None:
     """The listing of Some/Body, as `resolve` leaves it."""
     at = HubRepository(repo="Some/Body", revision=COMMIT)

@@ -406,10 +406,14 @@ class ModelForecast:
 
     def _imatrix(self, matrix: ImatrixText, source: Gguf) -> None:
         path = layout.imatrix(self.model.key, matrix)
-        size = sum(each.stat().st_size for each in text_files(Path(matrix.text)))
-        tokens = costs.text_tokens(size)
+        text = sum(each.stat().st_size for each in text_files(Path(matrix.text)))
+        size = planned_ggufs.size(source)
+        if matrix.chat:  # llama-server applies the chat template, without a token
+            chats = layout.conversations(self.model.key, matrix)
+            step = Step("conversations", Path(chats).stem, chats, servers=1)
+            self._add(step, self._run(size, Tokens()) + Cost(kept=text))
         step = Step("imatrix", Path(path).stem, path)
-        self._add(step, self._run(planned_ggufs.size(source), Tokens(text=tokens)))
+        self._add(step, self._run(size, Tokens(text=costs.text_tokens(text))))
 
     def _search(self, variant: Variant, source: Gguf) -> None:
         """Errors of each candidate, and sensitivities unless they are taken from a table."""
