@@ -74,9 +74,10 @@ onstart:
     snakemake_lock.end_on_signals()  # Snakemake's scheduler has just set its own
     if terminal:
         terminal.forecast(models, planning)
-    if any(job.rule.name == "publish" for job in workflow.dag.jobs):
+    rules_to_run = {job.rule.name for job in workflow.dag.needrun_jobs()}
+    if "publish" in rules_to_run:
         try:
-            build.publish.check_access()
+            build.publish.check_access(builds=rules_to_run != {"publish"})
         except ForgeError as error:
             raise WorkflowError(str(error)) from None
 

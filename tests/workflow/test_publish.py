@@ -169,7 +169,10 @@ def test_second_run_uploads_nothing(repository: Repository, hub: Hub) -> None:
     assert dict(hub.received) == received
     for path in (repository.path / "results" / MODEL).rglob("*"):
         path.touch()
-    assert "0 files to upload" in publish(repository, hub)
+    hub.foreign = {TARGET}  # the token only reads
+    output = publish(repository, hub)
+    hub.foreign = set()
+    assert "0 files to upload" in output and "your token may not write there" in output
     assert len(hub.commits) == 1
 
 

@@ -279,10 +279,11 @@ class PublishRules(Stage):
         """What the rule `publish` does."""
         return "list what would be uploaded (dry run)" if self._is_dry else "upload"
 
-    def check_access(self) -> None:
+    def check_access(self, builds: bool = True) -> None:
         """Raise UploadError if the Hub would refuse an upload; that comes after the whole build.
 
-        A dry run only warns of it: it lists the files, and fails at its end.
+        A dry run only warns of it: it lists the files, and fails at its end. So does an upload that
+        `builds` nothing first: all files may be there already.
         """
         from mtpforge.publish import access  # and what it imports: a second, in each run
 
@@ -295,7 +296,7 @@ class PublishRules(Stage):
                     say(f"warning: {repo}: not checked with the Hub: {why}")
             except UploadError as error:
                 refusals.append(str(error))
-        if self._is_dry:
+        if self._is_dry or not builds:
             for refusal in refusals:
                 say(f"warning: {refusal}")
         elif refusals:
