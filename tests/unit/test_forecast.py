@@ -858,6 +858,18 @@ def test_a_table_has_100_columns(toolchain: Path) -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_only_steps_that_will_run_are_listed(toolchain: Path) -> None:
+    found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
+    count = len(found.steps)
+    found.steps[0] = replace(found.steps[0], why=None)
+    listed = as_table(found, Fetch(0, 0, 0, 0))
+    assert "| convert all" not in listed and "| verify Q8_0" in listed
+    assert listed.endswith(f"1 of {count} steps are done\n")
+    found.steps = [replace(step, why=None) for step in found.steps]
+    listed = as_table(found, Fetch(0, 0, 0, 0))
+    assert "| step" not in listed and listed.endswith(f"{count} of {count} steps are done\n")
+
+
 def test_the_disk_follows_what_is_there(toolchain: Path, tmp_path: Path) -> None:
     found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
     converted, quantized = (

@@ -51,7 +51,7 @@ STAGES = {
     "inject": ".*: inject",
     "verify": r".*: verify \S+$",
     "verify_split": ".*: verify .* and split it",
-    "measuring": ".*: note how to measure",
+    "measuring": ".*: record the measurement settings",
     "measure": ".*: measure ",
     "provenance": ".*: state the provenance",
     "card": ".*: write the model card",

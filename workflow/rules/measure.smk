@@ -56,7 +56,7 @@ rule measuring:
     params:
         settings=build.measure.decisive,
     message:
-        "{wildcards.model}: note how to measure"
+        "{wildcards.model}: record the measurement settings"
     shell:
         "{{ printf '%s\\n' {params.settings:q} && cat /dev/null {input.records:q}; }}"
         " > {output:q} 2> {log:q}"

@@ -37,7 +37,7 @@ rule plot:
     params:
         code=digest("plot.py"),
     message:
-        "{wildcards.model}: draw {wildcards.figure}"
+        "{wildcards.model}: draw the figure of {wildcards.figure}"
     shell:
         "python {input.code[0]:q} {wildcards.figure} {input.measurements:q}"
         " --compared {input.compared:q} --others {input.others:q} --out {output:q}"

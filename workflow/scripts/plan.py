@@ -254,7 +254,7 @@ class Plan:
 
 
 def as_table(forecast: ModelForecast, fetch: Fetch, network: float = 0) -> str:
-    """A model's files, and its steps. `network` is bytes a second; 0: not known."""
+    """A model's files, and its steps that will run. `network` is bytes a second; 0: not known."""
     files = [("file", "size", "head", "pieces")]
     for file in forecast.files:
         head = table.size(file.head) if file.head else "none"
@@ -264,14 +264,17 @@ def as_table(forecast: ModelForecast, fetch: Fetch, network: float = 0) -> str:
     if fetch.left:
         spent = table.duration(fetch.left / network) if network else "?"
         steps.append(("fetch", _size(fetch.kept), _size(fetch.disk), "", spent, "missing"))
-    for step in forecast.steps:
-        spent = "" if step.done else table.duration(step.seconds)
+    left = [step for step in forecast.steps if not step.done]
+    for step in left:
         kept, disk, needed = map(_size, (step.kept, step.disk, step.memory))
         name = step.name.removeprefix(f"{forecast.model.base_name}-")
-        name = _shortened(f"{step.stage} {name}")
-        steps.append((name, kept, disk, needed, spent, step.why or "-"))
+        name = _shortened(f"{step.stage.replace('_', ' ')} {name}")
+        steps.append((name, kept, disk, needed, table.duration(step.seconds), step.why or ""))
     first = f"{forecast.model.key}: {_fetching(fetch)}; {_starts(forecast.servers)}"
-    return f"{first}\n\n{table.markdown(files)}\n{table.markdown(steps)}"
+    done = len(forecast.steps) - len(left)
+    last = table.markdown(steps) if steps[1:] else ""
+    last += f"{done} of {len(forecast.steps)} steps are done\n" * bool(done)
+    return f"{first}\n\n{table.markdown(files)}\n{last}"
 
 
 def _shortened(name: str) -> str:
@@ -294,10 +297,11 @@ def in_words(about: dict[str, Any], exact: bool = True) -> str:
     fetching = f" {table.size(about['fetch'])}"
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
+    disk, peak, free = (table.size(about[name]) for name in ("disk", "peak", "free"))
     first = (
         f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, then about "
-        f"{table.duration(about['seconds'])} on an idle machine; disk {table.size(about['disk'])}, "
-        f"at most {table.size(about['peak'])} while it runs, {table.size(about['free'])} are free"
+        f"{table.duration(about['seconds'])} on an idle machine; adds {disk} to the disk, at most "
+        f"{peak} while it runs, {free} are free"
         + ("" if exact else "; sizes are estimates until llama.cpp is built")
     )
     return "\n".join([first, *warnings(about)])

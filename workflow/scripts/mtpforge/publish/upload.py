@@ -86,7 +86,7 @@ class UploadPlan:
         """Print what would be uploaded, and warn of files that stay behind on either side."""
         total = sum(size for _, size in self.missing)
         new = "" if self.exists else f" (new {self.where})"
-        print(f"{self.repo}{new}: {count(self.missing)} to upload, {total / 1e9:.2f} GB")
+        print(f"{self.repo}{new}: {count(self.missing)} to upload, {table.size(total)}")
         for name, size in self.missing:
             print(f"  {size:>15,}  {name}")
         for name in unlisted(self.folder, read_sums(self.folder / SUMS)):
