@@ -101,6 +101,7 @@ onerror:
 localrules:
     all,
     add,
+    toolchain,
     plots,
     recipe,
     measuring,

@@ -34,10 +34,10 @@ RUNS_LLAMA = {
     "compare", "measure_other", "conversations",
 }  # fmt: skip
 PARALLEL = RUNS_LLAMA | {
-    "piece", "quantize", "program", "toolchain", "errors", "convert", "convert_split", "inject"
+    "piece", "quantize", "program", "errors", "convert", "convert_split", "inject"
 }  # fmt: skip
 HASHES = {"card"}
-BESIDE = {"resolve", "fetch", "fetch_head", "upload", "program", "toolchain"}
+BESIDE = {"resolve", "fetch", "fetch_head", "upload", "program"}
 SOURCE = {"repo": "owner/large", "revision": REVISION}
 CONFIG = {
     "models": {

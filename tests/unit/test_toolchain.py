@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import example_records
 import pytest
 from conftest import ROOT
 from mtpforge.errors import ConfigError, ToolchainError
@@ -362,25 +363,33 @@ def test_each_program_is_built_by_itself_with_its_own_stamp(tmp_path: Path) -> N
         assert ("downloading" in said, "configuring" in said) == (number == 0, number == 0)
         made[name] = (folder / name).stat().st_ino
         assert made == {path.name: path.stat().st_ino for path in folder.iterdir()}
-        stamps[name] = clone.stamp()
-        assert list(stamps[name]["programs"]) == [name]
-        (tree,) = clone.cache.glob("llama.cpp/*.build")
+        stamps[name] = clone.root / f"{name}.json"
+        (clone.root / "out/stamp.json").rename(stamps[name])
+        assert list(json.loads(stamps[name].read_text())["programs"]) == [name]
+    assert not list(clone.cache.glob("llama.cpp/*.build"))
+    joined = clone.root / "out" / "joined.json"
+    assert clone.run("out", "--of", *map(str, stamps.values()), "--out", str(joined))[0] == 0
     code, said = clone.run()
-    assert code == 0, said
-    assert "downloading" not in said
+    assert (code, "using the build in" in said) == (0, True)
     assert made == {path.name: path.stat().st_ino for path in folder.iterdir()}  # jobs run them
-    assert not tree.exists()
-    stamp = clone.stamp()
-    assert set(stamp["programs"]) == set(PROGRAMS)
-    for name, own in stamps.items():
-        assert {**stamp, "programs": own["programs"]} == own
-        assert own["programs"][name] == stamp["programs"][name]
+    assert json.loads(joined.read_text()) == clone.stamp()
+    assert set(clone.stamp()["programs"]) == set(PROGRAMS)
     for entry in clone.cache.glob("llama.cpp/*/stamp.json"):
         if len(json.loads(entry.read_text())["programs"]) == 1:
             shutil.rmtree(entry.parent)
     code, said = clone.run("whole", "--program", "llama-server")  # of the build with all programs
     assert (code, "using the build in" in said) == (0, True)
-    assert clone.stamp("whole") == stamps["llama-server"]
+    assert clone.stamp("whole") == json.loads(stamps["llama-server"].read_text())
+
+
+def test_stamps_of_different_builds_are_not_joined(tmp_path: Path) -> None:
+    clone = Clone(tmp_path)
+    stamps = {commit: tmp_path / f"{commit}.json" for commit in ("one", "other")}
+    for commit, path in stamps.items():
+        dataclasses.replace(example_records.STAMP, commit=commit).write(path)
+    code, said = clone.run("out", "--of", *map(str, stamps.values()))
+    assert (code, "programs of different builds: " in said) == (1, True)
+    assert not (tmp_path / "out/stamp.json").exists()
 
 
 def test_a_finished_program_stays_if_another_fails(tmp_path: Path) -> None:

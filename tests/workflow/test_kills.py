@@ -32,7 +32,7 @@ LONGEST = 1.5 if KILLS else 0.3  # seconds from the start of a job to the kill; 
 
 STAGES = {
     "graph": "",  # before the first job
-    "program": "toolchain: build ",
+    "program": "toolchain: llama-",
     "toolchain": "toolchain: describe ",
     "resolve": "list ",
     "fetch": "fetch (?!only ).* of ",

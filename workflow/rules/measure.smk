@@ -10,7 +10,7 @@
 rule reference_logits:
     input:
         code=code("reference_logits.py"),
-        programs=stamps("llama-perplexity"),
+        programs=stamps("llama-server", "llama-perplexity"),
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=ancient(build.measure.text),
@@ -105,7 +105,7 @@ rule measure:
 rule measure_other:
     input:
         code=code("measure_other.py"),
-        programs=stamps("llama-perplexity"),
+        programs=stamps("llama-server", "llama-perplexity"),
         records=build.measure.other_inputs,
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,

@@ -63,7 +63,7 @@ rule conversations:
 rule imatrix:
     input:
         code=code("imatrix.py"),
-        programs=stamps("llama-imatrix"),
+        programs=stamps("llama-server", "llama-imatrix"),
         source=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=build.quantize.imatrix_text_inputs,

@@ -44,7 +44,7 @@ rule errors:
 use rule reference_logits as search_logits with:
     input:
         code=code("reference_logits.py"),
-        programs=stamps("llama-perplexity"),
+        programs=stamps("llama-server", "llama-perplexity"),
         model=ancient(build.convert.unquantized_file),
         digests=build.convert.unquantized_digests,
         text=ancient(build.search.text),

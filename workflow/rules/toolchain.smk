@@ -5,22 +5,28 @@
 # stamp.json of all; and resources/converter/, with source/, environment/ (including torch) and
 # stamp.json.
 # Rules take the stamps of the programs that they run as an input: a stamp changes only if its
-# program does. So quantization need not wait for llama-server, which compiles longest.
+# program does. So quantization need not wait for llama-server, which compiles longest. Where a file
+# exceeds the memory, llama-server is asked for GPUs before llama-imatrix or llama-perplexity runs.
 # After you replace programs or libraries in `bin_dir`: snakemake --forcerun program.
 
 
-# One after the other, because each is compiled on all processors.
+# Compiled one after the other, because each takes all processors; linked in any order.
 PROGRAMS = [f"llama-{name}" for name in "quantize gguf-split server imatrix perplexity".split()]
 
 
 stamps = lambda *programs: [f"resources/toolchain/{name}.json" for name in programs]
 
 
+def compiled_before(program):
+    is_linked = build.config.toolchain.llama_cpp.bin_dir
+    return [] if is_linked else PROGRAMS[: PROGRAMS.index(program)][-1:]
+
+
 rule program:
     input:
         code=code("toolchain.py"),
         requirement=ancient("envs/llama.cpp.txt"),
-        before=lambda wildcards: stamps(*PROGRAMS[: PROGRAMS.index(wildcards.program)])[-1:],
+        before=lambda wildcards: stamps(*compiled_before(wildcards.program)),
     output:
         stamp="resources/toolchain/{program}.json",
         program="resources/toolchain/bin/{program}",
@@ -41,7 +47,7 @@ rule program:
         bin_dir=build.config.toolchain.llama_cpp.bin_dir,
         cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
-        "toolchain: build {wildcards.program} (once per user), or link it"
+        "toolchain: {wildcards.program}, built once per user"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
         " --out {output.stamp:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
@@ -59,20 +65,15 @@ rule toolchain:
         "logs/toolchain/all.log",
     conda:
         "../../envs/run.yaml"
-    threads: build.needs.threads
     resources:
-        **asked(build.needs.toolchain, beside=True),
+        **asked(build.needs.small),
     params:
         code=digest("toolchain.py"),
-        pins=pins("envs/llama.cpp.txt"),
-        bin_dir=build.config.toolchain.llama_cpp.bin_dir,
-        cuda=" --cuda" * build.config.toolchain.llama_cpp.cuda,
     message:
         "toolchain: describe the programs of llama.cpp"
     shell:
         "python {input.code[0]:q} --requirement {input.requirement:q} --bin resources/toolchain/bin"
-        " --out {output:q} --jobs {threads} --bin-dir={params.bin_dir:q}{params.cuda}"
-        " > {log:q} 2>&1"
+        " --of {input.programs:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule converter:

@@ -1,7 +1,7 @@
 """Build llama.cpp's programs from the pinned source archive, or link existing ones; write a stamp.
 
 The stamp is written last: if it exists, the programs are complete. With --program it takes one of
-them; a later call builds the others.
+them; a later call builds the others, and --of joins their stamps.
 
 example: toolchain.py --requirement envs/llama.cpp.txt --bin bin --out stamp.json
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mtpforge import cli, processors
 from mtpforge.llama_cpp.compilation import PROGRAMS
+from mtpforge.llama_cpp.stamp import Stamp, joined
 from mtpforge.llama_cpp.toolchain import adopt, built, install
 
 
@@ -39,7 +40,14 @@ def main() -> None:
     )
     parser.add_argument("--cuda", action="store_true", help="build for NVIDIA's GPUs, with nvcc")
     parser.add_argument("--program", choices=PROGRAMS, help="only this one")
+    parser.add_argument(
+        "--of", type=Path, nargs="+", metavar="STAMP",
+        help="only join the stamps of programs that are there",
+    )  # fmt: skip
     args = parser.parse_args()
+    if args.of:
+        joined(map(Stamp.read, args.of)).write(args.out)
+        return
     args.out.unlink(missing_ok=True)
     programs = (args.program,) if args.program else PROGRAMS
     if args.bin_dir:

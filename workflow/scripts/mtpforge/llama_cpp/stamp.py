@@ -1,10 +1,12 @@
 """The stamp of a toolchain, as JSON: the same on any path and day for the same programs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from mtpforge.errors import ToolchainError
 from mtpforge.io.records import UNLESS_NONE, Record
 
 
@@ -24,6 +26,21 @@ class Stamp(Record):
     """Name: sha256"""
     libraries: Annotated[dict[str, str] | None, UNLESS_NONE] = None
     """Path from the folder of the programs: sha256; None if they are linked statically."""
+
+
+def joined(stamps: Iterable[Stamp]) -> Stamp:
+    """The stamp of all programs of these. Raises ToolchainError if they are of different builds."""
+    found, *others = stamps
+    for other in others:
+        if replace(other, programs=found.programs, libraries=found.libraries) != found:
+            names = ", ".join([*found.programs, *other.programs])
+            raise ToolchainError(
+                f"programs of different builds: {names}: run `snakemake --forcerun program`"
+            )
+        libraries = {**(found.libraries or {}), **(other.libraries or {})}
+        programs = {**found.programs, **other.programs}
+        found = replace(found, programs=programs, libraries=libraries or None)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

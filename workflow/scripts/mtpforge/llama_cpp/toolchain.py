@@ -220,15 +220,18 @@ def _finished(recipe: Recipe, whole: Recipe) -> Path | None:
 def _build(pin: Pin, requirement: Path, recipe: Recipe, tree: Path, jobs: int) -> Path:
     """Build in a folder, then move the result to its final name in one step.
 
-    The folder stays for the programs that are not built yet, and after a kill; else it is removed.
+    With the last program, the result is the whole build. The folder stays for those that are not
+    built yet, and after a kill; else it is removed.
     """
-    entry = cache_root() / recipe.key()
     try:
         storage.require(tree, _size(recipe))
         with storage.by_program(tree / "written", _size(recipe), build=True):
             _unpack(pin, requirement, recipe, tree)
-            log = tree.parent / f"{entry.name}.log"
+            log = tree.parent / f"{recipe.key()}.log"
             compile_programs(tree, recipe, tag=pin.tag, jobs=jobs, log=log)
+        if all((tree / "build" / "bin" / name).exists() for name in PROGRAMS):
+            recipe = replace(recipe, programs=PROGRAMS)
+        entry = cache_root() / recipe.key()
         _move_into_place(_result(recipe, tree, pin.tag), entry)
     except Exception:
         shutil.rmtree(tree, ignore_errors=True)
