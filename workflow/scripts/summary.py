@@ -71,7 +71,7 @@ def main() -> None:
         coverages=readable(args.coverages, Coverage),
     )
     atomic.write_text(args.out, table)
-    print(f"\n{table}\n{len(reports)} files")
+    print(f"\n{table}\n{len(reports)} file{'s' * (len(reports) != 1)}")
 
 
 def _readable(paths: Iterable[Path], record: type[Record], earlier: list[Path]) -> Iterator[Path]:
