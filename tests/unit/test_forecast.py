@@ -26,7 +26,7 @@ from mtpforge.forecast import costs, planned_ggufs, reruns, upstream_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.costs import Machine, ProgramSpeed
 from mtpforge.forecast.downloads import Download, Downloads
-from mtpforge.forecast.steps import ModelForecast
+from mtpforge.forecast.steps import ModelForecast, Step
 from mtpforge.gguf import reader
 from mtpforge.hub import freed
 from mtpforge.hub.listing import File, Listing
@@ -235,6 +235,21 @@ def test_a_mixture_to_compare_with_is_made_and_run_unless_it_is_a_variant(
     ):
         assert compare(**entries) == (MACHINE.start, 0, 0, True)
     assert made[0] > MACHINE.start and made[1] > 1e6 and made[2:] == (0, True)
+
+
+def test_a_quantized_head_lies_beside_the_file_that_it_is_injected_into(toolchain: Path) -> None:
+    def injection(head: str) -> Step:
+        found = forecast(toolchain, variants={"own": {"base": {"type": "Q8_0"}, "head": head}})
+        (step,) = [step for step in found.steps if step.stage == "inject"]
+        (file,) = found.files
+        assert step.scratch >= file.head * (head != "BF16")
+        return step
+
+    copied, quantized = injection("BF16"), injection("Q4_K")
+    assert copied.scratch == copied.memory == 0
+    assert 100_000 < quantized.scratch < copied.kept / 4
+    assert quantized.memory > 256 << 20
+    assert quantized.reckoned - MACHINE.start > quantized.kept / MACHINE.disk
 
 
 def test_a_chat_template_is_applied_by_a_server_with_the_bf16_file(toolchain: Path) -> None:

@@ -11,15 +11,17 @@ import pytest
 from conftest import CHECKPOINTS, Run
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from mtpforge.convert import native
-from mtpforge.errors import ConfigError, GgufError
+from mtpforge.errors import ConfigError, GgufError, StorageError
 from mtpforge.gguf import reader, writer
 from mtpforge.gguf.head import quantizable, trunk_digests
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import PADDING, Gguf
 from mtpforge.gguf.split import read as read_split
-from mtpforge.inject.inject import Options, cost, inject
+from mtpforge.inject.inject import Options, cost, inject, planned_head
 from mtpforge.inject.match import vocabulary_difference
+from mtpforge.io import storage
 from mtpforge.io.ranges import BLOCK
+from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.quantize.recipe import head_recipe
 from splits import relabel, split
 
@@ -333,6 +335,32 @@ def test_the_cost_is_shown_first(
     trunk = reader.read(parts["trunk"])
     assert "at Q4_K/Q8_0" in cost(trunk, head, [("attn|ffn", "Q8_0"), ("", "Q4_K")])
     assert cost(trunk, head, [("", "IQ3_S")]).endswith("; below 4 bits a head drafts badly")
+
+
+def test_the_space_is_that_of_the_result_and_the_quantized_head(
+    parts: dict[str, Path], tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for before the head is quantized, and that is all that it takes."""
+    out, types = tmp_path / "out.gguf", head_recipe("Q8_0")
+    head = sum(each.size for each in planned_head(reader.read(parts["head"]), types))
+    needed = parts["trunk"].stat().st_size + 2 * head
+    free = needed + 100_000  # for metadata and folders
+
+    def room(_: Path) -> int:
+        return free - storage._taken(tmp_path)
+
+    monkeypatch.setattr(storage, "file_system", lambda _: "ext4")
+    monkeypatch.setattr(storage, "room", room)
+    inject(parts["trunk"], parts["head"], out, Options(types), LlamaCpp(toolchain))
+    out.unlink()
+    free = needed - 1
+    with pytest.raises(
+        StorageError, match=f"out.gguf: not enough space .* {storage.amount(needed)}"
+    ):
+        inject(parts["trunk"], parts["head"], out, Options(types), LlamaCpp(tmp_path / "none"))
+    whole = parts["trunk"].stat().st_size + parts["head"].stat().st_size
+    free = whole + 100_000  # with its own types, the head is only copied
+    inject(parts["trunk"], parts["head"], out, Options(), LlamaCpp(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_K", "IQ4_XS", "Q2_K", "IQ2_S", "TQ2_0"])

@@ -196,7 +196,7 @@ def test_a_base_is_as_large_as_its_shards_or_parts(
     base = {"repo": "owner/base", "revision": REVISION, "file": "x-00001-of-00002.gguf"}
     models = {"large": {"source": SOURCE, "variants": {"Q4_K_M": {"base": base}}}}
     found = Build({"models": models}).needs.inject(wildcards()).disk
-    assert found == size + 0.05 * UNKNOWN
+    assert size + 0.05 * UNKNOWN < found < size + 0.1 * UNKNOWN  # a head, also on its own
 
 
 def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,11 @@ def copy(size: float, machine: Machine) -> Cost:
     return Cost(kept=size, seconds=size / machine.disk + machine.reading(size))
 
 
+def inject(size: float, machine: Machine, head: Cost) -> Cost:
+    """Copy a base with a head, which is quantized first and stays until the file is whole."""
+    return copy(size, machine) + replace(head, kept=0, scratch=head.kept)
+
+
 def compare(size: float, machine: Machine) -> Cost:
     """Compare a file with its checkpoint, which has `size` bytes at BF16."""
     return Cost(seconds=size * _VERIFY / machine.threads + machine.reading(size))

@@ -393,8 +393,28 @@ class ModelForecast:
             assert variant.base is not None
             size = self._given_size(variant.base) + self._head_bytes(variant)
         path = layout.injected(self.model.key, variant.name).file
-        self._add(Step("inject", variant.name, path), costs.copy(size, self._machine))
+        cost = costs.inject(size, self._machine, self._quantized_head(variant))
+        self._add(Step("inject", variant.name, path), cost)
         return size
+
+    def _quantized_head(self, variant: Variant) -> Cost:
+        """Quantizing the head that is injected; nothing if it keeps its types."""
+        head = self._head().head
+        infos = planned_head(head, _head_recipe(variant))
+        if infos == list(head.tensors.values()):
+            return Cost()
+        source, made = (
+            planned_ggufs.laid_out(head.path, head.metadata, each)
+            for each in (list(head.tensors.values()), infos)
+        )
+        return costs.quantize(
+            planned_ggufs.size(source),
+            planned_ggufs.size(made),
+            self._machine,
+            cpu_seconds=planned_ggufs.quantize_seconds(source, made),
+            largest=max(info.size for info in source.tensors.values()),
+            scratch=0,
+        )
 
     def _inject_into_own(self, variant: Variant, file_type: str) -> int:
         """The bytes of a base that is quantized here, with the head."""

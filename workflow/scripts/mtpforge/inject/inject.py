@@ -90,7 +90,7 @@ def inject(
         check_match(whole, given, _trunk_of(given))
         _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
-        _check_space(files, whole, added=planned_head(given, options.head_types), out=out)
+        _check_space(files, whole, head=given, types=options.head_types, out=out)
         with _hashing(files, given, options, llama.processors) as check_inputs:
             new = _quantized(given, options.head_types, scratch=scratch, llama=llama)
 
@@ -204,7 +204,7 @@ def planned_head(head: Gguf, types: Recipe) -> list[TensorInfo]:
 def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gguf:
     """The head alone, at the types asked for. Raises GgufError, ConfigError, ToolchainError."""
     head = given.head
-    if not types or planned_head(head, types) == list(head.tensors.values()):
+    if not _changes(head, types):
         return head
     if types_of(head) != {"BF16"}:
         own = "/".join(sorted(types_of(head)))
@@ -217,7 +217,13 @@ def _quantized(given: Gguf, types: Recipe, scratch: Path, llama: LlamaCpp) -> Gg
     writer.write(source, head.metadata, contents(head))
     # Any quantized file type serves: every matrix of the head has an override.
     quantize(source, out, request=QuantizeRequest("Q8_0", head=types), llama=llama)
+    source.unlink()  # the result needs its space
     return reader.read(out)
+
+
+def _changes(head: Gguf, types: Recipe) -> bool:
+    """Whether a head has to be quantized to get these types."""
+    return bool(types) and planned_head(head, types) != list(head.tensors.values())
 
 
 def _write_digests(
@@ -267,11 +273,16 @@ def _shown(info: TensorInfo) -> str:
 # ── the output ──
 
 
-def _check_space(files: list[Gguf], whole: Gguf, added: list[TensorInfo], out: Path) -> None:
-    """Raise StorageError if the output does not fit, before the head is quantized."""
+def _check_space(files: list[Gguf], whole: Gguf, head: Gguf, types: Recipe, out: Path) -> None:
+    """Raise StorageError if the output does not fit, before the head is quantized.
+
+    If it is, it lies beside the output until that is whole.
+    """
     own = [(file.path, file.path.stat().st_size) for file in files]
     replaced = sum(info.size for info in whole.head.tensors.values())
-    needed = sum(size for _, size in own) - replaced + sum(info.size for info in added)
+    added = sum(info.size for info in planned_head(head, types))
+    copies = 2 if _changes(head.head, types) else 1
+    needed = sum(size for _, size in own) - replaced + copies * added
     storage.require(out, needed, storage.shareable(own, out))
 
 

@@ -292,9 +292,13 @@ class ResourceRules(Stage):
         types = _types(variant) if variant else [wildcards.name]
         return _needs(_quantize(_of_part(weights, wildcards.kind), types, threads))
 
-    def inject(self, wildcards: Wildcards) -> Needs:
-        """A copy of the base with a head."""
-        return _needs(costs.copy(self._size(wildcards), _MACHINE))
+    def inject(self, wildcards: Wildcards, threads: int = 1) -> Needs:
+        """A copy of the base with a head, which is quantized first."""
+        types = self.variant(wildcards).head_types
+        assert types is not None
+        kinds = [types.type, *(types.tensors or {}).values()]
+        head = _quantize(_HEAD * self._weights(wildcards), kinds, threads)
+        return _needs(costs.inject(self._size(wildcards), _MACHINE, head))
 
     def acceptance(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file, and a drafter for it."""
