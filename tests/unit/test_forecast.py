@@ -20,6 +20,7 @@ from conftest import CHECKPOINTS, MODELS, SCRIPTS
 from gemma4 import write_gemma4
 from hub import COMMIT, Hub, serve
 from huggingface_hub import constants
+from layouts import write_layout
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.convert import native
 from mtpforge.forecast import costs, planned_ggufs, reruns, upstream_ggufs
@@ -462,7 +463,32 @@ def test_slower_programs_take_longer(toolchain: Path) -> None:
     machines = MACHINE, replace(MACHINE, programs=slow)
     quick, late = (forecast(toolchain, machine, **measured).steps for machine in machines)
     slower = {a.stage for a, b in zip(quick, late, strict=True) if b.seconds > a.seconds}
-    assert slower == {"quantize", "acceptance", "verify", "measure"}
+    assert slower == {"convert", "quantize", "acceptance", "verify", "measure"}
+
+
+def test_conversion_takes_the_disk_or_the_processor_whichever_is_slower() -> None:
+    """Measured on two cores (docs/benchmarks.md): 9.8 CPU s for 7.1 GB, 17.8 for them from FP8."""
+    size = 7.1e9
+    idle = replace(MACHINE, memory=64 << 30)
+
+    def seconds(machine: Machine = idle, source: float = size, computed: float = 0) -> float:
+        return costs.convert(size, machine, source, computed).seconds
+
+    assert seconds() == pytest.approx(9.8, rel=0.1)
+    assert seconds(source=4.6e9, computed=0.71) == pytest.approx(17.8, rel=0.1)
+    slow = replace(idle, disk=1e8)
+    assert seconds(slow) == size / 1e8
+    small = replace(slow, memory=4 << 30)  # which keeps neither checkpoint nor result
+    assert seconds(small, source=4.6e9) == (2 * size + 4.6e9) / 1e8
+
+
+def test_only_quantized_weights_are_computed(tmp_path: Path) -> None:
+    def share(name: str) -> float:
+        return planned_ggufs.computed_share(Checkpoint(write_layout(name, tmp_path)))
+
+    assert share("dense-text-only") == 0
+    assert 0.5 < share("dense-fp8") < 1
+    assert 0.5 < share("moe-fp8") < 1
 
 
 # ── what reruns ──

@@ -18,7 +18,8 @@ from mtpforge.search.settings import CHUNKS, SMALL, STEP
 _BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
 _BATCH_TOKEN = 16  # how much less each takes at least
 _DRAFTED = 1.5  # tokens that a pass over the weights makes with drafting: reports say 1.4 to 1.8
-_CONVERT = 1.3  # times the time to write the result
+_CONVERT = 1.4e-9  # CPU seconds for a byte of the result that is copied and hashed
+_DEQUANTIZE = 3e-9  # and for one that is computed from 8 or 4 bits
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
 _CONVERT_MEMORY = 330 << 20
 _UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
@@ -39,7 +40,7 @@ class ProgramSpeed:
 
     `server`: seconds to start and end llama-server, and that its first request takes longer,
     besides reading the weights; `token`: seconds that a token takes at least, requests included;
-    `drafted`: the same with drafting; `quantize`: times the known cost of types.
+    `drafted`: the same with drafting; `quantize`: times the known cost of types, and of converting.
     """
 
     server: float = 0.3
@@ -129,14 +130,26 @@ def logits_size(tokens: int, vocabulary: int) -> int:
     return tokens // 2 * (vocabulary + 4) * 2
 
 
-def convert(size: float, machine: Machine) -> Cost:
-    """Write a BF16 file of this size."""
-    return Cost(_CONVERT_MEMORY, kept=size, seconds=_CONVERT * size / machine.disk)
+def convert(
+    size: float, machine: Machine, source: float | None = None, computed: float = 0
+) -> Cost:
+    """Write a BF16 file of `size` bytes from `source` bytes, by default as many.
+
+    `computed` is the share of the result that is stored in 8 or 4 bits. Reading and writing go on
+    beside computing. In bench/conversion.py two virtual cores took 1.4 to 1.7 CPU seconds for a GB
+    at BF16, and 2.2 to 2.5 from FP8, with 71% computed. The result is read again for its digests.
+    """
+    cpu = _CONVERT * (1 - computed) + _DEQUANTIZE * computed
+    read = machine.reading(size if source is None else source) + machine.reading(size)
+    seconds = max(size * cpu * machine.programs.quantize, size / machine.disk + read)
+    return Cost(_CONVERT_MEMORY, kept=size, seconds=seconds)
 
 
-def convert_upstream(size: float, machine: Machine, largest: float) -> Cost:
+def convert_upstream(
+    size: float, machine: Machine, largest: float, source: float | None = None
+) -> Cost:
     """The same with llama.cpp's converter."""
-    cost = convert(size, machine)
+    cost = convert(size, machine, source)
     torch = Cost(_TORCH + 3 * largest, seconds=size * _UPSTREAM + _TORCH_START)
     return cost + torch
 

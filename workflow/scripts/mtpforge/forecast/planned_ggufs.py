@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from mtpforge.checkpoint.checkpoint import Outline
 from mtpforge.checkpoint.families.registry import family_of
+from mtpforge.checkpoint.safetensors import BITS
 from mtpforge.convert import native
 from mtpforge.convert.plan import check_sizes, settled_hparams
 from mtpforge.errors import ToolchainError
@@ -136,6 +138,15 @@ def share_per_token(trunk: Gguf) -> float:
         is_row = name == "token_embd.weight" and "output.weight" in trunk.tensors
         read += 0 if is_row else info.size * (used / experts if "_exps." in name else 1)
     return read / sum(info.size for info in trunk.tensors.values())
+
+
+def computed_share(outline: Outline) -> float:
+    """The share of a checkpoint's weights that it has in 8 or 4 bits, so that they are computed."""
+    weights = [0, 0]
+    for each in outline.tensors.values():
+        in_one = 2 if each.dtype == "U8" else 1
+        weights[BITS[each.dtype] <= 8] += in_one * prod(each.shape)
+    return weights[True] / sum(weights)
 
 
 def _chosen_types(source: Gguf, request: QuantizeRequest, llama: LlamaCpp, covered: bool) -> Types:

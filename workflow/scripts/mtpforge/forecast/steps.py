@@ -207,7 +207,12 @@ class ModelForecast:
             return 0, 0
         own = OWN.get(part, part) if self.model.head_from else part
         most = by_shards.peak(self._outline, own, self._part(part), self._quants)
-        return most, sum(each.size for each in self._outline.tensors.values())
+        return most, self._checkpoint_size
+
+    @property
+    def _checkpoint_size(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return sum(each.size for each in self._outline.tensors.values())
 
     @property
     def scratch(self) -> int:
@@ -325,12 +330,14 @@ class ModelForecast:
 
     def _add_conversion(self, name: str, path: str, made: Gguf) -> None:
         size = planned_ggufs.size(made)
-        cost = costs.convert(size, self._machine)
+        source = self._checkpoint_size if name in ("all", "trunk") else size
+        computed = planned_ggufs.computed_share(self._outline)
+        cost = costs.convert(size, self._machine, source, computed)
         if self.is_by_shards:
             cost = replace(cost, kept=by_shards.left_of(made))
         if not self.model.native or name == "mmproj":
             largest = max(info.size for info in made.tensors.values())
-            cost = costs.convert_upstream(size, self._machine, largest=largest)
+            cost = costs.convert_upstream(size, self._machine, largest=largest, source=source)
         self._add(Step("convert", name, path), cost)
 
     def _quantize_variant(self, variant: Variant) -> tuple[int, int]:

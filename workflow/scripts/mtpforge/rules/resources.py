@@ -218,7 +218,7 @@ class ResourceRules(Stage):
     def convert(self, wildcards: Wildcards, threads: int = 1) -> Needs:
         """The checkpoint at BF16, or a part of it."""
         size = _of_part(self._weights(wildcards), wildcards.part)
-        cost = costs.convert(size, _MACHINE)
+        cost = costs.convert(size, _MACHINE, computed=1)
         model = self.model(wildcards)
         if lean.by_shards(self.config, model):
             cost = replace(cost, kept=_SHARD)
@@ -233,7 +233,7 @@ class ResourceRules(Stage):
 
     def donor(self, wildcards: Wildcards) -> Needs:
         """The head of another checkpoint."""
-        return _needs(costs.convert(_HEAD * self._weights(wildcards), _MACHINE))
+        return _needs(costs.convert(_HEAD * self._weights(wildcards), _MACHINE, computed=1))
 
     def imatrix(self, wildcards: Wildcards) -> Needs:
         """Running the BF16 file over a text."""
