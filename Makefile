@@ -3,6 +3,10 @@
 PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) workflow/scripts/mtpforge/processors.py)
 PROFILE ?= default
+ifneq ($(PROFILE),default)
+PROFILES := $(notdir $(patsubst %/,%,$(wildcard profiles/*/)))
+$(if $(filter $(PROFILE),$(PROFILES)),,$(error no profile '$(PROFILE)': profiles/ has $(PROFILES)))
+endif
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
 MACHINES = $(shell sed -n 's/^ *machines: *\([0-9]*\).*/--machines \1/p' profiles/$(PROFILE)/profile.yaml 2> /dev/null)
 # `exec`, so that a signal to make reaches the program and not a shell around it.

@@ -21,7 +21,7 @@ gc.set_threshold(100_000)  # the graph is many objects, none of them garbage: an
 from snakemake.exceptions import WorkflowError
 
 from mtpforge.errors import ForgeError
-from mtpforge.rules import console, entry_files, lean, snakemake_lock
+from mtpforge.rules import console, entry_files, lean, profiles, snakemake_lock
 from mtpforge.rules.build import Build
 from mtpforge.rules.code import code, digest, pins
 from mtpforge.rules.config import check_files
@@ -32,6 +32,8 @@ snakemake_lock.guard(workflow)
 free_downloads(workflow)
 
 try:
+    if workflow.is_main_process:
+        profiles.check_options(sys.argv[1:])
     check_files(workflow.configfiles)
 except ForgeError as error:
     raise WorkflowError(str(error)) from None

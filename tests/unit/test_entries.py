@@ -431,6 +431,11 @@ def test_a_name_that_is_asked_for_must_be_free(here: Path) -> None:
         add._free_key(entry(), "mine")
 
 
+def test_a_profile_that_is_not_there_is_refused(adds: Callable[..., str]) -> None:
+    with pytest.raises(ConfigError, match=r"no profile 'leen'.*did you mean lean\?"):
+        adds("Owner/Name", "--type", "Q8_0", "--profile", "leen")
+
+
 # ── building and forecasting ──
 
 

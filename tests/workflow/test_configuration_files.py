@@ -37,3 +37,8 @@ def test_a_file_of_json_with_tabs_is_used(clone: Repository) -> None:
     done = clone.snakemake("--dry-run", "--configfile", "more.json")
     assert done.returncode == 0, done.stderr
     assert "recipe of Q4_0" in done.stdout + done.stderr
+
+
+def test_a_profile_that_is_not_there_is_refused(clone: Repository) -> None:
+    done = clone.snakemake("--dry-run", "--workflow-profile", "profiles/leen")
+    assert done.returncode == 1 and "no profile 'leen'" in done.stdout + done.stderr

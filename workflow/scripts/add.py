@@ -29,7 +29,7 @@ from mtpforge.entries.presets import PRESETS, Variants
 from mtpforge.entries.proposal import Entry, Source
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.llama_cpp.toolchain import cached
-from mtpforge.rules import entry_files
+from mtpforge.rules import entry_files, profiles
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Config, read_file
 from mtpforge.rules.fields import DEFAULT
@@ -44,6 +44,8 @@ def main() -> None:
     args = _arguments()
     if (args.write or args.build) and not REQUIREMENT.exists():
         raise ConfigError(f"{REQUIREMENT}: no such file here: run it in mtpforge's folder")
+    if args.write or args.build:
+        profiles.check(args.profile)
     given = address.checkpoint(args.source)
     entry = _entry(args, given)
     if not (args.write or args.build):
