@@ -53,8 +53,7 @@ except ForgeError as error:
 
 
 if terminal:
-    terminal.publish = any(model.publish for model in build.config.chosen)
-    terminal.repo = build.publish.addable
+    terminal.build = build
 
 asked = build.needs.asked
 models = [model.key for model in build.config.chosen]

@@ -304,6 +304,17 @@ def test_warnings_of_a_job_are_shown_below_its_end(tmp_path: Path) -> None:
     assert warning == "         warning: X.gguf: delete it"
 
 
+def test_what_an_upload_has_printed_itself_is_not_said_again(tmp_path: Path) -> None:
+    stream, log = io.StringIO(), tmp_path / "log"
+    shown = shown_on(stream)
+    shown.handle(started(log, rule="publish"))
+    log.write_text("warning: X.gguf: delete it\nOwner/Name: uploaded 7 files\n")
+    shown.handle(message(LogEvent.JOB_FINISHED, job_id=1))
+    shown.handle(message(LogEvent.PROGRESS, done=1, total=2))
+    (end,) = stream.getvalue().splitlines()[1:]
+    assert end.endswith("m: convert (0.0 s, 1/2)")
+
+
 def test_a_job_that_never_ended_is_reported_unless_the_user_stopped_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

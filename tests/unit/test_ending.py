@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from example_records import measurement, report, total
 from gguf.constants import GGUFValueType
+from huggingface_hub import constants
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.report import ending
+from mtpforge.rules.config import HubTarget, S3Folder
+from mtpforge.rules.publish import Upload
 
 TITLES = ["files", "reports", "serve", "next"]
 
@@ -39,7 +42,7 @@ def summary(results: Path, rows: int) -> Path:
 
 
 def shown(results: Path, reports: list[Path], **options: Any) -> list[str]:
-    return ending.ending(summary(results, len(reports)), reports, **options).splitlines()
+    return ending.after_build(summary(results, len(reports)), reports, **options).splitlines()
 
 
 def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> None:
@@ -50,6 +53,21 @@ def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> No
     assert "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload" in without
     line = shown(results, reports, repo="Owner/Name")[-1]
     assert "`make add REPO=Owner/Name PUBLISH=YOU/NAME` prepares an upload" in line
+
+
+def test_an_upload_ends_with_its_files_and_its_address(results: Path) -> None:
+    reports = [str(path) for path in write(results, "m", *(f"x{n}" for n in range(12)))]
+    target = HubTarget(repo="Owner/Name")
+    upload = Upload("results/m/README.md", reports, ["results/m/measure/x0.json"], target)
+    lines = ending.after_upload([upload]).splitlines()
+    assert sum(line.startswith("| ") for line in lines[2:]) == 9
+    assert "and 3 more: see results/m/README.md" in lines
+    assert [line.split()[0] for line in lines[-4:]] == [*TITLES[:3], "uploaded"]
+    assert lines[-1] == f"uploaded  {constants.ENDPOINT}/Owner/Name"
+    folder = Upload(upload.card, reports, [], S3Folder(url="s3://bucket/folder"))
+    assert ending.after_upload([folder]).endswith("\nuploaded  s3://bucket/folder")
+    dry = ending.after_upload([upload], dry_run=True).splitlines()
+    assert dry[-1].startswith("next      `make publish` uploads these files")
 
 
 def test_all_is_said_in_twenty_lines(results: Path) -> None:
@@ -67,7 +85,7 @@ def test_verdicts_on_found_types_are_not_rows_of_the_table(results: Path) -> Non
     table = path.read_text()
     for count, rows, verdicts in ((0, 9, 0), (2, 7, 2), (3, 6, 3), (5, 6, 2)):
         path.write_text(table + "\n" + "".join(f"- f{n}: no better\n" for n in range(count)))
-        lines = ending.ending(path, reports).splitlines()
+        lines = ending.after_build(path, reports).splitlines()
         assert len(lines) + 3 <= 20
         assert sum(line.startswith("| ") for line in lines[2:]) == rows
         assert f"and {12 - rows} more: see results/summary.md" in lines
@@ -93,7 +111,7 @@ def test_the_command_serves_a_file_that_this_run_has_made(results: Path) -> None
     os.utime(old[0], (1000, 1000))
     path, reports = summary(results, 2), [*old, *new]
     for since, name in ((0, "x-Q4_K_M"), (2000, "x-IQ2_M"), (2**40, "x-Q4_K_M")):
-        serve = ending.ending(path, reports, since).splitlines()[-2]
+        serve = ending.after_build(path, reports, since).splitlines()[-2]
         assert f"results/m/{name}.gguf" in serve
 
 

@@ -12,15 +12,18 @@ from mtpforge.publish import choice, serving
 from mtpforge.publish.result import Result
 from mtpforge.report import distance_tables, scores
 from mtpforge.report import summary as summary_page
+from mtpforge.rules.publish import Upload
 from mtpforge.verify.report import Report
 
 _ROWS = 10
 """Rows of the table of files and verdicts below it, so that a run's end is at most 20 lines."""
 _VERDICTS = 3
 """The most verdicts on files whose types were found."""
+_PLACES = 3
+"""The most addresses of uploads."""
 
 
-def ending(
+def after_build(
     summary: Path,
     reports: Sequence[Path],
     since: float = 0.0,
@@ -35,30 +38,49 @@ def ending(
     that was made after the time `since`, if there is one. `publish` is whether a model has a place
     to upload it to; `repo` is the Hub repository of one that has none, if it is known.
     """
-    folders = sorted({str(report.parent.parent) for report in reports})
-    table = summary.read_text(encoding="utf-8")
-    for heading in (distance_tables.HEADING, scores.HEADING, summary_page.IMPORTANCE):
-        table = table.partition(f"\n{heading}")[0]
     upload = "`make publish DRY_RUN=1` lists an upload"
     if not publish:
         upload = f"`make add REPO={repo or '...'} PUBLISH=YOU/NAME` prepares an upload"
+    advice = f"`make report` draws speed and errors; {upload}"
+    text = summary.read_text(encoding="utf-8")
+    return _ending(text, summary, reports, [f"next      {advice}"], since)
+
+
+def after_upload(uploads: Sequence[Upload], dry_run: bool = False, since: float = 0.0) -> str:
+    """The same for models that were uploaded, or would be, with the address of each."""
+    reports = [path for each in uploads for path in map(Path, each.reports) if path.exists()]
+    measured = [path for each in uploads for path in map(Path, each.measurements) if path.exists()]
+    advice = [f"uploaded  {each.address}" for each in uploads[:_PLACES]]
+    if dry_run:
+        advice = ["next      `make publish` uploads these files, with their card"]
+    text = summary_page.summary(reports, measured)
+    return _ending(text, Path(uploads[0].card), reports, advice, since)
+
+
+def _ending(
+    text: str, page: Path, reports: Sequence[Path], advice: Sequence[str], since: float
+) -> str:
+    """The table in `text`, which `page` has too, and what follows it."""
+    folders = sorted({str(report.parent.parent) for report in reports})
+    for heading in (distance_tables.HEADING, scores.HEADING, summary_page.IMPORTANCE):
+        text = text.partition(f"\n{heading}")[0]
     lines = [
-        *_shortened(table.splitlines(), summary),
+        *_shortened(text.splitlines(), page),
         "",
         f"files     {', '.join(folders[:5])}{' ...' * (len(folders) > 5)}",
-        f"reports   {summary} (this table), reports/*.json in each folder (each check)",
+        f"reports   {page} (this table), reports/*.json in each folder (each check)",
         *_serve([report for report in reports if _made(report) >= since] or reports),
-        f"next      `make report` draws speed and errors; {upload}",
+        *advice,
     ]
     return "\n".join(lines)
 
 
-def _shortened(lines: Sequence[str], summary: Path) -> list[str]:
-    """The rows and verdicts of the summary that there is room for, and how many are left out."""
+def _shortened(lines: Sequence[str], page: Path) -> list[str]:
+    """The rows and verdicts that there is room for, and how many are left out."""
     table = [line for line in lines if line.startswith("|")]
     verdicts = [line for line in lines if line.startswith("- ")]
-    verdicts = _first(verdicts, _VERDICTS, f"more verdicts: see {summary}")
-    rows = _first(table[2:], _ROWS - len(verdicts), f"more: see {summary}")
+    verdicts = _first(verdicts, _VERDICTS, f"more verdicts: see {page}")
+    rows = _first(table[2:], _ROWS - len(verdicts), f"more: see {page}")
     return [*table[:2], *rows, *verdicts]
 
 

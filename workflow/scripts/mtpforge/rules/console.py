@@ -25,6 +25,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from mtpforge import run_owner, table
 from mtpforge.errors import ForgeError
 from mtpforge.io import storage
+from mtpforge.rules.build import Build
 from mtpforge.rules.joblog import ESCAPES, Job
 
 NOTHING_TO_DO = "Nothing to be done"
@@ -53,6 +54,8 @@ UNSEEN = ("recipe",)
 # Most jobs of these rules take moments: their start has a line if they take longer than this.
 BRIEF = ("fetch",)
 BRIEF_SECONDS = 5.0
+# Programs of these rules write to the terminal too.
+ECHOED = ("publish",)
 # With these events, jobs are counted and errors kept, even if --quiet hides their lines.
 ALWAYS_HANDLED = (
     LogEvent.JOB_INFO,
@@ -109,8 +112,7 @@ class Console(logging.Handler):
         self.done = 0
         self.total = 0
         self.began = 0.0
-        self.publish = False  # whether a model has a place to upload it to
-        self.repo = ""  # of a model that `make add` can prepare an upload of
+        self.build: Build | None = None  # which the Snakefile makes
         self.interrupted = False
         self.reported = False  # the failures, at the end
         self.broken = False  # by an error outside jobs
@@ -192,18 +194,26 @@ class Console(logging.Handler):
         return "\n".join(["", *failed, counts + advice])
 
     def _made(self) -> str:
-        """The files, where they are, and what to do next; empty unless the target was `all`."""
-        target = next((job for job in self.workflow.dag.jobs if job.rule.name == "all"), None)
-        if target is None:
+        """The files, where they are, and what to do next; empty after other targets."""
+        targets = {job.rule.name: job for job in self.workflow.dag.jobs}
+        if not self.build or not targets.keys() & {"all", "publish"}:
             return ""
-        named = (Path(file) for file in target.input if file.endswith("/summary.md"))
+        from mtpforge.report import ending  # and what it imports: a second, in each run
+
+        publish = self.build.publish
+        if "publish" in targets and publish.uploaded:
+            made = ending.after_upload(publish.uploaded, publish.is_dry, self.began)
+            return f"\n{made}"
+        if "all" not in targets:
+            return ""
+        files = targets["all"].input
+        named = (Path(file) for file in files if file.endswith("/summary.md"))
         summary = next(named, Path(os.devnull))
         if not summary.is_file():  # --touch or --batch
             return ""
-        from mtpforge.report.ending import ending  # and what it imports: a second, in each run
-
-        reports = [Path(file) for file in target.input if Path(file).parent.name == "reports"]
-        return "\n" + ending(summary, reports, self.began, self.publish, self.repo)
+        reports = [Path(file) for file in files if Path(file).parent.name == "reports"]
+        publishes = bool(publish.uploaded)
+        return "\n" + ending.after_build(summary, reports, self.began, publishes, publish.addable)
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""
@@ -254,8 +264,9 @@ class Console(logging.Handler):
         progress = record.created + PROGRESS_INTERVAL
         seen = not self.quiet and record.rule_name not in UNSEEN
         self.running[record.jobid] = Job(
-            label, output, log=log, started=record.created, next_progress=progress, seen=seen
-        )
+            label, output, log=log, started=record.created, next_progress=progress, seen=seen,
+            echoed=record.rule_name in ECHOED,
+        )  # fmt: skip
         if record.rule_name not in BRIEF:
             self._say_start(self.running[record.jobid])
 
@@ -276,10 +287,10 @@ class Console(logging.Handler):
         self.finished.clear()
 
     def _show_end(self, job: Job, now: float) -> None:
-        figure = job.last_line()
+        figure = "" if job.echoed else job.last_line()
         counts = f"({table.duration(now - job.started)}, {self.done}/{self.total})"
         self._say("done", f"{job.label} {counts}" + (figure and f": {figure}"))
-        for line in job.warnings():
+        for line in job.warnings() if not job.echoed else ():
             self._line(f"         {line}")
 
     def _fail(self, record: Any) -> None:
@@ -320,7 +331,7 @@ class Console(logging.Handler):
             self._report_long()
 
     def _copy(self, job: Job) -> None:
-        if self.verbose:
+        if self.verbose and not job.echoed:
             self.stream.write(job.news())
             self.stream.flush()
 

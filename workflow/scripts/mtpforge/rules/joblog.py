@@ -26,6 +26,8 @@ class Job:
     """Whether its start and end have lines."""
     announced: bool = False
     """Whether its start has had its line."""
+    echoed: bool = False
+    """Whether what it logs is on the terminal already."""
     copied: int = 0
 
     def last_line(self) -> str:

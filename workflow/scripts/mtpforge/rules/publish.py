@@ -2,9 +2,12 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
 
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError, UploadError
@@ -39,6 +42,23 @@ OF_BUILD = (
     "split",
 )
 """Keys of a model that decide what each of its files is."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A model that `publish` uploads: its card, reports and measurements, and where it goes."""
+
+    card: str
+    reports: Sequence[str]
+    measurements: Sequence[str]
+    target: HubTarget | S3Folder
+
+    @property
+    def address(self) -> str:
+        """The page of the repository, or the folder in object storage."""
+        if isinstance(self.target, S3Folder):
+            return self.target.url
+        return f"{constants.ENDPOINT}/{self.target.repo}"
 
 
 class PublishRules(Stage):
@@ -263,9 +283,23 @@ class PublishRules(Stage):
         found = ["results/summary.md"] if is_all else []
         for model in self.config.chosen:
             found += [layout.sums(model)] * bool(model.publish)
-            for output in layout.outputs(model) if model.early and not self._is_dry else ():
+            for output in layout.outputs(model) if model.early and not self.is_dry else ():
                 found += [output.receipt, *([output.deleted] if model.passing else [])]
         return found
+
+    @property
+    def uploaded(self) -> list[Upload]:
+        """What each model is that `publish` uploads."""
+        return [
+            Upload(
+                layout.card(model),
+                [output.report for output in layout.outputs(model)],
+                layout.measurements(model),
+                model.publish,
+            )
+            for model in self.config.chosen
+            if model.publish
+        ]
 
     @property
     def addable(self) -> str:
@@ -277,7 +311,7 @@ class PublishRules(Stage):
     @property
     def task(self) -> str:
         """What the rule `publish` does."""
-        return "list what would be uploaded (dry run)" if self._is_dry else "upload"
+        return "list what would be uploaded (dry run)" if self.is_dry else "upload"
 
     def check_access(self, builds: bool = True) -> None:
         """Raise UploadError if the Hub would refuse an upload; that comes after the whole build.
@@ -296,7 +330,7 @@ class PublishRules(Stage):
                     say(f"warning: {repo}: not checked with the Hub: {why}")
             except UploadError as error:
                 refusals.append(str(error))
-        if self._is_dry or not builds:
+        if self.is_dry or not builds:
             for refusal in refusals:
                 say(f"warning: {refusal}")
         elif refusals:
@@ -305,7 +339,7 @@ class PublishRules(Stage):
 
     def upload_options(self, wildcards: object) -> str:
         """Folders and where to upload them, as options of publish.py."""
-        options = ["--dry-run"] if self._is_dry else []
+        options = ["--dry-run"] if self.is_dry else []
         for model in self.config.chosen:
             if model.publish:
                 option, place = _place(model.publish)
@@ -346,12 +380,13 @@ class PublishRules(Stage):
         return shlex.join(paths)
 
     @property
-    def _is_dry(self) -> bool:
+    def is_dry(self) -> bool:
+        """Whether `publish` only lists what it would upload."""
         return self.config.dry_run in (True, "true")
 
     def _passes(self, model: Model, output: layout.Output) -> bool:
         """Whether only a stand-in is sure to be there. Nothing is uploaded by a dry run."""
-        return model.passing and (output.is_away or not self._is_dry)
+        return model.passing and (output.is_away or not self.is_dry)
 
     def _output(self, wildcards: Wildcards) -> layout.Output:
         for output in layout.outputs(self.model(wildcards)):
