@@ -12,7 +12,7 @@ from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.report import ending
 from mtpforge.rules.config import HubTarget, S3Folder
-from mtpforge.rules.publish import Upload
+from mtpforge.rules.publish import UploadedModel
 
 TITLES = ["files", "reports", "serve", "next"]
 
@@ -58,13 +58,16 @@ def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> No
 def test_an_upload_ends_with_its_files_and_its_address(results: Path) -> None:
     reports = [str(path) for path in write(results, "m", *(f"x{n}" for n in range(12)))]
     target = HubTarget(repo="Owner/Name")
-    upload = Upload("results/m/README.md", reports, ["results/m/measure/x0.json"], target)
+    upload = UploadedModel("results/m/README.md", reports, ["results/m/measure/x0.json"], target)
     lines = ending.after_upload([upload]).splitlines()
     assert sum(line.startswith("| ") for line in lines[2:]) == 9
     assert "and 3 more: see results/m/README.md" in lines
-    assert [line.split()[0] for line in lines[-4:]] == [*TITLES[:3], "uploaded"]
-    assert lines[-1] == f"uploaded  {constants.ENDPOINT}/Owner/Name"
-    folder = Upload(upload.card, reports, [], S3Folder(url="s3://bucket/folder"))
+    assert [line.split()[0] for line in lines[-5:]] == [*TITLES[:3], "uploaded", "next"]
+    assert lines[-2] == f"uploaded  {constants.ENDPOINT}/Owner/Name"
+    assert lines[-1].endswith(
+        "if it is private, publish it: `.venv/bin/hf repos settings Owner/Name --public`"
+    )
+    folder = UploadedModel(upload.card, reports, [], S3Folder(url="s3://bucket/folder"))
     assert ending.after_upload([folder]).endswith("\nuploaded  s3://bucket/folder")
     dry = ending.after_upload([upload], dry_run=True).splitlines()
     assert dry[-1].startswith("next      `make publish` uploads these files")

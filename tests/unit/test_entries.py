@@ -348,6 +348,18 @@ def test_what_else_the_file_keeps_is_said(adds: Callable[..., str]) -> None:
     assert "keeps  1 other that" in adds("Owner/Name", "--type", "Q6_K", "--model", "two")
 
 
+def test_who_can_see_an_upload_is_said_before_it(
+    adds: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(add, "get_token", lambda: None)
+    line = "\nupload Owner/Name-MTP-GGUF, which is created as private: you make it public"
+    said = adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
+    assert f"{line}; first log in: `.venv/bin/hf auth login`, or set HF_TOKEN\n" in said
+    monkeypatch.setattr(add, "get_token", lambda: "hf_token")
+    assert f"{line}\n" in adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
+    assert "\nupload" not in adds("Owner/Name", "--model", "other")
+
+
 def test_nothing_is_written_in_another_folder(adds: Callable[..., str]) -> None:
     add.REQUIREMENT.unlink()
     with pytest.raises(ConfigError, match="no such file here: run it in mtpforge's folder"):

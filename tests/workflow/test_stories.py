@@ -128,6 +128,10 @@ def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
     for line in (f"{written} TYPES='Q8_0 IQ4_XS'", uploaded):
         done = make(line, copy, hub)
         assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert output.count(f"{TARGET} (private): uploaded ") == 1
+    end = output.partition(" jobs done in ")[2]
+    assert "| Qwen3.5-4B-IQ4_XS.gguf " in end and f"uploaded  {hub.endpoint}/{TARGET}\n" in end
     names = {path.name for path in hub.repositories[TARGET].glob("*")}
     assert {name for name in names if name.endswith(".gguf")} == {
         "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-IQ4_XS.gguf", "Qwen3.5-4B-imatrix.gguf"

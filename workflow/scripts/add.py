@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import get_token
 from mtpforge import cli, run_owner, table
 from mtpforge.entries import address, files, presets, proposal
 from mtpforge.entries.address import Address
@@ -58,13 +59,22 @@ def main() -> None:
         config = _check()
         _announce(entry, path)
         plan = _forecast(entry.key, args.profile)
-        print(*_in_lines(plan, _first(config)), sep="\n", flush=True)
+        print(*_in_lines(plan, _first(config)), *_upload(entry), sep="\n", flush=True)
         if args.write:
             print(f"wrote {path}")
             print(f"next   {_next(entry, args.profile)}")
             return
         _ask(args.yes)
         _build(entry.key, args.profile, args.cores)
+
+
+def _upload(entry: Entry) -> list[str]:
+    """Where the files will be uploaded, who can see them there, and the token that it takes."""
+    if "publish" not in entry.settings:
+        return []
+    log_in = "" if get_token() else "; first log in: `.venv/bin/hf auth login`, or set HF_TOKEN"
+    repo = entry.settings["publish"]["repo"]
+    return [f"upload {repo}, which is created as private: you make it public{log_in}"]
 
 
 def _next(entry: Entry, profile: str) -> str:

@@ -12,7 +12,7 @@ from mtpforge.publish import choice, serving
 from mtpforge.publish.result import Result
 from mtpforge.report import distance_tables, scores
 from mtpforge.report import summary as summary_page
-from mtpforge.rules.publish import Upload
+from mtpforge.rules.publish import UploadedModel
 from mtpforge.verify.report import Report
 
 _ROWS = 10
@@ -46,11 +46,16 @@ def after_build(
     return _ending(text, summary, reports, [f"next      {advice}"], since)
 
 
-def after_upload(uploads: Sequence[Upload], dry_run: bool = False, since: float = 0.0) -> str:
+def after_upload(
+    uploads: Sequence[UploadedModel], dry_run: bool = False, since: float = 0.0
+) -> str:
     """The same for models that were uploaded, or would be, with the address of each."""
     reports = [path for each in uploads for path in map(Path, each.reports) if path.exists()]
     measured = [path for each in uploads for path in map(Path, each.measurements) if path.exists()]
     advice = [f"uploaded  {each.address}" for each in uploads[:_PLACES]]
+    for repo in [each.private for each in uploads if each.private][:1]:
+        command = f"`.venv/bin/hf repos settings {repo} --public`"
+        advice.append(f"next      read the card there; if it is private, publish it: {command}")
     if dry_run:
         advice = ["next      `make publish` uploads these files, with their card"]
     text = summary_page.summary(reports, measured)

@@ -45,7 +45,7 @@ OF_BUILD = (
 
 
 @dataclass(frozen=True)
-class Upload:
+class UploadedModel:
     """A model that `publish` uploads: its card, reports and measurements, and where it goes."""
 
     card: str
@@ -59,6 +59,13 @@ class Upload:
         if isinstance(self.target, S3Folder):
             return self.target.url
         return f"{constants.ENDPOINT}/{self.target.repo}"
+
+    @property
+    def private(self) -> str:
+        """The repository, if it is created as private; else empty."""
+        if isinstance(self.target, S3Folder) or not self.target.private:
+            return ""
+        return self.target.repo
 
 
 class PublishRules(Stage):
@@ -288,10 +295,10 @@ class PublishRules(Stage):
         return found
 
     @property
-    def uploaded(self) -> list[Upload]:
+    def uploaded(self) -> list[UploadedModel]:
         """What each model is that `publish` uploads."""
         return [
-            Upload(
+            UploadedModel(
                 layout.card(model),
                 [output.report for output in layout.outputs(model)],
                 layout.measurements(model),
