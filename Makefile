@@ -7,6 +7,27 @@ ifneq ($(PROFILE),default)
 PROFILES := $(notdir $(patsubst %/,%,$(wildcard profiles/*/)))
 $(if $(filter $(PROFILE),$(PROFILES)),,$(error no profile '$(PROFILE)': profiles/ has $(PROFILES)))
 endif
+
+# What targets take. Of these, one that the targets of a call do not take is refused.
+ENTRY := HEAD IMATRIX PUBLISH TOKENIZER_PRE MODEL MEASURE YES
+TAKEN_BY_quant := REPO TYPE $(ENTRY)
+TAKEN_BY_inject := BASE SOURCE REPLACE $(ENTRY)
+TAKEN_BY_add := REPO PRESET TYPES $(ENTRY)
+TAKEN_BY_publish := DRY_RUN
+TAKEN_BY_plan := MODELS
+TAKEN_BY_clean-work := YES
+TAKEN := $(foreach target,$(MAKECMDGOALS),$(TAKEN_BY_$(target)))
+OURS := $(foreach target,quant inject add publish plan,$(TAKEN_BY_$(target)))
+$(foreach name,$(filter-out $(TAKEN),$(OURS)),$(if $(filter command,$(origin $(name))),$(error \
+	make $(or $(MAKECMDGOALS),all) takes no $(name)$(if $(TAKEN),: it takes $(TAKEN)))))
+
+FALSE := 0 n N no No NO false False FALSE
+TRUE := 1 y Y yes Yes YES true True TRUE
+$(foreach name,MEASURE YES REPLACE DRY_RUN,$(if $(filter-out $(TRUE) $(FALSE),$($(name))),$(error \
+	$(name)=$($(name)): set it to 1, or leave it out)))
+# $(call set,VARIABLE,WORDS) is the words if the variable is set to 1 or yes.
+set = $(if $(filter $(TRUE),$($(1))),$(2))
+
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
 MACHINES = $(shell sed -n 's/^ *machines: *\([0-9]*\).*/--machines \1/p' profiles/$(PROFILE)/profile.yaml 2> /dev/null)
 # `exec`, so that a signal to make reaches the program and not a shell around it.
@@ -57,7 +78,7 @@ given = $(if $($(2)),$(1) "$($(2))")
 required = $(foreach name,$(1),$(if $($(name)),,echo "error: $(name) is missing, as in: $(2)" >&2; exit 2;))
 OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given,--publish,PUBLISH) \
 	$(call given,--tokenizer-pre,TOKENIZER_PRE) $(call given,--model,MODEL) \
-	$(if $(filter 1,$(MEASURE)),--measure) $(if $(filter 1,$(YES)),--yes) --profile $(PROFILE) --cores $(CORES)
+	$(call set,MEASURE,--measure) $(call set,YES,--yes) --profile $(PROFILE) --cores $(CORES)
 
 quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [PROFILE=lean] [YES=1]
 	@$(call required,REPO TYPE,make quant REPO=OWNER/NAME TYPE=IQ4_XS)
@@ -65,7 +86,7 @@ quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0
 
 inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [REPLACE=1] [YES=1]
 	@$(call required,BASE SOURCE,make inject BASE=FILE.gguf SOURCE=OWNER/NAME)
-	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(if $(filter 1,$(REPLACE)),--replace-head) $(OPTIONS) --build
+	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(call set,REPLACE,--replace-head) $(OPTIONS) --build
 
 add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=desk|publisher] [TYPES="Q6_K Q4_K_M"] [PUBLISH=YOU/NAME] [MEASURE=1]
 	@$(call required,REPO,make add REPO=OWNER/NAME)
@@ -75,7 +96,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
 	@$(subst --totals,--totals --published,$(FORECAST))
 	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
-		$(if $(filter 1,$(DRY_RUN)),--config dry_run=true)
+		$(call set,DRY_RUN,--config dry_run=true)
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
@@ -175,7 +196,7 @@ test-crash: setup-test ## kill a build at 48 points of all stages, and go on (ha
 	@$(ACTIVE) KILLS=$(or $(KILLS),48) SEED=$(or $(SEED),1) pytest -s tests/workflow/test_kills.py
 
 clean-work: setup ## list what unfinished and finished builds leave in work/, with sizes; YES=1 deletes it
-	@$(ACTIVE) python workflow/scripts/clean_work.py $(if $(filter 1,$(YES)),--yes)
+	@$(ACTIVE) python workflow/scripts/clean_work.py $(call set,YES,--yes)
 
 clean: ## delete results/, but keep downloads and the toolchain
 	rm -rf results

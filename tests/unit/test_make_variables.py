@@ -36,3 +36,50 @@ def test_a_profile_of_add_or_of_snakemake_must_be_there() -> None:
     profiles.check_options(["all", "--cores", "1"])
     for name in ("none", "lean", "profiles/lean", str(ROOT / "profiles/lean")):
         profiles.check_options(["--workflow-profile", name, "all"])
+
+
+# ── variables that a target does not take ──
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("add REPO=A/B TYPE=IQ4_XS", "make add takes no TYPE: it takes REPO PRESET TYPES"),
+        ("add REPO=A/B BASE=x.gguf", "make add takes no BASE"),
+        ("quant REPO=A/B TYPE=Q4_0 TYPES=Q6_K", "make quant takes no TYPES: it takes REPO TYPE"),
+        ("inject BASE=a.gguf REPO=A/B", "make inject takes no REPO: it takes BASE SOURCE"),
+        ("publish REPO=A/B", "make publish takes no REPO: it takes DRY_RUN"),
+        ("MODELS=m", "make all takes no MODELS"),
+        ("report TYPE=Q4_0", "make report takes no TYPE"),
+    ],
+)
+def test_a_variable_that_a_target_does_not_take_is_refused(line: str, refused: str) -> None:
+    done = make(line)
+    assert done.returncode == 2 and refused in done.stderr and not done.stdout
+
+
+def test_a_variable_of_one_of_the_targets_is_taken() -> None:
+    assert make("plan publish MODELS=m DRY_RUN=1").returncode == 0
+
+
+# ── yes and no ──
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("quant REPO=A/B TYPE=Q4_0 MEASURE=", "--measure"),
+        ("quant REPO=A/B TYPE=Q4_0 YES=", "--yes"),
+        ("inject BASE=a.gguf SOURCE=A/B REPLACE=", "--replace-head"),
+        ("publish DRY_RUN=", "dry_run=true"),
+        ("clean-work YES=", "--yes"),
+    ],
+)
+def test_a_yes_is_a_yes_and_all_but_a_no_is_refused(line: str, option: str) -> None:
+    for word in ("1", "yes", "YES", "y", "true", "True"):
+        assert option in make(line + word).stdout, word
+    for word in ("", "0", "no", "No", "false"):
+        done = make(line + word)
+        assert done.returncode == 0 and option not in done.stdout, word
+    done = make(line + "oui")
+    assert done.returncode == 2 and "=oui: set it to 1, or leave it out" in done.stderr
