@@ -901,6 +901,27 @@ def test_importance_matrices_are_named_with_what_they_cover(tmp_path: Path) -> N
     assert "Importance" not in make()
 
 
+def test_embedded_texts_are_said_to_be_mtpforge_s(tmp_path: Path) -> None:
+    matrix = {"text": "calibration.txt", "chat": False, "published": "X-imatrix.gguf"}
+    texts: dict[str, Any] = {"matrices": [matrix], "texts": {"held-out.txt": TEXT.sha256}}
+    measured = result(measured=measurement(text=TEXT))
+    text, more = make(measured, **texts), second(measured, **texts)
+    assert "KL: mean KL divergence from BF16 on mtpforge's `held-out.txt`, lower" in text
+    assert "measured on mtpforge's `held-out.txt` (sha256 `abab" in more
+    assert "matrix: from `calibration.txt`" in text  # the owner's, with the same name
+    texts["matrices"] = [matrix | {"sha256": "0" * 64}]
+    text = make(measured, **texts)
+    assert f"matrix: from mtpforge's `calibration.txt` (sha256 `{'0' * 64}`)\n" in text
+    assert "computed from mtpforge's `calibration.txt`, with the unquantized" in text
+    texts["texts"] = {"held-out.txt": "0" * 64}
+    for page in (make(measured, **texts), second(measured, **texts)):
+        assert "mtpforge's `held-out.txt`" not in page and " on `held-out.txt`" in page
+
+
+def test_the_card_names_mtpforge() -> None:
+    assert "Made with mtpforge: `provenance/` has the digest of its programs." in make()
+
+
 def test_a_published_importance_matrix_is_linked_with_what_it_is(tmp_path: Path) -> None:
     chat = {"text": "a.txt", "chat": True, "published": "X-imatrix.gguf"}
     about = About.parse(json.dumps({**ABOUT, "matrices": [chat, {"path": "theirs.gguf"}]}))

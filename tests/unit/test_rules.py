@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from mtpforge.errors import ConfigError
+from mtpforge.io.ranges import digest_of
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.fetch import checked_record, local_names
@@ -280,6 +281,23 @@ def test_conversations_are_made_of_the_texts_for_a_chat_template(tmp_path: Path)
     assert build.imatrix_text_inputs(given) == [record]
     assert build.imatrix_text_options(given) == f"--text-recorded {record}"
     assert [Path(path).stem for path in build.coverages()] == [chats.text, given.text]
+
+
+def test_the_card_gets_the_sha256_of_embedded_texts(tmp_path: Path) -> None:
+    own = tmp_path / "calibration.txt"
+    own.touch()
+    variants = {
+        "ours": {"type": "Q4_K_M", "imatrix": {"text": "default"}},
+        "own": {"type": "Q4_K_M", "imatrix": {"text": str(own)}},
+    }
+    build = Build(config({"variants": variants, "measure": {"text": "default"}}))
+    about = json.loads(build.publish.about(wildcards()))
+    digests = {
+        name: digest_of(ROOT / f"workflow/texts/{name}.txt") for name in ("calibration", "held-out")
+    }
+    assert [each.get("sha256") for each in about["matrices"]] == [digests["calibration"], None]
+    assert about["texts"] == {"held-out.txt": digests["held-out"]}
+    assert str(tmp_path) not in json.dumps(about)
 
 
 def test_the_texts_of_a_folder_are_recorded_together(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "by_memory": tables.by_memory(choices, results, about.name).rstrip() if choices else "",
         "estimates": "\n".join(f"- {sentence}" for sentence in _estimates(results) if sentence),
         "files": tables.files(results, about.name).rstrip(),
-        "legend": _legend(results),
+        "legend": _legend(results, about),
         "details": details.NAME,
         "matrices": "\n\n".join(about.published_matrices),
         "measured": any(result.measured for result in results),
@@ -182,7 +182,7 @@ def _sidecar_cost(model: Result, results: Iterable[Result]) -> str:
     )
 
 
-def _legend(results: Sequence[Result]) -> str:
+def _legend(results: Sequence[Result], about: About) -> str:
     """What the columns of the files' table mean."""
     measured = [result.measured for result in results if result.measured]
     known = {
@@ -196,7 +196,7 @@ def _legend(results: Sequence[Result]) -> str:
         "p_min: drafting stops at tokens less likely than this": any(
             result.p_min for result in results
         ),
-        f"KL: mean KL divergence from BF16{_texts(measured)}, lower is better": any(
+        f"KL: mean KL divergence from BF16{_texts(measured, about)}, lower is better": any(
             found.kl_divergence for found in measured
         ),
     }
@@ -223,9 +223,9 @@ def _unquantized(results: Iterable[Result]) -> str:
     return "" if found is None else f" (BF16: {found:.0%})"
 
 
-def _texts(measured: Iterable[Measurement]) -> str:
+def _texts(measured: Iterable[Measurement], about: About) -> str:
     """The texts on which files were compared, such as ` on TEXT`; empty if they are not known."""
-    names = sorted({code(found.text.name) for found in measured if found.text})
+    names = sorted({about.text(found.text) for found in measured if found.text})
     return f" on {' and '.join(names)}" if names else ""
 
 

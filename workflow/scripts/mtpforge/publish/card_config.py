@@ -1,12 +1,13 @@
 """The part of a model's configuration that its card shows."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mtpforge.errors import ConfigError
 from mtpforge.io.text import parse_json
+from mtpforge.measure.measurement import Text
 from mtpforge.publish.markdown import code, escape, link
 from mtpforge.quantize.coverage import Coverage
 
@@ -66,6 +67,8 @@ class About:
     """Markdown: what each importance matrix is, or is from, and what it covers if that is known."""
     published_matrices: tuple[str, ...] = ()
     """Markdown: a sentence on each importance matrix that is a file of the repository."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Name of an embedded text on which files are measured -> its sha256."""
     own_head: bool = False
     """Whether any file has the head of the model's own checkpoint."""
 
@@ -93,8 +96,14 @@ class About:
             published_matrices=tuple(
                 _published(each) for each in entry.get("matrices", ()) if "published" in each
             ),
+            texts=entry.get("texts", {}),
             own_head=entry.get("own_head", False),
         )
+
+    def text(self, found: Text) -> str:
+        """Markdown: the name of a text, and whether it is an embedded one."""
+        ours = "mtpforge's " if self.texts.get(found.name) == found.sha256 else ""
+        return ours + code(found.name)
 
     def covered(self, coverages: Iterable[Coverage]) -> Self:
         """With what the importance matrices cover, in the same order."""
@@ -140,16 +149,18 @@ def _published(entry: Mapping[str, Any]) -> str:
     name = entry["published"]
     return (
         f"{link(name, name)} is the importance matrix that llama-imatrix computed "
-        f"{_matrix(entry)}, with the unquantized model. `llama-quantize --imatrix` makes other "
-        "quantizations with it."
+        f"{_matrix(entry, digest=False)}, with the unquantized model. "
+        "`llama-quantize --imatrix` makes other quantizations with it."
     )
 
 
-def _matrix(entry: Mapping[str, Any]) -> str:
+def _matrix(entry: Mapping[str, Any], digest: bool = True) -> str:
     """What an importance matrix of the configuration is, or is computed from."""
     if "text" in entry:
         how = ", put through the chat template" if entry["chat"] else ""
-        return f"from {code(entry['text'])}{how}"
+        ours = "mtpforge's " if "sha256" in entry else ""
+        exact = f" (sha256 {code(entry['sha256'])})" if ours and digest else ""
+        return f"from {ours}{code(entry['text'])}{exact}{how}"
     if "repo" in entry:
         return f"{code(entry['file'])} of {Checkpoint(entry['repo']).link}"
     return code(entry["path"])

@@ -51,7 +51,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "measured": bool(measurements),
         "memory": any(found.memory_bytes for found in measurements),
         "machines": sentences(map(machine, measurements)),
-        "inputs": f"{_texts(measurements)} {_prompts(measurements)}".strip(),
+        "inputs": f"{_texts(measurements, about)} {_prompts(measurements)}".strip(),
         "not_steady": "" if any(result.is_steady for result in results) else tables.NOT_STEADY,
         "verdicts": "\n".join(f"- {code(name)}: {_verdict(found)}." for name, found in measured),
         "sweeps": [
@@ -106,13 +106,13 @@ def _split(results: Iterable[Result]) -> str:
     return "\n".join(f"- {code(shard)}" for shards in split for shard in shards)
 
 
-def _texts(measurements: Sequence[Measurement]) -> str:
+def _texts(measurements: Sequence[Measurement], about: About) -> str:
     """The texts on which perplexity was measured."""
     compared = any(found.kl_divergence for found in measurements)
     what = "Perplexity and KL divergence were" if compared else "Perplexity was"
     texts = {found.text for found in measurements if found.text}
     return sentences(
-        f"{what} measured on {code(text.name)} (sha256 {code(text.sha256)}, "
+        f"{what} measured on {about.text(text)} (sha256 {code(text.sha256)}, "
         f"up to {text.chunks} chunks of 512 tokens)."
         for text in texts
     )

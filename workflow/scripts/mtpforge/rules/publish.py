@@ -11,16 +11,19 @@ from huggingface_hub import constants
 
 from mtpforge.checkpoint.checkpoint import folder_name
 from mtpforge.errors import ConfigError, UploadError
+from mtpforge.io.ranges import digest_of
 from mtpforge.progress import say
 from mtpforge.publish.sums import MATRIX
 from mtpforge.rules import layout
 from mtpforge.rules.code import digest, files
 from mtpforge.rules.config import Config, HubTarget, Model, S3Folder
 from mtpforge.rules.fetch import FetchRules, checked_record, tracked_inputs
+from mtpforge.rules.fields import CALIBRATION, HELD_OUT
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
     HubGguf,
     HubRepository,
+    Imatrix,
     ImatrixText,
     LocalFile,
     LocalFolder,
@@ -170,8 +173,11 @@ class PublishRules(Stage):
             layout.matrix_name(each): {"published": Path(path).name} for path, each in published
         }
         part["matrices"] = [
-            each.model_dump() | names.get(name, {}) for name, each in layout.matrices(model).items()
+            each.model_dump() | _embedded(each) | names.get(name, {})
+            for name, each in layout.matrices(model).items()
         ]
+        if model.measure and model.measure.text == HELD_OUT:
+            part["texts"] = {Path(HELD_OUT).name: digest_of(Path(HELD_OUT))}
         if not model.uses_source:
             part["source"] = None
         return json.dumps(_without_folders(part))
@@ -482,6 +488,12 @@ def _variants(model: Model, *names: str) -> dict[str, Any]:
         name: model.variants[name].model_dump(exclude={"pieces"}, exclude_none=True)
         for name in names
     }
+
+
+def _embedded(matrix: Imatrix) -> dict[str, str]:
+    """The sha256 of a matrix's text if that is the embedded one."""
+    is_ours = isinstance(matrix, ImatrixText) and matrix.text == CALIBRATION
+    return {"sha256": digest_of(Path(CALIBRATION))} if is_ours else {}
 
 
 def _without_folders(value: Any) -> Any:
