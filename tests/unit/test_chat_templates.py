@@ -18,6 +18,7 @@ from mtpforge.gguf import reader
 from mtpforge.gguf.metadata import Value
 from mtpforge.gguf.reader import Gguf
 from mtpforge.publish.card_config import About
+from mtpforge.rules.local_paths import TemplatePath
 from mtpforge.verify import metadata, source
 from mtpforge.verify.request import Request
 from other_architectures import write_model
@@ -216,6 +217,40 @@ def test_a_given_file_that_is_no_template_is_refused(
     checkpoint = CHECKPOINTS / "tiny-qwen3.5"
     said = fails("convert.py", checkpoint, *options, out=tmp_path / "F.gguf")
     assert "bad.jinja" in said and reason in said
+
+
+def test_a_template_with_an_error_is_refused_as_the_configuration_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    for text, reason in {
+        " ": "is empty, so it is no chat template",
+        "a\n{% if x %}{{ y z }}{% endif %}": "line 2: expected token 'end of print statement'",
+        "{% for m in messages %}": "line 1: Unexpected end of template",
+        "{% endif %}": "line 1: Encountered unknown tag 'endif'",
+        "{{" + "(" * 10000: "nested too deeply",
+    }.items():
+        path.write_text(text)
+        problem = str(TemplatePath(path).problem())
+        assert problem.startswith(str(path)) and reason in problem
+    path.unlink()
+    assert "no such file" in str(TemplatePath(path).problem())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{%- for m in messages %}{% if m.x %}{% continue %}{% endif %}{% break %}{% endfor -%}",
+        "{% generation %}{{ m.content | trim }}{% endgeneration %}",
+        "{% generation %}{{ raise_exception('x') }}",  # llama.cpp takes it
+        "{{ x | filter_of_theirs }}{% if x is test_of_theirs %}{% endif %}",
+        "{% macro f(a, b=[]) %}{{ strftime_now('%d') }}{% endmacro %}{% set ns = namespace(a=1) %}",
+        "{% set x %}a{% endset %}{% call f() %}{% endcall %}{% filter trim %} a {% endfilter %}",
+        "no tags at all",
+    ],
+)
+def test_what_transformers_and_llama_cpp_parse_is_no_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(text)
+    assert chat_templates.given(str(path)) == text and TemplatePath(path).problem() is None
 
 
 def test_suspicious_words_of_a_given_template_are_said(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mtpforge.io.ranges import digest_of
 from mtpforge.rules import layout
 from mtpforge.rules.build import Build
 from mtpforge.rules.fetch import checked_record, local_names
-from mtpforge.rules.local_paths import FileOnDisk, TextPath
+from mtpforge.rules.local_paths import FileOnDisk, TemplatePath, TextPath
 from mtpforge.rules.variant import HubRepository
 
 REVISION = "0" * 40
@@ -24,7 +24,7 @@ WORK = "results/m/work"
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the repository, as if the files that configurations here name were there."""
     monkeypatch.chdir(ROOT)
-    for kind in (FileOnDisk, TextPath):
+    for kind in (FileOnDisk, TemplatePath, TextPath):
         monkeypatch.setattr(kind, "problem", lambda path: None)
 
 

@@ -8,8 +8,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from gguf import GGUFWriter
 from gguf.constants import Keys
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import template_warnings
@@ -39,11 +43,34 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def given(path: str) -> str:
-    """Return the template in a file of its own. Raises CheckpointError."""
+    """Return the template in a file of its own. Raises CheckpointError if it cannot be parsed."""
     template = read_text(Path(path), most=TEMPLATE_LIMIT, within=ANYWHERE)
     if not template.strip():
         raise CheckpointError(f"{path}: is empty, so it is no chat template")
+    try:
+        _SYNTAX.parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(
+            f"{path}: is no valid chat template: line {error.lineno}: {error.message}"
+        ) from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: is no valid chat template: nested too deeply") from None
     return template
+
+
+class _Generation(Extension):
+    """The marks of what an assistant wrote, for training; like llama.cpp, it ignores them."""
+
+    tags = {"generation", "endgeneration"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """Pass over the mark."""
+        next(parser.stream)
+        return []
+
+
+# The statements that transformers and llama.cpp know.
+_SYNTAX = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])  # noqa: S701
 
 
 def replace(writer: GGUFWriter, template: str) -> None:

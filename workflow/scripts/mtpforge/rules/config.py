@@ -23,6 +23,7 @@ from mtpforge.quantize.recipe import NO_HEAD
 from mtpforge.rules.fields import (
     FORM,
     All,
+    ChatTemplate,
     Entry,
     FilePath,
     MeasuredPrompts,
@@ -312,7 +313,7 @@ class Model(Entry):
         ),
         examples=["qwen35"],
     )
-    chat_template: FilePath | None = Field(
+    chat_template: ChatTemplate | None = Field(
         default=None,
         description=(
             "Chat template (Jinja) to write in place of the checkpoint's own ones, in files that"

@@ -24,7 +24,7 @@ from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
-from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath, TextPath
+from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath, TemplatePath, TextPath
 from mtpforge.s3.address import PATTERN, Address
 from mtpforge.suggest import close, repository
 
@@ -287,6 +287,7 @@ GgufPath = Annotated[
 ]
 _PLAIN_PATH = _matching(r"[^{}]+", "is not a path: it is empty or has braces")
 FilePath = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(FileOnDisk)]
+ChatTemplate = Annotated[str, _HOME, _PLAIN_PATH, AfterValidator(TemplatePath)]
 DEFAULT = "default"
 """Stands for an embedded text."""
 CALIBRATION = "workflow/texts/calibration.txt"

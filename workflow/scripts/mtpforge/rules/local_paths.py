@@ -11,6 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from mtpforge import suggest
+from mtpforge.convert import chat_templates
+from mtpforge.errors import CheckpointError
 from mtpforge.gguf.file_names import gguf_files
 from mtpforge.io.text import text_files
 from mtpforge.prompts import prompt_files
@@ -51,6 +53,22 @@ class FileOnDisk(LocalPath):
         path = Path(self)
         problems = (_file_problem(path.parent / name) for name in gguf_files(path.name))
         return next(filter(None, problems), None)
+
+
+class TemplatePath(FileOnDisk):
+    """The path of a chat template."""
+
+    __slots__ = ()
+
+    def problem(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+        if problem := super().problem():
+            return problem
+        try:
+            chat_templates.given(self)
+        except CheckpointError as error:
+            return str(error)
+        return None
 
 
 class TextPath(LocalPath):
