@@ -226,7 +226,7 @@ def test_an_adopted_base_is_the_base_model_and_the_donor_is_named(tmp_path: Path
     assert front(text)["license_link"] == f"https://huggingface.co/Tuner/My-Tune-GGUF/{commit}"
     link = "[Tuner/My-Tune-GGUF](https://huggingface.co/Tuner/My-Tune-GGUF)"
     donor = "[Qwen/Qwen3.5-4B](https://huggingface.co/Qwen/Qwen3.5-4B)"
-    assert f"GGUF quantizations of {link} with the multi-token prediction head" in text
+    assert f"A GGUF of {link} with the multi-token prediction head" in text
     assert f"also called NextN) of {donor}. The model" in text
     base = f"`My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`"
     lines = [f"- Base: {base}. {COPIED}", f"- Head from: {donor}, commit `{REVISION}`"]
@@ -263,6 +263,8 @@ def test_a_base_with_the_checkpoints_head_is_named_but_is_no_base_model(tmp_path
     assert front(text)["base_model"] == ["Qwen/Qwen3.5-4B"]
     assert front(text)["base_model_relation"] == "quantized"
     link = "[Tuner/My-Tune-GGUF](https://huggingface.co/Tuner/My-Tune-GGUF)"
+    given = f"Quants of {link} were given this head; their other tensors are unchanged."
+    assert given in text.split("## ")[0]
     base = f"- Base: `My-Tune-Q4_K_M.gguf` of {link}, commit `{'1' * 40}`. {COPIED}"
     assert base in text and "- Checkpoint: [Qwen/" in text
 
@@ -320,7 +322,8 @@ def test_a_file_that_was_not_run_is_named() -> None:
     results = [replace(large, measured=UNRUN), result(measured=measurement())]
     text, more = make(*results), second(*results)
     assert "`Qwen3.5-4B-BF16.gguf` was not run before it was published (9 GB do not fit" in text
-    assert "Each other file with a head was published only after" in text
+    checked = "with a head was checked in llama-server: the head drafts, and 81% of its drafts are"
+    assert f"Each other file {checked} accepted." in text
     assert column(text, "tokens/s", "## Files") == ["-", "210 → 290"]
     assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in more
     assert "### `Qwen3.5-4B-BF16.gguf`" not in more
@@ -333,7 +336,7 @@ def test_a_file_that_was_not_run_alone_has_not_drafted() -> None:
     large = replace(large, report=replace(large.report, not_run="9 GB do not fit into 8 GB"))
     large = replace(large, measured=UNRUN)
     text, more = make(large), second(large)
-    assert "was not run" in text and "had drafted" not in text
+    assert "was not run" in text and "checked in llama-server" not in text
     assert "- `Qwen3.5-4B-BF16.gguf`: not measured: too large." in more
     for page in (text, more):
         assert "Speed and KL divergence were not measured." in page
@@ -451,6 +454,25 @@ def test_speed_that_was_steady_for_no_file_has_no_columns_and_is_said_once() -> 
     text = make(unsteady, result("Q8_0", measurement()))
     assert column(text, "tokens/s", "## Files") == ["not steady", "210 → 290"]
     assert "No measurement of speed" not in text
+
+
+def test_the_first_lines_say_how_many_files_there_are_and_how_they_were_checked() -> None:
+    checked = "was checked in llama-server: the head drafts"
+    one = make()
+    assert f"The file {checked}, and 81% of its drafts are accepted." in one
+    assert "\nA GGUF of [Qwen/" in one
+    several = make(result(), result("Q8_0", acceptance=0.9449), result("none", heads=0))
+    assert f"Each file with a head {checked}, and 81-94% of its drafts are accepted." in several
+    assert "\nGGUF quantizations of [Qwen/" in several
+    assert f"The file {checked}.\n" in make(result(acceptance=None))
+
+
+def test_an_arrow_between_speeds_is_explained_if_there_is_one() -> None:
+    off, drafting = measurement(0, (94.0, 47.6)), measurement(2)
+    assert "; tokens/s: without drafting; " in make(result(measured=off))
+    both = make(result(measured=off), result("Q8_0", measured=drafting))
+    for text in (make(result(measured=drafting)), both):
+        assert "tokens/s: without → with drafting" in text
 
 
 def test_the_text_of_the_divergence_is_named() -> None:
@@ -931,10 +953,11 @@ def test_a_published_importance_matrix_is_linked_with_what_it_is(tmp_path: Path)
         "from `a.txt`, put through the chat template, with the unquantized model. "
         "`llama-quantize --imatrix` makes other quantizations with it.\n\n## Run it\n"
     ) in text
-    assert "the inputs of each GGUF except importance matrices as" in text
+    none = "(SLSA provenance v1), except for importance matrices; `reports/`"
+    assert f"the inputs of each GGUF as an in-toto statement {none}" in text
     unpublished = About.parse(json.dumps({**ABOUT, "matrices": [{"path": "theirs.gguf"}]}))
     other = card.make(unpublished, (result(),), tmp_path / "none", STAMP, TEMPLATE)
-    assert "llama-imatrix" not in other and "except importance" not in other
+    assert "llama-imatrix" not in other and "importance matrices;" not in other
 
 
 def test_sources_and_verdicts_are_said_once() -> None:

@@ -256,7 +256,8 @@ def test_needs_are_said_to_be_estimated() -> None:
     # 6 of the states; 4 states, and the head's cache
     assert "serves 4 requests at a time: `--parallel 1` saves 940 MB." in table
     assert (
-        "The head takes 1.0 MB of `Qwen3.5-4B-Q4_K_M.gguf`, and drafting needs 660 MB more" in table
+        "The head takes 1.0 MB of `Qwen3.5-4B-Q4_K_M.gguf`, and with drafting llama-server "
+        "needs 660 MB more than without" in table
     )
 
 

@@ -67,7 +67,9 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "title": escape(about.title),
         "origin": about.origin,
         "head": about.head,
-        "drafts": any_drafts(results),
+        "injected": about.given_heads,
+        "several": len(results) > 1,
+        "checked": _checked(results),
         "pictures": _pictures(results),
         "not_drafting": _not_drafting(results),
         "not_run": _not_run(results),
@@ -166,7 +168,7 @@ def _head_cost(results: Sequence[Result]) -> str:
     included = " (included in the table)" if choice.draft_length(best) else ""
     return (
         f"The head takes {weights} of {code(best.name)}, "
-        f"and drafting needs {rounded_size(rest)} more while it runs{included}."
+        f"and with drafting llama-server needs {rounded_size(rest)} more than without{included}."
     )
 
 
@@ -189,7 +191,9 @@ def _legend(results: Sequence[Result], about: About) -> str:
         "head: type of the head's tensors": any(result.has_head for result in results),
         "accepted: share of drafted tokens that the model accepted in verification"
         f"{_unquantized(results)}": any(result.report.acceptance is not None for result in results),
-        "tokens/s: without → with drafting": any(result.is_steady for result in results),
+        f"tokens/s: without{' → with' * tables.any_faster(results)} drafting": any(
+            result.is_steady for result in results
+        ),
         "draft: how many tokens to draft ahead": any(
             result.is_steady and result.n_max is not None for result in results
         ),
@@ -273,6 +277,20 @@ def _verdict(compared: Compared, results: Iterable[Result]) -> str:
 
 
 # ── what there is to say ──
+
+
+def _checked(results: Sequence[Result]) -> str:
+    """That llama-server drafted with the files, and how many drafts it accepted; empty if not."""
+    if not any_drafts(results):
+        return ""
+    which = "Each file with a head" if len(results) > 1 else "The file"
+    if any(result.report.not_run for result in results):
+        which = "Each other file with a head"
+    known = (result.report.acceptance for result in results if result.drafts)
+    shares = sorted(share for share in known if share is not None)
+    ends = dict.fromkeys(f"{100 * share:.0f}" for share in (shares[:1] + shares[-1:]))
+    accepted = f", and {'-'.join(ends)}% of its drafts are accepted" if ends else ""
+    return f"{which} was checked in llama-server: the head drafts{accepted}."
 
 
 def _not_drafting(results: Iterable[Result]) -> str:

@@ -134,6 +134,11 @@ class About:
         return " and ".join(dict.fromkeys(found.link for found in [*own, *self.donors]))
 
     @property
+    def given_heads(self) -> str:
+        """Markdown: the bases from elsewhere that have the checkpoint's head; empty without one."""
+        return " and ".join(dict.fromkeys(base.link for base in self.injected))
+
+    @property
     def sources(self) -> list[str]:
         """Markdown: everything that files are made from, one line each."""
         lines = [f"Checkpoint: {self.checkpoint.exact}"] if self.checkpoint else []

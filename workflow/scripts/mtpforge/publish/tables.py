@@ -52,6 +52,11 @@ def others(results: Sequence[Result], theirs: Sequence[Other]) -> str:
     return markdown([distance_tables.COLUMNS[:-1], *cells])
 
 
+def any_faster(results: Iterable[Result]) -> bool:
+    """Whether any file's speed with drafting is shown beside that without."""
+    return any("→" in (_speeds(result) or "") for result in results)
+
+
 def by_memory(choices: Sequence[Choice], results: Sequence[Result], model_name: str) -> str:
     """The table of the files to take, by the memory that there is."""
     label = labels(results, model_name)

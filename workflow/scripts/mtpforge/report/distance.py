@@ -30,8 +30,8 @@ def distance(
     """
     svg = Svg(
         "Size and distance from BF16",
-        "KL divergence of the predictions (mean, nats; lower is better) by file size. Line: files"
-        " that no smaller one equals.",
+        "KL divergence of the predictions (mean, nats; lower is better) by file size. Line: the"
+        " best file at each size.",
     )
     files = _files(measured, {each.file for each in compared})
     if not files:
