@@ -13,10 +13,12 @@ ENTRY := HEAD IMATRIX PUBLISH TOKENIZER_PRE MODEL MEASURE YES
 TAKEN_BY_quant := REPO TYPE $(ENTRY)
 TAKEN_BY_inject := BASE SOURCE REPLACE $(ENTRY)
 TAKEN_BY_add := REPO PRESET TYPES $(ENTRY)
-TAKEN_BY_publish := DRY_RUN
+TAKEN_BY_publish := DRY_RUN MODELS
+TAKEN_BY_all := MODELS
+TAKEN_BY_report := MODELS
 TAKEN_BY_plan := MODELS
 TAKEN_BY_clean-work := YES
-TAKEN := $(foreach target,$(MAKECMDGOALS),$(TAKEN_BY_$(target)))
+TAKEN := $(foreach target,$(or $(MAKECMDGOALS),all),$(TAKEN_BY_$(target)))
 OURS := $(foreach target,quant inject add publish plan,$(TAKEN_BY_$(target)))
 $(foreach name,$(filter-out $(TAKEN),$(OURS)),$(if $(filter command,$(origin $(name))),$(error \
 	make $(or $(MAKECMDGOALS),all) takes no $(name)$(if $(TAKEN),: it takes $(TAKEN)))))
@@ -66,11 +68,16 @@ define install
 endef
 
 # Before Snakemake says anything, which then need not. Whatever fails here, the build says better.
-FORECAST = ($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) $(MACHINES) 2> /dev/null) || true
+FORECAST = ($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) $(MACHINES) $(MODELS) 2> /dev/null) || true
+# Options of Snakemake that choose some models.
+comma := ,
+space := $(subst ,, )
+CONFIG = $(if $(MODELS),'build=[$(subst $(space),$(comma),$(patsubst %,"%",$(MODELS)))]')
+CHOSEN = $(if $(MODELS),--config $(CONFIG))
 
-all: setup ## build everything in config.yaml (the default); CORES=N sets the number of cores, PROFILE=lean or shards is for small disks
+all: setup ## build everything in config.yaml (the default), or only MODELS="a b"; CORES=N sets the number of cores, PROFILE=lean or shards is for small disks
 	@$(FORECAST)
-	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all
+	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) all $(CHOSEN)
 
 # $(call given,OPTION,VARIABLE) passes a variable on if it is set.
 given = $(if $($(2)),$(1) "$($(2))")
@@ -96,7 +103,7 @@ add: setup ## write the entry of a model into config.d: REPO=OWNER/NAME [PRESET=
 publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 lists what would be uploaded
 	@$(subst --totals,--totals --published,$(FORECAST))
 	@$(ACTIVE) MTPFORGE_FORECAST=told snakemake --workflow-profile profiles/$(PROFILE) --cores $(CORES) publish \
-		$(call set,DRY_RUN,--config dry_run=true)
+		$(or $(call set,DRY_RUN,--config dry_run=true $(CONFIG)),$(CHOSEN))
 
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
@@ -110,10 +117,10 @@ cluster: setup ## the same, plus what runs jobs with SLURM (docs/cluster.md)
 s3: setup ## the same, plus what uploads to object storage (docs/publishing.md)
 	$(call install,.venv,s3)
 
-report: all ## build, then write report.html: the table, pictures of speed, acceptance and errors, run times
-	@$(ACTIVE) snakemake --cores $(CORES) plots
+report: all ## build, then write report.html: the table, pictures of speed, acceptance and errors, run times; MODELS="a b" for some models
+	@$(ACTIVE) snakemake --cores $(CORES) plots $(CHOSEN)
 	@$(ACTIVE) PYTHONPATH=workflow/scripts snakemake --reporter mtpforge --report-mtpforge-path report.html \
-		--report-mtpforge-stylesheet-path workflow/report/report.css plots
+		--report-mtpforge-stylesheet-path workflow/report/report.css plots $(CHOSEN)
 	@echo "wrote report.html"
 
 plan: toolchain ## forecast downloads, sizes, disk, memory and time of config.yaml; MODELS="a b" for some models

@@ -54,6 +54,8 @@ except ForgeError as error:
 
 if terminal:
     terminal.build = build
+    if "build" in workflow.config_settings.config:
+        terminal.only = [model.key for model in build.config.chosen]
 
 asked = build.needs.asked
 models = [model.key for model in build.config.chosen]

@@ -55,6 +55,13 @@ def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> No
     assert "`make add REPO=Owner/Name PUBLISH=YOU/NAME` prepares an upload" in line
 
 
+def test_the_report_is_of_the_models_that_the_run_was_for(results: Path) -> None:
+    reports = write(results, "m", "x-Q4_0")
+    assert "`make report` draws" in shown(results, reports)[-1]
+    assert "`make report MODELS=m` draws" in shown(results, reports, models=["m"])[-1]
+    assert "`make report MODELS='m n'` draws" in shown(results, reports, models=["m", "n"])[-1]
+
+
 def test_an_upload_ends_with_its_files_and_its_address(results: Path) -> None:
     reports = [str(path) for path in write(results, "m", *(f"x{n}" for n in range(12)))]
     target = HubTarget(repo="Owner/Name")

@@ -469,7 +469,7 @@ def test_the_profile_is_that_of_the_build_and_of_its_forecast(
     assert ("--lean" in forecast, forecast[-1] == profile) == ((profile != "default",) * 2)
     assert build[build.index("--workflow-profile") + 1] == f"profiles/{profile}"
     make = "make" if profile == "default" else f"make PROFILE={profile}"
-    assert add._next(entry(), profile).endswith(f"; `{make}` builds it")
+    assert add._next(entry(), profile).endswith(f"; `{make} MODELS=name` builds it")
 
 
 def test_make_passes_the_profile_on() -> None:

@@ -49,8 +49,8 @@ def test_a_profile_of_add_or_of_snakemake_must_be_there() -> None:
         ("quant REPO=A/B TYPE=Q4_0 TYPES=Q6_K", "make quant takes no TYPES: it takes REPO TYPE"),
         ("inject BASE=a.gguf REPO=A/B", "make inject takes no REPO: it takes BASE SOURCE"),
         ("publish REPO=A/B", "make publish takes no REPO: it takes DRY_RUN"),
-        ("MODELS=m", "make all takes no MODELS"),
-        ("report TYPE=Q4_0", "make report takes no TYPE"),
+        ("TYPE=Q4_0", "make all takes no TYPE: it takes MODELS"),
+        ("toolchain MODELS=m", "make toolchain takes no MODELS"),
     ],
 )
 def test_a_variable_that_a_target_does_not_take_is_refused(line: str, refused: str) -> None:

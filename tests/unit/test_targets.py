@@ -6,6 +6,7 @@ An environment of its own has links to those packages, and to no others that the
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_every_documented_target_is_read() -> None:
     assert set(TARGETS) <= set(RULES) and len(TARGETS) > 25
     assert locks("all") == {"run"} and locks("lint") == {"run", "test"}
     assert locks("s3") == {"run", "s3"} and locks("clean") == set()
-    assert ["snakemake", "--cores", "$(CORES)", "plots"] in programs("report")
+    assert ["snakemake", "--cores", "$(CORES)", "plots", "$(CHOSEN)"] in programs("report")
     assert any("workflow/scripts/add.py" in words for words in programs("quant"))
 
 
@@ -206,6 +207,24 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize(
+    ("line", "config"),
+    [
+        ("all", 'build=["a","b"]'),
+        ("report", 'build=["a","b"]'),
+        ("publish", 'build=["a","b"]'),
+        ("publish DRY_RUN=1", 'dry_run=true build=["a","b"]'),
+    ],
+)
+def test_a_target_may_be_for_some_models_only(line: str, config: str) -> None:
+    command = ["make", "-n", "-o", "setup", *line.split(), "CORES=1"]
+    command.append("MODELS=a b")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    runs = map(shlex.split, done.stdout.replace("\\\n", "").splitlines())
+    given = [" ".join(run).partition(" --config ")[2] for run in runs if "snakemake" in run]
+    assert given and set(given) == {config}
+
+
 # ── light ones, really run ──
 
 
@@ -223,7 +242,7 @@ def test_a_report_is_written_with_what_make_installs(of_run: Path, tmp_path: Pat
         '    shell: "echo \'<svg xmlns=\\"http://www.w3.org/2000/svg\\"/>\' > {output}"\n'
     )
     call(of_run, "snakemake", "--cores", "1", "plots", cwd=tmp_path)
-    call(of_run, *line, cwd=tmp_path)
+    call(of_run, *(word for word in line if word != "$(CHOSEN)"), cwd=tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 1000
 
 

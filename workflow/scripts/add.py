@@ -82,7 +82,7 @@ def _next(entry: Entry, profile: str) -> str:
     make = "make" if profile == "default" else f"make PROFILE={profile}"
     forecast = f"`{make} plan MODELS={entry.key}` forecasts it in full"
     if "publish" not in entry.settings:
-        return f"{forecast}; `{make}` builds it"
+        return f"{forecast}; `{make} MODELS={entry.key}` builds it"
     return f"{forecast}; `{make} publish DRY_RUN=1` builds it and lists the upload"
 
 

@@ -29,6 +29,7 @@ def after_build(
     since: float = 0.0,
     publish: bool = False,
     repo: str = "",
+    models: Sequence[str] = (),
 ) -> str:
     """The summary, cut if it is long, then places, a command that serves a file, and advice.
 
@@ -37,11 +38,14 @@ def after_build(
     `reports` are those of the files, in the order of the configuration. The file to serve is one
     that was made after the time `since`, if there is one. `publish` is whether a model has a place
     to upload it to; `repo` is the Hub repository of one that has none, if it is known.
+    `models` are those that the run was for; empty: all.
     """
     upload = "`make publish DRY_RUN=1` lists an upload"
     if not publish:
         upload = f"`make add REPO={repo or '...'} PUBLISH=YOU/NAME` prepares an upload"
-    advice = f"`make report` draws speed and errors; {upload}"
+    named = shlex.quote(" ".join(models)) if models else ""
+    report = f"make report MODELS={named}" if models else "make report"
+    advice = f"`{report}` draws speed and errors; {upload}"
     text = summary.read_text(encoding="utf-8")
     return _ending(text, summary, reports, [f"next      {advice}"], since)
 

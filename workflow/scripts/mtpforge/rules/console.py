@@ -113,6 +113,7 @@ class Console(logging.Handler):
         self.total = 0
         self.began = 0.0
         self.build: Build | None = None  # which the Snakefile makes
+        self.only: list[str] = []  # the models that the run is for, if they were chosen
         self.interrupted = False
         self.reported = False  # the failures, at the end
         self.broken = False  # by an error outside jobs
@@ -213,7 +214,9 @@ class Console(logging.Handler):
             return ""
         reports = [Path(file) for file in files if Path(file).parent.name == "reports"]
         publishes = bool(publish.uploaded)
-        return "\n" + ending.after_build(summary, reports, self.began, publishes, publish.addable)
+        return "\n" + ending.after_build(
+            summary, reports, self.began, publishes, publish.addable, self.only
+        )
 
     def _tell(self, text: str, level: int = logging.INFO) -> None:
         """Log it, so that it is in .snakemake/log/ too."""
