@@ -203,6 +203,38 @@ def test_a_single_type_has_the_matrix_that_it_needs() -> None:
         presets.single("IQ4XS")
 
 
+def test_types_may_have_llama_quantizes_other_names_and_be_separated_by_commas() -> None:
+    assert list(presets.single("q4_k")) == ["Q4_K_M"]
+    for only in (["q4_k,Q6_K"], ["Q6_K, Q4_K_M"], ["Q6_K", "Q4_K_M"]):
+        assert list(presets.preset("desk", only=only)) == ["Q4_K_M", "Q6_K"]
+
+
+@pytest.mark.parametrize(
+    ("given", "file_type", "tensor_type"),
+    [
+        ("Q4", "Q4_K_M", "Q4_K"),
+        ("4bit", "Q4_K_M", "Q4_K"),
+        ("4-bit", "Q4_K_M", "Q4_K"),
+        ("q5", "Q5_K_M", "Q5_K"),
+        ("q8", "Q8_0", "Q8_0"),
+        ("INT8", "Q8_0", "Q8_0"),
+        ("q4_k", "Q4_K_M", "Q4_K"),
+        ("Q4_K_XL", "Q4_K_M", "Q4_K"),
+    ],
+)
+def test_a_type_named_by_its_bits_is_answered(given: str, file_type: str, tensor_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {file_type}[?]"):
+        quant_types.check_published_type(given)
+    with pytest.raises(ConfigError, match=f"did you mean {tensor_type}[?]"):
+        quant_types.check_tensor_type(given)
+
+
+def test_mxfp4_is_answered_with_the_type_that_llama_quantize_makes() -> None:
+    source = {"repo": "A/B", "revision": COMMIT}
+    with pytest.raises(ConfigError, match=r"or make MXFP4_MOE \(experts alone\)"):
+        Build({"models": {"m": {"source": source, "variants": {"MXFP4": {}}}}})
+
+
 @pytest.mark.parametrize("kind", quant_types.PUBLISHED)
 def test_the_size_of_each_type_is_about_known(kind: str) -> None:
     assert 1 < presets.bits({}, kind) <= 32

@@ -173,7 +173,7 @@ def _variants(args: Namespace, source: Source) -> Variants:
     elif args.type and source.packed and args.type.upper() != "NVFP4":
         raise ConfigError(f"{source.label}: is packed as NVFP4, and stays so: set TYPE=NVFP4")
     elif args.type:
-        variants = presets.single(args.type.upper(), args.imatrix)
+        variants = presets.single(args.type, args.imatrix)
     elif source.packed:
         variants = {"NVFP4": {}}
     else:

@@ -1,5 +1,6 @@
 """Lists of variants to choose by a word, each with what it is quantized with."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -41,7 +42,7 @@ def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = No
         for kind, settings in variants.items():
             if kind not in _NEED_NO_IMATRIX:
                 settings["imatrix"] = _matrix(text)
-    wanted = [kind.upper() for kind in only or variants]
+    wanted = [_named(kind) for kind in re.split("[, ]+", " ".join(only or variants)) if kind]
     for kind in wanted:
         if kind not in variants:
             raise ConfigError(f"the preset {name} has no {kind}: it has {', '.join(variants)}")
@@ -53,11 +54,17 @@ def single(kind: str, text: str | None = None) -> Variants:
 
     Raises ConfigError if no variant can have the type.
     """
+    kind = _named(kind)
     settings = _larger(kind)
     quant_types.check_published_type(settings.get("type", kind))
     if kind in quant_types.NEED_IMATRIX or (text and kind not in _NEED_NO_IMATRIX):
         settings["imatrix"] = _matrix(text or CALIBRATION)
     return {kind: settings}
+
+
+def _named(kind: str) -> str:
+    """The type as mtpforge writes it."""
+    return quant_types.ALIASES.get(kind.upper(), kind.upper())
 
 
 def _larger(kind: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A new type needs a row in each table: its number or position, its error and its 
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import cache
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -28,6 +28,9 @@ _OTHER_NAMES = {
     140: "IQ5_K", 141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS",
     153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
 }  # fmt: skip
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+"""Other names that llama-quantize has for file types."""
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 
@@ -181,8 +184,13 @@ def check_tensor_type(name: str) -> GGMLQuantizationType:
     return GGMLQuantizationType[name]
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
-    """The known type that was probably meant, also by Unsloth's names, such as UD-Q4_K_XL."""
+def _hint(name: str, known: Collection[str]) -> str:
+    """The known type that was probably meant: also by its bits, or as Unsloth's UD-Q4_K_XL."""
     plain = re.sub(r"_X?L$", "_M", name.upper().removeprefix("UD-"))
-    close = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.7)
+    if plain not in known:
+        plain = ALIASES.get(plain, plain)
+    if number := re.fullmatch(r"(?:Q|INT)?([2-8])[-_ ]?(?:BITS?)?", plain):
+        usual = (f"Q{number[1]}{end}" for end in ("_K_M", "_K", "_0"))
+        plain = next((kind for kind in usual if kind in known), plain)
+    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
     return f", did you mean {close[0]}?" if close else ":"

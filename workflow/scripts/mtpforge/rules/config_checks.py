@@ -204,7 +204,8 @@ def _check_packed(path: str, variant: Variant, model: Model) -> None:
             _refuse(f"{path}/base", f"llama-quantize cannot make {kind}")
         if model.converter != "llama.cpp":
             why = f"only llama.cpp's converter writes {kind}, from a checkpoint that is packed so"
-            _refuse(path, f"{why}: set `converter: llama.cpp` on the model")
+            other = ", or make MXFP4_MOE (experts alone)" if kind == "MXFP4" else ""
+            _refuse(path, f"{why}: set `converter: llama.cpp` on the model{other}")
 
 
 def _check_base(path: str, variant: Variant) -> None:
