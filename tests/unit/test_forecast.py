@@ -238,6 +238,24 @@ def test_a_mixture_to_compare_with_is_made_and_run_unless_it_is_a_variant(
     assert made[0] > MACHINE.start and made[1] > 1e6 and made[2:] == (0, True)
 
 
+def test_a_local_checkpoint_is_read_whole_for_its_record(toolchain: Path, tmp_path: Path) -> None:
+    """So is a local GGUF, but not a checkpoint that nothing is made from."""
+    (tmp_path / "base.gguf").write_bytes(bytes(1000))
+    text = str(CHECKPOINTS / "held-out.txt")
+
+    def records(**entries: Any) -> dict[str, Step]:
+        steps = forecast(toolchain, **entries).steps
+        return {step.path: step for step in steps if step.stage == "local_files"}
+
+    checkpoint = layout.local_record(str(CHECKPOINTS / MODEL))
+    found = records(measure={"text": text})
+    size = sum(path.stat().st_size for path in (CHECKPOINTS / MODEL).glob("*.safetensors"))
+    assert found.keys() == {checkpoint} and found[checkpoint].kept == 0
+    assert found[checkpoint].reckoned - MACHINE.start >= size / MACHINE.disk
+    found = records(variants={"theirs": {"base": {"path": "base.gguf"}}})
+    assert found.keys() == {checkpoint, layout.local_record("base.gguf")}
+
+
 def test_a_quantized_head_lies_beside_the_file_that_it_is_injected_into(toolchain: Path) -> None:
     def injection(head: str) -> Step:
         found = forecast(toolchain, variants={"own": {"base": {"type": "Q8_0"}, "head": head}})
@@ -902,7 +920,7 @@ def test_a_table_has_100_columns(toolchain: Path) -> None:
 def test_only_steps_that_will_run_are_listed(toolchain: Path) -> None:
     found = forecast(toolchain, variants={"BF16": {}, "Q8_0": {}})
     count = len(found.steps)
-    found.steps[0] = replace(found.steps[0], why=None)
+    found.settle({"results/m/work/convert/all.gguf": None})
     listed = as_table(found, Fetch(0, 0, 0, 0))
     assert "| convert all" not in listed and "| verify Q8_0" in listed
     assert listed.endswith(f"1 of {count} steps are done\n")

@@ -20,7 +20,7 @@ from mtpforge.forecast.steps import ModelForecast
 from mtpforge.hub.listing import File, Listing
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
-from mtpforge.rules import resources
+from mtpforge.rules import layout, resources
 from mtpforge.rules.build import Build
 from mtpforge.rules.resources import UNKNOWN, Needs
 from mtpforge.rules.variant import HubRepository
@@ -208,6 +208,20 @@ def test_a_local_checkpoint_is_as_large_as_its_shards(monkeypatch: pytest.Monkey
     assert found > 1e6
 
 
+def test_hashing_a_local_checkpoint_takes_as_long_as_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    write_35b(tmp_path / "35b")
+
+    def seconds(path: Path) -> float:
+        models = {"large": {"source": {"path": str(path)}, "variants": {"Q4_K_M": {}}}}
+        job = wildcards(place=layout.place(str(path)))
+        return Build({"models": models}).needs.local_files(job).seconds
+
+    assert seconds(tmp_path / "35b") > 70e9 / 12e6 > 1 > seconds(CHECKPOINTS / "tiny-qwen3.5")
+
+
 def test_jobs_ask_for_more_than_is_forecast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,13 +250,22 @@ def test_jobs_ask_for_more_than_is_forecast(
         machine=Machine(threads=processors.available(), memory=200 << 30, disk=1e9, bandwidth=1e10),
         given_size=lambda _: 0,
     ).steps
-    stages = {"convert", "quantize", "inject", "acceptance", "verify", "logits", "measure"}
+    stages = {
+        "local_files",
+        "convert",
+        "quantize",
+        "inject",
+        "acceptance",
+        "verify",
+        "logits",
+        "measure",
+    }
     search = {"errors", "search_logits", "sensitivities", "compare"}
     assert {step.stage for step in steps} == stages | search
     for step in steps:
         variant = step.name.removeprefix("35b-")
         kind = Path(step.path).parent.name
-        job = wildcards(part=step.name, name=step.name, kind=kind, variant=variant)
+        job = wildcards(place=step.name, part=step.name, name=step.name, kind=kind, variant=variant)
         job.type = Path(step.path).stem
         rule = "verify_beside" if variant.startswith("mtp-") else step.stage
         asked = getattr(build.needs, rule)(job)

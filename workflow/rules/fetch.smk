@@ -30,7 +30,7 @@ rule local_files:
     conda:
         "../../envs/run.yaml"
     resources:
-        **asked(build.needs.local),
+        **asked(build.needs.local_files),
     params:
         code=digest("local_files.py"),
         folder=build.fetch.local_folder,

@@ -21,6 +21,7 @@ _DRAFTED = 1.5  # tokens that a pass over the weights makes with drafting: repor
 _CONVERT = 1.4e-9  # CPU seconds for a byte of the result that is copied and hashed
 _DEQUANTIZE = 3e-9  # and for one that is computed from 8 or 4 bits
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
+_HASH = 1.1e-9  # seconds for a byte of a file, whose sha256 is computed beside those of its parts
 _CONVERT_MEMORY = 330 << 20
 _UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
 _TORCH = 350 << 20  # besides the largest tensor, of which there are up to three copies
@@ -128,6 +129,11 @@ def task_tokens(files: Iterable[str]) -> int:
 def logits_size(tokens: int, vocabulary: int) -> int:
     """Bytes of the logits of a text: llama-perplexity keeps half of them, in 16 bits."""
     return tokens // 2 * (vocabulary + 4) * 2
+
+
+def record(size: float, machine: Machine) -> Cost:
+    """Hash files of a user, which nothing has read before."""
+    return Cost(seconds=max(size * _HASH, size / machine.disk))
 
 
 def convert(

@@ -29,8 +29,10 @@ from mtpforge.quantize.job import RUN_BYTES
 from mtpforge.quantize.piece_count import pieces_of
 from mtpforge.quantize.recipe import Recipe, head_recipe
 from mtpforge.quantize.request import QuantizeRequest
-from mtpforge.rules import layout
+from mtpforge.rules import layout, local_paths
 from mtpforge.rules.config import Model
+from mtpforge.rules.fetch import local_size
+from mtpforge.rules.local_paths import FolderPath
 from mtpforge.rules.search import stock_of
 from mtpforge.rules.variant import ImatrixText, OwnBase, Variant
 from mtpforge.rules.verify import smallest_quant
@@ -115,6 +117,7 @@ class ModelForecast:
         self._given_size = given_size
         self._parts: dict[str, Gguf] = {}
         self._quants: list[Gguf] = []
+        self._record_local_files()
         for variant in model.variants.values():
             self._add_variant(variant)
         if model.sidecar:
@@ -314,6 +317,14 @@ class ModelForecast:
         return sum(info.size for info in infos)
 
     # ── steps ──
+
+    def _record_local_files(self) -> None:
+        """Hash the checkpoints and GGUFs of a user, unless nothing is made from them."""
+        for at, path in local_paths.find(self.model, ""):
+            is_used = self.model.uses_source or not at.startswith("/source/")
+            if is_used and (isinstance(path, FolderPath) or path.endswith(".gguf")):
+                step = Step("local_files", layout.place(path), layout.local_record(path))
+                self._add(step, costs.record(local_size(path), self._machine))
 
     def _convert(self, part: str) -> int:
         made = self._part(part)

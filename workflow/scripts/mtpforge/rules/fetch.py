@@ -45,7 +45,7 @@ class FetchRules(Stage):
     def __init__(self, config: Config, checkpoints: Any) -> None:
         super().__init__(config)
         self._checkpoints = checkpoints
-        self._local = {layout.place(path): path for path in _local_paths(config)}
+        self._local = {layout.place(path): path for path in given_paths(config)}
         self._donors = {layout.donor_name(donor): donor for donor in _donors(config)}
 
     def folder(self, wildcards: Wildcards) -> str:
@@ -309,6 +309,12 @@ def head_inputs(source: Source) -> list[str]:
     return [layout.local_record(source.path)]
 
 
+def given_paths(config: Config) -> list[str]:
+    """All files and checkpoints of the configuration that are on this machine."""
+    found = local_paths.find(config.models, "models")
+    return [path for _, path in found if not isinstance(path, PromptsPath)]
+
+
 def local_folder(path: str) -> Path:
     """The folder of a local file, or the local checkpoint itself."""
     return Path(path) if Path(path).is_dir() else Path(path).parent
@@ -325,6 +331,13 @@ def local_names(path: str) -> list[str]:
     files = [each for each in folder.iterdir() if each.suffix in KINDS and each.is_file()]
     files += chat_templates.additional(folder)
     return sorted(str(each.relative_to(folder)) for each in files if each.name not in others)
+
+
+def local_size(path: str) -> int:
+    """Their bytes together; 0 if one is missing, which its job reports."""
+    with suppress(OSError):
+        return sum((local_folder(path) / name).stat().st_size for name in local_names(path))
+    return 0
 
 
 def recorded(model: Model) -> str:
@@ -374,9 +387,3 @@ def _donors(config: Config) -> list[Source]:
 def _template(model: Model) -> list[str]:
     """The record of the chat template that was given."""
     return [layout.local_record(model.chat_template)] if model.chat_template else []
-
-
-def _local_paths(config: Config) -> list[str]:
-    """All files and checkpoints of the configuration that are on this machine."""
-    found = local_paths.find(config.models, "models")
-    return [path for _, path in found if not isinstance(path, PromptsPath)]

@@ -28,7 +28,7 @@ from mtpforge.io.text import read_json, text_files
 from mtpforge.prompts import read_measured
 from mtpforge.rules import layout, lean
 from mtpforge.rules.config import Model
-from mtpforge.rules.fetch import listed
+from mtpforge.rules.fetch import given_paths, listed, local_size
 from mtpforge.rules.stage import Stage, Wildcards
 from mtpforge.rules.variant import (
     HubFile,
@@ -207,9 +207,11 @@ class ResourceRules(Stage):
         size = _HEAD * (found.weights if found else UNKNOWN)
         return Needs(_PYTHON, size, size / _NETWORK)
 
-    def local(self, _: Wildcards) -> Needs:
+    def local_files(self, wildcards: Wildcards) -> Needs:
         """Reading local files whole, which can be large."""
-        return Needs(seconds=UNKNOWN / _DISK)
+        paths = given_paths(self.config)
+        sizes = [local_size(path) for path in paths if layout.place(path) == wildcards.place]
+        return _needs(costs.record(max(sizes, default=UNKNOWN), _MACHINE))
 
     def materials(self, wildcards: Wildcards) -> Needs:
         """Listing the files of a checkpoint, which may be read whole."""
