@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from environments import make_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "workflow" / "scripts"
@@ -76,6 +77,12 @@ def toolchain(snakemake: Snakemake) -> Path:
     """The folder of llama.cpp programs."""
     snakemake("toolchain")
     return BIN
+
+
+@pytest.fixture(scope="session")
+def of_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment that `make setup` makes, without what only the tests need: its `bin`."""
+    return make_environment(tmp_path_factory.mktemp("environment") / "venv", ROOT / "envs/run.txt")
 
 
 @pytest.fixture

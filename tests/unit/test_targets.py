@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from environments import packages
 from mtpforge.llama_cpp.compilation import read_pin
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -58,52 +58,11 @@ def programs(target: str) -> list[list[str]]:
     return [match[0].replace('"', "").split() for match in found if match]
 
 
-def packages(lock: str) -> set[str]:
-    """The packages of a lock that this Python and machine take."""
-    lines = (ROOT / f"envs/{lock}.txt").read_text().replace("\\\n", " ").splitlines()
-    found = [Requirement(line.partition("--hash")[0]) for line in lines if re.match(r"\w", line)]
-    return {
-        canonicalize_name(each.name) for each in found if not each.marker or each.marker.evaluate()
-    }
-
-
 def allowed(*names: str) -> set[str]:
-    return set().union(*map(packages, names))
+    return set().union(*(packages(ROOT / f"envs/{name}.txt") for name in names))
 
 
 # ── an environment with only these ──
-
-
-@pytest.fixture(scope="module")
-def of_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment that `make setup` makes, and its `bin`."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
-    subprocess.run(command, check=True)
-    (target,) = folder.glob("lib/python*/site-packages")
-    wanted = packages("run")
-    for each in distributions():
-        if canonicalize_name(each.metadata["Name"]) in wanted:
-            link(each, target, folder / "bin")
-    return folder / "bin"
-
-
-def link(package: Distribution, target: Path, programs: Path) -> None:
-    """Link the files of a package, and write its programs."""
-    for file in package.files or ():
-        if ".." in file.parts:
-            continue
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if not (target / file).exists():
-            (target / file).symlink_to(Path(str(file.locate())))
-    for entry in package.entry_points.select(group="console_scripts"):
-        module, _, function = entry.value.partition(":")
-        program = programs / entry.name
-        program.write_text(
-            f"#!{programs / 'python'}\nimport sys\nfrom {module} import {function}\n"
-            f"sys.exit({function}())\n"
-        )
-        program.chmod(0o755)
 
 
 def call(bin: Path, *command: str, cwd: Path = ROOT) -> str:

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +39,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, run: Run) -> 
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Repository:
+def copy(tmp_path_factory: pytest.TempPathFactory, toolchain: Path, of_run: Path) -> Repository:
+    """With the environment that `make` makes, which lacks what only the tests need."""
     copy = Repository(tmp_path_factory.mktemp("stories") / "repository", toolchain)
     shutil.copy(ROOT / "Makefile", copy.path)
+    (copy.path / ".venv").symlink_to(of_run.parent)
     copy.config["threads"] = 1  # two threads of llama-server take long on a busy machine
     copy.write_config()
     return copy
@@ -54,9 +55,8 @@ def make(
     """Run a line of the README that begins with make, without its set-up."""
     program, *words = shlex.split(line, comments=True)
     assert program == "make"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_token", "PATH": path,
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_token",
         "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(copy.path / "home"), "TOKENIZER_PRE": "qwen35",
     }  # fmt: skip
     command = ["make", "-o", "setup", *words, *(f"{k}={v}" for k, v in variables.items())]
@@ -137,3 +137,9 @@ def test_two_commands_publish_a_repository(copy: Repository, hub: Hub) -> None:
         "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-IQ4_XS.gguf", "Qwen3.5-4B-imatrix.gguf"
     }  # fmt: skip
     assert {"README.md", "SHA256SUMS", "reports", "measure", "provenance"} <= names
+
+
+def test_a_plan_of_what_is_built_has_nothing_to_do(copy: Repository, hub: Hub) -> None:
+    done = make("make plan MODELS=qwen3.5-4b", copy, hub)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "to do: 0 of " in done.stdout
