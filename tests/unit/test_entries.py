@@ -169,6 +169,12 @@ def test_a_vision_tower_is_pointed_out() -> None:
     assert about.endswith(" of it the head; `mmproj: true` also makes its vision tower")
 
 
+def test_a_matrix_that_is_given_is_used_by_any_preset() -> None:
+    matrix = {"imatrix": {"text": "a.txt"}}
+    assert presets.preset("desk", "a.txt") == {"Q4_K_M": matrix, "Q6_K": matrix}
+    assert presets.preset("basic", "a.txt") == {"BF16": {}, "Q4_K_M": matrix}
+
+
 def test_some_types_of_a_preset_are_as_in_the_whole() -> None:
     whole = presets.preset("publisher")
     assert presets.preset("publisher", only=["iq4_xs", "Q8_0"]) == {
@@ -196,6 +202,7 @@ def test_a_single_type_has_the_matrix_that_it_needs() -> None:
     assert presets.single("IQ4_XS") == {"IQ4_XS": {}}
     assert presets.single("IQ2_M") == {"IQ2_M": {"imatrix": {"text": presets.CALIBRATION}}}
     assert presets.single("IQ4_XS", "a.txt") == {"IQ4_XS": {"imatrix": {"text": "a.txt"}}}
+    assert presets.single("IQ2_M", "default") == presets.single("IQ2_M")
     ready = {"IQ4_XS": {"imatrix": {"path": "a.gguf"}}}
     assert presets.single("IQ4_XS", "a.gguf") == ready
     assert presets.single("BF16", "a.txt") == {"BF16": {}}
@@ -390,6 +397,21 @@ def test_who_can_see_an_upload_is_said_before_it(
     monkeypatch.setattr(add, "get_token", lambda: "hf_token")
     assert f"{line}\n" in adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
     assert "\nupload" not in adds("Owner/Name", "--model", "other")
+
+
+def test_types_that_a_matrix_would_help_are_named(adds: Callable[..., str]) -> None:
+    note = "\nnote: {} without an importance matrix: IMATRIX=default computes one\n"
+    assert note.format("IQ4_XS") in adds("Owner/Name", "--type", "IQ4_XS", "--model", "a")
+    assert note.format("Q4_K_M") in adds("Owner/Name", "--preset", "desk", "--model", "b")
+    for options in (
+        ("--type", "IQ4_XS", "--imatrix", "default"),
+        ("--type", "IQ2_M"),
+        ("--type", "Q6_K"),
+        ("--type", "Q4_0"),
+        ("--preset", "publisher"),
+        ("--preset", "desk", "--imatrix", "default"),
+    ):
+        assert "note:" not in adds("Owner/Name", *options, "--model", "-".join(options[1:]).lower())
 
 
 def test_nothing_is_written_in_another_folder(adds: Callable[..., str]) -> None:

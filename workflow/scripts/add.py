@@ -59,7 +59,8 @@ def main() -> None:
         config = _check()
         _announce(entry, path)
         plan = _forecast(entry.key, args.profile)
-        print(*_in_lines(plan, _first(config)), *_upload(entry), sep="\n", flush=True)
+        lines = [*_in_lines(plan, _first(config)), *_upload(entry), *_matrix(entry)]
+        print(*lines, sep="\n", flush=True)
         if args.write:
             print(f"wrote {path}")
             print(f"next   {_next(entry, args.profile)}")
@@ -75,6 +76,13 @@ def _upload(entry: Entry) -> list[str]:
     log_in = "" if get_token() else "; first log in: `.venv/bin/hf auth login`, or set HF_TOKEN"
     repo = entry.settings["publish"]["repo"]
     return [f"upload {repo}, which is created as private: you make it public{log_in}"]
+
+
+def _matrix(entry: Entry) -> list[str]:
+    """Which types are made without an importance matrix that would help them."""
+    found = ", ".join(presets.without_matrix(entry.variants))
+    note = f"note: {found} without an importance matrix: IMATRIX=default computes one"
+    return [note] if found else []
 
 
 def _next(entry: Entry, profile: str) -> str:
@@ -116,8 +124,8 @@ def _arguments() -> Namespace:
     parser.add_argument("--head", metavar="TYPE", help="type of the head (default: Q8_0)")
     parser.add_argument(
         "--imatrix", metavar="TEXT",
-        help="text for the importance matrix, or a ready one (*.gguf, *.dat); default: an embedded "
-        "text, where a matrix is needed",
+        help="text for the importance matrix (`default`: an embedded one), or a ready matrix "
+        "(*.gguf, *.dat); if left out: the embedded text, where a matrix is needed",
     )  # fmt: skip
     parser.add_argument(
         "--measure", action="store_true",
@@ -177,8 +185,7 @@ def _variants(args: Namespace, source: Source) -> Variants:
     elif source.packed:
         variants = {"NVFP4": {}}
     else:
-        text = args.imatrix or presets.CALIBRATION
-        variants = presets.preset(args.preset, text, args.types)
+        variants = presets.preset(args.preset, args.imatrix, args.types)
     if args.head:
         head = "none" if args.head.lower() == "none" else args.head.upper()
         variants = {name: {**each, "head": head} for name, each in variants.items()}

@@ -30,8 +30,8 @@ _LARGER = {"Q6_K_L": "Q6_K", "Q5_K_L": "Q5_K_M", "Q4_K_L": "Q4_K_M", "Q2_K_L": "
 _NEED_NO_IMATRIX = ("Q8_0", *quant_types.UNQUANTIZED, *quant_types.PACKED)
 
 
-def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = None) -> Variants:
-    """The variants of a preset; a publisher's have an importance matrix.
+def preset(name: str, text: str | None = None, only: Collection[str] | None = None) -> Variants:
+    """The variants of a preset; a publisher's have an importance matrix, others if `text` is given.
 
     `text` is the matrix, or what it is computed from.
     `only` names those that are wanted. Raises ConfigError if the preset does not have one.
@@ -39,9 +39,9 @@ def preset(name: str, text: str = CALIBRATION, only: Collection[str] | None = No
     variants: Variants = {kind: {} for kind in PRESETS[name]}
     if name == "publisher":
         variants |= {kind: _larger(kind) for kind in _LARGER}
-        for kind, settings in variants.items():
-            if kind not in _NEED_NO_IMATRIX:
-                settings["imatrix"] = _matrix(text)
+    for kind, settings in variants.items():
+        if (text or name == "publisher") and kind not in _NEED_NO_IMATRIX:
+            settings["imatrix"] = _matrix(text or CALIBRATION)
     wanted = [_named(kind) for kind in re.split("[, ]+", " ".join(only or variants)) if kind]
     for kind in wanted:
         if kind not in variants:
@@ -67,6 +67,16 @@ def _named(kind: str) -> str:
     return quant_types.ALIASES.get(kind.upper(), kind.upper())
 
 
+def without_matrix(variants: Variants) -> list[str]:
+    """Those that an importance matrix would help much, and that have none."""
+    return [
+        name
+        for name, each in variants.items()
+        if not each.keys() & {"imatrix", "base"}
+        and str(each.get("type", name)).startswith(("IQ", "Q2_K", "Q3_K", "Q4_K", "Q5_K"))
+    ]
+
+
 def _larger(kind: str) -> dict[str, Any]:
     """What sets one of the larger mixtures apart from its type; nothing for another name."""
     if kind not in _LARGER:
@@ -76,7 +86,8 @@ def _larger(kind: str) -> dict[str, Any]:
 
 def _matrix(given: str) -> dict[str, str]:
     """A ready matrix, or the text that one is computed from."""
-    return {"path" if given.lower().endswith((".gguf", ".dat")) else "text": given}
+    text = CALIBRATION if given == "default" else given  # by one name, or entries would differ
+    return {"path" if given.lower().endswith((".gguf", ".dat")) else "text": text}
 
 
 def bits(settings: dict[str, Any], name: str) -> float:
