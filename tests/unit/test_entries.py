@@ -44,6 +44,19 @@ PINNED = {"repo": "Owner/Name", "revision": COMMIT}
             "https://huggingface.co/Owner/Name/blob/main/a/F.gguf?download=true",
             Address("Owner/Name", "main", "a/F.gguf"),
         ),
+        (
+            "https://huggingface.co/Owner/Name?show_file_info=a%2FF.gguf",
+            Address("Owner/Name", None, "a/F.gguf"),
+        ),
+        (
+            "https://huggingface.co/Owner/Name/tree/main?x=1&show_file_info=F.gguf#a",
+            Address("Owner/Name", "main", "F.gguf"),
+        ),
+        ("hf://Owner/Name@main", Address("Owner/Name", "main")),
+        ("hf://Owner/Name/a/F.gguf", Address("Owner/Name", None, "a/F.gguf")),
+        ("hf://Owner/Name@v1/F.gguf", Address("Owner/Name", "v1", "F.gguf")),
+        ("hf://Owner/Name:Q4_K_M", Address("Owner/Name", None, "Q4_K_M")),
+        (" Owner/Name ", Address("Owner/Name")),
     ],
 )
 def test_a_repository_is_read_as_people_write_it(text: str, expected: Address) -> None:
@@ -51,7 +64,7 @@ def test_a_repository_is_read_as_people_write_it(text: str, expected: Address) -
 
 
 @pytest.mark.parametrize(
-    "text", ["Name", "", "a/b/c", "https://example.org/Owner/Name", "../x", "O/N\n", "O/-N@x@y"]
+    "text", ["Name", "", "a/b/c", "https://example.org/Owner/Name", "../x", "O/N\nx", "O/-N@x@y"]
 )
 def test_another_text_is_no_repository(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a repository: write OWNER/NAME"):
@@ -70,11 +83,30 @@ def test_files_and_folders_are_on_this_machine(tmp_path: Path) -> None:
         address.gguf("Owner/Name")
 
 
+def test_a_gguf_in_a_folder_may_be_one_of_a_repository(here: Path) -> None:
+    in_repository = Address("Owner/Name-GGUF", None, "quants/F.gguf")
+    assert address.gguf("Owner/Name-GGUF/quants/F.gguf") == in_repository
+    assert address.gguf("Owner/Name-GGUF/F.gguf").file == "F.gguf"
+    Path("Owner").mkdir()
+    with pytest.raises(ConfigError, match="no such file"):
+        address.gguf("Owner/Name-GGUF/quants/F.gguf")
+    for text in ("./Owner/Name/F.gguf", "/Owner/Name/F.gguf", "Name/F.gguf"):
+        with pytest.raises(ConfigError, match="no such file"):
+            address.gguf(text)
+
+
+def test_spaces_around_a_path_are_none_of_it(here: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/F.gguf").touch()
+    assert address.checkpoint(" mine ") == Path("mine")
+    assert address.gguf("mine/F.gguf ") == Path("mine/F.gguf")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("ckpt/", "ckpt/: no such folder"),
-        ("checkpoints/my-finetune/", "if it is a repository, write its Hub URL"),
+        ("mine/finetune/", "if it is a repository, write its Hub URL"),
         ("mine/tun-4b", "write its Hub URL; did you mean tune-4b?"),
         ("./mine/tun-4b", "./mine/tun-4b: no such folder; did you mean tune-4b?"),
         ("mine/a/b", "mine/a/b: no such folder"),
@@ -88,6 +120,7 @@ def test_a_path_that_is_not_there_is_called_so_at_once(here: Path, text: str, sa
     assert "no such folder" in str(refused.value) and said in str(refused.value)
     assert address.checkpoint("Owner/Name@v1") == Address("Owner/Name", "v1")
     assert address.checkpoint("mine/Model@refs/pr/1") == Address("mine/Model", "refs/pr/1")
+    assert address.checkpoint("Owner/Name/") == Address("Owner/Name")
     assert address.checkpoint("https://hf.co/mine/tun-4b/") == Address("mine/tun-4b")
 
 

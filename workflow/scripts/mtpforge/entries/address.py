@@ -1,8 +1,9 @@
 """Repositories, checkpoints and GGUFs as people write them: names, web addresses, paths."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from huggingface_hub import constants
 
@@ -13,6 +14,7 @@ from mtpforge.suggest import beside, close
 _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
 _PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
 _SHORT = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^:]+))?(?::(.+))?")
+_PATH = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:[/:](.+))?")
 _HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or a Hub URL"
 
 
@@ -27,6 +29,7 @@ class Address:
 
 def repository(text: str) -> Address:
     """The repository in OWNER/NAME, OWNER/NAME@TAG:FILE or a Hub URL. Raises ConfigError."""
+    text = text.strip()
     address = _on_page(text) or _match(_SHORT, text)
     if address is None or not REPOSITORY.fullmatch(address.repo):
         raise ConfigError(f"{text[:200]!r} is not a repository: write {_HUB_FORM}")
@@ -35,6 +38,7 @@ def repository(text: str) -> Address:
 
 def checkpoint(text: str) -> Address | Path:
     """The checkpoint: a folder on this machine, or a repository. Raises ConfigError."""
+    text = text.strip()
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -43,7 +47,8 @@ def checkpoint(text: str) -> Address | Path:
     name = re.split("[@:]", text)[0]
     meant = beside(path) if "/" in text else ""
     # A folder may be named after an owner of repositories.
-    if not _on_page(text) and (meant or text.endswith("/") or name.count("/") > 1):
+    folder = text.endswith("/") and (name.count("/") == 1 or path.parent.exists())
+    if (meant or folder or name.rstrip("/").count("/") > 1) and not _on_page(text):
         raise ConfigError(
             f"{text[:200]}: no such folder; if it is a repository, write its Hub URL{meant}"
         )
@@ -52,10 +57,15 @@ def checkpoint(text: str) -> Address | Path:
 
 def gguf(text: str) -> Address | Path:
     """The GGUF: a file on this machine, or one of a repository. Raises ConfigError."""
+    text = text.strip()
     path = Path(text).expanduser()
     if path.is_file():
         return path
-    if text.endswith(".gguf") and ":" not in text:
+    if text.endswith(".gguf") and ":" not in text and not _on_page(text):
+        address = _match(_PATH, text)
+        in_repository = address and address.file and REPOSITORY.fullmatch(address.repo)
+        if address and in_repository and not Path(path.parts[0]).exists():
+            return address
         found = path.parent.glob("*.gguf") if path.parent.is_dir() else ()
         raise ConfigError(f"{text[:200]}: no such file{close(path.name, (f.name for f in found))}")
     address = repository(text)
@@ -70,12 +80,13 @@ def gguf(text: str) -> Address | Path:
 def _on_page(text: str) -> Address | None:
     """The repository that a page of the Hub belongs to; None for another text."""
     address = re.sub(r"^(?:http://|(?=(?:www\.)?(?:huggingface|hf)\.co/))", "https://", text)
-    for host in (*_HOSTS, constants.ENDPOINT.rstrip("/") + "/", "hf://"):
+    for host in (*_HOSTS, constants.ENDPOINT.rstrip("/") + "/"):
         for given in (text, address):
             if given.startswith(host):
-                path = re.split(r"[?#]", given.removeprefix(host))[0].rstrip("/")
-                return _match(_PAGE, path)
-    return None
+                page = urlsplit(given.removeprefix(host))
+                found, shown = _match(_PAGE, page.path), parse_qs(page.query).get("show_file_info")
+                return replace(found, file=shown[0]) if found and shown else found
+    return _match(_PATH, text.removeprefix("hf://")) if text.startswith("hf://") else None
 
 
 def _match(pattern: re.Pattern[str], text: str) -> Address | None:
