@@ -213,8 +213,27 @@ def test_some_types_of_a_preset_are_as_in_the_whole() -> None:
     assert presets.preset("publisher", only=["iq4_xs", "Q8_0"]) == {
         name: whole[name] for name in ("Q8_0", "IQ4_XS")
     }
-    with pytest.raises(ConfigError, match=r"the preset publisher has no Q5_0: it has BF16, "):
-        presets.preset("publisher", only=["Q5_0"])
+
+
+def test_types_need_not_be_those_of_the_preset() -> None:
+    assert presets.preset("desk", only=["Q8_0", "q6_k"]) == {"Q6_K": {}, "Q8_0": {}}
+    matrix = {"imatrix": {"text": presets.CALIBRATION}}
+    assert presets.preset("desk", only=["IQ2_M"]) == {"IQ2_M": matrix}
+    assert presets.preset("publisher", only=["Q5_0"]) == {"Q5_0": matrix}
+    with pytest.raises(ConfigError, match=r"did you mean IQ4_XS\?$"):
+        presets.preset("desk", only=["Q6_K", "IQ4_XL"])
+
+
+def test_a_preset_that_is_not_there_is_answered_with_those_that_are() -> None:
+    said = "no preset 'publish': there are basic, desk, publisher; did you mean publisher[?]"
+    with pytest.raises(ConfigError, match=said):
+        presets.preset("publish")
+
+
+def test_several_types_are_for_add() -> None:
+    for text in ("Q4_K_M IQ4_XS", "Q4_K_M, IQ4_XS"):
+        with pytest.raises(ConfigError, match=r'`make add .* TYPES="Q4_K_M IQ4_XS"` adds'):
+            presets.single(text)
 
 
 def test_the_publishers_preset_has_the_usual_small_types_by_size() -> None:
@@ -260,6 +279,8 @@ def test_types_may_have_llama_quantizes_other_names_and_be_separated_by_commas()
         ("INT8", "Q8_0", "Q8_0"),
         ("q4_k", "Q4_K_M", "Q4_K"),
         ("Q4_K_XL", "Q4_K_M", "Q4_K"),
+        ("IQ4_XL", "IQ4_XS", "IQ4_XS"),
+        ("Q4_K_N", "Q4_K_M", "Q4_K"),
     ],
 )
 def test_a_type_named_by_its_bits_is_answered(given: str, file_type: str, tensor_type: str) -> None:

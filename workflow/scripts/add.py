@@ -110,8 +110,13 @@ def _arguments() -> Namespace:
         help="checkpoint: OWNER/NAME, OWNER/NAME@TAG, a Hub URL, or a local folder",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--preset", choices=PRESETS, default="basic", help="default: %(default)s")
-    parser.add_argument("--types", nargs="+", metavar="TYPE", help="only these of the preset")
+    what.add_argument(
+        "--preset", metavar="NAME", default="basic",
+        help=f"{', '.join(PRESETS)}; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--types", nargs="+", metavar="TYPE", help="these types instead of the preset's"
+    )
     what.add_argument("--type", help="make this type only, such as IQ4_XS")
     what.add_argument(
         "--base", metavar="GGUF",
@@ -170,7 +175,7 @@ def _entry(args: Namespace, given: Address | Path) -> Entry:
 
 def _variants(args: Namespace, source: Source) -> Variants:
     if args.types and (args.type or args.base or source.packed):
-        raise ConfigError("TYPES chooses types of a preset, and none is made here")
+        raise ConfigError("TYPES is for `make add` of a checkpoint that is not packed")
     if args.base:
         label, base = proposal.base(address.gguf(args.base))
         variants: Variants = {label: {"base": base}}

@@ -6,6 +6,7 @@ from typing import Any
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.suggest import close
 
 Variants = dict[str, dict[str, Any]]
 
@@ -34,19 +35,17 @@ def preset(name: str, text: str | None = None, only: Collection[str] | None = No
     """The variants of a preset; a publisher's have an importance matrix, others if `text` is given.
 
     `text` is the matrix, or what it is computed from.
-    `only` names those that are wanted. Raises ConfigError if the preset does not have one.
+    `only` names the types to make instead of its own. Raises ConfigError for an unknown name.
     """
-    variants: Variants = {kind: {} for kind in PRESETS[name]}
-    if name == "publisher":
-        variants |= {kind: _larger(kind) for kind in _LARGER}
-    for kind, settings in variants.items():
-        if (text or name == "publisher") and kind not in _NEED_NO_IMATRIX:
-            settings["imatrix"] = _matrix(text or CALIBRATION)
-    wanted = [_named(kind) for kind in re.split("[, ]+", " ".join(only or variants)) if kind]
-    for kind in wanted:
-        if kind not in variants:
-            raise ConfigError(f"the preset {name} has no {kind}: it has {', '.join(variants)}")
-    return {kind: variants[kind] for kind in variants if kind in wanted}
+    if name not in PRESETS:
+        meant = close(name, PRESETS)
+        raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}{meant}")
+    is_publisher = name == "publisher"
+    kinds = [*PRESETS[name], *(_LARGER if is_publisher else ())]
+    wanted = [_named(kind) for kind in re.split("[, ]+", " ".join(only or kinds)) if kind]
+    wanted.sort(key=lambda kind: kinds.index(kind) if kind in kinds else len(kinds))
+    text = text or (CALIBRATION if is_publisher else None)
+    return {kind: settings for each in wanted for kind, settings in single(each, text).items()}
 
 
 def single(kind: str, text: str | None = None) -> Variants:
@@ -54,6 +53,9 @@ def single(kind: str, text: str | None = None) -> Variants:
 
     Raises ConfigError if no variant can have the type.
     """
+    if len(kinds := re.findall("[^, ]+", kind)) > 1:
+        listed = " ".join(kinds)
+        raise ConfigError(f'TYPE is one type: `make add REPO=... TYPES="{listed}"` adds several')
     kind = _named(kind)
     settings = _larger(kind)
     quant_types.check_published_type(settings.get("type", kind))

@@ -3,13 +3,13 @@
 A new type needs a row in each table: its number or position, its error and its cost.
 """
 
-import difflib
 import re
 from collections.abc import Collection
 from functools import cache
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from mtpforge import suggest
 from mtpforge.errors import ConfigError
 
 # File type -> general.file_type, as listed by `llama-quantize --help` of llama.cpp b11434.
@@ -162,10 +162,7 @@ def needs_imatrix(tensor: str, kind: str, file_type: str) -> bool:
 def check_file_type(name: str) -> str:
     """Return the name if llama-quantize has that file type. Raises ConfigError."""
     if name not in FILE_TYPES:
-        hint = _hint(name, FILE_TYPES)
-        raise ConfigError(
-            f"unknown quantization type {name!r}{hint} llama.cpp has {', '.join(FILE_TYPES)}"
-        )
+        raise ConfigError(f"unknown quantization type {name!r}{_hint(name, FILE_TYPES)}")
     return name
 
 
@@ -177,20 +174,20 @@ def check_published_type(name: str) -> str:
 def check_tensor_type(name: str) -> GGMLQuantizationType:
     """The type of that name. Raises ConfigError if llama.cpp has no such type for a tensor."""
     if name not in TENSOR_TYPES:
-        hint = _hint(name, TENSOR_TYPES)
-        raise ConfigError(
-            f"unknown tensor type {name!r}{hint} llama.cpp has {', '.join(TENSOR_TYPES)}"
-        )
+        raise ConfigError(f"unknown tensor type {name!r}{_hint(name, TENSOR_TYPES)}")
     return GGMLQuantizationType[name]
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    """The known type that was probably meant: also by its bits, or as Unsloth's UD-Q4_K_XL."""
-    plain = re.sub(r"_X?L$", "_M", name.upper().removeprefix("UD-"))
+    """The known type that was probably meant, also by its bits, or as Unsloth's UD-Q4_K_XL.
+
+    All known types, if none is similar.
+    """
+    plain = re.sub(r"_K_X?L$", "_K_M", name.upper().removeprefix("UD-"))
     if plain not in known:
         plain = ALIASES.get(plain, plain)
     if number := re.fullmatch(r"(?:Q|INT)?([2-8])[-_ ]?(?:BITS?)?", plain):
         usual = (f"Q{number[1]}{end}" for end in ("_K_M", "_K", "_0"))
         plain = next((kind for kind in usual if kind in known), plain)
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
-    return f", did you mean {close[0]}?" if close else ":"
+    meant = suggest.closest(plain, known)
+    return f", did you mean {meant}?" if meant else f": llama.cpp has {', '.join(known)}"
