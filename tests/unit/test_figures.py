@@ -13,8 +13,8 @@ from mtpforge.gguf.quant_types import UnknownType
 from mtpforge.gguf.reader import TensorInfo
 from mtpforge.measure.measurement import Measurement
 from mtpforge.report import figures
-from mtpforge.report.distance import File, frontier
-from mtpforge.report.svg import CHARACTER, MARKS, WIDTH, Svg, ticks
+from mtpforge.report.distance import LEADER, File, frontier
+from mtpforge.report.svg import CHARACTER, FAINT, MARKS, WIDTH, Svg, ticks
 from mtpforge.report.tensors import tensors
 from mtpforge.search.compared import Compared, Stock
 
@@ -88,6 +88,75 @@ def test_distance_figure_names_all_files(divergences: tuple[float, ...]) -> None
     ]
     short = names if len(names) == 1 else [name.removeprefix("M-") for name in names]
     assert set(short) <= set(words(figures.distance(files)))
+
+
+def sized(*files: tuple[str, int, float]) -> list[Measurement]:
+    """Files of these names, bytes and divergences."""
+    return [replace(measured(f"M-{name}.gguf", 0, far), bytes=size) for name, size, far in files]
+
+
+def numbers(picture: Svg) -> set[float]:
+    """The ticks of both axes."""
+    return {float(word) for word in words(picture) if re.fullmatch(r"[\d.e-]+", word)}
+
+
+def test_the_axes_of_the_distance_figure_fit_the_files() -> None:
+    small = sized(
+        ("IQ4_XS", 1_960_000, 0.0296), ("Q4_K_M", 2_060_000, 0.0252), ("Q6_K", 2_490_000, 0.004)
+    )
+    assert numbers(figures.distance(small)) == {2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 0.005, 0.01, 0.02}
+    with_bf16 = [*small, *sized(("BF16", 5_600_000, 0.0))]
+    assert 0.0 in numbers(figures.distance(with_bf16))
+    wide = [*small, *sized(("Q8_0", 3_600_000, 0.0001))]
+    assert numbers(figures.distance(wide)) == {2.0, 2.5, 3.0, 3.5, 0.0001, 0.001, 0.01}
+
+
+SCATTERED = {
+    "few": [("IQ4_XS", 196, 0.0296), ("Q4_K_M", 206, 0.0252), ("Q6_K", 249, 0.004)],
+    "many": [
+        ("IQ2_XXS", 120, 0.6), ("Q3_K_M", 180, 0.09), ("IQ4_XS", 196, 0.0296),
+        ("Q4_K_M", 206, 0.0252), ("Q4_K_M-auto", 206, 0.018), ("Q5_K_M", 227, 0.009),
+        ("Q6_K", 249, 0.004), ("Q8_0", 357, 0.0001), ("BF16", 560, 0.0),
+    ],
+    "close": [("A-long-name", 200, 0.02), ("B-long-name", 201, 0.0199), ("C", 202, 0.0198)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCATTERED)
+def test_labels_of_the_distance_figure_avoid_marks_lines_and_each_other(kind: str) -> None:
+    files = sized(*SCATTERED[kind])
+    root = ElementTree.fromstring(figures.distance(files).render())
+    names = {name for name, _, _ in SCATTERED[kind]}
+    labels = []
+    for text in root.iter(TEXT):
+        if text.text in names:
+            x, y = float(text.get("x", "")), float(text.get("y", ""))
+            labels.append((x, y - 9, x + 0.9 * CHARACTER * len(text.text), y))
+    marks = [
+        (float(mark.get("cx", "")), float(mark.get("cy", "")))
+        for mark in root.iter("{http://www.w3.org/2000/svg}circle")
+    ]
+    assert len(labels) == len(marks) == len(files)
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in marks]
+    for line in root.iter("{http://www.w3.org/2000/svg}line"):
+        if line.get("stroke") in (FAINT, LEADER):
+            ends = [float(line.get(key, "")) for key in ("x1", "y1", "x2", "y2")]
+            for step in range(101):
+                x = ends[0] + (ends[2] - ends[0]) * step / 100
+                y = ends[1] + (ends[3] - ends[1]) * step / 100
+                taken.append((x, y, x, y))
+    for number, label in enumerate(labels):
+        for left, top, right, bottom in [*taken, *labels[:number]]:
+            apart = left > label[2] or right < label[0] or top > label[3] or bottom < label[1]
+            assert apart, (kind, label, (left, top, right, bottom))
+
+
+def test_a_label_that_is_far_from_its_mark_has_a_line_to_it() -> None:
+    def lines(*files: tuple[str, int, float]) -> int:
+        return figures.distance(sized(*files)).render().count(f'stroke="{LEADER}"')
+
+    assert lines(("A", 200_000, 0.02), ("B", 300_000, 0.002)) == 0
+    assert lines(*((f"Q{number}_K", 200_000, 0.02) for number in range(12))) > 0
 
 
 def compared(file: str, stock: Stock | None) -> Compared:
