@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,34 @@ def test_a_second_writer_of_a_file_is_refused(tmp_path: Path) -> None:
             pytest.raises(ForgeError, match="another process is writing it"),
             replacing(tmp_path / "x"),
         ):
+            pass
+    assert (tmp_path / "x").read_text() == "first"
+
+
+def test_the_file_of_a_second_writer_does_not_get_the_name(tmp_path: Path) -> None:
+    """A hard link is not locked, so a second writer can start a new file under its name."""
+    (tmp_path / "made").write_text("first")
+    with ExitStack() as second:
+        with (
+            pytest.raises(ForgeError, match="another process is writing it"),
+            replacing(tmp_path / "x") as first,
+        ):
+            link_or_copy(tmp_path / "made", first)
+            other = second.enter_context(replacing(tmp_path / "x"))
+            other.write_text("half")
+        assert not (tmp_path / "x").exists()
+        other.write_text("second")
+    assert (tmp_path / "x").read_text() == "second" and (tmp_path / "made").read_text() == "first"
+
+
+def test_a_copy_in_place_of_a_link_stays_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").write_text("first")
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    with replacing(tmp_path / "x") as first:
+        link_or_copy(tmp_path / "made", first)
+        with pytest.raises(ForgeError, match="another process"), replacing(tmp_path / "x"):
             pass
     assert (tmp_path / "x").read_text() == "first"
 

@@ -14,7 +14,6 @@ import sys
 sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import argparse
-import os
 from pathlib import Path
 
 from mtpforge import cli
@@ -191,8 +190,7 @@ def hard_link(source: Path, target: Path) -> None:
     """Replace `target` with a hard link to `source`, if the file system has them."""
     try:
         with atomic.replacing(target) as temporary:
-            temporary.unlink()
-            os.link(source, temporary)
+            atomic.link(source, temporary)
     except OSError as error:
         if not atomic.unlinkable(error):
             raise

@@ -245,7 +245,6 @@ def _link_cached(listing: Listing, name: str, partial: Path) -> Digest | None:
     digest = _digest(listing, name)
     if not digest.matches_file(source):
         return None
-    partial.unlink()  # a link cannot replace a file
     atomic.link_or_copy(source.resolve(), partial)
     progress.say(f"{name}: taken from the local Hub cache")
     return digest

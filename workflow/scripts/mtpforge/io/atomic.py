@@ -60,15 +60,29 @@ def _check_output(path: Path) -> None:
 def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.claimed_file(path, bool(keep)) as written:
+        claimed = written.stat().st_ino
         try:
             yield written
+            if not _is_own(written, claimed):
+                raise temporary.in_use(path)
             sync(written)
             _rename(written, path)
         except BaseException as error:
-            if not _kept(keep, error):
+            if _is_own(written, claimed) and not _kept(keep, error):
                 written.unlink(missing_ok=True)
             raise
         sync(path.parent)  # or a power cut can undo the renaming
+
+
+def _is_own(written: Path, claimed: int) -> bool:
+    """Whether a temporary file is still the one that was claimed, or a hard link put in its place.
+
+    A link is not locked: a second writer can take its name, with a new file.
+    """
+    with suppress(FileNotFoundError):
+        found = written.stat()
+        return found.st_ino == claimed or found.st_nlink > 1
+    return False
 
 
 def _kept(keep: Keep, error: BaseException) -> bool:
@@ -143,21 +157,32 @@ def _real(path: Path) -> Path:
 def give_name(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`: a hard link if the file system can, else a copy."""
     with replacing(target) as written:
-        written.unlink()  # a link cannot replace a file
         link_or_copy(source, written)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy if the file system cannot link them.
 
-    Raises StorageError if the copy does not fit, or the disk fails.
+    A copy is written into a file that is there, which may be locked. Raises StorageError if it does
+    not fit, or the disk fails.
     """
     try:
-        os.link(source, target)
+        link(source, target)
     except OSError as error:
         if not unlinkable(error):
             raise
         _copy(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target`, which may be there, a hard link to `source`. Raises OSError."""
+    own = temporary.own_name(target, "part")
+    try:
+        os.link(source, own)
+        os.replace(own, target)
+    except OSError:
+        own.unlink(missing_ok=True)
+        raise
 
 
 def check_room(source: Path, target: Path) -> None:

@@ -73,6 +73,11 @@ def usual_name(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{ending}")
 
 
+def in_use(path: Path) -> ForgeError:
+    """The error that another process is writing `path`."""
+    return ForgeError(f"{path}: another process is writing it: wait for it, or stop it")
+
+
 # ── one name, locked ──
 
 
@@ -91,7 +96,7 @@ def _claim(usual: Path, target: Path, is_folder: bool = False) -> int | None:
         elif is_job:
             return None
         else:
-            raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")
+            raise in_use(target)
 
 
 def _try_to_claim(usual: Path, is_folder: bool) -> int | None:
@@ -156,7 +161,7 @@ def _start_over(lock: int, usual: Path, target: Path) -> int:
     finally:
         os.close(lock)
     if found is None:
-        raise ForgeError(f"{target}: another process is writing it: wait for it, or stop it")
+        raise in_use(target)
     return found
 
 
@@ -172,13 +177,14 @@ def _empty(folder: Path) -> None:
 # ── a name of one's own ──
 
 
-def _own_name(path: Path, ending: str) -> Path:
+def own_name(path: Path, ending: str) -> Path:
+    """A temporary name that no other process uses."""
     return path.with_name(f".{path.name}.{run_owner.tag()}.{ending}")
 
 
 def _own_file(path: Path, keep: bool) -> Path:
     """A new file; with `keep` the longest that a killed process of this machine has left."""
-    own = _own_name(path, "part")
+    own = own_name(path, "part")
     for left in leftovers.beside(path, "part"):
         if keep and not own.exists():
             with suppress(FileNotFoundError):  # another process was first
@@ -193,6 +199,6 @@ def _own_folder(path: Path, ending: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers.beside(path, ending):
         leftovers.delete(left)
-    own = _own_name(path, ending)
+    own = own_name(path, ending)
     own.mkdir()
     return own

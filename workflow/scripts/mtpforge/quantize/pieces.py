@@ -5,7 +5,6 @@ one plain run of llama-quantize.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,8 +29,7 @@ def quantize_whole(job: QuantizeJob, out: Path, reuse: Path | None = None) -> di
         finished = find_whole(job, reusable, scratch)
         with atomic.replacing(out, needed=None if finished else job.size) as temporary:
             if finished:
-                temporary.unlink()  # a link cannot replace a file
-                os.link(finished.path, temporary)
+                atomic.link(finished.path, temporary)
                 report(reusable, job.plan.tensors)
                 return finished.digests
             if reusable and worth_reusing(job, reusable):
