@@ -9,7 +9,7 @@ $(if $(filter $(PROFILE),$(PROFILES)),,$(error no profile '$(PROFILE)': profiles
 endif
 
 # What targets take. Of these, one that the targets of a call do not take is refused.
-ENTRY := HEAD IMATRIX PUBLISH TOKENIZER_PRE MODEL MEASURE YES
+ENTRY := HEAD IMATRIX PUBLISH TOKENIZER_PRE MODEL MEASURE YES DRY_RUN
 TAKEN_BY_quant := REPO TYPE $(ENTRY)
 TAKEN_BY_inject := BASE SOURCE REPLACE $(ENTRY)
 TAKEN_BY_add := REPO PRESET TYPES $(ENTRY)
@@ -85,7 +85,8 @@ given = $(if $($(2)),$(1) "$($(2))")
 required = $(foreach name,$(1),$(if $($(name)),,echo "error: $(name) is missing, as in: $(2)" >&2; exit 2;))
 OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given,--publish,PUBLISH) \
 	$(call given,--tokenizer-pre,TOKENIZER_PRE) $(call given,--model,MODEL) \
-	$(call set,MEASURE,--measure) $(call set,YES,--yes) --profile $(PROFILE) --cores $(CORES)
+	$(call set,MEASURE,--measure) $(call set,YES,--yes) $(call set,DRY_RUN,--dry-run) \
+	--profile $(PROFILE) --cores $(CORES)
 
 quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [PROFILE=lean] [YES=1]
 	@$(call required,REPO TYPE,make quant REPO=OWNER/NAME TYPE=IQ4_XS)

@@ -406,7 +406,7 @@ def adds(
 ) -> Callable[..., str]:
     """Run `add.py ... --write` on that checkpoint, and return what it prints."""
     names = ("fetch", "disk", "peak", "free", "seconds")
-    plan = {**dict.fromkeys(names, 0), "notes": [], "warnings": ["warning: x"]}
+    plan = {**dict.fromkeys(names, 0), "notes": [], "warnings": ["warning: x"], "to_run": 1}
     plan["fetch_seconds"] = None
     add.REQUIREMENT.parent.mkdir()
     add.REQUIREMENT.touch()
@@ -451,6 +451,36 @@ def test_who_can_see_an_upload_is_said_before_it(
     monkeypatch.setattr(add, "get_token", lambda: "hf_token")
     assert f"{line}\n" in adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
     assert "\nupload" not in adds("Owner/Name", "--model", "other")
+
+
+def test_what_is_built_is_said_without_a_question(
+    adds: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[str] = []
+    plan = {**add._forecast("name", "default"), "to_run": 0}
+    plan["models"] = {"name": {"files": [{"name": "Name-Q8_0.gguf"}]}}
+    monkeypatch.setattr(add, "_forecast", lambda *_: plan)
+    monkeypatch.setattr(add, "_build", lambda key, *_: built.append(key))
+    monkeypatch.setattr(add.sys, "stdin", io.StringIO())
+    monkeypatch.setattr(add.sys, "argv", ["add.py", "Owner/Name", "--type", "Q8_0", "--build"])
+    add.main()
+    assert built == ["name"]  # what is left to do takes moments, and the run says what there is
+    said = capsys.readouterr().out
+    assert "\nalready built: results/name/Name-Q8_0.gguf\n" in said and "fetch" not in said
+    monkeypatch.setattr(add, "_first", lambda _: ", after llama.cpp is built")
+    with pytest.raises(ConfigError, match="no terminal to ask on"):
+        add.main()
+
+
+def test_a_dry_run_shows_the_forecast_and_changes_nothing(
+    adds: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        adds("Owner/Name", "--type", "Q8_0", "--dry-run")
+    said = capsys.readouterr().out
+    assert not ended.value.code and list(Path("config.d").iterdir()) == []
+    assert "\nfetch  nothing\n" in said
+    assert said.endswith("\ndry run: nothing was built or written\n")
 
 
 def test_types_that_a_matrix_would_help_are_named(adds: Callable[..., str]) -> None:

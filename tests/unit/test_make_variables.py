@@ -72,6 +72,7 @@ def test_a_variable_of_one_of_the_targets_is_taken() -> None:
         ("quant REPO=A/B TYPE=Q4_0 YES=", "--yes"),
         ("inject BASE=a.gguf SOURCE=A/B REPLACE=", "--replace-head"),
         ("publish DRY_RUN=", "dry_run=true"),
+        ("quant REPO=A/B TYPE=Q4_0 DRY_RUN=", "--dry-run"),
         ("clean-work YES=", "--yes"),
     ],
 )

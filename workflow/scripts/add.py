@@ -58,14 +58,21 @@ def main() -> None:
     with files.written(entry) as path:
         config = _check()
         _announce(entry, path)
-        plan = _forecast(entry.key, args.profile)
-        lines = [*_in_lines(plan, _first(config)), *_upload(entry), *_matrix(entry)]
-        print(*lines, sep="\n", flush=True)
+        plan, first = _forecast(entry.key, args.profile), _first(config)
+        if built := args.build and not (plan["to_run"] or plan["fetch"] or first):
+            names = (each["name"] for each in plan["models"][entry.key]["files"])
+            print("already built:", ", ".join(f"results/{entry.key}/{name}" for name in names))
+        else:
+            lines = [*_in_lines(plan, first), *_upload(entry), *_matrix(entry)]
+            print(*lines, sep="\n", flush=True)
+        if args.dry_run:
+            print(f"dry run: nothing was built or written")
+            raise SystemExit(0)
         if args.write:
             print(f"wrote {path}")
             print(f"next   {_next(entry, args.profile)}")
             return
-        _ask(args.yes)
+        _ask(args.yes or built)
         _build(entry.key, args.profile, args.cores)
 
 
@@ -146,6 +153,7 @@ def _arguments() -> Namespace:
     then.add_argument("--write", action="store_true", help="write config.d/KEY.yaml")
     then.add_argument("--build", action="store_true", help="write it, ask, and build the model")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--dry-run", action="store_true", help="only show the forecast")
     parser.add_argument(
         "--profile", default="default", metavar="NAME",
         help="forecast and build with profiles/NAME: lean and shards are for small disks",
@@ -285,6 +293,7 @@ def _first(config: Config) -> str:
 def _in_lines(plan: dict[str, Any], first: str) -> list[str]:
     """Fetch, disk and time, then notes and warnings."""
     fetch, disk, peak, free = (table.size(plan[key]) for key in ("fetch", "disk", "peak", "free"))
+    fetch = fetch if plan["fetch"] else "nothing"
     if plan["fetch"] and plan["fetch_seconds"] is not None:
         fetch += f", about {table.duration(plan['fetch_seconds'])}"
     more = f", at most {peak} while it runs" if peak != disk else ""

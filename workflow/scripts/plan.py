@@ -294,7 +294,7 @@ def _starts(servers: int) -> str:
 
 def in_words(about: dict[str, Any], exact: bool = True) -> str:
     """The totals, and a warning about each that this machine lacks."""
-    fetching = f" {table.size(about['fetch'])}"
+    fetching = f" {table.size(about['fetch']) if about['fetch'] else 'nothing'}"
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
     disk, peak, free = (table.size(about[name]) for name in ("disk", "peak", "free"))
