@@ -126,6 +126,7 @@ def make(
 def test_the_acceptance_of_bf16_is_said_if_the_table_does_not_have_it() -> None:
     quant = result(bf16_acceptance=0.94)
     assert "accepted in verification (BF16: 94%)" in make(quant)
+    assert "drafts greedily with each head (BF16: 94%)." in second(quant)
     assert "(BF16:" not in make(quant, result("BF16"))
     assert "(BF16:" not in make(result())
 

@@ -18,7 +18,7 @@ from mtpforge.llama_cpp.stamp import Stamp
 from mtpforge.measure.measurement import Measurement
 from mtpforge.publish import choice, details, serving_memory, tables
 from mtpforge.publish.card_config import About
-from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences, toolchain
+from mtpforge.publish.card_parts import any_drafts, filled, machine, of_bf16, sentences, toolchain
 from mtpforge.publish.front_matter import front_matter, read_front_matter
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
@@ -190,7 +190,7 @@ def _legend(results: Sequence[Result], about: About) -> str:
     known = {
         "head: type of the head's tensors": any(result.has_head for result in results),
         "accepted: share of drafted tokens that the model accepted in verification"
-        f"{_unquantized(results)}": any(result.report.acceptance is not None for result in results),
+        f"{of_bf16(results)}": any(result.report.acceptance is not None for result in results),
         f"tokens/s: without{' → with' * tables.any_faster(results)} drafting": any(
             result.is_steady for result in results
         ),
@@ -215,16 +215,6 @@ def _legend(results: Sequence[Result], about: About) -> str:
         sentences(map(machine, swept)),
     ]
     return "\n\n".join(filter(None, parts))
-
-
-def _unquantized(results: Iterable[Result]) -> str:
-    """The acceptance of the BF16 file, if it is known and in no row of the table."""
-    reports = [result.report for result in results if result.is_model]
-    if any(each.bits_per_weight >= 16 and each.acceptance is not None for each in reports):
-        return ""
-    known = (each.bf16_acceptance for each in reports)
-    found = next((each for each in known if each is not None), None)
-    return "" if found is None else f" (BF16: {found:.0%})"
 
 
 def _texts(measured: Iterable[Measurement], about: About) -> str:

@@ -52,6 +52,16 @@ def any_drafts(results: Iterable[Result]) -> bool:
     return any(result.drafts and not result.report.not_run for result in results)
 
 
+def of_bf16(results: Iterable[Result]) -> str:
+    """The acceptance of the BF16 file, if it is known and in no row of the table."""
+    reports = [result.report for result in results if result.is_model]
+    if any(each.bits_per_weight >= 16 and each.acceptance is not None for each in reports):
+        return ""
+    known = (each.bf16_acceptance for each in reports)
+    found = next((each for each in known if each is not None), None)
+    return "" if found is None else f" (BF16: {found:.0%})"
+
+
 def sentences(found: Iterable[str]) -> str:
     """Sentences in alphabetical order, without repeats."""
     return " ".join(sorted(set(found)))

@@ -10,7 +10,7 @@ from mtpforge.measure.measurement import Measurement, Other
 from mtpforge.measure.recommendation import AGAIN, pair
 from mtpforge.publish import choice, tables
 from mtpforge.publish.card_config import About
-from mtpforge.publish.card_parts import any_drafts, filled, machine, sentences
+from mtpforge.publish.card_parts import any_drafts, filled, machine, of_bf16, sentences
 from mtpforge.publish.markdown import code, escape
 from mtpforge.publish.result import Result
 from mtpforge.search.compared import Compared, mixture_table
@@ -47,6 +47,7 @@ def _values(about: About, results: Sequence[Result]) -> dict[str, Any]:
         "title": escape(about.title),
         "files": tables.details(results).rstrip(),
         "drafts": any_drafts(results),
+        "bf16": of_bf16(results),
         "split": _split(ordered),
         "measured": bool(measurements),
         "memory": any(found.memory_bytes for found in measurements),
