@@ -4,6 +4,7 @@ import io
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import add
@@ -122,6 +123,53 @@ def test_a_path_that_is_not_there_is_called_so_at_once(here: Path, text: str, sa
     assert address.checkpoint("mine/Model@refs/pr/1") == Address("mine/Model", "refs/pr/1")
     assert address.checkpoint("Owner/Name/") == Address("Owner/Name")
     assert address.checkpoint("https://hf.co/mine/tun-4b/") == Address("mine/tun-4b")
+
+
+def test_a_file_in_place_of_a_folder_is_answered_with_what_to_give(here: Path) -> None:
+    Path("mine").mkdir()
+    for name in ("mine/config.json", "mine/F.gguf"):
+        Path(name).touch()
+    with pytest.raises(ConfigError, match=r"^mine/config.json: is a file: give its folder, mine$"):
+        address.checkpoint("mine/config.json")
+    for text in ("mine/F.gguf", "Owner/Name:F.gguf", "https://hf.co/O/N/blob/main/F.gguf"):
+        with pytest.raises(ConfigError, match=f"is a GGUF, .*`make inject BASE={text} SOURCE="):
+            address.checkpoint(text)
+
+
+def test_a_folder_of_the_hubs_cache_stands_for_its_snapshot(here: Path) -> None:
+    snapshots = Path("hub/models--Owner--Name/snapshots")
+    snapshots.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="hub/models--Owner--Name: has no snapshot in hub/"):
+        address.checkpoint("hub/models--Owner--Name")
+    (snapshots / "a1").mkdir()
+    assert address.checkpoint("hub/models--Owner--Name/") == snapshots / "a1"
+    assert address.checkpoint(str(snapshots / "a1")) == snapshots / "a1"
+    (snapshots / "b2").mkdir()
+    with pytest.raises(ConfigError, match=r"several snapshots: choose one of .*/snapshots: a1, b2"):
+        address.checkpoint("hub/models--Owner--Name")
+
+
+@pytest.mark.parametrize(
+    ("named", "source", "known"),
+    [
+        ("Owner/Name", "Owner/Name", "; its base model is Owner/Name"),
+        (["Owner/Name", "A/B"], "Owner/Name", "; its base model is Owner/Name"),
+        (None, "OWNER/NAME", ""),
+        ([], "OWNER/NAME", ""),
+        ("`rm`", "OWNER/NAME", ""),
+    ],
+)
+def test_a_repository_of_ggufs_is_answered_with_what_takes_them(
+    monkeypatch: pytest.MonkeyPatch, named: Any, source: str, known: str
+) -> None:
+    listing = Listing("O/N-GGUF", COMMIT, {"F.gguf": File(1, "0" * 40)}, {})
+    info = SimpleNamespace(card_data=SimpleNamespace(base_model=named))
+    monkeypatch.setattr(proposal, "pinned", lambda given: listing)
+    monkeypatch.setattr(proposal, "model_info", lambda *_: info)
+    with pytest.raises(DownloadError) as refused:
+        Source(Address("O/N-GGUF"))
+    said = f"`make inject BASE=O/N-GGUF:TYPE SOURCE={source}` puts a head into one{known}"
+    assert str(refused.value).endswith(said) and "O/N-GGUF: has no model*" in str(refused.value)
 
 
 NAMES = (

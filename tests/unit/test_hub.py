@@ -189,7 +189,7 @@ def test_a_branch_is_refused_with_its_commit(client: Client) -> None:
     ("repo", "revision", "reason"),
     [
         ("Owner/other", COMMIT, "no such repository"),
-        (REPO, "f" * 40, "has no such commit: check `revision`"),
+        (REPO, "f" * 40, f"{REPO} at {'f' * 40}: has no such branch, tag or commit"),
         ("no repository", COMMIT, ""),
     ],
 )

@@ -41,7 +41,14 @@ def checkpoint(text: str) -> Address | Path:
     text = text.strip()
     path = Path(text).expanduser()
     if path.is_dir():
-        return path
+        return _snapshot(path)
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(f"{text[:200]}: is a file: give its folder, {path.parent}")
+    if path.is_file() or text.endswith(".gguf"):
+        raise ConfigError(
+            f"{text[:200]}: is a GGUF, not a checkpoint: `make inject BASE={text[:200]} "
+            "SOURCE=OWNER/NAME` puts the head of a checkpoint into it"
+        )
     if text.startswith((".", "/", "~")):
         raise ConfigError(f"{text[:200]}: no such folder{beside(path)}")
     name = re.split("[@:]", text)[0]
@@ -53,6 +60,18 @@ def checkpoint(text: str) -> Address | Path:
             f"{text[:200]}: no such folder; if it is a repository, write its Hub URL{meant}"
         )
     return repository(text)
+
+
+def _snapshot(folder: Path) -> Path:
+    """The one snapshot in a repository's folder of the Hub's cache; another folder itself."""
+    snapshots = folder / "snapshots"
+    if not (folder.name.startswith("models--") and snapshots.is_dir()):
+        return folder
+    found = sorted(each.name for each in snapshots.iterdir())
+    if len(found) != 1:
+        has = "has several snapshots: choose one of" if found else "has no snapshot in"
+        raise ConfigError(f"{folder}: {has} {snapshots}{': ' * bool(found)}{', '.join(found)}")
+    return snapshots / found[0]
 
 
 def gguf(text: str) -> Address | Path:

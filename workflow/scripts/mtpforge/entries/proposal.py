@@ -21,7 +21,7 @@ from mtpforge.errors import CheckpointError, DownloadError, GgufError
 from mtpforge.gguf import head, split
 from mtpforge.gguf.file_names import file_model, gguf_files, parts_of
 from mtpforge.hub import download, headers
-from mtpforge.hub.listing import Listing
+from mtpforge.hub.listing import REPOSITORY, Listing
 from mtpforge.hub.resolve import current_name, list_commit, model_info
 from mtpforge.suggest import close
 
@@ -61,10 +61,7 @@ class Source:
         else:
             listing = pinned(given)
             if not listing.tensors:
-                raise DownloadError(
-                    f"{given.repo}: has no model*.safetensors: only safetensors checkpoints can be "
-                    "converted"
-                )
+                raise DownloadError(f"{listing.repo}: {_no_checkpoint(listing)}")
             self.outline = download.outline(listing)
             self.name, self.label = listing.repo.partition("/")[2], listing.label
             self.pinned = {"repo": listing.repo, "revision": listing.revision}
@@ -142,6 +139,20 @@ def pinned(address: Address) -> Listing:
     """
     info = model_info(address.repo, address.revision)
     return list_commit(current_name(info, address.repo), str(info.sha))
+
+
+def _no_checkpoint(listing: Listing) -> str:
+    """Why no model can be made from a repository without safetensors, and what can."""
+    why = "has no model*.safetensors: only safetensors checkpoints can be converted"
+    if not any(name.endswith(".gguf") for name in listing.files):
+        return why
+    card = model_info(listing.repo, listing.revision).card_data
+    named = getattr(card, "base_model", None)
+    original = str(named[0] if isinstance(named, list) and named else named)
+    known = REPOSITORY.fullmatch(original) is not None
+    put = f"`make inject BASE={listing.repo}:TYPE SOURCE={original if known else 'OWNER/NAME'}`"
+    model = f"; its base model is {original}" if known else ""
+    return f"{why}, and it has GGUFs: {put} puts a head into one{model}"
 
 
 def base(given: Address | Path) -> tuple[str, dict[str, str]]:

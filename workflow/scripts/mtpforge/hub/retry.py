@@ -140,7 +140,7 @@ def explain(error: Exception) -> str:
     if status == 401 and with_token and response.headers.get("X-Error-Code") != "RepoNotFound":
         return _REJECTED
     if isinstance(error, RevisionNotFoundError):
-        return "has no such commit: check `revision`"
+        return "has no such branch, tag or commit"
     if isinstance(error, RepositoryNotFoundError):
         return _STILL_NOT_FOUND if with_token else _NOT_FOUND
     if status in (401, 403):
