@@ -16,10 +16,11 @@ PROGRAMS = [f"llama-{name}" for name in "quantize gguf-split server imatrix perp
 
 stamps = lambda *programs: [f"resources/toolchain/{name}.json" for name in programs]
 
-
-def compiled_before(program):
-    is_linked = build.config.toolchain.llama_cpp.bin_dir
-    return [] if is_linked else PROGRAMS[: PROGRAMS.index(program)][-1:]
+compiled_before = lambda program: (
+    []
+    if build.config.toolchain.llama_cpp.bin_dir
+    else PROGRAMS[: PROGRAMS.index(program)][-1:]
+)
 
 
 rule program:
