@@ -17,9 +17,7 @@ PROGRAMS = [f"llama-{name}" for name in "quantize gguf-split server imatrix perp
 stamps = lambda *programs: [f"resources/toolchain/{name}.json" for name in programs]
 
 compiled_before = lambda program: (
-    []
-    if build.config.toolchain.llama_cpp.bin_dir
-    else PROGRAMS[: PROGRAMS.index(program)][-1:]
+    [] if build.config.toolchain.llama_cpp.bin_dir else PROGRAMS[: PROGRAMS.index(program)][-1:]
 )
 
 
