@@ -250,6 +250,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (config({"publish": "Owner/Name"}), "models/m/publish: .* such as `{repo: Owner/Name}`"),
     (config({"publish": "s3://bucket/x"}), "models/m/publish: .* such as `{url: s3://bucket/x}`"),
     (config({"sidecar": "q8_0"}), r"models/m/sidecar: .*; did you mean Q8_0\?"),
+    (config({"split": 48}), "models/m/split: 48: must be a valid string, such as 48G"),
     (config({"split": "48GB"}), r"models/m/split: '48GB' .*; did you mean 48G\?"),
     (config({"variants": {"x": {"size": "11 gb", "text": "x"}}}), r"x/size: .* did you mean 11G\?"),
     (config({"variants": {"x": {"size": "q4_k_m", "text": "x"}}}), r"did you mean Q4_K_M\?"),

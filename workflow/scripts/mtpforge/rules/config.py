@@ -686,7 +686,8 @@ def _advice(error: ErrorDetails) -> str:
     if error["type"] == "dict_type" and isinstance(given, list) and given:
         return f", such as `{given[0]}: {{}}`"
     if error["type"] == "string_type" and type(given) in (int, float):
-        return ": put it in quotes"
+        is_size = error["loc"][-1] in ("split", "size", "memory")
+        return f", such as {given:.0f}G" if is_size else ": put it in quotes"
     if given is False and "head" in error["loc"]:
         return "; `none` leaves the head out"
     if isinstance(given, str) and "exactly one of the keys" in error["msg"]:
