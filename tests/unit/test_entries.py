@@ -634,6 +634,16 @@ def test_a_profile_that_is_not_there_is_refused(adds: Callable[..., str]) -> Non
         adds("Owner/Name", "--type", "Q8_0", "--profile", "leen")
 
 
+@pytest.mark.parametrize("cores", ["zwei", "0", "-1", ""])
+def test_a_wrong_number_of_cores_is_refused_before_anything_is_written(
+    adds: Callable[..., str], cores: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"'{cores}' is not a number of cores"):
+        adds("Owner/Name", "--type", "Q8_0", f"--cores={cores}")
+    assert not Path("config.d").exists()
+    adds("Owner/Name", "--type", "Q8_0", "--cores=2")
+
+
 # ── building and forecasting ──
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, __file__.rpartition("/")[0])  # PYTHONSAFEPATH leaves it out
 
 import json
 import os
+import re
 import subprocess
 from argparse import Namespace
 from dataclasses import replace
@@ -158,8 +159,14 @@ def _arguments() -> Namespace:
         "--profile", default="default", metavar="NAME",
         help="forecast and build with profiles/NAME: lean and shards are for small disks",
     )  # fmt: skip
-    parser.add_argument("--cores", default="all", help="for --build (default: %(default)s)")
+    parser.add_argument("--cores", type=_cores, default="all", metavar="N", help="for --build (default: %(default)s)")
     return parser.parse_args()
+
+
+def _cores(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*|all", text):
+        raise ConfigError(f"{text[:100]!r} is not a number of cores: set CORES to one, or to all")
+    return text
 
 
 def _entry(args: Namespace, given: Address | Path) -> Entry:
