@@ -500,6 +500,44 @@ def test_conversion_takes_the_disk_or_the_processor_whichever_is_slower() -> Non
     assert seconds(small, source=4.6e9) == (2 * size + 4.6e9) / 1e8
 
 
+def test_a_source_that_exceeds_the_memory_is_read_to_hash_and_to_quantize_it() -> None:
+    def seconds(machine: Machine) -> float:
+        made = costs.quantize(6e9, 2e9, machine, cpu_seconds=20, largest=0, scratch=0)
+        return made.seconds
+
+    assert seconds(replace(MACHINE, memory=16 << 30)) == 20 / 2 + 2
+    assert seconds(MACHINE) == 20 / 2 + 2 + 2 * 6
+
+
+def test_pieces_take_the_time_to_join_them(toolchain: Path) -> None:
+    def quantization(pieces: int) -> Step:
+        steps = forecast(toolchain, variants={"Q8_0": {"pieces": pieces}}).steps
+        (step,) = [step for step in steps if step.stage == "quantize"]
+        return step
+
+    whole, joined = quantization(1), quantization(2)
+    more = joined.reckoned - whole.reckoned
+    assert more == pytest.approx(whole.kept / MACHINE.disk)
+    assert joined.kept == whole.kept
+
+
+def test_a_quant_is_verified_without_reading_all_of_its_checkpoint(toolchain: Path) -> None:
+    """BF16 is compared with it byte for byte."""
+    variants: dict[str, Any] = {"BF16": {}, "Q8_0": {}}
+    sizes = [file.bytes for file in forecast(toolchain, variants=variants).files]
+    slow = replace(MACHINE, disk=1e4, memory=12 << 20)  # which holds either, but not twice BF16
+
+    def seconds(machine: Machine) -> list[float]:
+        steps = forecast(toolchain, machine, variants=variants).steps
+        return [step.reckoned for step in steps if step.stage == "verify"]
+
+    of_bf16, of_quant = (
+        late - quick for late, quick in zip(seconds(slow), seconds(MACHINE), strict=True)
+    )
+    assert of_quant == 0
+    assert of_bf16 > 1.9 * sizes[0] / slow.disk
+
+
 def test_only_quantized_weights_are_computed(tmp_path: Path) -> None:
     def share(name: str) -> float:
         return planned_ggufs.computed_share(Checkpoint(write_layout(name, tmp_path)))

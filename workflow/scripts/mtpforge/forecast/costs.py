@@ -27,6 +27,7 @@ _UPSTREAM = 6e-9  # CPU seconds for a byte of the BF16 file, on one thread
 _TORCH = 350 << 20  # besides the largest tensor, of which there are up to three copies
 _TORCH_START = 5  # CPU seconds to load it
 _PROBED = 1.5  # a BF16 file, and for a while two at 3 or 4 bits
+_PASSES = 2  # over a source that exceeds the memory: see docs/scale.md
 _QUANTIZE_MEMORY = 256 << 20  # besides the largest tensor
 
 FREED = 0.95
@@ -163,14 +164,22 @@ def convert_upstream(
 def quantize(
     source: float, made: float, machine: Machine, cpu_seconds: float, largest: float, scratch: float
 ) -> Cost:
-    """Quantize `source`, whose largest tensor has `largest` bytes."""
+    """Quantize `source`, whose largest tensor has `largest` bytes.
+
+    The source is read to hash it and to quantize it; for a piece, it is read to copy its tensors.
+    """
     seconds = cpu_seconds * machine.programs.quantize / machine.threads + made / machine.disk
     return Cost(
         largest + _QUANTIZE_MEMORY,
         kept=made,
         scratch=scratch,
-        seconds=seconds + machine.reading(source),
+        seconds=seconds + _PASSES * machine.reading(source),
     )
+
+
+def join(size: float, machine: Machine) -> Cost:
+    """Join the pieces of a file."""
+    return replace(copy(size, machine), kept=0)
 
 
 def copy(size: float, machine: Machine) -> Cost:
@@ -183,9 +192,12 @@ def inject(size: float, machine: Machine, head: Cost) -> Cost:
     return copy(size, machine) + replace(head, kept=0, scratch=head.kept)
 
 
-def compare(size: float, machine: Machine) -> Cost:
-    """Compare a file with its checkpoint, which has `size` bytes at BF16."""
-    return Cost(seconds=size * _VERIFY / machine.threads + machine.reading(size))
+def compare(size: float, machine: Machine, read: float) -> Cost:
+    """Compare a file with its checkpoint, which has `size` bytes at BF16.
+
+    `read` are the bytes that it reads of both: of a checkpoint, a quant needs next to nothing.
+    """
+    return Cost(seconds=size * _VERIFY / machine.threads + machine.reading(read))
 
 
 def errors(source: float, machine: Machine, cpu_seconds: float) -> Cost:

@@ -387,16 +387,17 @@ class ModelForecast:
         largest = max(info.size for info in source.tensors.values())
         copied = min(max(RUN_BYTES, largest), planned_ggufs.largest_piece(source, made, pieces))
         path = layout.quantized(self.model.key, kind, name).file
+        joined = pieces > 1 and not self.is_by_shards  # there, its piece becomes the file
         cost = costs.quantize(
-            planned_ggufs.size(source),
+            0 if self.is_by_shards else planned_ggufs.size(source),
             size,
             self._machine,
             cpu_seconds=planned_ggufs.quantize_seconds(source, made),
             largest=largest,
-            scratch=max(size, copied) if pieces > 1 else 0,  # the pieces, beside the file
+            scratch=max(size, copied) if joined else 0,  # the pieces, beside the file
         )
-        if self.is_by_shards:  # its piece becomes the file
-            cost = replace(cost, scratch=0)
+        if joined:
+            cost += costs.join(size, self._machine)
         self._add(Step("quantize", name, path, pieces=pieces), cost)
 
     def _default_pieces(self, source: Gguf, made: Gguf) -> int:
@@ -502,7 +503,9 @@ class ModelForecast:
             if self._in_several_files(variant, size):
                 servers += 1
                 run += self._run(size, Tokens(drafted=N_PREDICT))
-        cost = costs.compare(planned_ggufs.size(self._part(variant.part)), self._machine) + run
+        weights = planned_ggufs.size(self._part(variant.part))
+        read = size if quantized and not variant.foreign else size + self._checkpoint_size
+        cost = costs.compare(weights, self._machine, read) + run
         linked = variant.converted and self.model.conversion_split(variant.part)
         if output.split and not linked:
             cost += costs.copy(size, self._machine)

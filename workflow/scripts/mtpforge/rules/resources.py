@@ -369,7 +369,8 @@ class ResourceRules(Stage):
         prompts = self._prompts(wildcards)
         equal, drafted = costs.equal_tokens(prompts), costs.verified_tokens(prompts)
         run = self._run(wildcards, size, Tokens(equal, drafted), servers=2)
-        return run + costs.compare(self._weights(wildcards), _MACHINE)
+        weights = self._weights(wildcards)
+        return run + costs.compare(weights, _MACHINE, read=size + weights)
 
     def _logits(self, wildcards: Wildcards, chunks: int) -> Needs:
         tokens = costs.CHUNK * chunks
@@ -401,7 +402,7 @@ def _quantize(source: float, types: list[str], threads: int) -> Cost:
     """Quantizing so many bytes at BF16 to a mixture of these types."""
     size = source / 16 * max(map(_bits, types))
     seconds = max(quant_types.SECONDS[quant_types.main_type(each)] for each in types)
-    return costs.quantize(
+    cost = costs.quantize(
         source,
         size,
         _machine(threads),
@@ -409,6 +410,7 @@ def _quantize(source: float, types: list[str], threads: int) -> Cost:
         largest=_largest(source),
         scratch=max(size, min(source, _LARGEST_TENSOR)),  # pieces, and a copied tensor
     )
+    return cost + costs.join(size, _MACHINE)
 
 
 def _needs(cost: Cost) -> Needs:
