@@ -4,16 +4,29 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS
+import yaml
+from conftest import CHECKPOINTS, ROOT
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.forecast.costs import Machine
+from mtpforge.forecast.steps import ModelForecast
+from mtpforge.llama_cpp.programs import LlamaCpp
+from mtpforge.rules.build import Build
 from repository import Repository
 from sparse import write_397b
 
+NAME = "qwen3.5-397b-a17b"
 SECONDS = 60
 MEMORY = 10**9
-PIECES = 8
+PAGE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+PIECES = 24
+MACHINE = Machine(threads=16, memory=640 * 10**9, disk=0.5e9, bandwidth=200e9)
+FAST_DISK = 3e9
+NETWORK = 0.1e9
+SHARDS = 807e9  # with the vision tower, which the headers here leave out
 VARIANTS = {"Q8_0": 428.5, "Q4_K_M": 247.0, "IQ4_XS": 221.0}  # GB, as docs/sizing.md says
 
 
@@ -30,7 +43,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, toolchain: Path) -> Rep
         "pieces": PIECES,
         "variants": {name: {} for name in VARIANTS},
     }
-    made.config["models"] = {"qwen3.5-397b-a17b": model}
+    made.config["models"] = {NAME: model}
     made.write_config()
     return made
 
@@ -73,3 +86,57 @@ def test_the_largest_model_is_forecast_from_its_headers(repository: Repository) 
 def test_the_largest_model_has_a_dry_run_with_all_pieces(repository: Repository) -> None:
     text = run(repository, "-m", "snakemake", "--cores", "16", "--dry-run", "all")
     assert re.search(rf"^piece +{PIECES * len(VARIANTS)}$", text, re.MULTILINE)
+    total = re.search(r"^total +(\d+)$", text, re.MULTILINE)
+    assert total and f"a dry run of its {total[1]} jobs" in " ".join(PAGE.split())
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of the page's table of stages, by their first words."""
+    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip(" *") for cell in row] for row in rows]
+    return {re.split(r" to | \d|, ", row[0])[0]: row for row in cells if len(row) == 5}
+
+
+def test_the_page_says_what_is_forecast(repository: Repository, toolchain: Path) -> None:
+    model = Build(repository.config).config.models[NAME]
+    example = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert example
+    described = yaml.safe_load(example[1])["models"][NAME]
+    assert described["pieces"] == model.pieces and described["variants"].keys() == VARIANTS.keys()
+    slow, fast, computing = (
+        ModelForecast(
+            model,
+            Checkpoint(Path(model.source.path)),
+            LlamaCpp(toolchain),
+            machine=replace(MACHINE, disk=disk),
+            given_size=lambda _: 0,
+        )
+        for disk in (MACHINE.disk, FAST_DISK, float("inf"))
+    )
+    results = sum(file.bytes for file in slow.files)
+    expected = {
+        "fetch": ("", *[f"{SHARDS / NETWORK / 3600:.2f}"] * 2),
+        "upload": ("", *[f"{results / NETWORK / 3600:.2f}"] * 2),
+    }
+    together = [(SHARDS + results) / NETWORK] * 2
+    for steps in zip(slow.steps, fast.steps, strict=True):
+        if steps[0].stage == "local_files":  # the page's checkpoint is the Hub's
+            continue
+        name = "" if steps[0].stage == "convert" else steps[0].name.rpartition("-")[2]
+        size = f"{steps[0].memory / 1e9:.{0 if steps[0].memory > 1e10 else 1}f} GB"
+        hours = [f"{step.reckoned / 3600:.2f}" for step in steps]
+        expected[f"{steps[0].stage} {name}".strip()] = (size, *hours)
+        together = [a + step.reckoned for a, step in zip(together, steps, strict=True)]
+    expected["together"] = ("", *(f"{seconds / 3600:.1f}" for seconds in together))
+    rows = table()
+    assert {name: tuple(rows[name][1:4]) for name in expected} == expected
+
+    def hours(forecast: ModelForecast) -> str:
+        seconds = [step.reckoned for step in forecast.steps if step.stage != "local_files"]
+        return f"{sum(seconds) / 3600:.1f}"
+
+    said = " ".join(PAGE.split())
+    assert f"would take {hours(computing)} of these {hours(slow)} hours" in said
+    assert f"of 3 GB/s they take {hours(fast)}, and" in said
+    assert f"{(SHARDS + slow.peak) / 1e12:.1f} TB at the peak" in said
+    assert f"results {results / 1e9:.0f} GB, and up to {slow.scratch / 1e9:.0f} GB while" in said
