@@ -276,3 +276,15 @@ def test_an_error_names_the_output(tmp_path: Path) -> None:
     own = tmp_path / f".x.gguf.{run_owner.tag()}.part"
     assert storage.final_name(own / "y") == tmp_path / "x.gguf" / "y"
     assert storage.final_name(own.with_name(own.name[:-4] + "old.part")) == tmp_path / "x.gguf"
+
+
+def test_the_inode_of_a_name_of_ones_own_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE gives a file that is not open another number, when it needs room in its table."""
+    fail(monkeypatch, "ENOLCK")
+    with replacing(tmp_path / "x") as written:
+        same = written.with_name("same")
+        same.write_text("made")
+        same.replace(written)
+    assert (tmp_path / "x").read_text() == "made"

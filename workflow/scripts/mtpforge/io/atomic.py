@@ -60,7 +60,8 @@ def _check_output(path: Path) -> None:
 def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.claimed_file(path, bool(keep)) as written:
-        claimed = written.stat().st_ino
+        locked = written == temporary.usual_name(path, "part")
+        claimed = written.stat().st_ino if locked else None
         try:
             yield written
             if not _is_own(written, claimed):
@@ -74,14 +75,15 @@ def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
         sync(path.parent)  # or a power cut can undo the renaming
 
 
-def _is_own(written: Path, claimed: int) -> bool:
+def _is_own(written: Path, claimed: int | None) -> bool:
     """Whether a temporary file is still the one that was claimed, or a hard link put in its place.
 
-    A link is not locked: a second writer can take its name, with a new file.
+    A link is not locked: a second writer can take its name, with a new file. Nobody can take a name
+    of one's own; it has no inode here, because one that is not open may change on FUSE.
     """
     with suppress(FileNotFoundError):
         found = written.stat()
-        return found.st_ino == claimed or found.st_nlink > 1
+        return claimed in (None, found.st_ino) or found.st_nlink > 1
     return False
 
 
