@@ -283,7 +283,7 @@ def test_the_inode_of_a_name_of_ones_own_may_change(
 ) -> None:
     """FUSE gives a file that is not open another number, when it needs room in its table."""
     fail(monkeypatch, "ENOLCK")
-    with replacing(tmp_path / "x") as written:
+    with atomic.replacing(tmp_path / "x") as written:
         same = written.with_name("same")
         same.write_text("made")
         same.replace(written)

@@ -67,7 +67,7 @@ def main() -> None:
             lines = [*_in_lines(plan, first), *_upload(entry), *_matrix(entry)]
             print(*lines, sep="\n", flush=True)
         if args.dry_run:
-            print(f"dry run: nothing was built or written")
+            print("dry run: nothing was built or written")
             raise SystemExit(0)
         if args.write:
             print(f"wrote {path}")
@@ -159,7 +159,13 @@ def _arguments() -> Namespace:
         "--profile", default="default", metavar="NAME",
         help="forecast and build with profiles/NAME: lean and shards are for small disks",
     )  # fmt: skip
-    parser.add_argument("--cores", type=_cores, default="all", metavar="N", help="for --build (default: %(default)s)")
+    parser.add_argument(
+        "--cores",
+        type=_cores,
+        default="all",
+        metavar="N",
+        help="for --build (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
