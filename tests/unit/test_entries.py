@@ -208,7 +208,10 @@ def test_a_base_is_found_by_name_and_by_type(
 def test_a_base_that_is_not_there_is_answered_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DownloadError, match=r"it has Model-Q4_K_M.*; did you mean Model-Q4_K_M"):
         found(monkeypatch, "Model-Q4KM.gguf")
-    with pytest.raises(DownloadError, match=r"has several: it has A-Q4_0.gguf, B-Q4_0"):
+    said = r"^Owner/Name: has no Q5_K_M GGUF; it has Q4_K_M, Q4_K_S, .*; did you mean Q4_K_M\?$"
+    with pytest.raises(DownloadError, match=said):
+        found(monkeypatch, "Q5_K_M")
+    with pytest.raises(DownloadError, match=r"has several Q4_0: name one of A-Q4_0.gguf, B-Q4_0"):
         found(monkeypatch, "Q4_0", ("A-Q4_0.gguf", "B-Q4_0.gguf"))
     with pytest.raises(DownloadError, match="it has no GGUF"):
         found(monkeypatch, "Q4_0", ("README.md",))
@@ -499,6 +502,18 @@ def test_who_can_see_an_upload_is_said_before_it(
     monkeypatch.setattr(add, "get_token", lambda: "hf_token")
     assert f"{line}\n" in adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
     assert "\nupload" not in adds("Owner/Name", "--model", "other")
+
+
+def test_an_injection_names_the_head_and_the_base(
+    adds: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("a.gguf").touch()
+    said = adds("Owner/Name", "--base", "a.gguf", "--replace-head")
+    assert said.startswith(f"head of Owner/Name at {COMMIT[:7]} into a.gguf (config.d/name-inj")
+    base = {"repo": "Else/GGUF", "file": "X-Q4_K_M.gguf", "revision": COMMIT}
+    monkeypatch.setattr(add.proposal, "base", lambda given: ("Q4_K_M", base))
+    said = adds("Owner/Name", "--base", "Else/GGUF:Q4_K_M", "--replace-head", "--model", "b")
+    assert said.startswith(f"head of Owner/Name at {COMMIT[:7]} into Q4_K_M of Else/GGUF (config.d")
 
 
 def test_what_is_built_is_said_without_a_question(

@@ -83,7 +83,10 @@ def test_nothing_is_built_without_an_answer(copy: Repository, hub: Hub) -> None:
         ("make quant REPO=./ckpt/ TYPE=IQ4_XS", "./ckpt/: no such folder"),
         ("make quant REPO=ckpt/ TYPE=IQ4_XS", "ckpt/: no such folder"),
         ("make quant REPO=Qwen/Qwen3.5-4B TYPE=q4_k_l", "set YES=1"),
-        ("make inject BASE=OWNER/NAME-GGUF:q4km SOURCE=Qwen/Qwen3.5-4B", "it has quants/Qwen3.5"),
+        (
+            "make inject BASE=OWNER/NAME-GGUF:q4km SOURCE=Qwen/Qwen3.5-4B",
+            "it has Q4_K_M; did you",
+        ),
     ],
 )
 def test_input_as_people_write_it_is_taken_or_answered(

@@ -276,7 +276,12 @@ def _announce(entry: Entry, path: Path) -> None:
     names = ", ".join(entry.variants)
     source = entry.settings["source"]
     about = f"{source['repo']} at {source['revision'][:7]}" if "repo" in source else source["path"]
-    print(f"{names} of {about} ({path})")
+    bases = [each["base"] for each in entry.variants.values() if "base" in each]
+    if bases:
+        base = f"{names} of {bases[0]['repo']}" if "repo" in bases[0] else bases[0]["path"]
+        print(f"head of {about} into {base} ({path})")
+    else:
+        print(f"{names} of {about} ({path})")
     if others := entry_files.read_entry(path)["variants"].keys() - entry.variants.keys():
         count = "1 other" if len(others) == 1 else f"{len(others)} others"
         print(f"keeps  {count} that {path} has: delete those there that you do not want")

@@ -196,11 +196,15 @@ def _file(listing: Listing, wanted: str) -> str:
     if not found:
         kind = re.compile(rf"(?i)(.*[-._/])?{re.escape(wanted)}(-00001-of-\d{{5}})?\.gguf")
         found = [name for name in names if kind.fullmatch(name)]
-    if len(found) != 1:
-        has = ", ".join((found or names)[:20]) or "no GGUF"
-        why = "has several" if found else f"has no GGUF {wanted}"
-        meant = "" if found else close(wanted, names)
-        raise DownloadError(f"{listing.label}: {why}: it has {has}{meant}")
+    if len(found) > 1:
+        files = ", ".join(found[:20])
+        raise DownloadError(f"{listing.repo}: has several {wanted}: name one of {files}")
+    if not found:
+        is_type = ".gguf" not in wanted
+        kinds = list(dict.fromkeys(map(_label, names) if is_type else names))
+        has = ", ".join(kinds[:20]) or "no GGUF"
+        what = f"{wanted} GGUF" if is_type else wanted
+        raise DownloadError(f"{listing.repo}: has no {what}; it has {has}{close(wanted, kinds)}")
     folder, slash, name = found[0].rpartition("/")
     return folder + slash + gguf_files(name)[0] if ".part" not in name else found[0]
 
