@@ -88,11 +88,11 @@ OPTIONS = $(call given,--head,HEAD) $(call given,--imatrix,IMATRIX) $(call given
 	$(call set,MEASURE,--measure) $(call set,YES,--yes) $(call set,DRY_RUN,--dry-run) \
 	--profile $(PROFILE) --cores $(CORES)
 
-quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [MEASURE=1] [PROFILE=lean] [YES=1]
+quant: setup ## make one type of a model: REPO=OWNER/NAME TYPE=IQ4_XS [HEAD=Q8_0] [IMATRIX=default] [MEASURE=1] [YES=1] [DRY_RUN=1]
 	@$(call required,REPO TYPE,make quant REPO=OWNER/NAME TYPE=IQ4_XS)
 	@$(ACTIVE) python workflow/scripts/add.py "$(REPO)" --type "$(TYPE)" $(OPTIONS) --build
 
-inject: setup ## put the head of a model into a GGUF: BASE=FILE.gguf or OWNER/NAME:FILE.gguf, SOURCE=OWNER/NAME [REPLACE=1] [YES=1]
+inject: setup ## put the head of a model into a GGUF: BASE=OWNER/NAME:Q4_K_M or FILE.gguf, SOURCE=OWNER/NAME [REPLACE=1] [YES=1]
 	@$(call required,BASE SOURCE,make inject BASE=FILE.gguf SOURCE=OWNER/NAME)
 	@$(ACTIVE) python workflow/scripts/add.py "$(SOURCE)" --base "$(BASE)" $(call set,REPLACE,--replace-head) $(OPTIONS) --build
 
@@ -109,13 +109,13 @@ publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 li
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
 
-setup-test: setup ## the same, plus what the tests need
+setup-test: setup ### install what the tests need too
 	$(call install,.venv,test)
 
-cluster: setup ## the same, plus what runs jobs with SLURM (docs/cluster.md)
+cluster: setup ## install what runs jobs with SLURM too (docs/cluster.md)
 	$(call install,.venv,cluster)
 
-s3: setup ## the same, plus what uploads to object storage (docs/publishing.md)
+s3: setup ## install what uploads to object storage too (docs/publishing.md)
 	$(call install,.venv,s3)
 
 report: all ## build, then write report.html: the table, pictures of speed, acceptance and errors, run times; MODELS="a b" for some models
@@ -133,61 +133,61 @@ toolchain: setup ## build llama.cpp (once per user; kept in ~/.cache/mtpforge)
 converter: setup ## install llama.cpp's own converter into resources/converter (with torch, 1 GB)
 	@$(ACTIVE) snakemake --cores $(CORES) converter
 
-older: setup ## build the older llama.cpp that some tests need (once per user, about 8 minutes on 2 cores)
+older: setup ### build the older llama.cpp that some tests need (once per user, about 8 minutes on 2 cores)
 	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/older.py
 
-lint: setup-test ## check style and types
+lint: setup-test ### check style and types
 	@$(ACTIVE) ruff check .
 	@$(ACTIVE) ruff format --check .
 	@$(ACTIVE) mypy
 	@$(ACTIVE) snakefmt --check Snakefile workflow/rules
 	@$(ACTIVE) snakemake --lint
 
-docs: setup ## write the generated parts of docs/
+docs: setup ### write the generated parts of docs/
 	@$(ACTIVE) python docs/generate.py
 
-test: lint ## lint, then run all tests, CORES of them at a time
+test: lint ### lint, then run all tests, CORES of them at a time
 	@$(ACTIVE) pytest -m "not alone" -n $(CORES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	@$(ACTIVE) pytest -m alone
 
-test-faults: setup-test toolchain ## fill disks and fail system calls under every writer, one by one (an hour)
+test-faults: setup-test toolchain ### fill disks and fail system calls under every writer, one by one (an hour)
 	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py
 
-test-slurm: setup-test toolchain ## start a SLURM of two nodes, and disturb it (3 minutes; needs root, and SLURM from Debian's packages)
+test-slurm: setup-test toolchain ### start a SLURM of two nodes, and disturb it (3 minutes; needs root, and SLURM from Debian's packages)
 	@command -v slurmctld > /dev/null || apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge
 	$(call install,.venv-cluster,cluster,--clear)
 	@$(ACTIVE) MTPFORGE_SLURM=all pytest -rs tests/workflow/test_slurm.py
 
-test-staleness: toolchain setup-test ## change each kind of input and compare all results with those of a build from nothing (an hour)
+test-staleness: toolchain setup-test ### change each kind of input and compare all results with those of a build from nothing (an hour)
 	@$(ACTIVE) PYTHONPATH=workflow/scripts python tests/staleness.py
 
-golden: toolchain converter ## rewrite the golden digests with llama.cpp's own converter
+golden: toolchain converter ### rewrite the golden digests with llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py
 
-check-golden: toolchain converter ## check the golden digests against llama.cpp's own converter
+check-golden: toolchain converter ### check the golden digests against llama.cpp's own converter
 	@resources/converter/environment/bin/python tests/golden/make.py --check
 
-upgrade-toolchain: setup ## pin another llama.cpp and print what changes (docs/upgrade.md): VERSION=11434.0.0
+upgrade-toolchain: setup ### pin another llama.cpp and print what changes (docs/upgrade.md): VERSION=11434.0.0
 	@$(ACTIVE) python tests/golden/pin.py "$(VERSION)"
 	@$(MAKE) golden
 
 check-results: setup ## check a results folder, local or downloaded: FOLDER=...
 	@$(ACTIVE) python workflow/scripts/check_results.py "$(FOLDER)"
 
-fuzz: setup-test ## fuzz the parsers of untrusted files, SECONDS=600 each (Linux x86-64)
+fuzz: setup-test ### fuzz the parsers of untrusted files, SECONDS=600 each (Linux x86-64)
 	@for target in gguf safetensors imatrix; do \
 		$(ACTIVE) python tests/fuzz/fuzz.py $$target --seconds $(or $(SECONDS),600) --seed $$$$ || exit 1; done
 
-bench: toolchain ## benchmark conversion, injection and quantization (25 GB in resources/bench, 45 minutes)
+bench: toolchain ### benchmark conversion, injection and quantization (25 GB in resources/bench, 45 minutes)
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
 	@$(ACTIVE) python bench/lean.py
 
-bench-recipes: toolchain ## compare recipes found for a size with llama.cpp's own mixtures (5 minutes)
+bench-recipes: toolchain ### compare recipes found for a size with llama.cpp's own mixtures (5 minutes)
 	@$(ACTIVE) python bench/recipes.py
 
-lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
+lock: python ### resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the newest versions
 	@$(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9
 	@for name in run test cluster s3 converter; do .venv-lock/bin/$(COMPILE) $(UPGRADE) envs/$$name.in -o envs/$$name.txt || exit 1; done
@@ -200,7 +200,7 @@ lock: python ## resolve envs/*.in into envs/*.txt; UPGRADE=--upgrade takes the n
 		{ print }' envs/converter.txt > envs/converter.txt.part
 	@mv envs/converter.txt.part envs/converter.txt
 
-test-crash: setup-test ## kill a build at 48 points of all stages, and go on (half an hour); KILLS=N SEED=N
+test-crash: setup-test ### kill a build at 48 points of all stages, and go on (half an hour); KILLS=N SEED=N
 	@$(ACTIVE) KILLS=$(or $(KILLS),48) SEED=$(or $(SEED),1) pytest -s tests/workflow/test_kills.py
 
 clean-work: setup ## list what unfinished and finished builds leave in work/, with sizes; YES=1 deletes it
@@ -210,7 +210,10 @@ clean: ## delete results/, but keep downloads and the toolchain
 	rm -rf results
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@echo "To make and publish GGUFs:"
+	@awk -F ':.* ## ' '/^[a-z0-9-]+:.* ## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@echo "To develop mtpforge:"
+	@awk -F ':.* ### ' '/^[a-z0-9-]+:.* ### / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \

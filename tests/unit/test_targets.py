@@ -184,6 +184,16 @@ def test_a_target_may_be_for_some_models_only(line: str, config: str) -> None:
     assert given and set(given) == {config}
 
 
+def test_help_lists_what_users_need_before_what_developers_do() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    users, developers = done.stdout.split("To develop mtpforge:\n")
+    listed = [re.findall(r"^make (\S+)", part, re.MULTILINE) for part in (users, developers)]
+    assert sorted([*listed[0], *listed[1]]) == sorted(TARGETS)
+    assert {"all", "quant", "publish", "s3", "check-results", "help"} <= set(listed[0])
+    assert {"lint", "test", "golden", "bench", "lock", "setup-test"} <= set(listed[1])
+    assert "the same" not in done.stdout and "BASE=OWNER/NAME:Q4_K_M or FILE.gguf" in users
+
+
 # ── light ones, really run ──
 
 
