@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from mtpforge.gguf import reader
 from mtpforge.hub import freed
 from mtpforge.hub.listing import File, Listing
 from mtpforge.inject.inject import Options, inject
+from mtpforge.io import holes, storage
 from mtpforge.llama_cpp import memory
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
@@ -841,6 +842,7 @@ def test_too_little_disk_is_said() -> None:
         "disk": 3,
         "peak": 9_000_000,
         "smaller": {},
+        "frees_nothing": "",
     }
     about |= {
         "free": 9_000_000,
@@ -1013,6 +1015,35 @@ def test_the_profile_that_fits_is_found(
         assert found(shards)["smaller"] == found(1)["smaller"] == {"lean": lean, "shards": shards}
         assert found(shards, lean=True)["smaller"] == {"shards": shards}
         assert found(1, lean="shards")["smaller"] == {}
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (holes, "this file system cannot free a part of a file"),
+        (storage, "file locks do not work on this file system"),
+    ],
+)
+def test_where_nothing_can_be_freed_no_profile_is_advised(
+    tmp_path: Path,
+    toolchain: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: ModuleType,
+    reason: str,
+) -> None:
+    """A lean build needs as much there, and says so."""
+    write_config(tmp_path, {"repo": f"Owner/{MODEL}", "revision": COMMIT})
+    with serving(tmp_path, monkeypatch):
+        usual = totals(tmp_path, monkeypatch, LlamaCpp(toolchain))["peak"]
+        name = "are_supported" if broken is holes else "locks_work"
+        monkeypatch.setattr(broken, name, lambda _: False)
+        for kind in (False, True, "shards"):
+            found = planned(tmp_path, monkeypatch, LlamaCpp(toolchain), 1, lean=kind)
+            about = found.totals()
+            assert (about["peak"], about["smaller"]) == (usual, {})
+            said = [f"note: nothing is freed on the way: {reason}"] if kind else []
+            assert found.notes == said
+            assert f"profiles/shards need as much, because {reason}: " in in_words(about)
 
 
 def test_the_memory_of_gpus_counts(

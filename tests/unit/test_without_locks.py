@@ -253,6 +253,12 @@ def test_a_file_that_is_locked_on_one_machine_is_not_shared(
     with atomic.replacing(tmp_path / "x") as written:
         is_own = written != temporary.usual_name(tmp_path / "x", "part")
         assert is_own == MOUNTS[mount]
+    assert storage.locks_work(tmp_path) != MOUNTS[mount]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_locks_that_fail_do_not_work(tmp_path: Path) -> None:
+    assert not storage.locks_work(tmp_path)
 
 
 def test_a_job_waits_for_the_other_writer_and_then_takes_over(

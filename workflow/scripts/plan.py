@@ -124,6 +124,10 @@ class Plan:
         machines: int = 1,
     ) -> None:
         self.notes: list[str] = []
+        self.frees_nothing = lean.why_not_here()
+        if self.frees_nothing and config.is_lean:
+            self.notes.append(f"note: nothing is freed on the way: {self.frees_nothing}")
+            config = config.model_copy(update={"lean": False})
         self.config = config
         self.llama = llama
         self.reruns: Reruns = {}
@@ -207,6 +211,7 @@ class Plan:
             "peak": peak,
             "free": free,
             "smaller": self._smaller(peak, free) if peak > free else {},
+            "frees_nothing": self.frees_nothing,
             "needs_memory": needed,
             "largest_step": largest.path if largest else "",
             "memory": self._memory(needed),
@@ -233,7 +238,9 @@ class Plan:
 
     def _smaller(self, peak: int, free: int) -> dict[str, int]:
         """The peak with each profile that takes less than `peak`, up to the first that fits."""
-        found = {}
+        found: dict[str, int] = {}
+        if self.frees_nothing:
+            return found
         for name, kind in LEAN.items():
             config = self.config.model_copy(update={"lean": kind})
             forecasts = [self._forecast(each.model, config) for each in self.forecasts]
@@ -349,6 +356,8 @@ def _advice(about: dict[str, Any]) -> str:
         "free the checkpoints and intermediates of other models "
         "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
     )
+    if reason := about["frees_nothing"]:
+        return f"profiles/lean and profiles/shards need as much, because {reason}: {free}"
     if not about["smaller"]:
         return free
     name, peak = min(about["smaller"].items(), key=lambda each: each[1])

@@ -5,9 +5,11 @@ adds all three; `require` asks before the work begins; `by_program` finds out wh
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +105,18 @@ def locks_alone(folder: Path) -> bool:
     """Whether locks on files there may hold on this machine only, though others write there too."""
     kind, options = _mount(folder)
     return kind.startswith(_LOCKS_IN_DOUBT) or not _LOCAL_LOCKS.isdisjoint(options)
+
+
+def locks_work(folder: Path) -> bool:
+    """Whether files in a folder can be locked for all that write there. Raises OSError."""
+    if locks_alone(folder):
+        return False
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def existing(folder: Path) -> Path:

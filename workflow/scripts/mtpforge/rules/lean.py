@@ -6,9 +6,12 @@ the disk then.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mtpforge.io import holes, storage
 from mtpforge.rules import layout
 from mtpforge.rules.config import SHARDS, Config, Model
 from mtpforge.rules.variant import HubRepository, ImatrixText, OwnBase
@@ -44,6 +47,17 @@ def freed(config: Config, model: Model) -> Freed | None:
         return None
     part = whole_part(model)
     return Freed(part, tuple(sorted(_parts(model) - {part})))
+
+
+def why_not_here() -> str:
+    """Why this disk has to hold shards and BF16 file whole; empty if it need not."""
+    hub, results = (storage.existing(Path(name)) for name in ("resources/hub", "results"))
+    with suppress(OSError):  # which the build will report
+        if not all(map(holes.are_supported, (hub, results))):
+            return "this file system cannot free a part of a file"
+        if not storage.locks_work(results):
+            return "file locks do not work on this file system"
+    return ""
 
 
 def whole_part(model: Model) -> str:
