@@ -671,6 +671,12 @@ def test_a_hub_model_is_planned_without_its_weights(tmp_path: Path, toolchain: P
     assert found["models"]["m"]["files"] == same["models"]["m"]["files"]
 
 
+def test_a_forecast_elsewhere_says_where_it_looked(toolchain: Path, tmp_path: Path) -> None:
+    done = plan(tmp_path, toolchain, None)
+    said = f"error: {tmp_path} has no config.yaml: run it in mtpforge's folder, or give --config"
+    assert done.returncode == 1 and said in done.stderr
+
+
 def test_logits_of_a_short_text_are_forecast(toolchain: Path, tmp_path: Path) -> None:
     text = CHECKPOINTS / "held-out.txt"  # half of the 16 chunks that a measurement may use
     measured = {"variants": {"Q8_0": {}}, "measure": {"text": str(text)}}

@@ -4,8 +4,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import imatrix as program
 import pytest
-from conftest import BIN, CHECKPOINTS, Run
+from conftest import BIN, CHECKPOINTS, ROOT, Run
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType
 from mtpforge.convert import native
@@ -17,6 +18,7 @@ from mtpforge.llama_cpp import process
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.measure import perplexity
 from mtpforge.quantize import imatrix
+from mtpforge.rules import fields
 
 TEXT = CHECKPOINTS / "corpus.py"
 METADATA = {
@@ -92,6 +94,14 @@ cat "{tmp_path}/made.gguf" > "$2"
     program.chmod(0o755)
     imatrix.compute(tmp_path / "model.gguf", TEXT, tmp_path / "out.gguf", LlamaCpp(tmp_path))
     assert ("--nextn" in (tmp_path / "asked").read_text()) is known
+
+
+def test_the_embedded_text_is_the_default_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert program._text(fields.DEFAULT) == ROOT / fields.CALIBRATION
+    assert program._text("mine.txt") == Path("mine.txt")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "too short\n" * 100])

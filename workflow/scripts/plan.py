@@ -80,7 +80,7 @@ def main() -> None:
     if args.totals:
         signal.signal(signal.SIGALRM, _give_up)
         signal.alarm(_PATIENCE)
-    paths = args.config or [Path("config.yaml")]
+    paths = args.config or [_own_config()]
     build = _build(paths)
     llama = _programs(args, build)
     build.config.lean = LEAN[args.lean] if args.lean else build.config.lean
@@ -98,6 +98,15 @@ def main() -> None:
         for each in plan.forecasts:
             print(as_table(each, plan.fetches[each.model.key], plan.network))
     print(*plan.notes, in_words(plan.totals(), exact=planned_ggufs.is_exact(llama)), sep="\n")
+
+
+def _own_config() -> Path:
+    path = Path("config.yaml")
+    if not path.exists():
+        raise ConfigError(
+            f"{Path.cwd()} has no {path}: run it in mtpforge's folder, or give --config FILE"
+        )
+    return path
 
 
 class Fetch(NamedTuple):
