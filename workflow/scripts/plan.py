@@ -1,8 +1,9 @@
 """Forecast a build, before any weights are fetched: what runs, bytes, disk, memory and time.
 
-Sizes are exact to 64 bytes, unless llama.cpp's converter makes a file: then they are about right
-until it has run. Times come from a calibration of this machine, which is kept in
-~/.cache/mtpforge, and from the last run of each job here; they assume an idle machine.
+Sizes are exact to 64 bytes, with two exceptions: those of llama.cpp's converter are about right
+until it has run, and a variant whose types are searched is at most as large as said. Times come
+from a calibration of this machine, which is kept in ~/.cache/mtpforge, and from the last run of
+each job here; they assume an idle machine.
 
 example: plan.py
          plan.py qwen3.5-4b --json
