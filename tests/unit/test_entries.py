@@ -521,8 +521,11 @@ def test_what_is_built_is_said_without_a_question(
 ) -> None:
     built: list[str] = []
     plan = {**add._forecast("name", "default"), "to_run": 0}
-    plan["models"] = {"name": {"files": [{"name": "Name-Q8_0.gguf"}]}}
     monkeypatch.setattr(add, "_forecast", lambda *_: plan)
+    with monkeypatch.context() as inside:
+        inside.chdir(ROOT)  # where the prompts are
+        config = Build({"models": {"name": {"source": PINNED, "variants": {"Q8_0": {}}}}}).config
+    monkeypatch.setattr(add, "_check", lambda: config)
     monkeypatch.setattr(add, "_build", lambda key, *_: built.append(key))
     monkeypatch.setattr(add.sys, "stdin", io.StringIO())
     monkeypatch.setattr(add.sys, "argv", ["add.py", "Owner/Name", "--type", "Q8_0", "--build"])

@@ -106,13 +106,16 @@ def test_one_command_makes_a_quant_with_a_head(copy: Repository, hub: Hub) -> No
     assert report.accepted and report.head == "Q8_0"
     entry = yaml.safe_load((copy.path / "config.d/qwen3.5-4b.yaml").read_text())
     assert entry["models"]["qwen3.5-4b"]["source"] == {"repo": SOURCE, "revision": COMMIT}
+    again = make(line, copy, hub, PROFILE="lean")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "\nalready built: results/qwen3.5-4b/Qwen3.5-4B-IQ4_XS.gguf\n" in again.stdout
 
 
 def test_one_command_puts_a_head_into_a_quant(copy: Repository, hub: Hub) -> None:
     (line,) = INJECT
     done = make(line, copy, hub, YES="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fetch  0.00 MB" not in done.stdout
+    assert "fetch  nothing" not in done.stdout
     made = copy.path / "results/qwen3.5-4b-injected/Qwen3.5-4B-Q4_K_M.gguf"
     base = hub.repositories[BASE] / "quants" / made.name
     assert head.trunk_digests(reader.read(made)) == head.trunk_digests(reader.read(base))

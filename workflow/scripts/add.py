@@ -31,7 +31,7 @@ from mtpforge.entries.presets import PRESETS, Variants
 from mtpforge.entries.proposal import Entry, Source
 from mtpforge.errors import ConfigError, ForgeError
 from mtpforge.llama_cpp.toolchain import cached
-from mtpforge.rules import entry_files, profiles
+from mtpforge.rules import entry_files, layout, profiles
 from mtpforge.rules.build import Build
 from mtpforge.rules.config import Config, read_file
 from mtpforge.rules.fields import DEFAULT
@@ -61,8 +61,8 @@ def main() -> None:
         _announce(entry, path)
         plan, first = _forecast(entry.key, args.profile), _first(config)
         if built := args.build and not (plan["to_run"] or plan["fetch"] or first):
-            names = (each["name"] for each in plan["models"][entry.key]["files"])
-            print("already built:", ", ".join(f"results/{entry.key}/{name}" for name in names))
+            outputs = layout.outputs(config.models[entry.key])
+            print("already built:", ", ".join(output.file for output in outputs))
         else:
             lines = [*_in_lines(plan, first), *_upload(entry), *_matrix(entry)]
             print(*lines, sep="\n", flush=True)
