@@ -12,7 +12,7 @@ import yaml
 from conftest import CHECKPOINTS, ROOT
 from mtpforge.checkpoint.checkpoint import Checkpoint
 from mtpforge.forecast.costs import Machine
-from mtpforge.forecast.steps import ModelForecast
+from mtpforge.forecast.steps import ModelForecast, ShardByShardForecast
 from mtpforge.llama_cpp.programs import LlamaCpp
 from mtpforge.rules.build import Build
 from repository import Repository
@@ -103,15 +103,20 @@ def test_the_page_says_what_is_forecast(repository: Repository, toolchain: Path)
     assert example
     described = yaml.safe_load(example[1])["models"][NAME]
     assert described["pieces"] == model.pieces and described["variants"].keys() == VARIANTS.keys()
-    slow, fast, computing = (
-        ModelForecast(
+    slow, fast, computing, by_shards = (
+        kind(
             model,
             Checkpoint(Path(model.source.path)),
             LlamaCpp(toolchain),
             machine=replace(MACHINE, disk=disk),
             given_size=lambda _: 0,
         )
-        for disk in (MACHINE.disk, FAST_DISK, float("inf"))
+        for kind, disk in (
+            (ModelForecast, MACHINE.disk),
+            (ModelForecast, FAST_DISK),
+            (ModelForecast, float("inf")),
+            (ShardByShardForecast, MACHINE.disk),
+        )
     )
     results = sum(file.bytes for file in slow.files)
     expected = {
@@ -139,4 +144,7 @@ def test_the_page_says_what_is_forecast(repository: Repository, toolchain: Path)
     assert f"would take {hours(computing)} of these {hours(slow)} hours" in said
     assert f"of 3 GB/s they take {hours(fast)}, and" in said
     assert f"{(SHARDS + slow.peak) / 1e12:.1f} TB at the peak" in said
+    assert f"frees the shards, {(SHARDS + slow.peak - slow.freed('all')[0]) / 1e12:.1f} TB" in said
+    most, shards = by_shards.by_shards("all")
+    assert f"no BF16 file either, {(SHARDS - shards + most) / 1e12:.2f} TB" in said
     assert f"results {results / 1e9:.0f} GB, and up to {slow.scratch / 1e9:.0f} GB while" in said
