@@ -117,7 +117,7 @@ def test_a_run_that_is_gone_is_taken_over(tmp_path: Path, said: list[str], chang
 def test_a_run_on_another_machine_is_left_alone(tmp_path: Path, said: list[str]) -> None:
     leave(tmp_path, replace(Owner.this_process("snakemake"), host="elsewhere", boot="other"))
     with (
-        pytest.raises(ForgeError, match=r"on elsewhere, .*`snakemake --unlock`"),
+        pytest.raises(ForgeError, match=r"on elsewhere, .*`.venv/bin/snakemake --unlock`"),
         folder_lock.holding(tmp_path, "", said.append),
     ):
         pass

@@ -240,7 +240,7 @@ def test_an_owner_on_another_machine_is_left_alone(repository: Repository) -> No
     done = repository.snakemake(target=TARGET)
     assert done.returncode == 1
     assert f"in use by process {here.pid} on elsewhere, since " in done.stderr
-    assert "`snakemake --unlock`" in done.stderr
+    assert "`.venv/bin/snakemake --unlock`" in done.stderr
     assert repository.snakemake("--unlock").returncode == 0
     goes_on(repository)
 

@@ -364,7 +364,7 @@ def _advice(about: dict[str, Any]) -> str:
             )
     free = (
         "free the checkpoints and intermediates of other models "
-        "(`snakemake --delete-temp-output all`), or build fewer variants at a time"
+        "(`.venv/bin/snakemake --delete-temp-output all`), or build fewer variants at a time"
     )
     if reason := about["frees_nothing"]:
         return f"profiles/lean and profiles/shards need as much, because {reason}: {free}"

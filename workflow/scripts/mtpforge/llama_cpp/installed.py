@@ -70,7 +70,7 @@ def check_converter(folder: Path) -> None:
         if not is_noted(folder, part):
             raise ToolchainError(
                 f"{folder / part}: has changed since it was set up: run "
-                "`snakemake --forcerun converter`"
+                "`.venv/bin/snakemake --cores all --forcerun converter`"
             )
 
 

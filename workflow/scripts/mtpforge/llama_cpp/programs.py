@@ -136,7 +136,8 @@ def _check_libraries(folder: Path, stamp: Path) -> None:
 
 def _changed(path: Path, stamp: Path) -> ToolchainError:
     return ToolchainError(
-        f"{path}: damaged, or not the one of {stamp}: run `snakemake --forcerun program`"
+        f"{path}: damaged, or not the one of {stamp}: run "
+        "`.venv/bin/snakemake --cores all --forcerun program`"
     )
 
 

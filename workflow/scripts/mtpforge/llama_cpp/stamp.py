@@ -35,7 +35,8 @@ def joined(stamps: Iterable[Stamp]) -> Stamp:
         if replace(other, programs=found.programs, libraries=found.libraries) != found:
             names = ", ".join([*found.programs, *other.programs])
             raise ToolchainError(
-                f"programs of different builds: {names}: run `snakemake --forcerun program`"
+                f"programs of different builds: {names}: run "
+                "`.venv/bin/snakemake --cores all --forcerun program`"
             )
         libraries = {**(found.libraries or {}), **(other.libraries or {})}
         programs = {**found.programs, **other.programs}

@@ -98,7 +98,7 @@ def _acquire(file: TextIO) -> Owner | None:
     if before and not before.is_here():
         raise ForgeError(
             f"this folder is in use by {before}: if that run has ended there, "
-            "`snakemake --unlock`, and run again"
+            "`.venv/bin/snakemake --unlock`, and run again"
         )
     return before
 
