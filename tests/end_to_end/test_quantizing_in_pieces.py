@@ -271,7 +271,9 @@ def test_tensors_of_another_file_type_and_of_the_trunk_are_reused(
     size = sum(second[name].size for name in same)
     assert 0 < len(same) < len(second)
     reused = f"reused {len(same)} of {len(second)} tensors ({size:,} bytes)"
-    assert said[1].startswith(f"{reused} of the same type from {tmp_path / 'Q4_K_S.gguf'}; quantized ")
+    assert said[1].startswith(
+        f"{reused} of the same type from {tmp_path / 'Q4_K_S.gguf'}; quantized "
+    )
     expected = plain(source, tmp_path / "plain.gguf", asked("Q4_K_M"))
     assert (tmp_path / "Q4_K_M.gguf").read_bytes() == expected
     (tmp_path / "trunk").mkdir()
