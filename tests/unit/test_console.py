@@ -29,6 +29,10 @@ def test_the_last_line_is_what_a_terminal_would_show(tmp_path: Path) -> None:
     assert job(log).last_line() == "two: 20%"
     log.write_bytes(b"x" * 100_000 + b"\n" + b"y" * 1000)
     assert job(log).last_line() == "y" * WIDTH
+    log.write_text("[   1/  70] a.weight\n")
+    assert job(log).last_line() == "[   1/  70] a.weight"
+    log.write_text("llama-quantize: [   1/  70], 9 s left\n[   2/  70] b.weight\n[3]7.1,[4]\n")
+    assert job(log).last_line() == "llama-quantize: [   1/  70], 9 s left"
 
 
 def test_an_error_is_what_the_program_says_it_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ TAIL = 8192  # bytes at the end of a log
 WIDTH = 160  # characters of a line
 ERROR_LINES = 12
 LINE_ENDS = re.compile(r"[\r\n]+")  # progress bars rewrite their line
+COUNT = re.compile(r" *\[ *\d+(/ *\d+)?\]")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -31,8 +32,13 @@ class Job:
     copied: int = 0
 
     def last_line(self) -> str:
-        """A running job's progress, or a finished one's figure; empty if the log is."""
-        return "".join(self._tail()[-1:]).strip()[:WIDTH]
+        """A running job's progress, or a finished one's figure; empty if the log is.
+
+        A count of llama.cpp's own gives way to ours before it, which has the time left.
+        """
+        lines = self._tail()
+        ours = [line for line in lines if not COUNT.match(line)]
+        return "".join((ours or lines)[-1:]).strip()[:WIDTH]
 
     def error(self) -> str:
         """Its `error:` line with what follows, or else the last lines of the log."""
