@@ -1,5 +1,6 @@
 """Variables of make and options that would be ignored without a word are refused."""
 
+import os
 import subprocess
 
 import pytest
@@ -11,7 +12,9 @@ from mtpforge.rules import profiles
 def make(line: str) -> "subprocess.CompletedProcess[str]":
     """Make's own reading of a command line; nothing is run."""
     command = ["make", "-n", "-o", "setup", "-o", "toolchain", *line.split(), "CORES=1"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Without what `make test` tells a make below it, which would print its folder.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 # ── profiles ──
