@@ -14,8 +14,10 @@ import pytest
 import quantize
 from conftest import SCRIPTS
 from mtpforge.errors import ForgeError, StorageError
+from mtpforge.io import temporary
 from mtpforge.io.atomic import (
     give_name,
+    link,
     link_or_copy,
     replacing,
     replacing_folder,
@@ -79,6 +81,18 @@ def test_a_second_writer_of_a_file_is_refused(tmp_path: Path) -> None:
         ):
             pass
     assert (tmp_path / "x").read_text() == "first"
+
+
+def test_a_file_that_is_renamed_while_it_is_locked_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old"
+    old.touch()
+    monkeypatch.setattr(Path, "exists", lambda _: True)  # it goes just after this question
+    with old.open() as opened:
+        old.rename(tmp_path / "new")
+        with pytest.raises(BlockingIOError):
+            temporary._lock(opened.fileno(), old)
 
 
 def test_the_file_of_a_second_writer_does_not_get_the_name(tmp_path: Path) -> None:
@@ -211,6 +225,13 @@ def test_a_name_that_the_file_has_already_leaves_no_other(tmp_path: Path) -> Non
     for _ in range(2):
         give_name(tmp_path / "x", tmp_path / "published")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "x"]
+
+
+def test_a_link_that_is_there_already_leaves_no_other_name(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("content")
+    for _ in range(2):
+        link(tmp_path / "x", tmp_path / "y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
 def failing(number: int, *calls: int) -> Callable[..., None]:

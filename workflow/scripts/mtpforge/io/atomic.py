@@ -182,9 +182,8 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, own)
         os.replace(own, target)
-    except OSError:
-        own.unlink(missing_ok=True)
-        raise
+    finally:
+        own.unlink(missing_ok=True)  # a rename leaves it if `target` was this link before
 
 
 def check_room(source: Path, target: Path) -> None:

@@ -147,10 +147,10 @@ def _lock(descriptor: int, usual: Path) -> bool:
         raise
     except OSError:
         return False
-    # Another process may just have renamed what we opened.
-    if not usual.exists() or os.fstat(descriptor).st_ino != usual.stat().st_ino:
-        raise BlockingIOError
-    return True
+    with suppress(FileNotFoundError):  # another process may just have renamed what we opened
+        if os.fstat(descriptor).st_ino == usual.stat().st_ino:
+            return True
+    raise BlockingIOError
 
 
 def _start_over(lock: int, usual: Path, target: Path) -> int:
