@@ -283,8 +283,8 @@ def _announce(entry: Entry, path: Path) -> None:
     else:
         print(f"{names} of {about} ({path})")
     if others := entry_files.read_entry(path)["variants"].keys() - entry.variants.keys():
-        count = "1 other" if len(others) == 1 else f"{len(others)} others"
-        print(f"keeps  {count} that {path} has: delete those there that you do not want")
+        count = f"{len(others)} other variant{'s' * (len(others) != 1)}"
+        print(f"keeps  {count} of {path}: delete there what you do not want")
     print("forecasting ...", file=sys.stderr)
 
 
@@ -331,7 +331,8 @@ def _ask(yes: bool) -> None:
     if not sys.stdin.isatty():
         raise ConfigError("there is no terminal to ask on, so nothing is built: set YES=1")
     print("Build it? [Y/n] ", end="", flush=True)
-    if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+    answer = sys.stdin.readline()  # empty after Ctrl-D
+    if not answer or answer.strip().lower() not in ("", "y", "yes"):
         print("not built: config.d is as it was")
         raise SystemExit(0)
 
