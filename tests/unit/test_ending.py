@@ -76,6 +76,8 @@ def test_an_upload_ends_with_its_files_and_its_address(results: Path) -> None:
     )
     folder = UploadedModel(upload.card, reports, [], S3Folder(url="s3://bucket/folder"))
     assert ending.after_upload([folder]).endswith("\nuploaded  s3://bucket/folder")
+    five = ending.after_upload([folder] * 5).splitlines()
+    assert five[-3:] == ["uploaded  s3://bucket/folder"] * 2 + ["uploaded  and 3 more"]
     dry = ending.after_upload([upload], dry_run=True).splitlines()
     assert dry[-1].startswith("next      `make publish` uploads these files")
 

@@ -20,7 +20,7 @@ _ROWS = 10
 _VERDICTS = 3
 """The most verdicts on files whose types were found."""
 _PLACES = 3
-"""The most addresses of uploads."""
+"""The most lines with addresses of uploads."""
 
 
 def after_build(
@@ -56,7 +56,8 @@ def after_upload(
     """The same for models that were uploaded, or would be, with the address of each."""
     reports = [path for each in uploads for path in map(Path, each.reports) if path.exists()]
     measured = [path for each in uploads for path in map(Path, each.measurements) if path.exists()]
-    advice = [f"uploaded  {each.address}" for each in uploads[:_PLACES]]
+    places = _first([each.address for each in uploads], _PLACES, "more")
+    advice = [f"uploaded  {place}" for place in places]
     for repo in [each.private for each in uploads if each.private][:1]:
         command = f"`.venv/bin/hf repos settings {repo} --public`"
         advice.append(f"next      read the card there; if it is private, publish it: {command}")
