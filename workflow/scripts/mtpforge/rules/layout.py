@@ -293,13 +293,8 @@ def found(model: str, variant: str) -> str:
     return f"{work(model)}/found/{variant}.yaml"
 
 
-def about_found(model: str, variant: str) -> str:
-    """Its size and mixture, and what to compare it with."""
-    return f"{work(model)}/found/{variant}.json"
-
-
 def compared(model: str, variant: str) -> str:
-    """Its comparison with llama.cpp's own mixture of its size."""
+    """The comparison of a variant with llama.cpp's own mixture of its size."""
     return f"{work(model)}/compared/{variant}.json"
 
 
