@@ -8,7 +8,7 @@ PROFILES := $(notdir $(patsubst %/,%,$(wildcard profiles/*/)))
 $(if $(filter $(PROFILE),$(PROFILES)),,$(error no profile '$(PROFILE)': profiles/ has $(PROFILES)))
 endif
 
-# What targets take. Of these, one that the targets of a call do not take is refused.
+# The variables that each target takes. make refuses one of these if no target of the call takes it.
 ENTRY := HEAD IMATRIX PUBLISH TOKENIZER_PRE MODEL MEASURE YES DRY_RUN
 TAKEN_BY_quant := REPO TYPE $(ENTRY)
 TAKEN_BY_inject := BASE SOURCE REPLACE $(ENTRY)
@@ -27,7 +27,7 @@ FALSE := 0 n N no No NO false False FALSE
 TRUE := 1 y Y yes Yes YES true True TRUE
 $(foreach name,MEASURE YES REPLACE DRY_RUN,$(if $(filter-out $(TRUE) $(FALSE),$($(name))),$(error \
 	$(name)=$($(name)): set it to 1, or leave it out)))
-# $(call set,VARIABLE,WORDS) is the words if the variable is set to 1 or yes.
+# $(call set,VARIABLE,WORDS): the words, if the variable is set to 1, yes or true.
 set = $(if $(filter $(TRUE),$($(1))),$(2))
 
 LEAN := $(if $(filter lean shards,$(PROFILE)),--lean $(PROFILE))
@@ -67,9 +67,10 @@ define install
 	}
 endef
 
-# Before Snakemake says anything, which then need not. Whatever fails here, the build says better.
+# The forecast comes first, and MTPFORGE_FORECAST=told keeps Snakemake from repeating it. It hides its
+# errors, because the build explains them better.
 FORECAST = ($(ACTIVE) python workflow/scripts/plan.py --totals $(LEAN) $(MACHINES) $(MODELS) 2> /dev/null) || true
-# Options of Snakemake that choose some models.
+# The options with which Snakemake builds only MODELS.
 comma := ,
 space := $(subst ,, )
 CONFIG = $(if $(MODELS),'build=[$(subst $(space),$(comma),$(patsubst %,"%",$(MODELS)))]')
@@ -109,13 +110,13 @@ publish: setup ## build, and upload the models that have `publish`; DRY_RUN=1 li
 setup: python compiler ## install the locked environment into .venv
 	$(call install,.venv,run,--clear)
 
-setup-test: setup ### install what the tests need too
+setup-test: setup ### also install what the tests need
 	$(call install,.venv,test)
 
-cluster: setup ## install what runs jobs with SLURM too (docs/cluster.md)
+cluster: setup ## also install what runs jobs on SLURM (docs/cluster.md)
 	$(call install,.venv,cluster)
 
-s3: setup ## install what uploads to object storage too (docs/publishing.md)
+s3: setup ## also install what uploads to object storage (docs/publishing.md)
 	$(call install,.venv,s3)
 
 report: all ## build, then write report.html: the table, pictures of speed, acceptance and errors, run times; MODELS="a b" for some models
