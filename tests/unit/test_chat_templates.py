@@ -111,6 +111,28 @@ def test_templates_are_found_in_each_place(
     assert metadata.check_template(opened, source.chat_templates(folder)).passed
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_lines_end_as_upstream_reads_them(tmp_path: Path, name: str) -> None:
+    """An editor on Windows ends them with CR and LF, and the prompts would have the CR."""
+    folder = written(tmp_path, [JINJA, *MORE])
+    (folder / name).write_bytes(b"one\r\ntwo\r\n")
+    native.convert(folder, tmp_path / "F.gguf", "draft", "qwen35")
+    opened = reader.read(tmp_path / "F.gguf")
+    assert "one\ntwo\n" in templates(opened).values()
+    assert metadata.check_template(opened, source.chat_templates(folder)).passed
+
+
+def test_a_byte_order_mark_would_begin_every_prompt(tmp_path: Path) -> None:
+    folder = written(tmp_path, [JINJA])
+    path = folder / "chat_template.jinja"
+    path.write_bytes(b"\xef\xbb\xbf{{ messages }}")
+    for read in (lambda: chat_templates.templates(folder), lambda: chat_templates.given(str(path))):
+        with pytest.raises(
+            CheckpointError, match=r"chat_template\.jinja: begins with a byte order"
+        ):
+            read()
+
+
 def test_without_tokenizer_config_a_template_is_not_taken(tmp_path: Path) -> None:
     folder = written(tmp_path, [JINJA], tokenizer_config=False)
     assert chat_templates.templates(folder) is None and source.chat_templates(folder) == {}

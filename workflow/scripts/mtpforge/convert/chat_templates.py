@@ -44,7 +44,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def given(path: str) -> str:
     """Return the template in a file of its own. Raises CheckpointError if it cannot be parsed."""
-    template = read_text(Path(path), most=TEMPLATE_LIMIT, within=ANYWHERE)
+    template = read(Path(path), ANYWHERE)
     if not template.strip():
         raise CheckpointError(f"{path}: is empty, so it is no chat template")
     try:
@@ -109,8 +109,14 @@ def additional(directory: Path) -> list[Path]:
 
 
 def read(path: Path, directory: Path) -> str:
-    """Return the template in a file of a checkpoint. Raises CheckpointError."""
-    return read_text(path, most=TEMPLATE_LIMIT, within=directory)
+    """Return the template in a file within `directory`, its lines ending in LF as upstream's do.
+
+    Raises CheckpointError.
+    """
+    template = read_text(path, most=TEMPLATE_LIMIT, within=directory)
+    if template.startswith("\ufeff"):
+        raise CheckpointError(f"{path}: begins with a byte order mark: save it as UTF-8 without")
+    return template.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _settings(directory: Path) -> dict[str, Any]:

@@ -219,8 +219,9 @@ def _template_file(directory: Path) -> object:
         more = (directory / "additional_chat_templates").glob("*.jinja")
         named = {"default": path} | {other.stem: other for other in more}
         return [
-            {"name": name, "template": read_text(file, most=TEMPLATE_LIMIT, within=directory)}
+            {"name": name, "template": text.replace("\r\n", "\n").replace("\r", "\n")}
             for name, file in named.items()
+            for text in [read_text(file, most=TEMPLATE_LIMIT, within=directory)]
         ]
     path = directory / "chat_template.json"
     return read_json(path).get("chat_template") if path.exists() else None
