@@ -72,15 +72,23 @@ function(build_less)
     set_property(TARGET ${target} PROPERTY LINK_LIBRARIES common-core)
     set_property(TARGET ${target} PROPERTY INTERFACE_LINK_LIBRARIES common-core)
   endforeach()
-  # Small files that spend their time on the same headers; llama.cpp does so with src/models.
-  compile_as_one(llama-common common/parsers)
-  compile_as_one(mtmd tools/mtmd/models)
+  # Most of their time goes into the same headers; llama.cpp does this with src/models.
+  compile_together(llama-common 8)
+  compile_together(llama-server-impl 3)
+  compile_together(mtmd 16)
+  compile_together(server-context 4)
+  set(public mtmd-helper.cpp mtmd-helper-gen.cpp)  # they refuse headers of the others
+  list(TRANSFORM public PREPEND "${CMAKE_SOURCE_DIR}/tools/mtmd/")
+  set_source_files_properties(${public} TARGET_DIRECTORY mtmd
+      PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+  # Options, requests and pictures, not the loop that generates tokens: not worth optimizing.
+  foreach(target cpp-httplib llama-common llama-server-impl mtmd)
+    target_compile_options(${target} PRIVATE -O1)
+  endforeach()
 endfunction()
 
-function(compile_as_one target folder)
-  file(GLOB sources "${CMAKE_SOURCE_DIR}/${folder}/*.cpp")
-  set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES UNITY_GROUP one)
-  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+function(compile_together target files)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${files})
 endfunction()
 
 cmake_language(DEFER CALL build_less)
