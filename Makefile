@@ -50,6 +50,9 @@ TORCH_CPU := \
 	0b8f7d0423027ae8b90c7977c627f3379f325363a08224dffad9b4b2d684a83d \
 	ca021f9eb2f8345c83fa03e3a04587308afb8df71bd472670b3ece00df58621c
 
+# Runs a benchmark with little memory, page cache included.
+LIMITED ?= systemd-run --user --scope --quiet -p MemoryMax=1G
+
 .DEFAULT_GOAL := all
 .PHONY: all quant inject add publish plan report setup setup-test cluster s3 toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
 	python compiler
@@ -179,11 +182,13 @@ fuzz: setup-test ### fuzz the parsers of untrusted files, SECONDS=600 each (Linu
 	@for target in gguf safetensors imatrix; do \
 		$(ACTIVE) python tests/fuzz/fuzz.py $$target --seconds $(or $(SECONDS),600) --seed $$$$ || exit 1; done
 
-bench: toolchain ### benchmark conversion, injection and quantization (25 GB in resources/bench, 45 minutes)
+bench: toolchain ### benchmark conversion, injection, quantization, disk and the cost of types (25 GB in resources/bench, 55 minutes)
 	@$(ACTIVE) python bench/conversion.py
 	@$(ACTIVE) python bench/injection.py
 	@$(ACTIVE) python bench/quantization.py
 	@$(ACTIVE) python bench/lean.py
+	@$(ACTIVE) python bench/costs.py
+	@$(ACTIVE) $(LIMITED) python bench/io_volume.py
 
 bench-recipes: toolchain ### compare recipes found for a size with llama.cpp's own mixtures (5 minutes)
 	@$(ACTIVE) python bench/recipes.py
