@@ -73,6 +73,42 @@ def test_a_doubled_language_model_in_all_names_changes_nothing(tmp_path: Path) -
     assert reader.digests(made.path, 1) == reader.digests(plain.path, 1)
 
 
+@pytest.mark.parametrize(
+    "vision",
+    [
+        "visual",
+        "vision_tower",
+        "model.vision_tower",
+        "language_model.visual",
+        "language_model.model.visual",
+    ],
+)
+def test_a_vision_tower_is_left_out_under_each_of_its_names(tmp_path: Path, vision: str) -> None:
+    config, tensors = load(DENSE)
+    renamed = {name.replace("model.visual.", f"{vision}."): t for name, t in tensors.items()}
+    made = convert(tmp_path, config, renamed)
+    plain = convert(tmp_path / "plain", config, tensors)
+    assert made.path.read_bytes() == plain.path.read_bytes()
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_tied_embeddings_may_be_saved_as_the_output_matrix(tmp_path: Path, top: bool) -> None:
+    """As safetensors' save_model does: of two names of one tensor it keeps the first."""
+    config, tensors = load(DENSE)
+    plain = convert(tmp_path / "plain", config, tensors)
+    config["tie_word_embeddings"] = top
+    tensors["lm_head.weight"] = tensors.pop(EMBEDDINGS)
+    made = convert(tmp_path, config, tensors)
+    assert reader.digests(made.path, 1) == reader.digests(plain.path, 1)
+
+
+def test_an_unused_tensor_of_integers_does_not_make_a_checkpoint_quantized(tmp_path: Path) -> None:
+    config, tensors = load(DENSE)
+    counter = {"model.language_model.rope_deltas": ("I64", np.ones(1, "<i8"))}
+    message = refusal(tmp_path, config, {**tensors, **counter})
+    assert "does not use 1 tensors" in message and "quantized" not in message
+
+
 def test_a_bias_is_no_buffer(tmp_path: Path) -> None:
     config, tensors = load(DENSE)
     name = "model.language_model.layers.3.self_attn.bias"
@@ -114,6 +150,13 @@ def test_placeholders_of_zero_3_are_named(
             "`model.` in its name, from a wrapper (an unknown one)",
         ),
         ("^", "policy.", "`policy.` in its name, from a wrapper (an unknown one)"),
+        ("embed_tokens", "embed_tokens.original_module", "PEFT"),
+        (
+            "^model.language_model",
+            "model.text_model",
+            "model.text_model.embed_tokens.weight is not named as in the original model",
+        ),
+        ("^model.language_model.", "", "embed_tokens.weight is not named as in the original"),
         ("^mtp", "student.mtp", "`student.` in its name, from a wrapper (an unknown one)"),
     ],
 )

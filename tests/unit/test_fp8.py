@@ -90,6 +90,27 @@ def test_scales_of_activations_are_skipped_with_a_word(
     assert "buffers, which are no weights" in said and "_proj.activation_scale" in said
 
 
+@pytest.mark.parametrize(
+    "name", ["q_scale", "kv_scale", "k_proj.output_scale", "k_proj.k_scale", "v_proj.v_scale"]
+)
+def test_scales_of_the_cache_are_skipped_under_each_of_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    scale = f"mtp.layers.0.self_attn.{name}"
+    checkpoint = changed(ROWS, tmp_path, lambda t: t.update({scale: float32(1)}))
+    native.convert(checkpoint, tmp_path / "out.gguf", tokenizer_pre="qwen35")
+    assert scale in capsys.readouterr().err
+
+
+def test_blocks_without_their_size_are_named_as_such(tmp_path: Path) -> None:
+    """A fine-tune's config.json can lack the settings of the quantization."""
+    checkpoint = changed(BLOCKS, tmp_path, lambda t: None)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["quantization_config"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert "config.json names no block size" in refusal(checkpoint)
+
+
 def test_a_weight_that_is_nan_is_refused(tmp_path: Path) -> None:
     def damage(tensors: Tensors) -> None:
         codes = tensors[GATE][1].copy()

@@ -18,7 +18,8 @@ DTYPE = "F8_E4M3"
 SUFFIXES = ("_scale_inv", "_scale")
 """A scale has its weight's name with one of these."""
 UNUSED = (
-    ".input_scale", "_input_scale", ".activation_scale", "_activation_scale", ".k_scale", ".v_scale"
+    ".input_scale", "_input_scale", ".activation_scale", "_activation_scale", ".q_scale",
+    ".k_scale", ".v_scale", ".kv_scale", ".output_scale",
 )  # fmt: skip
 """Endings of scales of activations and of the cache, which change no weight."""
 
@@ -81,7 +82,12 @@ def scale_of(name: str, tensors: Mapping[str, CheckpointTensor], block: Block) -
             f"{place} and has two scales, {found[0].name} and {found[1].name}: remove the wrong one"
         )
     if not _fits(found[0], weight, block):
-        form = f"each block of {block[0]} x {block[1]}" if block else "the whole or each row"
+        form = (
+            f"each block of {block[0]} x {block[1]}"
+            if block
+            else "the whole or each row, and config.json names no block size: is its "
+            "quantization_config that of the original?"
+        )
         raise CheckpointError(
             f"{place} of shape {list(weight.shape)} and {found[0].name} is {found[0].dtype} of "
             f"shape {list(found[0].shape)}: not one number for {form}"

@@ -144,7 +144,7 @@ def _add(
 
 def _spare_names(names: Collection[str]) -> set[str]:
     """Return the names of tensors without which the trunk can be converted."""
-    vision = re.compile(r"(?:(?:model|language_model)\.)*visual\.")
+    vision = re.compile(r"(?:(?:model|language_model)\.)*(?:visual|vision_tower)\.")
     return head_names(names) | {name for name in names if vision.match(name)}
 
 

@@ -24,6 +24,7 @@ _ONLY_HEAD = ", or inject its head, which is not quantized, into a GGUF of the t
 
 UNPACKED = ("BF16", "F16", "F32", "F64", fp8.DTYPE, "F8_E8M0")
 """Types with one element for each weight."""
+_NO_WEIGHTS = ("I64", "BOOL")  # counters, shapes and masks
 
 
 def check(checkpoint: Outline, converter: str, part: str) -> None:
@@ -147,7 +148,7 @@ def _packed(checkpoint: Outline, family: Family, part: str) -> CheckpointTensor 
     """Return a tensor of the part that holds packed weights; None if there is none."""
     for name, tensor in checkpoint.tensors.items():
         if (
-            tensor.dtype not in UNPACKED
+            tensor.dtype not in (*UNPACKED, *_NO_WEIGHTS)
             and not is_buffer(tensor)
             and not name.endswith(family.constants)
             and (part != "head" or _in_head(name, family))

@@ -65,7 +65,7 @@ def _check_ids(path: Path, size: int) -> None:
 
 
 def _check_id(path: Path, key: str, number: Any, size: int) -> None:
-    if number is not None and (type(number) is not int or number >= size):
+    if number is not None and (type(number) is not int or not 0 <= number < size):
         shown = str(number)[:50]
         raise CheckpointError(f"{path}: {key} is {shown}, not one of {size} tokens")
 

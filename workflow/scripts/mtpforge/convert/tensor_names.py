@@ -12,6 +12,7 @@ from mtpforge.checkpoint.checkpoint import Checkpoint, Outline
 from mtpforge.checkpoint.families.family import Family
 from mtpforge.checkpoint.safetensors import CheckpointTensor
 from mtpforge.errors import CheckpointError
+from mtpforge.io.text import member
 
 EMBEDDINGS, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -24,6 +25,7 @@ _WRAPPERS = {
     "base_model": "PEFT",
     "base_layer": "PEFT",
     "modules_to_save": "PEFT",
+    "original_module": "PEFT",
     "lora_A": "PEFT",
     "lora_B": "PEFT",
 }
@@ -55,6 +57,8 @@ def canonical_names(checkpoint: Outline, family: Family) -> dict[str, Checkpoint
                 f"{checkpoint.directory}: {name} and {names[canonical].name} are the same tensor"
             )
         names[canonical] = tensor
+    if EMBEDDINGS not in names and OUTPUT in names and _ties(checkpoint):
+        names[EMBEDDINGS] = names.pop(OUTPUT)  # safetensors' save_model keeps one of two names
     _check_prefix(names, family)
     return names
 
@@ -99,12 +103,25 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
+def _ties(checkpoint: Outline) -> bool:
+    """Whether config.json ties the embeddings at one level at least."""
+    text = member(checkpoint.config, "text_config", dict, "config.json") or {}
+    return True in (level.get("tie_word_embeddings") for level in (checkpoint.config, text))
+
+
 def _check_prefix(names: dict[str, CheckpointTensor], family: Family) -> None:
     """Refuse an unknown prefix of all names, such as a doubled `model.`."""
     for known in (EMBEDDINGS, f"{family.head_prefix}fc.weight"):
         for name, tensor in names.items():
             if known not in names and name.endswith(f".{known}"):
                 raise _wrapped(tensor, name.removesuffix(f".{known}"), "an unknown one")
+    for name, tensor in names.items():
+        in_head = name.startswith(family.head_prefix)
+        if EMBEDDINGS not in names and name.endswith("embed_tokens.weight") and not in_head:
+            raise CheckpointError(
+                f"{tensor.shard}: {tensor.name} is not named as in the original model "
+                "(model.language_model.embed_tokens.weight): rename all tensors as they are there"
+            )
 
 
 def _wrapped(tensor: CheckpointTensor, part: str, wrapper: str) -> CheckpointError:

@@ -437,9 +437,11 @@ def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
     writer.add_rope_dimension_sections([*sections, 0][:4])
 
 
-VISION = ("model.visual.", "visual.")
-# As MLX names it, and a saver of fine-tunes that doubles `language_model` in all other names.
-OTHER_VISION = ("vision_tower.", "model.language_model.visual.")
+# Also as MLX names it, and as savers do that put the whole model into the text model or around it.
+VISION = (
+    "visual.", "model.visual.", "language_model.visual.", "language_model.model.visual.",
+    "model.language_model.visual.", "vision_tower.", "model.vision_tower.",
+)  # fmt: skip
 
 DENSE = Family(
     gguf_architecture="qwen35",
@@ -447,7 +449,7 @@ DENSE = Family(
     trunk=partial(trunk, mlp=dense_mlp),
     head=partial(head, mlp=dense_mlp),
     describe=describe,
-    ignored=(*VISION, *OTHER_VISION),
+    ignored=VISION,
 )
 MOE = Family(
     gguf_architecture="qwen35moe",
@@ -455,5 +457,5 @@ MOE = Family(
     trunk=partial(trunk, mlp=expert_mlp),
     head=partial(head, mlp=expert_mlp),
     describe=describe,
-    ignored=(*VISION, *OTHER_VISION),
+    ignored=VISION,
 )
