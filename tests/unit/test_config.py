@@ -245,7 +245,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
             ("repo", {"revision": REVISION}, r"did you mean "),
             ("", {}, "such as `{repo: "),
         )
-        for text in ("https://huggingface.co/Owner/Name", "hf.co/Owner/Name/tree/main?x")
+        for text in (
+            "https://huggingface.co/Owner/Name",
+            "hf.co/Owner/Name/tree/main?x",
+            "hf://Owner/Name",
+        )
+    ),
+    *(
+        (config({"source": {"repo": f"Owner/Name{more}", "revision": REVISION}}), "mean Owner/Name")
+        for more in ("@main", ":Q4_K_M", "/")
     ),
     (config({"publish": "Owner/Name"}), "models/m/publish: .* such as `{repo: Owner/Name}`"),
     (config({"publish": "s3://bucket/x"}), "models/m/publish: .* such as `{url: s3://bucket/x}`"),
@@ -305,6 +313,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     (
         config({"variants": ["Q4_K_M", "Q8_0"]}),
         "models/m/variants: .* must be a mapping, such as `Q4_K_M: {}`",
+    ),
+    (
+        config({"variants": [{"Q4_K_M": {"head": "Q8_0"}}, {"Q8_0": {}}]}),
+        "models/m/variants: .* must be a mapping: leave out the dash before `Q4_K_M`",
     ),
     (config({"variants": {"q4_k_m": {}}}), "type 'q4_k_m', did you mean Q4_K_M"),
     (config({"variants": {"UD-Q4_K_XL": {}}}), "type 'UD-Q4_K_XL', did you mean Q4_K_M"),

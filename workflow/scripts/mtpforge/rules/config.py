@@ -684,7 +684,10 @@ def _advice(error: ErrorDetails) -> str:
         repo = given.get("repo", "OWNER/NAME")
         return f": `python workflow/scripts/add.py {repo}` prints the entry with it"
     if error["type"] == "dict_type" and isinstance(given, list) and given:
-        return f", such as `{given[0]}: {{}}`"
+        first = given[0]
+        if isinstance(first, dict):
+            return f": leave out the dash before `{next(iter(first), '')}`"
+        return f", such as `{first}: {{}}`"
     if error["type"] == "string_type" and type(given) in (int, float):
         is_size = error["loc"][-1] in ("split", "size", "memory")
         return f", such as {given:.0f}G" if is_size else ": put it in quotes"

@@ -142,8 +142,8 @@ def _plain_name(name: str) -> str:
 
 
 def _repository_in(address: str) -> str:
-    """The repository that a page of the Hub belongs to."""
-    return repository(address) or address.rstrip("/")
+    """The repository that a page of the Hub, or OWNER/NAME with a tag or type, belongs to."""
+    return repository(address) or re.split("[@:]", address)[0].rstrip("/")
 
 
 def _size_in(text: str) -> str:
