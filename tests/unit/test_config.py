@@ -276,7 +276,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         config({"source": {"repo": "https://hf.co/Owner/Name/tree/main", "revision": REVISION}}),
-        "is not a repository: write OWNER/NAME; did you mean Owner/Name",
+        "is not a repository: write OWNER/NAME, .*; did you mean Owner/Name",
     ),
     (
         config({"source": {"repo": "Owner/Name", "revision": 12345678}}),

@@ -13,12 +13,14 @@ import pytest
 import yaml
 from conftest import CHECKPOINTS, ROOT
 from hub import COMMIT
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from mtpforge.entries import address, files, presets, proposal
 from mtpforge.entries.address import Address
 from mtpforge.entries.proposal import Entry, Source
 from mtpforge.errors import ConfigError, DownloadError, ForgeError
 from mtpforge.gguf import quant_types
-from mtpforge.hub.listing import File, Listing
+from mtpforge.hub.listing import REPOSITORY, File, Listing
 from mtpforge.rules import entry_files
 from mtpforge.rules.build import Build
 
@@ -65,11 +67,22 @@ def test_a_repository_is_read_as_people_write_it(text: str, expected: Address) -
 
 
 @pytest.mark.parametrize(
-    "text", ["Name", "", "a/b/c", "https://example.org/Owner/Name", "../x", "O/N\nx", "O/-N@x@y"]
+    "text",
+    ["Name", "", "a/b/c", "https://example.org/Owner/Name", "../x", "O/N\nx", "O/-N@x@y", "O/N..1"],
 )
 def test_another_text_is_no_repository(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a repository: write OWNER/NAME"):
         address.repository(text)
+
+
+@pytest.mark.parametrize("name", ["a--b", "a..b", "a-", "a.", "a.git", "a" * 97])
+def test_a_name_that_the_hub_refuses_is_refused_before_anything_is_built(name: str) -> None:
+    with pytest.raises(HFValidationError):
+        validate_repo_id(f"Owner/{name}")
+    assert REPOSITORY.fullmatch(f"Owner/{name}") is None
+    for good in ("a", "a_", "A-b.c_d", "1.5-B", "a" * 96):
+        validate_repo_id(f"Owner/{good}")
+        assert REPOSITORY.fullmatch(f"Owner/{good}")
 
 
 def test_files_and_folders_are_on_this_machine(tmp_path: Path) -> None:
@@ -89,6 +102,10 @@ def test_a_gguf_in_a_folder_may_be_one_of_a_repository(here: Path) -> None:
     assert address.gguf("Owner/Name-GGUF/quants/F.gguf") == in_repository
     assert address.gguf("Owner/Name-GGUF/F.gguf").file == "F.gguf"
     Path("Owner").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"Owner: is a folder: name a GGUF in it, Owner/FILE.gguf"
+    ):
+        address.gguf("Owner")
     with pytest.raises(ConfigError, match="no such file"):
         address.gguf("Owner/Name-GGUF/quants/F.gguf")
     for text in ("./Owner/Name/F.gguf", "/Owner/Name/F.gguf", "Name/F.gguf"):
@@ -724,6 +741,13 @@ def test_a_model_is_in_one_file(here: Path) -> None:
     untouched: dict[str, Any] = {"models": ["a"]}
     entry_files.add_entries(untouched, {})
     assert untouched == {"models": ["a"]}
+
+
+def test_a_file_with_another_ending_is_not_ignored(here: Path) -> None:
+    write(entry(Q4_0={}))
+    (here / "config.d/other.yml").write_text("models: {other: {}}")
+    with pytest.raises(ConfigError, match=r"config.d/other.yml: .*: rename it to other.yaml"):
+        entry_files.read_entries()
 
 
 def test_an_error_names_the_file_of_its_model(here: Path) -> None:

@@ -80,6 +80,8 @@ def gguf(text: str) -> Address | Path:
     path = Path(text).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder: name a GGUF in it, {path}/FILE.gguf")
     if text.endswith(".gguf") and ":" not in text and not _on_page(text):
         address = _match(_PATH, text)
         in_repository = address and address.file and REPOSITORY.fullmatch(address.repo)

@@ -20,7 +20,9 @@ from mtpforge.io import text
 from mtpforge.io.atomic import replacing
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_OWNER = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_OWNER}/{_OWNER}")
+"""OWNER/NAME by the Hub's rules."""
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}"
 FILE_PATH = re.compile(rf"({_NAME}/){{0,20}}{_NAME}")
 

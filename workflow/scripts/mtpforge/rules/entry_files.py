@@ -39,6 +39,8 @@ def add_entries(config: dict[str, Any], given: Mapping[str, Any], folder: Path =
 
 def read_entries(folder: Path = FOLDER) -> dict[str, Any]:
     """The entries of all files of a folder, by model. Raises ConfigError."""
+    for path in folder.glob("*.yml"):
+        raise ConfigError(f"{path}: only *.yaml is read: rename it to {path.stem}.yaml")
     return {path.stem: read_entry(path) for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
+from mtpforge.hub.listing import REPOSITORY
 from mtpforge.llama_cpp import pre_tokenizers
 from mtpforge.quantize.recipe import NO_HEAD, check_pattern
 from mtpforge.rules.local_paths import FileOnDisk, FolderPath, PromptsPath, TemplatePath, TextPath
@@ -193,7 +194,6 @@ SIDECAR_TYPES = tuple(
 
 _AMOUNT = r"[1-9][0-9]{0,8}[MG]"
 _TENSOR_TYPES = list(quant_types.TENSOR_TYPES)
-_OWNER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 _COMMIT = r"[0-9a-f]{40}"
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _FILE_PATH = rf"({_FILE_NAME}/)*{_FILE_NAME}"
@@ -227,7 +227,12 @@ VariantName = Annotated[
     _matching(_FILE_NAME, "is not a variant's name: use letters, digits, '.', '_' and '-'"),
 ]
 Repository = Annotated[
-    str, _matching(_OWNER_NAME, "is not a repository: write OWNER/NAME", _repository_in)
+    str,
+    _matching(
+        REPOSITORY.pattern,
+        "is not a repository: write OWNER/NAME, with single '-' and '.' inside a name",
+        _repository_in,
+    ),
 ]
 S3Url = Annotated[
     str,
