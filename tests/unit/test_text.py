@@ -132,3 +132,26 @@ def test_control_characters_are_never_printed() -> None:
     shown = r"a\x1b]0;owned\x07\x9b31m\u202eb\r" + "\n\tc"
     assert printable(name) == str(ForgeError(name)) == shown
     assert printable("Größe 漢字 🚀") == "Größe 漢字 🚀"
+
+
+# ── front matter ──
+
+
+@pytest.mark.parametrize(
+    ("line", "languages"),
+    [
+        ("language:\n- en\n- no", ["en", "no"]),
+        ("language:\n  - no # Norwegian\n  - nb", ["no", "nb"]),
+        ("language: [en, no]", ["en", "no"]),
+        ("language: [no,en]", ["no", "en"]),
+        ('language: [en, "no"]', ["en", "no"]),
+        ("language: no", "no"),
+        ("language: no-NO", "no-NO"),
+    ],
+)
+def test_norwegian_is_a_language_on_a_card(tmp_path: Path, line: str, languages: object) -> None:
+    """As on the Hub, whose YAML is newer than PyYAML's."""
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{line}\nsummary: a, no, b\n---\n")
+    found = {"language": languages, "summary": "a, no, b"}
+    assert text.read_front_matter(card) == found

@@ -314,17 +314,22 @@ def parse_yaml(path: Path, text: str, error: Failure, aliases: bool = False) -> 
         raise error(f"{path}: cannot be read as YAML ({reason})") from None
 
 
+_NORWEGIAN = re.compile(r"(?m)^( *- +|language: *(?:\[(?:[^]\n]*,)? *)?)no(?= *(?:$|[],#]))")
+"""The language `no`, in a list or alone, which PyYAML takes for a false."""
+
+
 def read_front_matter(path: Path, error: Failure = CheckpointError) -> dict[str, Any]:
     """The front matter of a model card; empty if it has none. Raises `error`.
 
-    Tabs and the language `no` are read as gguf-py reads them.
+    Tabs are read as gguf-py reads them, and the language `no` wherever it stands.
     """
     lines = read_text(path, error).splitlines()
     if not lines or lines[0] != "---":
         return {}
     end = lines.index("---", 1) if "---" in lines[1:] else len(lines)
     text = "\n".join(lines[1:end]) + "\n"
-    value = parse_yaml(path, text.replace("- no\n", '- "no"\n').replace("\t", "  "), error)
+    text = text.replace("- no\n", '- "no"\n').replace("\t", "  ")
+    value = parse_yaml(path, _NORWEGIAN.sub(r'\1"no"', text), error)
     return value if isinstance(value, dict) else {}
 
 
