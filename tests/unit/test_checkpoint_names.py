@@ -130,6 +130,12 @@ def test_placeholders_of_zero_3_are_named(
     assert ("head: none" in message) == (chosen == "mtp.")
 
 
+def test_a_placeholder_beside_tied_embeddings_is_named(tmp_path: Path) -> None:
+    config, tensors = load(DENSE)
+    tensors["lm_head.weight"] = ("BF16", np.zeros(0, "<u2"))
+    assert "ZeRO-3" in refusal(tmp_path, config, tensors)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "named"),
     [

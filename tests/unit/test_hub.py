@@ -293,6 +293,13 @@ def test_a_rejected_token_is_named_as_the_cause(client: Client) -> None:
     client.complete(client.fetch())
 
 
+def test_a_token_with_other_characters_than_ascii_is_named_as_the_cause(client: Client) -> None:
+    """As one that was copied with typographic quotes."""
+    client.environment["HF_TOKEN"] = "\u201chf_token\u201d"
+    done = client.resolve()
+    assert done.returncode == 1 and "your token has characters that no token has" in done.stderr
+
+
 def test_a_token_without_access_is_told_from_no_token(client: Client) -> None:
     client.hub.closed.add(REPO)
     client.refused(client.fetch(), "is gated, and your token does not open it")

@@ -162,6 +162,8 @@ def _check_tied(checkpoint: Outline, names: Mapping[str, CheckpointTensor]) -> N
     """Check that a second copy of tied embeddings is identical. Raises CheckpointError."""
     output = names[OUTPUT]
     if not _same_values(checkpoint, names):
+        if EMBEDDINGS in names:
+            _check_tensor(OUTPUT, output, names[EMBEDDINGS].shape)
         raise CheckpointError(
             f"{output.shard}: {output.name} differs from the embeddings, but config.json ties them "
             "(tie_word_embeddings): set it to false if the output matrix was trained separately"

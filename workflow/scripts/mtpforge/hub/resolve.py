@@ -37,6 +37,10 @@ def model_info(repo: str, revision: str | None = None) -> ModelInfo:
 
     try:
         info = Retry(label).call(ask)
+    except UnicodeEncodeError:
+        raise DownloadError(
+            f"{label}: your token has characters that no token has: copy it again, without quotes"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DownloadError(
             f"{label}: malformed answer from the Hub ({type(error).__name__}: {error})"
