@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS
 from layouts import Tensors, read_tensors, separate_experts, write_checkpoint
-from mtpforge.convert import native
+from mtpforge.checkpoint.checkpoint import Checkpoint
+from mtpforge.convert import native, upstream_head
 from mtpforge.errors import CheckpointError
 from mtpforge.gguf import reader
 
@@ -89,6 +90,8 @@ def test_a_vision_tower_is_left_out_under_each_of_its_names(tmp_path: Path, visi
     made = convert(tmp_path, config, renamed)
     plain = convert(tmp_path / "plain", config, tensors)
     assert made.path.read_bytes() == plain.path.read_bytes()
+    tower = upstream_head.vision_tensors(Checkpoint(tmp_path / "tiny-qwen3.5"))
+    assert bool(tower) == (vision == "visual")  # upstream knows no other name
 
 
 @pytest.mark.parametrize("top", [True, False])

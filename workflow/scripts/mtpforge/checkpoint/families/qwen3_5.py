@@ -437,10 +437,12 @@ def _describe_sections(writer: GGUFWriter, rope: Hparams) -> None:
     writer.add_rope_dimension_sections([*sections, 0][:4])
 
 
-# Also as MLX names it, and as savers do that put the whole model into the text model or around it.
-VISION = (
-    "visual.", "model.visual.", "language_model.visual.", "language_model.model.visual.",
-    "model.language_model.visual.", "vision_tower.", "model.vision_tower.",
+VISION = ("model.visual.", "visual.")
+# As MLX names it, and savers that put the whole model into the text model: upstream cannot convert
+# a vision tower of these names.
+OTHER_VISION = (
+    "language_model.visual.", "language_model.model.visual.", "model.language_model.visual.",
+    "vision_tower.", "model.vision_tower.",
 )  # fmt: skip
 
 DENSE = Family(
@@ -449,7 +451,7 @@ DENSE = Family(
     trunk=partial(trunk, mlp=dense_mlp),
     head=partial(head, mlp=dense_mlp),
     describe=describe,
-    ignored=VISION,
+    ignored=(*VISION, *OTHER_VISION),
 )
 MOE = Family(
     gguf_architecture="qwen35moe",
@@ -457,5 +459,5 @@ MOE = Family(
     trunk=partial(trunk, mlp=expert_mlp),
     head=partial(head, mlp=expert_mlp),
     describe=describe,
-    ignored=VISION,
+    ignored=(*VISION, *OTHER_VISION),
 )

@@ -234,7 +234,7 @@ MOE = Family(
     trunk=trunk,
     head=head,
     describe=describe,
-    ignored=qwen3_5.VISION,
+    ignored=(*qwen3_5.VISION, *qwen3_5.OTHER_VISION),
     constants=CONSTANTS,
     without_trunk={"ple_layer_ids": []},
 )
