@@ -245,7 +245,7 @@ def _headers(url: str) -> dict[str, str]:
     if token and not (token.isascii() and token.isprintable()):
         raise DownloadError(
             "the Hub token contains invalid characters: check HF_TOKEN, or log in again "
-            "with `hf auth login`"
+            "with `.venv/bin/hf auth login`"
         )
     return {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
 

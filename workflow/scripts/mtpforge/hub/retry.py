@@ -38,7 +38,7 @@ LONGEST_WAIT = 600.0
 _TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 # A refusal means something else if the request had no token.
-_LOG_IN = "set HF_TOKEN or log in with `hf auth login`"
+_LOG_IN = "set HF_TOKEN or log in with `.venv/bin/hf auth login`"
 _GATED = f"is gated: accept its terms on its page, then {_LOG_IN}"
 _STILL_GATED = (
     "is gated, and your token does not open it: accept its terms on its page with the token's "
@@ -53,7 +53,7 @@ _STILL_NOT_FOUND = (
     "no such repository, or a private one that your token cannot read: check the name, and the "
     "rights of the token"
 )
-_DENIED = "access denied: set HF_TOKEN to a token with access, or run `hf auth login`"
+_DENIED = "access denied: set HF_TOKEN to a token with access, or run `.venv/bin/hf auth login`"
 _STILL_DENIED = "access denied: your token has no right to do this: give it the right"
 
 T = TypeVar("T")

@@ -100,7 +100,7 @@ def _refusal(error: Exception) -> str:
         return ""
     status = error.response.status_code
     if status == 401 and get_token() is None:
-        return "there is no token: set HF_TOKEN, or log in with `hf auth login`"
+        return "there is no token: set HF_TOKEN, or log in with `.venv/bin/hf auth login`"
     said = " ".join((error.server_message or "").split())[:300]
     return {
         401: f"your token was rejected (expired, revoked or mistyped): renew it at {_TOKENS}",
