@@ -91,7 +91,11 @@ def test_the_layers_of_nemotron_may_be_given_by_their_kinds(tmp_path: Path) -> N
 
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("glm", {"num_nextn_predict_layers": 0}, "but 0 blocks are declared"),
+    (
+        "glm",
+        {"num_nextn_predict_layers": 0},
+        "(num_nextn_predict_layers in config.json): set it to 1",
+    ),
     ("glm", {"num_nextn_predict_layers": None}, "but 0 blocks are declared"),
     ("glm", {"num_nextn_predict_layers": "1"}, "but '1' blocks are declared"),
     ("glm", {"drop": "layers.2."}, "no tensors of a head (1 blocks are declared)"),
@@ -102,6 +106,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("nemotron", {"drop": "mtp.layers.1."}, "has tensors of 1 head layers, 2 to a block"),
     ("mimo", {"drop": "mtp.layers.2."}, "but 3 blocks are declared"),
+    ("step", {"drop": "layers.3."}, "correct the wrong one, or convert with --part trunk"),
     ("mimo", {"drop": "mtp."}, "no tensors of a head (3 blocks are declared)"),
 ]
 
@@ -135,8 +140,13 @@ def test_wrapped_and_empty_tensors_are_refused(tmp_path: Path) -> None:
     checkpoint = write_model("glm", tmp_path / "glm")
     config, tensors = json.loads((checkpoint / "config.json").read_text()), read_tensors(checkpoint)
     wrapped = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    doubled = {name.replace("model.", "model.model."): tensor for name, tensor in tensors.items()}
     empty = {**tensors, "model.norm.weight": ("BF16", np.zeros(0, "<u2"))}
-    for label, named, changed in (("a", "`module.`", wrapped), ("b", "ZeRO-3", empty)):
+    for label, named, changed in (
+        ("a", "`module.`", wrapped),
+        ("b", "ZeRO-3", empty),
+        ("c", "`model.`", doubled),
+    ):
         source = CHECKPOINTS / "tiny-qwen3.5"
         assert named in refusal(write_checkpoint(tmp_path / label, source, config, changed))
 

@@ -97,6 +97,8 @@ def check_wrappers(tensors: Iterable[CheckpointTensor]) -> None:
     for tensor in tensors:
         if found := _WRAPPED.search(tensor.name):
             raise _wrapped(tensor, found[1], _WRAPPERS[found[1]])
+        if tensor.name.startswith("model.model."):
+            raise _wrapped(tensor, "model", "an unknown one")
 
 
 def _some(names: list[str]) -> str:

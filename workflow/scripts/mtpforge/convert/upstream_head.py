@@ -53,10 +53,13 @@ def count_blocks(checkpoint: Outline) -> int:
             "use the original checkpoint, or convert with --part trunk"
         )
     if type(declared) is not int or found != declared or rest:
+        way = "correct the wrong one, or convert with --part trunk"
+        if declared == 0 and not rest:
+            way = f"set it to {found}"
         raise CheckpointError(
             f"{checkpoint.directory}: has tensors of {len(layers)} head layers, "
             f"{architecture.layers} to a block, but {declared!r} blocks are declared "
-            f"({key} in config.json)"
+            f"({key} in config.json): {way}"
         )
     return found
 
