@@ -514,7 +514,7 @@ def test_who_can_see_an_upload_is_said_before_it(
     adds: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(add, "get_token", lambda: None)
-    line = "\nupload Owner/Name-MTP-GGUF, which is created as private: you make it public"
+    line = "\nupload Owner/Name-MTP-GGUF; if it is new, it is private until you make it public"
     said = adds("Owner/Name", "--publish", "Owner/Name-MTP-GGUF")
     assert f"{line}; first log in: `.venv/bin/hf auth login`, or set HF_TOKEN\n" in said
     monkeypatch.setattr(add, "get_token", lambda: "hf_token")
@@ -568,7 +568,7 @@ def test_a_dry_run_shows_the_forecast_and_changes_nothing(
 
 
 def test_types_that_a_matrix_would_help_are_named(adds: Callable[..., str]) -> None:
-    note = "\nnote: {} without an importance matrix: IMATRIX=default computes one\n"
+    note = "\nnote: no importance matrix for {}: IMATRIX=default computes one\n"
     assert note.format("IQ4_XS") in adds("Owner/Name", "--type", "IQ4_XS", "--model", "a")
     assert note.format("Q4_K_M") in adds("Owner/Name", "--preset", "desk", "--model", "b")
     for options in (

@@ -78,18 +78,18 @@ def main() -> None:
 
 
 def _upload(entry: Entry) -> list[str]:
-    """Where the files will be uploaded, who can see them there, and the token that it takes."""
+    """Where the files will be uploaded, who can see them there, and how to log in if necessary."""
     if "publish" not in entry.settings:
         return []
     log_in = "" if get_token() else "; first log in: `.venv/bin/hf auth login`, or set HF_TOKEN"
     repo = entry.settings["publish"]["repo"]
-    return [f"upload {repo}, which is created as private: you make it public{log_in}"]
+    return [f"upload {repo}; if it is new, it is private until you make it public{log_in}"]
 
 
 def _matrix(entry: Entry) -> list[str]:
     """Which types are made without an importance matrix that would help them."""
     found = ", ".join(presets.without_matrix(entry.variants))
-    note = f"note: {found} without an importance matrix: IMATRIX=default computes one"
+    note = f"note: no importance matrix for {found}: IMATRIX=default computes one"
     return [note] if found else []
 
 
