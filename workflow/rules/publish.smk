@@ -5,8 +5,8 @@
 # provenance/, a statement per report that lists the inputs of its files; <name>-imatrix.gguf, the
 # importance matrix that was computed here; and SHA256SUMS, the list of all published files with the
 # card's pictures, to check downloads.
-# `publish` is not part of `all`. It has no output, so it always asks the Hub or the object storage which
-# files it has, and uploads the others.
+# `publish` is not part of `all`. It has no output, so it always asks the Hub or the object storage
+# which files it has, and uploads the others.
 
 
 localrules:

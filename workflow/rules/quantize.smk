@@ -1,10 +1,10 @@
 # From a BF16 GGUF to a quantized one, with the head at its own type.
 # Needs: the converted checkpoint, and llama-quantize.
 # Makes, under results/<model>/work/: quantized/<variant>.gguf; imatrix/<text>.gguf, an importance
-# matrix, from conversations/<text>.txt with `chat`; coverage/<matrix>.json; trunk/<type>.gguf, a base without a head to inject into; draft/<type>.gguf, the head as
-# a separate draft model; the digests of each file beside it; and manifests/, which lists where to
-# find each finished tensor, and keeps the pieces of unfinished files and hard links to unverified
-# ones.
+# matrix, from conversations/<text>.txt with `chat`; coverage/<matrix>.json; trunk/<type>.gguf, a base
+# without a head to inject into; draft/<type>.gguf, the head as a separate draft model; the digests of
+# each file beside it; and manifests/, which lists where to find each finished tensor, and keeps the
+# pieces of unfinished files and hard links to unverified ones.
 
 
 rule recipe:

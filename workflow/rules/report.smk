@@ -1,7 +1,7 @@
 # Figures of measurements and tensors, for `make report`.
 # Needs: measurements, verified files and their reports.
-# Makes: results/<model>/plots/*.svg, which `make report` puts into one page, with the table of files,
-# the graph of the rules and the run times.
+# Makes: results/<model>/plots/*.svg, which `make report` puts into one page, with the table of
+# files, the graph of the rules and the run times. The card shows two of them.
 
 
 report: "../report/workflow.rst"

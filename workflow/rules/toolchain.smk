@@ -7,7 +7,7 @@
 # Rules take the stamps of the programs that they run as an input: a stamp changes only if its
 # program does. So quantization need not wait for llama-server, which compiles longest. Where a file
 # exceeds the memory, llama-server is asked for GPUs before llama-imatrix or llama-perplexity runs.
-# After you replace programs or libraries in `bin_dir`: snakemake --forcerun program.
+# After you replace programs or libraries in `bin_dir`: snakemake --cores all --forcerun program.
 
 
 # Compiled one after the other, because each takes all processors; linked in any order.

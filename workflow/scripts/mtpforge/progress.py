@@ -39,7 +39,7 @@ def say(line: str) -> None:
 
 
 class Left:
-    """The time that work needs which has just started."""
+    """How long work that starts now still takes."""
 
     def __init__(self) -> None:
         self.start = self.shown = time.monotonic()

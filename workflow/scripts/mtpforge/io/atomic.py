@@ -78,8 +78,9 @@ def _replacing(path: Path, keep: Keep) -> Iterator[Path]:
 def _is_own(written: Path, claimed: int | None) -> bool:
     """Whether a temporary file is still the one that was claimed, or a hard link put in its place.
 
-    A link is not locked: a second writer can take its name, with a new file. Nobody can take a name
-    of one's own; it has no inode here, because one that is not open may change on FUSE.
+    A link is not locked, so a second writer can put a new file in its place. If the name is this
+    process's own, nobody can, and `claimed` is None: on FUSE, the inode of a file that is not open
+    may change.
     """
     with suppress(FileNotFoundError):
         found = written.stat()

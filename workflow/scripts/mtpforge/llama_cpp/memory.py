@@ -49,7 +49,7 @@ def too_large(files: Iterable[Path], llama: LlamaCpp) -> str | None:
 
 
 def size_of(files: Iterable[Path]) -> int:
-    """Bytes of GGUFs, with all their shards; none of those that are missing."""
+    """Bytes of GGUFs with all their shards; a missing one counts as 0."""
     shards = [each.with_name(name) for each in files for name in gguf_files(each.name)]
     return sum(shard.stat().st_size for shard in shards if shard.exists())
 

@@ -179,7 +179,7 @@ class Measurement(Record):
         return [run for run in runs if run.form == runs[0].form]  # that form is the first
 
     def took_turns(self, total: Total) -> bool:
-        """Whether it is of no drafting, or of the pair that took turns with it after the search."""
+        """Whether a total is that of no drafting, or of the pair that took turns with it."""
         pairs = {(each.n_max, each.p_min) for each in self.by_kind}
         return not total.n_max or (total.n_max, total.p_min) in pairs
 

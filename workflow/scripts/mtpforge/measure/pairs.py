@@ -17,8 +17,11 @@ _CLOSE = 0.9
 _FINALISTS = (4, 2)
 """How many of the fastest are measured again, at most a third of all."""
 _RIGHT = 0.75
+"""Share of an ordinary head's drafted tokens that are accepted, if those before them are."""
 _DRAFT = 0.15
+"""Time to draft a token, as a share of a pass over the model."""
 _STOPPED = 0.05
+"""Share by which drafting is faster if it stops at all tokens in doubt (a `p_min` of 1)."""
 
 
 class Pair(NamedTuple):
@@ -119,7 +122,7 @@ class Search:
 
 
 def expected(n_max: Sequence[int], p_min: Sequence[float]) -> Search:
-    """A search that has ended, with an ordinary head; others take about as many rounds."""
+    """A finished search with an imagined, ordinary head; real ones take about as many rounds."""
     search = Search(n_max, p_min, _plausible)
     search.fastest()
     return search

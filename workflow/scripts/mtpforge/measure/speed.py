@@ -229,8 +229,9 @@ class Bench:
         self.expected = 0
         """About how many rounds there will be; 0 if unknown."""
         self.left = progress.Left()
+        """Tells how much time is left; it has started."""
         self.times: tuple[int, int] | None = None
-        """Those of the last round."""
+        """The `times` of the last round."""
 
     @property
     def can_draft(self) -> bool:

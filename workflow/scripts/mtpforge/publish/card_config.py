@@ -135,7 +135,7 @@ class About:
 
     @property
     def given_heads(self) -> str:
-        """Markdown: the bases from elsewhere that have the checkpoint's head; empty without one."""
+        """Markdown: the bases from elsewhere that get the checkpoint's head; empty if none."""
         return " and ".join(dict.fromkeys(base.link for base in self.injected))
 
     @property

@@ -17,10 +17,11 @@ _SMALLEST = 1e-6
 _SERIES = ("file", "types found", "llama.cpp's mixture", "not made here")
 _LONGEST_LABEL = 26
 _NEAR = 14
-"""Farthest that a label is from its point without a line to it."""
+"""The farthest that a label can be from its point without a line between them."""
 _WHOLE = 50
-"""How much worse it is to hide a mark or a label than two units of a line."""
+"""Cost of hiding a mark or a label; a spot of a line costs 1."""
 LEADER = "#a6a6a6"
+"""Color of the line from a point to a label that is far from it."""
 Range = tuple[float, float]
 """Lowest and highest value."""
 Box = tuple[float, float, float, float]
@@ -287,7 +288,7 @@ def _gap(point: Point, box: Box) -> float:
 
 
 def _spots(start: Point, end: Point) -> list[Box]:
-    """Points of a line, as boxes."""
+    """Points of a line, two units apart, as boxes."""
     (x, y), (right, down) = start, end
     steps = max(1, round(math.hypot(right - x, down - y) / 2))
     shares = [number / steps for number in range(steps + 1)]

@@ -334,7 +334,10 @@ def local_names(path: str) -> list[str]:
 
 
 def local_size(path: str) -> int:
-    """Their bytes together; 0 if one is missing, which its job reports."""
+    """Bytes of a local file with its shards, or of a checkpoint; 0 if a file is missing.
+
+    The job that reads it reports that.
+    """
     with suppress(OSError):
         return sum((local_folder(path) / name).stat().st_size for name in local_names(path))
     return 0

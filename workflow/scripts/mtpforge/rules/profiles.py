@@ -1,4 +1,4 @@
-"""The folders of profiles/, of which Snakemake ignores without a word one that is not there."""
+"""Refuses a profile that is not in profiles/: Snakemake ignores it without a word."""
 
 import argparse
 from collections.abc import Sequence
