@@ -50,7 +50,7 @@ def test_an_upload_is_offered_if_a_model_has_a_place_for_it(results: Path) -> No
     assert "`make publish DRY_RUN=1` lists an upload" in shown(results, reports, publish=True)[-1]
     without = shown(results, reports)[-1]
     assert "make publish" not in without
-    assert "`make add REPO=... PUBLISH=YOU/NAME` prepares an upload" in without
+    assert "`publish: {repo: YOU/NAME}` in a model's entry prepares an upload" in without
     line = shown(results, reports, repo="Owner/Name")[-1]
     assert "`make add REPO=Owner/Name PUBLISH=YOU/NAME` prepares an upload" in line
 

@@ -42,7 +42,9 @@ def after_build(
     """
     upload = "`make publish DRY_RUN=1` lists an upload"
     if not publish:
-        upload = f"`make add REPO={repo or '...'} PUBLISH=YOU/NAME` prepares an upload"
+        add = f"`make add REPO={repo} PUBLISH=YOU/NAME`"  # makes quants, which not all want
+        entry = "`publish: {repo: YOU/NAME}` in a model's entry"
+        upload = f"{add if repo else entry} prepares an upload"
     named = shlex.quote(" ".join(models)) if models else ""
     report = f"make report MODELS={named}" if models else "make report"
     advice = f"`{report}` draws speed and errors; {upload}"
