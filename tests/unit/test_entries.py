@@ -665,6 +665,22 @@ def test_a_name_that_is_asked_for_must_be_free(here: Path) -> None:
         add._free_key(entry(), "mine")
 
 
+def test_a_warning_names_the_file_of_its_model(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("ckpt", "config.d", "workflow/prompts"):
+        Path(folder).mkdir(parents=True)
+    Path("workflow/prompts/code.txt").write_text("def")
+    files.path_of("name").write_text(
+        "models: {name: {source: {path: ckpt}, variants: {Q4_0: {head: IQ3_S}}}}"
+    )
+    config: dict[str, Any] = {"build": []}
+    entry_files.add_entries(config, {})
+    Build(config)
+    said = "warning: config.d/name.yaml: models/name/variants/Q4_0/head: a head at IQ3_S"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_a_profile_that_is_not_there_is_refused(adds: Callable[..., str]) -> None:
     with pytest.raises(ConfigError, match=r"no profile 'leen'.*did you mean lean\?"):
         adds("Owner/Name", "--type", "Q8_0", "--profile", "leen")

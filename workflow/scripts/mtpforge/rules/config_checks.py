@@ -7,7 +7,7 @@ from mtpforge import progress
 from mtpforge.errors import ConfigError
 from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
-from mtpforge.rules import layout, local_paths
+from mtpforge.rules import entry_files, layout, local_paths
 from mtpforge.rules.config import Config, Model, S3Folder
 from mtpforge.rules.variant import ImatrixText, LocalFolder, OwnBase, Variant
 from mtpforge.suggest import close
@@ -46,7 +46,7 @@ def check(config: Config) -> None:
     _check_repositories(config)
     _check_outputs(config)
     for line in [*low_bit_heads(config), *texts_seen_before(config)]:
-        progress.say(line)
+        progress.say(f"warning: {entry_files.named(line)}")
 
 
 def low_bit_heads(config: Config) -> list[str]:
@@ -58,7 +58,7 @@ def low_bit_heads(config: Config) -> list[str]:
             if low:
                 path = f"models/{model.key}/variants/{variant.name}/head"
                 few = f"a head at {low[0]} ({quant_types.bits(low[0]):.2f} bits) drafts badly"
-                lines.append(f"warning: config.yaml: {path}: {few}: use Q4_K or better")
+                lines.append(f"config.yaml: {path}: {few}: use Q4_K or better")
     return lines
 
 
@@ -72,7 +72,7 @@ def texts_seen_before(config: Config) -> list[str]:
             if measured and isinstance(matrix, ImatrixText) and _same(matrix.text, measured):
                 path = f"models/{model.key}/variants/{variant.name}/imatrix/text"
                 why = f"{measured} is also the text that is measured, so figures look too good"
-                lines.append(f"warning: config.yaml: {path}: {why}: give another one")
+                lines.append(f"config.yaml: {path}: {why}: give another one")
     return lines
 
 

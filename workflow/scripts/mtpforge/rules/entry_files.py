@@ -57,9 +57,21 @@ def read_entry(path: Path) -> Any:
 
 def located(error: ForgeError, folder: Path = FOLDER) -> ForgeError:
     """The error, which names the file of the model that it is about, if that has one."""
-    about = re.match(r"config\.yaml: (models/([^/:]+).*)", str(error), re.DOTALL)
+    file, about = _in_file(str(error), folder)
+    return ConfigError(f"{file}: {about}") if file else error
+
+
+def named(warning: str, folder: Path = FOLDER) -> str:
+    """A warning about the configuration, which names the file of its model in the same way."""
+    file, about = _in_file(warning, folder)
+    return f"{file}: {about}" if file else warning
+
+
+def _in_file(message: str, folder: Path) -> tuple[Path | None, str]:
+    """The file of the model that a message is about, if it has one, and the rest of the message."""
+    about = re.match(r"config\.yaml: (models/([^/:]+).*)", message, re.DOTALL)
     file = folder / f"{about[2] if about else ''}.yaml"
-    return ConfigError(f"{file}: {about[1]}") if about and file.exists() else error
+    return (file, about[1]) if about and file.exists() else (None, message)
 
 
 def merged(entry: Any, over: Any) -> Any:
