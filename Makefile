@@ -54,7 +54,7 @@ TORCH_CPU := \
 LIMITED ?= systemd-run --user --scope --quiet -p MemoryMax=1G
 
 .DEFAULT_GOAL := all
-.PHONY: all quant inject add publish plan report setup setup-test cluster s3 toolchain converter older lint docs test test-faults test-slurm golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
+.PHONY: all quant inject add publish plan report setup setup-test cluster s3 toolchain converter older lint docs test test-faults test-slurm test-staleness golden check-golden upgrade-toolchain check-results fuzz bench bench-recipes lock clean clean-work test-crash help \
 	python compiler
 .SUFFIXES:
 

@@ -87,6 +87,11 @@ def test_the_environment_has_only_the_lock(of_run: Path) -> None:
 # ── what the targets run ──
 
 
+def test_a_file_of_a_target_s_name_does_not_stop_it() -> None:
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
+    assert phony and set(phony[1].replace("\\\n", " ").split()) == set(RULES)
+
+
 def test_every_documented_target_is_read() -> None:
     assert set(TARGETS) <= set(RULES) and len(TARGETS) > 25
     assert locks("all") == {"run"} and locks("lint") == {"run", "test"}
