@@ -244,7 +244,7 @@ def test_a_given_file_that_is_no_template_is_refused(
 def test_a_template_with_an_error_is_refused_as_the_configuration_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     for text, reason in {
-        " ": "is empty, so it is no chat template",
+        " ": "is empty, so it is not a chat template",
         "a\n{% if x %}{{ y z }}{% endif %}": "line 2: expected token 'end of print statement'",
         "{% for m in messages %}": "line 1: Unexpected end of template",
         "{% endif %}": "line 1: Encountered unknown tag 'endif'",

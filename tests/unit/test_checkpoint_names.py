@@ -58,7 +58,7 @@ def test_buffers_are_skipped_with_a_word(
     made = convert(tmp_path, config, {**tensors, **BUFFERS}, part)
     plain = convert(tmp_path / "plain", config, tensors, part)
     assert made.path.read_bytes() == plain.path.read_bytes()
-    assert "skipped 7 buffers, which are no weights" in capsys.readouterr().err
+    assert "skipped 7 buffers, which are not weights" in capsys.readouterr().err
 
 
 def test_a_doubled_language_model_in_all_names_changes_nothing(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_scales_of_activations_are_skipped_with_a_word(
     checkpoint = write_layout("dense-fp8-static", tmp_path)
     native.convert(checkpoint, tmp_path / "out.gguf", tokenizer_pre="qwen35")
     said = capsys.readouterr().err
-    assert "buffers, which are no weights" in said and "_proj.activation_scale" in said
+    assert "buffers, which are not weights" in said and "_proj.activation_scale" in said
 
 
 @pytest.mark.parametrize(

@@ -46,15 +46,15 @@ def given(path: str) -> str:
     """Return the template in a file of its own. Raises CheckpointError if it cannot be parsed."""
     template = read(Path(path), ANYWHERE)
     if not template.strip():
-        raise CheckpointError(f"{path}: is empty, so it is no chat template")
+        raise CheckpointError(f"{path}: is empty, so it is not a chat template")
     try:
         _SYNTAX.parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
-            f"{path}: is no valid chat template: line {error.lineno}: {error.message}"
+            f"{path}: is not a valid chat template: line {error.lineno}: {error.message}"
         ) from None
     except RecursionError:
-        raise CheckpointError(f"{path}: is no valid chat template: nested too deeply") from None
+        raise CheckpointError(f"{path}: is not a valid chat template: nested too deeply") from None
     return template
 
 

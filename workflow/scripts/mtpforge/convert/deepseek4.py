@@ -54,7 +54,7 @@ def check_scales(checkpoint: Outline) -> None:
             _check_scale(checkpoint, tensor, (rows, 2 * half // GROUP))
         elif tensor.dtype == fp8.DTYPE:
             if len(tensor.shape) != 2:
-                raise CheckpointError(f"{tensor.shard}: {tensor.name} is FP8 but no matrix")
+                raise CheckpointError(f"{tensor.shard}: {tensor.name} is FP8, but not a matrix")
             _check_scale(checkpoint, tensor, fp8.scale_shape(tensor.shape, BLOCK))
 
 

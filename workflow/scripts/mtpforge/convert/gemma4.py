@@ -48,8 +48,8 @@ def check_pair(target: Outline, drafter: Outline) -> None:
     for same, found, key, right in values:
         if found != right:
             raise CheckpointError(
-                f"{drafter.directory}: is no drafter of {target.directory}: its {same} is {found}, "
-                f"the model's {key} is {right}"
+                f"{drafter.directory}: is not a drafter for {target.directory}: its {same} is "
+                f"{found}, the model's {key} is {right}"
             )
     kinds = ours.get("layer_types")
     if not isinstance(kinds, list) or kinds[-2:] != _LAST:

@@ -88,7 +88,7 @@ def left_out(checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> list[str]
     if checkpoint.beside:
         notes.append(f"left alone, as no part of the model: {_some(checkpoint.beside)}")
     if buffers:
-        notes.append(f"skipped {len(buffers)} buffers, which are no weights: {_some(buffers)}")
+        notes.append(f"skipped {len(buffers)} buffers, which are not weights: {_some(buffers)}")
     return notes
 
 
