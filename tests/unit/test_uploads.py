@@ -169,9 +169,24 @@ def test_a_passing_fault_is_tried_again(
     assert slept == [wait]
 
 
-def test_a_limit_of_commits_says_when_to_go_on(hub: Hub, folder: Path) -> None:
-    hub.faults["commit"] = [Fault("busy")]
+def test_a_commit_waits_as_long_as_the_hub_asks(
+    hub: Hub, folder: Path, slept: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A night's build with `delete_after` must not end there."""
+    hub.faults["commit"] = [Fault("busy", times=2)]
+    assert send(folder, NAMES[0]) == 1
+    assert slept == [1, 1] and hub.commits == [[NAMES[0]]]
+    assert set(hub.received.values()) == {1000}
+    assert capsys.readouterr().err.count("limits requests and commits: going on in 1.0 s") == 2
+
+
+def test_a_limit_of_commits_that_stays_says_when_to_go_on(
+    hub: Hub, folder: Path, slept: list[float]
+) -> None:
+    hub.faults["commit"] = [Fault("busy", times=-1)]
     assert "run again in 1.0 s, which continues from what was uploaded" in refused(folder)
+    assert len(slept) == retry.TRIES - 1
+    hub.faults.clear()
     assert send(folder, NAMES[0]) == 1
 
 

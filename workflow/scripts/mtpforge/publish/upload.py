@@ -7,6 +7,7 @@ streams the files, and keeps what an interrupted upload has sent.
 import glob
 import hashlib
 import re
+import time
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,7 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from mtpforge import table
 from mtpforge.errors import UploadError, VerificationError
 from mtpforge.hub import answers
-from mtpforge.hub.retry import LONGEST_WAIT, Retry, explain, requested_wait
+from mtpforge.hub.retry import LONGEST_WAIT, TRIES, Retry, explain, requested_wait
 from mtpforge.io.ranges import digest_of
 from mtpforge.progress import say
 from mtpforge.publish import receipts
@@ -199,27 +200,50 @@ def _missing(
 
 
 def _commit(plan: UploadPlan) -> None:
-    """Send the missing files as one commit. huggingface_hub tries requests again."""
+    """Send the missing files as one commit.
+
+    huggingface_hub tries requests again, but not the commit itself. A commit that the Hub puts off
+    was not made, so it is tried again here.
+    """
     _watch()
+    for left in reversed(range(TRIES)):
+        try:
+            _send(plan)
+        except _FAILURES as error:
+            # That of one file is the cause of another error.
+            cause = error if hasattr(error, "response") else error.__cause__ or error
+            if isinstance(cause, UploadError):  # of `_refuse_long_wait`
+                raise cause from None
+            if not left or not (seconds := _put_off(cause)):
+                why = _explain(cause if isinstance(cause, Exception) else error)
+                raise UploadError(f"{plan.repo}: {why}") from None
+            wait = f"going on in {table.duration(seconds)}"
+            say(f"{plan.repo}: the Hub limits requests and commits: {wait}")
+            time.sleep(seconds)
+        else:
+            return
+
+
+def _send(plan: UploadPlan) -> None:
     api = HfApi()
     names = [name for name, _ in plan.missing]
     about = names[0] if len(names) == 1 else count(names)
-    try:
-        if not plan.exists:
-            api.create_repo(plan.repo, private=plan.private, exist_ok=True)
-        api.upload_folder(
-            repo_id=plan.repo,
-            folder_path=plan.folder,
-            allow_patterns=[glob.escape(name) for name in names],
-            commit_message=MESSAGE.format(about),
-        )
-    except _FAILURES as error:
-        # That of one file is the cause of another error.
-        cause = error if hasattr(error, "response") else error.__cause__ or error
-        if isinstance(cause, UploadError):  # of `_refuse_long_wait`
-            raise cause from None
-        why = _explain(cause if isinstance(cause, Exception) else error)
-        raise UploadError(f"{plan.repo}: {why}") from None
+    if not plan.exists:
+        api.create_repo(plan.repo, private=plan.private, exist_ok=True)
+    api.upload_folder(
+        repo_id=plan.repo,
+        folder_path=plan.folder,
+        allow_patterns=[glob.escape(name) for name in names],
+        commit_message=MESSAGE.format(about),
+    )
+
+
+def _put_off(error: BaseException) -> float:
+    """The seconds that the Hub asks to wait, if it limits requests; 0 if it does not say."""
+    response = getattr(error, "response", None)
+    if response is None or response.status_code != 429:
+        return 0.0
+    return requested_wait(response.headers)
 
 
 def _explain(error: Exception) -> str:
