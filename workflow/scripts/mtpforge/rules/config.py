@@ -690,9 +690,17 @@ def _advice(error: ErrorDetails) -> str:
         return f", such as `{first}: {{}}`"
     if error["type"] == "string_type" and type(given) in (int, float):
         is_size = error["loc"][-1] in ("split", "size", "memory")
-        return f", such as {given:.0f}G" if is_size else ": put it in quotes"
+        return f", such as {_as_size(given)}" if is_size else ": put it in quotes"
     if given is False and "head" in error["loc"]:
         return "; `none` leaves the head out"
     if isinstance(given, str) and "exactly one of the keys" in error["msg"]:
         return f", such as `{{{_as_entry(given, error['msg'])}}}`"
     return ""
+
+
+def _as_size(given: float) -> str:
+    """A number of gigabytes, or if it is large of bytes, as a size is written."""
+    if not 0 < given < 1e15:
+        return "48G"
+    megabytes = max(1, round(given / 1e6 if given >= 1e6 else given * 1000))
+    return f"{megabytes}M" if megabytes % 1000 else f"{megabytes // 1000}G"
