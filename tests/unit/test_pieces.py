@@ -778,6 +778,7 @@ def test_a_termination_does_not_wait_for_copies(
     def terminated(self: QuantizeJob, names: Iterable[str], out: Path, scratch: Path) -> Gguf:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(LlamaCpp, "processors", 2)  # with one, copies come first
     job = job_for(built, with_other_types(q4, "Q5_0", "attn_qkv"))
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -1,9 +1,11 @@
 """As many threads as a job has, or as there are processors: a container's quota counts."""
 
+import hashlib
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,9 @@ import inject
 import pytest
 from conftest import CHECKPOINTS, ROOT
 from mtpforge import processors
+from mtpforge.errors import DamagedError
+from mtpforge.io import integrity, ranges
+from mtpforge.io.ranges import FileRange
 from mtpforge.llama_cpp.programs import LlamaCpp
 
 
@@ -102,6 +107,33 @@ def test_converting_and_injecting_use_the_threads_of_their_jobs(
     call(inject.main, trunk, "--head", source, "--digests", digests, "--out", tmp_path / "o.gguf")
     monkeypatch.setenv(processors.VARIABLE, "8")
     call(convert.main, source, *given, "--threads", threads, "--out", tmp_path / "whole.gguf")
+
+
+@pytest.mark.parametrize(("threads", "beside"), [(1, 0), (2, 1), (8, 1)])
+def test_a_job_of_one_thread_hashes_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: int, beside: int
+) -> None:
+    monkeypatch.setenv(processors.VARIABLE, str(threads))
+    before = {*threading.enumerate()}
+    good, damaged = tmp_path / "good", tmp_path / "damaged"
+    good.write_bytes(b"good")
+    damaged.write_bytes(b"bad")
+    parts = [integrity.whole(path, hashlib.sha256(b"good").hexdigest()) for path in (good, damaged)]
+    with integrity.reading(parts[:1]) as read:
+        assert len({*threading.enumerate()} - before) == beside
+        assert [digest for _, digest in read.check()] == [parts[0].sha256]
+    with pytest.raises(DamagedError, match="damaged"), integrity.reading(parts):
+        pass
+
+
+def test_a_file_is_hashed_with_its_parts_in_one_thread(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(200)))
+    before = {*threading.enumerate()}
+    whole, parts = ranges.hash_parts(path, {"a": FileRange(path, 20, 30)})
+    assert {*threading.enumerate()} <= before
+    assert whole == hashlib.sha256(bytes(range(200))).hexdigest()
+    assert parts["a"] == hashlib.sha256(bytes(range(20, 50))).hexdigest()
 
 
 # They ask for the machine: a forecast, what jobs ask for, and those that are told a job's threads.

@@ -6,7 +6,6 @@ A file gets its final name only if its content matches the commit.
 import hashlib
 import os
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, repeat
 from pathlib import Path
@@ -111,15 +110,13 @@ class Digest:
         self._sha256 = hashlib.sha256()
         self._git = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
         self._parts = PartHashes(parts or {})
-        self._beside = ThreadPoolExecutor(1)
 
     def update(self, block: bytes) -> None:
         """Hash the next bytes."""
-        hashed = self._beside.submit(self._parts.update, block)
+        self._parts.update(block)
         self._sha256.update(block)
         if not self._file.lfs:
             self._git.update(block)
-        hashed.result()
 
     @property
     def parts(self) -> dict[str, str]:

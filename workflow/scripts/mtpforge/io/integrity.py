@@ -2,7 +2,7 @@
 
 A disk, a cable or memory can flip a bit and leave a file's size and time alone. So the ranges that
 a job reads are hashed in a thread beside it, from the same page cache, and compared before its
-result gets a name.
+result gets a name. A job of one thread hashes them itself, just before it reads them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 
+from mtpforge import processors
 from mtpforge.errors import DamagedError, StorageError
 from mtpforge.io.ranges import CHUNK, FileRange, Hash, sha256_of_parts
 
@@ -45,14 +46,18 @@ class Reading:
         self._stopped = Event()
         self._waiting: SimpleQueue[tuple[Part, Future[str]] | None] = SimpleQueue()
         self._hashed: list[tuple[Part, Future[str]]] = []
+        count = threads if processors.allotted() > 1 else 0
         # Daemons, because they must not keep a program alive.
-        self._threads = [Thread(target=self._hash, daemon=True) for _ in range(threads)]
+        self._threads = [Thread(target=self._hash, daemon=True) for _ in range(count)]
 
     def add(self, parts: Iterable[Part]) -> None:
         """Hash these parts too, in this order."""
         for part in parts:
             self._hashed.append((part, Future()))
-            self._waiting.put(self._hashed[-1])
+            if self._threads:
+                self._waiting.put(self._hashed[-1])
+            else:
+                self._finish(*self._hashed[-1])
         for thread in self._threads:
             if self._hashed and not thread.ident:
                 thread.start()
@@ -72,11 +77,13 @@ class Reading:
 
     def _hash(self) -> None:
         while (waiting := self._waiting.get()) and not self._stopped.is_set():
-            part, hashed = waiting
-            try:
-                hashed.set_result(self._digest(part))
-            except OSError as error:
-                hashed.set_exception(error)
+            self._finish(*waiting)
+
+    def _finish(self, part: Part, hashed: "Future[str]") -> None:
+        try:
+            hashed.set_result(self._digest(part))
+        except OSError as error:
+            hashed.set_exception(error)
 
     def _digest(self, part: Part) -> str:
         place = part.place

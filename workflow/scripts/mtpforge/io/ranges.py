@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -218,15 +217,10 @@ def hash_parts(path: Path, parts: Mapping[str, FileRange]) -> tuple[str, dict[st
     The parts do not overlap.
     """
     whole, found = hashlib.sha256(), PartHashes(parts)
-    with (
-        ThreadPoolExecutor(1) as beside,
-        storage.reading(path),
-        path.open("rb", buffering=0) as file,
-    ):
+    with storage.reading(path), path.open("rb", buffering=0) as file:
         for block in _blocks(file, path.stat().st_size):
-            hashed = beside.submit(whole.update, block)
+            whole.update(block)
             found.update(block)
-            hashed.result()
     return whole.hexdigest(), found.hexdigests()
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from mtpforge import processors
 from mtpforge.errors import ToolchainError
 from mtpforge.io import atomic
 from mtpforge.io.ranges import digest_of
@@ -82,7 +83,7 @@ def tree_digest(folder: Path) -> str:
         for name in (*names, *(each for each in folders if Path(parent, each).is_symlink()))
         if not parent.endswith("__pycache__")
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(processors.allotted()) as pool:
         lines = pool.map(lambda path: f"{_content(path)}  {path.relative_to(folder)}\n", paths)
         return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -5,7 +5,7 @@ that turn out damaged or gone are requantized after that.
 """
 
 from collections.abc import Collection, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,9 +108,13 @@ def _copying(job: QuantizeJob, reusable: Reusable, whole: Gguf) -> Iterator[Copi
             return ""
         return sha256(whole.ranges[name])
 
-    pool = ThreadPoolExecutor(1 + job.llama.processors)  # one waits for the disk, the others hash
+    threads = job.llama.processors
+    pool = ThreadPoolExecutor(threads + 1 if threads > 1 else 1)  # one waits for the disk
     try:
-        yield {name: pool.submit(copy, name) for name in reusable}
+        copies = {name: pool.submit(copy, name) for name in reusable}
+        if threads == 1:  # llama-quantize uses it in the block
+            wait(copies.values())
+        yield copies
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
