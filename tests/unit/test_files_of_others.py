@@ -176,6 +176,20 @@ def test_a_comparison_needs_a_text_a_bf16_file_and_a_file_of_its_own() -> None:
             Build(wrong)
 
 
+@pytest.mark.usefixtures("at_root")
+def test_models_share_a_file_only_if_it_is_not_deleted_in_between() -> None:
+    """One from the Hub is, once it is measured."""
+    injected = config(variants={"a": {"base": THEIRS}}, measure={})["models"]["m"]
+    fetched = config(THEIRS)
+    fetched["models"]["injected"] = injected
+    said = "m/compare/0: is models/injected/variants/a/base too, and deleted .*: download it, and"
+    with pytest.raises(ConfigError, match=said):
+        Build(fetched)
+    local = config({"path": "config.yaml.gguf"})
+    local["models"]["n"] = local["models"]["m"]
+    Build({**local, "build": []})
+
+
 # ── tables ──
 
 

@@ -9,7 +9,14 @@ from mtpforge.gguf import quant_types
 from mtpforge.quantize.recipe import default_head
 from mtpforge.rules import entry_files, layout, local_paths
 from mtpforge.rules.config import Config, Model, S3Folder
-from mtpforge.rules.variant import ImatrixText, LocalFolder, OwnBase, Variant
+from mtpforge.rules.variant import (
+    HubGguf,
+    ImatrixText,
+    LocalFolder,
+    LocalGguf,
+    OwnBase,
+    Variant,
+)
 from mtpforge.suggest import close
 
 UNSEEN = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
@@ -187,14 +194,27 @@ def _check_compared_once(config: Config) -> None:
     for model in config.models.values():
         for variant in model.variants.values():
             if variant.foreign and variant.base and not isinstance(variant.base, OwnBase):
-                name = layout.given_name(variant.base)
-                used.setdefault(name, f"models/{model.key}/variants/{variant.name}/base")
+                path = f"models/{model.key}/variants/{variant.name}/base"
+                used.setdefault(_place(model, variant.base), path)
     for model in config.models.values():
         for number, other in enumerate(model.compare):
             path = f"models/{model.key}/compare/{number}"
-            first = used.setdefault(layout.given_name(other), path)
-            if first != path:
+            first = used.setdefault(_place(model, other), path)
+            if first == path:
+                continue
+            if first.startswith(f"models/{model.key}/"):
                 _refuse(path, f"the same file as {first}, with the same figures: remove it")
+            _refuse(
+                path,
+                f"is {first} too, and deleted once it is measured: download it, and name its "
+                "`path` in one of the two",
+            )
+
+
+def _place(model: Model, file: LocalGguf | HubGguf) -> str:
+    """Where a file that was not made here is; models share what is fetched."""
+    name = layout.given_name(file)
+    return name if isinstance(file, HubGguf) else f"{model.key}/{name}"
 
 
 def _check_packed(path: str, variant: Variant, model: Model) -> None:
