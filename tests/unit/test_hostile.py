@@ -39,11 +39,15 @@ def edit(path: Path, *keys: str, value: Any) -> None:
 CONFIG = [
     (("text_config", "layer_types"), [[], [], [], []], "layer_types"),
     (("text_config", "num_hidden_layers"), 2_000_000_000, "more than any real model"),
-    (("text_config", "rope_parameters"), {"partial_rotary_factor": 1e30}, "partial_rotary_factor"),
+    (
+        ("text_config", "rope_parameters"),
+        {"rope_theta": 1e4, "partial_rotary_factor": 1e30},
+        "partial_rotary_factor",
+    ),
     (("text_config", "rope_parameters"), {"rope_theta": 10**400}, "rope_theta"),
     (
         ("text_config", "rope_parameters"),
-        {"mrope_section": [1 << 40, 1, 1]},
+        {"rope_theta": 1e4, "mrope_section": [1 << 40, 1, 1]},
         "rope.dimension_sections",
     ),
     (("text_config", "rope_parameters"), {"rope_type": "yarn", "factor": 1e300}, "factor"),

@@ -44,16 +44,20 @@ SCALED = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_conte
         ({**BASE, "rope_scaling": {"type": "yarn", **SECTIONS, **YARN}}, DEFAULT | SCALED),
         ({**BASE, "rope_parameters": {"rope_type": "yarn", **YARN}}, SCALED | {"freq_base": 1e7}),
         (
-            {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1.5, "beta_fast": 32}},
-            SCALED | {"scaling.yarn_attn_factor": 1.5, "scaling.yarn_beta_fast": 32.0},
+            {**BASE, "rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1.5, "beta_fast": 32}},
+            SCALED
+            | {"freq_base": 1e7, "scaling.yarn_attn_factor": 1.5, "scaling.yarn_beta_fast": 32.0},
         ),
         (
-            {"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1, "attention_factor": 2}},
-            SCALED | {"scaling.yarn_attn_factor": 2.0},
+            {
+                **BASE,
+                "rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1, "attention_factor": 2},
+            },
+            SCALED | {"freq_base": 1e7, "scaling.yarn_attn_factor": 2.0},
         ),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2}},
-            {"scaling.type": "linear", "scaling.factor": 2.0},
+            {**BASE, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"freq_base": 1e7, "scaling.type": "linear", "scaling.factor": 2.0},
         ),
     ],
 )
@@ -77,6 +81,9 @@ def test_the_rotation_is_found_in_each_place(config: dict[str, Any], keys: dict[
         ({"rope_scaling": "mrope"}, "rope_scaling must be an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic'"),
         ({"rope_theta": float("inf")}, "rope_theta"),
+        # If a tool lost it, llama.cpp would take 10,000, whatever the model was trained with.
+        ({"rope_parameters": SECTIONS}, "rope_theta must be a number, not None"),
+        ({}, "rope_theta must be a number, not None"),
         ({"rope_scaling": {"mrope_section": [11, 11]}}, "mrope_section"),
     ],
 )

@@ -407,8 +407,7 @@ def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
     if kind == "yarn":
         _describe_yarn(writer, rope)
     _describe_sections(writer, rope)
-    if rope.get("rope_theta") is not None:
-        writer.add_rope_freq_base(rope.number("rope_theta"))
+    writer.add_rope_freq_base(rope.number("rope_theta"))
 
 
 def _describe_yarn(writer: GGUFWriter, rope: Hparams) -> None:
