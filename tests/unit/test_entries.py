@@ -59,6 +59,7 @@ PINNED = {"repo": "Owner/Name", "revision": COMMIT}
         ("hf://Owner/Name/a/F.gguf", Address("Owner/Name", None, "a/F.gguf")),
         ("hf://Owner/Name@v1/F.gguf", Address("Owner/Name", "v1", "F.gguf")),
         ("hf://Owner/Name:Q4_K_M", Address("Owner/Name", None, "Q4_K_M")),
+        ("hf.co/Owner/Name:Q4_K_M", Address("Owner/Name", None, "Q4_K_M")),  # as for Ollama
         (" Owner/Name ", Address("Owner/Name")),
     ],
 )

@@ -12,7 +12,7 @@ from mtpforge.hub.listing import REPOSITORY
 from mtpforge.suggest import beside, close
 
 _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.co/")
-_PAGE = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
+_PAGE = re.compile(r"([^/@:]+/[^/@:]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
 _SHORT = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^:]+))?(?::(.+))?")
 _PATH = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:[/:](.+))?")
 _HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or a Hub URL"
@@ -105,7 +105,8 @@ def _on_page(text: str) -> Address | None:
         for given in (text, address):
             if given.startswith(host):
                 page = urlsplit(given.removeprefix(host))
-                found, shown = _match(_PAGE, page.path), parse_qs(page.query).get("show_file_info")
+                found = _match(_PAGE, page.path) or _match(_SHORT, page.path)
+                shown = parse_qs(page.query).get("show_file_info")
                 return replace(found, file=shown[0]) if found and shown else found
     return _match(_PATH, text.removeprefix("hf://")) if text.startswith("hf://") else None
 
