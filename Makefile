@@ -157,7 +157,7 @@ test: lint ### lint, then run all tests, CORES of them at a time
 test-faults: setup-test toolchain ### fill disks and fail system calls under every writer, one by one (an hour)
 	@$(ACTIVE) MTPFORGE_FAULTS=all pytest tests/end_to_end/test_faults.py
 
-test-slurm: setup-test toolchain ### start a SLURM of two nodes, and disturb it (3 minutes; needs root, and SLURM from Debian's packages)
+test-slurm: setup-test toolchain ### start a SLURM of two nodes, and disturb it (6 minutes; needs root, and SLURM from Debian's packages)
 	@command -v slurmctld > /dev/null || apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge
 	$(call install,.venv-cluster,cluster,--clear)
 	@$(ACTIVE) MTPFORGE_SLURM=all pytest -rs tests/workflow/test_slurm.py
