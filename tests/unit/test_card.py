@@ -21,7 +21,7 @@ from mtpforge.gguf.reader import Gguf
 from mtpforge.llama_cpp import converter_architectures, runtimes
 from mtpforge.measure import recommendation
 from mtpforge.measure.measurement import KindSpeed, KlDivergence, Measurement
-from mtpforge.publish import card, choice, details
+from mtpforge.publish import card, card_parts, choice, details
 from mtpforge.publish.card_config import About
 from mtpforge.publish.result import Result
 from mtpforge.quantize.coverage import Coverage
@@ -1049,3 +1049,19 @@ def test_a_found_recipe_is_shown_with_its_verdict_and_mixture(tmp_path: Path) ->
     assert "`Qwen3.5-4B-auto`: how much a tensor matters was measured by class" in text
     assert verdict not in text.replace("\\", "")  # it is in the card
     assert re.search(r"\| attn_q.weight +\| +3 \| +5 \|", text)
+
+
+@pytest.mark.parametrize(
+    ("build", "commit", "shown"),
+    [
+        (None, "b11434", "0.6.0-dev b11434"),
+        ("11434", "b11434", "0.6.0-dev b11434"),
+        ("11434", "6d1c03ae", "0.6.0-dev b11434 6d1c03ae"),
+        ("0", "unknown", "0.6.0-dev unknown"),
+    ],
+)
+def test_each_part_of_llama_cpps_version_is_said_once(
+    build: str | None, commit: str, shown: str
+) -> None:
+    stamp = replace(STAMP, llama_cpp="0.6.0-dev", build=build, commit=commit)
+    assert card_parts.toolchain(stamp) == shown

@@ -79,5 +79,6 @@ def machine(measured: Measurement) -> str:
 
 def toolchain(stamp: Stamp) -> str:
     """Version, build and commit of llama.cpp, as far as they are known."""
-    known = [stamp.llama_cpp, stamp.build, stamp.commit]
+    build = f"b{stamp.build}" if stamp.build not in (None, "0") else ""
+    known = dict.fromkeys([stamp.llama_cpp, build, stamp.commit])
     return escape(" ".join(part for part in known if part and part != "0"))
