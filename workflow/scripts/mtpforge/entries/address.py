@@ -15,7 +15,6 @@ _HOSTS = ("https://huggingface.co/", "https://hf.co/", "https://www.huggingface.
 _PAGE = re.compile(r"([^/@:]+/[^/@:]+)(?:/(?:tree|blob|resolve|raw|commit)/([^/]+)(?:/(.+))?)?")
 _SHORT = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^:]+))?(?::(.+))?")
 _PATH = re.compile(r"([^/@:]+/[^/@:]+)(?:@([^/:]+))?(?:[/:](.+))?")
-_HUB_FORM = "OWNER/NAME, OWNER/NAME@TAG or a Hub URL"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,10 @@ def repository(text: str) -> Address:
     text = text.strip()
     address = _on_page(text) or _match(_SHORT, text)
     if address is None or not REPOSITORY.fullmatch(address.repo):
-        raise ConfigError(f"{text[:200]!r} is not a repository: write {_HUB_FORM}")
+        raise ConfigError(
+            f"{text[:200]!r} is not a repository: write OWNER/NAME, with single '-' and '.' inside "
+            "a name, OWNER/NAME@TAG or a Hub URL"
+        )
     return address
 
 
