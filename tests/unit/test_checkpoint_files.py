@@ -90,6 +90,17 @@ def test_files_beside_the_weights_are_left_alone(
     assert f"no part of the model: {beside[0]}, consolidated" in capsys.readouterr().err
 
 
+def test_a_model_in_one_file_beside_indexed_shards_is_another_model(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    """A fine-tune saved into its base's folder: transformers loads it, upstream the base."""
+    folder = write(tmp_path / "copy", tensors, 2)
+    write_shard(folder / "model.safetensors", tensors)
+    assert "copy: model.safetensors and the shards of model.safetensors.index" in refusal(folder)
+    (folder / INDEX).unlink()
+    assert {tensor.shard for tensor in Checkpoint(folder).tensors.values()} == {"model.safetensors"}
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_files_beside_the_weights_are_no_inputs_of_jobs(
     tmp_path: Path, tensors: Tensors, shards: int
