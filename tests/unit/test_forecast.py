@@ -856,6 +856,7 @@ def test_too_little_disk_is_said() -> None:
         "memory": 1,
         "largest_step": "x.json",
         "seconds": 1,
+        "compile_seconds": 0,
         "servers": 0,
     }
     assert "warning" not in in_words(about)
@@ -871,6 +872,23 @@ def test_too_little_disk_is_said() -> None:
     assert "\nwarning: a step needs " in lacking and "(x.json): take smaller types, " in lacking
     timed = in_words({**about, "fetch": 3_000_000, "fetch_seconds": 130})
     assert "fetch 3.00 MB (about 2 min 10 s), " in timed
+
+
+def test_the_build_of_llama_cpp_counts_until_it_is_there(
+    tmp_path: Path, toolchain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(tmp_path, {"path": str(CHECKPOINTS / MODEL)})
+    built = totals(tmp_path, monkeypatch, LlamaCpp(toolchain))
+    assert built["compile_seconds"] == 0 and "llama.cpp" not in in_words(built)
+    missing = LlamaCpp(tmp_path / "none")
+    about = totals(tmp_path, monkeypatch, missing)
+    assert about["compile_seconds"] == round(460 / MACHINE.threads)
+    assert "; building llama.cpp takes about " in in_words(about)
+    given = {"toolchain": {"llama_cpp": {"bin_dir": str(toolchain)}}}
+    assert totals(tmp_path, monkeypatch, missing, **given)["compile_seconds"] == 0
+    cuda = {"toolchain": {"llama_cpp": {"cuda": True}}}
+    slower = totals(tmp_path, monkeypatch, missing, **cuda)
+    assert slower["compile_seconds"] > 5 * about["compile_seconds"]
 
 
 def test_a_forecast_that_takes_too_long_says_so(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from huggingface_hub import constants
 from mtpforge import cli, table
 from mtpforge.convert import chat_templates
 from mtpforge.errors import ConfigError, ForgeError, ToolchainError
-from mtpforge.forecast import planned_ggufs
+from mtpforge.forecast import costs, planned_ggufs
 from mtpforge.forecast.calibration import calibrated, network_rate
 from mtpforge.forecast.downloads import Downloads
 from mtpforge.forecast.reruns import Reruns, asking
@@ -98,7 +98,7 @@ def main() -> None:
     if not args.totals:
         for each in plan.forecasts:
             print(as_table(each, plan.fetches[each.model.key], plan.network))
-    print(*plan.notes, in_words(plan.totals(), exact=planned_ggufs.is_exact(llama)), sep="\n")
+    print(*plan.notes, in_words(plan.totals()), sep="\n")
 
 
 def _own_config() -> Path:
@@ -200,8 +200,11 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """The totals of the build in bytes and seconds, beside what this machine has.
 
-        `fetch_seconds` is None if the speed of the network is not known.
+        `fetch_seconds` is None if the speed of the network is not known. `compile_seconds` is what
+        llama.cpp takes to build; 0 if it is built.
         """
+        given = self.config.toolchain.llama_cpp
+        is_built = planned_ggufs.is_exact(self.llama) or given.bin_dir
         fetch = self.downloads.fetch(self.reruns)
         free = shutil.disk_usage(".").free
         peak, freed = self._peak(self.config, self.forecasts)
@@ -227,6 +230,7 @@ class Plan:
             "memory": self._memory(needed),
             "seconds": round(sum(each.seconds for each in self.forecasts)),
             "fetch_seconds": round(fetch / self.network) if self.network else None,
+            "compile_seconds": 0 if is_built else costs.compiling(self.machine, given.cuda),
             "servers": sum(each.servers for each in self.forecasts),
         }
 
@@ -309,17 +313,22 @@ def _starts(servers: int) -> str:
     return f"llama-server starts {servers} times" if servers != 1 else "llama-server starts once"
 
 
-def in_words(about: dict[str, Any], exact: bool = True) -> str:
+def in_words(about: dict[str, Any]) -> str:
     """The totals, and a warning about each that this machine lacks."""
     fetching = f" {table.size(about['fetch']) if about['fetch'] else 'nothing'}"
     if about["fetch"] and about["fetch_seconds"] is not None:
         fetching += f" (about {table.duration(about['fetch_seconds'])})"
+    compiling = ""
+    if about["compile_seconds"]:
+        more = table.duration(about["compile_seconds"])
+        compiling = (
+            f"; building llama.cpp takes about {more} more, and sizes are estimates until then"
+        )
     disk, peak, free = (table.size(about[name]) for name in ("disk", "peak", "free"))
     first = (
         f"to do: {about['to_run']} of {about['steps']} long jobs: fetch{fetching}, then about "
         f"{table.duration(about['seconds'])} on an idle machine; adds {disk} to the disk, at most "
-        f"{peak} while it runs, {free} are free"
-        + ("" if exact else "; sizes are estimates until llama.cpp is built")
+        f"{peak} while it runs, {free} are free{compiling}"
     )
     return "\n".join([first, *warnings(about)])
 

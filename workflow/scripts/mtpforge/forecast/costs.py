@@ -18,6 +18,8 @@ from mtpforge.search.settings import CHUNKS, SMALL, STEP
 _BATCH = 4  # how much less is read for a token of a text, because these are processed in batches
 _BATCH_TOKEN = 16  # how much less each takes at least
 _DRAFTED = 1.5  # tokens that a pass over the weights makes with drafting: reports say 1.4 to 1.8
+_COMPILE = 460  # CPU seconds to compile llama.cpp
+_COMPILE_CUDA = 4200  # and with CUDA, for one kind of GPU: see docs/operating-systems.md
 _CONVERT = 1.4e-9  # CPU seconds for a byte of the result that is copied and hashed
 _DEQUANTIZE = 3e-9  # and for one that is computed from 8 or 4 bits
 _VERIFY = 0.75e-9  # CPU seconds for a byte of the BF16 file
@@ -130,6 +132,11 @@ def task_tokens(files: Iterable[str]) -> int:
 def logits_size(tokens: int, vocabulary: int) -> int:
     """Bytes of the logits of a text: llama-perplexity keeps half of them, in 16 bits."""
     return tokens // 2 * (vocabulary + 4) * 2
+
+
+def compiling(machine: Machine, cuda: bool) -> int:
+    """Seconds to build llama.cpp, if no cache has it."""
+    return round((_COMPILE_CUDA if cuda else _COMPILE) / machine.threads)
 
 
 def record(size: float, machine: Machine) -> Cost:
