@@ -82,8 +82,8 @@ def test_the_rotation_is_found_in_each_place(config: dict[str, Any], keys: dict[
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "'dynamic'"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         # If a tool lost it, llama.cpp would take 10,000, whatever the model was trained with.
-        ({"rope_parameters": SECTIONS}, "rope_theta must be a number, not None"),
-        ({}, "rope_theta must be a number, not None"),
+        ({"rope_parameters": SECTIONS}, "rope_theta is missing, for which"),
+        ({}, "rope_theta is missing, for which"),
         ({"rope_scaling": {"mrope_section": [11, 11]}}, "mrope_section"),
     ],
 )

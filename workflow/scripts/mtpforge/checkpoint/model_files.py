@@ -87,6 +87,11 @@ def gather_tensors(
     """
     expected = _parse_index(path / INDEX, index) if index is not None else {}
     indexed = set(expected.values())
+    if _SINGLE in {*present} - indexed and indexed & {*present}:
+        raise CheckpointError(
+            f"{path}: {_SINGLE} and the shards of {INDEX} are two models: keep the right one alone "
+            "in a folder, the shards with their index, and give its path"
+        )
     files = model_files(present, indexed)
     heads = [name for name in files if _HEAD_FILE.fullmatch(name) and name not in indexed]
     shards = [name for name in files if name not in heads]
@@ -119,13 +124,6 @@ def read_weights(directory: Path) -> Weights:
             hint = f"rename {min(present)} if it is the model, merge it if it is an adapter"
         raise CheckpointError(f"{directory}: no {INDEX} and no model*.safetensors file: {hint}")
     text = read_text(index) if is_there(index) else None
-    if text is not None and _SINGLE in present:
-        indexed = {*_parse_index(index, text).values()}
-        if _SINGLE not in indexed and indexed & {*present}:
-            raise CheckpointError(
-                f"{directory}: {_SINGLE} and the shards of {INDEX} are two models: move the wrong "
-                "one away, with the index if it is the shards"
-            )
     return gather_tensors(
         directory, text, present=present, read=lambda shard: read_shard_header(directory / shard)
     )

@@ -407,6 +407,11 @@ def describe_rope(writer: GGUFWriter, rope: Hparams) -> None:
     if kind == "yarn":
         _describe_yarn(writer, rope)
     _describe_sections(writer, rope)
+    if rope.get("rope_theta") is None:
+        raise CheckpointError(
+            "config.json: rope_theta is missing, for which llama.cpp takes 10,000: add that of the "
+            "base model to rope_parameters"
+        )
     writer.add_rope_freq_base(rope.number("rope_theta"))
 
 
