@@ -233,6 +233,9 @@ class _Answering(BaseHTTPRequestHandler):
         elif self.fails(name, "full"):
             said = "Private repository storage limit reached, please upgrade your plan"
             self.answer(b"", "text/plain", 403, {"X-Error-Message": said})
+        elif self.fails(name, "too large"):
+            said = "Your file exceeds the maximum size of 500 GB"
+            self.answer(b"", "text/plain", 413, {"X-Error-Message": said})
         elif self.fails(name, "denied"):
             said = "Forbidden: you must have write access to this repository"
             self.answer(b"", "text/plain", 403, {"X-Error-Message": said})

@@ -160,6 +160,14 @@ def test_card_and_provenance_follow_the_base(tmp_path: Path) -> None:
     assert json.loads(publish.parameters(wildcards()))["head_from"] == DONOR
 
 
+def test_the_provenance_names_a_chat_template_of_ones_own(tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    publish = tuned(chat_template=str(template), variants={"Q8_0": {}}).publish
+    assert '"role": "chat template"' in publish.material_options(wildcards("Q8_0"))
+    assert json.loads(publish.parameters(wildcards("Q8_0")))["chat_template"] == "mine.jinja"
+
+
 def test_the_card_names_the_head_of_every_file() -> None:
     """Also that of a sidecar, and the model's own beside a donor's."""
     bare = {"Q8_0": {"head": "none"}}

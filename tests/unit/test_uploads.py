@@ -146,6 +146,7 @@ def test_the_hub_must_report_the_sha256(
     ("kind", "words"),
     [
         ("full", ("storage limit reached", "settings/billing", "run again")),
+        ("too large", ("exceeds the maximum size of 500 GB", "set `split: 48G`", "run again")),
         ("denied", ("your token cannot write there", "must have write access", "settings/tokens")),
         ("busy for hours", ("limits requests and commits", "run again in 2 h 1 min")),
     ],

@@ -254,7 +254,12 @@ def _explain(error: Exception) -> str:
     said = str(getattr(error, "server_message", None) or "").strip()[:300]
     if status == 429 and response is not None:
         return _rate_limited(response, said)
-    if status in (402, 403, 413) and re.search(r"(?i)storage|quota|too large|exceed", said):
+    if status == 413:
+        return (
+            f"the Hub takes no file of this size{f' ({said})' if said else ''}: set `split: 48G` "
+            f"on its variant, and {again}"
+        )
+    if status in (402, 403) and re.search(r"(?i)storage|quota|too large|exceed", said):
         return (
             f"the Hub takes no more: {said}: free space or buy some "
             "(https://huggingface.co/settings/billing; private repositories have less than public "
