@@ -27,13 +27,18 @@ def base_with(tokens: Callable[[list[str]], object], trunk: Path, out: Path) -> 
 
 
 @pytest.fixture
-def verify(run: Run, toolchain: Path) -> Callable[[Path, Path, Path], str]:
-    """Inject the checkpoint's head into the base and verify the result: what verify.py prints."""
+def verify(run: Run, toolchain: Path) -> Callable[..., str]:
+    """Inject the checkpoint's head into the base and verify the result: what verify.py prints.
 
-    def call(base: Path, checkpoint: Path, folder: Path) -> str:
+    `head`: the same head as a GGUF, which has no vocabulary.
+    """
+
+    def call(base: Path, checkpoint: Path, folder: Path, head: Path | None = None) -> str:
         out = folder / "out.gguf"
-        injected = run("inject.py", base, "--head", checkpoint, "--head-type", "Q8_0", "--out", out)
-        assert injected.returncode == 0, injected.stderr
+        given = head or checkpoint
+        injected = run("inject.py", base, "--head", given, "--head-type", "Q8_0", "--out", out)
+        if injected.returncode:
+            return injected.stderr
         prompts = (
             "--prompts",
             CHECKPOINTS / "tiny-qwen3.5/prompts",
@@ -59,7 +64,7 @@ def verify(run: Run, toolchain: Path) -> Callable[[Path, Path, Path], str]:
 
 
 def test_a_renamed_reserved_token_passes_but_another_vocabulary_does_not(
-    run: Run, verify: Callable[[Path, Path, Path], str], tmp_path: Path
+    run: Run, verify: Callable[..., str], tmp_path: Path
 ) -> None:
     checkpoint, trunk = CHECKPOINTS / "tiny-qwen3.5", tmp_path / "trunk.gguf"
     run("convert.py", checkpoint, "--part", "trunk", "--tokenizer-pre", "qwen35", "--out", trunk)
@@ -69,11 +74,15 @@ def test_a_renamed_reserved_token_passes_but_another_vocabulary_does_not(
     output = verify(renamed, checkpoint, tmp_path)
     assert "FAILED" not in output and "drafts accepted" in output
     other = base_with(lambda tokens: tokens.reverse(), trunk, tmp_path / "other.gguf")
-    assert "metadata: token 0 is" in verify(other, checkpoint, tmp_path)
+    refusal = verify(other, checkpoint, tmp_path)
+    assert "token 0 is" in refusal and "the head belongs to another model" in refusal
+    head = tmp_path / "head.gguf"
+    run("convert.py", checkpoint, "--part", "head", "--tokenizer-pre", "qwen35", "--out", head)
+    assert "metadata: token 0 is" in verify(other, checkpoint, tmp_path, head)
 
 
 def test_a_base_with_added_tokens_is_injected_and_verified_and_drafts(
-    run: Run, verify: Callable[[Path, Path, Path], str], tmp_path: Path
+    run: Run, verify: Callable[..., str], tmp_path: Path
 ) -> None:
     """As in every real Qwen3.5, where seven tokens are only in tokenizer_config.json."""
     checkpoint = write_layout("dense-added-tokens", tmp_path)

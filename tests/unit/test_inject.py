@@ -1,6 +1,7 @@
 """An injected head is appended: every other byte stays, every key that counts blocks is right."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -247,6 +248,18 @@ def test_a_vocabulary_may_rename_reserved_tokens_but_not_change_merges(
     assert (found(merges, lambda values: values.reverse()) or ("",))[0] == merges
     assert (found(merges, lambda values: values.pop(0)) or ("",))[0] == merges
     assert found(merges, lambda values: values.pop()) is None  # with the last tokens cut off
+
+
+def test_a_checkpoint_without_a_tokenizer_gives_its_head(
+    parts: dict[str, Path], tmp_path: Path
+) -> None:
+    """As the pipeline downloads it: there is no vocabulary to compare."""
+    folder = tmp_path / "head"
+    shutil.copytree(CHECKPOINT, folder)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    inject(parts["trunk"], folder, tmp_path / "out.gguf")
+    assert reader.read(tmp_path / "out.gguf").head.tensors
 
 
 def test_a_per_layer_array_that_the_head_lacks_is_refused(

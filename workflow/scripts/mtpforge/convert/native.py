@@ -7,12 +7,13 @@ upstream's order.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, Metadata, size_label
-from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType
+from gguf.constants import GGML_QUANT_VERSION, GGUFType, GGUFValueType, Keys
 from gguf.gguf_writer import GGUFValue
 
 from mtpforge import progress
@@ -33,6 +34,8 @@ from mtpforge.io import text
 
 PARTS = ("all", "trunk", "head", "draft")
 
+_ANY_PRE = "qwen35"
+"""A pre-tokenizer, where only texts are read."""
 _FROM_NAME = ("name", "organization", "basename", "finetune", "version", "size_label")
 """What gguf-py derives from the model's name."""
 # gguf 0.19.0 does not know `repetition_penalty` yet; the pinned upstream does.
@@ -114,6 +117,22 @@ def trunk(directory: Path) -> dict[str, TensorInfo]:
     family = family_of(checkpoint.architecture)
     rows = family.rows(settled_hparams(checkpoint, family), "trunk")
     return {row.name: TensorInfo(row.name, row.shape, row.type) for row in rows}
+
+
+def vocabulary(directory: Path) -> dict[str, Value]:
+    """A checkpoint's tokens and merges, as conversion writes them; none if it cannot.
+
+    A folder that only a head is taken from needs no tokenizer.
+    """
+    checkpoint = Checkpoint(directory)
+    family = family_of(checkpoint.architecture)
+    size = settled_hparams(checkpoint, family).count("vocab_size")
+    writer = GGUFWriter(path=None, arch=family.gguf_architecture)
+    with suppress(CheckpointError):
+        tokenizer.describe(writer, directory, vocab_size=size, pre=_ANY_PRE)
+    entries = writer.kv_data[0]
+    found = (key for key in (Keys.Tokenizer.LIST, Keys.Tokenizer.MERGES) if key in entries)
+    return {key: _encoded(key, entries[key]) for key in found}
 
 
 def describe(

@@ -87,7 +87,7 @@ def inject(
             )
         whole = split.joined(files)
         given = _open_head(head, scratch, options)
-        check_match(whole, given, _trunk_of(given))
+        check_match(whole, _with_vocabulary(given), _trunk_of(given))
         _check_norms(given)
         progress.say(cost(whole, given, options.head_types))
         _check_space(files, whole, head=given, types=options.head_types, out=out)
@@ -167,6 +167,13 @@ def _trunk_of(head: Gguf) -> Mapping[str, TensorInfo] | None:
     if head.path.is_dir():
         return native.trunk(head.path)
     return head.trunk.tensors if "blk.0.attn_norm.weight" in head.tensors else None
+
+
+def _with_vocabulary(head: Gguf) -> Gguf:
+    """The head with the vocabulary that it was trained with, if that is in its file or folder."""
+    if not head.path.is_dir():
+        return head
+    return replace(head, metadata={**head.metadata, **native.vocabulary(head.path)})
 
 
 def _check_norms(head: Gguf) -> None:
