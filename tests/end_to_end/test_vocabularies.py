@@ -37,8 +37,7 @@ def verify(run: Run, toolchain: Path) -> Callable[..., str]:
         out = folder / "out.gguf"
         given = head or checkpoint
         injected = run("inject.py", base, "--head", given, "--head-type", "Q8_0", "--out", out)
-        if injected.returncode:
-            return injected.stderr
+        assert injected.returncode == 0, injected.stderr
         prompts = (
             "--prompts",
             CHECKPOINTS / "tiny-qwen3.5/prompts",
@@ -74,8 +73,10 @@ def test_a_renamed_reserved_token_passes_but_another_vocabulary_does_not(
     output = verify(renamed, checkpoint, tmp_path)
     assert "FAILED" not in output and "drafts accepted" in output
     other = base_with(lambda tokens: tokens.reverse(), trunk, tmp_path / "other.gguf")
-    refusal = verify(other, checkpoint, tmp_path)
-    assert "token 0 is" in refusal and "the head belongs to another model" in refusal
+    refused = run("inject.py", other, "--head", checkpoint, "--out", tmp_path / "refused.gguf")
+    assert refused.returncode == 1 and not (tmp_path / "refused.gguf").exists()
+    assert "token 0 is" in refused.stderr
+    assert "the head belongs to another model" in refused.stderr
     head = tmp_path / "head.gguf"
     run("convert.py", checkpoint, "--part", "head", "--tokenizer-pre", "qwen35", "--out", head)
     assert "metadata: token 0 is" in verify(other, checkpoint, tmp_path, head)
