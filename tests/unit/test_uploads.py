@@ -191,6 +191,15 @@ def test_a_limit_of_commits_that_stays_says_when_to_go_on(
     assert send(folder, NAMES[0]) == 1
 
 
+@pytest.mark.parametrize("step", ["preupload", "batch", "put"])
+def test_a_request_that_huggingface_hub_tries_again_is_tried_by_it_alone(
+    hub: Hub, folder: Path, slept: list[float], step: str
+) -> None:
+    hub.faults[step] = [Fault("busy", times=-1)]
+    assert "limits requests and commits" in refused(folder)
+    assert len(slept) == 5
+
+
 def test_a_revoked_token_is_told_from_a_missing_one(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

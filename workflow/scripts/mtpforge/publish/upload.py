@@ -239,9 +239,9 @@ def _send(plan: UploadPlan) -> None:
 
 
 def _put_off(error: BaseException) -> float:
-    """The seconds that the Hub asks to wait, if it limits requests; 0 if it does not say."""
+    """The seconds that the Hub asks to wait for a commit; 0 if it does not ask for that."""
     response = getattr(error, "response", None)
-    if response is None or response.status_code != 429:
+    if response is None or response.status_code != 429 or "/commit/" not in response.url.path:
         return 0.0
     return requested_wait(response.headers)
 
